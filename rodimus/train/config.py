@@ -1,0 +1,303 @@
+"""What a training run is made of: one frozen dataclass a section of the TOML file.
+
+Field docstrings become the text of ``rodimus train CONFIG --help``. Values are checked where they
+enter, so that a mistake ends the run before any work starts. ``rodimus.train.load`` reads and
+writes the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A setting or input that cannot work, described in one line."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Which model is trained."""
+
+    config: str = ""
+    """RodimusConfig file (JSON). Inside a TOML file: relative to that file."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.config), "model.config must name a RodimusConfig file (JSON)")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Token shards, written by `rodimus data pack`."""
+
+    train: tuple[str, ...] = ()
+    """Manifests (NAME.json) or globs of manifests; each entry is one source."""
+    val: tuple[str, ...] = ()
+    """Held-out manifests; empty means no evaluation."""
+    weights: tuple[float, ...] = ()
+    """Share of samples drawn from each entry of `train`; empty means in proportion to tokens."""
+    seq_len: int = 2048
+    """Tokens in one row of a batch."""
+    packing: str = "concat"
+    """concat: rows cut from the joined documents; bestfit: whole documents packed into rows."""
+    mask_doc_start: bool = True
+    """Do not predict the first token of a document from the document before it."""
+    verify: bool = True
+    """Check the sha256 of every shard before the first step (each rank checks its share)."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.train), "data.train must name at least one manifest")
+        _require(self.seq_len > 0, f"data.seq_len must be positive, got {self.seq_len}")
+        _one_of("data.packing", self.packing, ("concat", "bestfit"))
+        if self.weights:
+            _require(
+                len(self.weights) == len(self.train) and min(self.weights) > 0,
+                f"data.weights needs {len(self.train)} positive numbers, got {self.weights}",
+            )
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, how wide, in which arithmetic."""
+
+    steps: int = 0
+    """Optimizer steps. Give either this or `tokens`."""
+    tokens: int = 0
+    """Training tokens, rounded up to whole steps. Give either this or `steps`."""
+    global_batch_tokens: int = 524_288
+    """Tokens in one optimizer step over all ranks; must be rows * seq_len."""
+    micro_batch: int = 8
+    """Rows in one forward pass of one rank; accumulation is derived."""
+    dtype: str = "auto"
+    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    device: str = "auto"
+    """auto: cuda where there is one, else cpu."""
+    compile: bool = False
+    """torch.compile every block."""
+    ac: str = "none"
+    """Activation checkpointing: none, full, or selective (keep products and operators)."""
+    seed: int = 0
+    """Decides the initial weights and the order of the data."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)^2, which keeps logits from drifting."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.steps > 0) != (self.tokens > 0),
+            f"exactly one of train.steps and train.tokens must be positive, "
+            f"got steps={self.steps}, tokens={self.tokens}",
+        )
+        _require(
+            self.micro_batch > 0, f"train.micro_batch must be positive, got {self.micro_batch}"
+        )
+        _one_of("train.dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("train.ac", self.ac, ("none", "full", "selective"))
+        _require(
+            self.max_grad_norm > 0,
+            f"train.max_grad_norm must be positive, got {self.max_grad_norm}",
+        )
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """The optimizer; decay is left off biases, norms, residual weights and the embedding."""
+
+    name: str = "adamw"
+    """adamw, or muon (matrices inside the blocks by Muon, the rest by AdamW)."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW moment decays."""
+    eps: float = 1e-8
+    """AdamW denominator floor."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the decayed group."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices when name is muon."""
+    muon_momentum: float = 0.95
+    """Momentum of the matrices when name is muon."""
+
+    def __post_init__(self) -> None:
+        _one_of("optim.name", self.name, ("adamw", "muon"))
+        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class ScheduleSection:
+    """Learning rate over the run, as a share of the peak."""
+
+    kind: str = "wsd"
+    """wsd (warm up, stay, decay), cosine or linear."""
+    warmup_steps: int = 0
+    """Steps from 0 to the peak."""
+    decay_frac: float = 0.2
+    """wsd: share of all steps spent in the final decay."""
+    decay_shape: str = "1-sqrt"
+    """wsd: shape of the final decay, 1-sqrt or linear."""
+    final_lr_frac: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.kind", self.kind, ("wsd", "cosine", "linear"))
+        _one_of("schedule.decay_shape", self.decay_shape, ("1-sqrt", "linear"))
+        for name in ("decay_frac", "final_lr_frac"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"schedule.{name} must lie in [0, 1], got {value}")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How the ranks share the model."""
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP): usually the number of nodes."""
+    reshard_after_forward: str = "auto"
+    """auto: keep gathered weights until backward where one replica fits; or true, false."""
+    timeout_s: float = 600.0
+    """A rank that is silent for this long is reported by name and the run ends."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicate > 0, f"parallel.replicate must be positive, got {self.replicate}")
+        _one_of(
+            "parallel.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false")
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """What survives a crash."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 means none."""
+    async_save: bool = True
+    """Write in the background while training goes on."""
+    verify: bool = True
+    """Check sha256 of every file before loading."""
+    resume: str = "auto"
+    """auto: newest sound checkpoint; never: an existing run is an error; or a step."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, f"checkpoint.every must be positive, got {self.every}")
+        _require(self.keep > 0, f"checkpoint.keep must be positive, got {self.keep}")
+        _require(
+            self.resume in ("auto", "never") or self.resume.isdigit(),
+            f"checkpoint.resume must be auto, never or a step, got {self.resume!r}",
+        )
+
+
+@dataclass(frozen=True)
+class GuardSection:
+    """What happens when loss or gradient goes wrong."""
+
+    max_bad_steps: int = 3
+    """Consecutive bad steps that end the run."""
+    spike_sigma: float = 8.0
+    """A loss this many deviations above its running mean is a spike; 0 switches it off."""
+    on_spike: str = "skip"
+    """skip the update, rollback to the last checkpoint and go round the data, or stop."""
+
+    def __post_init__(self) -> None:
+        _one_of("guard.on_spike", self.on_spike, ("skip", "rollback", "stop"))
+        _require(
+            self.max_bad_steps > 0,
+            f"guard.max_bad_steps must be positive, got {self.max_bad_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class EvalSection:
+    """Held-out loss, reported in nats per token and bits per byte."""
+
+    every: int = 1000
+    """Steps between evaluations; the last step always has one."""
+    tokens: int = 0
+    """Tokens evaluated, spread evenly over the held-out set; 0 means all of it."""
+    sample_prompt: str = ""
+    """Continued by the exported model at the end of the run; empty means no sample."""
+    sample_tokens: int = 96
+    """Length of that continuation."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, f"eval.every must be positive, got {self.every}")
+
+
+@dataclass(frozen=True)
+class LogSection:
+    """What is written while training; metrics.jsonl always is."""
+
+    every: int = 10
+    """Steps between console lines."""
+    tensorboard: bool = False
+    """Also write tensorboard events (needs the tensorboard package)."""
+    wandb: bool = False
+    """Also log to Weights & Biases (needs the wandb package)."""
+
+    def __post_init__(self) -> None:
+        _require(self.every > 0, f"log.every must be positive, got {self.every}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: everything that decides its result."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    out: str = "runs/train"
+    """Folder of the run: configuration, metrics, checkpoints, exported model."""
+    export: bool = True
+    """Write a HuggingFace folder with weights and tokenizer at the end."""
+    optim: OptimSection = field(default_factory=OptimSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    log: LogSection = field(default_factory=LogSection)
+
+    def __post_init__(self) -> None:
+        rows, rest = divmod(self.train.global_batch_tokens, self.data.seq_len)
+        _require(
+            rest == 0 and rows > 0,
+            f"train.global_batch_tokens must be a multiple of data.seq_len = {self.data.seq_len}, "
+            f"got {self.train.global_batch_tokens}",
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of one global batch."""
+        return self.train.global_batch_tokens // self.data.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.train.steps or -(-self.train.tokens // self.train.global_batch_tokens)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-steps of one optimizer step on every one of ``world_size`` ranks.
+
+        Raises:
+            ConfigError: the rows of a batch do not divide over ranks and micro-batches.
+        """
+        step_rows = world_size * self.train.micro_batch
+        _require(
+            self.rows % step_rows == 0,
+            f"{self.rows} rows a step (train.global_batch_tokens / data.seq_len) do not divide by "
+            f"{world_size} ranks x train.micro_batch {self.train.micro_batch} = {step_rows} rows",
+        )
+        return self.rows // step_rows

@@ -1,0 +1,144 @@
+"""TOML file -> ``TrainConfig`` -> command-line overrides, and back to TOML.
+
+Strict both ways: an unknown key is an error that suggests the nearest known one, a value of the
+wrong type is an error that names both. ``extends = "base.toml"`` takes a single parent, whose keys
+the child replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .config import ConfigError, TrainConfig
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parses one file, its parents included, and makes ``model.config`` absolute.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or extends itself.
+    """
+    return _read(Path(path), ())
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in children:
+        raise ConfigError(f"{path} extends itself")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("config"), str):
+        model["config"] = str((path.parent / model["config"]).resolve())
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    return _merge(_read(path.parent / parent, (*children, path)), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """Fills the dataclass ``cls`` from nested ``values``.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one, or a value of the wrong type.
+    """
+    types = get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        name = prefix + key
+        if key not in types:
+            raise ConfigError(f"unknown key {name!r}{_suggest(name, key, prefix, list(types))}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} must be a table, got {value!r}")
+            arguments[key] = build(types[key], value, name + ".")
+        else:
+            arguments[key] = _convert(name, types[key], value)
+    for spec in dataclasses.fields(cls):
+        if spec.name not in arguments and dataclasses.is_dataclass(types[spec.name]):
+            arguments[spec.name] = build(types[spec.name], {}, prefix + spec.name + ".")
+    return cls(**arguments)
+
+
+def _suggest(name: str, key: str, prefix: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1)
+    if near:
+        return f", did you mean {prefix + near[0]!r}?"
+    owner = next(
+        (f.name for f in dataclasses.fields(TrainConfig) if key in _field_names(f.name)), None
+    )
+    if owner:
+        return f", did you mean '{owner}.{key}'?"
+    return f"; known keys: {', '.join(prefix + k for k in known)}"
+
+
+def _field_names(section: str) -> set[str]:
+    kind = get_type_hints(TrainConfig)[section]
+    return {f.name for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        return tuple(_convert(f"{name}[{i}]", item, v) for i, v in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and name == "checkpoint.resume" and type(value) is int:
+        return str(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a run's TOML file and applies ``--section.key value`` overrides.
+
+    Raises:
+        ConfigError: the file or a value in it cannot be used.
+        SystemExit: the overrides do not parse (usage is printed), or ask for ``--help``.
+    """
+    config = build(TrainConfig, read_toml(path))
+    if not overrides:
+        return config
+    import tyro
+
+    return tyro.cli(
+        TrainConfig, default=config, args=overrides, prog=f"rodimus train {path}", description=None
+    )
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved run as a TOML file that ``load_config`` reads back to an equal value."""
+    tables, lines = [], []
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            tables += ["", f"[{key}]", *(f"{k} = {_literal(v)}" for k, v in value.items())]
+        else:
+            lines.append(f"{key} = {_literal(value)}")
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_literal(v) for v in value)}]"
+    # JSON spells strings, numbers and booleans as TOML does
+    return json.dumps(value)

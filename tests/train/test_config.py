@@ -1,0 +1,106 @@
+"""The run's TOML file: strict reading, overrides, round trip."""
+
+import pytest
+
+from rodimus.train.config import ConfigError, TrainConfig
+from rodimus.train.load import build, load_config, to_toml
+
+MINIMAL = """
+out = "runs/x"
+[model]
+config = "model.json"
+[data]
+train = ["train.json"]
+seq_len = 64
+[train]
+steps = 10
+global_batch_tokens = 1024
+[optim]
+lr = 3e-4
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.toml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
+    config = load_config(write(MINIMAL))
+    assert config.optim.lr == 3e-4
+    assert config.model.config == str(tmp_path / "model.json")
+    assert config.rows == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlrr = 1.0", "unknown key 'optim.lrr', did you mean 'optim.lr'?"),
+        ("[train]\nsteps = 'ten'", "train.steps must be int, got str 'ten'"),
+        ("[data]\ntrain = 'a.json'", "data.train must be a list"),
+        ("lr = 1.0", "unknown key 'lr', did you mean 'optim.lr'?"),
+        ("[data]\ntrain=['a']\npacking = 'tight'", "data.packing must be one of concat, bestfit"),
+        ("[train]\nsteps = 5\ntokens = 5", "exactly one of train.steps and train.tokens"),
+        ("[checkpoint]\nresume = 'yes'", "checkpoint.resume must be auto, never or a step"),
+    ],
+)
+def test_bad_value_is_one_line(text, message, write):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(text))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
+    with pytest.raises(ConfigError, match="cannot read config"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(write("[optim\nlr=1"))
+
+
+def test_child_replaces_keys_of_its_parent(write):
+    write(MINIMAL, "base.toml")
+    config = load_config(write('extends = "base.toml"\n[optim]\nlr = 1.0', "child.toml"))
+    assert (config.optim.lr, config.train.steps) == (1.0, 10)
+
+
+def test_file_that_extends_itself_is_an_error(write):
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(write('extends = "run.toml"'))
+
+
+def test_overrides_win_over_the_file(write):
+    path = write(MINIMAL)
+    config = load_config(path, ["--optim.lr", "1e-2", "--data.no-mask-doc-start"])
+    assert config.optim.lr == 1e-2
+    assert config.data.mask_doc_start is False
+    assert config.train.steps == 10
+
+
+def test_resolved_config_reads_back_equal(write):
+    config = load_config(write(MINIMAL), ["--optim.betas", "0.8", "0.99"])
+    assert load_config(write(to_toml(config), "resolved.toml")) == config
+
+
+def test_batch_must_divide_over_ranks(write):
+    config = load_config(write(MINIMAL), ["--train.micro-batch", "4"])
+    assert [config.accumulation(w) for w in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ConfigError, match="do not divide by 3 ranks"):
+        config.accumulation(3)
+
+
+def test_tokens_round_up_to_steps():
+    config = build(
+        TrainConfig,
+        {
+            "model": {"config": "m.json"},
+            "data": {"train": ["a"], "seq_len": 8},
+            "train": {"tokens": 65, "global_batch_tokens": 32},
+        },
+    )
+    assert config.steps == 3
