@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ["tests.model.error_table"]
+
 # both are read when the libraries are first imported, so they are set before any test module is
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -48,8 +50,8 @@ def _full_precision():
 def _nan_in_uninitialised_memory(request):
     """Operators must write their whole output, so under tests/kernels ``torch.empty`` returns NaN.
 
-    torch fills fresh memory in its deterministic mode (``torch.utils.deterministic``); ``warn_only``
-    keeps operations without a deterministic form usable.
+    torch fills fresh memory in its deterministic mode (``torch.utils.deterministic``);
+    ``warn_only`` keeps operations without a deterministic form usable.
     """
     if not request.node.nodeid.startswith("tests/kernels/"):
         yield
