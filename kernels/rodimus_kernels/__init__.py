@@ -1,0 +1,28 @@
+"""Operators of Rodimus and Rodimus+: a reference in plain torch, one public function, one dispatch.
+
+The mathematics is in :mod:`rodimus_kernels.reference`. Importing this package needs torch alone;
+what else an implementation needs is imported when it is chosen.
+"""
+
+from .cross_entropy import linear_cross_entropy
+from .ddts import ddts, ddts_gates, ddts_step
+from .norm import add_rms_norm, gated_rms_norm, rms_norm
+from .reference import rope_tables
+from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
+from .short_conv import short_conv, short_conv_step
+
+__all__ = [
+    "add_rms_norm",
+    "ddts",
+    "ddts_gates",
+    "ddts_step",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "shared_key_attention",
+    "shared_key_attention_step",
+    "short_conv",
+    "short_conv_step",
+]

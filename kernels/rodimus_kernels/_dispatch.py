@@ -1,0 +1,85 @@
+"""What every operator shares: loading an implementation by name, and clear argument errors."""
+
+import importlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callable:
+    """The function of ``impl``, imported on first use.
+
+    Args:
+        operator: public name, for the message.
+        impl: a key of ``implementations``.
+        implementations: implementation name to ``"module:function"``.
+
+    Raises:
+        ValueError: no such implementation.
+        ImportError: it exists, but what it needs is not installed.
+    """
+    if impl not in implementations:
+        names = ", ".join(map(repr, ("auto", *implementations)))
+        raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
+    module, function = implementations[impl].split(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ImportError(
+            f"{operator}(impl={impl!r}) cannot be loaded: {error}."
+            " Install what it needs, or pass impl='auto'."
+        ) from error
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
+    """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or got == want for got, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, expected))
+        raise ValueError(f"{name} must have shape [{wanted}], got {shape}")
+
+
+def check_alike(
+    reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None
+) -> None:
+    """Raise ValueError unless the others live on the reference's device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name} ({reference.device}),"
+                f" got {tensor.device}"
+            )
+
+
+def check_floating(**tensors: torch.Tensor) -> None:
+    """Raise ValueError unless every tensor is floating point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
+    """Check the boundaries of packed documents and return how many sequences there are.
+
+    Values are read only where that is free: on the CPU and outside compilation.
+    """
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens packs documents into one row: expected B = 1, got B = {batch}"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "cu_seqlens must be integers [N + 1] with N >= 1,"
+            f" got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]]
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, got {shown}")
+    return cu_seqlens.shape[0] - 1

@@ -1,0 +1,170 @@
+"""Public functions of DDTS (data-dependent tempered selection), their checks and the one
+dispatch."""
+
+import torch
+
+from .._dispatch import check_alike, check_cu_seqlens, check_floating, check_shape, load
+from .._library import state_dtype
+
+_SEQUENCE = {
+    "reference": "rodimus_kernels.reference:ddts",
+    "eager": "rodimus_kernels.ddts.eager:forward",
+}
+_STEP = {
+    "reference": "rodimus_kernels.reference:ddts_step",
+    "eager": "rodimus_kernels.ddts.eager:step",
+}
+_GATES = {"reference": "rodimus_kernels.reference:ddts_gates"}
+IMPLS = tuple(_SEQUENCE)
+
+# Below this many tokens the token loop beats a padded chunk of 64 on a CPU.
+_SHORT = 8
+
+
+def ddts_gates(
+    k: torch.Tensor,
+    select: torch.Tensor,
+    temper: torch.Tensor,
+    *,
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tempered selection gates: what is written and what survives, from raw projections.
+
+        log_decay = -softplus(select) * sigmoid(temper)
+        k         = k / max(|k|, eps) * softplus(select) ** sigmoid(temper)
+
+    Rodimus* (arXiv 2410.06577), section 3.1. Finite, gradients included, for any finite
+    pre-activation.
+
+    Args:
+        k: Raw keys ``[..., K]``; float of any width.
+        select: Pre-activation of the selection gate, shaped like ``k``.
+        temper: Pre-activation of the temperature gate, shaped like ``k``.
+        eps: Lower bound of the key norm; the released configurations use 1e-5 or 1e-12.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``(k, log_decay)``: both shaped like ``k``, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or devices differ, or ``impl`` is unknown.
+    """
+    check_shape("select", select, tuple(k.shape))
+    check_shape("temper", temper, tuple(k.shape))
+    check_alike("k", k, select=select, temper=temper)
+    return load("ddts_gates", "reference" if impl == "auto" else impl, _GATES)(
+        k, select, temper, eps=eps
+    )
+
+
+def ddts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Linear attention with a data-dependent decay per key channel: the sequence form,
+    differentiable.
+
+        S_t = exp(log_decay_t)[:, None] * S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    Rodimus* (arXiv 2410.06577), section 3.1. The state is kept in float32 for every input dtype.
+
+    Args:
+        q: Queries ``[B, T, H, K]``; float32, bfloat16, float16 or float64.
+        k: Keys shaped like ``q``, gates already applied.
+        v: Values ``[B, T, H, V]``.
+        log_decay: Natural log of the decay, shaped like ``q``, entries <= 0.
+        scale: Query scale. Default ``K ** -0.5``.
+        initial_state: ``[N, H, K, V]``; N = B, or the number of packed documents. Default zeros.
+        output_final_state: Return the state after the last token of each sequence.
+        cu_seqlens: int ``[N + 1]`` boundaries of packed documents, rising from 0 to T; requires B
+            = 1. Values are checked on the CPU; on a GPU that would stop the stream, so they are
+            the caller's promise.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``(o, final_state)``: ``o`` is ``[B, T, H, V]`` in ``v.dtype``; ``final_state`` is float32
+        (float64 for float64 inputs) ``[N, H, K, V]`` or None. Always a pair.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract, or T = 0.
+        ImportError: the chosen implementation cannot be loaded.
+    """
+    check_shape("q", q, ("B", "T", "H", "K"))
+    batch, length, heads, key_dim = q.shape
+    check_shape("k", k, (batch, length, heads, key_dim))
+    check_shape("v", v, (batch, length, heads, "V"))
+    check_shape("log_decay", log_decay, (batch, length, heads, key_dim))
+    check_floating(q=q, k=k, v=v, log_decay=log_decay)
+    check_alike("q", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    if length == 0:
+        raise ValueError("ddts needs at least one token, got T = 0")
+    sequences = check_cu_seqlens(cu_seqlens, batch, length)
+    if initial_state is not None:
+        check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
+    function = load("ddts", _choose(length) if impl == "auto" else impl, _SEQUENCE)
+    return function(
+        *(q, k, v, log_decay),
+        scale=key_dim**-0.5 if scale is None else scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def _choose(length: int) -> str:
+    return "eager" if length > _SHORT else "reference"
+
+
+def ddts_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: torch.Tensor,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """One token of :func:`ddts`; ``state`` is updated in place. Not differentiable.
+
+    Args:
+        q: Query ``[B, H, K]``; k and log_decay are shaped like it.
+        k: Key, gates already applied.
+        v: Value ``[B, H, V]``.
+        log_decay: Natural log of the decay, entries <= 0.
+        state: ``[B, H, K, V]``, float32 (float64 for float64 inputs), contiguous; overwritten.
+        scale: Query scale. Default ``K ** -0.5``.
+        impl: ``"auto"``, ``"eager"`` or ``"reference"``.
+
+    Returns:
+        ``[B, H, V]`` in ``v.dtype``.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride breaks the contract.
+    """
+    check_shape("q", q, ("B", "H", "K"))
+    batch, heads, key_dim = q.shape
+    check_shape("k", k, (batch, heads, key_dim))
+    check_shape("v", v, (batch, heads, "V"))
+    check_shape("log_decay", log_decay, (batch, heads, key_dim))
+    check_shape("state", state, (batch, heads, key_dim, v.shape[-1]))
+    check_alike("q", q, k=k, v=v, log_decay=log_decay, state=state)
+    expected = state_dtype(q, k, v, log_decay)
+    if state.dtype != expected or not state.is_contiguous():
+        layout = "contiguous" if state.is_contiguous() else f"strides {state.stride()}"
+        raise ValueError(f"state must be contiguous {expected}, got {layout} {state.dtype}")
+    function = load("ddts_step", "eager" if impl == "auto" else impl, _STEP)
+    with torch.no_grad():
+        return function(q, k, v, log_decay, state, scale=key_dim**-0.5 if scale is None else scale)
+
+
+__all__ = ["IMPLS", "ddts", "ddts_gates", "ddts_step"]

@@ -1,0 +1,106 @@
+"""The norms of a block: plain, after a residual addition, and after the mixer's silu gate."""
+
+import torch
+
+from ._dispatch import check_alike, check_shape, load
+
+_RMS = {"reference": "rodimus_kernels.reference:rms_norm"}
+_ADD = {"reference": "rodimus_kernels.reference:add_rms_norm"}
+_GATED = {"reference": "rodimus_kernels.reference:gated_rms_norm"}
+IMPLS = tuple(_RMS)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, *, eps: float = 1e-5, impl: str = "auto"
+) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32 or wider.
+
+    Args:
+        x: ``[..., D]``, usually the float32 residual stream.
+        weight: ``[D]``.
+        eps: Added to the mean square.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``[..., D]`` in weight's dtype.
+
+    Raises:
+        ValueError: weight does not fit x.
+    """
+    check_shape("weight", weight, (x.shape[-1],))
+    check_alike("x", x, weight=weight)
+    return load("rms_norm", _choose(impl), _RMS)(x, weight, eps=eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a branch to the residual stream and normalise the sum.
+
+    Args:
+        x: Output of a branch ``[..., D]``.
+        residual: Stream ``[..., D]``, usually float32; its dtype is kept.
+        weight: ``[D]``.
+        eps: Added to the mean square.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``(rms_norm(residual + x), residual + x)``: the first in weight's dtype, the second in the
+        stream's.
+
+    Raises:
+        ValueError: shapes or devices differ.
+    """
+    check_shape("residual", residual, tuple(x.shape))
+    check_shape("weight", weight, (x.shape[-1],))
+    check_alike("x", x, residual=residual, weight=weight)
+    return load("add_rms_norm", _choose(impl), _ADD)(x, residual, weight, eps=eps)
+
+
+def gated_rms_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    residual_weight: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """``rms_norm((x + residual * residual_weight) * silu(gate)) * weight``: gate first, then norm.
+
+    Args:
+        x: ``[..., D]``.
+        gate: Pre-activation of the gate ``[..., D]``.
+        weight: ``[D]``.
+        eps: Added to the mean square.
+        residual: ``[..., D]`` or None; comes with ``residual_weight``.
+        residual_weight: ``[D]``, usually float32.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``[..., D]`` in x's dtype; the weighted sum is rounded to it before gating.
+
+    Raises:
+        ValueError: shapes or devices differ, or only one of residual and residual_weight is given.
+    """
+    check_shape("gate", gate, tuple(x.shape))
+    check_shape("weight", weight, (x.shape[-1],))
+    if (residual is None) != (residual_weight is None):
+        raise ValueError("residual and residual_weight come together, got only one of them")
+    if residual is not None:
+        check_shape("residual", residual, tuple(x.shape))
+        check_shape("residual_weight", residual_weight, (x.shape[-1],))
+    check_alike("x", x, gate=gate, weight=weight, residual=residual)
+    return load("gated_rms_norm", _choose(impl), _GATED)(
+        *(x, gate, weight), eps=eps, residual=residual, residual_weight=residual_weight
+    )
+
+
+def _choose(impl):
+    return "reference" if impl == "auto" else impl

@@ -1,0 +1,589 @@
+"""The mathematics of Rodimus and Rodimus+ in plain torch, in reading order.
+
+Gates, the recurrence, shared-key attention, short convolution, norms, loss. Every function here is
+the definition that the other implementations are tested against: it runs on any device in any
+dtype up to float64, is differentiable, and is written to be read. It imports torch alone, so an
+exported checkpoint carries this file and needs nothing else.
+
+Symbols of the paper (Rodimus*, arXiv 2410.06577, section 3) beside ours, for one head, one token:
+
+    paper                                     here
+    q_t, k_t, v_t                             q, k, v
+    S_t, n x m                                state [K, V]      K = mem_size, V = d_inner
+    g_t = softplus(x_t W_g + b_g)             softplus(select)  selection gate
+    tau_t = sigmoid(x_t W_tau + b_tau)        sigmoid(temper)   temperature gate
+    alpha_t = exp(-g_t * tau_t)               exp(log_decay)    how much of the state survives
+    alpha^hat_t = g_t ** tau_t                folded into k     how much is written
+    beta^hat_t = sigmoid(x_t W_1 W_2 + b)     folded into v     input gate, applied by the model
+    S_t = (alpha_t^T 1) * S_{t-1} + k_t^T v_t ddts              the recurrence
+    o_t = q_t S_t / sqrt(n)                   ddts              scale = K ** -0.5
+
+Dimensions: B batch, T time, S keys in time, H heads, K state key, V state value, D head dim,
+C chunk, W convolution width, N packed documents.
+"""
+
+import functools
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+# A log-decay that erases any state, and still sums over a chunk without overflow in fp32.
+RESET = -1e30
+
+
+def _compute_dtype(*tensors):
+    """float64 if any input is float64, else float32: nothing is computed below single precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _outside_autocast(function):
+    """Run in the dtypes that are written: autocast would round products to half precision."""
+
+    @functools.wraps(function)
+    def wrapper(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapper
+
+
+# ----------------------------------------------------------------------------------------------
+# Gates
+# ----------------------------------------------------------------------------------------------
+
+
+def softplus(x):
+    """ln(1 + e^x), exact for any x (``F.softplus`` is cut to x above 20)."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def log_softplus(x):
+    """ln ln(1 + e^x), finite with finite gradients where softplus underflows.
+
+    Below -20, ln(1 + e^x) = e^x (1 - e^x / 2 + ...), so its logarithm is x - e^x / 2 to 1e-17.
+    """
+    far = x < -20
+    near_value = softplus(torch.where(far, torch.zeros_like(x), x)).log()
+    far_value = x - 0.5 * torch.where(far, x, torch.zeros_like(x)).exp()
+    return torch.where(far, far_value, near_value)
+
+
+@_outside_autocast
+def ddts_gates(k, select, temper, *, eps=1e-12):
+    """Tempered selection: the written key and the decay, from raw projections (paper section 3.1).
+
+        log_decay = -softplus(select) * sigmoid(temper)
+        k         = k / max(|k|, eps) * softplus(select) ** sigmoid(temper)
+
+    Args:
+        k, select, temper: raw projections ``[..., K]``.
+        eps: lower bound of the norm that divides k.
+
+    Returns:
+        ``(k, log_decay)``, both ``[..., K]`` in float32 (float64 for float64 inputs).
+    """
+    dtype = _compute_dtype(k, select, temper)
+    k, select, temper = k.to(dtype), select.to(dtype), temper.to(dtype)
+    tau = temper.sigmoid()
+    log_decay = -softplus(select) * tau
+    written = torch.exp(tau * log_softplus(select))
+    return F.normalize(k, dim=-1, eps=eps) * written, log_decay
+
+
+# ----------------------------------------------------------------------------------------------
+# DDTS: the recurrence, one token at a time and one chunk at a time
+# ----------------------------------------------------------------------------------------------
+
+
+@_outside_autocast
+def ddts(
+    q,
+    k,
+    v,
+    log_decay,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    compute_dtype=None,
+):
+    """Token by token: the definition.
+
+        S_t = exp(log_decay_t)[:, None] * S_{t-1} + k_t^T v_t        o_t = scale * q_t S_t
+
+    Args:
+        q, k, log_decay: ``[B, T, H, K]``. v: ``[B, T, H, V]``.
+        scale: default ``K ** -0.5``.
+        initial_state: ``[N, H, K, V]``; N = B, or the number of packed documents. Default zeros.
+        cu_seqlens: ``[N + 1]`` boundaries of packed documents; requires B = 1.
+        compute_dtype: dtype of the whole computation; default float32, float64 for float64 inputs.
+
+    Returns:
+        ``(o [B, T, H, V] in v's dtype, final_state [N, H, K, V] or None)``.
+    """
+    dtype = compute_dtype or _compute_dtype(q, k, v, log_decay)
+    if cu_seqlens is not None:
+        one_document = functools.partial(ddts, scale=scale, compute_dtype=dtype)
+        return each_document(
+            one_document, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    batch, _, heads, key_dim = q.shape
+    state = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype)
+    if initial_state is not None:
+        state = state + initial_state.to(dtype)
+    outputs = []
+    for q_t, k_t, v_t, g_t in zip(
+        *(x.to(dtype).unbind(1) for x in (q, k, v, log_decay)), strict=True
+    ):
+        state = g_t.exp()[..., None] * state + k_t[..., None] * v_t[..., None, :]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q_t, state))
+    o = torch.stack(outputs, dim=1).to(v.dtype)
+    return o, (state if output_final_state else None)
+
+
+def each_document(function, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens):
+    """Run packed documents one by one, each from its own state; an empty one keeps its state."""
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        h0 = None if initial_state is None else initial_state[n : n + 1]
+        if start == stop:
+            empty = q.new_zeros(
+                1, q.shape[2], q.shape[3], v.shape[3], dtype=_compute_dtype(q, k, v)
+            )
+            finals.append(empty if h0 is None else h0.to(empty.dtype))
+            continue
+        piece = (x[:, start:stop] for x in (q, k, v, log_decay))
+        o, final = function(*piece, initial_state=h0, output_final_state=True)
+        outputs.append(o)
+        finals.append(final)
+    return torch.cat(outputs, dim=1), (torch.cat(finals) if output_final_state else None)
+
+
+@_outside_autocast
+def ddts_step(q, k, v, log_decay, state, *, scale=None):
+    """One token; ``state`` is written in place.
+
+    Args:
+        q, k, log_decay: ``[B, H, K]``. v: ``[B, H, V]``. state: ``[B, H, K, V]``.
+
+    Returns:
+        o ``[B, H, V]`` in v's dtype.
+    """
+    o, final_state = ddts(
+        *(x.unsqueeze(1) for x in (q, k, v, log_decay)),
+        scale=scale,
+        initial_state=state,
+        output_final_state=True,
+    )
+    state.copy_(final_state)
+    return o.squeeze(1)
+
+
+def decay_tree(log_decay):
+    """Dyadic sums of the log-decays of a chunk, by additions alone.
+
+    For positions i > j of a chunk let l be the highest bit in which they differ and h = 2^l. Then
+    j lies in an even block of h positions and i in the odd block after it, and
+
+        sum(log_decay[j+1 .. i]) = prefix_l[i] + suffix_l[j]
+
+    with prefix_l[i] the sum from the start of i's block to i, and suffix_l[j] the sum after j to
+    the end of j's block. Both are sums of numbers <= 0: no exponent is ever positive and nothing
+    cancels.
+
+    Args:
+        log_decay: ``[..., C, K]``, C a power of two.
+
+    Returns:
+        ``(levels, prefix, suffix, total)``: ``levels[l] = (prefix_l, suffix_l)``; the other three
+        are those of the whole chunk: ``[..., C, K]`` twice, and the sum ``[..., K]``.
+    """
+    *lead, chunk, key_dim = log_decay.shape
+    prefix, suffix = log_decay, torch.zeros_like(log_decay)
+    total = log_decay.unflatten(-2, (chunk, 1))
+    levels = []
+    while total.shape[-3] > 1:
+        levels.append((prefix, suffix))
+        block = (total.shape[-3] // 2, 2, chunk // total.shape[-3])
+        even_total, odd_total = total.unflatten(-3, block[:2]).unbind(-3)
+        even_prefix, odd_prefix = prefix.unflatten(-2, block).unbind(-3)
+        even_suffix, odd_suffix = suffix.unflatten(-2, block).unbind(-3)
+        prefix = torch.stack((even_prefix, odd_prefix + even_total), -3).reshape(log_decay.shape)
+        suffix = torch.stack((even_suffix + odd_total, odd_suffix), -3).reshape(log_decay.shape)
+        total = even_total + odd_total
+    return levels, prefix, suffix, total.reshape(*lead, key_dim)
+
+
+def level_mask(chunk, level, device=None):
+    """Pairs i > j whose highest differing bit is ``level``: bool ``[C, C]``."""
+    i = torch.arange(chunk, device=device)
+    return (((i[:, None] ^ i[None, :]) >> level) == 1) & (i[:, None] > i[None, :])
+
+
+def chunk_scores(q, k, levels):
+    """A[i, j] = sum_K q[i] k[j] exp(sum(log_decay[j+1 .. i])), 0 for i < j: ``[..., C, C]``."""
+    scores = torch.diag_embed((q * k).sum(-1))
+    for level, (prefix, suffix) in enumerate(levels):
+        pairs = (q * prefix.exp()) @ (k * suffix.exp()).transpose(-1, -2)
+        scores = scores + pairs * level_mask(q.shape[-2], level, q.device)
+    return scores
+
+
+def to_chunks(x, chunk):
+    """``[B, T, H, X]`` to ``[B, H, NT, C, X]``, zero-padded: zeros change no state."""
+    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+
+
+def from_chunks(x, length):
+    """The inverse of :func:`to_chunks`, cut to ``length`` tokens."""
+    return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
+
+
+@_outside_autocast
+def ddts_chunk(
+    q,
+    k,
+    v,
+    log_decay,
+    *,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    chunk=64,
+):
+    """The same function as :func:`ddts`, C tokens at a time in matrix products.
+
+    Inside a chunk, with P, Q the prefix and suffix sums of the chunk and A its decayed scores:
+
+        o = A v + (q exp P) S        S' = exp(total) S + (k exp Q)^T v
+
+    Packed documents are separated by a log-decay that erases the state at each first token.
+    """
+    if cu_seqlens is not None and (output_final_state or initial_state is not None):
+        one_document = functools.partial(ddts_chunk, scale=scale, chunk=chunk)
+        return each_document(
+            one_document, q, k, v, log_decay, initial_state, output_final_state, cu_seqlens
+        )
+    if cu_seqlens is not None:
+        log_decay = reset_at_starts(log_decay, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state, _ = ddts_chunk_states(q, k, v, log_decay, scale, initial_state, chunk)
+    return o, (final_state if output_final_state else None)
+
+
+def ddts_chunk_states(q, k, v, log_decay, scale, initial_state, chunk):
+    """Forward of :func:`ddts_chunk`, also returning the state at the start of each chunk ``[B, H,
+    NT, K, V]``."""
+    dtype = _compute_dtype(q, k, v, log_decay)
+    qc, kc, vc, gc = (to_chunks(x.to(dtype), chunk) for x in (q * scale, k, v, log_decay))
+    levels, prefix, suffix, total = decay_tree(gc)
+    read, write, keep = qc * prefix.exp(), kc * suffix.exp(), total.exp()[..., None]
+    state = qc.new_zeros(*qc.shape[:2], qc.shape[-1], vc.shape[-1])
+    if initial_state is not None:
+        state = state + initial_state.to(dtype)
+    states = []
+    for n in range(qc.shape[2]):
+        states.append(state)
+        state = keep[:, :, n] * state + write[:, :, n].transpose(-1, -2) @ vc[:, :, n]
+    states = torch.stack(states, dim=2)
+    o = read @ states + chunk_scores(qc, kc, levels) @ vc
+    return from_chunks(o, q.shape[1]).to(v.dtype), state, states
+
+
+# ----------------------------------------------------------------------------------------------
+# Packed documents
+# ----------------------------------------------------------------------------------------------
+
+
+def document_starts(cu_seqlens, length):
+    """True at the first token of each packed document: bool ``[T]``, without reading values on the
+    host."""
+    starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return starts.index_fill(0, cu_seqlens[:-1].long(), True)[:length]
+
+
+def reset_at_starts(log_decay, cu_seqlens):
+    """log_decay ``[1, T, H, K]`` with a decay that erases the state at each document's first
+    token."""
+    starts = document_starts(cu_seqlens, log_decay.shape[1])
+    return log_decay.masked_fill(starts[:, None, None], RESET)
+
+
+def document_ids(cu_seqlens, length):
+    """Index of the packed document of each token: int64 ``[T]``."""
+    return torch.cumsum(document_starts(cu_seqlens, length), 0) - 1
+
+
+# ----------------------------------------------------------------------------------------------
+# Sliding-window shared-key attention (paper section 3.2)
+# ----------------------------------------------------------------------------------------------
+
+
+def rope_tables(position_ids, dim, *, base=10000.0, dtype=torch.float32):
+    """Cosines and sines of the rotary embedding: ``(cos, sin)``, each ``[..., T, dim // 2]``.
+
+    Angles are computed in fp32 and the tables rounded to ``dtype``, as the released models were
+    trained.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+    angles = position_ids[..., None].to(torch.float32) * base**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rope(x, cos, sin):
+    """Rotate the first ``2 * cos.shape[-1]`` channels of x ``[B, T, H, D]``; channel d pairs with
+    d + dim / 2.
+
+    Args:
+        cos, sin: tables ``[B or 1, T, dim // 2]`` of :func:`rope_tables`.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1).to(x.dtype)
+
+
+def visible_keys(queries, keys, window_size, *, cu_seqlens=None, device=None):
+    """Which keys a query sees: bool ``[T, S]``. The queries are the last T of S positions.
+
+    Query i sees keys j with ``i - window_size < j <= i`` of its own document; ``window_size=None``
+    sees all.
+    """
+    j = torch.arange(keys, device=device)
+    i = j[keys - queries :, None]
+    visible = j <= i
+    if window_size is not None:
+        visible = visible & (j > i - window_size)
+    if cu_seqlens is not None:
+        document = document_ids(cu_seqlens, keys)
+        visible = visible & (document == document[keys - queries :, None])
+    return visible
+
+
+@_outside_autocast
+def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=None):
+    """Causal attention with few key heads and many value heads, over a sliding window.
+
+    Query head i uses key head ``i % Hk`` and value head ``i % Hv``.
+
+    Args:
+        q: ``[B, T, H, D]``. k: ``[B, S, Hk, D]``. v: ``[B, S, Hv, Dv]``; S >= T, the queries are
+            the last T.
+        window_size: visible keys, the query's own position included; None for all.
+        scale: default ``D ** -0.5``.
+        cu_seqlens: ``[N + 1]`` boundaries of packed documents; requires B = 1 and S = T.
+
+    Returns:
+        ``[B, T, H, Dv]`` in v's dtype.
+    """
+    dtype = _compute_dtype(q, k, v)
+    heads = torch.arange(q.shape[2], device=q.device)
+    k, v_wide = k[:, :, heads % k.shape[2]].to(dtype), v[:, :, heads % v.shape[2]].to(dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bthd,bshd->bhts", q.to(dtype) * scale, k)
+    mask = visible_keys(q.shape[1], k.shape[1], window_size, cu_seqlens=cu_seqlens, device=q.device)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v_wide).to(v.dtype)
+
+
+@_outside_autocast
+def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=None):
+    """A few new tokens against a ring cache; the cache is written in place.
+
+    Token p of a sequence lives in row ``p % R`` of its ring as ``[keys of Hk heads | values of Hv
+    heads]``.
+
+    Args:
+        q: ``[B, T, H, D]``. k: ``[B, T, Hk, D]``. v: ``[B, T, Hv, Dv]``, all after rotary
+            embedding.
+        cache: ``[B, R, Hk * D + Hv * Dv]``, R >= window_size + T - 1.
+        position: int64 ``[B]``, tokens already in each sequence.
+        window_size: visible keys, the query's own position included.
+
+    Returns:
+        ``[B, T, H, Dv]`` in v's dtype.
+    """
+    batch, steps, key_heads, dim = k.shape
+    ring = cache.shape[1]
+    new_positions = position[:, None] + torch.arange(steps, device=q.device)
+    rows = torch.cat((k.flatten(2), v.flatten(2)), dim=-1).to(cache.dtype)
+    cache[torch.arange(batch, device=q.device)[:, None], new_positions % ring] = rows
+
+    # Row r holds the newest position p <= last with p % R = r; a negative one is still empty.
+    last = new_positions[:, -1:]
+    held = last - (last - torch.arange(ring, device=q.device)) % ring
+    age = new_positions[:, :, None] - held[:, None, :]
+    visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
+
+    dtype = _compute_dtype(q, k, v)
+    keys = cache[..., : key_heads * dim].unflatten(-1, (key_heads, dim)).to(dtype)
+    values = cache[..., key_heads * dim :].unflatten(-1, (v.shape[2], v.shape[3])).to(dtype)
+    heads = torch.arange(q.shape[2], device=q.device)
+    scale = dim**-0.5 if scale is None else scale
+    scores = torch.einsum("bthd,brhd->bhtr", q.to(dtype) * scale, keys[:, :, heads % key_heads])
+    # An empty row can hold anything: it is masked in the scores and zeroed in the values.
+    values = values.masked_fill((held < 0)[:, :, None, None], 0)[:, :, heads % v.shape[2]]
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhtr,brhd->bthd", weights, values).to(v.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Short convolution
+# ----------------------------------------------------------------------------------------------
+
+
+def short_conv(
+    x,
+    weight,
+    bias=None,
+    *,
+    initial_state=None,
+    output_final_state=False,
+    cu_seqlens=None,
+    seq_idx=None,
+):
+    """Causal depthwise convolution over time with silu: y_t = silu(bias + sum_w weight[w] x_{t - W
+    + 1 + w}).
+
+    Args:
+        x: ``[B, T, D]``. weight: ``[D, W]``, the last tap on the current token. bias: ``[D]`` or
+            None.
+        initial_state: the W inputs before x, oldest first, ``[N, D, W]``; default zeros.
+        cu_seqlens: ``[N + 1]`` boundaries of packed documents; requires B = 1.
+        seq_idx: ``[B, T]`` document of each token, for packed rows; taps never cross documents.
+
+    Returns:
+        ``(y [B, T, D] in x's dtype, final_state [N, D, W] in x's dtype or None)``.
+    """
+    length, width = x.shape[1], weight.shape[1]
+    if cu_seqlens is not None and (output_final_state or initial_state is not None):
+        return _each_document_conv(x, weight, bias, initial_state, output_final_state, cu_seqlens)
+    if cu_seqlens is not None:
+        seq_idx = document_ids(cu_seqlens, length)[None]
+    dtype = _compute_dtype(x, weight)
+    past = x.new_zeros(x.shape[0], width, x.shape[2])
+    if initial_state is not None:
+        past = initial_state.transpose(1, 2).to(x.dtype)
+    padded = torch.cat((past, x), dim=1)
+    y = torch.zeros_like(x, dtype=dtype)
+    for tap in range(width):
+        back = width - 1 - tap
+        shifted = padded[:, width - back : width - back + length].to(dtype)
+        if seq_idx is not None and back > 0:
+            same = seq_idx == F.pad(seq_idx, (back, 0), value=-1)[:, :length]
+            shifted = shifted * same[..., None]
+        y = y + shifted * weight[:, tap].to(dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    final_state = padded[:, -width:].transpose(1, 2) if output_final_state else None
+    return F.silu(y).to(x.dtype), final_state
+
+
+def _each_document_conv(x, weight, bias, initial_state, output_final_state, cu_seqlens):
+    outputs, finals = [], []
+    for n, (start, stop) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        past = None if initial_state is None else initial_state[n : n + 1]
+        y, final = short_conv(
+            x[:, start:stop], weight, bias, initial_state=past, output_final_state=True
+        )
+        outputs.append(y)
+        finals.append(final)
+    return torch.cat(outputs, dim=1), (torch.cat(finals) if output_final_state else None)
+
+
+def short_conv_step(x, conv_state, weight, bias=None):
+    """One token x ``[B, D]``; ``conv_state [B, D, W]`` (the last W inputs, oldest first) is
+    written in place.
+
+    Returns:
+        y ``[B, D]`` in x's dtype.
+    """
+    conv_state.copy_(torch.cat((conv_state[..., 1:], x[..., None].to(conv_state.dtype)), dim=-1))
+    dtype = _compute_dtype(x, weight)
+    y = (conv_state.to(dtype) * weight.to(dtype)).sum(-1)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    return F.silu(y).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Norms
+# ----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x, weight, *, eps=1e-5):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed wide, in weight's
+    dtype."""
+    wide = x.to(_compute_dtype(x, weight))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(wide.dtype)).to(weight.dtype)
+
+
+def add_rms_norm(x, residual, weight, *, eps=1e-5):
+    """Add a branch to the residual stream and normalise: the stream keeps its own, usually wider,
+    dtype.
+
+    Args:
+        x: branch output ``[..., D]``. residual: stream ``[..., D]``. weight: ``[D]``.
+
+    Returns:
+        ``(rms_norm(residual + x) in weight's dtype, residual + x in residual's dtype)``.
+    """
+    stream = residual + x.to(residual.dtype)
+    return rms_norm(stream, weight, eps=eps), stream
+
+
+def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=None):
+    """rms_norm((x + residual * residual_weight) * silu(gate)) * weight: gate first, then norm.
+
+    The sum with the weighted residual is rounded to x's dtype before gating, as the released
+    models do.
+
+    Args:
+        x, gate, residual: ``[..., D]``. weight, residual_weight: ``[D]``.
+
+    Returns:
+        ``[..., D]`` in x's dtype.
+    """
+    dtype = _compute_dtype(x, gate, weight)
+    if residual is not None:
+        x = (x.to(dtype) + residual.to(dtype) * residual_weight.to(dtype)).to(x.dtype)
+    gated = x.to(dtype) * F.silu(gate.to(dtype))
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.to(dtype)).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Loss
+# ----------------------------------------------------------------------------------------------
+
+
+@_outside_autocast
+def linear_cross_entropy(hidden, weight, labels, *, z_loss=0.0, ignore_index=-100, reduction="sum"):
+    """Cross entropy of ``softmax(hidden weight^T)``, with the logits in full.
+
+        loss_n = lse_n - logit_n[label_n] + z_loss * lse_n^2
+
+    Args:
+        hidden: ``[N, D]``. weight: ``[vocabulary, D]``. labels: int64 ``[N]``.
+        z_loss: weight of the squared log-partition term that keeps logits bounded.
+        reduction: "sum", or "mean" over labels that are not ``ignore_index``.
+
+    Returns:
+        ``(loss, cross_entropy)``: scalars; the second is without the z term and detached, for logs.
+    """
+    dtype = _compute_dtype(hidden, weight)
+    logits = hidden.to(dtype) @ weight.to(dtype).t()
+    lse = logits.logsumexp(-1)
+    valid = labels != ignore_index
+    target = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    cross_entropy = ((lse - target) * valid).sum()
+    loss = cross_entropy + z_loss * (lse.square() * valid).sum()
+    if reduction == "mean":
+        loss, cross_entropy = loss / valid.sum(), cross_entropy / valid.sum()
+    return loss, cross_entropy.detach()

@@ -1,0 +1,166 @@
+"""Public functions of sliding-window shared-key attention (SW-SKA), their checks and the one
+dispatch."""
+
+import torch
+
+from .. import reference
+from .._dispatch import check_alike, check_cu_seqlens, check_floating, check_shape, load
+
+_SEQUENCE = {
+    "reference": "rodimus_kernels.reference:shared_key_attention",
+    "sdpa": "rodimus_kernels.shared_key_attention.sdpa:forward",
+}
+_STEP = {"reference": "rodimus_kernels.reference:shared_key_attention_step"}
+IMPLS = tuple(_SEQUENCE)
+
+# Queries against the ring cache in one call: speculative decoding verifies a few tokens, prefill
+# is the other form.
+MAX_STEP = 8
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding in the released convention: channel d pairs with channel d + dim /
+    2.
+
+    Args:
+        x: ``[B, T, H, D]``.
+        cos: ``[B or 1, T, dim / 2]``; the first ``dim <= D`` channels are rotated, the rest pass.
+        sin: Shaped like ``cos``.
+
+    Returns:
+        ``[B, T, H, D]`` in x's dtype.
+
+    Raises:
+        ValueError: the tables do not fit x.
+    """
+    check_shape("x", x, ("B", "T", "H", "D"))
+    check_shape("cos", cos, (cos.shape[0], x.shape[1], "dim / 2"))
+    check_shape("sin", sin, tuple(cos.shape))
+    if cos.shape[0] not in (1, x.shape[0]) or 2 * cos.shape[-1] > x.shape[-1]:
+        raise ValueError(
+            f"cos must be [1 or {x.shape[0]}, {x.shape[1]}, at most {x.shape[-1] // 2}],"
+            f" got {tuple(cos.shape)}"
+        )
+    return reference.rope(x, cos, sin)
+
+
+def shared_key_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    window_size: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Causal sliding-window attention with one (or few) key heads and many value heads;
+    differentiable.
+
+    Query head i uses key head ``i % Hk`` and value head ``i % Hv``. Rodimus* (arXiv 2410.06577),
+    section 3.2.
+
+    Args:
+        q: Queries ``[B, T, H, D]`` after rotary embedding; the last T positions of the keys.
+        k: Keys ``[B, S, Hk, D]`` after rotary embedding, S >= T, H divisible by Hk.
+        v: Values ``[B, S, Hv, Dv]``, H divisible by Hv; Dv may differ from D.
+        window_size: Keys a query sees, its own position included; None for all before it.
+        scale: Softmax scale. Default ``D ** -0.5``.
+        cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1 and S = T.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``[B, T, H, Dv]`` in ``v.dtype``.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract.
+        ImportError: the chosen implementation cannot be loaded.
+    """
+    _check(q, k, v, window_size)
+    batch, queries, _, dim = q.shape
+    keys = k.shape[1]
+    if queries == 0 or keys < queries:
+        raise ValueError(f"expected S >= T >= 1, got T = {queries} queries and S = {keys} keys")
+    if cu_seqlens is not None and keys != queries:
+        raise ValueError(f"cu_seqlens requires S = T, got T = {queries} and S = {keys}")
+    check_cu_seqlens(cu_seqlens, batch, queries)
+    function = load("shared_key_attention", "sdpa" if impl == "auto" else impl, _SEQUENCE)
+    return function(
+        *(q, k, v),
+        window_size=window_size,
+        scale=dim**-0.5 if scale is None else scale,
+        cu_seqlens=cu_seqlens,
+    )
+
+
+def shared_key_attention_step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: torch.Tensor,
+    position: torch.Tensor,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """One to eight tokens against a ring cache, which is updated in place. Not differentiable.
+
+    Token p of a sequence lives in row ``p % R`` as ``[Hk keys | Hv values]``: one contiguous row a
+    token, no shift and no copy when the window is full. Sequences of one batch may have different
+    ages.
+
+    Args:
+        q: Queries ``[B, T, H, D]`` after rotary embedding, 1 <= T <= 8.
+        k: Keys of the same tokens ``[B, T, Hk, D]``, after rotary embedding.
+        v: Values of the same tokens ``[B, T, Hv, Dv]``.
+        cache: ``[B, R, Hk * D + Hv * Dv]`` with R >= window_size + T - 1; overwritten.
+        position: int64 ``[B]``: tokens each sequence has seen before these.
+        window_size: Keys a query sees, its own position included.
+        scale: Softmax scale. Default ``D ** -0.5``.
+        impl: ``"auto"`` or ``"reference"``.
+
+    Returns:
+        ``[B, T, H, Dv]`` in ``v.dtype``.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract, or the ring is too small.
+    """
+    _check(q, k, v, window_size)
+    batch, steps, _, dim = q.shape
+    if not 1 <= steps <= MAX_STEP or k.shape[1] != steps:
+        raise ValueError(
+            f"expected 1 <= T <= {MAX_STEP} tokens in q, k and v, got {steps} and {k.shape[1]}"
+        )
+    row = k.shape[2] * dim + v.shape[2] * v.shape[3]
+    check_shape("cache", cache, (batch, "R", row))
+    check_shape("position", position, (batch,))
+    check_alike("q", q, cache=cache, position=position)
+    if cache.shape[1] < window_size + steps - 1:
+        raise ValueError(
+            f"cache needs R >= window_size + T - 1 = {window_size + steps - 1} rows,"
+            f" got {cache.shape[1]}"
+        )
+    function = load("shared_key_attention_step", "reference" if impl == "auto" else impl, _STEP)
+    with torch.no_grad():
+        return function(
+            *(q, k, v, cache, position),
+            window_size=window_size,
+            scale=dim**-0.5 if scale is None else scale,
+        )
+
+
+def _check(q, k, v, window_size):
+    check_shape("q", q, ("B", "T", "H", "D"))
+    batch, _, heads, dim = q.shape
+    check_shape("k", k, (batch, "S", "Hk", dim))
+    check_shape("v", v, (batch, k.shape[1], "Hv", "Dv"))
+    check_floating(q=q, k=k, v=v)
+    check_alike("q", q, k=k, v=v)
+    if heads % k.shape[2] or heads % v.shape[2]:
+        raise ValueError(
+            "query heads must be a multiple of key and value heads,"
+            f" got H = {heads}, Hk = {k.shape[2]}, Hv = {v.shape[2]}"
+        )
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size counts the query itself and must be >= 1, got {window_size}")
