@@ -1,0 +1,142 @@
+"""Batches by step: sources opened and checked, rows put in order, read one step ahead."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from glob import glob
+
+import numpy as np
+import torch
+
+from .config import ConfigError, DataSection
+from .order import SampleOrder
+from .rows import Batch, ConcatRows, RowReader
+from .shards import TokenShards, verify
+
+
+def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[TokenShards]:
+    """Opens every manifest that the patterns name; one pattern may name several.
+
+    Args:
+        patterns: Paths of manifests, or globs.
+        weighted: Every pattern has a weight, so it must name exactly one manifest.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or the parts disagree on vocabulary or tokenizer.
+    """
+    sources: list[TokenShards] = []
+    for pattern in patterns:
+        found = sorted(glob(pattern, recursive=True))
+        if not found:
+            raise ConfigError(f"no token shards at {pattern}: run `rodimus data pack` first")
+        if weighted and len(found) > 1:
+            raise ConfigError(
+                f"data.weights needs one manifest an entry, got {len(found)} for {pattern}"
+            )
+        sources += [TokenShards(path) for path in found]
+    first = sources[0]
+    for other in sources[1:]:
+        for name in ("vocab_size", "tokenizer_sha256"):
+            a, b = getattr(first.manifest, name), getattr(other.manifest, name)
+            if a != b:
+                raise ConfigError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
+    return sources
+
+
+def verify_share(sources: list[TokenShards], rank: int, world_size: int) -> None:
+    """Checks this rank's share of all shard files against their checksums."""
+    files = [file for source in sources for file in source.files()]
+    verify(files[rank::world_size])
+
+
+class TrainData:
+    """Batches of training rows by step: the same global batch for every number of ranks.
+
+    Args:
+        sources: Opened manifests, in the order of ``config.train``.
+        config: Row length, packing, weights.
+        rows: Rows of a global batch.
+        seed: Decides the order.
+        rank: This process; it gets rows ``[rank, rank + 1) * rows / world_size`` of a batch.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        sources: list[TokenShards],
+        config: DataSection,
+        *,
+        rows: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        cut = [ConcatRows(s, config.seq_len) for s in sources]
+        self.readers = [RowReader(c, mask_doc_start=config.mask_doc_start) for c in cut]
+        self.order = SampleOrder([len(c) for c in cut], config.weights or None, seed)
+        share = rows // world_size
+        self.rows, self.mine = rows, np.arange(rank * share, (rank + 1) * share)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of global batch ``step``, on the CPU."""
+        sources, rows = self.order(step * self.rows + self.mine)
+        read = [self.readers[s](int(r)) for s, r in zip(sources, rows, strict=True)]
+        return Batch(*torch.from_numpy(np.stack(read, 1)))
+
+
+class Prefetcher:
+    """Runs ``load(step)`` one step ahead in a thread, so that training never waits for the disk.
+
+    Args:
+        load: Called with consecutive steps; its exception is raised by the ``get`` of that step.
+    """
+
+    def __init__(self, load: Callable[[int], Batch], depth: int = 2) -> None:
+        self.load, self.depth = load, depth
+        self._thread: threading.Thread | None = None
+
+    def get(self, step: int) -> Batch:
+        """The batch of ``step``; asking for another than the next one starts over from there."""
+        if self._thread is None or step != self._next:
+            self.close()
+            self._start(step)
+        self._next = step + 1
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def _start(self, step: int) -> None:
+        self._queue: queue.Queue = queue.Queue(self.depth)
+        self._stop = threading.Event()
+        self._next = step
+        self._thread = threading.Thread(
+            target=self._run, args=(step, self._queue, self._stop), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, step: int, out: queue.Queue, stop: threading.Event) -> None:
+        while not stop.is_set():
+            try:
+                item = self.load(step)
+            except Exception as error:
+                # handed to the training thread, which raises it at this step
+                item = error
+            while not stop.is_set():
+                try:
+                    out.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            step += 1
+
+    def close(self) -> None:
+        """Stops the thread; what it had loaded is dropped."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None

@@ -1,0 +1,107 @@
+"""The order of training data: a pure function of (seed, sample number), in O(1) memory.
+
+Nothing is stored and nothing is shuffled in advance: sample ``i`` of a run is found by permuting
+its number, so a run resumes anywhere, on any number of ranks, with the same global batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# samples of one mixture block; shares of sources are exact to 1 / _BLOCK
+_BLOCK = 4096
+_ROUNDS = 6
+
+
+def permute(indices: np.ndarray, n: int, key: Sequence[int]) -> np.ndarray:
+    """A keyed bijection of [0, n): a Feistel network on the next power of four, cycle-walked.
+
+    Args:
+        indices: int64, entries in [0, n).
+        n: Size of the permuted range.
+        key: Non-negative integers; another key, another permutation.
+
+    Returns:
+        int64 shaped like ``indices``.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    round_keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
+    values = np.asarray(indices).astype(np.uint64)
+    # the network permutes [0, 4^half); walk on until a value falls back into [0, n)
+    todo = np.ones(values.shape, bool)
+    while todo.any():
+        left, right = values[todo] >> shift, values[todo] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        values[todo] = (left << shift) | right
+        todo &= values >= n
+    return values.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    # multiply-xorshift finaliser of splitmix64; wraps modulo 2^64 by intent
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    x = x ^ (x >> np.uint64(29))
+    x = x * np.uint64(0xBF58476D1CE4E5B9)
+    return x ^ (x >> np.uint64(32))
+
+
+class SampleOrder:
+    """Which row of which source is sample ``i``.
+
+    Args:
+        sizes: Rows of each source.
+        weights: Share of samples drawn from each source; default in proportion to ``sizes``.
+        seed: Decides every permutation.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+        if min(sizes) < 1:
+            raise ValueError(f"every source needs at least one row, got sizes {tuple(sizes)}")
+        self.sizes, self.seed = list(sizes), seed
+        self.quota = _quotas(weights or sizes)
+
+    def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps sample numbers (int64, >= 0) to ``(source, row)``, both int64.
+
+        Within a block of samples each source has a fixed number of slots, in permuted places; the
+        rows of a source come in permuted order, each once before any comes again.
+        """
+        samples = np.asarray(samples, np.int64)
+        blocks, places = np.divmod(samples, _BLOCK)
+        source, drawn = np.empty_like(samples), np.empty_like(samples)
+        for block in np.unique(blocks):
+            here = blocks == block
+            of_place, count = self._block(int(block))
+            source[here], drawn[here] = of_place[places[here]], count[places[here]]
+        drawn += blocks * self.quota[source]
+        row = np.empty_like(samples)
+        for s, size in enumerate(self.sizes):
+            epochs, numbers = np.divmod(drawn, size)
+            for epoch in np.unique(epochs[source == s]):
+                here = (source == s) & (epochs == epoch)
+                row[here] = permute(numbers[here], size, (self.seed, 1, s, int(epoch)))
+        return source, row
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of every place of a block, and how often it came before in that block."""
+        slots = permute(np.arange(_BLOCK), _BLOCK, (self.seed, 0, block))
+        source = np.searchsorted(np.cumsum(self.quota), slots, side="right")
+        count = np.empty_like(source)
+        for s, quota in enumerate(self.quota):
+            count[source == s] = np.arange(quota)
+        return source, count
+
+
+def _quotas(weights: Sequence[float]) -> np.ndarray:
+    """Slots of each source in a block: proportional, rounded, none left empty, summing to it."""
+    exact = np.asarray(weights, float) / sum(weights) * _BLOCK
+    quota = np.maximum(1, np.floor(exact)).astype(np.int64)
+    # the largest remainders take what rounding left over (or the largest sources give it back)
+    rest = _BLOCK - int(quota.sum())
+    order = np.argsort(quota - exact if rest > 0 else -quota, kind="stable")
+    quota[order[: abs(rest)]] += np.sign(rest)
+    return quota

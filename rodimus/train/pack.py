@@ -1,0 +1,151 @@
+"""`rodimus data pack SOURCE OUT`: text to token shards, deduplicated and split by document.
+
+A document's sha256 decides everything about it: an exact copy is dropped, and the part (train or
+val) is a function of the digest alone, so the same text always lands in the same part. Without
+``--tokenizer`` one is trained, on a sample of the training part only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .config import ConfigError
+from .shards import Manifest, ShardWriter
+from .sources import STDLIB_LICENCE, documents
+from .tokenizer import DocumentEncoder, load_tokenizer, tokenizer_digest, train_tokenizer
+
+_BATCH_BYTES = 1 << 20
+
+
+def split_documents(
+    source: str, val_fraction: float, *, field: str = "text"
+) -> Iterator[tuple[str, str, bytes]]:
+    """Yields ``(part, text, digest)`` with empty documents and exact copies left out.
+
+    The digests of all documents stay in memory: 16 bytes each, a few GB for 10^8 documents.
+    """
+    seen: set[bytes] = set()
+    for text in documents(source, field=field):
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+        if not text.strip() or digest in seen:
+            continue
+        seen.add(digest)
+        is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+        yield ("val" if is_val else "train"), text, digest
+
+
+def pack(
+    source: str,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    tokenizer_sample: float = 0.2,
+    val_fraction: float = 0.02,
+    field: str = "text",
+    shard_tokens: int = 1 << 28,
+) -> dict[str, Manifest]:
+    """Writes ``OUT/train.json``, ``OUT/val.json``, their shards and ``OUT/tokenizer``.
+
+    Args:
+        source: What ``sources.documents`` accepts.
+        out: Folder to write.
+        tokenizer: HuggingFace tokenizer folder; by default one is trained.
+        vocab_size: Size of a trained vocabulary.
+        tokenizer_sample: Share of the training documents a tokenizer is trained on.
+        val_fraction: Share of documents held out.
+        field: Text field of jsonl, parquet and datasets.
+        shard_tokens: Size at which a shard is closed.
+
+    Returns:
+        The manifest of each part.
+
+    Raises:
+        ConfigError: the source cannot be read, or a part would be empty.
+    """
+    out = Path(out)
+    if tokenizer is None:
+        sample = (
+            text
+            for part, text, digest in split_documents(source, val_fraction, field=field)
+            if part == "train" and int.from_bytes(digest[8:], "big") < tokenizer_sample * 2**64
+        )
+        learned = train_tokenizer(sample, vocab_size)
+    else:
+        learned = load_tokenizer(tokenizer)
+    learned.save_pretrained(str(out / "tokenizer"))
+
+    encode = DocumentEncoder(learned)
+    parts = ("train", "val") if val_fraction > 0 else ("train",)
+    writers = {p: ShardWriter(out, p, len(learned), shard_tokens=shard_tokens) for p in parts}
+    for batch in _batches(split_documents(source, val_fraction, field=field)):
+        texts = [text for _, text in batch]
+        for (part, text), ids in zip(batch, encode(texts), strict=True):
+            writers[part].add(ids, len(text.encode("utf-8", "surrogatepass")))
+    for part, writer in writers.items():
+        if writer.n_bytes == 0:
+            raise ConfigError(f"the {part} part of {source} is empty: no text was found for it")
+    return {
+        part: writer.close(
+            bos_token_id=encode.bos,
+            eos_token_id=encode.eos,
+            tokenizer_sha256=tokenizer_digest(out / "tokenizer"),
+            source=source,
+            licence=STDLIB_LICENCE if source == "stdlib" else "",
+        )
+        for part, writer in writers.items()
+    }
+
+
+def _batches(items: Iterator[tuple[str, str, bytes]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for part, text, _ in items:
+        batch.append((part, text))
+        size += len(text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rodimus data pack",
+        description="Turn text into token shards for training: exact copies dropped, split by "
+        "document into train and val, checksummed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "source",
+        help="stdlib (Python's own sources), a txt, jsonl or parquet file, a folder, hf:NAME",
+    )
+    parser.add_argument("out", help="folder for train.json, val.json, shards and tokenizer")
+    parser.add_argument("--tokenizer", help="tokenizer folder; without it one is trained")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
+    parser.add_argument(
+        "--tokenizer-sample", type=float, default=0.2, help="share of documents it is trained on"
+    )
+    parser.add_argument("--val-fraction", type=float, default=0.02, help="share held out")
+    parser.add_argument("--field", default="text", help="text field of jsonl and parquet")
+    parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
+    options = vars(parser.parse_args(argv))
+    start = time.perf_counter()
+    try:
+        manifests = pack(**options)
+    except (ConfigError, ImportError) as error:
+        print(f"rodimus data pack: {error}", file=sys.stderr)
+        return 2
+    for part, m in manifests.items():
+        print(
+            f"{part:5s} {m.n_docs:>9,} documents {m.n_bytes / 1e6:>9.2f} MB "
+            f"{m.n_tokens:>13,} tokens  {m.n_bytes / m.n_tokens:.2f} bytes/token"
+        )
+    print(f"wrote {options['out']} in {time.perf_counter() - start:.1f} s")
+    return 0

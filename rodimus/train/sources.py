@@ -1,0 +1,127 @@
+"""Where text comes from: an iterator of documents for each kind of source.
+
+``stdlib`` is the Python standard library's own sources, so that a first run needs no download.
+"""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from .config import ConfigError
+
+# licence of what `stdlib` reads, recorded in the manifest
+STDLIB_LICENCE = "PSF-2.0"
+_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+# installed packages, and test suites whose data tables would crowd out prose code
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def documents(source: str, *, field: str = "text") -> Iterator[str]:
+    """Yields the documents of ``source`` in a fixed order.
+
+    Args:
+        source: ``stdlib``; a ``.txt``, ``.md`` or ``.py`` file (one document), a ``.jsonl`` file
+            (one document a line), a ``.parquet`` file (one a row), a folder of such files, or
+            ``hf:NAME`` for the train split of a HuggingFace dataset.
+        field: Name of the text field in jsonl, parquet and datasets.
+
+    Raises:
+        ConfigError: the source does not exist, is not UTF-8, or lacks the field; names the place.
+        ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
+    """
+    if source == "stdlib":
+        yield from _stdlib()
+    elif source.startswith("hf:"):
+        yield from _dataset(source.removeprefix("hf:"), field)
+    else:
+        for path in _files(Path(source)):
+            yield from _file(path, field)
+
+
+def _stdlib() -> Iterator[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if _STDLIB_SKIPPED.isdisjoint(path.relative_to(root).parts):
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                # a few sources declare another encoding on purpose
+                continue
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        if not found:
+            raise ConfigError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
+        return found
+    if not path.is_file():
+        raise ConfigError(f"source must be stdlib, hf:NAME, a file or a folder, got {path}")
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(f"source must end in {', '.join(_SUFFIXES)}, got {path.name}")
+    return [path]
+
+
+def _file(path: Path, field: str) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        yield from _jsonl(path, field)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path, field)
+    else:
+        yield _decode(path.read_bytes(), f"{path}", 0)
+
+
+def _decode(data: bytes, place: str, offset: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{place} must be UTF-8, got byte 0x{data[error.start]:02x} "
+            f"at offset {offset + error.start}"
+        ) from error
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"{path} line {number}"
+            line = _decode(raw, place, offset)
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{place} is not JSON: {error}") from error
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                raise ConfigError(f"{place} must have a string field {field!r}, got {keys}")
+            yield row[field]
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    table = pyarrow.parquet.ParquetFile(path)
+    if field not in table.schema_arrow.names:
+        names = ", ".join(table.schema_arrow.names)
+        raise ConfigError(f"{path} must have a column {field!r}, got {names}")
+    for batch in table.iter_batches(columns=[field]):
+        yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def _dataset(name: str, field: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"hf:{name} needs datasets: pip install datasets") from error
+    for row in datasets.load_dataset(name, split="train", streaming=True):
+        if field not in row:
+            raise ConfigError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
+        yield row[field]

@@ -1,0 +1,135 @@
+"""Order and rows: bijective, world-size free, boundaries where documents begin."""
+
+import numpy as np
+import pytest
+import torch
+
+from rodimus.train.batches import Prefetcher, TrainData, open_sources
+from rodimus.train.config import ConfigError, DataSection
+from rodimus.train.order import SampleOrder, permute
+from rodimus.train.rows import ConcatRows, RowReader
+from rodimus.train.shards import ShardWriter, TokenShards
+
+DOCS = [list(range(100 * i, 100 * i + n)) for i, n in enumerate([5, 17, 1, 40, 9, 23, 2, 8])]
+
+
+def write(folder, name="train", docs=DOCS, vocab_size=1000, shard_tokens=60, tokenizer="t"):
+    writer = ShardWriter(folder, name, vocab_size, shard_tokens=shard_tokens)
+    for doc in docs:
+        writer.add(doc, n_bytes=len(doc))
+    writer.close(bos_token_id=0, eos_token_id=1, tokenizer_sha256=tokenizer, source="test")
+    return str(folder / f"{name}.json")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 99_991])
+def test_permutation_is_a_bijection(n):
+    assert sorted(permute(np.arange(n), n, (0, 1))) == list(range(n))
+
+
+def test_permutation_depends_on_its_key_and_not_on_the_batch():
+    whole = permute(np.arange(1000), 1000, (3, 4))
+    parts = np.concatenate(
+        [permute(np.arange(i, i + 10), 1000, (3, 4)) for i in range(0, 1000, 10)]
+    )
+    assert (whole == parts).all()
+    assert (whole != permute(np.arange(1000), 1000, (3, 5))).mean() > 0.9
+    assert abs(np.corrcoef(whole[:-1], whole[1:])[0, 1]) < 0.1
+
+
+def test_permutation_of_a_trillion_tokens_is_cheap_and_unique():
+    n = 10**12 // 4096
+    drawn = permute(np.arange(100_000), n, (0,))
+    assert len(np.unique(drawn)) == 100_000
+    assert abs(drawn.mean() / n - 0.5) < 0.01
+
+
+def test_one_epoch_visits_every_row_once_then_starts_anew():
+    order = SampleOrder([100, 37], None, seed=5)
+    total = {s: [] for s in (0, 1)}
+    source, row = order(np.arange(4096 * 3))
+    for s in total:
+        total[s] = row[source == s]
+        n = order.sizes[s]
+        assert sorted(total[s][:n]) == list(range(n))
+        assert sorted(total[s][n : 2 * n]) == list(range(n))
+        assert (total[s][:n] != total[s][n : 2 * n]).any()
+
+
+def test_weights_are_kept_in_every_block():
+    order = SampleOrder([10_000, 10, 500], [0.7, 0.2, 0.1], seed=0)
+    for block in range(3):
+        source, _ = order(np.arange(block * 4096, (block + 1) * 4096))
+        assert np.bincount(source) / 4096 == pytest.approx([0.7, 0.2, 0.1], abs=1 / 4096)
+
+
+def test_rows_tile_every_shard_and_positions_restart_at_documents(tmp_path):
+    shards = TokenShards(write(tmp_path))
+    rows = ConcatRows(shards, 8, keep_tail=True)
+    read = [RowReader(rows, mask_doc_start=False)(i) for i in range(len(rows))]
+    ids = np.concatenate([r[0][r[1] >= 0] for r in read]).tolist()
+    flat = [shards.read(i, 0, s.n_tokens)[:-1] for i, s in enumerate(shards.manifest.shards)]
+    assert ids == np.concatenate(flat).tolist()
+    # ids of a document count up from a multiple of 100: positions follow unless it began earlier
+    for row in read:
+        document = row[0] // 100
+        for d in np.unique(document[row[1] >= 0]):
+            inside = (document == d) & (row[1] >= 0)
+            assert np.diff(row[2][inside]).tolist() == [1] * (inside.sum() - 1)
+            assert row[2][inside][0] == 0
+
+
+def test_first_token_of_a_document_is_not_predicted(tmp_path):
+    shards = TokenShards(write(tmp_path))
+    rows = ConcatRows(shards, 8, keep_tail=True)
+    labels = [RowReader(rows, mask_doc_start=True)(i)[1] for i in range(len(rows))]
+    predicted = np.concatenate(labels)
+    predicted = predicted[predicted >= 0]
+    assert (predicted % 100 != 0).all()
+    assert len(predicted) == sum(len(d) - 1 for d in DOCS)
+
+
+def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
+    sources = open_sources((write(tmp_path),))
+    config = DataSection(train=("x",), seq_len=8)
+
+    def whole(world, step):
+        parts = [
+            TrainData(sources, config, rows=8, seed=1, rank=r, world_size=world).batch(step)
+            for r in range(world)
+        ]
+        return [torch.cat(x) for x in zip(*parts, strict=True)]
+
+    for step in range(5):
+        for world in (2, 4, 8):
+            for a, b in zip(whole(1, step), whole(world, step), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_seq_len_beyond_the_shard_is_an_error(tmp_path):
+    shards = TokenShards(write(tmp_path))
+    with pytest.raises(ConfigError, match="data.seq_len = 64 needs a shard of 65 tokens, got 63"):
+        ConcatRows(shards, 64)
+
+
+def test_sources_must_share_a_tokenizer(tmp_path):
+    write(tmp_path, "a")
+    write(tmp_path, "b", tokenizer="other")
+    with pytest.raises(ConfigError, match="b.json must have tokenizer_sha256 t as"):
+        open_sources((str(tmp_path / "*.json"),))
+    with pytest.raises(ConfigError, match="one manifest an entry, got 2"):
+        open_sources((str(tmp_path / "*.json"),), weighted=True)
+    with pytest.raises(ConfigError, match="no token shards at"):
+        open_sources((str(tmp_path / "c.json"),))
+
+
+def test_prefetcher_follows_jumps_and_raises_at_the_step():
+    def load(step):
+        if step == 5:
+            raise ValueError("bad shard at step 5")
+        return step
+
+    data = Prefetcher(load)
+    assert [data.get(s) for s in (0, 1, 2, 1, 2, 3, 4)] == [0, 1, 2, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="step 5"):
+        data.get(5)
+    data.close()

@@ -1,0 +1,114 @@
+"""`rodimus data pack`: split, deduplication, tokenizer, bad input."""
+
+import json
+
+import pytest
+
+from rodimus.train import pack as pack_module
+from rodimus.train.config import ConfigError
+from rodimus.train.pack import main, pack, split_documents
+from rodimus.train.shards import TokenShards
+from rodimus.train.sources import documents
+from rodimus.train.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
+
+TEXTS = [f"def function_{i}(x):\n    return x + {i * i}  # é{i}\n" for i in range(60)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*TEXTS, *TEXTS[:7], " \n"]))
+    return path
+
+
+def decode(folder, part):
+    shards = TokenShards(folder / f"{part}.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    ends = [*shards.starts[0][1:].tolist(), shards.manifest.n_tokens]
+    return [
+        tokenizer.decode(shards.read(0, a, b - a), skip_special_tokens=True)
+        for a, b in zip(shards.starts[0].tolist(), ends, strict=True)
+    ]
+
+
+def test_every_text_lands_once_in_one_part(corpus, tmp_path):
+    manifests = pack(str(corpus), tmp_path / "out", vocab_size=300, val_fraction=0.2)
+    train, val = decode(tmp_path / "out", "train"), decode(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(TEXTS)
+    assert 0 < len(val) < 30
+    assert sum(m.n_bytes for m in manifests.values()) == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_part_depends_on_the_text_alone(corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": t}) + "\n" for t in reversed(TEXTS)))
+    parts = [{t: p for p, t, _ in split_documents(str(path), 0.2)} for path in (corpus, other)]
+    assert parts[0] == parts[1]
+
+
+def test_tokenizer_never_sees_held_out_text(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(texts, vocab_size):
+        seen.extend(texts)
+        return train_tokenizer(seen, vocab_size)
+
+    monkeypatch.setattr(pack_module, "train_tokenizer", spy)
+    pack(str(corpus), tmp_path / "out", vocab_size=300, tokenizer_sample=1.0, val_fraction=0.2)
+    val = {t for p, t, _ in split_documents(str(corpus), 0.2) if p == "val"}
+    assert val
+    assert set(seen) == set(TEXTS) - val
+
+
+def test_documents_carry_marks_and_spelled_marks_stay_text(corpus, tmp_path):
+    pack(str(corpus), tmp_path / "out", vocab_size=300)
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    ids = DocumentEncoder(tokenizer)(["a <|end|> b"])[0]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.eos_token_id not in ids[:-1]
+    assert load_tokenizer(tmp_path / "out" / "tokenizer")("x").input_ids[0] == 0
+
+
+def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
+    first = pack(str(corpus), tmp_path / "a", vocab_size=300)
+    second = pack(str(corpus), tmp_path / "b", tokenizer=str(tmp_path / "a" / "tokenizer"))
+    assert first["train"].tokenizer_sha256 == second["train"].tokenizer_sha256
+    assert first["train"].shards == second["train"].shards
+
+
+def test_folder_and_plain_text(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "b.txt").write_text("two")
+    (tmp_path / "src" / "a.jsonl").write_text('{"body": "one"}\n\n')
+    assert list(documents(str(tmp_path / "src"), field="body")) == ["one", "two"]
+
+
+def test_stdlib_is_python_source_without_tests():
+    texts = list(documents("stdlib"))
+    assert len(texts) > 300
+    assert any("class JSONDecoder" in t for t in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"caf\xe9 au lait", r"a.txt must be UTF-8, got byte 0xe9 at offset 3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 must be UTF-8, .* offset 24"),
+        ("a.jsonl", b'{"text": "a"', r"a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b'{"body": "a"}', r"line 1 must have a string field 'text', got body"),
+        ("a.txt", b" \n", r"the train part of .*a.txt is empty"),
+        ("a.pdf", b"x", r"source must end in .txt"),
+    ],
+)
+def test_bad_corpus_is_named(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=message):
+        pack(str(tmp_path / name), tmp_path / "out", vocab_size=300, val_fraction=0.0)
+    assert not (tmp_path / "out" / "train.json").exists()
+
+
+def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
+    assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
+    assert "bytes/token" in capsys.readouterr().out
+    assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,88 @@
+"""Token shards on disk: what is written is what is read, and damage is found."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from rodimus.train.config import ConfigError
+from rodimus.train.shards import ShardWriter, TokenShards, verify
+
+CLOSE = {"bos_token_id": 0, "eos_token_id": 1, "tokenizer_sha256": "t", "source": "test"}
+
+
+def write(folder, docs, vocab_size=1000, **kwargs):
+    writer = ShardWriter(folder, "train", vocab_size, **kwargs)
+    for doc in docs:
+        writer.add(doc, n_bytes=3 * len(doc))
+    writer.close(**CLOSE)
+    return folder / "train.json"
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "<u2"), (126_464, "<u4")])
+def test_documents_come_back(tmp_path, vocab_size, dtype):
+    docs = [[1, 2, 3], [vocab_size - 1], list(range(50))]
+    shards = TokenShards(write(tmp_path, docs, vocab_size))
+    assert shards.manifest.dtype == dtype
+    assert (shards.manifest.n_tokens, shards.manifest.n_docs, shards.manifest.n_bytes) == (
+        54,
+        3,
+        162,
+    )
+    assert shards.starts[0].tolist() == [0, 3, 4]
+    assert shards.read(0, 0, 54).tolist() == sum(docs, [])
+    verify(shards.files())
+
+
+def test_shards_are_cut_at_documents(tmp_path):
+    shards = TokenShards(write(tmp_path, [[7] * 6] * 5, shard_tokens=10))
+    assert [s.n_tokens for s in shards.manifest.shards] == [12, 12, 6]
+    assert [s.tolist() for s in shards.starts] == [[0, 6], [0, 6], [0]]
+
+
+def test_id_outside_the_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got 3 to 1000"):
+        write(tmp_path, [[3, 1000]])
+
+
+def test_flipped_byte_is_found(tmp_path):
+    shards = TokenShards(write(tmp_path, [[5] * 100]))
+    data = bytearray((tmp_path / "train-00000.bin").read_bytes())
+    data[33] ^= 1
+    (tmp_path / "train-00000.bin").write_bytes(data)
+    with pytest.raises(ConfigError, match="train-00000.bin is damaged"):
+        verify(shards.files())
+
+
+def test_bad_id_on_disk_names_file_and_offset(tmp_path):
+    path = write(tmp_path, [[5] * 100])
+    data = np.fromfile(tmp_path / "train-00000.bin", "<u2")
+    data[40] = 2000
+    data.tofile(tmp_path / "train-00000.bin")
+    with pytest.raises(ValueError, match="train-00000.bin: id 2000 at byte 80"):
+        TokenShards(path).read(0, 30, 20)
+
+
+def test_truncated_or_missing_shard_is_an_error(tmp_path):
+    path = write(tmp_path, [[5] * 100])
+    (tmp_path / "train-00000.bin").write_bytes(b"\0" * 10)
+    with pytest.raises(ConfigError, match="must have 200 bytes, got 10 bytes"):
+        TokenShards(path)
+    (tmp_path / "train-00000.bin").unlink()
+    with pytest.raises(ConfigError, match="got a missing file"):
+        TokenShards(path)
+
+
+def test_other_format_version_is_an_error(tmp_path):
+    path = write(tmp_path, [[5] * 10])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    with pytest.raises(ConfigError, match="must be shard format 1, got 2"):
+        TokenShards(path)
+
+
+def test_manifest_records_its_files(tmp_path):
+    manifest = TokenShards(write(tmp_path, [[5] * 10])).manifest
+    assert {f.name for f in dataclasses.fields(manifest)} == set(
+        json.loads((tmp_path / "train.json").read_text())
+    )
