@@ -342,10 +342,11 @@ def rope(x, cos, sin):
     Args:
         cos, sin: tables ``[B or 1, T, dim // 2]`` of :func:`rope_tables`.
     """
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1).to(x.dtype)
+    half, dtype = cos.shape[-1], _compute_dtype(x, cos)
+    cos, sin = cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
+    a, b = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype)
+    rotated = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    return torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
 
 def visible_keys(queries, keys, window_size, *, cu_seqlens=None, device=None):

@@ -1,0 +1,308 @@
+"""Configuration of Rodimus and Rodimus+ in the released format: every hyper-parameter, checked."""
+
+import difflib
+
+from transformers.configuration_utils import PreTrainedConfig
+
+BLOCK_TYPES = ("rodimus", "rodimus_plus")
+
+MIXER_DEFAULTS = {
+    "d_conv": 4,
+    "expand_ratio": 2,
+    "mem_size": 64,
+    "input_gate_low_rank": "auto",
+    "mode": "fused_chunk",
+    "normalize_epsilon": None,
+}
+
+ATTENTION_DEFAULTS = {
+    "num_heads": None,
+    "num_heads_k": 1,
+    "num_heads_v": None,
+    "window_size": None,
+    "rotary_emb_dim": -1,
+    "rotary_emb_base": 10000.0,
+    "rotary_emb_scale_base": None,
+    "rotary_emb_interleaved": False,
+    "softmax_scale": None,
+    "ffn_expand_ratio": 4 / 3,
+}
+
+# Options that the released format can name and no released model uses: other values are refused.
+_FIXED = {"rotary_emb_scale_base": None, "rotary_emb_interleaved": False, "softmax_scale": None}
+
+# Fields that only flash-linear-attention's configuration of the same model_type has.
+_FLA_FIELDS = ("ska_attn", "attn_mode", "k_norm_eps", "block_residual_in_fp32", "hidden_ratio")
+
+
+def align(size: int, multiple: int = 8) -> int:
+    """Round up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+class RodimusConfig(PreTrainedConfig):
+    """Configuration of a Rodimus or Rodimus+ model; ``config.json`` keeps the released field names.
+
+    The usual names (``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``head_dim``,
+    ``sliding_window``, ...) are derived from them and can be passed or assigned as well.
+
+    Args:
+        block_type: ``"rodimus"`` (mixer only) or ``"rodimus_plus"`` (mixer, attention, gated MLP).
+        d_model: Width of the residual stream.
+        n_layer: Number of blocks.
+        vocab_size: Rows of the embedding.
+        norm_epsilon: Added to the mean square in every RMSNorm.
+        initializer_range: Standard deviation of embeddings and plain linear layers.
+        rescale_prenorm_residual: Divide the output projections' init by sqrt(branches * n_layer).
+        residual_in_fp32: Keep the residual stream in float32.
+        dropout, activation_dropout, attention_dropout: Probabilities, in training.
+        mixer_cfg: ``d_conv`` taps of the short convolution; ``expand_ratio`` of the inner width,
+            rounded up to a multiple of 8; ``mem_size`` key channels of the state;
+            ``input_gate_low_rank`` or "auto" for max(d_model // 64, 16); ``normalize_epsilon``
+            lower bound of the key norm, None for 1e-12; ``mode`` is kept, not used.
+        attn_cfg: ``num_heads``, None for d_model // 128; ``num_heads_k``; ``num_heads_v``, None for
+            num_heads; ``window_size`` w: a query sees the w // 2 keys before it and its own, None
+            or 0 for all; ``rotary_emb_dim`` channels rotated, -1 for all, 0 for none;
+            ``rotary_emb_base``; ``ffn_expand_ratio`` of the MLP.
+        max_position_embeddings: Training length; a hint for tools, not a limit.
+        use_scale_embedding: Multiply embeddings by sqrt(mem_size).
+        use_norm_embedding: RMSNorm after the embedding.
+
+    Raises:
+        ValueError: a value is impossible or two disagree; the message gives expected and got.
+    """
+
+    model_type = "rodimus"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm_f": "keep_full_weight",
+    }
+
+    def __init__(
+        self,
+        block_type="rodimus",
+        d_model=2048,
+        n_layer=24,
+        vocab_size=50277,
+        norm_epsilon=1e-5,
+        initializer_range=0.02,
+        rescale_prenorm_residual=True,
+        residual_in_fp32=True,
+        dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+        mixer_cfg=None,
+        attn_cfg=None,
+        max_position_embeddings=2048,
+        pad_token_id=None,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+        use_cache=True,
+        use_scale_embedding=False,
+        use_norm_embedding=False,
+        **kwargs,
+    ):
+        _refuse_other_format(kwargs)
+        self.block_type = block_type
+        self.d_model = kwargs.pop("hidden_size", d_model)
+        self.n_layer = kwargs.pop("num_hidden_layers", n_layer)
+        self.vocab_size = vocab_size
+        self.norm_epsilon = norm_epsilon
+        self.initializer_range = initializer_range
+        self.rescale_prenorm_residual = rescale_prenorm_residual
+        self.residual_in_fp32 = residual_in_fp32
+        self.dropout = dropout
+        self.activation_dropout = activation_dropout
+        self.attention_dropout = attention_dropout
+        self.mixer_cfg = _complete("mixer_cfg", mixer_cfg, MIXER_DEFAULTS)
+        self.attn_cfg = _complete("attn_cfg", attn_cfg, ATTENTION_DEFAULTS)
+        if attn_cfg is None:
+            self.attn_cfg["window_size"] = 4096
+        self.max_position_embeddings = max_position_embeddings
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.use_cache = use_cache
+        self.use_scale_embedding = use_scale_embedding
+        self.use_norm_embedding = use_norm_embedding
+        # Derived names may be passed: the settable ones are translated, the others must agree.
+        for name in ("num_attention_heads", "sliding_window"):
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
+        derived = {name: kwargs.pop(name) for name in _DERIVED if name in kwargs}
+        self.check()
+        for name, value in derived.items():
+            if value != getattr(self, name):
+                raise ValueError(
+                    f"{name} follows from the other fields:"
+                    f" expected {getattr(self, name)}, got {value}"
+                )
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration that no model can have."""
+        if self.block_type not in BLOCK_TYPES:
+            raise ValueError(f"block_type must be one of {BLOCK_TYPES}, got {self.block_type!r}")
+        for name in ("d_model", "n_layer", "vocab_size"):
+            _require_positive(name, getattr(self, name))
+        for name in ("mem_size", "d_conv"):
+            _require_positive(f"mixer_cfg['{name}']", self.mixer_cfg[name])
+        _require_ratio("mixer_cfg['expand_ratio']", self.mixer_cfg["expand_ratio"])
+        _require_positive("mixer_cfg['input_gate_low_rank']", self.input_gate_rank)
+        if self.block_type == "rodimus_plus":
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        options, heads = self.attn_cfg, self.num_attention_heads
+        _require_positive("attn_cfg['num_heads']", heads)
+        if self.d_model % heads:
+            raise ValueError(
+                f"d_model must be divisible by num_heads, got {self.d_model} and {heads}"
+            )
+        counts = {"num_heads_k": self.num_key_value_heads, "num_heads_v": self.num_value_heads}
+        for name, count in counts.items():
+            _require_positive(f"attn_cfg['{name}']", count)
+            if heads % count:
+                raise ValueError(f"num_heads must be divisible by {name}, got {heads} and {count}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                f"attn_cfg['rotary_emb_dim'] must be even and at most head_dim = {self.head_dim},"
+                f" got {self.rotary_dim}"
+            )
+        window = options["window_size"]
+        if window is not None and (not isinstance(window, int) or window == 1):
+            raise ValueError(
+                f"attn_cfg['window_size'] must be None, 0 or an integer >= 2, got {window!r}"
+            )
+        _require_ratio("attn_cfg['ffn_expand_ratio']", options["ffn_expand_ratio"])
+        for name, value in _FIXED.items():
+            if options[name] != value:
+                raise ValueError(
+                    f"attn_cfg['{name}'] = {options[name]!r} is not supported, expected {value!r}"
+                )
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the mixer, and of the state's values."""
+        return align(int(self.d_model * self.mixer_cfg["expand_ratio"]))
+
+    @property
+    def mem_size(self) -> int:
+        """Key channels of the recurrent state."""
+        return self.mixer_cfg["mem_size"]
+
+    @property
+    def input_gate_rank(self) -> int:
+        """Rank of the input gate."""
+        rank = self.mixer_cfg["input_gate_low_rank"]
+        return max(self.d_model // 64, 16) if rank == "auto" else int(rank)
+
+    @property
+    def normalize_epsilon(self) -> float:
+        """Lower bound of the key norm."""
+        epsilon = self.mixer_cfg["normalize_epsilon"]
+        return 1e-12 if epsilon is None else epsilon
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        return self.attn_cfg["num_heads"] or max(self.d_model // 128, 1)
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value):
+        self.attn_cfg["num_heads"] = value
+        self.attn_cfg["num_heads_v"] = None
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key heads; the values have their own number, ``num_value_heads``."""
+        return self.attn_cfg["num_heads_k"] or 1
+
+    @property
+    def num_value_heads(self) -> int:
+        """Value heads."""
+        return self.attn_cfg["num_heads_v"] or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a query, key or value head."""
+        return self.d_model // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        dim = self.attn_cfg["rotary_emb_dim"]
+        return self.head_dim if dim is None or dim < 0 else dim
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the gated MLP."""
+        return align(int(self.d_model * self.attn_cfg["ffn_expand_ratio"]))
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Keys that a query sees, its own included: the released ``window_size // 2 + 1``."""
+        window = self.attn_cfg["window_size"]
+        if self.block_type != "rodimus_plus" or not window or window < 0:
+            return None
+        return window // 2 + 1
+
+    @sliding_window.setter
+    def sliding_window(self, value):
+        if value is not None and value < 2:
+            raise ValueError(f"sliding_window must be None or at least 2, got {value}")
+        self.attn_cfg["window_size"] = None if value is None else 2 * (value - 1)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The cache layer of each block, in transformers' names."""
+        if self.block_type == "rodimus":
+            return ["linear_attention"] * self.n_layer
+        return ["hybrid" if self.sliding_window is None else "hybrid_sliding"] * self.n_layer
+
+
+_DERIVED = (
+    "num_key_value_heads",
+    "num_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "layer_types",
+)
+
+
+def _require_positive(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _require_ratio(name, value):
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _complete(name, given, defaults):
+    """The given options over the defaults; an unknown one is an error with a suggestion."""
+    for key in given or {}:
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
+            hint = f", did you mean {close[0]!r}?" if close else f"; known: {sorted(defaults)}"
+            raise ValueError(f"unknown option {key!r} in {name}{hint}")
+    return {**defaults, **(given or {})}
+
+
+def _refuse_other_format(fields):
+    found = [name for name in _FLA_FIELDS if name in fields]
+    if found:
+        raise ValueError(
+            f"this is a configuration of flash-linear-attention (it has {', '.join(found)}), which"
+            " uses the same model_type; expected the released format."
+            " rodimus.convert turns such a checkpoint into ours."
+        )
+
+
+__all__ = ["RodimusConfig"]

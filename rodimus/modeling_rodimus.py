@@ -1,0 +1,1051 @@
+"""Rodimus and Rodimus+ for transformers: cache layers, mixer, attention, MLP, block, models.
+
+The mathematics is in the operators; this file is their arrangement, the released parameter names,
+and what transformers needs to generate, train, pad, pack and roll back. It imports torch,
+transformers and the operators, and falls back to the reference that an exported folder carries, so
+the same file runs with or without the package.
+
+Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys, D d_model.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticCache,
+)
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_rodimus import RodimusConfig
+
+try:
+    from rodimus_kernels import (
+        add_rms_norm,
+        ddts,
+        ddts_gates,
+        ddts_step,
+        gated_rms_norm,
+        linear_cross_entropy,
+        rms_norm,
+        rope,
+        rope_tables,
+        short_conv,
+    )
+except ImportError:
+    from .reference_rodimus import (
+        add_rms_norm,
+        ddts_gates,
+        ddts_step,
+        gated_rms_norm,
+        linear_cross_entropy,
+        rms_norm,
+        rope,
+        rope_tables,
+        short_conv,
+    )
+    from .reference_rodimus import ddts_chunk as ddts
+
+# A log-decay that erases the state: set at the first token of a packed document.
+_RESET = -1e30
+
+
+# ----------------------------------------------------------------------------------------------
+# Cache layers: transformers' own, plus a token count and the way back
+# ----------------------------------------------------------------------------------------------
+
+
+class _RecurrentCacheLayer:
+    """What both block types add to transformers' layers: rollback and batch selection of the state.
+
+    While the past is recorded (speculative decoding), the layer keeps the state before the newest
+    tokens and those tokens' keys, values and decays; ``crop`` runs the recurrence over the ones
+    that stay. Rollback is exact and costs no memory when nobody records."""
+
+    # More than a draft ever proposes; a longer prompt is recorded only in its last tokens.
+    max_rollback = 128
+
+    recorded = checkpoint = None
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def state(self) -> torch.Tensor | None:
+        """Recurrent state ``[B, 1, K, V]``, or None before the first token."""
+        started = self.has_previous_state[0] and self.is_recurrent_states_initialized[0]
+        return self.recurrent_states[0] if started else None
+
+    def record(self, state, k, v, log_decay):
+        """Remember tokens that start from ``state``; they follow those already recorded."""
+        if self.recorded is None:
+            self.checkpoint = state.clone()
+            self.recorded = (k, v, log_decay)
+        else:
+            new = zip(self.recorded, (k, v, log_decay), strict=True)
+            self.recorded = tuple(torch.cat(pair, dim=1) for pair in new)
+
+    def forget_record(self):
+        self.recorded = self.checkpoint = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest ``-tokens_to_remove`` tokens; 0 only ends the current record."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
+        removed = -tokens_to_remove
+        if self.is_recurrent_states_initialized[0]:
+            taps = self.conv_states[0]
+            width = self.conv_kernel_size[0]
+            self.conv_states[0] = taps[..., : taps.shape[-1] - removed][..., -width:]
+            if removed:
+                self._rewind(removed)
+        self.forget_record()
+        self.crop_keys(removed)
+
+    def _rewind(self, removed):
+        held = 0 if self.recorded is None else self.recorded[0].shape[1]
+        if removed > held:
+            raise RuntimeError(
+                f"cannot remove {removed} tokens: the state is recorded for the last {held} only."
+                " Call activate_past_recording() on the cache before the tokens are added."
+            )
+        state = self.checkpoint
+        if removed < held:
+            k, v, log_decay = (x[:, : held - removed] for x in self.recorded)
+            state = ddts(k, k, v, log_decay, initial_state=state, output_final_state=True)[1]
+        self.recurrent_states[0].copy_(state)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.batch_select(lambda x: x[indices])
+
+    def batch_select(self, select):
+        """Apply ``select`` over the batch to every tensor of the layer."""
+        if self.is_conv_states_initialized[0]:
+            self.conv_states[0] = select(self.conv_states[0])
+        if self.is_recurrent_states_initialized[0]:
+            self.recurrent_states[0] = select(self.recurrent_states[0])
+        if getattr(self, "keys", None) is not None and self.is_initialized:
+            self.keys, self.values = select(self.keys), select(self.values)
+        if self.recorded is not None:
+            self.checkpoint = select(self.checkpoint)
+            self.recorded = tuple(map(select, self.recorded))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_conv_states_initialized[0]:
+            self.batch_select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+
+class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMixin):
+    """Cache of a Rodimus block: convolution taps, state, and how many tokens they hold.
+
+    transformers' linear layer does not count tokens, so ``generate`` cannot ask a cache of such
+    layers for its length. The count is a Python integer, and a tensor in a static cache, where an
+    integer would recompile every step.
+    """
+
+    is_sliding = False
+    counts_in_tensor = False
+
+    def __init__(self, number_of_states: int = 1):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.is_initialized = True
+        self.cumulative_length = 0
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.counts_in_tensor and isinstance(self.cumulative_length, int):
+            count = torch.zeros((), dtype=torch.long, device=conv_states.device)
+            self.cumulative_length = count + self.cumulative_length
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
+        self.cumulative_length += conv_states.shape[-1]
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise TypeError("a Rodimus block has no keys and values to cache, it has a state")
+
+    def crop_keys(self, removed):
+        self.cumulative_length -= removed
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self):
+        LinearAttentionLayer.offload(self)
+
+    def prefetch(self):
+        LinearAttentionLayer.prefetch(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.forget_record()
+        self.cumulative_length = 0
+
+
+class _HybridReset:
+    """Drop the keys on reset: transformers 5.17 zeroes them and keeps their length."""
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.forget_record()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+
+
+class RodimusSlidingLayer(
+    _HybridReset, _RecurrentCacheLayer, LinearAttentionAndSlidingWindowAttentionLayer
+):
+    """Cache of a Rodimus+ block: the state, and the keys and values of the window."""
+
+    def crop_keys(self, removed):
+        DynamicSlidingWindowLayer.crop(self, -removed)
+
+
+class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """Cache of a Rodimus+ block without a window: the state, and all keys and values."""
+
+    def crop_keys(self, removed):
+        DynamicLayer.crop(self, -removed)
+
+
+def adopt_cache(cache: Cache | None) -> Cache | None:
+    """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept."""
+    for i, layer in enumerate(cache.layers if isinstance(cache, Cache) else ()):
+        if type(layer) is LinearAttentionLayer:
+            ours = RodimusStateLayer(number_of_states=layer.number_of_states)
+            ours.counts_in_tensor = isinstance(cache, StaticCache)
+        elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+            ours = RodimusSlidingLayer(layer.sliding_window, layer.number_of_states)
+        elif type(layer) is LinearAttentionAndFullAttentionLayer:
+            ours = RodimusFullLayer(layer.number_of_states)
+        else:
+            continue
+        ours.__dict__.update(layer.__dict__)
+        cache.layers[i] = ours
+    return cache
+
+
+# ----------------------------------------------------------------------------------------------
+# Padding and packing: where the tokens of a batch stand
+# ----------------------------------------------------------------------------------------------
+
+
+def _left_padded(attention_mask):
+    """The mask of the same rows with all padding moved to the front: bool ``[B, S]``."""
+    length = attention_mask.shape[1]
+    padding = length - attention_mask.sum(1, keepdim=True)
+    return torch.arange(length, device=attention_mask.device) >= padding
+
+
+def _padding_layout(attention_mask, length, is_static):
+    """How the new tokens of a padded batch are laid out.
+
+    Blocks run on left-padded rows, where padding neither separates tokens nor follows them. Rows
+    that are padded elsewhere are permuted into that layout, and the cache holds it too.
+
+    Returns:
+        Dict with ``tokens``: bool ``[B, T]`` in the left-padded layout, None if all are tokens;
+        ``order``: ``[B, T]`` source of each place of the layout, None for the identity;
+        ``pads``: ``[B]`` padding that would separate the new tokens from cached ones, or None.
+    """
+    layout = {"tokens": None, "order": None, "pads": None}
+    if attention_mask is None or length == 1:
+        return layout
+    given = attention_mask[:, -length:]
+    if is_tracing(given):
+        order = torch.argsort(given.int(), dim=1, stable=True)
+        return {"tokens": given.gather(1, order), "order": order, "pads": None}
+    if given.all():
+        return layout
+    tokens = _left_padded(given)
+    layout["tokens"] = tokens
+    if not torch.equal(tokens, given):
+        layout["order"] = torch.argsort(given.int(), dim=1, stable=True)
+    cached = attention_mask[:, :-length].any(1)
+    if (cached & ~tokens[:, 0]).any():
+        if is_static:
+            raise ValueError(
+                "padding after cached tokens needs a dynamic cache: a static one cannot move its"
+                " keys. Use DynamicCache, or left-pad the new tokens' first chunk only."
+            )
+        layout["pads"] = length - tokens.sum(1)
+    return layout
+
+
+def _close_gap(x, pads, new):
+    """Move the padding that heads the last ``new`` places of x ``[B, S, ...]`` to its front."""
+    places = torch.arange(x.shape[1], device=x.device)
+    cached, pads = x.shape[1] - new, pads[:, None]
+    source = torch.where(places < pads, places + cached, places - pads)
+    source = torch.where(places >= cached + pads, places, source)
+    return x.gather(1, source.view(*source.shape, *(1,) * (x.dim() - 2)).expand_as(x))
+
+
+def _documents(position_ids, cu_seqlens, length):
+    """Document of each token in packed rows: ``[B or 1, T]``, None when nothing is packed."""
+    if cu_seqlens is not None:
+        return torch.searchsorted(
+            cu_seqlens[1:].contiguous(),
+            torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype),
+            right=True,
+        )[None]
+    if position_ids is None or length == 1:
+        return None
+    jumps = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    if not is_tracing(jumps) and not jumps.any():
+        return None
+    return F.pad(jumps.long(), (1, 0)).cumsum(1)
+
+
+def _position_in_document(documents):
+    """0, 1, 2, ... within each document of packed rows: ``[B, T]``."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.where(_document_starts(documents), places, 0)
+    return places - starts.cummax(1).values
+
+
+def _document_starts(documents):
+    return documents != F.pad(documents, (1, 0), value=-1)[:, :-1]
+
+
+def _check_cu_seqlens(cu_seqlens, batch, length):
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs one row: expected batch size 1, got {batch}")
+    if cu_seqlens.device.type != "cpu" or is_tracing(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to the row's length {length}, got {bounds}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Norms
+# ----------------------------------------------------------------------------------------------
+
+
+class RodimusRMSNorm(nn.Module):
+    """RMSNorm, computed in float32, in the dtype of its weight."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class RodimusAddRMSNorm(RodimusRMSNorm):
+    """Adds a branch to the residual stream; returns the normalised sum and the sum."""
+
+    def forward(self, branch, stream):
+        return add_rms_norm(branch, stream, self.weight, eps=self.eps)
+
+
+class RodimusGatedRMSNorm(RodimusRMSNorm):
+    """Norm of ``(x + residual * residual_weight) * silu(gate)``."""
+
+    def forward(self, x, gate, residual, residual_weight):
+        return gated_rms_norm(
+            x,
+            gate,
+            self.weight,
+            eps=self.eps,
+            residual=residual,
+            residual_weight=residual_weight,
+        )
+
+
+# ----------------------------------------------------------------------------------------------
+# The mixer: short convolution, tempered gates, recurrence
+# ----------------------------------------------------------------------------------------------
+
+
+class RodimusShortConv(nn.Conv1d):
+    """Causal depthwise convolution with silu over ``[B, T, channels]``."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, channels, width, groups=channels)
+
+    def forward(self, x, past=None, documents=None):
+        weight = self.weight.squeeze(1)
+        return short_conv(x, weight, self.bias, initial_state=past, seq_idx=documents)[0]
+
+
+class RodimusGateLinear(nn.Linear):
+    """Linear layer whose bias is added in float32: decays near 1 do not survive bfloat16."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+
+
+class RodimusInnerMixer(nn.Module):
+    """Gates and recurrence on the expanded channels (paper section 3.1)."""
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        width, keys, rank = config.d_inner, config.mem_size, config.input_gate_rank
+        self.layer_idx = layer_idx
+        self.normalize_epsilon = config.normalize_epsilon
+        conv = RodimusShortConv(width, config.mixer_cfg["d_conv"])
+        self.short_conv = nn.ModuleDict({"conv1d": conv})
+        self.residual_weight = nn.Parameter(torch.ones(width))
+        self.in_proj = nn.Linear(width, 2 * keys, bias=False)
+        self.ch_gate_proj = nn.Sequential(
+            nn.Linear(width, rank, bias=False), nn.Linear(rank, width), nn.Sigmoid()
+        )
+        self.mem_gate_proj = RodimusGateLinear(width, 2 * keys)
+
+    def forward(self, x, layout, past_key_values=None):
+        """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike."""
+        tokens, documents = layout["tokens"], layout["documents"]
+        if tokens is not None:
+            x = x * tokens[..., None]
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        # The state is read first: updating the taps marks the layer as started.
+        state = None if layer is None else layer.state
+        shifted = self._convolve(x, layout, past_key_values)
+
+        q, k = self.in_proj(shifted).chunk(2, dim=-1)
+        select, temper = self.mem_gate_proj(shifted).chunk(2, dim=-1)
+        k, log_decay = ddts_gates(k, select, temper, eps=self.normalize_epsilon)
+        v = self.ch_gate_proj(x) * x
+        if tokens is not None:
+            # Padding neither writes to the state nor decays it; v is zero with x.
+            k, log_decay = k * tokens[..., None], log_decay * tokens[..., None]
+        if documents is not None:
+            log_decay = log_decay.masked_fill(_document_starts(documents)[..., None], _RESET)
+
+        one_head = (y.unsqueeze(2) for y in (q, k, v, log_decay))
+        o = self._recur(*one_head, state, layer, past_key_values)
+        return o.squeeze(2), shifted
+
+    def _convolve(self, x, layout, past_key_values):
+        conv = self.short_conv["conv1d"]
+        if past_key_values is None:
+            return conv(x, documents=layout["documents"])
+        layer, length, width = (
+            past_key_values.layers[self.layer_idx],
+            x.shape[1],
+            conv.kernel_size[0],
+        )
+        started = layer.has_previous_state[0]
+        taps = past_key_values.update_conv_state(
+            x.transpose(1, 2), self.layer_idx, conv_kernel_size=width
+        )
+        if not started:
+            return conv(x)
+        if layout["pads"] is not None:
+            taps = _close_gap(taps.transpose(1, 2), layout["pads"], length).transpose(1, 2)
+            kept = layer.conv_states[0]
+            kept.copy_(taps[..., -kept.shape[-1] :])
+        past, new = taps[..., :-length], taps[..., -length:]
+        return conv(new.transpose(1, 2), past=F.pad(past, (width, 0))[..., -width:])
+
+    def _recur(self, q, k, v, log_decay, state, layer, past_key_values):
+        if layer is None:
+            return ddts(q, k, v, log_decay)[0]
+        if layer.record_past:
+            return self._recur_recorded(q, k, v, log_decay, state, layer, past_key_values)
+        if q.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            one_token = (x.squeeze(1) for x in (q, k, v, log_decay))
+            return ddts_step(*one_token, state).unsqueeze(1)
+        o, state = ddts(q, k, v, log_decay, initial_state=state, output_final_state=True)
+        past_key_values.update_recurrent_state(state, self.layer_idx)
+        return o
+
+    def _recur_recorded(self, q, k, v, log_decay, state, layer, past_key_values):
+        """The recurrence in two parts, so that the newest tokens can be taken back."""
+        split = max(q.shape[1] - layer.max_rollback, 0)
+        outputs = []
+        if split:
+            head = (x[:, :split] for x in (q, k, v, log_decay))
+            o, state = ddts(*head, initial_state=state, output_final_state=True)
+            outputs.append(o)
+            layer.forget_record()
+        q, k, v, log_decay = (x[:, split:] for x in (q, k, v, log_decay))
+        if state is None:
+            dtype = torch.promote_types(v.dtype, torch.float32)
+            state = v.new_zeros(v.shape[0], 1, k.shape[-1], v.shape[-1], dtype=dtype)
+        layer.record(state, k, v, log_decay)
+        o, state = ddts(q, k, v, log_decay, initial_state=state, output_final_state=True)
+        past_key_values.update_recurrent_state(state, self.layer_idx)
+        return torch.cat((*outputs, o), dim=1)
+
+
+class RodimusMixer(nn.Module):
+    """Expansion into a branch and a gate, inner mixer, gated norm, projection back."""
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
+        self.fc = nn.Linear(config.d_model, 2 * config.d_inner, bias=False)
+        self.inner_mixer = RodimusInnerMixer(config, layer_idx)
+        self.act_norm = RodimusGatedRMSNorm(config.d_inner, config.norm_epsilon)
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+
+    def forward(self, hidden_states, layout, past_key_values=None):
+        x, gate = self.fc(hidden_states).chunk(2, dim=-1)
+        o, shifted = self.inner_mixer(x, layout, past_key_values)
+        y = self.act_norm(o, gate, shifted, self.inner_mixer.residual_weight)
+        y = F.dropout(y, self.activation_dropout, self.training)
+        return F.dropout(self.out_proj(y), self.dropout, self.training)
+
+
+# ----------------------------------------------------------------------------------------------
+# Attention and MLP of Rodimus+
+# ----------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
+):
+    """Attention in the open, for ``attn_implementation="eager"``: it can return its weights."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    o = F.dropout(weights, dropout, module.training) @ value
+    return o.transpose(1, 2).contiguous(), weights
+
+
+def _spread_heads(x, heads):
+    """``[B, S, Hx, dim]`` to ``[B, heads, S, dim]``: head i reads head i % Hx; one head is a
+    view."""
+    x = x.transpose(1, 2)
+    if x.shape[1] == 1:
+        return x.expand(-1, heads, -1, -1)
+    return x if x.shape[1] == heads else x.repeat(1, heads // x.shape[1], 1, 1)
+
+
+class RodimusAttention(nn.Module):
+    """Sliding-window attention with shared keys and a value head per query head (section 3.2).
+
+    Keys and values are cached with their heads folded into the last dimension, ``[B, 1, S, Hx *
+    dim]``: transformers' cache layers then keep one key head beside many value heads."""
+
+    is_causal = True
+    # Heads are spread before the attention interface is called.
+    num_key_value_groups = 1
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.sliding_window = config.sliding_window
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout, self.dropout = config.attention_dropout, config.dropout
+        width = config.d_model
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_value_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden_states, rotary, layout, past_key_values=None, **kwargs):
+        batch, length, _ = hidden_states.shape
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotary is not None:
+            q, k = rope(q, *rotary), rope(k, *rotary)
+        if past_key_values is not None:
+            k, v = self._cache(k, v, layout["pads"], past_key_values)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        o, weights = attend(
+            self,
+            q.transpose(1, 2),
+            _spread_heads(k, self.num_heads),
+            _spread_heads(v, self.num_heads),
+            layout["attention"],
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        o = self.out_proj(o.reshape(batch, length, -1))
+        return F.dropout(o, self.dropout, self.training), weights
+
+    def _cache(self, k, v, pads, past_key_values):
+        length = k.shape[1]
+        keys, values = past_key_values.update(
+            k.flatten(2)[:, None], v.flatten(2)[:, None], self.layer_idx
+        )
+        if pads is not None:
+            keys, values = (_close_gap(x[:, 0], pads, length)[:, None] for x in (keys, values))
+            layer = past_key_values.layers[self.layer_idx]
+            held = layer.keys.shape[2]
+            layer.keys, layer.values = keys[:, :, -held:], values[:, :, -held:]
+        return (x[:, 0].unflatten(-1, (-1, self.head_dim)) for x in (keys, values))
+
+
+class RodimusMLP(nn.Module):
+    """Gated MLP: ``out(silu(g) * x)`` with x and g the halves of one projection, in that order."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__()
+        self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
+        self.fc = nn.Linear(config.d_model, 2 * config.intermediate_size, bias=False)
+        self.out_proj = nn.Linear(config.intermediate_size, config.d_model, bias=False)
+
+    def forward(self, hidden_states):
+        x, gate = self.fc(hidden_states).chunk(2, dim=-1)
+        y = F.dropout(F.silu(gate) * x, self.activation_dropout, self.training)
+        return F.dropout(self.out_proj(y), self.dropout, self.training)
+
+
+# ----------------------------------------------------------------------------------------------
+# Block and models
+# ----------------------------------------------------------------------------------------------
+
+
+class RodimusBlock(GradientCheckpointingLayer):
+    """One block; takes and returns the residual stream ``[B, T, D]``.
+
+        rodimus:       h + mixer(norm(h))
+        rodimus_plus:  h' = h + mixer(norm(h));  a = attention(norm(h'));  h' + mlp(norm(h' + a))
+
+    The attention output reaches the stream through the MLP alone, as in the released models.
+    """
+
+    def __init__(self, config: RodimusConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
+        self.mixer = RodimusMixer(config, layer_idx)
+        self.is_plus = config.block_type == "rodimus_plus"
+        if self.is_plus:
+            self.attn_norm = RodimusAddRMSNorm(config.d_model, config.norm_epsilon)
+            self.attn = RodimusAttention(config, layer_idx)
+            self.ffn_norm = RodimusAddRMSNorm(config.d_model, config.norm_epsilon)
+            self.ffn = RodimusMLP(config)
+
+    def forward(self, stream, rotary, layout, past_key_values=None, **kwargs):
+        order = layout["order"]
+        if order is not None:
+            order = order[..., None].expand_as(stream)
+            stream = stream.gather(1, order)
+        branch = self.mixer(self.mixer_norm(stream), layout, past_key_values)
+        if self.is_plus:
+            normed, stream = self.attn_norm(branch, stream)
+            attended, _ = self.attn(normed, rotary, layout, past_key_values, **kwargs)
+            branch = self.ffn(self.ffn_norm(attended, stream)[0])
+        stream = stream + branch
+        return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
+
+
+class RodimusPreTrainedModel(PreTrainedModel):
+    """Weights, initialisation and what transformers may do with the model."""
+
+    config_class = RodimusConfig
+    config: RodimusConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RodimusBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The state can be rolled back, so assisted generation is allowed.
+    _is_stateful = False
+    _keep_in_fp32_modules_strict = ["residual_weight"]
+    _can_record_outputs = {"hidden_states": RodimusBlock, "attentions": RodimusAttention}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RodimusConfig, *args, **kwargs):
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @property
+    def init_continuous_batching(self):
+        # Its allocator knows attention layers only; servers ask with hasattr and fall back.
+        raise AttributeError("continuous batching of transformers has no recurrent states")
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, RodimusShortConv):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, RodimusInnerMixer):
+            self._init_inner_mixer(module)
+        elif isinstance(module, RodimusMixer | RodimusAttention | RodimusMLP):
+            self._init_projection(module.out_proj)
+
+    def _init_projection(self, out_proj):
+        branches = 3 if self.config.block_type == "rodimus_plus" else 1
+        scale = math.sqrt(branches * self.config.n_layer)
+        if not self.config.rescale_prenorm_residual:
+            scale = 1.0
+        init.normal_(out_proj.weight, std=self.config.initializer_range / scale)
+
+    def _init_inner_mixer(self, module):
+        """Decays start between 0.9 and 0.999 a step at temperature 1, temperatures in (1/16,
+        0.9)."""
+        gate = module.mem_gate_proj
+        for linear in (module.in_proj, *module.ch_gate_proj[:2], gate):
+            init.xavier_uniform_(linear.weight, gain=2**-2.5)
+        init.zeros_(module.ch_gate_proj[1].bias)
+        init.ones_(module.residual_weight)
+        uniform = torch.rand(2, gate.out_features // 2, device=gate.bias.device)
+        rate = torch.exp(uniform[0] * math.log(0.1 / 0.001) + math.log(0.001)).clamp_min(1e-4)
+        select = rate + torch.log(-torch.expm1(-rate))
+        temper = torch.logit(1 / 16 + uniform[1] * (0.9 - 1 / 16))
+        init.copy_(gate.bias, torch.cat((select, temper)))
+
+
+class RodimusModel(RodimusPreTrainedModel):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        if config.use_norm_embedding:
+            self.embed_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
+        self.layers = nn.ModuleList(RodimusBlock(config, i) for i in range(config.n_layer))
+        self.norm_f = RodimusRMSNorm(config.d_model, config.norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of the last block, normalised.
+
+        Args:
+            input_ids: ``[B, T]``.
+            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere.
+            position_ids: ``[B, T]`` rotary positions. Without mask and cache, a position that
+                does not follow its predecessor starts a packed document: nothing crosses into it.
+            past_key_values: transformers cache; continued by any number of tokens.
+            inputs_embeds: ``[B, T, D]`` in place of input_ids.
+            use_cache: Return a cache to continue from.
+            cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
+                ``cu_seq_lens_q``, as transformers names it, does the same.
+
+        Raises:
+            ValueError: an argument's shape is wrong, or arguments exclude each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        documents = self._packed_documents(
+            embeds, attention_mask, position_ids, past_key_values, cu_seqlens
+        )
+        if documents is not None:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past_key_values = adopt_cache(past_key_values)
+        if not isinstance(attention_mask, dict):
+            _check_inputs(embeds, attention_mask, past_key_values)
+        position_ids = self._positions(
+            embeds, attention_mask, position_ids, past_key_values, documents
+        )
+        layout = attention_mask
+        if not isinstance(layout, dict):
+            layout = self.create_masks_for_generate(
+                self.config, embeds, attention_mask, past_key_values, position_ids, documents
+            )
+        layout = {**layout, "documents": documents}
+        if documents is not None:
+            kwargs["position_ids"] = position_ids
+
+        stream = self._embed(embeds)
+        rotary = self._rotary(embeds, position_ids, layout["order"])
+        for block in self.layers:
+            stream = block(stream, rotary, layout, past_key_values=past_key_values, **kwargs)
+        hidden_states = self.norm_f(stream)
+        self._report_broken_state(hidden_states, past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,
+        position_ids=None,
+        documents=None,
+        **kwargs,
+    ) -> dict:
+        """Layout of the padding, and the attention mask in that layout, for all blocks.
+
+        Named and called as transformers does: generation with a compileable cache asks for the
+        masks outside the compiled step and passes them as ``attention_mask``."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask.bool()
+            length = inputs_embeds.shape[1]
+            is_static = isinstance(past_key_values, StaticCache)
+            layout = _padding_layout(attention_mask, length, is_static)
+            attention_mask = _left_padded(attention_mask)
+        else:
+            layout = _padding_layout(None, 0, False)
+        layout["attention"] = None
+        if config.block_type == "rodimus_plus":
+            windowed = config.sliding_window is not None
+            create = create_sliding_window_causal_mask if windowed else create_causal_mask
+            layout["attention"] = create(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=None if documents is not None else past_key_values,
+                position_ids=None if documents is None else _position_in_document(documents),
+            )
+        return layout
+
+    def _packed_documents(self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens):
+        if cu_seqlens is not None:
+            _check_cu_seqlens(cu_seqlens, *embeds.shape[:2])
+            if past_key_values is not None or attention_mask is not None:
+                raise ValueError("packed rows (cu_seqlens) take neither a cache nor a mask")
+        elif attention_mask is not None or past_key_values is not None:
+            return None
+        documents = _documents(position_ids, cu_seqlens, embeds.shape[1])
+        return None if documents is None else documents.expand(embeds.shape[0], -1)
+
+    def _positions(self, embeds, attention_mask, position_ids, past_key_values, documents):
+        if position_ids is not None:
+            return position_ids
+        if documents is not None:
+            return _position_in_document(documents)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        places = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            # Count tokens, not places: in the user's order, padding included.
+            counted = attention_mask.long().cumsum(1)[:, -embeds.shape[1] :] - 1
+            places = counted.clamp_min(0)
+        return places
+
+    def _embed(self, embeds):
+        if self.config.use_scale_embedding:
+            embeds = embeds * math.sqrt(self.config.mem_size)
+        if self.config.use_norm_embedding:
+            embeds = self.embed_norm(embeds)
+        if self.config.residual_in_fp32:
+            embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
+        return embeds
+
+    def _rotary(self, embeds, position_ids, order):
+        if self.config.block_type == "rodimus" or self.config.rotary_dim == 0:
+            return None
+        if order is not None:
+            position_ids = position_ids.expand(order.shape[0], -1).gather(1, order)
+        base = self.config.attn_cfg["rotary_emb_base"]
+        return rope_tables(position_ids, self.config.rotary_dim, base=base, dtype=embeds.dtype)
+
+    def _report_broken_state(self, hidden_states, past_key_values):
+        """Name the layer whose state is not finite, instead of generating from it in silence.
+
+        Looked for where it costs nothing: on the CPU, or when several tokens are added at once.
+        """
+        if past_key_values is None or is_tracing(hidden_states):
+            return
+        if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
+            return
+        if hidden_states[:, -1].isfinite().all():
+            return
+        for i, layer in enumerate(past_key_values.layers):
+            state = getattr(layer, "recurrent_states", {}).get(0)
+            if state is not None and not state.isfinite().all():
+                raise FloatingPointError(
+                    f"the recurrent state of layer {i} holds NaN or infinity; the cache cannot be"
+                    " continued. Start a new one, and check the weights and the inputs."
+                )
+
+
+def _check_inputs(embeds, attention_mask, past_key_values):
+    batch, length = embeds.shape[:2]
+    if length == 0:
+        raise ValueError("expected at least one token, got a sequence of length 0")
+    if attention_mask is None or is_tracing(embeds):
+        return
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    if attention_mask.dim() == 2 and tuple(attention_mask.shape) != (batch, past + length):
+        raise ValueError(
+            f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
+            f" new tokens; got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}"
+        )
+
+
+@dataclass
+class RodimusCausalLMOutput(CausalLMOutputWithPast):
+    """Output of the language model; ``cross_entropy`` is the loss without the z term, detached."""
+
+    cross_entropy: torch.FloatTensor | None = None
+
+
+class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
+    """Language model: :class:`RodimusModel` with a head, tied to the embedding on request."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: RodimusConfig):
+        super().__init__(config)
+        self.model = RodimusModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    create_masks_for_generate = staticmethod(RodimusModel.create_masks_for_generate)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        adopt_cache(model_kwargs.get("past_key_values"))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        loss_only: bool = False,
+        z_loss: float = 0.0,
+        **kwargs,
+    ) -> RodimusCausalLMOutput:
+        """Logits and, with labels, the loss; the other arguments are those of the base model.
+
+        Args:
+            labels: ``[B, T]``, shifted here; -100 is ignored. ``shift_labels`` are taken as they
+                are. With ``num_items_in_batch`` the loss is the sum divided by it, else the mean.
+            logits_to_keep: Compute the last n logits, or those at the given positions; 0 for all.
+            loss_only: Compute the loss without ever holding all logits; ``logits`` is None.
+            z_loss: Weight of the squared log-partition function, with ``loss_only``.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        logits = loss = cross_entropy = None
+        if loss_only and self._head_is_plain():
+            loss, cross_entropy = self._chunked_loss(hidden_states, labels, z_loss, **kwargs)
+        else:
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None or kwargs.get("shift_labels") is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
+                )
+        return RodimusCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_entropy=cross_entropy,
+        )
+
+    def _head_is_plain(self) -> bool:
+        """Whether the head's weight says all there is: no adapter, quantiser or hook around it."""
+        head = self.lm_head
+        return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+
+    def _chunked_loss(
+        self, hidden_states, labels, z_loss, shift_labels=None, num_items_in_batch=None, **_
+    ):
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError("loss_only needs labels or shift_labels")
+            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        weight = self.lm_head.weight
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+        loss, cross_entropy = linear_cross_entropy(
+            hidden_states.flatten(0, -2),
+            weight,
+            shift_labels.flatten(),
+            z_loss=z_loss,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        if num_items_in_batch is not None:
+            loss, cross_entropy = loss / num_items_in_batch, cross_entropy / num_items_in_batch
+        return loss, cross_entropy
+
+
+class RodimusForSequenceClassification(GenericForSequenceClassification, RodimusPreTrainedModel):
+    """Sequence classification from the last token that is not padding."""
+
+
+__all__ = [
+    "RodimusForCausalLM",
+    "RodimusForSequenceClassification",
+    "RodimusModel",
+    "RodimusPreTrainedModel",
+]
