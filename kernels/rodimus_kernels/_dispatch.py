@@ -1,6 +1,7 @@
 """What every operator shares: loading an implementation by name, and clear argument errors."""
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 
 import torch
@@ -22,13 +23,23 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
         names = ", ".join(map(repr, ("auto", *implementations)))
         raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
     module, function = implementations[impl].split(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ImportError as error:
+    failure = _import(module)
+    if failure is not None:
         raise ImportError(
-            f"{operator}(impl={impl!r}) cannot be loaded: {error}."
+            f"{operator}(impl={impl!r}) cannot be loaded: {failure}."
             " Install what it needs, or pass impl='auto'."
-        ) from error
+        )
+    return getattr(sys.modules[module], function)
+
+
+# torch.compile cannot trace an import: it runs this one while compiling
+@torch.compiler.assume_constant_result
+def _import(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

@@ -50,13 +50,16 @@ def _forward(q, k, v, log_decay, scale, initial_state, save_states):
         o, final_state, states = reference.ddts_chunk_states(
             q, k, v, log_decay, scale, initial_state, EAGER_CHUNK
         )
-    return o, final_state, states if save_states else states[:, :, :0].clone()
+    # the fake promises contiguous outputs, and torch.compile relies on it
+    states = states if save_states else states[:, :, :0].clone()
+    return o.contiguous(), final_state.contiguous(), states
 
 
 @torch.library.impl("rodimus::ddts_eager_backward", "CompositeExplicitAutograd")
 def _backward(q, k, v, log_decay, scale, states, do, dfinal_state):
     with torch.autocast(q.device.type, enabled=False):
-        return _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state)
+        grads = _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state)
+    return tuple(x.contiguous() for x in grads)
 
 
 def _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state):
