@@ -10,7 +10,8 @@ from glob import glob
 import numpy as np
 import torch
 
-from .config import ConfigError, DataSection
+from ..errors import InputError
+from .config import DataSection
 from .order import SampleOrder
 from .rows import Batch, ConcatRows, RowReader
 from .shards import TokenShards, verify
@@ -24,15 +25,15 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
         weighted: Every pattern has a weight, so it must name exactly one manifest.
 
     Raises:
-        ConfigError: a pattern matches nothing, or the parts disagree on vocabulary or tokenizer.
+        InputError: a pattern matches nothing, or the parts disagree on vocabulary or tokenizer.
     """
     sources: list[TokenShards] = []
     for pattern in patterns:
         found = sorted(glob(pattern, recursive=True))
         if not found:
-            raise ConfigError(f"no token shards at {pattern}: run `rodimus data pack` first")
+            raise InputError(f"no token shards at {pattern}: run `rodimus data pack` first")
         if weighted and len(found) > 1:
-            raise ConfigError(
+            raise InputError(
                 f"data.weights needs one manifest an entry, got {len(found)} for {pattern}"
             )
         sources += [TokenShards(path) for path in found]
@@ -41,7 +42,7 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
         for name in ("vocab_size", "tokenizer_sha256"):
             a, b = getattr(first.manifest, name), getattr(other.manifest, name)
             if a != b:
-                raise ConfigError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
+                raise InputError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
     return sources
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-class ConfigError(ValueError):
-    """A setting or input that cannot work, described in one line."""
+from ..errors import InputError
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ConfigError(message)
+        raise InputError(message)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -123,8 +121,6 @@ class OptimSection:
     """AdamW denominator floor."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the decayed group."""
-    muon_lr: float = 0.02
-    """Peak learning rate of the matrices when name is muon."""
     muon_momentum: float = 0.95
     """Momentum of the matrices when name is muon."""
 
@@ -292,7 +288,7 @@ class TrainConfig:
         """Micro-steps of one optimizer step on every one of ``world_size`` ranks.
 
         Raises:
-            ConfigError: the rows of a batch do not divide over ranks and micro-batches.
+            InputError: the rows of a batch do not divide over ranks and micro-batches.
         """
         step_rows = world_size * self.train.micro_batch
         _require(

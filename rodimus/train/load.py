@@ -14,14 +14,15 @@ import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .config import ConfigError, TrainConfig
+from ..errors import InputError
+from .config import TrainConfig
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Parses one file, its parents included, and makes ``model.config`` absolute.
 
     Raises:
-        ConfigError: the file is missing, is not TOML, or extends itself.
+        InputError: the file is missing, is not TOML, or extends itself.
     """
     return _read(Path(path), ())
 
@@ -29,13 +30,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in children:
-        raise ConfigError(f"{path} extends itself")
+        raise InputError(f"{path} extends itself")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+        raise InputError(f"cannot read config {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise InputError(f"{path} is not valid TOML: {error}") from error
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("config"), str):
         model["config"] = str((path.parent / model["config"]).resolve())
@@ -57,17 +58,17 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     """Fills the dataclass ``cls`` from nested ``values``.
 
     Raises:
-        ConfigError: an unknown key, with the nearest known one, or a value of the wrong type.
+        InputError: an unknown key, with the nearest known one, or a value of the wrong type.
     """
     types = get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         name = prefix + key
         if key not in types:
-            raise ConfigError(f"unknown key {name!r}{_suggest(name, key, prefix, list(types))}")
+            raise InputError(f"unknown key {name!r}{_suggest(name, key, prefix, list(types))}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"{name} must be a table, got {value!r}")
+                raise InputError(f"{name} must be a table, got {value!r}")
             arguments[key] = build(types[key], value, name + ".")
         else:
             arguments[key] = _convert(name, types[key], value)
@@ -98,14 +99,14 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         if not isinstance(value, list):
-            raise ConfigError(f"{name} must be a list, got {value!r}")
+            raise InputError(f"{name} must be a list, got {value!r}")
         return tuple(_convert(f"{name}[{i}]", item, v) for i, v in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)
     if kind is str and name == "checkpoint.resume" and type(value) is int:
         return str(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
+        raise InputError(f"{name} must be {kind.__name__}, got {type(value).__name__} {value!r}")
     return value
 
 
@@ -113,7 +114,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     """Reads a run's TOML file and applies ``--section.key value`` overrides.
 
     Raises:
-        ConfigError: the file or a value in it cannot be used.
+        InputError: the file or a value in it cannot be used.
         SystemExit: the overrides do not parse (usage is printed), or ask for ``--help``.
     """
     config = build(TrainConfig, read_toml(path))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import ConfigError
+from ..errors import InputError
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
 from .tokenizer import DocumentEncoder, load_tokenizer, tokenizer_digest, train_tokenizer
@@ -66,7 +66,7 @@ def pack(
         The manifest of each part.
 
     Raises:
-        ConfigError: the source cannot be read, or a part would be empty.
+        InputError: the source cannot be read, or a part would be empty.
     """
     out = Path(out)
     if tokenizer is None:
@@ -89,7 +89,7 @@ def pack(
             writers[part].add(ids, len(text.encode("utf-8", "surrogatepass")))
     for part, writer in writers.items():
         if writer.n_bytes == 0:
-            raise ConfigError(f"the {part} part of {source} is empty: no text was found for it")
+            raise InputError(f"the {part} part of {source} is empty: no text was found for it")
     return {
         part: writer.close(
             bos_token_id=encode.bos,
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         manifests = pack(**options)
-    except (ConfigError, ImportError) as error:
+    except (InputError, ImportError) as error:
         print(f"rodimus data pack: {error}", file=sys.stderr)
         return 2
     for part, m in manifests.items():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .config import ConfigError
+from ..errors import InputError
 from .shards import TokenShards
 
 IGNORE = -100
@@ -53,7 +53,7 @@ class ConcatRows:
         keep_tail: Also yield the last, shorter row of a shard (for evaluation).
 
     Raises:
-        ConfigError: no shard is long enough for one row.
+        InputError: no shard is long enough for one row.
     """
 
     def __init__(self, shards: TokenShards, seq_len: int, *, keep_tail: bool = False) -> None:
@@ -63,7 +63,7 @@ class ConcatRows:
         self.ends = np.cumsum(-(-usable // seq_len) if keep_tail else usable // seq_len)
         if self.ends[-1] == 0:
             longest = int(usable.max()) + 1
-            raise ConfigError(
+            raise InputError(
                 f"data.seq_len = {seq_len} needs a shard of {seq_len + 1} tokens, "
                 f"got {longest} in {shards.path}"
             )

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import ConfigError
+from ..errors import InputError
 
 FORMAT_VERSION = 1
 
@@ -156,14 +156,14 @@ class TokenShards:
         manifest: Path of NAME.json; the shards lie beside it.
 
     Raises:
-        ConfigError: the manifest is missing or of another format, or a file has the wrong size.
+        InputError: the manifest is missing or of another format, or a file has the wrong size.
     """
 
     def __init__(self, manifest: str | Path) -> None:
         self.path = Path(manifest)
         self.manifest = _read_manifest(self.path)
         if not self.manifest.n_tokens:
-            raise ConfigError(f"{self.path} holds no tokens")
+            raise InputError(f"{self.path} holds no tokens")
         self.dtype = np.dtype(self.manifest.dtype)
         self.tokens = [
             self._map(s.name + ".bin", self.dtype, s.n_tokens) for s in self.manifest.shards
@@ -177,7 +177,7 @@ class TokenShards:
         size = path.stat().st_size if path.exists() else -1
         if size != count * dtype.itemsize:
             got = "a missing file" if size < 0 else f"{size} bytes"
-            raise ConfigError(f"{path} must have {count * dtype.itemsize} bytes, got {got}")
+            raise InputError(f"{path} must have {count * dtype.itemsize} bytes, got {got}")
         return np.memmap(path, dtype, mode="r")
 
     def files(self) -> list[tuple[Path, str]]:
@@ -207,12 +207,12 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read token shards {path}: {error.strerror}") from error
+        raise InputError(f"cannot read token shards {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not a shard manifest: {error}") from error
+        raise InputError(f"{path} is not a shard manifest: {error}") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{path} must be shard format {FORMAT_VERSION}, got {version!r}")
+        raise InputError(f"{path} must be shard format {FORMAT_VERSION}, got {version!r}")
     values["shards"] = tuple(ShardFile(**s) for s in values["shards"])
     return Manifest(**values)
 
@@ -221,9 +221,9 @@ def verify(files: Sequence[tuple[Path, str]]) -> None:
     """Hashes files and compares with what their manifest records.
 
     Raises:
-        ConfigError: the first file whose contents changed.
+        InputError: the first file whose contents changed.
     """
     for path, expected in files:
         got = sha256_file(path)
         if got != expected:
-            raise ConfigError(f"{path} is damaged: sha256 must be {expected}, got {got}")
+            raise InputError(f"{path} is damaged: sha256 must be {expected}, got {got}")

@@ -10,7 +10,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import ConfigError
+from ..errors import InputError
 
 # licence of what `stdlib` reads, recorded in the manifest
 STDLIB_LICENCE = "PSF-2.0"
@@ -29,7 +29,7 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
         field: Name of the text field in jsonl, parquet and datasets.
 
     Raises:
-        ConfigError: the source does not exist, is not UTF-8, or lacks the field; names the place.
+        InputError: the source does not exist, is not UTF-8, or lacks the field; names the place.
         ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
     """
     if source == "stdlib":
@@ -56,12 +56,12 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
         if not found:
-            raise ConfigError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
+            raise InputError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
         return found
     if not path.is_file():
-        raise ConfigError(f"source must be stdlib, hf:NAME, a file or a folder, got {path}")
+        raise InputError(f"source must be stdlib, hf:NAME, a file or a folder, got {path}")
     if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"source must end in {', '.join(_SUFFIXES)}, got {path.name}")
+        raise InputError(f"source must end in {', '.join(_SUFFIXES)}, got {path.name}")
     return [path]
 
 
@@ -78,7 +78,7 @@ def _decode(data: bytes, place: str, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(
+        raise InputError(
             f"{place} must be UTF-8, got byte 0x{data[error.start]:02x} "
             f"at offset {offset + error.start}"
         ) from error
@@ -96,10 +96,10 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ConfigError(f"{place} is not JSON: {error}") from error
+                raise InputError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ConfigError(f"{place} must have a string field {field!r}, got {keys}")
+                raise InputError(f"{place} must have a string field {field!r}, got {keys}")
             yield row[field]
 
 
@@ -111,7 +111,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
     table = pyarrow.parquet.ParquetFile(path)
     if field not in table.schema_arrow.names:
         names = ", ".join(table.schema_arrow.names)
-        raise ConfigError(f"{path} must have a column {field!r}, got {names}")
+        raise InputError(f"{path} must have a column {field!r}, got {names}")
     for batch in table.iter_batches(columns=[field]):
         yield from (text for text in batch.column(0).to_pylist() if text)
 
@@ -123,5 +123,5 @@ def _dataset(name: str, field: str) -> Iterator[str]:
         raise ImportError(f"hf:{name} needs datasets: pip install datasets") from error
     for row in datasets.load_dataset(name, split="train", streaming=True):
         if field not in row:
-            raise ConfigError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
+            raise InputError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
         yield row[field]

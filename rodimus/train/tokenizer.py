@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .config import ConfigError
+from ..errors import InputError
 from .shards import sha256_file
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -25,10 +25,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         A tokenizer that puts ``<|begin|>`` (id 0) before a text; ``<|end|>`` (id 1) closes it.
 
     Raises:
-        ConfigError: ``vocab_size`` is too small.
+        InputError: ``vocab_size`` is too small.
     """
     if vocab_size < 258:
-        raise ConfigError(f"vocabulary must have at least 258 entries, got {vocab_size}")
+        raise InputError(f"vocabulary must have at least 258 entries, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,10 +55,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Loads a HuggingFace tokenizer folder that carries a ``tokenizer.json``.
 
     Raises:
-        ConfigError: there is no ``tokenizer.json`` in it.
+        InputError: there is no ``tokenizer.json`` in it.
     """
     if not (Path(folder) / "tokenizer.json").is_file():
-        raise ConfigError(f"{folder} must be a tokenizer folder with a tokenizer.json")
+        raise InputError(f"{folder} must be a tokenizer folder with a tokenizer.json")
     return AutoTokenizer.from_pretrained(str(folder))
 
 

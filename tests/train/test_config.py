@@ -2,7 +2,8 @@
 
 import pytest
 
-from rodimus.train.config import ConfigError, TrainConfig
+from rodimus.errors import InputError
+from rodimus.train.config import TrainConfig
 from rodimus.train.load import build, load_config, to_toml
 
 MINIMAL = """
@@ -50,16 +51,16 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
     ],
 )
 def test_bad_value_is_one_line(text, message, write):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         load_config(write(text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
-    with pytest.raises(ConfigError, match="cannot read config"):
+    with pytest.raises(InputError, match="cannot read config"):
         load_config(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="not valid TOML"):
+    with pytest.raises(InputError, match="not valid TOML"):
         load_config(write("[optim\nlr=1"))
 
 
@@ -70,7 +71,7 @@ def test_child_replaces_keys_of_its_parent(write):
 
 
 def test_file_that_extends_itself_is_an_error(write):
-    with pytest.raises(ConfigError, match="extends itself"):
+    with pytest.raises(InputError, match="extends itself"):
         load_config(write('extends = "run.toml"'))
 
 
@@ -90,7 +91,7 @@ def test_resolved_config_reads_back_equal(write):
 def test_batch_must_divide_over_ranks(write):
     config = load_config(write(MINIMAL), ["--train.micro-batch", "4"])
     assert [config.accumulation(w) for w in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ConfigError, match="do not divide by 3 ranks"):
+    with pytest.raises(InputError, match="do not divide by 3 ranks"):
         config.accumulation(3)
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from rodimus.errors import InputError
 from rodimus.train.batches import Prefetcher, TrainData, open_sources
-from rodimus.train.config import ConfigError, DataSection
+from rodimus.train.config import DataSection
 from rodimus.train.order import SampleOrder, permute
 from rodimus.train.rows import ConcatRows, RowReader
 from rodimus.train.shards import ShardWriter, TokenShards
@@ -107,18 +108,18 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
 
 def test_seq_len_beyond_the_shard_is_an_error(tmp_path):
     shards = TokenShards(write(tmp_path))
-    with pytest.raises(ConfigError, match="data.seq_len = 64 needs a shard of 65 tokens, got 63"):
+    with pytest.raises(InputError, match="data.seq_len = 64 needs a shard of 65 tokens, got 63"):
         ConcatRows(shards, 64)
 
 
 def test_sources_must_share_a_tokenizer(tmp_path):
     write(tmp_path, "a")
     write(tmp_path, "b", tokenizer="other")
-    with pytest.raises(ConfigError, match="b.json must have tokenizer_sha256 t as"):
+    with pytest.raises(InputError, match="b.json must have tokenizer_sha256 t as"):
         open_sources((str(tmp_path / "*.json"),))
-    with pytest.raises(ConfigError, match="one manifest an entry, got 2"):
+    with pytest.raises(InputError, match="one manifest an entry, got 2"):
         open_sources((str(tmp_path / "*.json"),), weighted=True)
-    with pytest.raises(ConfigError, match="no token shards at"):
+    with pytest.raises(InputError, match="no token shards at"):
         open_sources((str(tmp_path / "c.json"),))
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from rodimus.errors import InputError
 from rodimus.train import pack as pack_module
-from rodimus.train.config import ConfigError
 from rodimus.train.pack import main, pack, split_documents
 from rodimus.train.shards import TokenShards
 from rodimus.train.sources import documents
@@ -102,7 +102,7 @@ def test_stdlib_is_python_source_without_tests():
 )
 def test_bad_corpus_is_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         pack(str(tmp_path / name), tmp_path / "out", vocab_size=300, val_fraction=0.0)
     assert not (tmp_path / "out" / "train.json").exists()
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rodimus.train.config import ConfigError
+from rodimus.errors import InputError
 from rodimus.train.shards import ShardWriter, TokenShards, verify
 
 CLOSE = {"bos_token_id": 0, "eos_token_id": 1, "tokenizer_sha256": "t", "source": "test"}
@@ -51,7 +51,7 @@ def test_flipped_byte_is_found(tmp_path):
     data = bytearray((tmp_path / "train-00000.bin").read_bytes())
     data[33] ^= 1
     (tmp_path / "train-00000.bin").write_bytes(data)
-    with pytest.raises(ConfigError, match="train-00000.bin is damaged"):
+    with pytest.raises(InputError, match="train-00000.bin is damaged"):
         verify(shards.files())
 
 
@@ -67,17 +67,17 @@ def test_bad_id_on_disk_names_file_and_offset(tmp_path):
 def test_truncated_or_missing_shard_is_an_error(tmp_path):
     path = write(tmp_path, [[5] * 100])
     (tmp_path / "train-00000.bin").write_bytes(b"\0" * 10)
-    with pytest.raises(ConfigError, match="must have 200 bytes, got 10 bytes"):
+    with pytest.raises(InputError, match="must have 200 bytes, got 10 bytes"):
         TokenShards(path)
     (tmp_path / "train-00000.bin").unlink()
-    with pytest.raises(ConfigError, match="got a missing file"):
+    with pytest.raises(InputError, match="got a missing file"):
         TokenShards(path)
 
 
 def test_other_format_version_is_an_error(tmp_path):
     path = write(tmp_path, [[5] * 10])
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
-    with pytest.raises(ConfigError, match="must be shard format 1, got 2"):
+    with pytest.raises(InputError, match="must be shard format 1, got 2"):
         TokenShards(path)
 
 

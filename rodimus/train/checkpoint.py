@@ -1,0 +1,208 @@
+"""Saving and restoring a run: torch's distributed checkpoints, plus proof that they are whole.
+
+Every rank writes its shards and hashes them; a checkpoint counts once rank 0 has listed all
+checksums in COMPLETE. Restoring checks them first: torch notices a truncated file but loads flipped
+bits without a word. A damaged checkpoint is set aside and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from . import store
+from .config import CheckpointSection
+from .shards import sha256_file
+
+logger = logging.getLogger(__name__)
+_PROGRESS = "progress.json"
+
+
+@dataclass
+class Progress:
+    """Where a run is; with weights and optimizer all there is to resume from."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    next_sample: int = 0
+    """First sample of the next batch; ahead of ``step`` batches where data was skipped."""
+    tokens: int = 0
+    """Training tokens read."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """Running statistics of the guard."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run; every rank makes the same calls.
+
+    Args:
+        root: Folder of checkpoints.
+        config: How often, how many, in the background or not.
+        model: Sharded model.
+        optimizers: Its optimizers.
+        identity: What must agree between a checkpoint and the run that resumes from it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: CheckpointSection,
+        model: PreTrainedModel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        identity: dict[str, Any],
+    ) -> None:
+        self.root, self.config, self.identity = root, config, identity
+        self.model, self.optimizers = model, list(optimizers)
+        # the writer thread's collectives must never meet the training step's
+        self.group = dist.new_group(backend="gloo")
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._writer: threading.Thread | None = None
+
+    def save(self, progress: Progress, *, wait: bool) -> None:
+        """Starts a checkpoint of this step; with ``wait`` it is complete on return.
+
+        A failure to write (a full disk) is logged as an error on every rank and leaves earlier
+        checkpoints as they are; training goes on.
+        """
+        self.wait()
+        folder = store.step_folder(self.root, progress.step)
+        about = {"progress": asdict(progress), "identity": self.identity}
+        if self.config.async_save and not wait:
+            pending = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self.group)
+            self._writer = threading.Thread(
+                target=self._finish, args=(folder, about, pending.result), name="checkpoint"
+            )
+            self._writer.start()
+        else:
+            state = self._state()
+            self._finish(
+                folder,
+                about,
+                lambda: dcp.save(state, checkpoint_id=folder, process_group=self.group),
+            )
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def _finish(self, folder: Path, about: dict[str, Any], write: Callable[[], Any]) -> None:
+        error, checksums = None, {}
+        try:
+            write()
+            checksums = self._hash_mine(folder, about)
+        except Exception as failure:
+            # whatever went wrong here must reach every rank, or the others wait for ever
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        results: list[Any] = [None] * self.world_size
+        dist.all_gather_object(results, (error, checksums), group=self.group)
+        errors = {f"rank {r}: {e}" for r, (e, _) in enumerate(results) if e}
+        if errors:
+            logger.error("checkpoint %s not written: %s", folder.name, "; ".join(sorted(errors)))
+            if self.rank == 0:
+                store.remove(folder)
+        elif self.rank == 0:
+            store.mark_complete(folder, {k: v for _, part in results for k, v in part.items()})
+            store.prune(self.root, self.config.keep, self.config.keep_every)
+
+    def _hash_mine(self, folder: Path, about: dict[str, Any]) -> dict[str, str]:
+        mine = sorted(folder.glob(f"__{self.rank}_*.distcp"))
+        if self.rank == 0:
+            store.write_atomic(folder / _PROGRESS, json.dumps(about, indent=1))
+            mine += [folder / _PROGRESS, folder / ".metadata"]
+        return {path.name: sha256_file(path) for path in mine}
+
+    def restore(self) -> Progress | None:
+        """Loads what ``config.resume`` asks for; None where the run starts from nothing.
+
+        Raises:
+            InputError: the step asked for is missing or damaged, the run exists although
+                ``resume = never``, or the checkpoint is of another model or tokenizer.
+        """
+        steps = self._from_main(lambda: store.complete_steps(self.root))
+        wanted = self.config.resume
+        if wanted == "never" and steps:
+            raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")
+        if wanted.isdigit():
+            if int(wanted) not in steps:
+                have = ", ".join(map(str, steps)) or "none"
+                raise InputError(f"no checkpoint of step {wanted} in {self.root}; it has {have}")
+            steps = [int(wanted)]
+        if self.rank == 0 and not wanted.isdigit():
+            store.remove_incomplete(self.root)
+        for step in steps:
+            folder = store.step_folder(self.root, step)
+            damaged = self._damaged(folder) if self.config.verify else []
+            if not damaged:
+                return self._load(folder)
+            if wanted.isdigit():
+                raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
+            moved = self._from_main(lambda folder=folder: store.quarantine(folder).name)
+            logger.warning("%s is damaged (%s): moved to %s", folder.name, damaged[0], moved)
+        return None
+
+    def _damaged(self, folder: Path) -> list[str]:
+        """Damaged files, found by all ranks together, each hashing its share."""
+        checksums = sorted(store.recorded_checksums(folder).items())
+        mine = dict(checksums[self.rank :: self.world_size])
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, store.damaged_files(folder, mine), group=self.group)
+        return sum(found, []) if checksums else ["COMPLETE"]
+
+    def _load(self, folder: Path) -> Progress:
+        about = json.loads((folder / _PROGRESS).read_text())
+        check_identity(about["identity"], self.identity, folder)
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optim"],
+            # the tied head is not stored a second time
+            options=StateDictOptions(strict=False),
+        )
+        return Progress(**about["progress"])
+
+    def _state(self) -> dict[str, Any]:
+        model, optim = get_state_dict(self.model, self.optimizers)
+        for tied in self.model.all_tied_weights_keys:
+            model.pop(tied, None)
+        return {"model": model, "optim": optim}
+
+    def _from_main(self, compute: Callable[[], Any]) -> Any:
+        """Runs ``compute`` on rank 0 and gives its result to every rank."""
+        result = [compute() if self.rank == 0 else None]
+        dist.broadcast_object_list(result, src=0, group=self.group)
+        return result[0]
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
+    """Refuses a checkpoint of another run.
+
+    Raises:
+        InputError: names the first value that differs.
+    """
+    for key in sorted(saved.keys() | current.keys()):
+        if saved.get(key) != current.get(key):
+            raise InputError(
+                f"{folder} is of another model: {key} must be {current.get(key)!r}, "
+                f"got {saved.get(key)!r}"
+            )

@@ -1,0 +1,78 @@
+"""Weights from a seed alone: the same on one rank and on many, with no checkpoint to start from.
+
+A 1.6B model is built on the meta device and sharded before it has any memory. Each module is then
+made real on its own, initialised by the model's own rule from a generator seeded with (seed, module
+name), and copied into its shards; a rank holds one whole block at a time, never the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+
+def module_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for one module: sha256 of the run's seed and the module's name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model that are initialised whole: blocks, and leaves outside of them."""
+    blocks = set(getattr(model, "_no_split_modules", ()) or ())
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        children = list(module.named_children())
+        if type(module).__name__ in blocks or not children:
+            yield name, module
+        else:
+            for child_name, child in children:
+                yield from walk(f"{name}.{child_name}" if name else child_name, child)
+
+    return walk("", model)
+
+
+def template(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Copies of a model's units on the meta device; taken before sharding changes the modules."""
+    return {name: copy.deepcopy(unit).to("meta") for name, unit in _units(model)}
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -> None:
+    """Fills parameters and buffers of ``model``, whole or sharded, already on its device.
+
+    Args:
+        model: The model after ``to_empty``; tied weights are still tied.
+        units: What ``template`` returned for the same model before it was sharded.
+        seed: The run's seed.
+    """
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    for unit_name, unit in units.items():
+        real = copy.deepcopy(unit).to_empty(device="cpu")
+        # children first: a parent's rule may rescale what it owns
+        for name, module in reversed(list(real.named_modules(prefix=unit_name))):
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(module_seed(seed, name))
+                model._init_weights(module)
+        values = dict(real.named_parameters(prefix=unit_name)) | dict(
+            real.named_buffers(prefix=unit_name)
+        )
+        for name, value in values.items():
+            # a tied head is no parameter of its own
+            if name in targets:
+                _assign(targets[name], value)
+
+
+def _assign(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        # every rank made the same value, so no rank has to send it
+        value = distribute_tensor(
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+    target.copy_(value)

@@ -1,0 +1,187 @@
+"""The only file that knows processes, sharding, compilation and activation checkpointing.
+
+The same calls serve one CPU process (a mesh of one), two CPU processes (gloo), one GPU, a node
+(FSDP2) and many nodes (HSDP: shards inside a node, replicas across).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .config import ParallelSection, TrainConfig
+from .initialize import initialize, template
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """The rank that prints and writes what is written once."""
+        return self.rank == 0
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 products in hardware (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of products: ``auto`` is bfloat16 where the device has it in hardware."""
+    if name != "auto":
+        return getattr(torch, name)
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def start(config: ParallelSection, device: str) -> Ranks:
+    """Joins the process group that torchrun describes, or makes a group of one.
+
+    Raises:
+        InputError: the device is missing, or replicas do not divide the ranks.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("train.device is cuda, but torch sees no CUDA device")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world % config.replicate:
+        raise InputError(f"parallel.replicate = {config.replicate} does not divide {world} ranks")
+    where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else None
+    if where is not None:
+        torch.cuda.set_device(where)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        store=None if "RANK" in os.environ else dist.HashStore(),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=config.timeout_s),
+    )
+    if config.replicate > 1:
+        shape, names = (config.replicate, world // config.replicate), ("replicate", "shard")
+    else:
+        shape, names = (world,), ("shard",)
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    return Ranks(rank, world, where or torch.device("cpu"), mesh)
+
+
+def stop() -> None:
+    """Leaves the process group; the barrier keeps a fast rank from ending it under a slow one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def host_name(rank: int) -> str:
+    """How a rank is called in messages: number, host and process."""
+    return f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
+
+
+def reduce_sum(values: list[float]) -> list[float]:
+    """Sums a few numbers over all ranks, in float64 on the CPU; every rank gets the same result."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:
+    """Shards a model that lies on the meta device and gives it its initial weights.
+
+    Order: activation checkpointing, compilation, shards block by block, the root, memory, ties,
+    weights.
+
+    Args:
+        model: Built under ``torch.device("meta")``.
+        config: Activation checkpointing, compilation, dtype, seed.
+        ranks: What ``start`` returned.
+    """
+    units = template(model)
+    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    checkpoint_activations(model, config.train.ac)
+    if config.train.compile:
+        for block in blocks:
+            block.compile()
+    options = {
+        "mesh": ranks.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=resolve_dtype(config.train.dtype, ranks.device),
+            reduce_dtype=torch.float32,
+            # the residual stream between blocks stays in fp32
+            cast_forward_inputs=False,
+        ),
+        "reshard_after_forward": _reshard(model, config.parallel, ranks),
+    }
+    for module in (*blocks, model):
+        fully_shard(module, **options)
+        # the loss is a sum over all ranks divided once by all predicted tokens: gradients are
+        # summed, by a plain sum because gloo has no scaled one; neither call reaches children
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=ranks.device)
+    # to_empty gives a tied head a tensor of its own
+    model.tie_weights()
+    initialize(model, units, config.train.seed)
+    return model.train()
+
+
+def _reshard(model: nn.Module, config: ParallelSection, ranks: Ranks) -> bool:
+    if config.reshard_after_forward != "auto":
+        return config.reshard_after_forward == "true"
+    if ranks.device.type == "cpu":
+        return False
+    # gathered bf16 weights of one replica against a tenth of the device's memory
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    return weights > 0.1 * torch.cuda.get_device_properties(ranks.device).total_memory
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+    """Recomputes block activations in backward: all of them, or all but the costly products.
+
+    Args:
+        model: A transformers model with gradient checkpointing.
+        mode: ``none``, ``full`` or ``selective`` (results of ``SAVED_OPS`` are kept).
+    """
+    if mode == "none":
+        return
+    options = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+# matrix products, attention, and every operator of ours
+SAVED_OPS = frozenset(
+    ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention")
+    + ("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+)
+
+
+def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    name = op.name() if hasattr(op, "name") else str(op)
+    namespace, _, rest = name.partition("::")
+    if namespace == "rodimus" or rest.partition(".")[0] in SAVED_OPS:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def mark_micro_step(model: FSDPModule, *, last: bool) -> None:
+    """Before a backward pass: replicas exchange gradients only in the last micro-step."""
+    model.set_is_last_backward(last)
+    model.set_requires_all_reduce(last)
