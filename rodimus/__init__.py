@@ -1,3 +1,82 @@
-"""Rodimus and Rodimus+ language models (arXiv 2410.06577): model, generation and training."""
+"""Rodimus and Rodimus+ language models (arXiv 2410.06577): model, generation and training.
+
+Importing the package registers the model with transformers' ``Auto*`` classes, so that
+``AutoModelForCausalLM.from_pretrained`` loads a checkpoint folder without any remote code.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_rodimus import RodimusConfig
+    from .modeling_rodimus import (
+        RodimusForCausalLM,
+        RodimusForSequenceClassification,
+        RodimusModel,
+    )
+    from .tokenization_rodimus import RodimusTokenizer
 
 __version__ = "0.1.0"
+__all__ = [
+    "RodimusConfig",
+    "RodimusForCausalLM",
+    "RodimusForSequenceClassification",
+    "RodimusModel",
+    "RodimusTokenizer",
+    "register",
+]
+
+_HOMES = {
+    "RodimusConfig": "configuration_rodimus",
+    "RodimusModel": "modeling_rodimus",
+    "RodimusForCausalLM": "modeling_rodimus",
+    "RodimusForSequenceClassification": "modeling_rodimus",
+    "RodimusTokenizer": "tokenization_rodimus",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def register() -> None:
+    """Let transformers' ``Auto*`` classes load ``model_type: rodimus`` through this package.
+
+    Done on import. Another package that registers the same model type and is imported later takes
+    over; calling this again takes it back.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    from .configuration_rodimus import RodimusConfig
+    from .modeling_rodimus import (
+        RodimusForCausalLM,
+        RodimusForSequenceClassification,
+        RodimusModel,
+    )
+    from .tokenization_rodimus import RodimusTokenizer
+
+    class TokenizerKey(RodimusConfig):
+        """Stands for the config: only a class that no model uses wins over a folder's own code."""
+
+    AutoConfig.register("rodimus", RodimusConfig, exist_ok=True)
+    AutoModel.register(RodimusConfig, RodimusModel, exist_ok=True)
+    AutoModelForCausalLM.register(RodimusConfig, RodimusForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        RodimusConfig, RodimusForSequenceClassification, exist_ok=True
+    )
+    AutoTokenizer.register(TokenizerKey, RodimusTokenizer, exist_ok=True)
+
+
+# The command `rodimus` answers --help without waiting for torch; its commands load what they use.
+if not sys.argv or Path(sys.argv[0]).stem != "rodimus":
+    register()

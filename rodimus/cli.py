@@ -1,0 +1,180 @@
+"""The command ``rodimus``: its commands, their options, and how errors are shown.
+
+Nothing heavy is imported here: each command loads what it needs when it runs.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+from .errors import InputError
+
+EPILOG = """\
+examples:
+  rodimus train configs/train/demo_cpu.toml
+  rodimus generate runs/demo/export --prompt "def fibonacci(n):" --stats
+  rodimus chat path/to/checkpoint
+  rodimus COMMAND --help
+"""
+# Commands with a parser of their own, which gets everything after their name.
+PASSED_ON = {"train": "rodimus.train.__main__", "data pack": "rodimus.train.pack"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, or 2 for bad input (told in one line)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for name, module in PASSED_ON.items():
+        words = name.split()
+        if argv[: len(words)] == words:
+            command = importlib.import_module(module).main
+            arguments = [argv[len(words) :]]
+            break
+    else:
+        options = build_parser().parse_args(argv)
+        command, arguments = options.command, [options]
+    try:
+        return command(*arguments) or 0
+    except InputError as error:
+        print(f"rodimus: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command that is not passed on."""
+    parser = argparse.ArgumentParser(
+        prog="rodimus",
+        description="Rodimus and Rodimus+ language models: train, generate, export.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"rodimus {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # listed for --help only: main() passes them on before parsing
+    commands.add_parser("train", help="pretrain a model as a TOML file says")
+    data = commands.add_parser("data", help="`data pack`: make token shards for training from text")
+    data = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    data.add_parser("pack", help="make token shards for training from text")
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_export(commands)
+    _add_env(commands)
+    return parser
+
+
+def _add_generate(commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text with a model; the text appears as it is made. A prompt may be "
+        "of any length: memory does not grow with it once it is past the model's window.",
+    )
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    _add_sampling(parser, temperature=0.0, top_p=1.0)
+    parser.set_defaults(command=_lazily("rodimus.generate", "run_generate"))
+
+
+def _add_chat(commands) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model that was trained to",
+        description="Talk with a model. Its tokenizer must have a chat template. "
+        "An empty line, /exit or the end of input leaves; /reset starts a new conversation.",
+    )
+    _add_model(parser)
+    parser.add_argument("--system", default="", help="what the model is told about its role first")
+    _add_sampling(parser, temperature=0.7, top_p=0.95)
+    parser.set_defaults(command=_lazily("rodimus.generate", "run_chat"))
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a folder that loads with torch and transformers alone",
+        description="Write a checkpoint as a folder that AutoModelForCausalLM.from_pretrained(OUT, "
+        "trust_remote_code=True) loads without this package. Also converts checkpoints of "
+        "flash-linear-attention.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, or owner/name on the hub")
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.set_defaults(command=_export)
+
+
+def _add_env(commands) -> None:
+    parser = commands.add_parser(
+        "env",
+        help="what is installed and which implementation each operator uses here, and why",
+        description="Print versions, the device, which implementation each operator would choose "
+        "here and why, and which optional packages are missing. Please add it to bug reports.",
+    )
+    parser.set_defaults(command=_lazily("rodimus.env", "run"))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the hub")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: GPU if any)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights (default: as they were saved)",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
+    def number(kind, low, high, what):
+        def parse(text):
+            value = kind(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
+            return value
+
+        parse.__name__ = kind.__name__
+        return parse
+
+    inf = float("inf")
+    add = parser.add_argument
+    add("--max-new-tokens", type=number(int, 1, inf, "at least 1"), default=256, metavar="N")
+    add(
+        "--temperature",
+        type=number(float, 0, inf, "at least 0"),
+        default=temperature,
+        metavar="X",
+        help="randomness: 0 takes the likeliest token every time (default: %(default)s)",
+    )
+    add(
+        "--top-k",
+        type=number(int, 0, inf, "at least 0"),
+        default=0,
+        metavar="N",
+        help="sample among the N likeliest tokens only (default: all)",
+    )
+    add(
+        "--top-p",
+        type=number(float, 1e-9, 1, "above 0 and at most 1"),
+        default=top_p,
+        metavar="X",
+        help="sample among the likeliest tokens that make up this share (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add("--stats", action="store_true", help="print tokens/s and the memory of the state")
+
+
+def _lazily(module: str, function: str):
+    return lambda options: getattr(importlib.import_module(module), function)(options)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    out = export(options.checkpoint, options.out, overwrite=options.overwrite)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

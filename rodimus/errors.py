@@ -1,0 +1,9 @@
+"""What went wrong outside the program."""
+
+
+class InputError(ValueError):
+    """Something given to the program is missing, damaged or contradictory.
+
+    Its message says what was expected and what came. The command line prints it as one line and
+    exits with code 2; everything else keeps its traceback.
+    """

@@ -1,0 +1,114 @@
+"""``rodimus export CKPT OUT``: a folder that loads with torch and transformers alone.
+
+Besides weights, configuration and tokenizer, the folder carries the code of the model, so that
+``AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`` needs no package of ours.
+Where ``rodimus_kernels`` is installed, the same code uses its kernels; where ``rodimus`` is
+imported, its classes win over the copies. The code is copied as it stands, never transformed.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .errors import InputError
+from .loading import checkpoint_folder, has_tokenizer, load_model, load_tokenizer
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_rodimus.RodimusConfig",
+    "AutoModel": "modeling_rodimus.RodimusModel",
+    "AutoModelForCausalLM": "modeling_rodimus.RodimusForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rodimus.RodimusForSequenceClassification",
+}
+
+
+def export(checkpoint: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a checkpoint as a self-contained folder; what was there stays until it is complete.
+
+    Args:
+        checkpoint: any folder that :func:`rodimus.loading.load_model` reads.
+        out: the folder to write.
+        overwrite: replace ``out`` if it exists.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or ``out`` exists and may not be replaced.
+    """
+    out = Path(out).expanduser().absolute()
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already: remove it, or pass --overwrite")
+    folder = checkpoint_folder(checkpoint)
+    model = load_model(folder)
+    with _replacing(out) as temporary:
+        write_model(model, temporary)
+        if has_tokenizer(folder):
+            write_tokenizer(folder, temporary)
+    return out
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Weights, configuration with its ``auto_map``, and the code they name."""
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(folder)
+    for source, name in code_files():
+        shutil.copyfile(source, folder / name)
+
+
+def code_files() -> list[tuple[Path, str]]:
+    """Each file of the exported code and its name in the folder."""
+    here = Path(__file__).parent
+    # found, not imported: the operators need not be importable to be copied
+    operators = importlib.util.find_spec("rodimus_kernels")
+    if operators is None or not operators.submodule_search_locations:
+        raise InputError("rodimus_kernels is not installed; an export carries its reference.py")
+    reference = Path(operators.submodule_search_locations[0]) / "reference.py"
+    own = ("configuration_rodimus.py", "modeling_rodimus.py")
+    return [*((here / name, name) for name in own), (reference, "reference_rodimus.py")]
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer, declared as transformers' own class: no code of ours is needed to load it."""
+    load_tokenizer(source).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    if config.get("tokenizer_class") == "RodimusTokenizer":
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place when the block ends well, else disappears."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield temporary
+        # mkdtemp makes a private folder; this one is as readable as any other
+        temporary.chmod(0o777 & ~_umask())
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    from .cli import main
+
+    sys.exit(main(["export", *sys.argv[1:]]))

@@ -1,0 +1,213 @@
+"""Checkpoint folders: found, checked before anything is built, and loaded.
+
+Read here: folders in the released format (ours are the same), and those of flash-linear-attention's
+Rodimus, which are converted while loading.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import convert, register
+from .configuration_rodimus import RodimusConfig
+from .errors import InputError
+from .modeling_rodimus import (
+    RodimusForCausalLM,
+    RodimusForSequenceClassification,
+    RodimusModel,
+)
+
+MODELS = {
+    "RodimusForCausalLM": RodimusForCausalLM,
+    "RodimusForSequenceClassification": RodimusForSequenceClassification,
+    "RodimusModel": RodimusModel,
+}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint: the path itself, or ``owner/name`` downloaded from the hub.
+
+    Raises:
+        InputError: there is no such folder, or it holds no ``config.json``.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists() and _HUB_NAME.fullmatch(str(name)):
+        folder = _download(str(name))
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"{folder} {what}: expected a checkpoint folder (with config.json)")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json: not a checkpoint folder")
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises many kinds, network errors among them
+        reason = str(error).strip().splitlines()[0]
+        message = f"no folder {name!r} here, and the hub does not give it either: {reason}"
+        raise InputError(message) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def load_config(folder: Path) -> RodimusConfig:
+    """The configuration of a checkpoint folder, whichever of the two formats it is in.
+
+    Raises:
+        InputError: the file is not a configuration of Rodimus, or one of its values is wrong.
+    """
+    path = folder / "config.json"
+    fields = read_json(path)
+    if fields.get("model_type", "rodimus") != "rodimus":
+        got = fields["model_type"]
+        raise InputError(f"{path}: model_type must be 'rodimus', got {got!r}")
+    try:
+        if convert.is_fla_config(fields):
+            fields = convert.config_from_fla(fields)
+        return RodimusConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, all present and, where that can be told, complete.
+
+    Raises:
+        InputError: there are none, one of several is missing, or one is cut short.
+    """
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = [folder / shard for shard in shards]
+        elif (folder / name).is_file():
+            files = [folder / name]
+        else:
+            continue
+        for file in files:
+            _check_complete(file)
+        return files
+    raise InputError(f"{folder} holds no weights: expected {' or '.join(WEIGHT_FILES)}")
+
+
+def _check_complete(file: Path) -> None:
+    if not file.is_file():
+        raise InputError(f"{file} is missing: the index beside it names it")
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        size = file.stat().st_size
+        message = f"{file} is damaged or cut short ({size:,} bytes; {error}): copy it again"
+        raise InputError(message) from error
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """The model in a checkpoint folder, in evaluation mode.
+
+    Args:
+        name: a folder in the released format or in flash-linear-attention's, or a name on the hub.
+        dtype: what the weights are loaded in; ``"auto"`` keeps what they were saved in.
+        device: where they go; default the CPU.
+
+    Raises:
+        InputError: a file is missing, damaged, or disagrees with ``config.json``.
+    """
+    folder = checkpoint_folder(name)
+    config = load_config(folder)
+    files = weight_files(folder)
+    # a package imported in between may have taken the model type over
+    register()
+    if convert.is_fla_config(read_json(folder / "config.json")):
+        model = _load_fla(config, files, dtype)
+    else:
+        model = _load_released(config, folder, dtype)
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load_released(config: RodimusConfig, folder: Path, dtype) -> PreTrainedModel:
+    architecture = (config.architectures or ["RodimusForCausalLM"])[0]
+    cls = MODELS.get(architecture, RodimusForCausalLM)
+    try:
+        model, info = cls.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: the weights do not fit config.json: {reason}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[what])):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            kind = what.replace("_", " ").removesuffix("s")
+            raise InputError(f"{folder}: {kind} {names[0]}{more}: does not fit config.json")
+    return model
+
+
+def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedModel:
+    weights = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise InputError(f"{file}: only safetensors are converted from flash-linear-attention")
+        weights |= load_file(file)
+    try:
+        weights = convert.weights_from_fla(weights)
+    except ValueError as error:
+        raise InputError(f"{files[0].parent}: {error}") from error
+    if dtype == "auto":
+        dtype = weights["model.embeddings.weight"].dtype
+    return RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder.
+
+    Raises:
+        InputError: the folder holds none, or its files cannot be read.
+    """
+    folder = checkpoint_folder(name)
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the Rust parser raises bare exceptions
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint folder carries a tokenizer."""
+    return (folder / TOKENIZER_FILES[0]).is_file()

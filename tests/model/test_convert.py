@@ -1,0 +1,189 @@
+"""Names and sizes of flash-linear-attention's Rodimus, to ours and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rodimus import RodimusConfig, RodimusForCausalLM, convert
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+CASES = ("rodimus", "rodimus_plus")
+
+# Parameters of fla 0.5.2's RodimusForCausalLM, one layer, and their shapes, for d_model 64,
+# state 16, 4 heads, feed-forward 88 and 97 tokens; written down from its modules.
+FLA_LAYER = {
+    "mixer_norm.weight": (64,),
+    "mixer.residual_weight": (128,),
+    "mixer.gate_proj.weight": (128, 64),
+    "mixer.up_proj.weight": (128, 64),
+    "mixer.activation_norm.weight": (128,),
+    "mixer.down_proj.weight": (64, 128),
+    "mixer.short_conv.weight": (128, 1, 4),
+    "mixer.short_conv.bias": (128,),
+    "mixer.k_proj.weight": (16, 128),
+    "mixer.q_proj.weight": (16, 128),
+    "mixer.g_gate_proj.weight": (16, 128),
+    "mixer.g_gate_proj.bias": (16,),
+    "mixer.tau_gate_proj.weight": (16, 128),
+    "mixer.tau_gate_proj.bias": (16,),
+    "mixer.i_gate_proj.0.weight": (16, 128),
+    "mixer.i_gate_proj.1.weight": (128, 16),
+    "mixer.i_gate_proj.1.bias": (128,),
+    "ska_attn_norm.weight": (64,),
+    "ska_attn.q_proj.weight": (64, 64),
+    "ska_attn.k_proj.weight": (16, 64),
+    "ska_attn.v_proj.weight": (64, 64),
+    "ska_attn.o_proj.weight": (64, 64),
+    "mlp_norm.weight": (64,),
+    "mlp.gate_proj.weight": (88, 64),
+    "mlp.up_proj.weight": (88, 64),
+    "mlp.down_proj.weight": (64, 88),
+}
+FLA_CONFIG = {
+    "model_type": "rodimus",
+    "block_type": "rodimus_plus",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "vocab_size": 97,
+    "attn_mode": "chunk",
+    "residual_in_fp32": True,
+    "expand_ratio": 16,
+    "conv_size": 4,
+    "hidden_ratio": 4 / 3,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "norm_eps": 1e-5,
+    "k_norm_eps": 1e-5,
+    "attn": None,
+    "ska_attn": {"num_heads": 4, "window_size": 9, "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+
+
+def golden(case):
+    """Config and weights of a golden folder."""
+    config = json.loads((GOLDENS / case / "config.json").read_text())
+    return config, load_file(GOLDENS / case / "model.safetensors")
+
+
+def test_names_and_shapes_are_those_of_fla():
+    _, weights = golden("rodimus_plus")
+    fla = convert.weights_to_fla(weights)
+    prefix = "model.layers.1."
+    layer = {n.removeprefix(prefix): tuple(t.shape) for n, t in fla.items() if n.startswith(prefix)}
+    assert layer == FLA_LAYER
+    rest = {name for name in fla if ".layers." not in name}
+    assert rest == {"model.embeddings.weight", "model.norm.weight"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_returns_every_tensor(case):
+    _, weights = golden(case)
+    back = convert.weights_from_fla(convert.weights_to_fla(weights))
+    assert back.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_halves_go_where_fla_computes_with_them():
+    """Which half is which is what no round trip can see."""
+    _, weights = golden("rodimus_plus")
+    fla = convert.weights_to_fla(weights)
+    ours = {name.removeprefix("model.layers.0."): tensor for name, tensor in weights.items()}
+    halves = {
+        "mixer.fc.weight": ("mixer.up_proj.weight", "mixer.gate_proj.weight"),
+        "mixer.inner_mixer.in_proj.weight": ("mixer.q_proj.weight", "mixer.k_proj.weight"),
+        "mixer.inner_mixer.mem_gate_proj.bias": (
+            "mixer.g_gate_proj.bias",
+            "mixer.tau_gate_proj.bias",
+        ),
+        "ffn.fc.weight": ("mlp.up_proj.weight", "mlp.gate_proj.weight"),
+    }
+    for name, (first, second) in halves.items():
+        middle = ours[name].shape[0] // 2
+        assert torch.equal(fla[f"model.layers.0.{first}"], ours[name][:middle])
+        assert torch.equal(fla[f"model.layers.0.{second}"], ours[name][middle:])
+
+
+def test_converted_model_computes_the_golden_logits():
+    config, weights = golden("rodimus_plus")
+    converted = RodimusConfig(**convert.config_from_fla(FLA_CONFIG))
+    model = RodimusForCausalLM(converted).eval()
+    state = convert.weights_from_fla(convert.weights_to_fla(weights))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    original = RodimusForCausalLM(RodimusConfig(**config)).eval()
+    original.load_state_dict(weights, strict=False)
+    original.tie_weights()
+    ids = torch.randint(0, 97, (2, 40))
+    assert torch.equal(model(ids).logits, original(ids).logits)
+
+
+def test_window_counts_visible_keys_in_fla():
+    assert convert.config_from_fla(FLA_CONFIG)["attn_cfg"]["window_size"] == 16
+    config, _ = golden("rodimus_plus")
+    assert convert.config_to_fla(config)["ska_attn"]["window_size"] == 9
+    config["attn_cfg"]["window_size"] = None
+    assert convert.config_to_fla(config)["ska_attn"]["window_size"] is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_round_trip_keeps_the_model(case):
+    config = RodimusConfig(**golden(case)[0])
+    there = convert.config_to_fla(config.to_dict())
+    assert convert.is_fla_config(there) and not convert.is_fla_config(config.to_dict())
+    back = RodimusConfig(**convert.config_from_fla(there))
+    for field in ("block_type", "d_model", "n_layer", "vocab_size", "norm_epsilon"):
+        assert getattr(back, field) == getattr(config, field)
+    for field in ("mem_size", "expand_ratio", "d_conv", "normalize_epsilon"):
+        assert back.mixer_cfg[field] == config.mixer_cfg[field]
+    assert back.sliding_window == config.sliding_window
+    one, two = (RodimusForCausalLM(c).state_dict() for c in (config, back))
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in two.items()}
+
+
+def test_feed_forward_width_given_directly():
+    config = convert.config_from_fla(FLA_CONFIG | {"intermediate_size": 104})
+    model = RodimusForCausalLM(RodimusConfig(**config))
+    assert model.model.layers[0].ffn.fc.weight.shape[0] == 2 * 104
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attn": {"layers": [0], "num_heads": 4}}, "attn must be None"),
+        ({"use_short_conv": False}, "use_short_conv must be True"),
+        ({"ska_attn": {"num_heads": 4, "qk_norm": True}}, "ska_attn.qk_norm must be False"),
+        ({"ska_attn": None}, "ska_attn.num_heads must be given"),
+        ({"intermediate_size": 100}, "intermediate_size must be a multiple of 8 .* got 100"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_rodimus_does_not_have_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert.config_from_fla(FLA_CONFIG | change)
+
+
+def test_what_fla_does_not_have_is_refused():
+    config, weights = golden("rodimus_plus")
+    with pytest.raises(ValueError, match=r"mixer_cfg.expand_ratio must be 2 .* got 4"):
+        convert.config_to_fla({**config, "mixer_cfg": {**config["mixer_cfg"], "expand_ratio": 4}})
+    with pytest.raises(ValueError, match=r"attn_cfg.num_heads_k must be 1 .* got 2"):
+        convert.config_to_fla({**config, "attn_cfg": {**config["attn_cfg"], "num_heads_k": 2}})
+    with pytest.raises(ValueError, match="no counterpart of 'model.embed_norm.weight'"):
+        convert.weights_to_fla(weights | {"model.embed_norm.weight": torch.ones(64)})
+
+
+def test_missing_or_unknown_tensors_are_named():
+    _, weights = golden("rodimus_plus")
+    fla = convert.weights_to_fla(weights)
+    half = dict(fla)
+    del half["model.layers.0.mixer.k_proj.weight"]
+    with pytest.raises(ValueError, match=r"layers.0.*missing 'mixer.k_proj.weight'"):
+        convert.weights_from_fla(half)
+    with pytest.raises(ValueError, match=r"no counterpart of fla's 'model.layers.0.attn.wq'"):
+        convert.weights_from_fla(fla | {"model.layers.0.attn.wq": torch.ones(1)})

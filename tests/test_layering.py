@@ -1,0 +1,245 @@
+"""Who may import whom, by syntax tree: rodimus_kernels <- rodimus <- tests, benchmarks."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels" / "rodimus_kernels"
+MODEL = ROOT / "rodimus"
+DECLARED = {"torch", "transformers", "safetensors", "numpy", "jinja2", "tyro", "tokenizers"}
+
+
+class Import(NamedTuple):
+    """One import: absolute module, the names taken from it, and whether it runs at import."""
+
+    module: str
+    names: tuple[str, ...]
+    eager: bool
+    line: int
+
+
+def sources(folder: Path) -> list[Path]:
+    """The Python files of a package, in a stable order."""
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def module_name(path: Path) -> str:
+    """``rodimus.train.data`` for its file; a package's own name for its ``__init__.py``."""
+    base = KERNELS.parent if path.is_relative_to(KERNELS) else ROOT
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def absolute(path: Path, node: ast.ImportFrom) -> str:
+    """The module that ``from ..x import y`` in the file means."""
+    if node.level == 0:
+        return node.module or ""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    package = package[: len(package) - (node.level - 1)]
+    return ".".join([*package, *([node.module] if node.module else [])])
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file. One inside a function, a try or ``if TYPE_CHECKING`` is not eager."""
+
+    def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(alias.name, (), eager, child.lineno)
+            elif isinstance(child, ast.ImportFrom):
+                names = tuple(alias.name for alias in child.names)
+                yield Import(absolute(path, child), names, eager, child.lineno)
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Try):
+                yield from visit(child, False)
+            else:
+                yield from visit(child, eager and not _is_type_checking(child))
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def offences(folder: Path, allowed) -> list[str]:
+    """``file:line module`` for each import that ``allowed(path, import)`` refuses."""
+    return [
+        f"{path.relative_to(ROOT)}:{found.line} imports {found.module}"
+        for path in sources(folder)
+        for found in imports(path)
+        if not allowed(path, found)
+    ]
+
+
+def top(module: str) -> str:
+    """The distribution-level name: ``torch`` of ``torch.nn.functional``."""
+    return module.partition(".")[0]
+
+
+def is_standard(module: str) -> bool:
+    """True for the standard library."""
+    return top(module) in sys.stdlib_module_names
+
+
+def test_operators_import_torch_and_triton_only():
+    def allowed(path, found):
+        if is_standard(found.module) or top(found.module) in ("torch", "rodimus_kernels"):
+            return True
+        # a module that is only loaded on demand may need what it implements
+        return top(found.module) == "triton" or not found.eager
+
+    assert not offences(KERNELS, allowed)
+    never = ("transformers", "rodimus", "tests", "benchmarks", "numpy", "einops")
+    assert not offences(KERNELS, lambda path, found: top(found.module) not in never)
+
+
+def test_triton_is_imported_by_its_own_files_only():
+    """Files are named after their backend; everything else reaches triton inside a function."""
+
+    def allowed(path, found):
+        backend = "triton" in path.stem or (
+            # one-file operators keep their kernels behind a guarded import
+            not found.eager
+        )
+        return top(found.module) != "triton" or backend
+
+    assert not offences(KERNELS, allowed)
+
+
+def test_reference_imports_torch_alone():
+    for found in imports(KERNELS / "reference.py"):
+        assert is_standard(found.module) or top(found.module) == "torch", found
+
+
+def _is_implementation(module: str) -> bool:
+    last = module.rpartition(".")[2]
+    return last.startswith(("triton_", "native_", "eager", "flash")) or last == "triton"
+
+
+def test_implementations_do_not_import_each_other():
+    def allowed(path, found):
+        if not _is_implementation(path.stem) or top(found.module) != "rodimus_kernels":
+            return True
+        candidates = [found.module, *(f"{found.module}.{name}" for name in found.names)]
+        return not any(_is_implementation(name) for name in candidates)
+
+    # forward and backward of one implementation may be two files
+    def same(path, found):
+        return path.stem.split("_")[:2] == found.module.rpartition(".")[2].split("_")[:2]
+
+    assert not offences(KERNELS, lambda path, found: allowed(path, found) or same(path, found))
+
+
+def test_dispatch_loads_implementations_lazily():
+    def allowed(path, found):
+        if path.name not in ("api.py", "__init__.py") or not found.eager:
+            return True
+        candidates = [found.module, *(f"{found.module}.{name}" for name in found.names)]
+        return not any("triton" in name or "native" in name for name in candidates)
+
+    assert not offences(KERNELS, allowed)
+
+
+def test_model_uses_public_operators_only():
+    def allowed(path, found):
+        if top(found.module) != "rodimus_kernels":
+            return True
+        public = found.module in ("rodimus_kernels", "rodimus_kernels.reference")
+        return public and not any(name.startswith("_") for name in found.names)
+
+    assert not offences(MODEL, allowed)
+
+
+def test_model_does_not_import_training():
+    def allowed(path, found):
+        training = found.module.startswith("rodimus.train") or (
+            found.module == "rodimus" and "train" in found.names
+        )
+        inside = path.is_relative_to(MODEL / "train")
+        return not training or inside or (path.name == "cli.py" and not found.eager)
+
+    assert not offences(MODEL, allowed)
+
+
+def test_only_declared_dependencies_are_imported_eagerly():
+    def allowed(path, found):
+        known = {"rodimus", "rodimus_kernels", *DECLARED}
+        return not found.eager or is_standard(found.module) or top(found.module) in known
+
+    assert not offences(MODEL, allowed)
+
+
+@pytest.mark.parametrize("folder", [KERNELS, MODEL], ids=lambda folder: folder.name)
+def test_packages_import_neither_tests_nor_benchmarks(folder):
+    assert not offences(
+        folder, lambda path, found: top(found.module) not in ("tests", "benchmarks", "pytest")
+    )
+
+
+def test_command_line_starts_without_torch():
+    heavy = ("torch", "transformers", "numpy", "safetensors", "rodimus_kernels")
+    for found in imports(MODEL / "cli.py"):
+        assert not (found.eager and top(found.module) in heavy), found
+
+
+class TestRemoteCode:
+    """An export is a copy of these files, so their imports must hold in a folder of their own."""
+
+    FILES = ("configuration_rodimus.py", "modeling_rodimus.py")
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_needs_torch_and_transformers_only(self, name):
+        for found in imports(MODEL / name):
+            sibling = found.module == "rodimus.configuration_rodimus"
+            outside = top(found.module) in ("torch", "transformers") or sibling
+            optional = not found.eager and top(found.module) in ("rodimus_kernels", "rodimus")
+            assert is_standard(found.module) or outside or optional, found
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_relative_imports_are_files_of_the_export(self, name):
+        """transformers finds them by a regular expression, in comments and docstrings too."""
+        text = (MODEL / name).read_text(encoding="utf-8")
+        found = re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)
+        found += re.findall(r"^\s*import\s+\.(\S+)\s*$", text, re.MULTILINE)
+        assert set(found) <= {"configuration_rodimus", "reference_rodimus"}
+
+    def test_operators_come_from_one_guarded_import(self):
+        tree = ast.parse((MODEL / "modeling_rodimus.py").read_text(encoding="utf-8"))
+        guards = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Try) and "rodimus_kernels" in ast.unparse(node.body)
+        ]
+        assert len(guards) == 1
+        (guard,) = guards
+        fallback = ast.unparse(guard.handlers[0])
+        assert fallback.startswith("except ImportError") and "reference_rodimus" in fallback
+
+
+def test_operators_import_without_triton():
+    blocked = "import sys; sys.modules['triton'] = None; import rodimus_kernels; print('imported')"
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(KERNELS.parent)!r}]; "
+    run = subprocess.run([sys.executable, "-c", path + blocked], capture_output=True, text=True)
+    assert run.stdout.strip() == "imported", run.stderr
+
+
+def test_kernels_folder_is_not_a_package():
+    """With an ``__init__.py`` it would hide HuggingFace's package ``kernels`` in a checkout."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_device_code_headers_know_no_torch():
+    """``nvcc`` alone must be able to compile and inspect a kernel."""
+    for header in ROOT.glob("csrc/**/*.cuh"):
+        includes = re.findall(r"#include\s*[<\"]([^>\"]+)", header.read_text(encoding="utf-8"))
+        assert not [name for name in includes if name.startswith(("torch", "ATen", "c10"))], header
