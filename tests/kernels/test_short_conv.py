@@ -1,0 +1,155 @@
+"""Short convolution against torch's own convolution in float64: states, packed rows, steps."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rodimus_kernels import short_conv, short_conv_step
+from rodimus_kernels.short_conv import IMPLS
+from rodimus_kernels.testing import assert_close, relative_error
+
+LIMIT = 1e-6
+
+
+def make(batch=2, length=11, channels=24, width=4, sequences=None):
+    x, weight, bias = torch.randn(batch, length, channels), torch.randn(channels, width), None
+    bias = torch.randn(channels)
+    return x, weight, bias, torch.randn(sequences or batch, channels, width)
+
+
+def exact_conv(x, weight, bias, past):
+    """``F.conv1d`` over the past and the sequence, in float64."""
+    padded = torch.cat((past, x.transpose(1, 2)), dim=2).double()[:, :, 1:]
+    y = F.conv1d(padded, weight.double()[:, None], bias.double(), groups=x.shape[2])
+    return F.silu(y).transpose(1, 2)
+
+
+def run(function, tensors, seed, **options):
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    y = function(**leaves, **options)
+    y.backward(seed.to(y.dtype))
+    return {"y": y.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+
+
+def double(tensors):
+    return {name: x.double() for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("length", [1, 2, 11, 70])
+def test_matches_conv1d_with_all_gradients(impl, width, length):
+    x, weight, bias, past = make(length=length, width=width)
+    tensors = {"x": x, "weight": weight, "bias": bias, "past": past}
+    ours = lambda x, weight, bias, past: short_conv(x, weight, bias, initial_state=past, impl=impl)[
+        0
+    ]
+    seed = torch.randn_like(x)
+    assert_close(run(ours, tensors, seed), run(exact_conv, double(tensors), seed), LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_state_is_the_last_inputs(impl):
+    x, weight, bias, past = make(length=2)
+    _, state = short_conv(x, weight, bias, initial_state=past, output_final_state=True, impl=impl)
+    assert torch.equal(state, torch.cat((past[..., 2:], x.transpose(1, 2)), dim=-1))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("split", [1, 3, 8])
+def test_split_run_equals_whole_run(impl, split):
+    x, weight, bias, past = make()
+    options = {"output_final_state": True, "impl": impl}
+    whole, final = short_conv(x, weight, bias, initial_state=past, **options)
+    first, state = short_conv(x[:, :split], weight, bias, initial_state=past, **options)
+    second, last = short_conv(x[:, split:], weight, bias, initial_state=state, **options)
+    assert torch.allclose(torch.cat((first, second), 1), whole, atol=1e-6)
+    assert torch.equal(last, final)
+
+
+def test_steps_equal_the_sequence():
+    x, weight, bias, past = make()
+    y, final = short_conv(x, weight, bias, initial_state=past, output_final_state=True)
+    state = past.clone()
+    steps = [short_conv_step(x[:, t], state, weight, bias) for t in range(x.shape[1])]
+    assert torch.allclose(torch.stack(steps, dim=1), y, atol=1e-6)
+    assert torch.equal(state, final)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("lengths", [(4, 1, 6), (0, 2, 0, 9, 0), (11,)])
+@pytest.mark.parametrize("states", [True, False])
+def test_packed_documents_equal_separate_ones(impl, lengths, states):
+    x, weight, bias, past = make(batch=1, sequences=len(lengths))
+    bounds = [0, *itertools.accumulate(lengths)]
+    y, final = short_conv(
+        *(x, weight, bias),
+        initial_state=past if states else None,
+        output_final_state=states,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        impl=impl,
+    )
+    past = past if states else torch.zeros_like(past)
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        document = x[:, start:stop]
+        if start < stop:
+            alone = exact_conv(document, weight, bias, past[n : n + 1])
+            assert relative_error(y[:, start:stop], alone) < LIMIT
+        if states:
+            history = torch.cat((past[n], document[0].t()), dim=1)
+            assert torch.equal(final[n], history[:, -4:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_rows_equal_separate_documents_with_gradients(impl):
+    x, weight, bias, _ = make()
+    seq_idx = torch.tensor([[0] * 5 + [1] * 1 + [2] * 5, [0] * 2 + [1] * 9])
+    tensors, seed = {"x": x, "weight": weight, "bias": bias}, torch.randn_like(x)
+    ours = lambda x, weight, bias: short_conv(x, weight, bias, seq_idx=seq_idx, impl=impl)[0]
+
+    def separate(x, weight, bias):
+        rows = []
+        for row, ids in zip(x, seq_idx, strict=True):
+            documents = row.split(torch.bincount(ids).tolist())
+            zeros = x.new_zeros(1, x.shape[2], weight.shape[1])
+            rows.append(torch.cat([exact_conv(d[None], weight, bias, zeros) for d in documents], 1))
+        return torch.cat(rows)
+
+    assert_close(run(ours, tensors, seed), run(separate, double(tensors), seed), LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reads_a_slice_of_a_projection(impl):
+    x, weight, bias, _ = make()
+    wide = torch.cat((x + 1, x), dim=-1)
+    a = short_conv(wide[..., 24:], weight, bias, impl=impl)[0]
+    assert torch.equal(a, short_conv(x, weight, bias, impl=impl)[0])
+
+
+def test_bias_is_optional():
+    x, weight, _, _ = make()
+    zero = torch.zeros(24)
+    assert torch.equal(short_conv(x, weight)[0], short_conv(x, weight, zero)[0])
+
+
+def test_bad_input_says_what_was_expected():
+    x, weight, bias, past = make()
+    bounds = torch.tensor([0, 11])
+    seq_idx = torch.zeros(2, 11, dtype=torch.int32)
+    for message, arguments, options in [
+        (r"x must have shape \[B, T, D\]", (x[0], weight), {}),
+        (r"weight must have shape \[24, W\]", (x, weight[:3]), {}),
+        (r"bias must have shape \[24\]", (x, weight, bias[:3]), {}),
+        ("at least one token", (x[:, :0], weight), {}),
+        (r"initial_state must have shape \[2, 24, 4\]", (x, weight), {"initial_state": past[:1]}),
+        ("expected B = 1", (x, weight), {"cu_seqlens": bounds}),
+        (r"seq_idx must have shape \[2, 11\]", (x, weight), {"seq_idx": seq_idx[:1]}),
+        ("seq_idx excludes", (x, weight), {"seq_idx": seq_idx, "initial_state": past}),
+        ("unknown impl 'fast'", (x, weight), {"impl": "fast"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            short_conv(*arguments, **options)
+    with pytest.raises(ValueError, match=r"conv_state must have shape \[2, 24, 4\]"):
+        short_conv_step(x[:, 0], past[..., :3], weight)
