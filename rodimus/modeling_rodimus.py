@@ -93,12 +93,6 @@ class _RecurrentCacheLayer:
     def is_croppable(self) -> bool:
         return True
 
-    @property
-    def state(self) -> torch.Tensor | None:
-        """Recurrent state ``[B, 1, K, V]``, or None before the first token."""
-        started = self.has_previous_state[0] and self.is_recurrent_states_initialized[0]
-        return self.recurrent_states[0] if started else None
-
     def record(self, state, k, v, log_decay):
         """Remember tokens that start from ``state``; they follow those already recorded."""
         if self.recorded is None:
@@ -239,6 +233,13 @@ class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFul
 
     def crop_keys(self, removed):
         DynamicLayer.crop(self, -removed)
+
+
+def _recurrent_state(layer):
+    """State ``[B, 1, K, V]`` of a cache layer, None before the first token and without a cache."""
+    if layer is None or not layer.has_previous_state[0]:
+        return None
+    return layer.recurrent_states[0]
 
 
 def adopt_cache(cache: Cache | None) -> Cache | None:
@@ -436,7 +437,7 @@ class RodimusInnerMixer(nn.Module):
             x = x * tokens[..., None]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         # The state is read first: updating the taps marks the layer as started.
-        state = None if layer is None else layer.state
+        state = _recurrent_state(layer)
         shifted = self._convolve(x, layout, past_key_values)
 
         q, k = self.in_proj(shifted).chunk(2, dim=-1)
