@@ -78,62 +78,58 @@ class TrainData:
         self.readers = [RowReader(c, mask_doc_start=config.mask_doc_start) for c in cut]
         self.order = SampleOrder([len(c) for c in cut], config.weights or None, seed)
         share = rows // world_size
-        self.rows, self.mine = rows, np.arange(rank * share, (rank + 1) * share)
+        self.mine = np.arange(rank * share, (rank + 1) * share)
 
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of global batch ``step``, on the CPU."""
-        sources, rows = self.order(step * self.rows + self.mine)
+    def batch(self, first: int) -> Batch:
+        """This rank's rows of the global batch of samples ``first`` and on, on the CPU."""
+        sources, rows = self.order(first + self.mine)
         read = [self.readers[s](int(r)) for s, r in zip(sources, rows, strict=True)]
         return Batch(*torch.from_numpy(np.stack(read, 1)))
 
 
 class Prefetcher:
-    """Runs ``load(step)`` one step ahead in a thread, so that training never waits for the disk.
+    """Runs ``load`` ahead in a thread, so that training never waits for the disk.
 
     Args:
-        load: Called with consecutive steps; its exception is raised by the ``get`` of that step.
+        load: Called with the first sample of consecutive batches; its exception is raised by the
+            ``get`` of that batch.
+        stride: Samples from one batch to the next.
+        depth: Batches held ready.
     """
 
-    def __init__(self, load: Callable[[int], Batch], depth: int = 2) -> None:
-        self.load, self.depth = load, depth
+    def __init__(self, load: Callable[[int], Batch], *, stride: int, depth: int = 2) -> None:
+        self.load, self.stride, self.depth = load, stride, depth
         self._thread: threading.Thread | None = None
 
-    def get(self, step: int) -> Batch:
-        """The batch of ``step``; asking for another than the next one starts over from there."""
-        if self._thread is None or step != self._next:
+    def get(self, first: int) -> Batch:
+        """The batch at sample ``first``; a jump starts over from there."""
+        if self._thread is None or first != self._next:
             self.close()
-            self._start(step)
-        self._next = step + 1
+            self._start(first)
+        self._next = first + self.stride
         item = self._queue.get()
         if isinstance(item, Exception):
             raise item
         return item
 
-    def _start(self, step: int) -> None:
+    def _start(self, first: int) -> None:
         self._queue: queue.Queue = queue.Queue(self.depth)
         self._stop = threading.Event()
-        self._next = step
         self._thread = threading.Thread(
-            target=self._run, args=(step, self._queue, self._stop), name="prefetch", daemon=True
+            target=self._run, args=(first, self._queue, self._stop), name="prefetch", daemon=True
         )
         self._thread.start()
 
-    def _run(self, step: int, out: queue.Queue, stop: threading.Event) -> None:
-        while not stop.is_set():
+    def _run(self, first: int, out: queue.Queue, stop: threading.Event) -> None:
+        failed = False
+        while not (failed or stop.is_set()):
             try:
-                item = self.load(step)
+                item = self.load(first)
             except Exception as error:
-                # handed to the training thread, which raises it at this step
-                item = error
-            while not stop.is_set():
-                try:
-                    out.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, Exception):
-                return
-            step += 1
+                # handed to the training thread, which raises it at this batch
+                item, failed = error, True
+            _put(out, item, stop)
+            first += self.stride
 
     def close(self) -> None:
         """Stops the thread; what it had loaded is dropped."""
@@ -141,3 +137,11 @@ class Prefetcher:
             self._stop.set()
             self._thread.join()
             self._thread = None
+
+
+def _put(out: queue.Queue, item: object, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            return out.put(item, timeout=0.1)
+        except queue.Full:
+            continue

@@ -136,30 +136,41 @@ class Checkpointer:
             InputError: the step asked for is missing or damaged, the run exists although
                 ``resume = never``, or the checkpoint is of another model or tokenizer.
         """
-        steps = self._from_main(lambda: store.complete_steps(self.root))
         wanted = self.config.resume
+        steps = self._from_main(lambda: store.complete_steps(self.root))
         if wanted == "never" and steps:
             raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")
         if wanted.isdigit():
-            if int(wanted) not in steps:
-                have = ", ".join(map(str, steps)) or "none"
-                raise InputError(f"no checkpoint of step {wanted} in {self.root}; it has {have}")
-            steps = [int(wanted)]
-        if self.rank == 0 and not wanted.isdigit():
-            store.remove_incomplete(self.root)
-        for step in steps:
+            return self._restore_step(int(wanted), steps)
+        self._from_main(lambda: store.remove_incomplete(self.root))
+        return self.restore_newest()
+
+    def _restore_step(self, step: int, steps: list[int]) -> Progress:
+        if step not in steps:
+            have = ", ".join(map(str, steps)) or "none"
+            raise InputError(f"no checkpoint of step {step} in {self.root}; it has {have}")
+        folder = store.step_folder(self.root, step)
+        damaged = self._damaged(folder)
+        if damaged:
+            raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
+        return self._load(folder)
+
+    def restore_newest(self) -> Progress | None:
+        """Loads the newest sound checkpoint and moves damaged ones aside; None if there is none."""
+        for step in self._from_main(lambda: store.complete_steps(self.root)):
             folder = store.step_folder(self.root, step)
-            damaged = self._damaged(folder) if self.config.verify else []
+            damaged = self._damaged(folder)
             if not damaged:
                 return self._load(folder)
-            if wanted.isdigit():
-                raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
             moved = self._from_main(lambda folder=folder: store.quarantine(folder).name)
-            logger.warning("%s is damaged (%s): moved to %s", folder.name, damaged[0], moved)
+            if self.rank == 0:
+                logger.warning("%s is damaged (%s): now %s", folder.name, damaged[0], moved)
         return None
 
     def _damaged(self, folder: Path) -> list[str]:
         """Damaged files, found by all ranks together, each hashing its share."""
+        if not self.config.verify:
+            return []
         checksums = sorted(store.recorded_checksums(folder).items())
         mine = dict(checksums[self.rank :: self.world_size])
         found: list[Any] = [None] * self.world_size

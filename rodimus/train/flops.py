@@ -1,8 +1,8 @@
 """Floating-point operations of Rodimus, counted so that MFU means what it says.
 
-A multiply-add is two operations, backward is twice forward. Counted: every matrix product (the tied
-head once), the DDTS recurrence itself (write and read of the state, 4 n D a token, whatever the chunk
-size), attention over the keys a token really sees, and the short convolution.
+A multiply-add is two operations, backward is twice forward. Counted: every matrix product (the
+tied head once), the DDTS recurrence itself (write and read of the state, 4 n D a token, whatever
+the chunk size), attention over the keys a token really sees, and the short convolution.
 """
 
 from __future__ import annotations

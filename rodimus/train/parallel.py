@@ -185,3 +185,10 @@ def mark_micro_step(model: FSDPModule, *, last: bool) -> None:
     """Before a backward pass: replicas exchange gradients only in the last micro-step."""
     model.set_is_last_backward(last)
     model.set_requires_all_reduce(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered weights of every sharded module."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,7 +1,7 @@
 """Signals of a scheduler, remembered until a step boundary.
 
-SIGTERM asks for a checkpoint and the end of the run, SIGUSR1 for a checkpoint alone. A second SIGTERM
-ends the process at once.
+SIGTERM asks for a checkpoint and the end of the run, SIGUSR1 for a checkpoint alone. A second
+SIGTERM ends the process at once.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
 
     def whole(world, step):
         parts = [
-            TrainData(sources, config, rows=8, seed=1, rank=r, world_size=world).batch(step)
+            TrainData(sources, config, rows=8, seed=1, rank=r, world_size=world).batch(8 * step)
             for r in range(world)
         ]
         return [torch.cat(x) for x in zip(*parts, strict=True)]
@@ -124,13 +124,14 @@ def test_sources_must_share_a_tokenizer(tmp_path):
 
 
 def test_prefetcher_follows_jumps_and_raises_at_the_step():
-    def load(step):
-        if step == 5:
-            raise ValueError("bad shard at step 5")
-        return step
+    def load(first):
+        if first == 50:
+            raise ValueError("bad shard at sample 50")
+        return first
 
-    data = Prefetcher(load)
-    assert [data.get(s) for s in (0, 1, 2, 1, 2, 3, 4)] == [0, 1, 2, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="step 5"):
-        data.get(5)
+    data = Prefetcher(load, stride=10)
+    asked = [0, 10, 20, 10, 20, 30, 40]
+    assert [data.get(first) for first in asked] == asked
+    with pytest.raises(ValueError, match="sample 50"):
+        data.get(50)
     data.close()

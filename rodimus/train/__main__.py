@@ -1,0 +1,80 @@
+"""`rodimus train CONFIG` and `torchrun -m rodimus.train CONFIG`: one run from start to export.
+
+Exit status: 0 done, 1 stopped by the guard, 2 bad input, 143 terminated with a checkpoint (start
+the same command again to go on).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+
+USAGE = """usage: rodimus train CONFIG.toml [--section.key VALUE ...]
+       torchrun --nproc-per-node N -m rodimus.train CONFIG.toml [--section.key VALUE ...]
+
+Pretrain a model as CONFIG.toml says. Start the same command again to resume.
+`rodimus train CONFIG.toml --help` lists every setting with its value in that file."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training process; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    try:
+        return train(argv[0], argv[1:])
+    except InputError as error:
+        # every rank finds the same fault; one says it
+        if is_main:
+            print(f"rodimus train: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(path: str, overrides: list[str]) -> int:
+    """Trains, exports and samples; returns the exit status."""
+    from .load import load_config
+
+    config = load_config(path, overrides)
+    from . import parallel
+    from .guard import RunStopped
+    from .loop import Trainer
+    from .signals import Signals
+
+    ranks = parallel.start(config.parallel, config.train.device)
+    with Signals() as signals:
+        trainer = Trainer(config, ranks)
+        try:
+            status = trainer.run(signals)
+        except RunStopped as stopped:
+            trainer.log.say(str(stopped))
+            status = 1
+        finally:
+            trainer.close()
+    if status == 0 and ranks.is_main:
+        finish(config)
+    parallel.stop()
+    return status
+
+
+def finish(config) -> None:
+    """Exports the trained model and shows what it writes."""
+    from .export import export_run, sample
+
+    if not config.export:
+        return
+    folder = export_run(config.out, Path(config.out) / "export")
+    print(f"exported {folder}", flush=True)
+    if config.eval.sample_prompt:
+        text = sample(folder, config.eval.sample_prompt, config.eval.sample_tokens)
+        print(f"sample:\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Held-out loss: nats a token and bits a byte, the second comparable across tokenizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from .config import DataSection
+from .parallel import Ranks, reduce_sum, reshard
+from .rows import IGNORE, Batch, ConcatRows, RowReader
+from .shards import TokenShards
+
+
+class Evaluation(NamedTuple):
+    """Result of one pass over held-out rows."""
+
+    loss: float
+    """Mean nats a predicted token."""
+    bits_per_byte: float
+    """The same in bits a byte of the text behind those tokens."""
+    tokens: int
+    """Predicted tokens."""
+
+
+class Evaluator:
+    """Runs the model over held-out rows, shared out over the ranks.
+
+    Rows are cut at ``seq_len`` like training rows, each without a view of the one before. With all
+    rows every token but the first of a document (the begin mark) is predicted once, so bits a byte
+    are exact; with ``tokens`` they rest on the set's mean bytes a token.
+
+    Args:
+        sources: Opened manifests.
+        config: Row length and masking.
+        tokens: Tokens to evaluate, spread evenly; 0 means all.
+        micro_batch: Rows in one forward pass of one rank.
+        ranks: This process among the others.
+    """
+
+    def __init__(
+        self,
+        sources: list[TokenShards],
+        config: DataSection,
+        *,
+        tokens: int,
+        micro_batch: int,
+        ranks: Ranks,
+    ) -> None:
+        self.readers = [
+            RowReader(ConcatRows(s, config.seq_len, keep_tail=True), mask_doc_start=True)
+            for s in sources
+        ]
+        rows = [(r, i) for r, reader in enumerate(self.readers) for i in range(len(reader.rows))]
+        if tokens and tokens < len(rows) * config.seq_len:
+            picks = np.linspace(0, len(rows) - 1, max(1, tokens // config.seq_len))
+            rows = [rows[i] for i in np.unique(picks.round().astype(int))]
+        self.rows, self.micro_batch, self.ranks = rows, micro_batch, ranks
+        predictable = sum(s.manifest.n_tokens - s.manifest.n_docs for s in sources)
+        self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
+
+    def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
+        """Evaluates; None when ``stop()`` became true on some rank in between."""
+        model.eval()
+        nats, count = 0.0, 0
+        stride = self.ranks.world_size * self.micro_batch
+        for first in range(0, len(self.rows), stride):
+            batch = self._batch(first + self.ranks.rank * self.micro_batch)
+            part, valid, stopped = reduce_sum(
+                [self._nats(model, batch), float((batch.labels >= 0).sum()), float(stop())]
+            )
+            if stopped:
+                break
+            nats, count = nats + part, count + int(valid)
+        # weights gathered by a forward without backward would outlive the next optimizer step
+        reshard(model)
+        model.train()
+        if stopped:
+            return None
+        loss = nats / max(1, count)
+        return Evaluation(loss, loss / math.log(2) / self.bytes_per_token, count)
+
+    @torch.no_grad()
+    def _nats(self, model: nn.Module, batch: Batch) -> float:
+        batch = batch.to(self.ranks.device)
+        return model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            shift_labels=batch.labels,
+            num_items_in_batch=1,
+            use_cache=False,
+            loss_only=True,
+        ).loss.item()
+
+    def _batch(self, first: int) -> Batch:
+        """Rows from ``first`` on; past the end, rows without labels keep the ranks in step."""
+        chosen = self.rows[first : first + self.micro_batch]
+        read = [self.readers[source](row) for source, row in chosen]
+        while len(read) < self.micro_batch:
+            blank = np.zeros((3, self.readers[0].rows.seq_len), np.int64)
+            blank[1] = IGNORE
+            blank[2] = np.arange(blank.shape[1])
+            read.append(blank)
+        return Batch(*torch.from_numpy(np.stack(read, 1)))

@@ -1,0 +1,270 @@
+"""The training loop. ``Trainer.step`` is one optimizer step, whole and on one screen."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .. import RodimusConfig, RodimusForCausalLM
+from ..errors import InputError
+from . import guard, parallel
+from .batches import Prefetcher, TrainData, open_sources, verify_share
+from .checkpoint import Checkpointer, Progress
+from .config import ModelSection, TrainConfig
+from .evaluate import Evaluation, Evaluator
+from .flops import train_flops
+from .load import to_toml
+from .metrics import Meter, RunLog, peak_flops, progress_line
+from .optim import build_optimizers, set_lr
+from .schedule import lr_scale
+from .shards import TokenShards
+from .signals import TERMINATED, Signals
+from .store import write_atomic
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run: everything is checked and built here, ``run`` does the work.
+
+    Args:
+        config: The resolved run.
+        ranks: This process among the others.
+
+    Raises:
+        InputError: something in the configuration, the data or the checkpoints does not fit.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.accumulation = config.accumulation(ranks.world_size)
+        model_config = read_model_config(config.model.config)
+        train = open_sources(config.data.train, weighted=bool(config.data.weights))
+        val = open_sources(config.data.val) if config.data.val else []
+        check_vocabulary(model_config, train + val)
+        if config.data.verify:
+            verify_share(train + val, ranks.rank, ranks.world_size)
+        data = TrainData(
+            train,
+            config.data,
+            rows=config.rows,
+            seed=config.train.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        self.batches = Prefetcher(data.batch, stride=config.rows)
+        self.evaluate = Evaluator(
+            val,
+            config.data,
+            tokens=config.eval.tokens,
+            micro_batch=config.train.micro_batch,
+            ranks=ranks,
+        )
+
+        with torch.device("meta"):
+            model = RodimusForCausalLM(model_config)
+        self.n_parameters = model.num_parameters()
+        flops = train_flops(model, model_config, config.data.seq_len)
+        self.model = parallel.build_model(model, config, ranks)
+        self.optimizers = build_optimizers(self.model, config.optim)
+        self.out = Path(config.out)
+        self.checkpoints = Checkpointer(
+            self.out / "checkpoints",
+            config.checkpoint,
+            self.model,
+            self.optimizers,
+            identity_of(model_config, train[0]),
+        )
+        self.progress = self.checkpoints.restore() or Progress()
+        self.guard = guard.Guard(config.guard, self.progress.guard)
+        self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
+        peak = peak_flops(ranks.device)
+        self.meter = Meter(config.steps, ranks.world_size, flops.total, peak)
+        if ranks.is_main:
+            save_settings(config, model_config, train[0])
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over the global batch; returns its figures."""
+        progress, config = self.progress, self.config
+        began = time.perf_counter()
+        batch = self.batches.get(progress.next_sample)
+        waited = time.perf_counter() - began
+        lr = config.optim.lr * lr_scale(progress.step, config.steps, config.schedule)
+        set_lr(self.optimizers, lr)
+
+        # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
+        predicted = int(parallel.reduce_sum([float((batch.labels >= 0).sum())])[0])
+        total = torch.zeros((), device=self.ranks.device)
+        micro_batches = batch.to(self.ranks.device).split(config.train.micro_batch)
+        for i, micro in enumerate(micro_batches):
+            parallel.mark_micro_step(self.model, last=i == self.accumulation - 1)
+            out = self.model(
+                input_ids=micro.input_ids,
+                position_ids=micro.position_ids,
+                shift_labels=micro.labels,
+                num_items_in_batch=max(1, predicted),
+                z_loss=config.train.z_loss,
+                use_cache=False,
+                loss_only=True,
+            )
+            out.loss.backward()
+            total += out.cross_entropy.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
+        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        mean_loss = parallel.reduce_sum([total.item()])[0]
+
+        verdict = self.guard.judge(progress.step, mean_loss, grad_norm)
+        if verdict == guard.OK:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        progress.step += 1
+        progress.next_sample += config.rows
+        progress.tokens += config.train.global_batch_tokens
+        self.meter.add(config.train.global_batch_tokens, waited)
+        if verdict == guard.ROLLBACK:
+            self.roll_back()
+        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "bad": float(verdict != "ok")}
+
+    def run(self, signals: Signals) -> int:
+        """Trains to the end, or to SIGTERM; returns the exit status."""
+        self.greet()
+        config, steps = self.config, self.config.steps
+        self.meter.reset(self.progress.step)
+        while self.progress.step < steps:
+            values = self.step()
+            step = self.progress.step
+            terminate, save = self.asked(signals)
+            if step % config.log.every == 0 or step == steps:
+                values |= self.meter.read(step)
+                self.log.say(progress_line(step, steps, values))
+            self.log.record(step, **values)
+            due = step % config.checkpoint.every == 0 or step == steps
+            if not terminate and (step % config.eval.every == 0 or step == steps):
+                self.held_out(signals)
+                terminate, save_now = self.asked(signals)
+                save |= save_now
+            if due or save or terminate:
+                self.progress.guard = self.guard.state()
+                self.checkpoints.save(self.progress, wait=terminate or step == steps)
+            if terminate:
+                self.log.say(f"terminated: checkpoint of step {step} is complete")
+                return TERMINATED
+        return 0
+
+    def asked(self, signals: Signals) -> tuple[bool, bool]:
+        """Whether some rank was asked to terminate, and to save; the same answer on every rank."""
+        terminate, save = parallel.reduce_sum([float(signals.terminate), float(signals.save)])
+        signals.save = False
+        return terminate > 0, save > 0
+
+    def held_out(self, signals: Signals) -> Evaluation | None:
+        """Evaluates and reports; None without held-out data or when interrupted."""
+        if not self.config.data.val:
+            return None
+        result = self.evaluate(self.model, lambda: signals.terminate)
+        if result is not None:
+            self.log.say(
+                f"held out: loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits/byte "
+                f"({result.tokens:,} tokens)"
+            )
+            self.log.record(
+                self.progress.step,
+                val_loss=result.loss,
+                val_bits_per_byte=result.bits_per_byte,
+            )
+        self.meter.reset(self.progress.step)
+        return result
+
+    def roll_back(self) -> None:
+        """Returns to the last checkpoint and goes on with the data after the spike."""
+        self.checkpoints.wait()
+        bad_in_a_row = self.guard.seen.bad_in_a_row
+        next_sample = self.progress.next_sample
+        restored = self.checkpoints.restore_newest()
+        if restored is None:
+            logger.warning("no checkpoint to roll back to: the update is skipped instead")
+            return
+        self.progress = restored
+        self.progress.next_sample = next_sample
+        self.guard = guard.Guard(self.config.guard, restored.guard)
+        self.guard.seen.bad_in_a_row = bad_in_a_row
+        self.meter.reset(self.progress.step)
+
+    def greet(self) -> None:
+        """Says what is about to happen."""
+        dtype = parallel.resolve_dtype(self.config.train.dtype, self.ranks.device)
+        self.log.say(
+            f"{self.n_parameters / 1e6:.2f} M parameters, {self.ranks.world_size} x "
+            f"{self.ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
+            f"{self.config.train.global_batch_tokens:,} tokens a step "
+            f"({self.accumulation} micro-steps of {self.config.train.micro_batch} rows), "
+            f"{self.config.steps:,} steps"
+        )
+        if self.progress.step:
+            self.log.say(f"resumed after step {self.progress.step}")
+
+    def close(self) -> None:
+        """Waits for the checkpoint in flight and stops the reader."""
+        self.batches.close()
+        self.checkpoints.wait()
+        self.log.close()
+
+
+def read_model_config(path: str) -> RodimusConfig:
+    """Reads a RodimusConfig file.
+
+    Raises:
+        InputError: the file is missing, no JSON, or names values the model refuses.
+    """
+    try:
+        return RodimusConfig.from_json_file(path)
+    except OSError as error:
+        raise InputError(f"cannot read model.config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def check_vocabulary(model: RodimusConfig, sources: list[TokenShards]) -> None:
+    """Refuses shards whose ids the model has no rows for.
+
+    Raises:
+        InputError: names the shards and both sizes.
+    """
+    for source in sources:
+        if source.manifest.vocab_size > model.vocab_size:
+            raise InputError(
+                f"{source.path} has a vocabulary of {source.manifest.vocab_size}, "
+                f"the model one of {model.vocab_size}"
+            )
+
+
+def identity_of(model: RodimusConfig, source: TokenShards) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes from it."""
+    ignored = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
+    values = {k: v for k, v in model.to_dict().items() if k not in ignored}
+    values["tokenizer_sha256"] = source.manifest.tokenizer_sha256
+    return json.loads(json.dumps(values))
+
+
+def save_settings(config: TrainConfig, model: RodimusConfig, source: TokenShards) -> None:
+    """Writes the resolved run, its model and its tokenizer beside the checkpoints.
+
+    `rodimus train OUT/config.toml` resumes the run from that copy.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
+    write_atomic(out / "config.toml", to_toml(replace(config, model=ModelSection("model.json"))))
+    tokenizer = source.path.parent / "tokenizer"
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)

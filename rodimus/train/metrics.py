@@ -1,0 +1,154 @@
+"""What a run tells while it goes: a console line, metrics.jsonl, optional trackers."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import LogSection
+from .flops import PEAK_FLOPS
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a known GPU, else None: no MFU is printed rather than a guess."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+
+
+def clock(seconds: float) -> str:
+    """``mm:ss``, or ``h:mm:ss`` from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+class RunLog:
+    """Writes records of the main rank; on other ranks every call does nothing.
+
+    Args:
+        out: Folder of the run; ``metrics.jsonl`` grows there, one JSON object a line.
+        config: Which trackers to feed besides.
+        enabled: Whether this is the main rank.
+
+    Raises:
+        ImportError: a tracker was asked for and is not installed.
+    """
+
+    def __init__(self, out: Path, config: LogSection, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self._trackers: list[Any] = []
+        if not enabled:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = (out / "metrics.jsonl").open("a", buffering=1)
+        if config.tensorboard:
+            self._trackers.append(_tensorboard(out))
+        if config.wandb:
+            self._trackers.append(_wandb(out))
+
+    def record(self, step: int, **values: float) -> None:
+        """Appends one record; ``time`` (Unix seconds) is added."""
+        if not self.enabled:
+            return
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row) + "\n")
+        for track in self._trackers:
+            track(step, values)
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+        if self.enabled:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.enabled:
+            self._file.close()
+
+
+class Meter:
+    """Throughput and remaining time from what happened since the last reading.
+
+    Args:
+        steps: Steps of the whole run.
+        world_size: Ranks, for tokens per second and rank.
+        flops_per_token: What one token costs, for MFU.
+        peak: FLOP/s of one device, or None where unknown.
+    """
+
+    def __init__(
+        self, steps: int, world_size: int, flops_per_token: float, peak: float | None
+    ) -> None:
+        self.steps, self.world_size = steps, world_size
+        self.flops_per_token, self.peak = flops_per_token, peak
+        self.reset(0)
+
+    def reset(self, step: int) -> None:
+        """Starts a new interval; also after work that is no training (evaluation)."""
+        self._start, self._step = time.perf_counter(), step
+        self._tokens = self._wait = 0.0
+
+    def add(self, tokens: int, data_wait: float) -> None:
+        """Counts one step."""
+        self._tokens += tokens
+        self._wait += data_wait
+
+    def read(self, step: int) -> dict[str, float]:
+        """Figures of the interval that ends with ``step`` done, and a new interval."""
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._tokens / elapsed
+        figures = {
+            "tokens_per_s": rate,
+            "tokens_per_s_rank": rate / self.world_size,
+            "data_wait": self._wait / elapsed,
+            "left_s": elapsed / max(1, step - self._step) * (self.steps - step),
+        }
+        if self.peak:
+            figures["mfu"] = rate * self.flops_per_token / (self.peak * self.world_size)
+            figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.reset(step)
+        return figures
+
+
+def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
+    """One console line of a training step."""
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['lr']:.2e}",
+        f"grad {values['grad_norm']:.2f}",
+        f"{values['tokens_per_s']:,.0f} tok/s",
+    ]
+    if "mfu" in values:
+        parts += [f"MFU {values['mfu']:.1%}", f"{values['memory_gb']:.1f} GB"]
+    return "  ".join([*parts, f"left {clock(values['left_s'])}"])
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("log.tensorboard needs tensorboard: pip install tensorboard") from error
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def track(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return track
+
+
+def _wandb(out: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("log.wandb needs wandb: pip install wandb") from error
+    run = wandb.init(project="rodimus", name=out.name, dir=str(out), resume="allow")
+    return lambda step, values: run.log(values, step=step)
