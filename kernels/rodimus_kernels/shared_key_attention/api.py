@@ -12,6 +12,7 @@ _SEQUENCE = {
 }
 _STEP = {"reference": "rodimus_kernels.reference:shared_key_attention_step"}
 IMPLS = tuple(_SEQUENCE)
+STEP_IMPLS = tuple(_STEP)
 
 # Queries against the ring cache in one call: speculative decoding verifies a few tokens, prefill
 # is the other form.
@@ -65,7 +66,7 @@ def shared_key_attention(
         k: Keys ``[B, S, Hk, D]`` after rotary embedding, S >= T, H divisible by Hk.
         v: Values ``[B, S, Hv, Dv]``, H divisible by Hv; Dv may differ from D.
         window_size: Keys a query sees, its own position included; None for all before it.
-        scale: Softmax scale. Default ``D ** -0.5``.
+        scale: Softmax scale, > 0. Default ``D ** -0.5``.
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1 and S = T.
         impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
 
@@ -76,7 +77,7 @@ def shared_key_attention(
         ValueError: a shape, dtype or device breaks the contract.
         ImportError: the chosen implementation cannot be loaded.
     """
-    _check(q, k, v, window_size)
+    _check(q, k, v, window_size, scale)
     batch, queries, _, dim = q.shape
     keys = k.shape[1]
     if queries == 0 or keys < queries:
@@ -117,8 +118,8 @@ def shared_key_attention_step(
         cache: ``[B, R, Hk * D + Hv * Dv]`` with R >= window_size + T - 1; overwritten.
         position: int64 ``[B]``: tokens each sequence has seen before these.
         window_size: Keys a query sees, its own position included.
-        scale: Softmax scale. Default ``D ** -0.5``.
-        impl: ``"auto"`` or ``"reference"``.
+        scale: Softmax scale, > 0. Default ``D ** -0.5``.
+        impl: ``"auto"``, or one of ``STEP_IMPLS``; an explicit choice never falls back.
 
     Returns:
         ``[B, T, H, Dv]`` in ``v.dtype``.
@@ -126,7 +127,7 @@ def shared_key_attention_step(
     Raises:
         ValueError: a shape, dtype or device breaks the contract, or the ring is too small.
     """
-    _check(q, k, v, window_size)
+    _check(q, k, v, window_size, scale)
     batch, steps, _, dim = q.shape
     if not 1 <= steps <= MAX_STEP or k.shape[1] != steps:
         raise ValueError(
@@ -136,6 +137,8 @@ def shared_key_attention_step(
     check_shape("cache", cache, (batch, "R", row))
     check_shape("position", position, (batch,))
     check_alike("q", q, cache=cache, position=position)
+    if position.dtype != torch.int64:
+        raise ValueError(f"position must be int64, got {position.dtype}")
     if cache.shape[1] < window_size + steps - 1:
         raise ValueError(
             f"cache needs R >= window_size + T - 1 = {window_size + steps - 1} rows,"
@@ -150,7 +153,7 @@ def shared_key_attention_step(
         )
 
 
-def _check(q, k, v, window_size):
+def _check(q, k, v, window_size, scale):
     check_shape("q", q, ("B", "T", "H", "D"))
     batch, _, heads, dim = q.shape
     check_shape("k", k, (batch, "S", "Hk", dim))
@@ -164,3 +167,5 @@ def _check(q, k, v, window_size):
         )
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be >= 1, got {window_size}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be > 0, got {scale}")

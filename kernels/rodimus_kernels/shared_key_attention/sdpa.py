@@ -1,45 +1,63 @@
 """Sliding-window shared-key attention through torch's scaled_dot_product_attention, one band of
 queries at a time.
 
-A band of window-sized queries sees at most two windows of keys, so memory and time grow with T *
-window and never with T * T. The key heads are expanded with stride 0 where there is one of them,
-never copied.
+A band of queries sees its own keys and one window before them, so memory and time grow with T *
+window and never with T * T. One key head is expanded with stride 0, never copied.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 
 from .. import reference
 
-# Bands shorter than this waste the kernel's tiles; longer ones waste masked work.
-_MIN_BAND = 128
+# Shorter bands waste the kernel's tiles; in longer ones most of the scores are masked.
+_MIN_BAND, _MAX_BAND = 128, 1024
 
 
 def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     """``shared_key_attention`` in bands; the contract is that of
     :func:`rodimus_kernels.shared_key_attention`."""
-    queries, keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    q = q.transpose(1, 2)
-    k, v = _expand_heads(k, heads).to(v.dtype), _expand_heads(v, heads)
-    documents = None if cu_seqlens is None else reference.document_ids(cu_seqlens, keys)
-    window = keys if window_size is None else min(window_size, keys)
-    band = max(window, _MIN_BAND)
+    queries, heads = q.shape[1], q.shape[2]
+    window = k.shape[1] if window_size is None else min(window_size, k.shape[1])
+    documents = None if cu_seqlens is None else reference.document_ids(cu_seqlens, k.shape[1])
+    # keys before the first query's window are seen by nobody
+    unseen = max(k.shape[1] - queries - window + 1, 0)
+    k, v = (_expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
+    q = q.to(v.dtype).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        o = _attend(q, k, v, window, scale, documents)
+    return o.transpose(1, 2)
+
+
+def _attend(q, k, v, window, scale, documents):
+    """``[B, H, T, Dv]`` from ``[B, H, T, D]`` and the S keys that some query sees."""
+    queries, keys = q.shape[2], k.shape[2]
+    if documents is None and queries == 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if documents is None and queries == keys and window >= keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    band = min(max(window, _MIN_BAND), _MAX_BAND)
+    # the keys before the first query, then one piece a band. Joining pieces rather than slicing
+    # keeps the backward pass linear: a slice's gradient is as long as all keys
+    pieces = [
+        [x[:, :, : keys - queries], *x[:, :, keys - queries :].split(band, 2)] for x in (k, v)
+    ]
+    edges = [0, *itertools.accumulate(piece.shape[2] for piece in pieces[0])]
     outputs = []
-    for start in range(0, queries, band):
-        stop = min(start + band, queries)
-        first, last = start + keys - queries, stop + keys - queries
+    for n, q_band in enumerate(q.split(band, 2), start=1):
+        first, last = edges[n], edges[n + 1]
         low = max(first - window + 1, 0)
+        begin = sum(edge <= low for edge in edges) - 1
+        k_band, v_band = (
+            torch.cat(x[begin : n + 1], 2)[:, :, low - edges[begin] :] for x in pieces
+        )
         mask = _band_mask(first, last, low, window, documents, q.device)
         outputs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:stop].to(v.dtype),
-                k[:, :, low:last],
-                v[:, :, low:last],
-                attn_mask=mask,
-                scale=scale,
-            )
+            F.scaled_dot_product_attention(q_band, k_band, v_band, attn_mask=mask, scale=scale)
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return torch.cat(outputs, dim=2)
 
 
 def _expand_heads(x, heads):

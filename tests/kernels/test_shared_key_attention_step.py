@@ -1,0 +1,251 @@
+"""The ring-cache step of shared-key attention against full attention over everything seen."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rodimus_kernels import reference, shared_key_attention_step
+from rodimus_kernels.shared_key_attention import api
+from rodimus_kernels.testing import relative_error
+
+# float32 against float64: measured at most 4e-7
+LIMIT = 1e-6
+IMPLS = list(api.STEP_IMPLS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Sequences of one batch and the ring they share the shape of."""
+
+    batch: int = 2
+    heads: int = 4
+    key_heads: int = 1
+    value_heads: int = 4
+    dim: int = 16
+    value_dim: int = 16
+    window: int = 9
+    rows: int = 16
+
+    def __str__(self):
+        heads = f"H{self.heads}-{self.key_heads}-{self.value_heads}"
+        return f"B{self.batch}{heads}D{self.dim}-{self.value_dim}W{self.window}R{self.rows}"
+
+    def tokens(self, length, device, dtype=torch.float32):
+        """``(q, k, v)`` of a history."""
+        draw = lambda *shape: torch.randn(self.batch, length, *shape).to(device, dtype)
+        return (
+            draw(self.heads, self.dim),
+            draw(self.key_heads, self.dim),
+            draw(self.value_heads, self.value_dim),
+        )
+
+    def cache(self, device, dtype=torch.float32):
+        """A ring in which nothing has been written: NaN, which no result may show."""
+        width = self.key_heads * self.dim + self.value_heads * self.value_dim
+        shape = (self.batch, self.rows, width)
+        return torch.full(shape, float("nan"), device=device, dtype=dtype)
+
+
+RINGS = [
+    Ring(),
+    Ring(rows=9),
+    Ring(window=1, rows=8),
+    Ring(heads=6, key_heads=2, value_heads=3, dim=32, value_dim=24),
+    Ring(heads=3, key_heads=3, value_heads=1),
+    Ring(window=40, rows=64),
+]
+
+
+def decode(ring, tokens, cache, lengths, *, start=0, impl):
+    """Feed a history in calls of these lengths; ``start`` is the age of every sequence."""
+    outputs, at = [], start
+    for length in lengths:
+        part = (x[:, at - start : at - start + length] for x in tokens)
+        position = torch.full((ring.batch,), at, device=cache.device)
+        outputs.append(
+            shared_key_attention_step(*part, cache, position, window_size=ring.window, impl=impl)
+        )
+        at += length
+    return torch.cat(outputs, 1)
+
+
+def recompute(tokens, window):
+    """The same tokens in one float64 attention."""
+    return reference.shared_key_attention(*(x.double() for x in tokens), window_size=window)
+
+
+@pytest.mark.parametrize("ring", RINGS, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_token_equals_recomputing_the_history(impl, ring, device):
+    length = 3 * ring.rows + 2
+    tokens = ring.tokens(length, device)
+    o = decode(ring, tokens, ring.cache(device), [1] * length, impl=impl)
+    assert relative_error(o, recompute(tokens, ring.window)) < LIMIT
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_thousands_of_tokens_past_the_window(impl, device):
+    """Errors do not build up: the last tokens are as exact as the first."""
+    length = 2400
+    ring = Ring(batch=1, heads=2, value_heads=2, window=37, rows=53)
+    tokens = ring.tokens(length, device)
+    o = decode(ring, tokens, ring.cache(device), [8] * (length // 8), impl=impl)
+    exact = recompute(tokens, ring.window)
+    for part in (slice(0, 100), slice(length - 100, length)):
+        assert relative_error(o[:, part], exact[:, part]) < LIMIT
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("impl", IMPLS)
+def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, device):
+    """A call that begins at every row of the ring, so that its tokens straddle the end at each."""
+    ring = Ring(batch=1, heads=2, value_heads=2, window=5, rows=5 + steps - 1)
+    length = ring.rows + 2 * steps
+    tokens = ring.tokens(length, device)
+    exact = recompute(tokens, ring.window)
+    for offset in range(ring.rows):
+        cache = ring.cache(device)
+        lengths = [1] * offset + [steps] * ((length - offset) // steps)
+        o = decode(ring, tokens, cache, lengths, impl=impl)
+        assert relative_error(o, exact[:, : o.shape[1]]) < LIMIT, f"offset {offset}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_together_equal_tokens_one_by_one(impl, device):
+    ring = Ring(batch=3, rows=20)
+    tokens = ring.tokens(48, device)
+    alone, together = ring.cache(device), ring.cache(device)
+    one_by_one = decode(ring, tokens, alone, [1] * 48, impl=impl)
+    by_eight = decode(ring, tokens, together, [8] * 6, impl=impl)
+    assert relative_error(by_eight, one_by_one) < LIMIT
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sequences_of_different_ages_in_one_batch(impl, device):
+    ring = Ring(batch=5, rows=12)
+    ages = [0, 1, 8, 12, 31]
+    tokens = ring.tokens(max(ages) + 3, device)
+    cache = ring.cache(device)
+    for b, age in enumerate(ages):
+        alone = dataclasses.replace(ring, batch=1)
+        row = [x[b : b + 1, :age] for x in tokens]
+        if age:
+            decode(alone, row, cache[b : b + 1], [1] * age, impl="reference")
+    position = torch.tensor(ages, device=device)
+    new = [torch.stack([x[b, age : age + 3] for b, age in enumerate(ages)]) for x in tokens]
+    o = shared_key_attention_step(*new, cache, position, window_size=ring.window, impl=impl)
+    exact = recompute(tokens, ring.window)
+    expected = torch.stack([exact[b, age : age + 3] for b, age in enumerate(ages)])
+    assert relative_error(o, expected) < LIMIT
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_writes_the_rows_of_its_tokens_and_no_other(impl, device):
+    ring = Ring(batch=2, rows=11)
+    cache = torch.randn_like(ring.cache(device))
+    before = cache.clone()
+    q, k, v = ring.tokens(3, device)
+    position = torch.tensor([10, 24], device=device)
+    shared_key_attention_step(q, k, v, cache, position, window_size=9, impl=impl)
+    rows = (position[:, None] + torch.arange(3, device=device)) % 11
+    for b in range(2):
+        assert torch.equal(cache[b, rows[b]], torch.cat((k[b].flatten(1), v[b].flatten(1)), -1))
+        others = [r for r in range(11) if r not in rows[b].tolist()]
+        assert torch.equal(cache[b, others], before[b, others])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_inputs_and_a_cache_that_is_part_of_a_larger_one(impl, device):
+    ring = Ring(batch=2, value_heads=2, value_dim=24)
+    pool = ring.cache(device).repeat(1, 1, 2)
+    cache = pool[..., : pool.shape[-1] // 2]
+    q, k, v = ring.tokens(20, device)
+    row = torch.cat((k.flatten(2), v.flatten(2)), dim=-1)
+    k_view, v_view = row[..., :16].unflatten(-1, (1, 16)), row[..., 16:].unflatten(-1, (2, 24))
+    o = decode(ring, (q, k_view, v_view), cache, [4] * 5, impl=impl)
+    assert relative_error(o, recompute((q, k, v), ring.window)) < LIMIT
+    assert pool[..., cache.shape[-1] :].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_half_precision(impl, dtype, device):
+    ring = Ring(window=12, rows=16)
+    tokens = ring.tokens(40, device, dtype)
+    o = decode(ring, tokens, ring.cache(device, dtype), [1] * 40, impl=impl)
+    assert o.dtype == dtype
+    # one rounding of the weights and one of the output
+    assert relative_error(o, recompute(tokens, ring.window)) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_keeps_no_graph(impl, device):
+    ring = Ring()
+    q, k, v = ring.tokens(1, device)
+    position = torch.zeros(2, dtype=torch.int64, device=device)
+    cache = ring.cache(device)
+    o = shared_key_attention_step(
+        q.requires_grad_(), k, v, cache, position, window_size=9, impl=impl
+    )
+    assert not o.requires_grad and not cache.requires_grad
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_without_a_graph_break(impl, device):
+    ring = Ring()
+    tokens = ring.tokens(2, device)
+    position = torch.tensor([3, 30], device=device)
+    cache = torch.randn_like(ring.cache(device))
+    function = lambda cache, position: shared_key_attention_step(
+        *tokens, cache, position, window_size=9, impl=impl
+    )
+    plain, inside = cache.clone(), cache.clone()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(inside, position), function(plain, position)) < LIMIT
+    assert torch.equal(inside, plain)
+
+
+class TestErrors:
+    """Each message names what was expected and what was given."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"q": (2, 9, 4, 16)}, "1 <= T <= 8 tokens in q, k and v, got 9 and 1"),
+            ({"k": (2, 2, 1, 16), "v": (2, 2, 4, 16)}, "q, k and v, got 1 and 2"),
+            ({"cache": (2, 16, 79)}, r"cache must have shape \[2, R, 80\], got \(2, 16, 79\)"),
+            ({"cache": (2, 8, 80)}, r"R >= window_size \+ T - 1 = 9 rows, got 8"),
+            ({"position": (3,)}, r"position must have shape \[2\], got \(3,\)"),
+        ],
+    )
+    def test_message(self, change, message):
+        shapes = {
+            "q": (2, 1, 4, 16),
+            "k": (2, 1, 1, 16),
+            "v": (2, 1, 4, 16),
+            "cache": (2, 16, 80),
+            "position": (2,),
+            **change,
+        }
+        tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        tensors["position"] = tensors["position"].long()
+        with pytest.raises(ValueError, match=message):
+            shared_key_attention_step(**tensors, window_size=9)
+
+    def test_position_is_integer(self):
+        q, k, v = Ring().tokens(1, "cpu")
+        with pytest.raises(ValueError, match="position must be int64, got torch.float32"):
+            shared_key_attention_step(q, k, v, Ring().cache("cpu"), torch.zeros(2), window_size=9)
+
+    def test_window_scale_and_impl(self):
+        q, k, v = Ring().tokens(1, "cpu")
+        cache, position = Ring().cache("cpu"), torch.zeros(2, dtype=torch.int64)
+        for options, message in (
+            ({"window_size": 0}, "must be >= 1, got 0"),
+            ({"window_size": 9, "scale": -1.0}, "scale must be > 0, got -1.0"),
+            ({"window_size": 9, "impl": "fast"}, "unknown impl 'fast'; expected one of 'auto'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                shared_key_attention_step(q, k, v, cache, position, **options)
