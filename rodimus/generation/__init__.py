@@ -1,0 +1,1 @@
+"""Generation for many sequences at once, at constant memory and time per token."""

@@ -1,0 +1,275 @@
+"""How the next token is chosen: greedy or drawn, each row of a batch by its own parameters.
+
+The filters are those of transformers, in its order: repetition penalty, temperature, top-k, top-p,
+min-p. Each is a threshold on a row's scores, so a row's outcome depends on that row alone. Random
+numbers are a function of a request's seed and of how many tokens it has drawn: neighbours, batch
+size and order of arrival change nothing.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The nucleus of top-p is looked for among this many scores; rows where it is wider are sorted.
+_HEAD = 1024
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence chooses its tokens.
+
+    Args:
+        temperature: Scores are divided by it; 0 takes the likeliest token every time.
+        top_k: Keep the k likeliest tokens and those that tie with the last; 0 keeps all.
+        top_p: Keep the likeliest tokens until their probabilities reach this share.
+        min_p: Keep tokens at least this likely, relative to the likeliest.
+        repetition_penalty: Divides positive scores of tokens that the prompt or the continuation
+            already has, multiplies negative ones; 1 changes nothing.
+        seed: Same seed, same text; None draws one.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty <= 100, "above 0 and at most 100")
+        if self.seed is not None:
+            _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
+
+def _check(name, value, holds, what):
+    if not holds:
+        raise ValueError(f"{name} must be {what}, got {value}")
+
+
+# ----------------------------------------------------------------------------------------------
+# Random numbers from a counter
+# ----------------------------------------------------------------------------------------------
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+# SplitMix64 (Steele, Lea and Flood, 2014): increment and multipliers, as int64.
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_MULTIPLIERS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+_UNIFORM_BITS = 48
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 shifts keep the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift_right(x, 31)
+
+
+def uniform(seed: Tensor, counter: Tensor) -> Tensor:
+    """The ``counter``-th number of the stream ``seed``, in [0, 1): float64, shaped like the int64
+    inputs."""
+    bits = _mix(_mix(seed) + (counter + 1) * _GAMMA)
+    return _shift_right(bits, 64 - _UNIFORM_BITS).double() * 2.0**-_UNIFORM_BITS
+
+
+# ----------------------------------------------------------------------------------------------
+# Filters: scores [B, V], parameters [B]
+# ----------------------------------------------------------------------------------------------
+
+
+def penalise_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Scores with tokens of ``seen`` (bool ``[B, V]``) made less likely by ``penalty``."""
+    penalty = penalty[:, None]
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
+    """Scores below each row's k-th largest become -inf; k = 0 or above V keeps all."""
+    size = scores.shape[-1]
+    ranks = [size if k == 0 else min(k, size) for k in top_k]
+    limited = [rank for rank in ranks if rank < size]
+    if not limited:
+        return scores
+    largest = scores.topk(max(limited)).values
+    last = torch.tensor([min(rank, max(limited)) - 1 for rank in ranks], device=scores.device)
+    threshold = largest.gather(-1, last[:, None])
+    unlimited = torch.tensor([rank == size for rank in ranks], device=scores.device)
+    threshold = threshold.masked_fill(unlimited[:, None], float("-inf"))
+    return scores.masked_fill(scores < threshold, float("-inf"))
+
+
+def keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
+    """Scores outside the smallest set of likeliest tokens that reaches ``top_p`` become -inf."""
+    total = scores.logsumexp(-1, keepdim=True)
+    head = scores.topk(min(_HEAD, scores.shape[-1])).values
+    threshold, mass = _nucleus(head, total, top_p)
+    if head.shape[-1] < scores.shape[-1]:
+        wide = (mass < top_p).nonzero().squeeze(-1)
+        if wide.numel():
+            ordered = scores[wide].sort(-1, descending=True).values
+            threshold[wide] = _nucleus(ordered, total[wide], top_p[wide])[0]
+    return scores.masked_fill(scores < threshold, float("-inf"))
+
+
+def _nucleus(ordered, total, top_p):
+    """Lowest score of the nucleus ``[B, 1]`` in descending scores, and their probability
+    ``[B]``."""
+    probability = (ordered - total).exp().double()
+    reached = probability.cumsum(-1)
+    # at least the first, also when rounding or NaN says none
+    kept = (reached - probability < top_p[:, None]).sum(-1, keepdim=True).clamp_min(1)
+    return ordered.gather(-1, kept - 1), reached[:, -1]
+
+
+def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
+    """Scores of tokens less likely than ``min_p`` times the likeliest become -inf."""
+    threshold = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
+    return scores.masked_fill(scores < threshold, float("-inf"))
+
+
+def draw(scores: Tensor, numbers: Tensor) -> Tensor:
+    """Tokens ``[B]`` drawn with the probabilities of ``softmax(scores)`` by inverting their sum at
+    ``numbers`` (float64 ``[B]`` in [0, 1)). A token of probability zero is never drawn."""
+    reached = scores.softmax(-1).double().cumsum(-1)
+    at = numbers[:, None] * reached[:, -1:]
+    return torch.searchsorted(reached, at, right=True).squeeze(-1).clamp_max(scores.shape[-1] - 1)
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural-log probabilities under the model itself, before any parameter is applied.
+
+    Args:
+        logits: ``[B, V]``. tokens: int64 ``[B]``. top: how many of the likeliest to report.
+
+    Returns:
+        Those of ``tokens`` ``[B]``, and values and ids of the likeliest ``[B, top]``; float32.
+    """
+    log_probabilities = logits.float().log_softmax(-1)
+    chosen = log_probabilities.gather(-1, tokens[:, None]).squeeze(-1)
+    values, ids = log_probabilities.topk(min(top, logits.shape[-1]))
+    return chosen, values, ids
+
+
+# ----------------------------------------------------------------------------------------------
+# Rows of a batch
+# ----------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """Chooses one token for every row; rows have their own parameters, seed and history.
+
+    A row costs nothing that only others asked for: filters run over the rows that use them, and
+    the table of seen tokens, ``[rows, V]`` bytes, is made when the first penalty comes.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu"):
+        self.vocab_size, self.device = vocab_size, torch.device(device)
+        self.params: list[SamplingParams] = [SamplingParams()] * rows
+        self.seeds = torch.zeros(rows, dtype=torch.long, device=device)
+        self.drawn = torch.zeros(rows, dtype=torch.long, device=device)
+        self.seen: Tensor | None = None
+
+    def place(self, row: int, params: SamplingParams, prompt: Tensor) -> None:
+        """Give a row to a new sequence; ``prompt`` int64 ``[T]`` counts as seen."""
+        self.params[row] = params
+        self.seeds[row] = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        self.drawn[row] = 0
+        if params.repetition_penalty != 1:
+            if self.seen is None:
+                shape = (len(self.params), self.vocab_size)
+                self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.seen[row] = False
+            self.seen[row, prompt.to(self.device)] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of one row go on in another."""
+        self.params[target] = self.params[source]
+        for rows in (self.seeds, self.drawn, self.seen):
+            if rows is not None:
+                rows[target] = rows[source]
+
+    def __call__(self, logits: Tensor, first_row: int = 0) -> Tensor:
+        """Choose a token for each row from ``first_row`` on.
+
+        Args:
+            logits: ``[B, V]``, of any float dtype.
+
+        Returns:
+            int64 ``[B]``; -1 where a row's logits hold NaN or infinity.
+        """
+        rows = slice(first_row, first_row + logits.shape[0])
+        params = self.params[rows]
+        scores = self._penalised(logits.float(), rows, params)
+        peak, tokens = scores.max(-1)
+        drawing = [i for i, p in enumerate(params) if not p.is_greedy]
+        if drawing:
+            index = torch.tensor(drawing, device=self.device)
+            at = index + first_row
+            numbers = uniform(self.seeds[at], self.drawn[at])
+            tokens[index] = draw(
+                self.filtered(scores[index], [params[i] for i in drawing]), numbers
+            )
+            self.drawn[at] += 1
+        if self._penalises(params):
+            self.seen[rows].scatter_(1, tokens[:, None], True)
+        return tokens.masked_fill(~peak.isfinite(), -1)
+
+    @staticmethod
+    def _penalises(params):
+        return any(p.repetition_penalty != 1 for p in params)
+
+    def _penalised(self, scores, rows, params):
+        if not self._penalises(params):
+            return scores
+        penalty = [p.repetition_penalty for p in params]
+        # rows without a penalty keep what others left in the table: dividing by 1 changes nothing
+        penalty = torch.tensor(penalty, dtype=scores.dtype, device=self.device)
+        return penalise_repetition(scores, self.seen[rows], penalty)
+
+    @staticmethod
+    def filtered(scores: Tensor, params: list[SamplingParams]) -> Tensor:
+        """Scores ``[B, V]`` over the temperature, -inf for tokens that are not to be drawn."""
+
+        def values(name, neutral):
+            chosen = [getattr(p, name) for p in params]
+            rows = [i for i, value in enumerate(chosen) if value != neutral]
+            used = [chosen[i] for i in rows]
+            used = torch.tensor(used, dtype=torch.float64, device=scores.device)
+            return torch.tensor(rows, dtype=torch.long, device=scores.device), used
+
+        # after subtracting the largest, a tiny temperature cannot overflow; 0 / 0 must not come up
+        temperature = torch.tensor([max(p.temperature, 1e-30) for p in params])
+        temperature = temperature.to(scores.device)
+        scores = (scores - scores.amax(-1, keepdim=True)) / temperature[:, None]
+        scores = keep_top_k(scores, [p.top_k for p in params])
+        for name, neutral, keep in (("top_p", 1.0, keep_top_p), ("min_p", 0.0, keep_min_p)):
+            rows, used = values(name, neutral)
+            if used.numel() == len(params):
+                scores = keep(scores, used)
+            elif used.numel():
+                scores = scores.index_copy(0, rows, keep(scores[rows], used))
+        return scores
