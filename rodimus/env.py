@@ -78,7 +78,11 @@ def _devices() -> Iterator[str]:
 
 def _operators() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"operators on {device.type}: what runs, and what else could"
+    if device.type == "cpu":
+        yield "operators, with no GPU: implementations in torch run"
+    else:
+        yield "operators on cuda:"
+    yield "  (module that does the work; in brackets what impl= accepts, or why it does not)"
     for name, (operator, arguments) in cases(device).items():
         call = lambda impl, operator=operator, arguments=arguments: operator(*arguments, impl=impl)
         line = f"  {name:<26} {observe(lambda call=call: call('auto')):<22}"
@@ -140,7 +144,7 @@ def observe(call: Callable[[], Any]) -> str:
     finally:
         sys.setprofile(None)
     checks = [i for i, name in enumerate(names) if name.startswith("_dispatch.")]
-    after = [name for name in names[checks[-1] + 1 if checks else 1 :]]
+    after = names[checks[-1] + 1 if checks else 1 :]
     return after[0].rpartition(".")[0] if after else "torch"
 
 

@@ -93,8 +93,7 @@ def _replacing(out: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield temporary
-        # mkdtemp makes a private folder; this one is as readable as any other
-        temporary.chmod(0o777 & ~_umask())
+        _make_readable(temporary)
         if out.exists():
             shutil.rmtree(out)
         os.replace(temporary, out)
@@ -102,10 +101,13 @@ def _replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _umask() -> int:
+def _make_readable(folder: Path) -> None:
+    """Permissions of newly made files: temporary folders, and safetensors' files, are private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,30 @@ class _TimedStreamer(TextStreamer):
         self.write(text)
 
 
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    add_special_tokens: bool = True,
+) -> Tensor:
+    """The tokens of a prompt, int64 ``[T]``.
+
+    Raises:
+        InputError: there are none, or the model does not know one of them.
+    """
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
+    ids = encoded.input_ids[0].long()
+    if ids.numel() == 0:
+        raise InputError("the prompt has no tokens: there is nothing to continue")
+    if ids.max() >= model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {int(ids.max())}, and the model knows"
+            f" {model.config.vocab_size}: they do not belong together"
+        )
+    return ids
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -99,17 +123,7 @@ def generate_text(
         after: an earlier generation. Where the prompt begins with what the model has read in it,
             its cache is continued (and changed), so that nothing is read twice.
         write: gets the text in pieces, as it comes.
-
-    Raises:
-        InputError: the prompt is empty, or a token is outside the model's vocabulary.
     """
-    if ids.numel() == 0:
-        raise InputError("the prompt has no tokens: there is nothing to continue")
-    if ids.max() >= model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer gives token {int(ids.max())}, and the model knows"
-            f" {model.config.vocab_size}: they do not belong together"
-        )
     eos = tokenizer.eos_token_id
     eos = model.generation_config.eos_token_id if eos is None else eos
     # the last token generated was never read
@@ -170,7 +184,7 @@ def run_generate(options: argparse.Namespace) -> None:
     """The command ``rodimus generate``."""
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     model, tokenizer = _load(options)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids[0].long()
+    ids = encode(model, tokenizer, prompt)
     _write(prompt)
     generation = generate_text(model, tokenizer, ids, _sampling(options), write=_write)
     _write("\n")
@@ -217,8 +231,7 @@ class Conversation:
         rendered = self.tokenizer.apply_chat_template(
             self.messages, tokenize=False, add_generation_prompt=True
         )
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")
-        ids = encoded.input_ids[0].long()
+        ids = encode(self.model, self.tokenizer, rendered, add_special_tokens=False)
         self.last = generate_text(
             self.model, self.tokenizer, ids, self.sampling, after=self.last, write=write
         )

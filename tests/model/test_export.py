@@ -1,0 +1,245 @@
+"""An exported folder in processes of its own: without our packages, and with them."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from rodimus import RodimusForCausalLM, RodimusForSequenceClassification, convert
+from rodimus.errors import InputError
+from rodimus.export import AUTO_MAP, export
+from tests.checkpoints import (
+    save_model,
+    save_plain_tokenizer,
+    save_released_tokenizer,
+    tiny_config,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCK_TYPES = ("rodimus", "rodimus_plus")
+
+# Only what the test names can be imported; an editable install must not help either.
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+sys.path[:0] = {path!r}
+"""
+LOAD = """
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder = {folder!r}
+load = lambda auto: auto.from_pretrained(folder, trust_remote_code=True).eval()
+ids = torch.arange(40)[None] % 290
+"""
+
+
+def run(script: str, tmp_path: Path, folder: Path, blocked: tuple[str, ...]) -> str:
+    """Run a script in a process where some packages cannot be imported; its output."""
+    path = [] if "rodimus_kernels" in blocked else [str(ROOT), str(ROOT / "kernels")]
+    code = BLOCK.format(blocked=blocked, path=path) + LOAD.format(folder=str(folder)) + script
+    env = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    env.pop("PYTHONPATH", None)
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(params=BLOCK_TYPES, scope="module")
+def exported(request, tmp_path_factory):
+    """``(folder, model)``: an export with the released tokenizer, and the model it came from."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = save_model(root / "checkpoint", request.param)
+    save_released_tokenizer(root / "checkpoint")
+    return export(root / "checkpoint", root / "export"), model
+
+
+def test_loads_with_torch_and_transformers_alone(exported, tmp_path):
+    """All Auto classes, generation, the tokenizer; and what it saves is a complete folder again."""
+    folder, model = exported
+    script = """
+model = load(AutoModelForCausalLM)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert type(load(AutoModelForCausalLM)) is type(model)
+assert sys.modules.get("rodimus") is None and sys.modules.get("rodimus_kernels") is None
+with torch.no_grad():
+    logits = model(ids).logits
+generated = model.generate(ids[:, :5], max_new_tokens=20, do_sample=False)
+torch.save({"logits": logits, "generated": generated}, "result.pt")
+print(type(load(AutoModel)).__name__, type(load(AutoModelForSequenceClassification)).__name__)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+print(len(tokenizer("hello").input_ids), tokenizer.padding_side, tokenizer.pad_token)
+print(tokenizer.apply_chat_template([dict(role="user", content="q")], tokenize=False))
+model.save_pretrained("again")
+folder = "again"
+with torch.no_grad():
+    again = load(AutoModelForCausalLM)(ids).logits
+print(type(load(AutoModel)).__name__, torch.equal(again, logits))
+"""
+    blocked = ("rodimus", "rodimus_kernels", "triton", "einops", "fla")
+    output = run(script, tmp_path, folder, blocked).splitlines()
+    assert output == [
+        "RodimusModel RodimusForSequenceClassification",
+        "1 left <|endoftext|>",
+        "<role>HUMAN</role>q",
+        "RodimusModel True",
+    ]
+    result = torch.load(tmp_path / "result.pt")
+    ids = torch.arange(40)[None] % 290
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(result["logits"], expected, rtol=0, atol=2e-5)
+    generated = model.generate(ids[:, :5], max_new_tokens=20, do_sample=False)
+    assert torch.equal(result["generated"], generated)
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_who_wins_where_more_is_installed(exported, tmp_path):
+    """The operators are used; the package's classes win from its import on, and can win again.
+
+    flash-linear-attention registers the same model type, and the last one to register wins.
+    """
+    folder, model = exported
+    script = """
+first, second = load(AutoModelForCausalLM), load(AutoModelForCausalLM)
+assert type(first) is type(second)
+code = sys.modules[type(first).__module__]
+assert "rodimus" not in sys.modules
+print(code.__name__.partition(".")[0], code.ddts.__module__.partition(".")[0])
+with torch.no_grad():
+    torch.save(first(ids).logits, "logits.pt")
+
+import rodimus
+third, fourth = load(AutoModelForCausalLM), load(AutoModelForCausalLM)
+assert type(third) is type(fourth) is rodimus.RodimusForCausalLM
+assert type(AutoConfig.from_pretrained(folder, trust_remote_code=True)) is rodimus.RodimusConfig
+assert type(load(AutoModel)) is rodimus.RodimusModel
+with torch.no_grad():
+    assert torch.equal(first(ids).logits, third(ids).logits)
+
+from transformers import PreTrainedConfig
+class Other(PreTrainedConfig):
+    model_type = "rodimus"
+AutoConfig.register("rodimus", Other, exist_ok=True)
+rodimus.register()
+assert type(load(AutoModelForCausalLM)) is rodimus.RodimusForCausalLM
+"""
+    assert run(script, tmp_path, folder, ()).split() == ["transformers_modules", "rodimus_kernels"]
+    with torch.no_grad():
+        expected = model(torch.arange(40)[None] % 290).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_folder_is_complete_and_readable(exported):
+    folder, _ = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == AUTO_MAP
+    for reference in AUTO_MAP.values():
+        assert (folder / f"{reference.partition('.')[0]}.py").is_file()
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        assert "lm_head.weight" not in weights.keys()
+        assert "model.embeddings.weight" in weights.keys()
+    modes = {stat.S_IMODE(file.stat().st_mode) & 0o044 for file in folder.iterdir()}
+    assert modes == {0o044}
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_code_is_copied_as_it_stands(exported):
+    folder, _ = exported
+    for name in ("configuration_rodimus.py", "modeling_rodimus.py"):
+        assert (folder / name).read_bytes() == (ROOT / "rodimus" / name).read_bytes()
+    reference = ROOT / "kernels" / "rodimus_kernels" / "reference.py"
+    assert (folder / "reference_rodimus.py").read_bytes() == reference.read_bytes()
+
+
+def test_tokenizer_without_template_stays_without(tmp_path):
+    save_model(tmp_path / "checkpoint")
+    save_plain_tokenizer(tmp_path / "checkpoint")
+    folder = export(tmp_path / "checkpoint", tmp_path / "export")
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "chat_template.jinja").exists()
+
+
+def test_dtypes_and_untied_heads_are_kept(tmp_path):
+    model = save_model(tmp_path / "fp32", tie_word_embeddings=False)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")
+    folder = export(tmp_path / "checkpoint", tmp_path / "export")
+    again, before = (
+        RodimusForCausalLM.from_pretrained(path).state_dict()
+        for path in (folder, tmp_path / "checkpoint")
+    )
+    assert again.keys() == before.keys() and "lm_head.weight" in again
+    for name, tensor in before.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+
+
+def test_classifier_stays_a_classifier(tmp_path):
+    model = RodimusForSequenceClassification(tiny_config(num_labels=3, pad_token_id=1))
+    model.save_pretrained(tmp_path / "checkpoint")
+    folder = export(tmp_path / "checkpoint", tmp_path / "export")
+    again = RodimusForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(again.score.weight, model.score.weight)
+
+
+def test_converts_flash_linear_attention(tmp_path):
+    from safetensors.torch import save_file
+
+    model = save_model(tmp_path / "ours", "rodimus_plus")
+    fla = tmp_path / "fla"
+    fla.mkdir()
+    weights = model.state_dict()
+    del weights["lm_head.weight"]
+    save_file(convert.weights_to_fla(weights), fla / "model.safetensors")
+    (fla / "config.json").write_text(json.dumps(convert.config_to_fla(model.config.to_dict())))
+    folder = export(fla, tmp_path / "export")
+    again = RodimusForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_existing_folder_is_replaced_only_when_asked(tmp_path):
+    save_model(tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(InputError, match="exists already"):
+        export(tmp_path / "checkpoint", out)
+    assert (out / "precious").exists()
+    export(tmp_path / "checkpoint", out, overwrite=True)
+    assert not (out / "precious").exists() and (out / "config.json").exists()
+
+
+def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch):
+    save_model(tmp_path / "checkpoint")
+    save_plain_tokenizer(tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").touch()
+
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("rodimus.export.write_tokenizer", fail)
+    with pytest.raises(OSError, match="No space"):
+        export(tmp_path / "checkpoint", out, overwrite=True)
+    assert (out / "precious").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]

@@ -1,0 +1,374 @@
+"""The command ``rodimus``: what each command prints, and one clear line for bad input."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rodimus import cli, convert, env
+from rodimus.generate import Conversation, Sampling, cache_bytes, generate_text
+from rodimus.loading import load_model, load_tokenizer
+from tests.checkpoints import (
+    save_model,
+    save_plain_tokenizer,
+    save_released_tokenizer,
+    tiny_config,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Rodimus+ checkpoint in the released layout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_model(folder)
+    save_released_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    """Its model."""
+    return load_model(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint):
+    """Its tokenizer."""
+    return load_tokenizer(checkpoint)
+
+
+def command(*arguments) -> int:
+    """The exit code of a command line, run in this process."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("name", ["", "generate", "chat", "export", "env"])
+def test_help_of_every_command(name, capsys):
+    assert command(*name.split(), "--help") == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: rodimus {name}".strip())
+    assert all(len(line) < 100 for line in text.splitlines())
+
+
+def test_help_comes_without_torch():
+    """Not a time, which depends on the machine: what it must not import."""
+    code = (
+        "import sys; sys.argv = ['rodimus', '--help']\n"
+        "import rodimus.cli\n"
+        "try: rodimus.cli.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path)
+    assert run.stderr.strip() == "[]"
+    assert "commands:" in run.stdout
+
+
+def test_training_commands_get_the_rest_of_the_line(monkeypatch):
+    """Their parsers are their own, --help included."""
+    seen = []
+
+    class Module:
+        @staticmethod
+        def main(argv):
+            seen.append(argv)
+            return 3
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: seen.append(name) or Module)
+    assert command("train", "run.toml", "--help", "--optim.lr", "1e-3") == 3
+    assert command("data", "pack", "stdlib") == 3
+    assert seen == [
+        "rodimus.train.__main__",
+        ["run.toml", "--help", "--optim.lr", "1e-3"],
+        "rodimus.train.pack",
+        ["stdlib"],
+    ]
+
+
+def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
+    arguments = ("generate", checkpoint, "--prompt", "hello world", "--max-new-tokens", 20)
+    assert command(*arguments) == 0
+    ids = tokenizer("hello world", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)[0]
+    assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the quick brown"))
+    assert command("generate", checkpoint, "--prompt", "-", "--max-new-tokens", 1) == 0
+    assert capsys.readouterr().out.startswith("the quick brown")
+
+
+def test_same_seed_same_text(checkpoint, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        command("generate", checkpoint, "--prompt", "hello", "--temperature", 1, "--seed", seed)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_text_comes_in_pieces(model, tokenizer):
+    pieces = []
+    ids = tokenizer("hello", return_tensors="pt").input_ids[0]
+    torch.manual_seed(0)
+    done = generate_text(model, tokenizer, ids, Sampling(60, temperature=1.0), write=pieces.append)
+    assert len([piece for piece in pieces if piece]) > 1
+    text = tokenizer.decode(done.ids[done.prompt_tokens :], skip_special_tokens=True)
+    assert "".join(pieces) == text
+
+
+def test_stats_name_rates_and_bytes(checkpoint, capsys):
+    command("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--stats")
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"prompt 1 tokens in [\d.]+ s = [\d.]+ tokens/s; "
+        r"decode 7 tokens in [\d.]+ s = [\d.]+ tokens/s; state [\d,]+ bytes \(.*recurrent.*\)",
+        line,
+    )
+
+
+def test_bytes_of_the_cache_are_counted_and_do_not_grow(model, tokenizer):
+    """State 8 x 64 in fp32, four inputs of the convolution, 8 keys and values of the window."""
+    ids = tokenizer("hello world " * 10, return_tensors="pt").input_ids[0]
+    sizes = []
+    for new_tokens in (10, 40):
+        done = generate_text(model, tokenizer, ids, Sampling(new_tokens))
+        sizes.append(cache_bytes(done.cache))
+    assert sizes[0] == sizes[1]
+    layers, width, window = 2, 32, 8
+    assert sizes[0]["recurrent"] == layers * 8 * 2 * width * 4
+    assert sizes[0]["convolution"] == layers * 2 * width * 4 * 4
+    assert sizes[0]["window"] == layers * window * (width // 4 + width) * 4
+
+
+def test_conversation_reads_nothing_twice(model, tokenizer):
+    """The second turn continues the state of the first, and says what a fresh one would say."""
+    chat = Conversation(model, tokenizer, Sampling(4), system="S")
+    first = chat.reply("hello")
+    assert first.prefill_tokens == first.prompt_tokens
+    # an answer that is read back as the tokens it was made of, as a trained model's is
+    answer = tokenizer(" world", return_tensors="pt").input_ids[0]
+    prompt = first.ids[: first.prompt_tokens]
+    first = generate_text(model, tokenizer, torch.cat([prompt, answer]), Sampling(1))
+    chat.last, chat.messages[-1]["content"] = first, " world"
+    second = chat.reply("the quick")
+    assert second.prefill_tokens == second.prompt_tokens - len(prompt) - len(answer)
+    fresh = generate_text(model, tokenizer, second.ids[: second.prompt_tokens], Sampling(4))
+    assert torch.equal(second.ids, fresh.ids)
+
+
+def test_conversation_starts_afresh_where_tokens_differ(model, tokenizer):
+    chat = Conversation(model, tokenizer, Sampling(4))
+    chat.reply("hello")
+    chat.messages[0]["content"] = "something else"
+    assert chat.reply("x").prefill_tokens == chat.last.prompt_tokens
+
+
+def test_chat_until_an_empty_line(checkpoint, capsys, monkeypatch):
+    lines = iter(["hello", "/reset", "world", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert command("chat", checkpoint, "--max-new-tokens", 3, "--stats") == 0
+    assert capsys.readouterr().err.count("tokens/s") >= 2
+
+
+def test_chat_needs_a_template(tmp_path, capsys):
+    save_model(tmp_path)
+    save_plain_tokenizer(tmp_path)
+    assert command("chat", tmp_path) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_export_tells_where(checkpoint, tmp_path, capsys):
+    assert command("export", checkpoint, tmp_path / "out") == 0
+    assert capsys.readouterr().out.strip() == f"wrote {tmp_path / 'out'}"
+    assert (tmp_path / "out" / "modeling_rodimus.py").is_file()
+
+
+def test_generate_reads_flash_linear_attention(tmp_path, capsys):
+    model = save_model(tmp_path)
+    save_plain_tokenizer(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(convert.weights_to_fla(weights), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(convert.config_to_fla(model.config.to_dict())))
+    assert command("generate", tmp_path, "--prompt", "hello", "--max-new-tokens", 8) == 0
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=1)[0]
+    assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_env_names_versions_and_every_operator(capsys):
+    assert command("env") == 0
+    text = capsys.readouterr().out
+    assert f"torch          {torch.__version__}" in text
+    for name in ("ddts_step", "shared_key_attention", "short_conv", "linear_cross_entropy"):
+        (line,) = re.findall(rf"^  {name} .*$", text, re.MULTILINE)
+        assert "fails" not in line
+    assert "[reference" in text
+
+
+def test_env_tests_every_public_operator():
+    import rodimus_kernels
+
+    tested = {operator.__name__ for operator, _ in env.cases(torch.device("cpu")).values()}
+    public = {name for name in rodimus_kernels.__all__ if not name.startswith("rope")}
+    assert tested | {"call"} >= public - {"shared_key_attention", "shared_key_attention_step"}
+
+
+class TestBadInput:
+    """One line on standard error that names what is wrong, exit code 2, no traceback."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        """A checkpoint to break."""
+        save_model(tmp_path)
+        save_released_tokenizer(tmp_path)
+        return tmp_path
+
+    def refused(self, capsys, *arguments) -> str:
+        """The one line."""
+        capsys.readouterr()
+        assert command(*arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and "Traceback" not in captured.err
+        (line,) = captured.err.strip().splitlines()
+        assert line.startswith("rodimus: error: ")
+        return line
+
+    def change_config(self, folder, **fields):
+        """Overwrite fields of ``config.json``."""
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    @pytest.mark.parametrize("name", ["generate", "chat", "export"])
+    def test_missing_folder(self, name, tmp_path, capsys):
+        arguments = {"generate": ["--prompt", "x"], "chat": [], "export": [tmp_path / "out"]}[name]
+        line = self.refused(capsys, name, tmp_path / "nowhere", *arguments)
+        assert "nowhere does not exist: expected a checkpoint folder" in line
+
+    def test_name_that_no_hub_has(self, capsys):
+        line = self.refused(capsys, "generate", "some-owner/some-model", "--prompt", "x")
+        assert "no folder 'some-owner/some-model' here, and the hub does not give it" in line
+
+    def test_file_instead_of_folder(self, folder, capsys):
+        path = folder / "config.json"
+        assert "is a file" in self.refused(capsys, "generate", path, "--prompt", "x")
+
+    def test_folder_without_config(self, folder, capsys):
+        (folder / "config.json").unlink()
+        line = self.refused(capsys, "generate", folder, "--prompt", "x")
+        assert "holds no config.json" in line
+
+    def test_config_that_is_no_json(self, folder, capsys):
+        (folder / "config.json").write_text('{"d_model": 32,')
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert "config.json is not valid JSON" in line
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"model_type": "llama"}, "model_type must be 'rodimus', got 'llama'"),
+            ({"block_type": "rodimus_max"}, "got 'rodimus_max'"),
+            ({"attn_cfg": {"num_heads": 5}}, "d_model must be divisible by num_heads"),
+            ({"mixer_cfg": {"mem_sise": 8}}, "did you mean 'mem_size'"),
+            ({"mixer_cfg": {"mem_size": 16}}, "must be (32, 64), got (16, 64)"),
+            ({"d_model": 64}, "must be (300, 64), got (300, 32)"),
+            ({"n_layer": 3}, "model.layers.2.mixer_norm.weight is missing"),
+            ({"n_layer": 1}, "it gives a model without model.layers.1"),
+            ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+        ],
+        ids=str,
+    )
+    def test_config_that_disagrees(self, folder, capsys, fields, message):
+        self.change_config(folder, **fields)
+        assert message in self.refused(capsys, "export", folder, folder / "out")
+
+    def test_missing_weights(self, folder, capsys):
+        (folder / "model.safetensors").unlink()
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert "holds no weights: expected model.safetensors" in line
+
+    @pytest.mark.parametrize("kept", [0, 5, 100, 20_000])
+    def test_truncated_weights(self, folder, capsys, kept):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:kept])
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert f"{file} is damaged or cut short ({kept:,} bytes" in line
+
+    def test_older_weight_format(self, folder, capsys):
+        file = folder / "model.safetensors"
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+        assert command("export", folder, folder / "out") == 0
+        self.change_config(folder, n_layer=3)
+        line = self.refused(capsys, "export", folder, folder / "again")
+        assert "model.layers.2" in line and "is missing" in line
+
+    def test_missing_shard(self, folder, capsys):
+        index = {"weight_map": {"model.embeddings.weight": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert "model-00001-of-00002.safetensors is missing" in line
+
+    def test_missing_tokenizer(self, folder, capsys):
+        (folder / "tokenizer.json").unlink()
+        line = self.refused(capsys, "generate", folder, "--prompt", "x")
+        assert "holds no tokenizer" in line
+
+    def test_damaged_tokenizer(self, folder, capsys):
+        (folder / "tokenizer.json").write_text("{}")
+        line = self.refused(capsys, "generate", folder, "--prompt", "x")
+        assert "the tokenizer cannot be read" in line
+
+    def test_tokenizer_of_another_model(self, tmp_path, capsys):
+        save_model(tmp_path, vocab_size=100)
+        save_released_tokenizer(tmp_path)
+        line = self.refused(capsys, "generate", tmp_path, "--prompt", "hello")
+        assert "they do not belong together" in line
+
+    def test_empty_prompt(self, folder, capsys):
+        line = self.refused(capsys, "generate", folder, "--prompt", "")
+        assert "the prompt has no tokens" in line
+
+    def test_device_that_is_not_there(self, folder, capsys):
+        arguments = ("generate", folder, "--prompt", "x", "--device")
+        assert "--device must be cpu" in self.refused(capsys, *arguments, "abacus")
+        if not torch.cuda.is_available():
+            assert "sees no GPU" in self.refused(capsys, *arguments, "cuda")
+
+    def test_flash_linear_attention_beyond_rodimus(self, tmp_path, capsys):
+        config = convert.config_to_fla(tiny_config().to_dict()) | {"use_short_conv": False}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        line = self.refused(capsys, "export", tmp_path, tmp_path / "out")
+        assert "use_short_conv must be True to be converted" in line
+
+    @pytest.mark.parametrize(
+        "option, value",
+        [("--top-p", "2"), ("--temperature", "-1"), ("--max-new-tokens", "0"), ("--top-k", "x")],
+    )
+    def test_impossible_sampling(self, folder, capsys, option, value):
+        assert command("generate", folder, "--prompt", "x", option, value) == 2
+        assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_help_in_less_than_a_third_of_a_second():
+    """The quickest of five, because other work on the machine only ever adds."""
+    code = "import sys; sys.argv = ['rodimus', '--help']; import rodimus.cli; rodimus.cli.main()"
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], capture_output=True, env=path, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3
