@@ -36,7 +36,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rodimus", "rodimus.*"]) + find_packages("kernels"),
     package_dir={"rodimus": "rodimus", "rodimus_kernels": "kernels/rodimus_kernels"},
-    package_data={"rodimus": ["*.jinja", "py.typed"]},
+    package_data={"rodimus": ["*.jinja", "py.typed"], "rodimus_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",
