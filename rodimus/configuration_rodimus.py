@@ -144,6 +144,14 @@ class RodimusConfig(PreTrainedConfig):
                 )
         super().__init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers, which reads a folder without ``config.json`` as all defaults."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(f"{pretrained_model_name_or_path} holds no config.json")
+        return fields, kwargs
+
     def check(self) -> None:
         """Raise ValueError for a configuration that no model can have."""
         if self.block_type not in BLOCK_TYPES:

@@ -345,6 +345,11 @@ def _document_starts(documents):
 def _check_cu_seqlens(cu_seqlens, batch, length):
     if batch != 1:
         raise ValueError(f"cu_seqlens packs one row: expected batch size 1, got {batch}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens must be integers in one dimension, got {cu_seqlens.dtype} of shape"
+            f" {tuple(cu_seqlens.shape)}"
+        )
     if cu_seqlens.device.type != "cpu" or is_tracing(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()
@@ -411,6 +416,13 @@ class RodimusGateLinear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+
+
+class RodimusOutLinear(nn.Linear):
+    """A projection back to the stream: initialised smaller the more branches add to it.
+
+    A class of its own because transformers initialises modules that own parameters, not those that
+    only contain them."""
 
 
 class RodimusInnerMixer(nn.Module):
@@ -516,7 +528,7 @@ class RodimusMixer(nn.Module):
         self.fc = nn.Linear(config.d_model, 2 * config.d_inner, bias=False)
         self.inner_mixer = RodimusInnerMixer(config, layer_idx)
         self.act_norm = RodimusGatedRMSNorm(config.d_inner, config.norm_epsilon)
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=False)
+        self.out_proj = RodimusOutLinear(config.d_inner, config.d_model, bias=False)
 
     def forward(self, hidden_states, layout, past_key_values=None):
         x, gate = self.fc(hidden_states).chunk(2, dim=-1)
@@ -573,7 +585,7 @@ class RodimusAttention(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_value_heads * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = RodimusOutLinear(width, width, bias=False)
 
     def forward(self, hidden_states, rotary, layout, past_key_values=None, **kwargs):
         batch, length, _ = hidden_states.shape
@@ -583,13 +595,22 @@ class RodimusAttention(nn.Module):
         )
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        if hasattr(layer, "attend"):
+            # the engine's ring caches attend by themselves: their rows have different ages
+            o, weights = layer.attend(q, k, v, scale=self.scaling), None
+        else:
+            o, weights = self._attend(q, k, v, layout, past_key_values, **kwargs)
+        o = self.out_proj(o.reshape(batch, length, -1))
+        return F.dropout(o, self.dropout, self.training), weights
+
+    def _attend(self, q, k, v, layout, past_key_values, **kwargs):
         if past_key_values is not None:
             k, v = self._cache(k, v, layout["pads"], past_key_values)
-
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        o, weights = attend(
+        return attend(
             self,
             q.transpose(1, 2),
             _spread_heads(k, self.num_heads),
@@ -600,8 +621,6 @@ class RodimusAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        o = self.out_proj(o.reshape(batch, length, -1))
-        return F.dropout(o, self.dropout, self.training), weights
 
     def _cache(self, k, v, pads, past_key_values):
         length = k.shape[1]
@@ -623,7 +642,7 @@ class RodimusMLP(nn.Module):
         super().__init__()
         self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
         self.fc = nn.Linear(config.d_model, 2 * config.intermediate_size, bias=False)
-        self.out_proj = nn.Linear(config.intermediate_size, config.d_model, bias=False)
+        self.out_proj = RodimusOutLinear(config.intermediate_size, config.d_model, bias=False)
 
     def forward(self, hidden_states):
         x, gate = self.fc(hidden_states).chunk(2, dim=-1)
@@ -708,15 +727,10 @@ class RodimusPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, RodimusInnerMixer):
             self._init_inner_mixer(module)
-        elif isinstance(module, RodimusMixer | RodimusAttention | RodimusMLP):
-            self._init_projection(module.out_proj)
-
-    def _init_projection(self, out_proj):
-        branches = 3 if self.config.block_type == "rodimus_plus" else 1
-        scale = math.sqrt(branches * self.config.n_layer)
-        if not self.config.rescale_prenorm_residual:
-            scale = 1.0
-        init.normal_(out_proj.weight, std=self.config.initializer_range / scale)
+        elif isinstance(module, RodimusOutLinear) and self.config.rescale_prenorm_residual:
+            branches = 3 if self.config.block_type == "rodimus_plus" else 1
+            std = self.config.initializer_range / math.sqrt(branches * self.config.n_layer)
+            init.normal_(module.weight, std=std)
 
     def _init_inner_mixer(self, module):
         """Decays start between 0.9 and 0.999 a step at temperature 1, temperatures in (1/16,
@@ -784,6 +798,8 @@ class RodimusModel(RodimusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = adopt_cache(past_key_values)
+        _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config.n_layer)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         documents = self._packed_documents(
             embeds, attention_mask, position_ids, past_key_values, cu_seqlens
@@ -791,10 +807,7 @@ class RodimusModel(RodimusPreTrainedModel):
         if documents is not None:
             use_cache = False
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past_key_values = adopt_cache(past_key_values)
-        if not isinstance(attention_mask, dict):
-            _check_inputs(embeds, attention_mask, past_key_values)
+            past_key_values = adopt_cache(DynamicCache(config=self.config))
         position_ids = self._positions(
             embeds, attention_mask, position_ids, past_key_values, documents
         )
@@ -900,6 +913,8 @@ class RodimusModel(RodimusPreTrainedModel):
         """
         if past_key_values is None or is_tracing(hidden_states):
             return
+        if getattr(past_key_values, "isolates_rows", False):
+            return
         if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
             return
         if hidden_states[:, -1].isfinite().all():
@@ -913,13 +928,22 @@ class RodimusModel(RodimusPreTrainedModel):
                 )
 
 
-def _check_inputs(embeds, attention_mask, past_key_values):
+def _check_inputs(embeds, attention_mask, position_ids, past_key_values, n_layer):
     batch, length = embeds.shape[:2]
     if length == 0:
         raise ValueError("expected at least one token, got a sequence of length 0")
-    if attention_mask is None or is_tracing(embeds):
+    if is_tracing(embeds):
         return
-    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    past = 0
+    if past_key_values is not None:
+        _check_cache(past_key_values, batch, n_layer)
+        past = int(past_key_values.get_seq_length())
+    if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
+        )
+    if attention_mask is None or isinstance(attention_mask, dict):
+        return
     if attention_mask.dim() == 2 and tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
@@ -929,6 +953,19 @@ def _check_inputs(embeds, attention_mask, past_key_values):
         raise ValueError(
             f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}"
         )
+
+
+def _check_cache(cache, batch, n_layer):
+    layers = cache.layers
+    if len(layers) != n_layer or not all(hasattr(layer, "recurrent_states") for layer in layers):
+        raise ValueError(
+            f"the cache must hold {n_layer} recurrent layers, got {len(layers)} layers of"
+            f" {sorted({type(layer).__name__ for layer in layers})};"
+            " make one with DynamicCache(config=model.config)"
+        )
+    state = _recurrent_state(layers[0])
+    if state is not None and state.shape[0] != batch:
+        raise ValueError(f"the cache holds a batch of {state.shape[0]}, got a batch of {batch}")
 
 
 @dataclass
@@ -978,7 +1015,10 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
                 are. With ``num_items_in_batch`` the loss is the sum divided by it, else the mean.
             logits_to_keep: Compute the last n logits, or those at the given positions; 0 for all.
             loss_only: Compute the loss without ever holding all logits; ``logits`` is None.
-            z_loss: Weight of the squared log-partition function, with ``loss_only``.
+            z_loss: Weight of the mean squared log-partition function, added to the loss.
+
+        Raises:
+            ValueError: the labels do not have the shape of the logits' rows.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -991,6 +1031,8 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         logits = loss = cross_entropy = None
+        if loss_only and labels is None and kwargs.get("shift_labels") is None:
+            raise ValueError("loss_only needs labels or shift_labels")
         if loss_only and self._head_is_plain():
             loss, cross_entropy = self._chunked_loss(hidden_states, labels, z_loss, **kwargs)
         else:
@@ -999,9 +1041,9 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             )
             logits = self.lm_head(hidden_states[:, kept])
             if labels is not None or kwargs.get("shift_labels") is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
-                )
+                loss, cross_entropy = self._loss(logits, labels, z_loss, **kwargs)
+            if loss_only:
+                logits = None
         return RodimusCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -1016,13 +1058,23 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         head = self.lm_head
         return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
 
+    def _loss(self, logits, labels, z_loss, **kwargs):
+        """``(loss, cross-entropy)`` of logits, by the loss function that the model carries."""
+        targets = _shifted_labels(logits, labels, kwargs.get("shift_labels"))
+        loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
+        )
+        cross_entropy = loss.detach()
+        if z_loss:
+            penalty = logits.float().logsumexp(-1).square()[targets != -100]
+            items = kwargs.get("num_items_in_batch")
+            loss = loss + z_loss * (penalty.mean() if items is None else penalty.sum() / items)
+        return loss, cross_entropy
+
     def _chunked_loss(
         self, hidden_states, labels, z_loss, shift_labels=None, num_items_in_batch=None, **_
     ):
-        if shift_labels is None:
-            if labels is None:
-                raise ValueError("loss_only needs labels or shift_labels")
-            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        shift_labels = _shifted_labels(hidden_states, labels, shift_labels)
         weight = self.lm_head.weight
         device = hidden_states.device.type
         if torch.is_autocast_enabled(device):
@@ -1038,6 +1090,16 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         if num_items_in_batch is not None:
             loss, cross_entropy = loss / num_items_in_batch, cross_entropy / num_items_in_batch
         return loss, cross_entropy
+
+
+def _shifted_labels(rows, labels, shift_labels):
+    """The label of each row of ``[B, T, ...]``: the next one, or the given shifted ones."""
+    given = labels if shift_labels is None else shift_labels
+    if given.shape != rows.shape[:2]:
+        raise ValueError(
+            f"labels must have shape {tuple(rows.shape[:2])}, got {tuple(given.shape)}"
+        )
+    return F.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
 
 
 class RodimusForSequenceClassification(GenericForSequenceClassification, RodimusPreTrainedModel):

@@ -46,8 +46,8 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def l2_error(actual: Tensor, expected: Tensor) -> float:
-    """``|a - b| / |b|`` in the Euclidean norm."""
+    """``|a - b| / |b|`` in the Euclidean norm; ``|a - b|`` where b is zero."""
     if actual.shape != expected.shape:
         return float("inf")
     difference = actual.detach().double() - expected.detach().double()
-    return (difference.norm() / expected.double().norm()).item()
+    return (difference.norm() / (expected.detach().double().norm() or 1.0)).item()

@@ -36,6 +36,8 @@ class Oracle:
         self.d_conv = mixer.get("d_conv", 4)
         self.normalize_epsilon = mixer.get("normalize_epsilon") or 1e-12
         self.trace: dict[str, Tensor] = {}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        assert shapes == parameter_shapes(config), "not the parameters of this configuration"
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """Logits ``[B, T, vocab]`` of rows that are each one document of T tokens."""
@@ -172,6 +174,56 @@ class Oracle:
     def ffn(self, name: str, hidden: Tensor) -> Tensor:
         x, gate = halves(self.linear(f"{name}.fc", hidden))
         return self.linear(f"{name}.out_proj", silu(gate) * x)
+
+
+def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a configuration's parameters, as released checkpoints save them."""
+    width, mixer, attn = config["d_model"], config["mixer_cfg"], config["attn_cfg"]
+    inner = round_up_to_8(width * mixer.get("expand_ratio", 2))
+    mem_size = mixer.get("mem_size", 64)
+    rank = mixer.get("input_gate_low_rank", "auto")
+    rank = max(width // 64, 16) if rank == "auto" else rank
+    block = {
+        "mixer_norm.weight": (width,),
+        "mixer.fc.weight": (2 * inner, width),
+        "mixer.act_norm.weight": (inner,),
+        "mixer.out_proj.weight": (width, inner),
+        "mixer.inner_mixer.residual_weight": (inner,),
+        "mixer.inner_mixer.short_conv.conv1d.weight": (inner, 1, mixer.get("d_conv", 4)),
+        "mixer.inner_mixer.short_conv.conv1d.bias": (inner,),
+        "mixer.inner_mixer.in_proj.weight": (2 * mem_size, inner),
+        "mixer.inner_mixer.ch_gate_proj.0.weight": (rank, inner),
+        "mixer.inner_mixer.ch_gate_proj.1.weight": (inner, rank),
+        "mixer.inner_mixer.ch_gate_proj.1.bias": (inner,),
+        "mixer.inner_mixer.mem_gate_proj.weight": (2 * mem_size, inner),
+        "mixer.inner_mixer.mem_gate_proj.bias": (2 * mem_size,),
+    }
+    if config["block_type"] == "rodimus_plus":
+        heads = attn.get("num_heads") or width // 128
+        hidden = round_up_to_8(width * attn.get("ffn_expand_ratio", 4 / 3))
+        block |= {
+            "attn_norm.weight": (width,),
+            "attn.q_proj.weight": (width, width),
+            "attn.k_proj.weight": (width // heads * attn["num_heads_k"], width),
+            "attn.v_proj.weight": (width // heads * attn["num_heads_v"], width),
+            "attn.out_proj.weight": (width, width),
+            "ffn_norm.weight": (width,),
+            "ffn.fc.weight": (2 * hidden, width),
+            "ffn.out_proj.weight": (width, hidden),
+        }
+    shapes = {"model.embeddings.weight": (config["vocab_size"], width)}
+    if config.get("use_norm_embedding"):
+        shapes["model.embed_norm.weight"] = (width,)
+    for layer in range(config["n_layer"]):
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    shapes["model.norm_f.weight"] = (width,)
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = (config["vocab_size"], width)
+    return shapes
+
+
+def round_up_to_8(size: float) -> int:
+    return -(-int(size) // 8) * 8
 
 
 def recurrence(q: Tensor, k: Tensor, u: Tensor, log_decay: Tensor, scale: float):

@@ -1,0 +1,78 @@
+"""Tiny models with the golden weights or lively random ones."""
+
+import torch
+from torch import Tensor
+
+from rodimus import RodimusConfig, RodimusForCausalLM
+from tests.model.golden_data import golden_config, golden_weights
+from tests.model.oracle import Oracle
+
+KINDS = ("rodimus", "rodimus_plus", "grouped")
+
+
+def build(config: dict, weights: dict[str, Tensor] | None = None) -> RodimusForCausalLM:
+    """A model in eval mode that stops at no token; lively random weights where none are given."""
+    model = RodimusForCausalLM(RodimusConfig.from_dict(config))
+    if weights is None:
+        enliven(model)
+    else:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+        model.tie_weights()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def enliven(model: RodimusForCausalLM, seed: int = 0) -> None:
+    """Move every parameter far from its initial value, so that none can be swapped or forgotten."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "embeddings" in name or "lm_head" in name:
+                parameter.copy_(noise)
+            elif parameter.ndim == 2:
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.add_(0.3 * noise)
+
+
+def golden_model(block_type: str) -> RodimusForCausalLM:
+    return build(golden_config(block_type), golden_weights(block_type))
+
+
+def config_of(kind: str) -> dict:
+    """The config dict of a tiny model: a block type, or ``grouped`` for what releases leave unused.
+
+    ``grouped`` is Rodimus+ with fewer value and key heads than query heads, RoPE on half of each
+    head, a scaled and normed embedding, its own head, and no lower bound on the norm of keys.
+    """
+    if kind != "grouped":
+        return golden_config(kind)
+    config = golden_config("rodimus_plus")
+    config["attn_cfg"] |= {"num_heads_k": 2, "num_heads_v": 2, "rotary_emb_dim": 8}
+    config["attn_cfg"] |= {"rotary_emb_base": 500.0, "ffn_expand_ratio": 1.7}
+    del config["mixer_cfg"]["normalize_epsilon"]
+    return config | {
+        "tie_word_embeddings": False,
+        "use_scale_embedding": True,
+        "use_norm_embedding": True,
+    }
+
+
+def model_of(kind: str) -> RodimusForCausalLM:
+    """The tiny model of ``config_of(kind)``, with golden weights where there are some."""
+    return build(config_of(kind)) if kind == "grouped" else golden_model(kind)
+
+
+def oracle_of(model: RodimusForCausalLM, config: dict) -> Oracle:
+    return Oracle(config, dict(model.named_parameters()))
+
+
+def random_ids(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Tensor:
+    """Token ids >= 3: none of the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (batch, length), generator=generator)

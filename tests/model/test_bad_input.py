@@ -1,0 +1,264 @@
+"""Bad input is refused before work starts, with what was expected and what came."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.loading import load_model
+from tests.model.golden_data import GOLDENS, golden_config, relative_error
+from tests.model.helpers import oracle_of, random_ids
+from tests.model.ways import full
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"block_type": "mamba"}, "block_type.*rodimus_plus.*'mamba'"),
+        ({"d_model": 0}, "d_model.*positive.*0"),
+        ({"n_layer": -1}, "n_layer.*positive.*-1"),
+        ({"vocab_size": 2.5}, "vocab_size.*2.5"),
+        ({"mixer_cfg": {"mem_size": 0}}, "mem_size.*positive.*0"),
+        ({"mixer_cfg": {"mem_size": "64"}}, "mem_size.*'64'"),
+        ({"mixer_cfg": {"d_conv": 0}}, "d_conv.*positive.*0"),
+        ({"mixer_cfg": {"expand_ratio": -2}}, "expand_ratio.*positive.*-2"),
+        ({"mixer_cfg": {"mem_sise": 16}}, "mem_sise.*mem_size"),
+        ({"attn_cfg": {"num_heads": 5}}, "d_model.*divisible.*64.*5"),
+        ({"attn_cfg": {"num_heads_k": 3}}, "num_heads.*divisible.*num_heads_k.*4.*3"),
+        ({"attn_cfg": {"num_heads_v": 3}}, "num_heads.*divisible.*num_heads_v.*4.*3"),
+        ({"attn_cfg": {"rotary_emb_dim": 7}}, "rotary_emb_dim.*even.*7"),
+        ({"attn_cfg": {"rotary_emb_dim": 18}}, "rotary_emb_dim.*16.*18"),
+        ({"attn_cfg": {"window_size": 1}}, "window_size.*1"),
+        ({"attn_cfg": {"window_size": "all"}}, "window_size.*'all'"),
+        ({"attn_cfg": {"ffn_expand_ratio": 0}}, "ffn_expand_ratio.*positive.*0"),
+        ({"attn_cfg": {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved.*True"),
+        ({"attn_cfg": {"softmax_scale": "norm"}}, "softmax_scale.*'norm'"),
+        ({"head_dim": 99}, "head_dim.*16.*99"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_impossible_configuration(change, message):
+    fields = golden_config("rodimus_plus")
+    for name, value in change.items():
+        fields[name] = fields[name] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        RodimusConfig.from_dict(fields)
+
+
+def test_configuration_of_flash_linear_attention():
+    """The same model_type, other names and meanings: refused by name, not read as defaults."""
+    fields = {
+        "model_type": "rodimus",
+        "attn_mode": "chunk",
+        "block_type": "rodimus_plus",
+        "expand_ratio": 64,
+        "hidden_size": 2048,
+        "input_gate_low_rank": "auto",
+        "k_norm_eps": None,
+        "num_hidden_layers": 24,
+        "ska_attn": {"num_heads": 16, "qkv_bias": False, "window_size": 2048},
+        "use_short_conv": True,
+    }
+    with pytest.raises(ValueError, match="flash-linear-attention.*convert"):
+        RodimusConfig.from_dict(fields)
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable checkpoint folder in the released format."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(GOLDENS / "rodimus_plus" / name, tmp_path / name)
+    return tmp_path
+
+
+def change_config(folder, **changes):
+    fields = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        fields[name] = fields[name] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_good_folder_loads(folder):
+    assert isinstance(load_model(folder), RodimusForCausalLM)
+
+
+def test_folder_that_does_not_exist(tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist.*config.json"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_folder_without_configuration(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config.json"):
+        load_model(folder)
+    with pytest.raises(OSError, match="config.json"):
+        RodimusForCausalLM.from_pretrained(folder)
+
+
+def test_configuration_that_is_not_json(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
+        load_model(folder)
+
+
+def test_configuration_of_another_model(folder):
+    change_config(folder, model_type="llama")
+    with pytest.raises(ValueError, match="model_type must be 'rodimus', got 'llama'"):
+        load_model(folder)
+
+
+def test_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights.*model.safetensors"):
+        load_model(folder)
+    with pytest.raises(OSError, match="model.safetensors"):
+        RodimusForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 300_000])
+def test_truncated_weights(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
+        load_model(folder)
+
+
+def test_missing_weight(folder):
+    change_weights(folder, lambda weights: weights.pop("model.layers.1.attn.k_proj.weight"))
+    with pytest.raises(ValueError, match="model.layers.1.attn.k_proj.weight is missing"):
+        load_model(folder)
+
+
+def test_unknown_weight(folder):
+    change_weights(folder, lambda weights: weights.update(extra=torch.zeros(3)))
+    with pytest.raises(ValueError, match="do not fit config.json.*without extra"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mixer_cfg": {"mem_size": 32}}, {"n_layer": 1}, {"n_layer": 3}, {"vocab_size": 98}],
+    ids=str,
+)
+def test_weights_that_disagree_with_the_configuration(folder, change):
+    change_config(folder, **change)
+    with pytest.raises(ValueError, match="do not fit config.json"):
+        load_model(folder)
+
+
+def test_weights_of_another_block_type(folder):
+    change_config(folder, block_type="rodimus")
+    with pytest.raises(ValueError, match="do not fit config.json"):
+        load_model(folder)
+
+
+# ---------------------------------------------------------------------------------------- forward
+
+
+def test_no_tokens(model):
+    with pytest.raises(ValueError, match="at least one token.*0"):
+        model(torch.zeros(2, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least one token.*0"):
+        model(inputs_embeds=torch.zeros(2, 0, 64))
+
+
+def test_ids_and_embeddings(model):
+    ids = random_ids(1, 5)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 7), (2, 8), (7,), (2, 7, 7)], ids=str)
+def test_mask_of_a_wrong_shape(model, shape):
+    with pytest.raises(ValueError, match=r"attention_mask must have (shape \(2, 7\)|2 or 4).*got"):
+        model(random_ids(2, 7), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("length", [3, 9, 11])
+def test_mask_of_a_wrong_shape_with_a_cache(model, length):
+    """With a cache the mask covers the cached tokens too: 7 and 3 make 10."""
+    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="attention_mask.*10.*got"):
+        model(random_ids(2, 3), attention_mask=torch.ones(2, length), past_key_values=cache)
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (3, 7), (7, 2)], ids=str)
+def test_positions_of_a_wrong_shape(model, shape):
+    with pytest.raises(ValueError, match="position_ids.*got"):
+        model(random_ids(2, 7), position_ids=torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+@pytest.mark.parametrize(
+    "boundaries",
+    [[0, 5, 3, 12], [0, 5, 11], [0, 5, 13], [1, 5, 12], [0], [[0, 12]], [0.0, 5.0, 12.0]],
+    ids=str,
+)
+def test_boundaries_that_are_none(model, name, boundaries):
+    """From 0 to the length, never falling, integers, one dimension."""
+    with pytest.raises(ValueError, match=f"{name}|cu_seqlens"):
+        model(random_ids(1, 12), use_cache=False, **{name: torch.tensor(boundaries)})
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q"])
+def test_boundaries_with_a_batch(model, name):
+    with pytest.raises(ValueError, match="batch.*1.*2"):
+        model(random_ids(2, 6), use_cache=False, **{name: torch.tensor([0, 6])})
+
+
+def test_packing_with_a_cache(model):
+    cache = model(random_ids(1, 7), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cu_seqlens.*cache|cache.*cu_seqlens"):
+        model(random_ids(1, 6), past_key_values=cache, cu_seqlens=torch.tensor([0, 2, 6]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_decode_state_is_reported(model, value):
+    """A state that is not finite would poison every later token: the step says so instead."""
+    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    cache.layers[1].recurrent_states[0][1, 0, 3, 2] = value
+    with pytest.raises(FloatingPointError, match="state of layer 1 holds NaN"):
+        model(random_ids(2, 1), past_key_values=cache, use_cache=True)
+
+
+def test_labels_of_a_wrong_shape(model):
+    with pytest.raises(ValueError, match="labels.*got"):
+        model(random_ids(2, 7), labels=random_ids(2, 6))
+
+
+def test_cache_of_another_batch(model):
+    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cache.*2.*3"):
+        model(random_ids(3, 1), past_key_values=cache)
+
+
+def test_cache_of_another_model(model, kind):
+    """A cache with fewer layers than the model."""
+    config = copy.deepcopy(model.config)
+    config.n_layer = 1
+    with pytest.raises(ValueError, match="cache.*layers.*1"):
+        model(random_ids(2, 7), past_key_values=DynamicCache(config=config), use_cache=True)
+
+
+def test_there_is_no_longest_prompt(model, config):
+    """``max_position_embeddings`` is where training stopped, not a limit: 64 here."""
+    ids = random_ids(1, 150)
+    assert relative_error(full(model, ids), oracle_of(model, config)(ids)) < 1e-5

@@ -1,0 +1,308 @@
+"""Caches that are forked, reordered, rolled back, reset or static, and what generate() does."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from tests.model.golden_data import relative_error
+from tests.model.helpers import enliven, model_of, random_ids
+from tests.model.ways import (
+    BOUND,
+    TABLE,
+    full,
+    in_pieces,
+    padded_batch,
+    rows_alone,
+    state_bytes,
+)
+
+PROMPTS = [2, 7, 30]
+
+
+def prefill(model, ids, cache=None):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True).past_key_values
+
+
+# ----------------------------------------------------------------------------- forks and reordering
+
+
+def test_forked_cache(model, kind, measure):
+    """Two continuations of one prompt do not see each other; nor does the prompt's own cache."""
+    ids = random_ids(2, 30)
+    others = torch.cat((ids[:, :17], random_ids(2, 13, seed=2)), 1)
+    cache = prefill(model, ids[:, :17])
+    fork = copy.deepcopy(cache)
+    for row, own in ((others, fork), (ids, cache)):
+        logits = in_pieces(model, row[:, 17:], [1, 1, 3, 8], cache=own)
+        error = relative_error(logits, full(model, row)[:, 17:])
+        measure(TABLE, "forked cache (copy.deepcopy)", kind, error, BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_reordered_cache(model, kind, length, measure):
+    ids = random_ids(3, length + 6)
+    order = torch.tensor([2, 0, 0])
+    cache = prefill(model, ids[:, :length])
+    cache.reorder_cache(order)
+    logits = in_pieces(model, ids[order, length:], [1, 2, 3], cache=cache)
+    error = relative_error(logits, full(model, ids[order])[:, length:])
+    measure(TABLE, "reordered cache", kind, error, BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_repeated_and_selected_cache(model, kind, length, measure):
+    """``batch_repeat_interleave`` and ``batch_select_indices`` move states with keys and values."""
+    ids = random_ids(2, length + 4)
+    cache = prefill(model, ids[:, :length])
+    cache.batch_repeat_interleave(2)
+    rows = ids.repeat_interleave(2, 0)
+    logits = in_pieces(model, rows[:, length : length + 2], [1, 1], cache=cache)
+    error = relative_error(logits, full(model, rows)[:, length : length + 2])
+    measure(TABLE, "batch_repeat_interleave", kind, error, BOUND)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    rows = rows[[3, 0]]
+    logits = in_pieces(model, rows[:, length + 2 :], [1, 1], cache=cache)
+    error = relative_error(logits, full(model, rows)[:, length + 2 :])
+    measure(TABLE, "batch_select_indices", kind, error, BOUND)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_reset_and_reused_cache(model, kind, static, measure):
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    cache = prefill(model, random_ids(2, 30, seed=2), cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = random_ids(2, 30)
+    logits = in_pieces(model, ids, [2, 17, 1, 1, 9], cache=cache)
+    name = f"reset and reused {'static' if static else 'dynamic'} cache"
+    measure(TABLE, name, kind, relative_error(logits, full(model, ids)), BOUND)
+
+
+def test_length_counts_every_token(model):
+    cache = prefill(model, random_ids(2, 30))
+    assert cache.get_seq_length() == 30
+    prefill(model, random_ids(2, 3), cache)
+    assert cache.get_seq_length() == 33
+
+
+def test_bytes_do_not_grow_past_the_window(model):
+    ids = random_ids(2, 60)
+    cache = prefill(model, ids[:, :20])
+    before = state_bytes(cache)
+    for token in ids[:, 20:].T:
+        cache = prefill(model, token[:, None], cache)
+    assert state_bytes(cache) == before > 0
+    del cache
+    whole = prefill(model, ids)
+    assert state_bytes(whole) <= before
+
+
+def test_state_stays_in_place(model):
+    """A step writes the state where it lies: no new tensor a token, as CUDA graphs need."""
+    ids = random_ids(2, 14)
+    cache = prefill(model, ids[:, :12])
+    pointers = [layer.recurrent_states[0].data_ptr() for layer in cache.layers]
+    for token in ids[:, 12:].T:
+        prefill(model, token[:, None], cache)
+    assert [layer.recurrent_states[0].data_ptr() for layer in cache.layers] == pointers
+
+
+def test_forward_leaves_no_trace_in_the_model(model):
+    """Caches live outside: the state dict after decoding has the same names as before."""
+    before = set(model.state_dict())
+    buffers = {name for name, _ in model.named_buffers()}
+    prefill(model, random_ids(2, 5), prefill(model, random_ids(2, 30)))
+    assert set(model.state_dict()) == before
+    assert {name for name, _ in model.named_buffers()} == buffers
+
+
+# ---------------------------------------------------------------------------------------- rollback
+
+
+@pytest.mark.parametrize("drop", [1, 3, 6])
+@pytest.mark.parametrize("length", PROMPTS)
+def test_rolled_back_cache(model, kind, length, drop, measure):
+    """Six guessed tokens, the last ``drop`` of them refused, twice in a row."""
+    ids = random_ids(2, length + 20)
+    cache = DynamicCache(config=model.config)
+    if hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    cache = prefill(model, ids[:, :length], cache)
+    at, worst = length, 0.0
+    for round_ in range(2):
+        guess = ids[:, at : at + 6].clone()
+        guess[:, 6 - drop :] = random_ids(2, drop, seed=3 + round_)
+        prefill(model, guess, cache)
+        cache.crop(-drop)
+        at += 6 - drop
+        assert cache.get_seq_length() == at
+        fork = copy.deepcopy(cache)
+        logits = in_pieces(model, ids[:, at : at + 3], [1, 2], cache=fork)
+        expected = full(model, ids[:, : at + 3])[:, at:]
+        worst = max(worst, relative_error(logits, expected))
+    measure(TABLE, "rolled back cache", kind, worst, BOUND)
+
+
+# ------------------------------------------------------------------------------------- static cache
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1] * 40, [30] + [1] * 10, [7] + [1] * 33, [5, 20, 1, 1, 13]], ids=str
+)
+def test_static_cache(model, kind, sizes, measure):
+    """Prompts shorter and longer than the window, then steps and pieces past it."""
+    ids = random_ids(2, 40)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    error = relative_error(in_pieces(model, ids, sizes, cache=cache), full(model, ids))
+    measure(TABLE, "static cache", kind, error, BOUND)
+
+
+def test_static_cache_after_left_padding(model, kind, measure):
+    ids, mask = padded_batch("left", tail=8)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    logits = in_pieces(model, ids, [24] + [1] * 8, cache=cache, mask=mask)
+    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    measure(TABLE, "static cache, left padding", kind, error, BOUND)
+
+
+# ---------------------------------------------------------------------------------------- generate
+
+
+def generate(model, ids, mask=None, new=12, **options):
+    """``(tokens [B, new], logits [B, new, vocab])`` of a greedy continuation."""
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new,
+        **{"do_sample": False} | options,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+def greedy_by_full_forward(model, ids, new=12):
+    """The definition: a full forward over everything so far, for each token."""
+    logits = []
+    for _ in range(new):
+        logits.append(full(model, ids)[:, -1])
+        ids = torch.cat((ids, logits[-1].argmax(-1, keepdim=True)), 1)
+    return ids[:, -new:], torch.stack(logits, 1)
+
+
+GENERATIONS = {
+    "generate": {},
+    "generate without a cache": {"use_cache": False},
+    "generate, static cache": {"cache_implementation": "static"},
+    "generate, chunked prefill": {"prefill_chunk_size": 4},
+    "generate, prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("name", GENERATIONS)
+@pytest.mark.parametrize("length", PROMPTS)
+def test_generate(model, kind, name, length, measure):
+    ids = random_ids(1, length, vocab=12)
+    tokens, logits = generate(model, ids, **GENERATIONS[name])
+    expected_tokens, expected = greedy_by_full_forward(model, ids)
+    assert torch.equal(tokens, expected_tokens)
+    measure(TABLE, name, kind, relative_error(logits, expected), BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_assisted_by_a_draft_that_disagrees(model, kind, length, measure):
+    """Refused guesses roll the state back: tokens and logits are those of the model alone."""
+    draft = model_of(kind)
+    enliven(draft, seed=7)
+    draft.generation_config.num_assistant_tokens = 4
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    ids = random_ids(1, length)
+    expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
+    assert (greedy_by_full_forward(draft, ids, new=20)[0] != expected_tokens).any()
+    tokens, logits = generate(model, ids, new=20, assistant_model=draft)
+    assert torch.equal(tokens, expected_tokens)
+    measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
+    """Some guesses are taken and some refused: rollback by less than a whole round."""
+    draft = model_of(kind)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter) * parameter.std())
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    ids = random_ids(1, length)
+    expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
+    tokens, logits = generate(model, ids, new=20, assistant_model=draft)
+    assert torch.equal(tokens, expected_tokens)
+    measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
+
+
+def test_generate_on_a_left_padded_batch(model, kind, measure):
+    lengths = [20, 11, 2]
+    ids = random_ids(3, 20)
+    mask = (torch.arange(20) >= 20 - torch.tensor(lengths)[:, None]).long()
+    tokens, logits = generate(model, ids, mask=mask)
+    for row, length in enumerate(lengths):
+        alone = ids[row : row + 1, 20 - length :]
+        expected_tokens, expected = greedy_by_full_forward(model, alone)
+        assert torch.equal(tokens[row : row + 1], expected_tokens)
+        error = relative_error(logits[row : row + 1], expected)
+        measure(TABLE, "generate, left-padded batch", kind, error, BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_beam_search(model, kind, length, measure):
+    """With a cache, and so with reordering, beams and scores are those without one."""
+    ids = random_ids(2, length)
+    beams = [
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            num_beams=4,
+            num_return_sequences=4,
+            do_sample=False,
+            use_cache=use_cache,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(beams[0].sequences, beams[1].sequences)
+    assert (beams[0].beam_indices[:, :-1] != beams[0].beam_indices[:, 1:]).any()
+    error = relative_error(beams[0].sequences_scores, beams[1].sequences_scores)
+    measure(TABLE, "beam search, scores", kind, error, BOUND)
+
+
+def test_sampling_repeats_with_the_seed(model):
+    ids = random_ids(2, 10)
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        runs.append(generate(model, ids, do_sample=True, top_k=0, use_cache=use_cache)[0])
+    assert torch.equal(*runs)
+
+
+def test_generate_from_a_given_cache(model, kind, measure):
+    """A conversation: generate, add a turn, generate again with the cache of the first."""
+    ids = random_ids(1, 13)
+    first = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    turn = torch.cat((first.sequences, random_ids(1, 5, seed=4)), 1)
+    tokens, logits = generate(model, turn, past_key_values=first.past_key_values)
+    expected_tokens, expected = greedy_by_full_forward(model, turn)
+    assert torch.equal(tokens, expected_tokens)
+    measure(TABLE, "generate, second turn", kind, relative_error(logits, expected), BOUND)
