@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError
+from .config import TrainConfig
 
 USAGE = """usage: rodimus train CONFIG.toml [--section.key VALUE ...]
        torchrun --nproc-per-node N -m rodimus.train CONFIG.toml [--section.key VALUE ...]
@@ -63,12 +64,15 @@ def train(path: str, overrides: list[str]) -> int:
     return status
 
 
-def finish(config) -> None:
+def finish(config: TrainConfig) -> None:
     """Exports the trained model and shows what it writes."""
-    from .export import export_run, sample
-
     if not config.export:
         return
+    from transformers.utils import logging as transformers_logging
+
+    from .export import export_run, sample
+
+    transformers_logging.disable_progress_bar()
     folder = export_run(config.out, Path(config.out) / "export")
     print(f"exported {folder}", flush=True)
     if config.eval.sample_prompt:

@@ -6,7 +6,9 @@ Reads the sharded checkpoint in one process, whatever the number of ranks that w
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 from .. import RodimusConfig, RodimusForCausalLM
 from ..errors import InputError
-from ..export import write_model, write_tokenizer
+from ..export import write_model
 from . import store
 
 
@@ -39,7 +41,10 @@ def load_trained(run: str | Path, step: int | None = None) -> RodimusForCausalLM
     weights = model.state_dict()
     for tied in model.all_tied_weights_keys:
         weights.pop(tied, None)
-    dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        # torch remarks that there is no process group: none is wanted
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({"model": weights}, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(weights, strict=False)
     return model.eval()
 
@@ -63,7 +68,7 @@ def export_run(run: str | Path, out: str | Path, step: int | None = None) -> Pat
     out.mkdir(parents=True, exist_ok=True)
     write_model(model, out)
     if (run / "tokenizer").is_dir():
-        write_tokenizer(run / "tokenizer", out)
+        shutil.copytree(run / "tokenizer", out, dirs_exist_ok=True)
     return out
 
 

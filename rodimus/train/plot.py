@@ -1,0 +1,115 @@
+"""`rodimus plot RUN`: loss, learning rate and throughput of a run as a PNG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..errors import InputError
+
+
+def read_metrics(run: str | Path) -> list[dict[str, float]]:
+    """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
+
+    A run that was killed and resumed has written some steps twice: later values win. A last line
+    that was cut short is left out.
+
+    Raises:
+        InputError: the run has no records.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: expected the folder of a training run")
+    steps: dict[int, dict[str, float]] = {}
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        steps.setdefault(row["step"], {}).update(row)
+    if not steps:
+        raise InputError(f"{path} holds no records")
+    return [steps[step] for step in sorted(steps)]
+
+
+def plot(run: str | Path, out: str | Path | None = None) -> Path:
+    """Draws a run.
+
+    Args:
+        run: Folder of the run.
+        out: PNG file to write; default ``RUN/loss.png``.
+
+    Returns:
+        The file written.
+
+    Raises:
+        InputError: the run has no records.
+        ImportError: matplotlib is not installed.
+    """
+    rows = read_metrics(run)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    _line(axes[0], rows, "loss", "training", color="0.75")
+    _smooth(axes[0], rows)
+    _line(axes[0], rows, "val_loss", "held out", marker="o", color="tab:red")
+    axes[0].set_ylabel("loss (nats a token)")
+    axes[0].legend()
+    _line(axes[1], rows, "lr", "learning rate")
+    axes[1].set_ylabel("learning rate")
+    _line(axes[2], rows, "tokens_per_s", "throughput")
+    axes[2].set_ylabel("tokens/s")
+    axes[2].set_xlabel("step")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    out = Path(out) if out else Path(run) / "loss.png"
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+    return out
+
+
+def _line(ax, rows: list[dict[str, float]], key: str, label: str, **style) -> None:
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if points:
+        ax.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def _smooth(ax, rows: list[dict[str, float]]) -> None:
+    """The training loss as a running mean of about 2% of the run."""
+    points = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    span = max(1, len(points) // 50)
+    if len(points) > span:
+        means = [
+            (points[i][0], sum(loss for _, loss in points[max(0, i - span + 1) : i + 1]) / span)
+            for i in range(span - 1, len(points))
+        ]
+        ax.plot(*zip(*means, strict=True), label=f"training, mean of {span}", color="tab:blue")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rodimus plot", description="Draw loss, learning rate and throughput of a run."
+    )
+    parser.add_argument("run", help="folder of a training run")
+    parser.add_argument("--out", help="PNG file to write (default: RUN/loss.png)")
+    options = parser.parse_args(argv)
+    try:
+        print(f"wrote {plot(options.run, options.out)}")
+    except (InputError, ImportError) as error:
+        print(f"rodimus plot: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

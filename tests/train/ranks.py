@@ -1,0 +1,67 @@
+"""Ranks as forked processes: a group starts in milliseconds, with the imports already done."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+
+from rodimus.train.__main__ import main
+
+
+def run_ranks(world_size, work, *args, timeout=60):
+    """Calls ``work(*args)`` in forked processes that form a group; returns the results by rank."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank in range(world_size):
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, send, work, args))
+        process.start()
+        send.close()
+        ranks.append((process, receive))
+    results = []
+    for process, receive in ranks:
+        try:
+            results.append(receive.recv() if receive.poll(timeout) else "timeout")
+        except EOFError:
+            process.join()
+            results.append(f"died with {process.exitcode}")
+    for process, _ in ranks:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    for rank, result in enumerate(results):
+        assert isinstance(result, tuple), f"rank {rank}: {result}"
+    return [value for (value,) in results]
+
+
+def _rank(rank, world_size, port, send, work, args):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+    )
+    try:
+        send.send((work(*args),))
+    except BaseException:
+        send.send(traceback.format_exc())
+    finally:
+        send.close()
+        # no clean-up of what belongs to the parent
+        os._exit(0)
+
+
+def train(world_size, config, *overrides, timeout=60):
+    """Runs `rodimus train` on some ranks; returns the exit status of every rank."""
+    return run_ranks(world_size, main, [str(config), *map(str, overrides)], timeout=timeout)
+
+
+def metrics(run, key):
+    """``{step: value}`` of one figure of a run, later records winning."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}

@@ -1,0 +1,249 @@
+"""What a long run meets: signals, kills, damaged files, bad numbers, wrong input."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.errors import InputError
+from rodimus.train import loop, store
+from rodimus.train.__main__ import main
+from rodimus.train.checkpoint import Checkpointer
+from rodimus.train.evaluate import Evaluator
+from rodimus.train.load import load_config
+from rodimus.train.parallel import start
+from rodimus.train.shards import TokenShards
+from tests.train.conftest import MODEL, RUN
+from tests.train.ranks import metrics, run_ranks, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, packed):
+    """A finished run of 6 steps on one rank, with checkpoints of steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "run.toml").write_text(RUN.format(out=folder / "run", data=packed))
+    assert train(1, folder / "run.toml", "--no-export") == [0]
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """``(config file, run folder)`` of a copy of the finished run."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    return trained / "run.toml", tmp_path / "run"
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def resumed_losses(config, run, *overrides):
+    """Losses of the steps that a resumed run trained."""
+    (run / "metrics.jsonl").unlink()
+    assert train(1, config, "--no-export", "--out", run, *overrides) == [0]
+    return metrics(run, "loss")
+
+
+def test_flipped_bit_is_found_set_aside_and_the_run_goes_on(copied, trained):
+    config, run = copied
+    flip_a_bit(next((run / "checkpoints" / "step-00000006").glob("*.distcp")))
+    expected = metrics(trained / "run", "loss")
+    assert resumed_losses(config, run) == {step: expected[step] for step in (4, 5, 6)}
+    assert (run / "checkpoints" / "step-00000006.damaged").is_dir()
+    assert store.complete_steps(run / "checkpoints") == [6, 3]
+
+
+def test_truncated_file_and_unreadable_marker_are_damage(copied):
+    config, run = copied
+    shard = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    (run / "checkpoints" / "step-00000003" / "COMPLETE").write_text("{")
+    assert sorted(resumed_losses(config, run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_kill_in_the_middle_of_a_save_loses_only_the_steps_since(config_file, tmp_path, trained):
+    run = tmp_path / "run"
+
+    def killed():
+        hash_mine = Checkpointer._hash_mine
+
+        def die_at_step_6(self, folder, about):
+            if folder.name == "step-00000006":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return hash_mine(self, folder, about)
+
+        Checkpointer._hash_mine = die_at_step_6
+        return main([str(config_file), "--no-export"])
+
+    with pytest.raises(AssertionError, match="died with -9"):
+        run_ranks(1, killed)
+    assert (run / "checkpoints" / "step-00000006").is_dir()
+    assert store.complete_steps(run / "checkpoints") == [3]
+    expected = metrics(trained / "run", "loss")
+    assert resumed_losses(config_file, run) == {step: expected[step] for step in (4, 5, 6)}
+
+
+def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, tmp_path):
+    def disk_full_at_step_3():
+        write = store.write_atomic
+
+        def refuse(path, text):
+            if "step-00000003" in str(path):
+                raise OSError(28, "No space left on device")
+            write(path, text)
+
+        store.write_atomic = refuse
+        return main([str(config_file), "--no-export"])
+
+    assert run_ranks(2, disk_full_at_step_3) == [0, 0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("during", ["training", "evaluation"])
+def test_sigterm_saves_at_that_step_and_the_rest_is_exact(during, config_file, tmp_path, trained):
+    run = tmp_path / "run"
+
+    def terminated_at_step_2():
+        def send(method):
+            def wrapped(self, *args, **kwargs):
+                steps = self.progress.step if isinstance(self, loop.Trainer) else 1
+                # one rank alone is told, as a scheduler may do
+                if steps == 1 and os.environ["RANK"] == "1":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return method(self, *args, **kwargs)
+
+            return wrapped
+
+        if during == "training":
+            loop.Trainer.step = send(loop.Trainer.step)
+        else:
+            Evaluator.__call__ = send(Evaluator.__call__)
+        return main([str(config_file), "--no-export", "--eval.every", "2"])
+
+    assert run_ranks(2, terminated_at_step_2) == [143, 143]
+    assert store.complete_steps(run / "checkpoints") == [2]
+    (run / "metrics.jsonl").unlink()
+    assert train(1, config_file, "--no-export") == [0]
+    expected, resumed = metrics(trained / "run", "loss"), metrics(run, "loss")
+    assert sorted(resumed) == [3, 4, 5, 6]
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def nan_in_steps(bad, config):
+    """A run in which the gradients of the last rank are NaN in some steps."""
+    forward, step = RodimusForCausalLM.forward, loop.Trainer.step
+    now = {}
+
+    def remember_the_step(self):
+        now["poisoned"] = self.progress.step + 1 in bad and os.environ["RANK"] == "1"
+        return step(self)
+
+    def poisoned(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        if now["poisoned"]:
+            out.loss = out.loss * float("nan")
+        return out
+
+    loop.Trainer.step, RodimusForCausalLM.forward = remember_the_step, poisoned
+    return main([str(config), "--no-export"])
+
+
+def test_nan_on_one_rank_makes_all_ranks_skip_that_step(config_file, tmp_path):
+    assert run_ranks(2, nan_in_steps, {2, 4}, config_file) == [0, 0]
+    assert metrics(tmp_path / "run", "bad") == {1: 0, 2: 1, 3: 0, 4: 1, 5: 0, 6: 0}
+    loss = metrics(tmp_path / "run", "loss")
+    assert loss[6] < loss[1]
+
+
+def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):
+    assert run_ranks(2, nan_in_steps, {2, 3, 4, 5}, config_file) == [1, 1]
+    assert sorted(metrics(tmp_path / "run", "bad")) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--checkpoint.resume", "5"], "no checkpoint of step 5 in"),
+        (["--checkpoint.resume", "never"], "checkpoint.resume = never, but"),
+        (["--train.micro-batch", "3"], "do not divide by 1 ranks x train.micro_batch 3"),
+        (["--data.seq-len", "65536", "--train.global-batch-tokens", "131072"], "needs a shard of"),
+        (["--model.config", "none.json"], "cannot read model.config none.json"),
+        (["--data.train", "none.json"], "no token shards at none.json"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(copied, overrides, message):
+    config, run = copied
+
+    def attempt():
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            status = main([str(config), "--out", str(run), *overrides])
+        return status, err.getvalue()
+
+    ((status, error),) = run_ranks(1, attempt)
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
+    config, run = copied
+    other = (config.parent / "model.json").read_text().replace('"mem_size": 8', '"mem_size": 16')
+    (tmp_path / "other.json").write_text(other)
+
+    def attempt():
+        overrides = ["--out", str(run), "--model.config", str(tmp_path / "other.json")]
+        settings = load_config(config, overrides)
+        try:
+            loop.Trainer(settings, start(settings.parallel, "cpu"))
+        except InputError as error:
+            return str(error)
+
+    (message,) = run_ranks(1, attempt)
+    assert "is of another model: mixer_cfg must be" in message
+
+
+def test_shards_of_a_larger_vocabulary_are_refused(packed):
+    source = TokenShards(packed / "train.json")
+    with pytest.raises(InputError, match=r"has a vocabulary of \d+, the model one of 200"):
+        loop.check_vocabulary(RodimusConfig(vocab_size=200, d_model=128), [source])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(config_file, tmp_path, trained):
+    """The copy is taken at the save; steps that follow do not leak into it."""
+
+    def slow_writer():
+        threads = []
+        hash_mine = Checkpointer._hash_mine
+
+        def slowly(self, folder, about):
+            threads.append(threading.current_thread() is threading.main_thread())
+            time.sleep(0.3)
+            return hash_mine(self, folder, about)
+
+        Checkpointer._hash_mine = slowly
+        status = main([str(config_file), "--no-export", "--checkpoint.async-save"])
+        return status, threads
+
+    results = run_ranks(2, slow_writer)
+    assert [status for status, _ in results] == [0, 0]
+    # step 3 in the background, the last step waited for
+    assert results[0][1] == [False, True]
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").unlink()
+    assert train(1, config_file, "--no-export", "--checkpoint.resume", 3) == [0]
+    expected, resumed = metrics(trained / "run", "loss"), metrics(run, "loss")
+    for step, loss in resumed.items():
+        assert loss == pytest.approx(expected[step], rel=1e-5)
+    assert torch.isfinite(torch.tensor(list(resumed.values()))).all()
