@@ -1,0 +1,192 @@
+"""The machine a record comes from: hardware, versions, commit, ceilings and disturbances."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import timing
+
+ROOT = Path(__file__).parent.parent
+COMMIT_VARIABLE = "RODIMUS_BENCH_COMMIT"
+PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn", "rwkv")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What the record says about where it was made; no host or user names."""
+    about: dict[str, Any] = {
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
+    }
+    if device.type == "cuda":
+        about |= {"cuda": torch.version.cuda, **gpu_state()}
+    return about | commit()
+
+
+def cpu_name() -> str:
+    """The processor's model, from the system."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def slug(name: str) -> str:
+    """A machine's name as a folder: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def installed(distributions: tuple[str, ...]) -> dict[str, str | None]:
+    """Version of each distribution, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in distributions:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, temperature and throttling as the driver's tool reports them."""
+    fields = {
+        "driver": "driver_version",
+        "sm_clock": "clocks.sm",
+        "memory_clock": "clocks.mem",
+        "temperature": "temperature.gpu",
+        "power_limit": "power.limit",
+        "throttle": "clocks_throttle_reasons.active",
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
+    text = _output(command)
+    if not text:
+        return {}
+    values = text.splitlines()[0].split(",")
+    return {name: value.strip() for name, value in zip(fields, values, strict=False)}
+
+
+def commit() -> dict[str, Any]:
+    """Commit of the checkout, and whether its files differ from it.
+
+    A copy without its git folder takes the commit from the variable ``RODIMUS_BENCH_COMMIT``.
+    """
+    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if not head:
+        return {"commit": os.environ.get(COMMIT_VARIABLE, "unknown"), "dirty": None}
+    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return {"commit": head, "dirty": bool(changed)}
+
+
+def _output(command: list[str]) -> str:
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip()
+
+
+def disturbances(load: float) -> list[str]:
+    """Why timings of this moment deserve suspicion, in words; empty on a quiet machine.
+
+    Args:
+        load: Load average before the benchmark started its own work.
+    """
+    found = []
+    cores = os.cpu_count() or 1
+    if load > 0.5:
+        found.append(f"machine busy: load average {load:.1f} on {cores} cores before the start")
+    for supply in Path("/sys/class/power_supply").glob("*/online"):
+        if supply.read_text(encoding="utf-8").strip() == "0":
+            found.append("running on battery: the power supply is not connected")
+    throttle = gpu_state().get("throttle", "") if torch.cuda.is_available() else ""
+    # bit 0 is an idle GPU, bit 1 a clock that an application asked for
+    if throttle.startswith("0x") and int(throttle, 16) & ~0b11:
+        found.append(f"the GPU reports reduced clocks, reasons {throttle}")
+    return found
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, float]:
+    """What memory and matrix units of this machine reach now, by torch's own operations.
+
+    Args:
+        device: Where to measure.
+        dtype: Of the matrix products.
+        quick: Sizes for a smoke run; the numbers then mean nothing.
+
+    Returns:
+        ``copy_GBps`` (bytes read plus bytes written), ``read_GBps`` (a sum), ``gemv_GBps`` (bytes
+        of the weight a second in a product with one row) and ``gemm_TFLOPs`` (a large product).
+    """
+    on_gpu = device.type == "cuda"
+    elements = 2**20 if quick else 2**30 if on_gpu else 2**26
+    width = 128 if quick else 8192 if on_gpu else 2048
+    return _memory_rates(device, elements) | _product_rates(device, dtype, width, 2 if quick else 8)
+
+
+def _memory_rates(device: torch.device, elements: int) -> dict[str, float]:
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    copy = _seconds(lambda: target.copy_(source), device)
+    read = _seconds(lambda: source.sum(), device)
+    return {"copy_GBps": 8 * elements / copy / 1e9, "read_GBps": 4 * elements / read / 1e9}
+
+
+def _product_rates(
+    device: torch.device, dtype: torch.dtype, width: int, count: int
+) -> dict[str, float]:
+    """``count`` weights take turns in the product with one row: together they exceed the cache."""
+    weights = [torch.randn(4 * width, width, device=device).to(dtype) for _ in range(count)]
+    row, rows = (torch.randn(n, width, device=device).to(dtype) for n in (1, width))
+    linear = torch.nn.functional.linear
+    gemv = _seconds(lambda: [linear(row, weight) for weight in weights], device) / count
+    gemm = _seconds(lambda: linear(rows, weights[0]), device)
+    products = 4 * width * width
+    return {
+        "gemv_GBps": products * weights[0].element_size() / gemv / 1e9,
+        "gemm_TFLOPs": 2 * width * products / gemm / 1e12,
+    }
+
+
+def _seconds(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    """Median wall time of a call, warmed up and synchronised."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    times = []
+    for _ in range(rounds + 2):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device, bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    except OSError:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
+
+
+def load_before() -> float:
+    """Load average now; ask before the benchmark does anything."""
+    return timing.load_average()

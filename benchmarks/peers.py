@@ -1,0 +1,548 @@
+"""Every model behind one interface: random weights, one dtype, the same tokens.
+
+A ``Model`` holds one set of weights. A ``Session`` is one batch of sequences in one engine of that
+model: it prefills, decodes greedily with the argmax inside the timed step, and tells the bytes it
+keeps. Weights are random and never zero: a processor can be faster on zeros than on data.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import machine
+from .sizes import StateBytes, config_of, state_bytes
+
+
+class Unavailable(Exception):
+    """A model or engine that cannot run here; the message is the reason for the record."""
+
+
+class Entry(NamedTuple):
+    """A model of the catalogue."""
+
+    name: str
+    family: str
+    source: str
+
+
+CATALOGUE = (
+    Entry("rodimus-plus-1.6b", "rodimus_plus", "rodimus"),
+    Entry("rodimus-1.4b", "rodimus", "rodimus"),
+    Entry("qwen2-1.5b", "qwen2", "transformers"),
+    Entry("rwkv6-1.6b", "rwkv6", "rwkv or fla"),
+    Entry("qwen3-next-like-1.5b", "qwen3_next", "transformers"),
+    Entry("mamba2-like-1.5b", "mamba2", "transformers"),
+    Entry("fla-rodimus-plus-1.6b", "rodimus_plus", "fla"),
+)
+OURS = ("rodimus-plus-1.6b", "rodimus-1.4b")
+BASELINES = ("qwen2-1.5b", "rwkv6-1.6b")
+
+
+def entry(name: str) -> Entry:
+    """The catalogue's entry of a name.
+
+    Raises:
+        ValueError: the name is not in the catalogue.
+    """
+    for found in CATALOGUE:
+        if found.name == name:
+            return found
+    raise ValueError(f"expected a model of {[e.name for e in CATALOGUE]}, got {name!r}")
+
+
+class Session(ABC):
+    """One batch of sequences in one engine.
+
+    Attributes:
+        token: Long ``[B, 1]``, the token that the next step reads and replaces.
+    """
+
+    token: torch.Tensor
+
+    @abstractmethod
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Start over with a prompt ``[B, T]``; logits ``[B, vocab]`` of the last position."""
+
+    @abstractmethod
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        """Append one token ``[B, 1]``; logits ``[B, vocab]`` of the next."""
+
+    @abstractmethod
+    def fill(self, context: int) -> None:
+        """Stand after ``context`` random tokens, without the cost of computing them."""
+
+    @abstractmethod
+    def state_bytes(self) -> StateBytes:
+        """Bytes the session keeps between two tokens, counted on its tensors."""
+
+    def step(self) -> None:
+        """One greedy token: forward, argmax, and the token becomes the next input."""
+        self.token.copy_(self.decode(self.token).argmax(-1, keepdim=True))
+
+
+class Model(ABC):
+    """One set of weights.
+
+    Attributes:
+        name, family: From the catalogue.
+        engines: Names that ``session`` takes.
+        dtype, device: Of the weights.
+        weight_bytes: All weights.
+        token_bytes: Weights that one token reads: all but an embedding that is not the head.
+        vocab_size: Tokens.
+    """
+
+    name: str
+    family: str
+    scale: str
+    engines: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    weight_bytes: int
+    token_bytes: int
+    vocab_size: int
+
+    @abstractmethod
+    def session(self, engine: str, batch: int, room: int) -> Session:
+        """A session for ``batch`` sequences of at most ``room`` tokens.
+
+        Raises:
+            Unavailable: the engine cannot do that.
+        """
+
+    def expected_state(self, batch: int, context: int) -> StateBytes:
+        """What the formulas say that a session keeps."""
+        config = config_of(self.family, self.scale)
+        return state_bytes(self.family, config, batch, context, self.dtype.itemsize)
+
+
+# ----------------------------------------------------------------------------------------------
+# Models of transformers, ours among them, and of flash-linear-attention
+# ----------------------------------------------------------------------------------------------
+
+
+class HuggingFaceModel(Model):
+    """A causal language model with transformers' interface."""
+
+    def __init__(self, name: str, scale: str, model: nn.Module, engines: tuple[str, ...]):
+        self.name, self.family, self.scale = name, entry(name).family, scale
+        self.model, self.engines = model, engines
+        parameters = {id(p): p for p in model.parameters()}.values()
+        first = next(iter(parameters))
+        self.device, self.dtype = first.device, first.dtype
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+        embedding = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is embedding
+        unread = 0 if tied else embedding.numel() * embedding.element_size()
+        self.token_bytes = self.weight_bytes - unread
+        self.vocab_size = embedding.shape[0]
+
+    def session(self, engine: str, batch: int, room: int) -> Session:
+        if engine not in self.engines:
+            raise Unavailable(f"{self.name} has the engines {self.engines}, not {engine!r}")
+        if engine != "graph":
+            return HuggingFaceSession(self, engine, batch, room)
+        return GraphSession(HuggingFaceSession(self, "static", batch, room))
+
+
+class HuggingFaceSession(Session):
+    """A cache of transformers (``dynamic`` or ``static``), or the model's own (``own``)."""
+
+    def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
+        self.owner, self.engine, self.batch, self.room = owner, engine, batch, room
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=owner.device)
+        self.cache_name = "cache_params" if owner.family == "mamba2" else "past_key_values"
+        self.cache: Any = None
+
+    def _new_cache(self) -> Any:
+        from transformers.cache_utils import DynamicCache, StaticCache
+
+        config = self.owner.model.config
+        if self.engine == "own":
+            return None
+        if self.engine == "static":
+            return StaticCache(config=config, max_cache_len=self.room)
+        return DynamicCache(config=config)
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.cache = self._new_cache()
+        return self._forward(ids)
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        return self._forward(token)
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        cache = {self.cache_name: self.cache}
+        output = self.owner.model(ids, use_cache=True, logits_to_keep=1, **cache)
+        self.cache = output[self.cache_name]
+        return output.logits[:, -1]
+
+    def fill(self, context: int) -> None:
+        prompt = min(context, 8) if self.engine != "own" else context
+        self.prefill(random_tokens(self.batch, prompt, self.owner))
+        for layer in self.cache.layers if context > prompt else ():
+            _extend(layer, context - prompt)
+
+    def state_bytes(self) -> StateBytes:
+        recurrent = cached = 0
+        for layer in getattr(self.cache, "layers", ()):
+            for kind in ("recurrent_states", "conv_states"):
+                states = getattr(layer, kind, {})
+                recurrent += sum(map(_bytes, states.values()))
+            if getattr(layer, "keys", None) is not None:
+                cached += _bytes(layer.keys) + _bytes(layer.values)
+        if recurrent + cached == 0:
+            raise Unavailable(f"the cache of {self.owner.name} does not show its tensors")
+        return StateBytes(recurrent, cached)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _extend(layer: Any, tokens: int) -> None:
+    """Append random keys and values to a cache layer, or count tokens where there are none."""
+    if getattr(layer, "keys", None) is None:
+        # the state of a recurrent layer is as long after 8 tokens as after 8000
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length += tokens
+        return
+    keys, values = (
+        torch.randn(*x.shape[:2], tokens, x.shape[-1], dtype=x.dtype, device=x.device)
+        for x in (layer.keys, layer.values)
+    )
+    layer.update(keys, values)
+
+
+class GraphSession(Session):
+    """A session whose step is recorded once in a CUDA graph and replayed."""
+
+    def __init__(self, session: HuggingFaceSession):
+        self.session, self.token = session, session.token
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.graph = None
+        return self.session.prefill(ids)
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        return self.session.decode(token)
+
+    def fill(self, context: int) -> None:
+        self.graph = None
+        self.session.fill(context)
+
+    def state_bytes(self) -> StateBytes:
+        return self.session.state_bytes()
+
+    def step(self) -> None:
+        if self.graph is None:
+            self.graph = self._record()
+        self.graph.replay()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.session.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.session.step()
+        return graph
+
+
+def _build(
+    entry: Entry, scale: str, dtype: torch.dtype, device: torch.device, seed: int
+) -> HuggingFaceModel:
+    model_class, config, engines = _classes(entry, scale, device)
+    model = random_model(model_class, config, dtype, device, seed)
+    return HuggingFaceModel(entry.name, scale, model, engines)
+
+
+def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, tuple[str, ...]]:
+    """Model class, configuration and engines of a transformers-like model."""
+    fields = config_of(entry.family, scale)
+    graph = ("graph",) if device.type == "cuda" else ()
+    if entry.source == "rodimus":
+        import rodimus
+
+        fields |= {"bos_token_id": None, "eos_token_id": None} if scale == "tiny" else {}
+        config = rodimus.RodimusConfig(**fields)
+        return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph)
+    if "fla" in entry.source:
+        return *_fla_classes(entry, fields), ("own",)
+    import transformers
+
+    names = {"qwen2": "Qwen2", "qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}
+    name = names[entry.family]
+    config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=None, eos_token_id=None)
+    engines = ("dynamic", "static", *graph) if entry.family == "qwen2" else ("dynamic",)
+    return getattr(transformers, f"{name}ForCausalLM"), config, engines
+
+
+def _fla_classes(entry: Entry, fields: dict[str, Any]) -> tuple[Any, Any]:
+    """RWKV6 and Rodimus+ of flash-linear-attention, in the shapes of the published models.
+
+    Its defaults are neither: RWKV6 would have 4 heads and half the key width, and Rodimus+ fails
+    for more than one layer unless ``block_residual_in_fp32`` is set.
+    """
+    import fla.models as fla
+
+    if entry.family == "rwkv6":
+        config = fla.RWKV6Config(
+            hidden_size=fields["hidden_size"],
+            num_hidden_layers=fields["num_hidden_layers"],
+            num_heads=fields["hidden_size"] // fields["head_dim"],
+            expand_k=1.0,
+            expand_v=1.0,
+            hidden_ratio=fields["intermediate_size"] / fields["hidden_size"],
+            vocab_size=fields["vocab_size"],
+        )
+        return fla.RWKV6ForCausalLM, config
+    attn = fields["attn_cfg"]
+    config = fla.RodimusConfig(
+        hidden_size=fields["d_model"],
+        num_hidden_layers=fields["n_layer"],
+        expand_ratio=fields["mixer_cfg"]["mem_size"],
+        vocab_size=fields["vocab_size"],
+        k_norm_eps=1e-5,
+        block_residual_in_fp32=True,
+        ska_attn={"num_heads": attn["num_heads"], "window_size": attn["window_size"] // 2},
+    )
+    return fla.RodimusForCausalLM, config
+
+
+def random_model(
+    model_class: Any, config: Any, dtype: torch.dtype, device: torch.device, seed: int
+) -> nn.Module:
+    """A model of transformers with random weights, built in its dtype without a float32 copy."""
+    from transformers import initialization
+
+    with initialization.no_init_weights(), torch.device(device):
+        model = model_class._from_config(config, dtype=dtype)
+    model.tie_weights()
+    randomize(model.named_parameters(), seed)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def randomize(parameters: Iterable[tuple[str, torch.Tensor]], seed: int) -> None:
+    """Matrices get N(0, 1 / inputs), biases and log-rates 0, norms and other vectors 1.
+
+    The normal numbers are one pool that is repeated with a shift: a billion parameters then take a
+    second, and no product is faster for it.
+    """
+    pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+    for i, (name, parameter) in enumerate(parameters):
+        if parameter.dim() < 2:
+            parameter.fill_(0.0 if name.endswith(("bias", "A_log")) else 1.0)
+            continue
+        key = parameter.dtype, parameter.device
+        if key not in pools:
+            generator = torch.Generator().manual_seed(seed)
+            pool = torch.randn(2**22 + 3, generator=generator)
+            pools[key] = pool.to(parameter.dtype).to(parameter.device)
+        _tile(parameter, pools[key].roll(7919 * i) * parameter.shape[-1] ** -0.5)
+
+
+def _tile(parameter: torch.Tensor, pool: torch.Tensor) -> None:
+    flat = parameter.view(-1)
+    whole = flat.numel() // pool.numel() * pool.numel()
+    flat[:whole].view(-1, pool.numel()).copy_(pool.expand(whole // pool.numel(), -1))
+    flat[whole:].copy_(pool[: flat.numel() - whole])
+
+
+# ----------------------------------------------------------------------------------------------
+# RWKV6 by its own package, on the CPU
+# ----------------------------------------------------------------------------------------------
+
+
+class RwkvModel(Model):
+    """RWKV6 by the package ``rwkv``, which reads a checkpoint file and knows one sequence."""
+
+    engines = ("package",)
+
+    def __init__(self, scale: str, dtype: torch.dtype, seed: int):
+        from rwkv.model import RWKV
+
+        self.name, self.family, self.scale = "rwkv6-1.6b", "rwkv6", scale
+        self.dtype, self.device = dtype, torch.device("cpu")
+        weights = dict(_rwkv6_weights(config_of("rwkv6", scale), dtype, seed))
+        self.weight_bytes = sum(map(_bytes, weights.values()))
+        self.token_bytes = self.weight_bytes - _bytes(weights["emb.weight"])
+        self.vocab_size = weights["emb.weight"].shape[0]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rwkv6.pth"
+            torch.save(weights, path)
+            del weights
+            gc.collect()
+            name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+            self.package = RWKV(
+                model=str(path.with_suffix("")), strategy=f"cpu {name}", verbose=False
+            )
+
+    def session(self, engine: str, batch: int, room: int) -> Session:
+        if batch != 1:
+            raise Unavailable(f"the package rwkv decodes one sequence, not {batch}")
+        return RwkvSession(self)
+
+
+class RwkvSession(Session):
+    """The package's list of states."""
+
+    def __init__(self, owner: RwkvModel):
+        self.owner = owner
+        self.state: list[torch.Tensor] | None = None
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.state = None
+        return self._forward(ids)
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        return self._forward(token)
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits, self.state = self.owner.package.forward(ids[0].tolist(), self.state)
+        return logits[None]
+
+    def fill(self, context: int) -> None:
+        # the state is as long after 8 tokens as after 8000
+        self.prefill(random_tokens(1, min(context, 8), self.owner))
+
+    def state_bytes(self) -> StateBytes:
+        return StateBytes(sum(map(_bytes, self.state or ())), 0)
+
+
+def _rwkv6_weights(
+    c: dict[str, Any], dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A random checkpoint with the names and shapes of RWKV-LM's version 6 (``x060``)."""
+    width, hidden, heads = (
+        c["hidden_size"],
+        c["intermediate_size"],
+        c["hidden_size"] // c["head_dim"],
+    )
+    mix, decay = c["mix_rank"], c["decay_rank"]
+    matrices: dict[str, tuple[int, ...]] = {
+        "att.time_maa_w1": (width, 5 * mix),
+        "att.time_maa_w2": (5, mix, width),
+        "att.time_decay_w1": (width, decay),
+        "att.time_decay_w2": (decay, width),
+        "att.time_faaaa": (heads, c["head_dim"]),
+        **{f"att.{n}.weight": (width, width) for n in ("receptance", "key", "value", "gate")},
+        "att.output.weight": (width, width),
+        **{f"att.time_maa_{n}": (1, 1, width) for n in "xwkvrg"},
+        **{f"ffn.time_maa_{n}": (1, 1, width) for n in "kr"},
+        "ffn.key.weight": (hidden, width),
+        "ffn.receptance.weight": (width, width),
+        "ffn.value.weight": (width, hidden),
+    }
+    norms = ("ln1", "ln2", "att.ln_x")
+    outer = {"emb.weight": (c["vocab_size"], width), "head.weight": (c["vocab_size"], width)}
+    shapes = dict(outer)
+    for layer in range(c["num_hidden_layers"]):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in matrices.items()}
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    randomize(tensors.items(), seed)
+    yield from tensors.items()
+    for layer in range(c["num_hidden_layers"]):
+        # a decay of exp(-exp(-3)) = 0.95 a token, as the published models start with
+        base = torch.full((1, 1, width), -3.0, dtype=dtype)
+        yield f"blocks.{layer}.att.time_decay", base
+        for name in norms + (("ln0",) if layer == 0 else ()):
+            yield f"blocks.{layer}.{name}.weight", torch.ones(width, dtype=dtype)
+            yield f"blocks.{layer}.{name}.bias", torch.zeros(width, dtype=dtype)
+    yield "ln_out.weight", torch.ones(width, dtype=dtype)
+    yield "ln_out.bias", torch.zeros(width, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str, scale: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+) -> Model:
+    """A model of the catalogue with random weights.
+
+    Raises:
+        Unavailable: a package, a GPU or the memory is missing; the message says which.
+        ValueError: an unknown name or scale.
+    """
+    found = entry(name)
+    _require(found, device)
+    if scale == "full":
+        # 1.6 billion parameters; the package rwkv holds them twice while it reads its file
+        needed = 1.7e9 * dtype.itemsize * (2.2 if found.family == "rwkv6" else 1.0)
+        free = machine.memory_bytes(device)
+        if free < needed:
+            raise Unavailable(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    if found.family == "rwkv6" and device.type == "cpu":
+        return RwkvModel(scale, dtype, seed)
+    return _build(found, scale, dtype, device, seed)
+
+
+def _require(found: Entry, device: torch.device) -> None:
+    """Raise Unavailable unless the packages that the model needs are there and run here."""
+    on_cpu = device.type == "cpu"
+    if found.family == "rwkv6" and on_cpu:
+        _require_package("rwkv", "rwkv")
+    elif "fla" in found.source:
+        if on_cpu:
+            raise Unavailable("flash-linear-attention runs on a GPU only")
+        _require_package("fla", "flash-linear-attention")
+        if found.family == "rodimus_plus":
+            _require_package("flash_attn", "flash-attn")
+
+
+def _require_package(module: str, distribution: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise Unavailable(f"{distribution} is not installed")
+
+
+def random_tokens(batch: int, length: int, model: Model, seed: int = 0) -> torch.Tensor:
+    """Tokens ``[B, T]`` on the model's device, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.vocab_size, (batch, length), generator=generator)
+    return ids.to(model.device)
+
+
+def disagreement(session: Session, ids: torch.Tensor) -> float:
+    """Relative error between one prefill and the same tokens with the last one decoded.
+
+    Args:
+        session: Is left after ``ids``.
+        ids: ``[B, T]``, T at least 2.
+    """
+    whole = session.prefill(ids).double()
+    session.prefill(ids[:, :-1])
+    stepped = session.decode(ids[:, -1:]).double()
+    return ((stepped - whole).norm() / whole.norm()).item()
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """Run a peer's code; what it raises becomes the reason why it was skipped.
+
+    A peer is third-party code on a machine it may not know: whatever goes wrong in it is part of
+    the result, and must not take the other peers' results with it.
+    """
+    try:
+        return call()
+    except Unavailable:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise Unavailable(f"{type(error).__name__}: {lines[0]}") from error

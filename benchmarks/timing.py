@@ -1,0 +1,208 @@
+"""Interleaved timing: targets take turns, so load and clock drift hit all of them alike.
+
+On a shared machine a time alone says little; the ratio of two times of the same round says much
+more. Every call is timed by three clocks: the wall, the process's CPU time, and on a GPU the
+device's own events. A target is synchronised with the device before and after, inside the timing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+NOISE_LIMIT = 0.2
+"""A timing whose (p80 - p20) / median is larger is marked noisy."""
+
+AGREEMENT = 0.02
+"""Warm-up ends when the medians of two successive batches of rounds differ by less."""
+
+
+class Sample(NamedTuple):
+    """One call, in milliseconds; ``device_ms`` is None without a GPU."""
+
+    wall_ms: float
+    cpu_ms: float
+    device_ms: float | None
+
+
+class Summary(NamedTuple):
+    """Middle and spread of a list of numbers."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the spread exceeds ``NOISE_LIMIT``."""
+        return self.p80 - self.p20 > NOISE_LIMIT * self.median
+
+
+class Ratio(NamedTuple):
+    """Median of per-round ratios with the interval that covers it at ``coverage``."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between order statistics, ``share`` in 0 .. 1."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Median, 20th and 80th percentile."""
+    return Summary(statistics.median(values), quantile(values, 0.2), quantile(values, 0.8))
+
+
+def median_interval(values: Sequence[float], coverage: float = 0.95) -> tuple[float, float, float]:
+    """Interval of the median that assumes nothing about the distribution.
+
+    The k-th smallest and k-th largest of n values enclose the median with probability
+    1 - 2 P(Binomial(n, 1/2) < k). The narrowest pair that reaches ``coverage`` is taken; with
+    fewer than six values none does, and the whole range is returned.
+
+    Returns:
+        ``(low, high, probability)``.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, best = 0.0, 1
+    for k in range(1, count // 2 + 1):
+        outside += math.comb(count, k - 1) / 2**count
+        if 1 - 2 * outside >= coverage:
+            best = k
+    reached = 1 - 2 * sum(math.comb(count, j) for j in range(best)) / 2**count
+    return ordered[best - 1], ordered[count - best], max(reached, 0.0)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Ratio of two targets that were timed in the same rounds.
+
+    Raises:
+        ValueError: the two were not timed in the same rounds.
+    """
+    if len(numerators) != len(denominators) or not numerators:
+        raise ValueError(
+            f"expected as many rounds of both targets, got {len(numerators)} and"
+            f" {len(denominators)}"
+        )
+    rounds = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return Ratio(statistics.median(rounds), *median_interval(rounds))
+
+
+class RoundRobin:
+    """Targets that are called in turn, one call of each a round.
+
+    Args:
+        targets: Name and call of each; a call's result is dropped before the next one runs.
+        device: Where they run.
+        focus: The target that is timed last in each round; the others rotate.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, Callable[[], object]], device: torch.device, focus: str
+    ):
+        if focus not in targets:
+            raise ValueError(f"focus must be one of {sorted(targets)}, got {focus!r}")
+        self.targets, self.device, self.focus = dict(targets), device, focus
+        self.samples: dict[str, list[Sample]] = {name: [] for name in targets}
+        self._turn = 0
+
+    def time(self, name: str) -> Sample:
+        """Call one target and keep its sample."""
+        call = self.targets[name]
+        if self.device.type == "cuda":
+            sample = self._time_on_gpu(call)
+        else:
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            sample = Sample(_ms_since(wall, time.perf_counter), _ms_since(cpu), None)
+        self.samples[name].append(sample)
+        return sample
+
+    def _time_on_gpu(self, call: Callable[[], object]) -> Sample:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        wall, cpu = time.perf_counter(), time.process_time()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return Sample(_ms_since(wall, time.perf_counter), _ms_since(cpu), start.elapsed_time(end))
+
+    def time_others(self) -> None:
+        """One call of every target but the focus, starting one further each round."""
+        names = [name for name in self.targets if name != self.focus]
+        shift = self._turn % len(names) if names else 0
+        self._turn += 1
+        for name in names[shift:] + names[:shift]:
+            self.time(name)
+
+    def time_focus(self) -> None:
+        """One call of the focus: the part that pytest-benchmark times as well."""
+        self.time(self.focus)
+
+    def round(self) -> None:
+        """One call of every target."""
+        self.time_others()
+        self.time_focus()
+
+    def warm_up(self, *, batch: int, most: int) -> int:
+        """Rounds that are not kept, until two successive batches agree within ``AGREEMENT``.
+
+        Args:
+            batch: Rounds of one batch.
+            most: Stop after this many rounds, agreed or not.
+
+        Returns:
+            The number of rounds that were run.
+        """
+        before: dict[str, float] = {}
+        done = 0
+        while done < most:
+            self.clear()
+            for _ in range(min(batch, most - done)):
+                self.round()
+                done += 1
+            medians = {name: self.summary(name).median for name in self.targets}
+            if before and all(abs(medians[n] / before[n] - 1) < AGREEMENT for n in medians):
+                break
+            before = medians
+        self.clear()
+        return done
+
+    def clear(self) -> None:
+        """Forget the samples."""
+        self.samples = {name: [] for name in self.targets}
+
+    def column(self, name: str, clock: str = "wall_ms") -> list[float]:
+        """The samples of one target by one clock, in order of rounds."""
+        return [getattr(sample, clock) for sample in self.samples[name]]
+
+    def summary(self, name: str, clock: str = "wall_ms") -> Summary:
+        """Middle and spread of one target by one clock."""
+        return summarize(self.column(name, clock))
+
+
+def _ms_since(start: float, clock: Callable[[], float] = time.process_time) -> float:
+    return 1e3 * (clock() - start)
+
+
+def load_average() -> float:
+    """Runnable processes over the last minute; 0.0 where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0

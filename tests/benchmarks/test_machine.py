@@ -1,0 +1,42 @@
+"""A record says where it was made and what disturbed it, and nothing private."""
+
+import getpass
+import json
+import platform
+
+import torch
+
+from benchmarks import machine
+
+CPU = torch.device("cpu")
+
+
+def test_description_names_hardware_versions_and_commit():
+    about = machine.describe(CPU)
+    assert about["name"] and about["cores"] >= 1 and about["commit"]
+    text = json.dumps(about)
+    assert platform.node() not in text
+    assert str(machine.ROOT) not in text and f"/{getpass.getuser()}/" not in text
+
+
+def test_a_copy_without_git_takes_its_commit_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "_output", lambda command: "")
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc123")
+    assert machine.commit() == {"commit": "abc123", "dirty": None}
+
+
+def test_a_busy_machine_is_reported_with_its_load():
+    (warning,) = [w for w in machine.disturbances(3.5) if "busy" in w]
+    assert "load average 3.5" in warning
+    assert not [w for w in machine.disturbances(0.1) if "busy" in w]
+
+
+def test_ceilings_are_positive():
+    found = machine.ceilings(CPU, torch.float32, quick=True)
+    assert set(found) == {"copy_GBps", "read_GBps", "gemv_GBps", "gemm_TFLOPs"}
+    assert all(value > 0 for value in found.values())
+
+
+def test_a_machine_name_becomes_a_folder_name():
+    assert machine.slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"

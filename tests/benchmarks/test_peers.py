@@ -1,0 +1,115 @@
+"""Every model of the comparison runs, decodes what it prefills, and keeps the bytes it should."""
+
+import functools
+
+import pytest
+import torch
+
+from benchmarks import machine, peers, sizes
+
+CPU = torch.device("cpu")
+CONTEXT = 48
+
+
+@functools.cache
+def load(name):
+    try:
+        return peers.load(name, "tiny", torch.float32, CPU)
+    except peers.Unavailable as reason:
+        pytest.skip(f"{name}: {reason}")
+
+
+@pytest.fixture(params=[entry.name for entry in peers.CATALOGUE])
+def model(request):
+    return load(request.param)
+
+
+@torch.inference_mode()
+def test_decoding_equals_prefilling(model):
+    for engine in model.engines:
+        session = model.session(engine, 1, 2 * CONTEXT)
+        assert peers.disagreement(session, peers.random_tokens(1, 20, model)) < 1e-5
+
+
+@torch.inference_mode()
+def test_the_past_matters(model):
+    """Random weights must not make the models deaf to everything but the last token."""
+    session = model.session(model.engines[0], 1, CONTEXT)
+    ids = peers.random_tokens(1, 20, model)
+    with_past, without = session.prefill(ids), session.prefill(ids[:, -1:])
+    assert (with_past - without).norm() > 0.01 * with_past.norm()
+
+
+@torch.inference_mode()
+def test_state_bytes_equal_the_formula(model):
+    session = model.session(model.engines[0], 1, 2 * CONTEXT)
+    session.fill(CONTEXT)
+    assert session.state_bytes() == model.expected_state(1, CONTEXT)
+    session.step()
+    assert session.state_bytes() == model.expected_state(1, CONTEXT + 1)
+
+
+@torch.inference_mode()
+def test_state_of_recurrent_models_does_not_grow(model):
+    if model.family in ("qwen2", "qwen3_next"):
+        pytest.skip("keeps keys and values of every token")
+    session = model.session(model.engines[0], 1, 4 * CONTEXT)
+    session.fill(CONTEXT)
+    before = session.state_bytes()
+    session.fill(3 * CONTEXT)
+    assert session.state_bytes() == before
+
+
+@torch.inference_mode()
+def test_greedy_steps_choose_the_largest_logit(model):
+    session = model.session(model.engines[0], 1, CONTEXT)
+    logits = session.prefill(peers.random_tokens(1, 10, model))
+    session.token.copy_(logits.argmax(-1, keepdim=True))
+    token = session.token.clone()
+    session.step()
+    fresh = model.session(model.engines[0], 1, CONTEXT)
+    fresh.prefill(peers.random_tokens(1, 10, model))
+    assert session.token.item() == fresh.decode(token).argmax().item()
+
+
+def test_full_scale_has_the_published_number_of_parameters():
+    expected = {
+        "rodimus-plus-1.6b": 1_607_095_296,
+        "rodimus-1.4b": 1_531_551_744,
+        "qwen2-1.5b": 1_543_714_304,
+    }
+    for name, count in expected.items():
+        model_class, config, _ = peers._classes(peers.entry(name), "full", CPU)
+        with torch.device("meta"):
+            model = model_class(config)
+        parameters = {id(p): p.numel() for p in model.parameters()}
+        assert sum(parameters.values()) == count, name
+
+
+def test_full_scale_of_rwkv6_has_the_published_number_of_parameters():
+    full = sizes.config_of("rwkv6", "full")
+    with torch.device("meta"):
+        count = sum(w.numel() for _, w in peers._rwkv6_weights(full, torch.bfloat16, 0))
+    assert count == 1_599_873_024
+
+
+def test_what_cannot_run_here_says_why():
+    with pytest.raises(peers.Unavailable, match="runs on a GPU only"):
+        peers.load("fla-rodimus-plus-1.6b", "tiny", torch.float32, CPU)
+    with pytest.raises(peers.Unavailable, match="has the engines"):
+        load("qwen2-1.5b").session("graph", 1, 8)
+    with pytest.raises(peers.Unavailable, match="KeyError: 'lost'"):
+        peers.guarded(lambda: {}["lost"])
+    with pytest.raises(ValueError, match="expected a model of"):
+        peers.load("gpt-5", "tiny", torch.float32, CPU)
+
+
+def test_a_model_that_does_not_fit_is_not_built(monkeypatch):
+    monkeypatch.setattr(machine, "memory_bytes", lambda device: 10**9)
+    with pytest.raises(peers.Unavailable, match=r"needs 3\.4 GB, 1\.0 GB are free"):
+        peers.load("qwen2-1.5b", "full", torch.bfloat16, CPU)
+
+
+def test_random_weights_have_no_zero_matrix():
+    weights = dict(load("qwen2-1.5b").model.named_parameters())
+    assert all(w.float().std() > 0 for name, w in weights.items() if w.dim() > 1)

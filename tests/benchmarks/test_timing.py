@@ -1,0 +1,72 @@
+"""Statistics of interleaved timings, on numbers whose answers are known."""
+
+import pytest
+import torch
+
+from benchmarks import timing
+
+CPU = torch.device("cpu")
+
+
+def test_quantiles_interpolate_between_samples():
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
+    assert timing.quantile([7.0], 0.9) == 7.0
+
+
+def test_interval_of_the_median_is_the_binomial_one():
+    # tables of the sign test: for n = 9, the 2nd and 8th values enclose it with 96.09 %
+    low, high, coverage = timing.median_interval([float(i) for i in range(1, 10)])
+    assert (low, high) == (2.0, 8.0)
+    assert coverage == pytest.approx(0.9609, abs=1e-4)
+
+
+def test_few_rounds_give_the_whole_range_and_say_how_little_it_covers():
+    low, high, coverage = timing.median_interval([1.0, 2.0, 3.0])
+    assert (low, high) == (1.0, 3.0)
+    assert coverage == pytest.approx(0.75)
+
+
+def test_interval_covers_the_median_as_often_as_it_says():
+    torch.manual_seed(0)
+    draws = torch.randn(2000, 15).tolist()
+    intervals = [timing.median_interval(draw) for draw in draws]
+    covered = sum(low <= 0.0 <= high for low, high, _ in intervals) / len(draws)
+    assert covered == pytest.approx(intervals[0][2], abs=0.015)
+
+
+def test_ratio_of_rounds_is_untouched_by_a_common_slowdown():
+    load = [1.0, 5.0, 2.0, 9.0, 1.5, 4.0, 3.0]
+    found = timing.ratio([3 * x for x in load], [2 * x for x in load])
+    assert found.median == found.low == found.high == 1.5
+
+
+def test_ratio_refuses_targets_of_different_rounds():
+    with pytest.raises(ValueError, match="as many rounds of both targets, got 1 and 2"):
+        timing.ratio([1.0], [1.0, 2.0])
+
+
+def test_wide_spread_is_marked_noisy():
+    assert not timing.summarize([1.0, 1.01, 0.99, 1.0, 1.02]).noisy
+    assert timing.summarize([1.0, 2.0, 1.0, 3.0, 1.0]).noisy
+
+
+def test_each_round_calls_every_target_once_and_the_focus_last():
+    calls = []
+    targets = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    turns = timing.RoundRobin(targets, CPU, focus="b")
+    for _ in range(2):
+        turns.round()
+    assert calls == ["a", "c", "b", "c", "a", "b"]
+    assert all(len(turns.column(name)) == 2 for name in "abc")
+
+
+def test_warm_up_leaves_no_samples():
+    turns = timing.RoundRobin({"a": lambda: None}, CPU, focus="a")
+    assert turns.warm_up(batch=2, most=5) <= 5
+    assert turns.samples == {"a": []}
+
+
+def test_unknown_focus_is_refused():
+    with pytest.raises(ValueError, match="focus must be one of"):
+        timing.RoundRobin({"a": lambda: None}, CPU, focus="b")
