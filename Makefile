@@ -10,7 +10,7 @@ PYTHON ?= python3
 # the suite runs in two processes; more threads than cores only slow each other down
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help install demo test test-all lint format gpu clean
+.PHONY: help install demo test test-all lint format aot gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff rewrite what lint complains about"
+	@echo "make aot       compile every Triton kernel for GPUs that need not be here; count registers"
 	@echo "make gpu       tests and benchmarks on this machine's GPU, with PYTHON=$(PYTHON) as it stands"
 	@echo "make clean     remove .venv and build leftovers"
 
@@ -44,6 +45,12 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+aot: $(STAMP)
+	$(BIN)/python -m benchmarks.aot
+
+gpu:
+	@sh .ci/gpu $(PYTHON)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
