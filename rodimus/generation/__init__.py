@@ -1,1 +1,17 @@
 """Generation for many sequences at once, at constant memory and time per token."""
+
+from .engine import Delta, Engine, Generation, Request, TokenLogprobs
+from .sampling import SamplingParams
+from .state import SequenceState, StateLayout, state_bytes
+
+__all__ = [
+    "Delta",
+    "Engine",
+    "Generation",
+    "Request",
+    "SamplingParams",
+    "SequenceState",
+    "StateLayout",
+    "TokenLogprobs",
+    "state_bytes",
+]

@@ -1,0 +1,81 @@
+"""One token for many sequences: the model's own modules over the engine's slots.
+
+Adapters, quantised layers and hooks take part because the model is called as it is. On a GPU the
+call is captured once per batch size and replayed; on a CPU it runs as it stands.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .state import SlotStates
+
+
+class Decoder:
+    """Reads the newest token of the first B slots and gives the logits of the next ones.
+
+    Attributes:
+        tokens: int64 ``[slots]``: the newest token of each slot, not read yet.
+    """
+
+    def __init__(self, model: PreTrainedModel, states: SlotStates, *, cuda_graphs: bool = True):
+        self.model, self.states = model, states
+        device = states.positions.device
+        self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        if cuda_graphs and device.type == "cuda":
+            self._capture()
+
+    def __call__(self, batch: int, longest: int) -> Tensor:
+        """Logits ``[batch, V]`` after the newest tokens; states and positions move on by one.
+
+        Args:
+            batch: Slots in use.
+            longest: Most tokens that one of them has read.
+        """
+        for size, (graph, logits) in self._graphs.items():
+            if size >= batch:
+                graph.replay()
+                return logits[:batch]
+        return self._forward(batch, longest)
+
+    def _forward(self, batch, longest=None):
+        positions = self.states.positions[:batch]
+        # what the model computes from a padding mask, for rows that have none
+        layout = {"tokens": None, "order": None, "pads": None, "attention": None}
+        output = self.model(
+            input_ids=self.tokens[:batch, None],
+            position_ids=positions[:, None],
+            attention_mask=layout,
+            past_key_values=self.states.cache(batch, longest),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        positions += 1
+        return output.logits[:, -1]
+
+    @torch.no_grad()
+    def _capture(self):
+        """One graph per power of two up to the number of slots; all share one memory pool.
+
+        Warming up runs the model over empty slots, so it happens before the first sequence. A
+        batch between two sizes runs in the larger one: its extra rows are free slots, whose
+        content nobody reads and the next sequence overwrites.
+        """
+        sizes = sorted(
+            {*(1 << n for n in range(self.states.slots.bit_length())), self.states.slots}
+        )
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed([size for size in sizes if size <= self.states.slots]):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._forward(size)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._forward(size)
+            self._graphs[size] = (graph, logits)
+        self._graphs = dict(sorted(self._graphs.items()))
+        self.states.clear()

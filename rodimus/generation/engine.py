@@ -1,0 +1,466 @@
+"""The engine: many sequences at once over preallocated slots, joining and leaving at any step.
+
+A step reads at most one chunk of prompts, then gives every running sequence its next token. Slots
+in use are always the first ones: when a sequence ends, the last one moves into its place at once.
+Prompts are read by the model's own cached forward, decoding runs the same modules over the slots.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .decode import Decoder
+from .sampling import Sampler, SamplingParams, token_logprobs
+from .state import SequenceState, SlotStates, StateLayout
+from .text import TextStream
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to continue.
+
+    Args:
+        prompt: Token ids, at least one.
+        max_new_tokens: Most tokens to generate, the one that ends the text included.
+        sampling: How tokens are chosen; greedy by default.
+        stop: Strings that end the text; the text does not contain them. Needs a tokenizer.
+        stop_tokens: Tokens that end the text; None for the model's end-of-text tokens.
+        logprobs: Report each token's log-probability and those of so many likeliest; None for none.
+        keep_state: Give the state back at the end, to continue from it later.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int = 128
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] | None = None
+    logprobs: int | None = None
+    keep_state: bool = False
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities under the model, before any sampling parameter.
+
+    Attributes:
+        token, logprob: The token chosen, and its own.
+        top: Token and log-probability of the likeliest, in order.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came since the last look: tokens, text, log-probabilities, and why it ended if it
+    did."""
+
+    tokens: list[int]
+    text: str
+    logprobs: list[TokenLogprobs]
+    finish_reason: str | None
+
+
+class Generation:
+    """A request inside an engine, and what it has produced.
+
+    Attributes:
+        tokens: Generated so far, with the token that ended the text.
+        text: Of those tokens, if the engine has a tokenizer; without what stopped it.
+        logprobs: One entry a token, if asked for.
+        finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
+            "length", "cancelled" or "error".
+        error: What went wrong, for "error".
+        prefix_tokens: Tokens of the prompt that a stored prefix stood for.
+        state: After the end, if asked for; it has read all tokens but the last one generated.
+        submitted, started, finished: Seconds of ``time.perf_counter``: request, first token, end.
+    """
+
+    def __init__(self, request: Request, prompt: Tensor, stop_tokens: frozenset[int]):
+        self.request, self.prompt, self.stop_tokens = request, prompt, stop_tokens
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.prefix_tokens = 0
+        self.state: SequenceState | None = None
+        self.submitted = time.perf_counter()
+        self.started: float | None = None
+        self.finished: float | None = None
+        self.stream: TextStream | None = None
+        self._taken = (0, 0)
+
+    @property
+    def text(self) -> str:
+        """Text generated so far."""
+        return "" if self.stream is None else self.stream.text
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the continuation."""
+        return len(self.prompt) + len(self.tokens)
+
+    def read_tokens(self) -> Tensor:
+        """int64 ``[T]``: what the model has read, all but the newest token."""
+        return torch.cat((self.prompt, torch.tensor(self.tokens[:-1], dtype=torch.long)))
+
+    def drain(self) -> Delta:
+        """What came since the last call."""
+        tokens, characters = self._taken
+        self._taken = (len(self.tokens), len(self.text))
+        return Delta(
+            tokens=self.tokens[tokens:],
+            text=self.text[characters:],
+            logprobs=self.logprobs[tokens:],
+            finish_reason=self.finish_reason,
+        )
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done since it was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    prefix_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Reading:
+    """A prompt on its way into the model: the cache that has read ``read`` tokens of it."""
+
+    generation: Generation
+    cache: Cache
+    read: int
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    Greedy tokens equal those of ``model.generate``, and no sequence's tokens depend on its
+    neighbours: both exactly so in float32, up to what a different batch size rounds. Not
+    thread-safe: one thread calls it.
+
+    Args:
+        model: A Rodimus or Rodimus+ language model, adapted, quantised or hooked as it may be.
+        tokenizer: For text and stop strings; without one the engine knows tokens only.
+        slots: Sequences that run at once; their memory is ``slots * state_bytes(...)``, made here.
+        prefill_chunk: Most tokens of prompts read between two tokens of the running sequences.
+        max_length: Most tokens of prompt and continuation; None for no limit, which only a
+            Rodimus+ without a window cannot have.
+        cuda_graphs: On a GPU, capture the decode step once per batch size.
+
+    Raises:
+        ValueError: a number is below 1, or ``max_length`` is missing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        slots: int = 8,
+        prefill_chunk: int = 512,
+        max_length: int | None = None,
+        cuda_graphs: bool = True,
+    ):
+        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
+        embedding = model.get_input_embeddings().weight
+        self.device = embedding.device
+        self.layout = StateLayout.of(model.config, embedding.dtype, max_length=max_length)
+        self.states = SlotStates(self.layout, slots, self.device)
+        self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
+        self.sampler = Sampler(slots, model.config.vocab_size, self.device)
+        self.end_tokens = _end_tokens(model, tokenizer)
+        self.prefixes: list[SequenceState] = []
+        self.waiting: deque[Generation] = deque()
+        self.running: list[Generation] = []
+        self.stats = EngineStats()
+        self._reading: _Reading | None = None
+        self._news: dict[int, Generation] = {}
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Generation:
+        """Queue a request; ``step`` does the work.
+
+        Raises:
+            ValueError: the request cannot be served; the message says what was expected.
+        """
+        prompt = self._check_prompt(request.prompt)
+        if request.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        total = len(prompt) + request.max_new_tokens
+        if self.max_length is not None and total > self.max_length:
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens and max_new_tokens is"
+                f" {request.max_new_tokens}: {total} together, expected at most {self.max_length}"
+            )
+        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {request.logprobs}")
+        if request.stop and (self.tokenizer is None or "" in request.stop):
+            problem = "an empty string" if self.tokenizer else "no tokenizer in the engine"
+            raise ValueError(
+                f"stop needs a tokenizer and strings that are not empty, got {problem}"
+            )
+        ends = self.end_tokens if request.stop_tokens is None else request.stop_tokens
+        generation = Generation(request, prompt, frozenset(ends))
+        if self.tokenizer is not None:
+            generation.stream = TextStream(self.tokenizer, request.stop)
+        self.waiting.append(generation)
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request now, wherever it is; one that has ended is left as it is."""
+        if generation.finish_reason is not None:
+            return
+        if generation in self.running:
+            self._finish(generation, "cancelled")
+            self._leave(self.running.index(generation))
+        elif self._reading is not None and self._reading.generation is generation:
+            self._reading = None
+            self._finish(generation, "cancelled")
+        else:
+            self.waiting.remove(generation)
+            self._finish(generation, "cancelled")
+
+    def read(self, prompt: Sequence[int]) -> SequenceState:
+        """The state after reading a prompt: for ``add_prefix``, or for a file."""
+        prompt = self._check_prompt(prompt)
+        cache, read = DynamicCache(config=self.model.config), 0
+        while read < len(prompt):
+            end = min(read + self.prefill_chunk, len(prompt))
+            self._read_chunk(prompt[read:end], cache)
+            read = end
+        return SequenceState.from_cache(cache, prompt)
+
+    def add_prefix(self, state: SequenceState) -> None:
+        """Let every later prompt that begins with the state's tokens, and goes on, start from it.
+
+        The state must come from this model: ``load_state`` checks that.
+        """
+        shapes = self.layout.shapes(self.layout.kept_rows(len(state.tokens)))
+        for kind, (shape, _) in shapes.items():
+            got = tuple(getattr(state, kind).shape)
+            if got != shape and getattr(state, kind).numel():
+                raise ValueError(f"{kind} of the state must have shape {shape}, got {got}")
+        self.prefixes.append(state.to(self.device))
+
+    def _check_prompt(self, prompt):
+        prompt = torch.as_tensor(prompt, dtype=torch.long).cpu()
+        if prompt.dim() != 1 or not len(prompt):
+            raise ValueError(f"the prompt must be at least one token, got {tuple(prompt.shape)}")
+        size = self.model.config.vocab_size
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= size:
+            got = low if low < 0 else high
+            raise ValueError(f"tokens of the prompt must be in [0, {size}), got {got}")
+        return prompt
+
+    # -- work ----------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self.running or self.waiting or self._reading)
+
+    @torch.no_grad()
+    def step(self) -> list[Generation]:
+        """Read at most one chunk of prompts, then give each running sequence one token.
+
+        Returns:
+            The generations with news, those cancelled since the last step included.
+        """
+        self._read_prompts()
+        if self.running:
+            self._decode()
+        self.stats.steps += 1
+        news, self._news = list(self._news.values()), {}
+        return news
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """Submit a request and yield what it produces; other requests go on in between.
+
+        Leaving the loop early cancels the request.
+        """
+        generation = self.submit(request)
+        try:
+            while generation.finish_reason is None:
+                self.step()
+                delta = generation.drain()
+                if delta.tokens or delta.finish_reason:
+                    yield delta
+        finally:
+            self.cancel(generation)
+
+    def generate(self, requests: Iterable[Request]) -> list[Generation]:
+        """Run requests to their ends, as many at once as there are slots; results in order."""
+        generations = [self.submit(request) for request in requests]
+        while any(generation.finish_reason is None for generation in generations):
+            self.step()
+        return generations
+
+    def _read_prompts(self):
+        spent = 0
+        while True:
+            if self._reading is None:
+                if not self.waiting or len(self.running) == self.slots:
+                    return
+                self._reading = self._start_reading(self.waiting.popleft())
+            # chunks are cut from each prompt's start, whatever else is read in the same step
+            reading = self._reading
+            chunk = reading.generation.prompt[reading.read :][: self.prefill_chunk]
+            if spent and spent + len(chunk) > self.prefill_chunk:
+                return
+            spent += len(chunk)
+            self._read_on(reading, chunk)
+
+    def _read_on(self, reading, chunk):
+        try:
+            logits = self._read_chunk(chunk, reading.cache)
+        except FloatingPointError as error:
+            self._reading = None
+            self._fail(reading.generation, str(error))
+            return
+        reading.read += len(chunk)
+        self.stats.prompt_tokens += len(chunk)
+        if reading.read == len(reading.generation.prompt):
+            self._reading = None
+            self._enter(reading.generation, reading.cache, logits)
+
+    def _start_reading(self, generation):
+        fits = [
+            state
+            for state in self.prefixes
+            if len(state.tokens) < len(generation.prompt)
+            and torch.equal(generation.prompt[: len(state.tokens)], state.tokens)
+        ]
+        if not fits:
+            return _Reading(generation, DynamicCache(config=self.model.config), 0)
+        state = max(fits, key=lambda state: len(state.tokens))
+        generation.prefix_tokens = len(state.tokens)
+        self.stats.prefix_tokens += len(state.tokens)
+        cache = state.to_cache(self.model.config, self.layout)
+        return _Reading(generation, cache, len(state.tokens))
+
+    @torch.no_grad()
+    def _read_chunk(self, tokens, cache):
+        """Logits ``[1, V]`` after more tokens of one prompt."""
+        output = self.model(
+            input_ids=tokens[None].to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _enter(self, generation, cache, logits):
+        """Choose the first token; unless it is the last, take the first free slot."""
+        row = len(self.running)
+        self.sampler.place(row, generation.request.sampling, generation.prompt)
+        chosen = self.sampler(logits, first_row=row)
+        generation.started = time.perf_counter()
+        self._accept([generation], chosen.tolist(), logits, chosen)
+        if generation.finish_reason is None:
+            self.states.write(row, SequenceState.from_cache(cache, generation.read_tokens()))
+            self.decoder.tokens[row] = chosen[0]
+            self.running.append(generation)
+        elif self._keeps_state(generation):
+            generation.state = SequenceState.from_cache(cache, generation.read_tokens())
+
+    def _decode(self):
+        running = list(self.running)
+        longest = max(generation.length for generation in running) - 1
+        logits = self.decoder(len(running), longest)
+        chosen = self.sampler(logits)
+        self.decoder.tokens[: len(running)] = chosen
+        self._accept(running, chosen.tolist(), logits, chosen)
+        for row in reversed(range(len(running))):
+            if running[row].finish_reason is not None:
+                self._leave(row)
+
+    def _accept(self, generations, tokens, logits, chosen):
+        """Give each generation its token, and end those that it ends."""
+        self._report_logprobs(generations, logits, chosen)
+        for generation, token in zip(generations, tokens, strict=True):
+            if token < 0:
+                self._fail(generation, "the model's logits hold NaN or infinity")
+                continue
+            generation.tokens.append(token)
+            self._news[id(generation)] = generation
+            self.stats.generated_tokens += 1
+            ended = token in generation.stop_tokens
+            if generation.stream is not None and not ended:
+                generation.stream.push(token)
+                ended = generation.stream.stopped
+            if ended:
+                self._finish(generation, "stop")
+            elif len(generation.tokens) == generation.request.max_new_tokens:
+                self._finish(generation, "length")
+
+    def _report_logprobs(self, generations, logits, chosen):
+        asked = [i for i, g in enumerate(generations) if g.request.logprobs is not None]
+        if not asked:
+            return
+        most = max(generations[i].request.logprobs for i in asked)
+        rows = torch.tensor(asked, device=self.device)
+        found = token_logprobs(logits[rows], chosen[rows].clamp_min(0), most)
+        for i, own, values, ids in zip(asked, *(x.tolist() for x in found), strict=True):
+            top = tuple(zip(ids, values, strict=True))[: generations[i].request.logprobs]
+            token = int(chosen[i])
+            if token >= 0:
+                generations[i].logprobs.append(TokenLogprobs(token, own, top))
+
+    def _fail(self, generation, error):
+        generation.error = error
+        self._finish(generation, "error")
+
+    def _finish(self, generation, reason):
+        if generation.stream is not None:
+            generation.stream.finish()
+            if generation.stream.stopped and reason == "length":
+                reason = "stop"
+        generation.finish_reason = reason
+        generation.finished = time.perf_counter()
+        self._news[id(generation)] = generation
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+
+    @staticmethod
+    def _keeps_state(generation):
+        return generation.request.keep_state and generation.finish_reason != "error"
+
+    def _leave(self, row):
+        """Free a slot: the last running sequence moves into it."""
+        generation, last = self.running[row], len(self.running) - 1
+        if self._keeps_state(generation):
+            generation.state = self.states.read(row, generation.read_tokens())
+        if row != last:
+            self.states.move(last, row)
+            self.sampler.move(last, row)
+            self.decoder.tokens[row] = self.decoder.tokens[last]
+            self.running[row] = self.running[last]
+        self.running.pop()
+
+
+def _end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Tokens that end a text, as ``model.generate`` and the tokenizer know them."""
+    configured = model.generation_config.eos_token_id
+    ends = configured if isinstance(configured, list) else [configured]
+    if tokenizer is not None:
+        ends = [*ends, tokenizer.eos_token_id]
+    return tuple(token for token in ends if token is not None)

@@ -1,0 +1,302 @@
+"""The state of sequences: its size to the byte, the engine's slots, and one sequence's snapshot.
+
+A sequence of any length is a recurrent state and the last inputs of the short convolution in every
+block and, in Rodimus+, the keys and values of the window. The engine holds them for all slots in
+three tensors made once; a slot's window is a ring whose row ``p % R`` holds the token at position
+p, so nothing is ever shifted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from rodimus_kernels import shared_key_attention_step
+
+from ..configuration_rodimus import RodimusConfig
+from ..modeling_rodimus import adopt_cache
+
+# Rings have a multiple of this many rows: whole tiles for the attention kernels.
+RING_TILE = 64
+
+
+@dataclass(frozen=True)
+class StateLayout:
+    """Shapes and dtypes of one sequence's state.
+
+    Attributes:
+        layers: Blocks.
+        key_dim, value_dim: The recurrent state of a block is ``[1, key_dim, value_dim]``.
+        taps: Inputs of the convolution kept a channel; there are ``value_dim`` channels.
+        window: Keys that a query sees, itself included; 0 without attention.
+        row: Numbers that the window keeps a token: all key heads, then all value heads.
+        key_row: How many of them are keys.
+        dtype: Of the taps and the window.
+        state_dtype: Of the recurrent state: float32 or wider.
+    """
+
+    layers: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    window: int
+    row: int
+    key_row: int
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, config: RodimusConfig, dtype: torch.dtype, *, max_length: int | None = None
+    ) -> "StateLayout":
+        """The layout for a model's configuration and the dtype of its activations.
+
+        Args:
+            max_length: Most tokens of a sequence; only a Rodimus+ without a window needs it.
+
+        Raises:
+            ValueError: the model attends to everything before and ``max_length`` is None.
+        """
+        attends = config.block_type == "rodimus_plus"
+        window = (config.sliding_window or max_length) if attends else 0
+        if window is None:
+            raise ValueError(
+                "the model has no attention window, so its memory grows with the text:"
+                " expected max_length, got None"
+            )
+        key_row = config.num_key_value_heads * config.head_dim if attends else 0
+        value_row = config.num_value_heads * config.head_dim if attends else 0
+        return cls(
+            layers=config.n_layer,
+            key_dim=config.mem_size,
+            value_dim=config.d_inner,
+            taps=config.mixer_cfg["d_conv"],
+            window=window,
+            row=key_row + value_row,
+            key_row=key_row,
+            dtype=dtype,
+            state_dtype=torch.promote_types(dtype, torch.float32),
+        )
+
+    @property
+    def ring_rows(self) -> int:
+        """Rows R of a slot's ring: the window, rounded up to whole tiles."""
+        return -(-self.window // RING_TILE) * RING_TILE
+
+    def kept_rows(self, tokens: int) -> int:
+        """Tokens of the window that the next one still sees, after ``tokens`` of them."""
+        return min(tokens, max(self.window - 1, 0))
+
+    def shapes(self, window_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of one sequence, by kind."""
+        return {
+            "recurrent": ((self.layers, 1, self.key_dim, self.value_dim), self.state_dtype),
+            "convolution": ((self.layers, self.value_dim, self.taps), self.dtype),
+            "window": ((self.layers, window_rows, self.row), self.dtype),
+        }
+
+    def bytes(self, tokens: int | None = None) -> dict[str, int]:
+        """Bytes of one sequence by kind: those of a slot, or of a snapshot after ``tokens``."""
+        rows = self.ring_rows if tokens is None else self.kept_rows(tokens)
+        return {
+            kind: torch.Size(shape).numel() * dtype.itemsize
+            for kind, (shape, dtype) in self.shapes(rows).items()
+        }
+
+
+def state_bytes(
+    config: RodimusConfig,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    tokens: int | None = None,
+    max_length: int | None = None,
+) -> dict[str, int]:
+    """Bytes that one sequence takes, by what they hold: recurrent, convolution, window.
+
+    Args:
+        config: Of the model.
+        dtype: Of its activations; the recurrent state is float32 whatever it is.
+        tokens: Of a state file, or of a cache of ``model.generate``, after so many tokens; None
+            for a slot of the engine, whose ring is as long as the window from the start.
+        max_length: Most tokens of a sequence, for a model without a window.
+    """
+    return StateLayout.of(config, dtype, max_length=max_length).bytes(tokens)
+
+
+# ----------------------------------------------------------------------------------------------
+# One sequence
+# ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SequenceState:
+    """Everything that a model knows of the tokens it has read, apart from any engine or cache.
+
+    Attributes:
+        tokens: int64 ``[T]`` on the CPU: what was read.
+        recurrent: ``[layers, 1, key_dim, value_dim]``, float32 or wider.
+        convolution: ``[layers, value_dim, taps]``, oldest first.
+        window: ``[layers, rows, row]``: keys and values of the last tokens, oldest first.
+    """
+
+    tokens: Tensor
+    recurrent: Tensor
+    convolution: Tensor
+    window: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state, without the list of tokens."""
+        return self.recurrent.nbytes + self.convolution.nbytes + self.window.nbytes
+
+    @classmethod
+    def from_cache(cls, cache: Cache, tokens: Tensor) -> "SequenceState":
+        """The state in the cache of one sequence (batch size 1) that has read ``tokens``."""
+        layers = cache.layers
+        recurrent = torch.stack([layer.recurrent_states[0][0] for layer in layers])
+        convolution = torch.stack([layer.conv_states[0][0] for layer in layers])
+        window = convolution.new_zeros(len(layers), 0, 0)
+        if getattr(layers[0], "keys", None) is not None:
+            rows = [torch.cat((layer.keys, layer.values), -1)[0, 0] for layer in layers]
+            window = torch.stack(rows)
+        return cls(tokens, recurrent, convolution, window)
+
+    def to_cache(self, config: RodimusConfig, layout: StateLayout) -> DynamicCache:
+        """A cache of transformers that continues after the tokens read; it shares no memory."""
+        cache = adopt_cache(DynamicCache(config=config))
+        for i, layer in enumerate(cache.layers):
+            taps = self.convolution[i, None].clone()
+            layer.update_conv_state(taps, conv_kernel_size=layout.taps)
+            layer.update_recurrent_state(self.recurrent[i, None])
+            if layout.window:
+                parts = (layout.key_row, layout.row - layout.key_row)
+                layer.update(*self.window[i, None, None].clone().split(parts, -1))
+            layer.cumulative_length = len(self.tokens)
+        return cache
+
+    def to(self, device: torch.device | str) -> "SequenceState":
+        """The same state with its tensors on a device; the tokens stay."""
+        moved = (x.to(device) for x in (self.recurrent, self.convolution, self.window))
+        return SequenceState(self.tokens, *moved)
+
+
+# ----------------------------------------------------------------------------------------------
+# Slots
+# ----------------------------------------------------------------------------------------------
+
+
+class SlotLayer(LinearAttentionLayer):
+    """Cache of one block for the first B slots: views of the engine's tensors.
+
+    The state and the taps are where transformers' layers have them. Attention is the layer's own:
+    the rows of a batch have different ages, and each reads its ring as it stands.
+    """
+
+    def __init__(self, recurrent: Tensor, convolution: Tensor, ring: Tensor, positions: Tensor):
+        super().__init__()
+        self.recurrent_states, self.conv_states = {0: recurrent}, {0: convolution}
+        self.is_recurrent_states_initialized = self.is_conv_states_initialized = {0: True}
+        self.has_previous_state = {0: True}
+        self.conv_kernel_size = {0: convolution.shape[-1]}
+        self.ring, self.positions = ring, positions
+        self.window = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+        """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
+        ring."""
+        return shared_key_attention_step(
+            *(q, k.to(self.ring.dtype), v.to(self.ring.dtype), self.ring, self.positions),
+            window_size=self.window,
+            scale=scale,
+        )
+
+
+class SlotCache(Cache):
+    """Cache of the first B slots, for one token a row."""
+
+    # A broken row ends its own sequence: the model must not give up the whole batch for it.
+    isolates_rows = True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: the rows have different lengths, so positions are always given to the model."""
+        return 0
+
+
+class SlotStates:
+    """The states of all slots, made once: no tensor of a sequence is allocated while it runs.
+
+    Attributes:
+        recurrent: ``[layers, slots, 1, key_dim, value_dim]``.
+        convolution: ``[layers, slots, value_dim, taps]``.
+        ring: ``[layers, slots, R, row]``; empty without attention.
+        positions: int64 ``[slots]``: tokens that each slot has read.
+    """
+
+    def __init__(self, layout: StateLayout, slots: int, device: torch.device | str):
+        self.layout, self.slots = layout, slots
+        self.recurrent, self.convolution, self.ring = (
+            torch.zeros((shape[0], slots, *shape[1:]), dtype=dtype, device=device)
+            for shape, dtype in layout.shapes(layout.ring_rows).values()
+        )
+        self.positions = torch.zeros(slots, dtype=torch.long, device=device)
+        self._caches: dict[tuple[int, int], SlotCache] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots: ``slots`` times what ``state_bytes`` says."""
+        return self.recurrent.nbytes + self.convolution.nbytes + self.ring.nbytes
+
+    def write(self, slot: int, state: SequenceState) -> None:
+        """Put a sequence into a slot, over whatever was there."""
+        read, rows = len(state.tokens), state.window.shape[1]
+        self.recurrent[:, slot] = state.recurrent
+        self.convolution[:, slot] = state.convolution
+        if self.layout.window:
+            # also rows that are masked: a weight of zero times a stale NaN would be NaN
+            self.ring[:, slot] = 0
+            at = torch.arange(read - rows, read, device=self.ring.device) % self.layout.ring_rows
+            self.ring[:, slot, at] = state.window
+        self.positions[slot] = read
+
+    def read(self, slot: int, tokens: Tensor) -> SequenceState:
+        """A copy of the sequence in a slot, which has read ``tokens``."""
+        window = self.ring[:, slot, :0]
+        if self.layout.window:
+            rows = self.layout.kept_rows(len(tokens))
+            at = torch.arange(len(tokens) - rows, len(tokens), device=self.ring.device)
+            window = self.ring[:, slot, at % self.layout.ring_rows]
+        kept = (self.recurrent[:, slot].clone(), self.convolution[:, slot].clone(), window.clone())
+        return SequenceState(tokens, *kept)
+
+    def move(self, source: int, target: int) -> None:
+        """Let the sequence of one slot go on in another."""
+        for tensor in (self.recurrent, self.convolution, self.ring):
+            tensor[:, target] = tensor[:, source]
+        self.positions[target] = self.positions[source]
+
+    def clear(self) -> None:
+        """Empty all slots."""
+        for tensor in (self.recurrent, self.convolution, self.ring, self.positions):
+            tensor.zero_()
+
+    def cache(self, batch: int, longest: int | None = None) -> SlotCache:
+        """The cache of slots 0 to ``batch - 1``.
+
+        Args:
+            longest: Most tokens that one of them has read, if known: rows of the ring that no
+                sequence has reached are then left out of the attention.
+        """
+        rows = self.layout.ring_rows
+        if longest is not None and longest < rows:
+            rows = -(-(longest + 1) // RING_TILE) * RING_TILE
+        if (batch, rows) not in self._caches:
+            layers = []
+            for i in range(self.layout.layers):
+                views = (x[i, :batch] for x in (self.recurrent, self.convolution))
+                layer = SlotLayer(*views, self.ring[i, :batch, :rows], self.positions[:batch])
+                layer.window = min(self.layout.window, rows)
+                layers.append(layer)
+            self._caches[batch, rows] = SlotCache(layers=layers)
+        return self._caches[batch, rows]

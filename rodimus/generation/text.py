@@ -1,0 +1,75 @@
+"""Text from tokens as they come: whole characters only, and nothing of a stop string."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+# A character that is not complete yet decodes to this one.
+_INCOMPLETE = "\ufffd"
+# Tokens decoded again with each new one, so that joints between tokens come out right.
+_CONTEXT, _MOST = 6, 18
+
+
+class TextStream:
+    """Text of a growing list of tokens; what is released is never taken back.
+
+    Held back are bytes of an unfinished character, and text that may be the beginning of a stop
+    string.
+
+    Attributes:
+        text: What is released so far.
+        stopped: Whether a stop string came; the text ends before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._context: list[int] = []
+        self._shown = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> None:
+        """Take the next token."""
+        self._context.append(token)
+        decoded = self._decode().removesuffix(_INCOMPLETE)
+        self._release(decoded[self._shown :])
+        self._shown = max(self._shown, len(decoded))
+        if len(self._context) > _MOST:
+            self._context = self._context[-_CONTEXT:]
+            self._shown = len(self._decode().removesuffix(_INCOMPLETE))
+
+    def finish(self) -> None:
+        """Release what was held back: no token follows."""
+        if self.stopped:
+            return
+        self._release(self._decode()[self._shown :])
+        if not self.stopped:
+            self.text += self._held
+            self._held = ""
+
+    def _decode(self):
+        return self._tokenizer.decode(
+            self._context, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def _release(self, piece):
+        if self.stopped or not piece:
+            return
+        held = self._held + piece
+        found = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self.text += held[: min(found)]
+            return
+        kept = max((_overlap(held, stop) for stop in self._stop), default=0)
+        self.text += held[: len(held) - kept]
+        self._held = held[len(held) - kept :]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that ``stop`` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

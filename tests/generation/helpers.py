@@ -1,0 +1,57 @@
+"""Tiny models and a tokenizer of bytes, for tests that generate text."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from rodimus import RodimusForCausalLM
+from rodimus.generation import Engine, Generation, Request
+from tests.model.helpers import build, config_of
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' ~ m['role']) }}{% endif %}"
+    "<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+END = "<|end|>"
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token a byte, 0 to 255 in the alphabet's order, and 256 for the end of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    fast.chat_template = chat_template
+    return fast
+
+
+def text_model(kind: str = "rodimus_plus") -> RodimusForCausalLM:
+    """A random model over the vocabulary of ``byte_tokenizer``."""
+    return build(config_of(kind) | {"vocab_size": 257})
+
+
+def prompts_of(*lengths: int, seed: int = 0, vocab: int = 97) -> list[Tensor]:
+    """Random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (length,), generator=generator) for length in lengths]
+
+
+def alone(model, request: Request, **options) -> Generation:
+    """The generation of one request in an engine of its own."""
+    return Engine(model, slots=1, **options).generate([request])[0]
+
+
+def greedy(model, prompt: Tensor, tokens: int) -> list[int]:
+    """What ``model.generate`` continues the prompt with."""
+    output = model.generate(
+        prompt[None],
+        attention_mask=torch.ones_like(prompt)[None],
+        max_new_tokens=tokens,
+        do_sample=False,
+    )
+    return output[0, len(prompt) :].tolist()

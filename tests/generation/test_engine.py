@@ -1,0 +1,256 @@
+"""The engine: ``model.generate`` is the truth of its tokens, and nobody's neighbours matter."""
+
+import pytest
+import torch
+from torch import nn
+
+from rodimus.generation import Engine, Request, SamplingParams
+from tests.generation.helpers import alone, greedy, prompts_of
+from tests.model.helpers import build, config_of
+
+SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=5)
+
+
+def tokens_of(generations) -> list[list[int]]:
+    return [generation.tokens for generation in generations]
+
+
+def test_greedy_tokens_equal_generate_past_the_window_and_across_chunks(model):
+    prompts = prompts_of(1, 3, 9, 20, 40, 77, 130)
+    expected = [greedy(model, prompt, 40) for prompt in prompts]
+    engine = Engine(model, slots=3, prefill_chunk=16)
+    assert tokens_of(engine.generate([Request(p, 40) for p in prompts])) == expected
+    assert not engine.running and not engine.has_work
+
+
+def test_tokens_do_not_depend_on_neighbours(model):
+    """Requests come and go at every step, are cancelled, and differ in every parameter."""
+    prompts = prompts_of(*(1 + 7 * i % 30 for i in range(12)))
+    requests = [
+        Request(p, 6 + 5 * i % 17, SAMPLED if i % 2 else SamplingParams())
+        for i, p in enumerate(prompts)
+    ]
+    expected = [alone(model, request, prefill_chunk=8).tokens for request in requests]
+    engine = Engine(model, slots=4, prefill_chunk=8)
+    generations, doomed = [], []
+    for i, request in enumerate(requests):
+        generations.append(engine.submit(request))
+        doomed.append(engine.submit(Request(prompts[i - 3], 9, SAMPLED)))
+        engine.step()
+        if i % 2:
+            engine.cancel(doomed[i // 2])
+    while engine.has_work:
+        engine.step()
+    assert tokens_of(generations) == expected
+    assert {g.finish_reason for g in doomed} <= {"cancelled", "length"}
+
+
+def test_the_seed_decides_the_text(plus):
+    (prompt,) = prompts_of(5)
+    texts = {
+        tuple(alone(plus, Request(prompt, 20, SamplingParams(1.0, seed=seed))).tokens)
+        for seed in (1, 1, 2, 3)
+    }
+    assert len(texts) == 3
+
+
+def test_a_finished_sequence_frees_its_slot_at_once(plus):
+    engine = Engine(plus, slots=2)
+    short, *rest = (
+        engine.submit(Request(p, n)) for p, n in zip(prompts_of(4, 4, 4), (2, 9, 9), strict=True)
+    )
+    engine.step()
+    # two were read, one got its second token, which is its last
+    assert short.finish_reason == "length" and engine.running == rest[:1]
+    engine.step()
+    assert engine.running == rest
+
+
+def test_memory_is_made_once(model):
+    engine = Engine(model, slots=3)
+    tensors = (engine.states.recurrent, engine.states.convolution, engine.states.ring)
+    addresses = [x.data_ptr() for x in tensors]
+    engine.generate([Request(p, 30) for p in prompts_of(3, 70, 20, 9)])
+    after = (engine.states.recurrent, engine.states.convolution, engine.states.ring)
+    assert [x.data_ptr() for x in after] == addresses
+
+
+def test_no_forward_reads_more_than_a_chunk(plus):
+    lengths = []
+    plus.model.embeddings.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
+    Engine(plus, prefill_chunk=16).generate([Request(p, 5) for p in prompts_of(100, 7, 8, 33)])
+    assert max(lengths) == 16
+
+
+def test_running_sequences_wait_for_one_chunk_at_most(plus):
+    engine = Engine(plus, prefill_chunk=8)
+    first = engine.submit(Request(prompts_of(4)[0], 50))
+    engine.step()
+    engine.submit(Request(prompts_of(40)[0], 5))
+    for step in range(5):
+        engine.step()
+        assert len(first.tokens) == 3 + step
+
+
+class TestEnd:
+    def test_an_end_token_ends_the_text_and_is_its_last_token(self, plus):
+        (prompt,) = prompts_of(6)
+        tokens = greedy(plus, prompt, 20)
+        end = tokens[7]
+        found = alone(plus, Request(prompt, 20, stop_tokens=(end,)))
+        assert found.tokens == tokens[: tokens.index(end) + 1] and found.finish_reason == "stop"
+
+    def test_the_models_own_end_tokens_are_the_default(self, plus):
+        (prompt,) = prompts_of(6)
+        tokens = greedy(plus, prompt, 20)
+        plus.generation_config.eos_token_id = [tokens[5], 96]
+        assert alone(plus, Request(prompt, 20)).tokens == greedy(plus, prompt, 20)
+        assert len(alone(plus, Request(prompt, 20, stop_tokens=())).tokens) == 20
+
+    def test_one_token_may_be_all(self, plus):
+        (prompt,) = prompts_of(6)
+        found = alone(plus, Request(prompt, 1))
+        assert found.tokens == greedy(plus, prompt, 1) and found.finish_reason == "length"
+
+    def test_cancelling_ends_a_request_wherever_it_is(self, plus):
+        engine = Engine(plus, slots=1, prefill_chunk=4)
+        running, reading, waiting, kept = (
+            engine.submit(Request(p, n))
+            for p, n in zip(prompts_of(3, 20, 3, 3), (50, 5, 5, 5), strict=True)
+        )
+        engine.step()
+        engine.cancel(waiting)
+        engine.cancel(running)
+        engine.step()
+        engine.cancel(reading)
+        engine.cancel(reading)
+        assert not engine.running
+        while engine.has_work:
+            engine.step()
+        assert [g.finish_reason for g in (running, reading, waiting)] == ["cancelled"] * 3
+        assert kept.tokens == greedy(plus, kept.prompt, 5)
+        assert engine.stats.finished == {"cancelled": 3, "length": 1}
+
+    def test_leaving_a_stream_cancels_it(self, plus):
+        engine = Engine(plus)
+        for delta in engine.stream(Request(prompts_of(3)[0], 50)):
+            assert len(delta.tokens) == 2
+            break
+        assert not engine.has_work and engine.stats.finished == {"cancelled": 1}
+
+
+def test_a_stream_yields_each_token_once_while_others_run(plus):
+    first, second = prompts_of(5, 9)
+    engine = Engine(plus, slots=2)
+    other = engine.submit(Request(second, 15))
+    deltas = list(engine.stream(Request(first, 10)))
+    assert [t for delta in deltas for t in delta.tokens] == greedy(plus, first, 10)
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    while engine.has_work:
+        engine.step()
+    assert other.tokens == greedy(plus, second, 15)
+
+
+def test_logprobs_are_those_of_the_full_forward(plus):
+    (prompt,) = prompts_of(12)
+    found = alone(plus, Request(prompt, 8, SAMPLED, logprobs=3))
+    ids = torch.cat((prompt, torch.tensor(found.tokens)))
+    with torch.no_grad():
+        expected = plus(ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    assert [entry.token for entry in found.logprobs] == found.tokens
+    for entry, row in zip(found.logprobs, expected, strict=True):
+        assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_hooks_and_adapters_take_part(model):
+    """Every linear layer gets a low-rank update by a hook, as an adapter would."""
+
+    def adapt(module, args, output):
+        return output + 0.05 * torch.roll(output, 1, -1)
+
+    (prompt,) = prompts_of(20)
+    plain = greedy(model, prompt, 30)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(adapt)
+    adapted = greedy(model, prompt, 30)
+    assert adapted != plain
+    assert alone(model, Request(prompt, 30)).tokens == adapted
+
+
+def test_a_model_without_a_window_needs_a_limit_and_keeps_it():
+    config = config_of("rodimus_plus")
+    config["attn_cfg"] |= {"window_size": None}
+    model = build(config)
+    with pytest.raises(ValueError, match="expected max_length, got None"):
+        Engine(model)
+    engine = Engine(model, max_length=70, prefill_chunk=16)
+    prompts = prompts_of(5, 50)
+    found = tokens_of(engine.generate([Request(p, 20) for p in prompts]))
+    assert found == [greedy(model, p, 20) for p in prompts]
+    with pytest.raises(ValueError, match="71 together, expected at most 70"):
+        engine.submit(Request(prompts[1], 21))
+
+
+def test_bfloat16_runs_with_a_float32_state(plus):
+    engine = Engine(plus.to(torch.bfloat16), slots=2)
+    found = engine.generate([Request(p, 12) for p in prompts_of(20, 3)])
+    assert [len(g.tokens) for g in found] == [12, 12]
+    assert engine.states.recurrent.dtype == torch.float32
+    assert engine.states.ring.dtype == engine.states.convolution.dtype == torch.bfloat16
+
+
+def test_a_broken_sequence_ends_alone(model):
+    first, second = prompts_of(5, 8)
+    expected = greedy(model, second, 20)
+    engine = Engine(model, slots=2)
+    broken, healthy = engine.submit(Request(first, 20)), engine.submit(Request(second, 20))
+    engine.step()
+    engine.states.recurrent[:, 0] = float("nan")
+    while engine.has_work:
+        engine.step()
+    assert (broken.finish_reason, broken.error) == (
+        "error",
+        "the model's logits hold NaN or infinity",
+    )
+    assert healthy.tokens == expected
+    # and the slot it leaves is as good as new
+    assert engine.generate([Request(second, 20)])[0].tokens == expected
+
+
+def test_a_prompt_that_breaks_the_model_fails_alone(plus):
+    with torch.no_grad():
+        plus.model.embeddings.weight[7] = float("nan")
+    plus.lm_head.weight = nn.Parameter(plus.lm_head.weight.nan_to_num(0.0))
+    engine = Engine(plus, slots=2)
+    broken, healthy = engine.generate(
+        [Request(torch.tensor([3, 7, 5]), 5), Request(torch.tensor([3, 4, 5]), 5)]
+    )
+    assert broken.finish_reason == "error" and healthy.finish_reason == "length"
+    assert "NaN" in broken.error
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (Request([]), "at least one token"),
+        (Request([1, 97]), r"tokens of the prompt must be in \[0, 97\), got 97"),
+        (Request([1, -1]), r"got -1"),
+        (Request([1], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (Request([1], logprobs=21), r"logprobs must be in \[0, 20\], got 21"),
+        (Request([1], stop=("x",)), "no tokenizer in the engine"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
+    engine = Engine(plus)
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request_)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("wrong", [{"slots": 0}, {"prefill_chunk": 0}], ids=str)
+def test_an_engine_needs_at_least_one_of_each(plus, wrong):
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        Engine(plus, **wrong)

@@ -1,0 +1,133 @@
+"""The state: bytes by formula, snapshots, prefixes."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from rodimus import RodimusConfig
+from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
+from tests.generation.helpers import alone, greedy, prompts_of
+
+RELEASED_PLUS = RodimusConfig(
+    block_type="rodimus_plus",
+    d_model=2048,
+    n_layer=24,
+    mixer_cfg={"mem_size": 64},
+    attn_cfg={"window_size": 4096},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_slots_take_the_bytes_of_the_formula(model, dtype):
+    engine = Engine(model.to(dtype), slots=3)
+    expected = state_bytes(model.config, dtype)
+    assert engine.states.nbytes == 3 * sum(expected.values())
+    assert engine.states.recurrent.nbytes == 3 * expected["recurrent"]
+    assert engine.states.convolution.nbytes == 3 * expected["convolution"]
+    assert engine.states.ring.nbytes == 3 * expected["window"]
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 10, 40])
+def test_snapshots_and_caches_take_the_bytes_of_the_formula(model, length):
+    (prompt,) = prompts_of(length)
+    expected = state_bytes(model.config, torch.float32, tokens=length)
+    assert Engine(model).read(prompt).nbytes == sum(expected.values())
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(prompt[None], past_key_values=cache, use_cache=True)
+    held = {"recurrent": 0, "convolution": 0, "window": 0}
+    for layer in cache.layers:
+        held["recurrent"] += layer.recurrent_states[0].nbytes
+        held["convolution"] += layer.conv_states[0].nbytes
+        if getattr(layer, "keys", None) is not None:
+            held["window"] += layer.keys.nbytes + layer.values.nbytes
+    assert held == expected
+
+
+def test_the_formula_gives_the_released_models_sizes_by_hand():
+    found = state_bytes(RELEASED_PLUS, tokens=100_000)
+    assert found == {
+        "recurrent": 24 * 64 * 4096 * 4,
+        "convolution": 24 * 4096 * 4 * 2,
+        "window": 24 * 2048 * (128 + 2048) * 2,
+    }
+    assert state_bytes(RELEASED_PLUS)["window"] == 24 * 2112 * (128 + 2048) * 2
+    assert StateLayout.of(RELEASED_PLUS, torch.bfloat16).window == 2049
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 10, 64, 70, 200])
+def test_a_slot_gives_back_what_was_written(model, length):
+    (prompt,) = prompts_of(length)
+    engine = Engine(model, slots=3)
+    state = engine.read(prompt)
+    engine.states.ring.fill_(float("nan"))
+    engine.states.write(1, state)
+    engine.states.move(1, 2)
+    for slot in (1, 2):
+        found = engine.states.read(slot, prompt)
+        for name in ("tokens", "recurrent", "convolution", "window"):
+            assert torch.equal(getattr(found, name), getattr(state, name)), (slot, name)
+        assert engine.states.positions[slot] == length
+        assert engine.states.ring[:, slot].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 3, 9, 40])
+def test_a_snapshot_continues_in_a_cache_of_transformers(model, length):
+    (prompt,) = prompts_of(length + 12)
+    state = Engine(model, prefill_chunk=8).read(prompt[:length])
+    engine = Engine(model)
+    cache = state.to_cache(model.config, engine.layout)
+    assert cache.get_seq_length() == length
+    with torch.no_grad():
+        actual = model(prompt[None, length:], past_key_values=cache, use_cache=True).logits
+        expected = model(prompt[None]).logits[:, length:]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+    # the cache is a copy: it can be made again
+    again = state.to_cache(model.config, engine.layout)
+    with torch.no_grad():
+        repeated = model(prompt[None, length:], past_key_values=again, use_cache=True).logits
+    assert torch.equal(actual, repeated)
+
+
+def test_prompts_start_from_the_longest_stored_prefix(model):
+    (prompt,) = prompts_of(60)
+    engine = Engine(model, slots=2, prefill_chunk=16)
+    for length in (10, 30, 60):
+        engine.add_prefix(engine.read(prompt[:length]))
+    engine.add_prefix(engine.read(prompts_of(20, seed=9)[0]))
+    found = engine.generate([Request(prompt[:n], 20) for n in (5, 10, 25, 45, 60)])
+    assert [g.prefix_tokens for g in found] == [0, 0, 10, 30, 30]
+    assert [g.tokens for g in found] == [greedy(model, prompt[:n], 20) for n in (5, 10, 25, 45, 60)]
+    assert engine.stats.prefix_tokens == 70
+    assert engine.stats.prompt_tokens == 5 + 10 + 25 + 45 + 60 - 70
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_a_conversation_goes_on_from_the_state_it_left(model, tokens):
+    first, second = prompts_of(30, 7)
+    engine = Engine(model, prefill_chunk=16)
+    turn = engine.generate([Request(first, tokens, keep_state=True)])[0]
+    assert torch.equal(turn.state.tokens, torch.cat((first, torch.tensor(turn.tokens[:-1]).long())))
+    engine.add_prefix(turn.state)
+    conversation = torch.cat((first, torch.tensor(turn.tokens), second))
+    answer = engine.generate([Request(conversation, 15)])[0]
+    assert answer.prefix_tokens == 30 + tokens - 1
+    assert answer.tokens == greedy(model, conversation, 15)
+
+
+def test_the_penalty_counts_tokens_of_a_prefix(plus):
+    (prompt,) = prompts_of(40)
+    sampling = SamplingParams(repetition_penalty=1.5)
+    engine = Engine(plus)
+    engine.add_prefix(engine.read(prompt[:39]))
+    found = engine.generate([Request(prompt, 15, sampling)])[0]
+    assert found.prefix_tokens == 39
+    assert found.tokens == alone(plus, Request(prompt, 15, sampling)).tokens
+
+
+def test_a_prefix_of_other_shapes_is_refused(plus):
+    from tests.model.helpers import model_of
+
+    state = Engine(model_of("rodimus")).read([1, 2, 3])
+    with pytest.raises(ValueError, match="recurrent of the state must have shape"):
+        Engine(plus).add_prefix(state)

@@ -1,0 +1,89 @@
+"""Text as it comes: the tokenizer's own decoding is the truth, cut before the first stop string."""
+
+import itertools
+
+import pytest
+
+from rodimus.generation import Engine, Request, SamplingParams
+from rodimus.generation.text import TextStream
+from tests.generation.helpers import byte_tokenizer, greedy, prompts_of, text_model
+
+SAMPLES = [
+    "plain text",
+    "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600\U0001f600 end",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 family",
+    "",
+]
+
+
+def released(tokenizer, tokens, stop=()):
+    """Text after each token, and at the end."""
+    stream = TextStream(tokenizer, stop)
+    seen = []
+    for token in tokens:
+        stream.push(token)
+        seen.append(stream.text)
+        if stream.stopped:
+            break
+    stream.finish()
+    return [*seen, stream.text], stream.stopped
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_pieces_add_up_to_the_text_and_are_never_taken_back(text):
+    tokenizer = byte_tokenizer()
+    seen, _ = released(tokenizer, tokenizer(text).input_ids)
+    assert seen[-1] == text
+    for before, after in itertools.pairwise(seen):
+        assert after.startswith(before) and text.startswith(before)
+
+
+def test_bytes_that_are_no_text_come_out_as_the_tokenizer_decodes_them():
+    tokenizer = byte_tokenizer()
+    for seed in range(20):
+        (tokens,) = prompts_of(120, seed=seed, vocab=256)
+        seen, _ = released(tokenizer, tokens.tolist())
+        assert seen[-1] == tokenizer.decode(tokens)
+        assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize(
+    "stop, expected",
+    [
+        (("xyz",), "one two aab aac three"),
+        ((" three",), "one two aab aac"),
+        (("aac",), "one two aab "),
+        (("two aab aac three!", "aab a"), "one two "),
+        (("e",), "on"),
+        (("one",), ""),
+        (("ee?", "thr\u00e9"), "one two aab aac three"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string(stop, expected):
+    tokenizer = byte_tokenizer()
+    seen, stopped = released(tokenizer, tokenizer("one two aab aac three").input_ids, stop)
+    assert seen[-1] == expected
+    assert stopped == (expected != "one two aab aac three")
+    assert all(expected.startswith(text) for text in seen)
+
+
+def test_the_engine_stops_at_a_string_that_spans_tokens():
+    model, tokenizer = text_model(), byte_tokenizer()
+    (prompt,) = prompts_of(10, vocab=257)
+    whole = tokenizer.decode(greedy(model, prompt, 60))
+    stop = whole[20:24]
+    engine = Engine(model, tokenizer)
+    deltas = list(engine.stream(Request(prompt, 60, stop=(stop, "never there"), stop_tokens=())))
+    text = "".join(delta.text for delta in deltas)
+    assert text == whole[: whole.index(stop)] and deltas[-1].finish_reason == "stop"
+    assert sum(len(delta.tokens) for delta in deltas) < 60
+
+
+def test_an_end_token_is_not_part_of_the_text():
+    model, tokenizer = text_model(), byte_tokenizer()
+    (prompt,) = prompts_of(10, vocab=257)
+    tokens = greedy(model, prompt, 12)
+    request = Request(prompt, 12, SamplingParams(), stop_tokens=(tokens[6],))
+    found = Engine(model, tokenizer).generate([request])[0]
+    assert found.tokens == tokens[: tokens.index(tokens[6]) + 1]
+    assert found.text == tokenizer.decode(found.tokens[:-1])
