@@ -1,10 +1,14 @@
 """What every operator shares: loading an implementation by name, and clear argument errors."""
 
+import functools
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Mapping
 
 import torch
+
+_logger = logging.getLogger(__name__)
 
 
 def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callable:
@@ -40,6 +44,23 @@ def _import(module: str) -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """Whether ``impl="auto"`` may use Triton there; where a GPU has to do without, said once."""
+    return device.type == "cuda" and _gpu_runs_triton(device)
+
+
+@functools.cache
+def _gpu_runs_triton(device: torch.device) -> bool:
+    failure = _import("triton")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        failure = f"compute capability {major}.{minor} is below 8.0"
+    if failure is not None:
+        _logger.warning("torch operations instead of Triton kernels on %s: %s", device, failure)
+    return failure is None
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

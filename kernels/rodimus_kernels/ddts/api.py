@@ -3,12 +3,20 @@ dispatch."""
 
 import torch
 
-from .._dispatch import check_alike, check_cu_seqlens, check_floating, check_shape, load
-from .._library import state_dtype
+from .._dispatch import (
+    check_alike,
+    check_cu_seqlens,
+    check_floating,
+    check_shape,
+    load,
+    runs_triton,
+)
+from .._library import TRITON_KEY_DIMS, state_dtype
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:ddts",
     "eager": "rodimus_kernels.ddts.eager:forward",
+    "triton_chunk": "rodimus_kernels.ddts.triton_chunk:forward",
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:ddts_step",
@@ -110,7 +118,10 @@ def ddts(
     sequences = check_cu_seqlens(cu_seqlens, batch, length)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
-    function = load("ddts", _choose(length) if impl == "auto" else impl, _SEQUENCE)
+    if impl == "auto":
+        dtypes = {x.dtype for x in (q, k, v, log_decay)}
+        impl = _choose(runs_triton(q.device), length, key_dim, v.shape[-1], torch.float64 in dtypes)
+    function = load("ddts", impl, _SEQUENCE)
     return function(
         *(q, k, v, log_decay),
         scale=key_dim**-0.5 if scale is None else scale,
@@ -120,7 +131,10 @@ def ddts(
     )
 
 
-def _choose(length: int) -> str:
+def _choose(triton: bool, length: int, key_dim: int, value_dim: int, double: bool) -> str:
+    """What ``impl="auto"`` means: Triton on a GPU where it takes the shape, else torch."""
+    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not double:
+        return "triton_chunk"
     return "eager" if length > _SHORT else "reference"
 
 

@@ -1,0 +1,59 @@
+"""Helpers of Triton implementations with two callers or more."""
+
+import contextlib
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret
+"""Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
+
+# Triton 3.10 turns this off by default; kernels are tested with it
+FP_FUSION = {"enable_fp_fusion": True}
+
+_assumed_capability: int | None = None
+
+
+def capability(x: torch.Tensor) -> int:
+    """Compute capability of the tensor's device, times ten: 80, 90, 100; 0 without a GPU."""
+    if _assumed_capability is not None:
+        return _assumed_capability
+    if not x.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def assume_capability(value: int):
+    """Launch as if on such a device: for compilation without one, and for the interpreter."""
+    global _assumed_capability
+    _assumed_capability, before = value, _assumed_capability
+    try:
+        yield
+    finally:
+        _assumed_capability = before
+
+
+def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:
+    """Raise ValueError unless the tensors are where Triton can run and of a dtype it takes."""
+    for tensor in tensors:
+        if not (tensor.is_cuda or INTERPRETED):
+            raise ValueError(
+                f"{operator}: Triton expects CUDA tensors (or TRITON_INTERPRET=1),"
+                f" got {tensor.device}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{operator}: Triton takes float32, bfloat16 and float16, got {tensor.dtype}"
+            )
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself where its last dimension is dense, else a copy where it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def divisor_tile(size: int, limit: int) -> int:
+    """The largest power of two up to ``limit`` that divides ``size``."""
+    return min(size & -size, limit)

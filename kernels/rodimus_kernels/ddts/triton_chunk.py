@@ -1,0 +1,435 @@
+"""Chunked DDTS in Triton: training and prefill on a GPU.
+
+Forward: prepare, walk. Backward: prepare again, the walk in reverse, products, gate. Saved beyond
+the inputs: one state ``[V, K]`` in the operands' dtype per chunk of 64 tokens, so 2 V bytes a token
+for K = 64 in bfloat16, and nothing without gradients. The kernels are in
+``triton_chunk_kernels.py``.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from .. import reference
+from .._library import TRITON_CHUNK, TRITON_KEY_DIMS, chunk_columns, tile_dtype
+from .._triton import FP_FUSION, INTERPRETED, capability, check_runs_here, divisor_tile, unit_stride
+from .triton_chunk_kernels import (
+    ddts_chunk_gate_kernel,
+    ddts_chunk_prepare_kernel,
+    ddts_chunk_products_kernel,
+    ddts_chunk_walk_kernel,
+    ddts_scan_segments_kernel,
+)
+
+_LEVELS = int(math.log2(TRITON_CHUNK))
+
+# programs of the walk that share a multiprocessor; with one, its serial chain leaves memory idle
+_WALKS_PER_SM = 2
+_MIN_CHUNKS_PER_SEGMENT = 4
+_MAX_SEGMENTS = 16
+
+
+class Tile(NamedTuple):
+    """Launch configuration: how much of V (or K) a program takes, its warps and its stages."""
+
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+def prepare_tile(key_dim: int) -> Tile:
+    """All of K up to 64 at once; the scores add up over the slices."""
+    return Tile(min(key_dim, 64), 8, 1)
+
+
+def walk_tile(key_dim: int, value_dim: int, dtype: torch.dtype, tma: bool, arch: int) -> Tile:
+    """The state is ``width * K`` fp32 in registers: 8192 elements on 4 warps leave room for two
+    programs a multiprocessor; three tf32 products an operand leave half of that, the addresses of
+    the pointer variant need 8 warps, and before sm_90 the products' operands as well."""
+    limit = (8192 if dtype == torch.bfloat16 and (tma or arch >= 90) else 4096) // key_dim
+    width = divisor_tile(value_dim, max(min(limit, 128), 16))
+    return Tile(width, 4 if tma and key_dim <= 128 else 8, 2 if arch >= 90 else 3)
+
+
+def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tile:
+    """Accumulators are C * C + 2 C * K fp32; V streams through shared memory."""
+    return Tile(divisor_tile(value_dim, 64 if dtype == torch.bfloat16 else 32), 4, 3)
+
+
+def gate_tile(key_dim: int) -> Tile:
+    """Slices of K: six ``[C, width]`` fp32 values live across the levels."""
+    return Tile(min(key_dim, 16), 4, 1)
+
+
+def forward(
+    q, k, v, log_decay, *, scale, initial_state=None, output_final_state=False, cu_seqlens=None
+):
+    """``ddts`` by chunks in Triton; the contract is that of :func:`rodimus_kernels.ddts`.
+
+    Raises:
+        ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
+            float32, bfloat16 or float16, or the tensors are not where Triton runs.
+    """
+    check_runs_here("ddts", q, k, v, log_decay)
+    if q.shape[-1] not in TRITON_KEY_DIMS or v.shape[-1] % 16:
+        raise ValueError(
+            f"ddts(impl='triton_chunk'): expected K in {TRITON_KEY_DIMS} and V a multiple of 16,"
+            f" got K = {q.shape[-1]}, V = {v.shape[-1]}"
+        )
+    resets = None
+    if cu_seqlens is not None and initial_state is None and not output_final_state:
+        # without states of their own, documents share chunks: a reset separates them
+        resets = reference.document_starts(cu_seqlens, q.shape[1])[None]
+        cu_seqlens = None
+    inputs = (q, k, v, log_decay, initial_state)
+    save_states = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    o, final_state, _ = torch.ops.rodimus.ddts_chunk(
+        q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states
+    )
+    return o, (final_state if output_final_state else None)
+
+
+class _Columns(NamedTuple):
+    """Where the chunks lie. The tensors are None for dense rows."""
+
+    count: int
+    per_row: int
+    starts: torch.Tensor | None
+    ends: torch.Tensor | None
+    offsets: torch.Tensor | None
+
+
+def _columns(batch, length, cu_seqlens):
+    count = chunk_columns(batch, length, cu_seqlens)
+    if cu_seqlens is None:
+        return _Columns(count, count // batch, None, None, None)
+    bounds = cu_seqlens.long()
+    chunks = (bounds.diff() + TRITON_CHUNK - 1) // TRITON_CHUNK
+    offsets = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
+    column = torch.arange(count, device=bounds.device)
+    # columns after the last chunk fall behind the end of the last document: empty
+    document = torch.searchsorted(offsets[1:], column, right=True).clamp(max=len(chunks) - 1)
+    starts = bounds[document] + (column - offsets[document]) * TRITON_CHUNK
+    ends = bounds[document + 1]
+    return _Columns(count, 0, *(x.to(torch.int32) for x in (starts, ends, offsets)))
+
+
+class _Tiles(NamedTuple):
+    """What prepare writes, by slot."""
+
+    a: torch.Tensor
+    read: torch.Tensor
+    write: torch.Tensor
+    keep: torch.Tensor
+
+
+def _precision(v):
+    """float32 inputs get float32 products; halves are rounded to 8 or 11 bits anyway."""
+    return "tf32x3" if v.dtype == torch.float32 else "tf32"
+
+
+def _upcast(v):
+    return INTERPRETED and v.dtype == torch.bfloat16
+
+
+def _strides(*tensors):
+    """Strides of batch, time and head."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _prepare(q, k, v, log_decay, scale, resets, columns):
+    heads, key_dim = q.shape[2:]
+    slots, dtype = heads * columns.count, tile_dtype(v)
+    tiles = _Tiles(
+        v.new_empty((slots, TRITON_CHUNK, TRITON_CHUNK), dtype=dtype),
+        v.new_empty((slots, TRITON_CHUNK, key_dim), dtype=dtype),
+        v.new_empty((slots, TRITON_CHUNK, key_dim), dtype=dtype),
+        v.new_empty((slots, key_dim), dtype=torch.float32),
+    )
+    tile = prepare_tile(key_dim)
+    ddts_chunk_prepare_kernel[(columns.count, heads)](
+        *(q, k, log_decay, resets, columns.starts, columns.ends, *tiles),
+        *(scale, q.shape[1], columns.per_row, *_strides(q, k, log_decay)),
+        K=key_dim,
+        C=TRITON_CHUNK,
+        BK=tile.width,
+        LEVELS=_LEVELS,
+        PRECISION=_precision(v),
+        num_warps=tile.num_warps,
+        **FP_FUSION,
+    )
+    return tiles
+
+
+def use_tma(x: torch.Tensor, dtype: torch.dtype, columns: _Columns) -> bool:
+    """Hopper's copy engine clips at the end of a row, so not at the end of a packed document; it
+    converts nothing, and wants 16-byte strides."""
+    if capability(x) < 90:
+        return False
+    aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    return aligned and x.data_ptr() % 16 == 0 and x.dtype == dtype and columns.offsets is None
+
+
+def segments(programs: int, chunks: int, multiprocessors: int) -> int:
+    """Into how many segments to cut each sequence, by the time of the waves.
+
+    A segment costs its chunks once more, at about half the work, to know the state it leaves
+    behind: worth it where few sequences leave multiprocessors idle.
+    """
+    slots = multiprocessors * _WALKS_PER_SM
+    best, best_time = 1, None
+    for count in (1 << n for n in range(_MAX_SEGMENTS.bit_length())):
+        if count > 1 and chunks < count * _MIN_CHUNKS_PER_SEGMENT:
+            break
+        waves = -(-programs * count // slots) + 0.5 * -(-programs * (count - 1) // slots)
+        duration = waves * -(-chunks // count)
+        if best_time is None or duration < best_time:
+            best, best_time = count, duration
+    return best
+
+
+def _segments(x, programs, columns):
+    if columns.offsets is not None or not x.is_cuda:
+        return 1
+    properties = torch.cuda.get_device_properties(x.device)
+    return segments(programs, columns.per_row, properties.multi_processor_count)
+
+
+def _walk(x, tiles, columns, initial_state, sequences, *, reverse, states):
+    """``(y, final state)`` of the walk; with ``states`` filled by the way."""
+    heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
+    tma = use_tma(x, tiles.a.dtype, columns)
+    tile = walk_tile(key_dim, value_dim, tiles.a.dtype, tma, capability(x))
+    final_state = x.new_empty((sequences, heads, key_dim, value_dim), dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    count = _segments(x, sequences * heads * (value_dim // tile.width), columns)
+    run = _walk_launcher(x, tiles, columns, tile, sequences, tma=tma, reverse=reverse)
+    if count > 1:
+        initial_state = _segment_states(run, x, tiles, columns, initial_state, sequences, count)
+    run(y, initial_state, final_state, None, states, count)
+    return y, final_state
+
+
+def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
+    heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
+
+    def run(y, initial_state, final_state, segment_keep, states, count):
+        tensors = (x, y, tiles.a, tiles.read, tiles.write, states)
+        if reverse:
+            tensors = (x, y, tiles.a, tiles.write, tiles.read, states)
+        y_strides = _strides(x if y is None else y)
+        if tma:
+            tensors = _descriptors(*tensors, tile.width)
+        *inputs, states = tensors
+        ddts_chunk_walk_kernel[(value_dim // tile.width, count, sequences * heads)](
+            *(*inputs, tiles.keep, initial_state, final_state, segment_keep, states),
+            *(columns.starts, columns.ends, columns.offsets, x.shape[1], columns.per_row),
+            *(columns.count, _segment_length(columns, count), *_strides(x), *y_strides),
+            H=heads,
+            K=key_dim,
+            V=value_dim,
+            C=TRITON_CHUNK,
+            BV=tile.width,
+            REVERSE=reverse,
+            TMA=tma,
+            STAGES=tile.num_stages,
+            PRECISION=_precision(x),
+            UPCAST=_upcast(x),
+            num_warps=tile.num_warps,
+            **FP_FUSION,
+        )
+
+    return run
+
+
+def _segment_length(columns, count):
+    """Chunks of a segment; packed documents are walked whole, whatever their length."""
+    return -(-columns.per_row // count) if columns.offsets is None else columns.count
+
+
+def _descriptors(x, y, a, read, write, states, width):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def rows(t, block):
+        return TensorDescriptor.from_tensor(t.flatten(0, -2), [block, t.shape[-1]])
+
+    def sequence(t):
+        return TensorDescriptor.from_tensor(t.transpose(1, 2), [1, 1, TRITON_CHUNK, width])
+
+    return (
+        sequence(x),
+        None if y is None else sequence(y),
+        *(rows(t, TRITON_CHUNK) for t in (a, read, write)),
+        None if states is None else rows(states, width),
+    )
+
+
+def _segment_states(run, x, tiles, columns, initial_state, sequences, count):
+    """The state each segment starts from: ``[sequences, H, segments, K, V]``."""
+    heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
+    local = x.new_empty((sequences, heads, count, key_dim, value_dim), dtype=torch.float32)
+    decay = x.new_empty((sequences, heads, count, key_dim), dtype=torch.float32)
+    run(None, None, local, decay, None, count)
+    block_k, block_v = min(key_dim, 32), divisor_tile(value_dim, 32)
+    grid = (value_dim // block_v, key_dim // block_k, sequences * heads)
+    ddts_scan_segments_kernel[grid](
+        *(local, decay, initial_state, count),
+        K=key_dim,
+        V=value_dim,
+        BK=block_k,
+        BV=block_v,
+        **FP_FUSION,
+    )
+    return local
+
+
+@torch.library.impl("rodimus::ddts_chunk", "CompositeExplicitAutograd")
+def _forward(q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states):
+    q, k, v, log_decay = (unit_stride(x) for x in (q, k, v, log_decay))
+    heads, key_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
+    columns = _columns(q.shape[0], q.shape[1], cu_seqlens)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        initial_state = initial_state.to(torch.float32).contiguous()
+    tiles = _prepare(q, k, v, log_decay, scale, resets, columns)
+    saved = columns.count if save_states else 0
+    # columns behind the last packed document are never walked
+    new_states = v.new_empty if cu_seqlens is None else v.new_zeros
+    states = new_states((heads, saved, value_dim, key_dim), dtype=tile_dtype(v))
+    o, final_state = _walk(
+        *(v, tiles, columns, initial_state, sequences),
+        reverse=False,
+        states=states if save_states else None,
+    )
+    return o, final_state, states
+
+
+@torch.library.impl("rodimus::ddts_chunk_backward", "CompositeExplicitAutograd")
+def _backward(q, k, v, log_decay, scale, resets, cu_seqlens, states, do, dfinal_state):
+    q, k, v, log_decay, do = (unit_stride(x) for x in (q, k, v, log_decay, do))
+    columns = _columns(q.shape[0], q.shape[1], cu_seqlens)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if dfinal_state is not None:
+        dfinal_state = dfinal_state.to(torch.float32).contiguous()
+    tiles = _prepare(q, k, v, log_decay, scale, resets, columns)
+    dstates = torch.empty_like(states) if cu_seqlens is None else torch.zeros_like(states)
+    dv, dinitial_state = _walk(
+        *(do, tiles, columns, dfinal_state, sequences), reverse=True, states=dstates
+    )
+    products = _products(v, do, states, dstates, columns)
+    dq, dk, dlog_decay = _gate(q, k, v, log_decay, scale, resets, columns, products)
+    return dq, dk, dv, dlog_decay, dinitial_state
+
+
+def _products(v, do, states, dstates, columns):
+    """``(da, dread, dwrite, dkeep)``, fp32, by slot."""
+    heads, value_dim, key_dim = states.shape[0], states.shape[2], states.shape[3]
+    slots, tile = heads * columns.count, products_tile(key_dim, value_dim, states.dtype)
+    shapes = ((TRITON_CHUNK, TRITON_CHUNK), (TRITON_CHUNK, key_dim), (TRITON_CHUNK, key_dim))
+    outputs = [v.new_empty((slots, *s), dtype=torch.float32) for s in (*shapes, (key_dim,))]
+    block = min(key_dim, 128)
+    ddts_chunk_products_kernel[(columns.count, heads, key_dim // block)](
+        *(v, do, states, dstates, columns.starts, columns.ends, *outputs),
+        *(v.shape[1], columns.per_row, *_strides(v, do)),
+        K=key_dim,
+        V=value_dim,
+        C=TRITON_CHUNK,
+        BK=block,
+        BV=tile.width,
+        STAGES=tile.num_stages,
+        PRECISION=_precision(v),
+        UPCAST=_upcast(v),
+        num_warps=tile.num_warps,
+        **FP_FUSION,
+    )
+    return outputs
+
+
+def _gate(q, k, v, log_decay, scale, resets, columns, products):
+    """``(dq, dk, dlog_decay)`` from the products."""
+    heads, key_dim = q.shape[2:]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, log_decay)]
+    tile = gate_tile(key_dim)
+    ddts_chunk_gate_kernel[(columns.count, heads, key_dim // tile.width)](
+        *(q, k, log_decay, resets, columns.starts, columns.ends, *products, *grads),
+        *(scale, q.shape[1], columns.per_row, *_strides(q, k, log_decay)),
+        H=heads,
+        K=key_dim,
+        C=TRITON_CHUNK,
+        BK=tile.width,
+        LEVELS=_LEVELS,
+        PRECISION=_precision(v),
+        INTERPRETED=INTERPRETED,
+        num_warps=tile.num_warps,
+        **FP_FUSION,
+    )
+    return grads
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, log_decay, ctx.scale, initial_state, resets, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, resets, cu_seqlens, output[2])
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, do, dfinal_state, _dstates):
+    q, k, v, log_decay, resets, cu_seqlens, states = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    *grads, dinitial_state = torch.ops.rodimus.ddts_chunk_backward(
+        q, k, v, log_decay, ctx.scale, resets, cu_seqlens, states, do, dfinal_state
+    )
+    dinitial_state = None if ctx.state_dtype is None else dinitial_state.to(ctx.state_dtype)
+    return *grads, None, dinitial_state, None, None, None
+
+
+torch.library.register_autograd("rodimus::ddts_chunk", _autograd, setup_context=_setup_context)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
+
+    Args:
+        everything: all key dimensions and dtypes, not only the models' own.
+    """
+    cases = [(64, 4096, torch.bfloat16)]
+    if everything:
+        others = [(16, 64), (32, 512), (64, 6144), (128, 4096), (256, 4096), (64, 16)]
+        cases += [(*shape, torch.bfloat16) for shape in others]
+        cases += [(k, 4096, dtype) for dtype in (torch.float32, torch.float16) for k in (64, 256)]
+    for key_dim, value_dim, dtype in cases:
+        name = f"K{key_dim} V{value_dim} {str(dtype).removeprefix('torch.')}"
+        yield f"{name} training", functools.partial(_aot_training, key_dim, value_dim, dtype)
+    yield "K64 V4096 bfloat16 packed", functools.partial(_aot_packed, 64, 4096, torch.bfloat16)
+    yield "K64 V4096 bfloat16 segments", functools.partial(_aot_segments, 64, 4096, torch.bfloat16)
+
+
+def _aot_inputs(key_dim, value_dim, dtype):
+    q, k = (torch.empty(1, 2 * TRITON_CHUNK, 1, key_dim, dtype=dtype) for _ in range(2))
+    v = torch.empty(1, 2 * TRITON_CHUNK, 1, value_dim, dtype=dtype)
+    return q, k, v, torch.empty(q.shape)
+
+
+def _aot_training(key_dim, value_dim, dtype):
+    inputs = _aot_inputs(key_dim, value_dim, dtype)
+    o, state, states = torch.ops.rodimus.ddts_chunk(*inputs, 1.0, None, None, None, True)
+    torch.ops.rodimus.ddts_chunk_backward(*inputs, 1.0, None, None, states, o, state)
+
+
+def _aot_packed(key_dim, value_dim, dtype):
+    inputs, bounds = _aot_inputs(key_dim, value_dim, dtype), torch.tensor([0, 70, 128])
+    state = torch.empty(2, 1, key_dim, value_dim)
+    o, state, states = torch.ops.rodimus.ddts_chunk(*inputs, 1.0, state, None, bounds, True)
+    torch.ops.rodimus.ddts_chunk_backward(*inputs, 1.0, None, bounds, states, o, state)
+
+
+def _aot_segments(key_dim, value_dim, dtype):
+    q, k, v, g = _aot_inputs(key_dim, value_dim, dtype)
+    columns = _columns(1, q.shape[1], None)
+    tma = use_tma(v, dtype, columns)
+    tile = walk_tile(key_dim, value_dim, dtype, tma, capability(v))
+    tiles = _prepare(q, k, v, g, 1.0, None, columns)
+    run = _walk_launcher(v, tiles, columns, tile, 1, tma=tma, reverse=False)
+    _segment_states(run, v, tiles, columns, None, 1, 2)

@@ -1,0 +1,461 @@
+"""Triton kernels of chunked DDTS: prepare, walk, and the two backward passes owned by chunks.
+
+Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``decay_tree``
+of ``reference.py``) and A the decayed scores:
+
+    prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(total)         one program a chunk
+    walk      y = read S + A x,   S' = keep S + write^T x          one program a block of V columns
+    products  dA = do v^T, dread = do S^T, dwrite = v dS^T, sum_V S dS           one program a chunk
+    gate      dq, dk, dlog_decay from those, down the same tree       one program a chunk, K a slice
+
+The backward of the state is the same walk in reverse with read and write exchanged: x is do, y is
+dv. Every exponent is <= 0 by construction and the gate gradient is a sum without cancellation, so
+a log-decay may be anything from 0 to -inf.
+
+The chunk-local tensors (A, read, write, keep, states) are indexed by slot: ``head * NC + column``.
+A column is ``batch * NT + chunk`` in dense rows. Packed documents with states of their own get
+whole chunks each: ``starts`` and ``ends`` give the tokens of a column, ``offsets`` the first column
+of a document; all three are made on the device, so nothing waits for it.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
+RESET = tl.constexpr(-1.4426950408889634e30)
+
+
+@triton.jit
+def chunk_tokens(i_c, starts, ends, T, NT, C: tl.constexpr):
+    """Row of the batch, first token and end of the tokens that column ``i_c`` may touch."""
+    if starts is None:
+        return i_c // NT, (i_c % NT) * C, T
+    else:
+        return i_c * 0, tl.load(starts + i_c).to(tl.int64), tl.load(ends + i_c).to(tl.int64)
+
+
+@triton.jit
+def load_log2_decay(p_g, p_resets, o_i, mask):
+    """Log2 of the decay as fp32; a document's first token erases what was before it."""
+    b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    if p_resets is not None:
+        b_reset = tl.load(p_resets + o_i[:, None], mask=mask, other=0)
+        b_g = tl.where(b_reset != 0, RESET, b_g)
+    return b_g
+
+
+@triton.jit
+def climb(prefix, suffix, total, o_i, level):
+    """The sums of blocks of ``2 << level`` positions from those of ``1 << level``: additions only.
+
+    Inside a block ``total`` is constant, so any position of the sibling block holds its sum.
+    """
+    sibling = tl.gather(total, (o_i ^ (1 << level))[:, None] + tl.zeros(total.shape, tl.int32), 0)
+    odd = ((o_i >> level) & 1)[:, None] == 1
+    return (
+        prefix + tl.where(odd, sibling, 0.0),
+        suffix + tl.where(odd, 0.0, sibling),
+        total + sibling,
+    )
+
+
+@triton.jit
+def pairs_of_level(o_i, level):
+    """Pairs i > j whose highest differing bit is ``level``: ``[C, C]``."""
+    return (((o_i[:, None] ^ o_i[None, :]) >> level) == 1) & (o_i[:, None] > o_i[None, :])
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b in fp32. UPCAST: the interpreter multiplies bf16 operands wrongly."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def masked_sum(mask, x, acc, UPCAST: tl.constexpr):
+    """acc + mask x for a bool mask, exact: an fp32 x is the sum of three bf16 values."""
+    mask = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    acc = product(mask, high, acc, "tf32", UPCAST)
+    acc = product(mask, middle, acc, "tf32", UPCAST)
+    return product(mask, low, acc, "tf32", UPCAST)
+
+
+@triton.jit
+def ddts_chunk_prepare_kernel(
+    q,
+    k,
+    g,
+    resets,
+    starts,
+    ends,
+    a,
+    read,
+    write,
+    keep,
+    scale,
+    T,
+    NT,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    g_b,
+    g_t,
+    g_h,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``."""
+    i_c = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    slot = i_h * tl.num_programs(0) + i_c
+    i_b, start, end = chunk_tokens(i_c, starts, ends, T, NT, C)
+    o_i = tl.arange(0, C)
+    mask = (start + o_i < end)[:, None]
+    p_q = q + i_b * q_b + i_h * q_h + start * q_t
+    p_k = k + i_b * k_b + i_h * k_h + start * k_t
+    p_g = g + i_b * g_b + i_h * g_h + start * g_t
+    p_resets = None if resets is None else resets + i_b * T + start
+    b_a = tl.zeros([C, C], tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)[None, :]
+        b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
+        b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
+        total = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
+        prefix = total
+        suffix = tl.zeros([C, BK], tl.float32)
+        b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
+        # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
+        for level in tl.range(0, LEVELS, num_stages=1):
+            b_kd = tl.trans(b_k * tl.exp2(suffix))
+            scores = tl.dot(b_q * tl.exp2(prefix), b_kd, input_precision=PRECISION)
+            b_a += tl.where(pairs_of_level(o_i, level), scores, 0.0)
+            prefix, suffix, total = climb(prefix, suffix, total, o_i, level)
+        o_ck = o_i[:, None] * K + o_k
+        tl.store(read + slot * C * K + o_ck, (b_q * tl.exp2(prefix)).to(read.dtype.element_ty))
+        tl.store(write + slot * C * K + o_ck, (b_k * tl.exp2(suffix)).to(write.dtype.element_ty))
+        p_keep = keep + slot * K + o_k + tl.zeros([C, BK], tl.int32)
+        tl.store(p_keep, tl.exp2(total), mask=o_i[:, None] == 0)
+    tl.store(a + slot * C * C + o_i[:, None] * C + o_i[None, :], b_a.to(a.dtype.element_ty))
+
+
+@triton.jit
+def ddts_chunk_walk_kernel(
+    x,
+    y,
+    a,
+    read,
+    write,
+    keep,
+    h0,
+    ht,
+    segment_keep,
+    states,
+    starts,
+    ends,
+    offsets,
+    T,
+    NT,
+    NC,
+    SEGMENT,
+    x_b,
+    x_t,
+    x_h,
+    y_b,
+    y_t,
+    y_h,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Walk the chunks of one segment of one sequence with the state in registers.
+
+    Program (block of V, segment, sequence * H + head). ``h0`` and ``ht`` are fp32 ``[sequences * H,
+    segments, K, V]``. With ``y=None`` only the state is computed, from zero, and the total decay
+    of the segment goes to ``segment_keep [sequences * H, segments, K]``. ``states [slots, V, K]``
+    takes the state at the start of each chunk. With ``TMA`` x, y, a, read, write and states are
+    descriptors.
+    """
+    i_v = tl.program_id(0)
+    i_s = tl.program_id(1)
+    i_nh = tl.program_id(2).to(tl.int64)
+    i_n = i_nh // H
+    i_h = i_nh % H
+    if offsets is None:
+        first = i_n * NT
+        count = NT
+    else:
+        first = tl.load(offsets + i_n).to(tl.int64)
+        count = (tl.load(offsets + i_n + 1) - first).to(tl.int32)
+    o_c = tl.arange(0, C)
+    o_k = tl.arange(0, K)
+    o_v = i_v * BV + tl.arange(0, BV)
+    # V first: the accumulator's layout is then the layout of the next product's left operand
+    o_state = o_k[None, :] * V + o_v[:, None]
+    segment = i_nh * tl.num_programs(1) + i_s
+    state = tl.zeros([BV, K], tl.float32)
+    if h0 is not None:
+        state = tl.load(h0 + segment * K * V + o_state)
+    if segment_keep is not None:
+        all_keep = tl.full([K], 1.0, tl.float32)
+    for j in tl.range(i_s * SEGMENT, min((i_s + 1) * SEGMENT, count), num_stages=STAGES):
+        if REVERSE:
+            i_c = first + count - 1 - j
+        else:
+            i_c = first + j
+        slot = i_h * NC + i_c
+        b_keep = tl.load(keep + slot * K + o_k)
+        if TMA:
+            row = (slot * C).to(tl.int32)
+            i_t = (i_c - first).to(tl.int32) * C
+            place = [i_n.to(tl.int32), i_h.to(tl.int32), i_t, i_v * BV]
+            b_x = tl.reshape(x.load(place), [C, BV])
+            b_write = write.load([row, 0])
+        else:
+            i_b, start, end = chunk_tokens(i_c, starts, ends, T, NT, C)
+            mask = (start + o_c < end)[:, None]
+            p_x = x + i_b * x_b + i_h * x_h + start * x_t
+            b_x = tl.load(p_x + o_c[:, None] * x_t + o_v[None, :], mask=mask, other=0.0)
+            o_ck = o_c[:, None] * K + o_k[None, :]
+            b_write = tl.load(write + slot * C * K + o_ck)
+        # TMA has no dtype conversion; without it x (fp16) becomes the products' dtype here
+        b_x = tl.trans(b_x).to(b_write.dtype)
+        if y is not None:
+            b_state = state.to(b_write.dtype)
+            if TMA:
+                b_read = read.load([row, 0])
+                b_a = a.load([row, 0])
+                if states is not None:
+                    states.store([(slot * V).to(tl.int32) + i_v * BV, 0], b_state)
+            else:
+                b_read = tl.load(read + slot * C * K + o_ck)
+                b_a = tl.load(a + slot * C * C + o_c[:, None] * C + o_c[None, :])
+                if states is not None:
+                    p_state = states + slot * V * K
+                    tl.store(p_state + o_v[:, None] * K + o_k[None, :], b_state)
+            if not REVERSE:
+                b_a = tl.trans(b_a)
+            b_y = tl.zeros([BV, C], tl.float32)
+            b_y = product(b_state, tl.trans(b_read), b_y, PRECISION, UPCAST)
+            b_y = product(b_x, b_a, b_y, PRECISION, UPCAST)
+            if TMA:
+                y.store(place, tl.reshape(tl.trans(b_y).to(y.dtype), [1, 1, C, BV]))
+            else:
+                p_y = y + i_b * y_b + i_h * y_h + start * y_t + o_c[:, None] * y_t + o_v[None, :]
+                tl.store(p_y, tl.trans(b_y).to(y.dtype.element_ty), mask=mask)
+        if segment_keep is not None:
+            all_keep *= b_keep
+        state = product(b_x, b_write, state * b_keep[None, :], PRECISION, UPCAST)
+    if y is None:
+        tl.store(ht + segment * K * V + o_state, state)
+        tl.store(segment_keep + segment * K + o_k, all_keep)
+    elif i_s == tl.num_programs(1) - 1:
+        tl.store(ht + i_nh * K * V + o_state, state)
+
+
+@triton.jit
+def ddts_scan_segments_kernel(
+    local, decay, h0, S, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """Replace each segment's own state by the state it starts from: ``local [N, S, K, V]``.
+
+    Program (block of V, block of K, sequence): S' = decay S + local, in order of the segments.
+    """
+    i_n = tl.program_id(2).to(tl.int64)
+    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    o_v = tl.program_id(0) * BV + tl.arange(0, BV)
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if h0 is not None:
+        state = tl.load(h0 + i_n * K * V + o_kv)
+    for i_s in range(S):
+        p_local = local + (i_n * S + i_s) * K * V
+        b_local = tl.load(p_local + o_kv)
+        tl.store(p_local + o_kv, state)
+        b_decay = tl.load(decay + (i_n * S + i_s) * K + o_k)
+        state = b_decay[:, None] * state + b_local
+
+
+@triton.jit
+def ddts_chunk_products_kernel(
+    v,
+    do,
+    states,
+    dstates,
+    starts,
+    ends,
+    da,
+    dread,
+    dwrite,
+    dkeep,
+    T,
+    NT,
+    v_b,
+    v_t,
+    v_h,
+    do_b,
+    do_t,
+    do_h,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Everything of a chunk that sums over V. ``da`` above the diagonal has no meaning.
+
+    Program (column, head, slice of K). Outputs are fp32 in the layouts of prepare.
+    """
+    i_c = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    slot = i_h * tl.num_programs(0) + i_c
+    i_b, start, end = chunk_tokens(i_c, starts, ends, T, NT, C)
+    o_c = tl.arange(0, C)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)
+    mask = (start + o_c < end)[:, None]
+    p_v = v + i_b * v_b + i_h * v_h + start * v_t
+    p_do = do + i_b * do_b + i_h * do_h + start * do_t
+    b_da = tl.zeros([C, C], tl.float32)
+    b_dread = tl.zeros([C, BK], tl.float32)
+    b_dwrite = tl.zeros([C, BK], tl.float32)
+    b_dkeep = tl.zeros([BK], tl.float32)
+    # a column behind the last packed document gets zeros
+    stop = tl.where(start < end, V, 0)
+    for i_v in tl.range(0, stop, BV, num_stages=STAGES):
+        o_v = i_v + tl.arange(0, BV)
+        o_vk = o_v[:, None] * K + o_k[None, :]
+        b_state = tl.load(states + slot * V * K + o_vk)
+        b_dstate = tl.load(dstates + slot * V * K + o_vk)
+        b_v = tl.load(p_v + o_c[:, None] * v_t + o_v[None, :], mask=mask, other=0.0)
+        b_do = tl.load(p_do + o_c[:, None] * do_t + o_v[None, :], mask=mask, other=0.0)
+        b_v = b_v.to(b_state.dtype)
+        b_do = b_do.to(b_state.dtype)
+        b_dkeep += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
+        b_da = product(b_do, tl.trans(b_v), b_da, PRECISION, UPCAST)
+        b_dread = product(b_do, b_state, b_dread, PRECISION, UPCAST)
+        b_dwrite = product(b_v, b_dstate, b_dwrite, PRECISION, UPCAST)
+    if tl.program_id(2) == 0:
+        tl.store(da + slot * C * C + o_c[:, None] * C + o_c[None, :], b_da)
+    o_ck = o_c[:, None] * K + o_k[None, :]
+    tl.store(dread + slot * C * K + o_ck, b_dread)
+    tl.store(dwrite + slot * C * K + o_ck, b_dwrite)
+    tl.store(dkeep + slot * K + o_k, b_dkeep)
+
+
+@triton.jit
+def ddts_chunk_gate_kernel(
+    q,
+    k,
+    g,
+    resets,
+    starts,
+    ends,
+    da,
+    dread,
+    dwrite,
+    dkeep,
+    dq,
+    dk,
+    dg,
+    scale,
+    T,
+    NT,
+    q_b,
+    q_t,
+    q_h,
+    k_b,
+    k_t,
+    k_h,
+    g_b,
+    g_t,
+    g_h,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Gradients of q, k and log_decay, contiguous ``[B, T, H, K]``.
+
+    At each level the odd block's queries met the even block's keys. A log-decay entered the prefix
+    of the queries at and after it, and the suffix of the keys before it, inside its own block:
+
+        dlog_decay[t] += sum over i >= t, odd block of t   of q[i] dq_level[i]
+                       + sum over j <  t, even block of t  of k[j] dk_level[j]
+    """
+    i_c = tl.program_id(0).to(tl.int64)
+    i_h = tl.program_id(1).to(tl.int64)
+    slot = i_h * tl.num_programs(0) + i_c
+    i_b, start, end = chunk_tokens(i_c, starts, ends, T, NT, C)
+    o_i = tl.arange(0, C)
+    o_k = tl.program_id(2) * BK + tl.arange(0, BK)[None, :]
+    mask = (start + o_i < end)[:, None]
+    p_q = q + i_b * q_b + i_h * q_h + start * q_t
+    p_k = k + i_b * k_b + i_h * k_h + start * k_t
+    p_g = g + i_b * g_b + i_h * g_h + start * g_t
+    p_resets = None if resets is None else resets + i_b * T + start
+    b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
+    b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
+    total = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
+    prefix = total
+    suffix = tl.zeros([C, BK], tl.float32)
+    p_da = da + slot * C * C
+    o_cc = o_i[:, None] * C + o_i[None, :]
+    # the diagonal of the scores carries no gate
+    diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
+    b_dq = diagonal * b_k
+    b_dk = diagonal * b_q
+    b_dg = tl.zeros([C, BK], tl.float32)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        b_da = tl.load(p_da + o_cc, mask=pairs_of_level(o_i, level), other=0.0)
+        grow = tl.exp2(prefix)
+        shrink = tl.exp2(suffix)
+        level_dq = tl.dot(b_da, b_k * shrink, input_precision=PRECISION) * grow
+        level_dk = tl.dot(tl.trans(b_da), b_q * grow, input_precision=PRECISION) * shrink
+        b_dq += level_dq
+        b_dk += level_dk
+        block = o_i >> level
+        odd = (block & 1) == 1
+        reach = tl.where(odd[None, :], o_i[None, :] >= o_i[:, None], o_i[None, :] < o_i[:, None])
+        reach = reach & (block[:, None] == block[None, :])
+        through = tl.where(odd[:, None], b_q * level_dq, b_k * level_dk)
+        b_dg = masked_sum(reach, through, b_dg, INTERPRETED)
+        prefix, suffix, total = climb(prefix, suffix, total, o_i, level)
+    o_ck = o_i[:, None] * K + o_k
+    level_dq = tl.load(dread + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(prefix)
+    level_dk = tl.load(dwrite + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(suffix)
+    b_dq += level_dq
+    b_dk += level_dk
+    b_dg = masked_sum(o_i[None, :] >= o_i[:, None], b_q * level_dq, b_dg, INTERPRETED)
+    b_dg = masked_sum(o_i[None, :] < o_i[:, None], b_k * level_dk, b_dg, INTERPRETED)
+    b_dg += tl.exp2(total) * tl.load(dkeep + slot * K + o_k)
+    base = ((i_b * T + start) * H + i_h) * K
+    o_out = o_i[:, None] * (H * K) + o_k
+    tl.store(dq + base + o_out, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
+    tl.store(dk + base + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
+    tl.store(dg + base + o_out, b_dg.to(dg.dtype.element_ty), mask=mask)
