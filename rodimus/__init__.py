@@ -4,7 +4,7 @@ Importing the package registers the model with transformers' ``Auto*`` classes, 
 ``AutoModelForCausalLM.from_pretrained`` loads a checkpoint folder without any remote code.
 """
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,11 @@ def register() -> None:
     AutoTokenizer.register(TokenizerKey, RodimusTokenizer, exist_ok=True)
 
 
+if importlib.util.find_spec("rodimus_kernels") is None:
+    raise ImportError(
+        "rodimus needs rodimus_kernels, which lies in kernels/ of the same repository:"
+        " install both with `pip install -e .`, or put kernels/ on the path"
+    )
 # The command `rodimus` answers --help without waiting for torch; its commands load what they use.
 if not sys.argv or Path(sys.argv[0]).stem != "rodimus":
     register()

@@ -78,11 +78,7 @@ def _devices() -> Iterator[str]:
 
 def _operators() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        yield "operators, with no GPU: implementations in torch run"
-    else:
-        yield "operators on cuda:"
-    yield "  (module that does the work; in brackets what impl= accepts, or why it does not)"
+    yield f"operators on {device.type}: the module that does the work [what impl= accepts, or why not]"
     for name, (operator, arguments) in cases(device).items():
         call = lambda impl, operator=operator, arguments=arguments: operator(*arguments, impl=impl)
         line = f"  {name:<26} {observe(lambda call=call: call('auto')):<22}"
