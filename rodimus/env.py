@@ -78,7 +78,7 @@ def _devices() -> Iterator[str]:
 
 def _operators() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"operators on {device.type}: the module that does the work [what impl= accepts, or why not]"
+    yield f"operators on {device.type}: the module that works [what impl= accepts, or why not]"
     for name, (operator, arguments) in cases(device).items():
         call = lambda impl, operator=operator, arguments=arguments: operator(*arguments, impl=impl)
         line = f"  {name:<26} {observe(lambda call=call: call('auto')):<22}"
