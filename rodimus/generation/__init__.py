@@ -3,6 +3,7 @@
 from .engine import Delta, Engine, Generation, Request, TokenLogprobs
 from .sampling import SamplingParams
 from .state import SequenceState, StateLayout, state_bytes
+from .state_file import load_state, save_state
 
 __all__ = [
     "Delta",
@@ -13,5 +14,7 @@ __all__ = [
     "SequenceState",
     "StateLayout",
     "TokenLogprobs",
+    "load_state",
+    "save_state",
     "state_bytes",
 ]

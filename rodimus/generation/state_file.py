@@ -1,0 +1,156 @@
+"""State files: what a model knows after reading a text, kept to go on from there another day.
+
+A file is in the safetensors format. Its header says which model it belongs to, how many tokens were
+read, and the SHA-256 of header and tensors; all of it is checked before a state is given out.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import InputError
+from .state import SequenceState, StateLayout
+
+FORMAT, VERSION = "rodimus-state", "1"
+_KINDS = ("tokens", "recurrent", "convolution", "window")
+# Fields of the configuration that decide what a state means.
+_ARCHITECTURE = (
+    *("block_type", "d_model", "n_layer", "vocab_size", "mixer_cfg", "attn_cfg", "norm_epsilon"),
+    *("residual_in_fp32", "use_scale_embedding", "use_norm_embedding"),
+)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -> None:
+    """Write a state to a file; an older file of that name is replaced in one step or not at all.
+
+    Args:
+        path: Of the file; its folder exists.
+        state: From this model.
+        model: Whose fingerprint the file gets.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    tensors = {kind: getattr(state, kind).cpu().contiguous() for kind in _KINDS}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "fingerprint": fingerprint(model),
+        "config": json.dumps(_architecture(model), sort_keys=True),
+        "dtype": str(state.convolution.dtype).removeprefix("torch."),
+        "tokens": str(len(state.tokens)),
+    }
+    header["sha256"] = _digest(header, tensors)
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(save(tensors, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
+    """Read the state in a file, on the CPU, after checking that it is whole and of this model.
+
+    Raises:
+        InputError: there is no such file, it is damaged or cut short, or another model wrote it.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            _check_header(path, header, model)
+            # shapes are in the header too: nothing is allocated for a file that does not fit
+            _check_shapes(path, file, header, model)
+            tensors = {kind: file.get_tensor(kind) for kind in _KINDS}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a state file, or is cut short: {error}") from error
+    if _digest(header, tensors) != header.get("sha256"):
+        raise InputError(f"{path} is damaged: its content does not have the SHA-256 it states")
+    return SequenceState(**tensors)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over every parameter's name, shape, dtype, sum of bits and a few of its values.
+
+    Reads all weights once, at memory speed; an adapter that is attached is part of it.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        value = parameter.detach()
+        # quantised weights are tensors of other kinds that say what they stand for
+        value = value.dequantize() if type(value) is not Tensor else value
+        bits = value.contiguous().view(_BITS[value.element_size()]).flatten()
+        some = bits[:: max(bits.numel() // 64, 1)][:64]
+        digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}\n".encode())
+    return digest.hexdigest()
+
+
+def _architecture(model) -> dict[str, Any]:
+    return {name: getattr(model.config, name) for name in _ARCHITECTURE}
+
+
+def _digest(header, tensors):
+    digest = hashlib.sha256()
+    told = {name: value for name, value in header.items() if name != "sha256"}
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    for kind in _KINDS:
+        digest.update(f"{kind} {tuple(tensors[kind].shape)} {tensors[kind].dtype}".encode())
+        digest.update(tensors[kind].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_header(path, header, model):
+    if header.get("format") != FORMAT:
+        raise InputError(f"{path} is not a state file: its format is {header.get('format')!r}")
+    if header.get("version") != VERSION:
+        got = header.get("version")
+        raise InputError(f"{path} has version {got!r} of the format, expected {VERSION!r}")
+    try:
+        theirs = json.loads(header["config"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} is damaged: its header holds no configuration") from error
+    # through JSON, as theirs went
+    ours = json.loads(json.dumps(_architecture(model)))
+    for name in _ARCHITECTURE:
+        if theirs.get(name) != ours[name]:
+            raise InputError(
+                f"{path} is of another model: {name} is {theirs.get(name)}, this model's is"
+                f" {ours[name]}"
+            )
+    if header.get("fingerprint") != fingerprint(model):
+        raise InputError(f"{path} is of another model: same architecture, other weights or dtype")
+
+
+def _check_shapes(path, file, header, model):
+    if sorted(file.keys()) != sorted(_KINDS):
+        raise InputError(f"{path} must hold {', '.join(_KINDS)}; got {', '.join(file.keys())}")
+    shapes = {kind: tuple(file.get_slice(kind).get_shape()) for kind in _KINDS}
+    (tokens,) = shapes["tokens"] if len(shapes["tokens"]) == 1 else (0,)
+    if not tokens or str(tokens) != header.get("tokens"):
+        got = shapes["tokens"]
+        raise InputError(f"{path} must hold the {header.get('tokens')} tokens it read, got {got}")
+    dtype = getattr(torch, header.get("dtype", ""), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"{path} has the unknown dtype {header.get('dtype')!r}")
+    layout = StateLayout.of(model.config, dtype, max_length=tokens + 1)
+    for kind, (shape, _) in layout.shapes(layout.kept_rows(tokens)).items():
+        if shapes[kind] != shape:
+            raise InputError(f"{path}: {kind} must have shape {shape}, got {shapes[kind]}")

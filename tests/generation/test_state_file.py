@@ -1,0 +1,156 @@
+"""State files: whole and of this model, or refused with a reason."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from rodimus.errors import InputError
+from rodimus.generation import Engine, Request, load_state, save_state
+from rodimus.generation.state_file import fingerprint
+from tests.generation.helpers import greedy, prompts_of
+from tests.model.helpers import build, config_of, enliven, model_of
+
+
+@pytest.fixture
+def saved(plus, tmp_path):
+    """A file, its model, and the 30 tokens it read."""
+    (prompt,) = prompts_of(30)
+    path = tmp_path / "prefix.state"
+    save_state(path, Engine(plus).read(prompt), plus)
+    return path, plus, prompt
+
+
+@pytest.mark.parametrize("length", [1, 5, 30])
+def test_a_text_goes_on_from_a_file_in_another_engine(model, tmp_path, length):
+    (prompt,) = prompts_of(length + 6)
+    save_state(tmp_path / "x", Engine(model).read(prompt[:length]), model)
+    engine = Engine(model, slots=2)
+    engine.add_prefix(load_state(tmp_path / "x", model))
+    found = engine.generate([Request(prompt, 20)])[0]
+    assert found.prefix_tokens == length and found.tokens == greedy(model, prompt, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_state_comes_back_bit_for_bit(model, tmp_path, dtype):
+    model = model.to(dtype)
+    state = Engine(model).read(prompts_of(20)[0])
+    save_state(tmp_path / "x", state, model)
+    found = load_state(tmp_path / "x", model)
+    for kind in ("tokens", "recurrent", "convolution", "window"):
+        assert torch.equal(getattr(found, kind), getattr(state, kind))
+        assert getattr(found, kind).dtype == getattr(state, kind).dtype
+
+
+def test_the_header_says_what_it_is(saved):
+    path, model, _ = saved
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert header["tokens"] == "30" and header["dtype"] == "float32"
+    assert json.loads(header["config"])["n_layer"] == model.config.n_layer
+    assert header["fingerprint"] == fingerprint(model)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
+def test_a_truncated_file_is_refused(saved, keep):
+    path, model, _ = saved
+    data = path.read_bytes()
+    size = int(len(data) * keep) if isinstance(keep, float) else keep
+    path.write_bytes(data[:size])
+    with pytest.raises(InputError, match="cut short"):
+        load_state(path, model)
+
+
+def test_every_flipped_bit_is_refused(saved):
+    path, model, _ = saved
+    data = bytearray(path.read_bytes())
+    for at in range(0, len(data), max(len(data) // 60, 1)):
+        damaged = bytearray(data)
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(InputError):
+            load_state(path, model)
+
+
+@pytest.mark.parametrize("change", ["seed", "one weight", "dtype", "adapter"])
+def test_a_file_of_other_weights_is_refused(saved, change):
+    path, model, _ = saved
+    if change == "seed":
+        enliven(model, seed=1)
+    elif change == "one weight":
+        with torch.no_grad():
+            model.model.layers[1].mixer.fc.weight[13, 17] += 1e-3
+    elif change == "dtype":
+        model = model.to(torch.bfloat16)
+    else:
+        model.model.layers[0].mixer.fc.adapter = nn.Linear(2, 2)
+    with pytest.raises(InputError, match="of another model: same architecture"):
+        load_state(path, model)
+
+
+@pytest.mark.parametrize("kind, field", [("rodimus", "block_type"), ("grouped", "mixer_cfg")])
+def test_a_file_of_another_architecture_is_refused_by_field(saved, kind, field):
+    path, _, _ = saved
+    with pytest.raises(InputError, match=f"of another model: {field} is"):
+        load_state(path, model_of(kind))
+
+
+def test_a_file_of_another_setting_is_refused_by_field(saved):
+    path, model, _ = saved
+    model.config.use_scale_embedding = True
+    with pytest.raises(InputError, match="use_scale_embedding is False, this model's is True"):
+        load_state(path, model)
+
+
+def test_other_files_are_refused(tmp_path, plus):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_state(tmp_path / "nothing", plus)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_state(tmp_path, plus)
+    save_file({"x": torch.zeros(3)}, tmp_path / "weights")
+    with pytest.raises(InputError, match="not a state file: its format is None"):
+        load_state(tmp_path / "weights", plus)
+
+
+def test_tensors_that_do_not_fit_the_header_are_refused(saved):
+    path, model, _ = saved
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {kind: file.get_tensor(kind) for kind in file.keys()}
+    save_file(tensors | {"window": tensors["window"][:, 1:].contiguous()}, path, metadata=header)
+    with pytest.raises(InputError, match=r"window must have shape .* got \(2, 7, 80\)"):
+        load_state(path, model)
+    save_file(tensors | {"tokens": tensors["tokens"][1:].contiguous()}, path, metadata=header)
+    with pytest.raises(InputError, match=r"the 30 tokens it read, got \(29,\)"):
+        load_state(path, model)
+    tensors.pop("window")
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(InputError, match="must hold tokens, recurrent, convolution, window"):
+        load_state(path, model)
+
+
+def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch):
+    path, model, _ = saved
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        save_state(path, Engine(model).read([1, 2]), model)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_a_model_without_a_window_keeps_everything(tmp_path):
+    config = config_of("rodimus_plus")
+    config["attn_cfg"] |= {"window_size": None}
+    model = build(config)
+    (prompt,) = prompts_of(40)
+    save_state(tmp_path / "x", Engine(model, max_length=60).read(prompt[:30]), model)
+    engine = Engine(model, max_length=60)
+    engine.add_prefix(load_state(tmp_path / "x", model))
+    assert engine.generate([Request(prompt, 9)])[0].tokens == greedy(model, prompt, 9)
