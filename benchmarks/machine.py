@@ -84,11 +84,12 @@ def gpu_state() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """Commit of the checkout, and whether its files differ from it.
 
-    A copy without its git folder takes the commit from the variable ``RODIMUS_BENCH_COMMIT``.
+    The variable ``RODIMUS_BENCH_COMMIT`` wins: a copy without its git folder is told that way.
     """
-    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-    if not head:
-        return {"commit": os.environ.get(COMMIT_VARIABLE, "unknown"), "dirty": None}
+    told = os.environ.get(COMMIT_VARIABLE)
+    head = told or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if told or not head:
+        return {"commit": head or "unknown", "dirty": None}
     changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return {"commit": head, "dirty": bool(changed)}
 

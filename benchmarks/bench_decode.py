@@ -1,0 +1,70 @@
+"""Decoding: milliseconds a token, by context and batch, every model in turn."""
+
+import pytest
+import torch
+
+from . import peers
+from .harness import Bench, Target
+
+# (batch, context)
+POINTS = {
+    "tiny": [(1, 48), (2, 96)],
+    "cpu": [(1, 128), (1, 1024), (1, 4096)],
+    "cuda": [
+        *((1, context) for context in (128, 1024, 4096, 32768, 131072)),
+        *((batch, context) for context in (4096, 32768) for batch in (8, 32)),
+        *((batch, 1024) for batch in (64, 256)),
+    ],
+}
+STEPS = 8
+"""Tokens of one timed call on a GPU, so that a call is long against its synchronisation."""
+
+
+def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: int) -> Target:
+    """A session that stands after ``context`` tokens, decoding greedily."""
+    steps = STEPS if bench.device.type == "cuda" else 1
+    bench.require_room(model, batch, context)
+    # warm-up, timed rounds and the steps that record a graph
+    session = model.session(engine, batch, context + steps * (3 * bench.rounds + 8))
+    session.fill(context)
+    state = model.expected_state(batch, context)
+
+    def call() -> None:
+        for _ in range(steps):
+            session.step()
+
+    facts = {
+        "state_bytes": state.total,
+        "moved_bytes": steps * (model.token_bytes + state.traffic),
+        "disagreement": bench.checked[f"{model.name}/{engine}"],
+        "graph": engine == "graph",
+    }
+    return Target(f"{model.name}/{engine}", model, engine, call, facts)
+
+
+def engines_of(batch: int):
+    """All engines for one sequence; for a batch only the one that is meant for speed."""
+    return lambda model: model.engines if batch == 1 else model.engines[-1:]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_decode(bench, benchmark, start, point):
+    batch, context = point
+    case = f"b{batch}-t{context}"
+    start("decode", case)
+    with torch.inference_mode():
+        targets, skipped = bench.targets(
+            lambda model, engine: prepare(bench, model, engine, batch, context),
+            engines_of(batch),
+        )
+        steps = STEPS if bench.device.type == "cuda" else 1
+        record = bench.interleave(
+            benchmark,
+            "decode",
+            case,
+            {"batch": batch, "context": context, "steps": steps},
+            targets=targets,
+            skipped=skipped,
+            tokens=batch * steps,
+        )
+    assert any(row["status"] == "measured" for row in record["rows"])

@@ -1,0 +1,48 @@
+"""Prefill: time to the first token and tokens a second, by prompt length, every model in turn."""
+
+import pytest
+import torch
+
+from . import peers
+from .harness import Bench, Target
+
+# (batch, prompt)
+POINTS = {
+    "tiny": [(1, 64)],
+    "cpu": [(1, 512)],
+    "cuda": [(1, length) for length in (512, 2048, 8192, 32768, 131072)],
+}
+
+
+def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:
+    """A prompt to the logits of its last position, and their argmax: the first token."""
+    bench.require_room(model, batch, length)
+    session = model.session(engine, batch, length + 1)
+    ids = peers.random_tokens(batch, length, model, seed=bench.seed)
+
+    def call() -> None:
+        session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
+
+    return Target(f"{model.name}/{engine}", model, engine, call)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_prefill(bench, benchmark, start, point):
+    batch, length = point
+    case = f"b{batch}-t{length}"
+    start("prefill", case)
+    with torch.inference_mode():
+        targets, skipped = bench.targets(
+            lambda model, engine: prepare(bench, model, engine, batch, length),
+            lambda model: model.engines[:1],
+        )
+        record = bench.interleave(
+            benchmark,
+            "prefill",
+            case,
+            {"batch": batch, "context": length},
+            targets=targets,
+            skipped=skipped,
+            tokens=batch * length,
+        )
+    assert any(row["status"] == "measured" for row in record["rows"])

@@ -1,0 +1,3 @@
+"""What every benchmark gets: the run's options and fixtures."""
+
+pytest_plugins = ["benchmarks.plugin"]

@@ -1,0 +1,315 @@
+"""One run of whole-model benchmarks: models loaded once, targets in turn, a record a case.
+
+The pytest files say what a target does; everything they share is here: which models can run, the
+correctness check before any timing, rows with ratios and floors, and the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import machine, peers, records, timing
+
+DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+"""Relative error between decoding and prefilling above which a model is not timed."""
+
+MARGIN_BYTES = 2 * 10**9
+"""Memory left free when a cache is filled at full scale."""
+
+
+@dataclasses.dataclass
+class Target:
+    """One model in one engine, ready to be timed.
+
+    Attributes:
+        name: ``model/engine``.
+        model: Its weights.
+        engine: One of the model's engines.
+        call: What is timed.
+        facts: Fields of the row that are known before timing.
+    """
+
+    name: str
+    model: peers.Model
+    engine: str
+    call: Callable[[], object]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def row(self, **fields: Any) -> dict[str, Any]:
+        """The row of this target in a record."""
+        return {
+            "target": self.name,
+            "family": self.model.family,
+            "engine": self.engine,
+            "status": "measured",
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weight_bytes": self.model.weight_bytes,
+            "token_bytes": self.model.token_bytes,
+            **self.facts,
+            **fields,
+        }
+
+
+@dataclasses.dataclass
+class Bench:
+    """Settings of a run and what it has loaded.
+
+    Attributes:
+        scale: ``tiny`` or ``full``.
+        device, dtype: Of every model.
+        names: Models of the catalogue that take part.
+        folder: Where records go; None writes none.
+        rounds: Timed rounds of a case, and of a batch of warm-up.
+        load: Load average before the run.
+        deadline: ``time.monotonic()`` after which no further case starts.
+        again: Measure cases that have a record.
+    """
+
+    scale: str
+    device: torch.device
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    folder: Path | None
+    rounds: int
+    load: float
+    deadline: float = float("inf")
+    again: bool = False
+    seed: int = 0
+    models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
+    checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    _ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The machine's ceilings, measured once in this run."""
+        if not self._ceilings:
+            quick = self.scale == "tiny"
+            self._ceilings = machine.ceilings(self.device, self.dtype, quick=quick)
+        return self._ceilings
+
+    def model(self, name: str) -> peers.Model:
+        """A model with random weights, loaded at its first use.
+
+        Raises:
+            peers.Unavailable: it cannot be loaded here.
+        """
+        if name not in self.models:
+            try:
+                # weights made in inference mode could never be trained
+                with torch.inference_mode(False):
+                    self.models[name] = peers.guarded(
+                        lambda: peers.load(
+                            name, self.scale, self.dtype, self.device, seed=self.seed
+                        )
+                    )
+            except peers.Unavailable as reason:
+                self.models[name] = str(reason)
+        found = self.models[name]
+        if isinstance(found, str):
+            raise peers.Unavailable(found)
+        return found
+
+    def done(self, group: str, case: str) -> bool:
+        """Whether the case has a record of this commit already."""
+        if self.folder is None or self.again:
+            return False
+        here = machine.commit()["commit"]
+        kept = records.read(self.folder) if self.folder.is_dir() else []
+        return any(
+            (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here) for r in kept
+        )
+
+    def targets(
+        self,
+        prepare: Callable[[peers.Model, str], Target],
+        engines: Callable[[peers.Model], tuple[str, ...]] = lambda model: model.engines,
+    ) -> tuple[list[Target], list[dict[str, Any]]]:
+        """Every model in every engine that can do a case, and rows of those that cannot.
+
+        Args:
+            prepare: Makes a target; it is called once untimed, so that what fails fails here.
+            engines: The engines of a model that take part.
+        """
+        ready, rows = [], []
+        for name in self.names:
+            family = peers.entry(name).family
+            try:
+                model = self.model(name)
+            except peers.Unavailable as reason:
+                rows.append(records.skipped(name, family, "any", str(reason)))
+                continue
+            for engine in engines(model):
+                label = f"{name}/{engine}"
+                try:
+                    self._check(model, engine)
+                    target = peers.guarded(lambda m=model, e=engine: prepare(m, e))
+                    peers.guarded(target.call)
+                    ready.append(target)
+                except peers.Unavailable as reason:
+                    rows.append(records.skipped(label, family, engine, str(reason)))
+        return ready, rows
+
+    def _check(self, model: peers.Model, engine: str) -> None:
+        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens."""
+        label = f"{model.name}/{engine}"
+        if label not in self.checked:
+            try:
+                ids = peers.random_tokens(1, 20, model, seed=self.seed)
+                self.checked[label] = peers.guarded(
+                    lambda: peers.disagreement(model.session(engine, 1, 32), ids)
+                )
+            except peers.Unavailable as reason:
+                self.checked[label] = str(reason)
+        error = self.checked[label]
+        if isinstance(error, str):
+            raise peers.Unavailable(error)
+        limit = DISAGREEMENT_LIMITS[self.dtype]
+        if not error <= limit:
+            raise peers.Unavailable(
+                f"wrong: decoding differs from prefilling by {error:.1e}, limit {limit:.0e}"
+            )
+
+    def require_room(self, model: peers.Model, batch: int, context: int) -> None:
+        """Raise Unavailable if the state at a context does not fit into free memory."""
+        needed = model.expected_state(batch, context).total
+        free = machine.memory_bytes(self.device)
+        if self.scale == "full" and needed + MARGIN_BYTES > free:
+            raise peers.Unavailable(
+                f"state of {needed / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free"
+            )
+
+    def interleave(
+        self, benchmark: Any, group: str, case: str, settings: Mapping[str, Any], **options: Any
+    ) -> dict[str, Any]:
+        """Time targets in turn and write the record; ``options`` are those of ``time_targets``.
+
+        Args:
+            benchmark: The fixture of pytest-benchmark; it times the focus of each round.
+            group, case, settings: As in ``records.make``.
+        """
+        rows, warm_up = self.time_targets(benchmark, **options)
+        settings = {"rounds": self.rounds, "warm_up_rounds": warm_up, **settings}
+        record = self.record(group, case, settings, rows)
+        benchmark.group = f"{group} {case}"
+        benchmark.extra_info.update(
+            schema=records.SCHEMA,
+            rows=[{k: v for k, v in row.items() if k != "samples"} for row in rows],
+        )
+        return record
+
+    def time_targets(
+        self,
+        benchmark: Any,
+        targets: list[Target],
+        skipped: list[dict[str, Any]],
+        *,
+        tokens: int,
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Rows of all targets, and the rounds of warm-up.
+
+        Args:
+            benchmark: The fixture of pytest-benchmark.
+            targets, skipped: From ``targets``; the first target is the focus.
+            tokens: That one call consumes or produces.
+        """
+        if not targets:
+            return skipped, 0
+        calls = {target.name: target.call for target in targets}
+        turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
+        warm_up = turns.warm_up(batch=max(self.rounds // 3, 1), most=2 * self.rounds)
+        gc.collect()
+        gc.disable()
+        try:
+            benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=self.rounds)
+        finally:
+            gc.enable()
+        references = _best_baselines(targets, turns)
+        rows = [_timed_row(target, turns, references, tokens) for target in targets]
+        for row in rows:
+            self._add_floor(row)
+        return rows + skipped, warm_up
+
+    def _add_floor(self, row: dict[str, Any]) -> None:
+        """The time that moving the row's ``moved_bytes`` takes at this machine's read rate."""
+        moved = row.get("moved_bytes")
+        if moved:
+            rate = self.ceilings["read_GBps" if self.device.type == "cpu" else "copy_GBps"]
+            row["floor_ms"] = moved / rate / 1e6
+            row["floor_share"] = row["floor_ms"] / row["median_ms"]
+
+    def record(
+        self, group: str, case: str, settings: Mapping[str, Any], rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Make a record of this run and write it, if the run has a folder."""
+        record = records.make(
+            group,
+            case,
+            settings={
+                "scale": self.scale,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "seed": self.seed,
+                **settings,
+            },
+            machine=machine.describe(self.device),
+            ceilings=self.ceilings,
+            load=(self.load, timing.load_average()),
+            warnings=machine.disturbances(self.load),
+            rows=rows,
+        )
+        if self.folder is not None:
+            records.write(record, self.folder)
+        return record
+
+    def out_of_time(self) -> bool:
+        """Whether the run's seconds are spent."""
+        return time.monotonic() > self.deadline
+
+
+def _best_baselines(targets: list[Target], turns: timing.RoundRobin) -> dict[str, str]:
+    """The fastest engine of each baseline that runs: ratios are taken to it."""
+    best: dict[str, str] = {}
+    for name in peers.BASELINES:
+        engines = [target.name for target in targets if target.model.name == name]
+        if engines:
+            best[name] = min(engines, key=lambda label: turns.summary(label).median)
+    return best
+
+
+def _timed_row(
+    target: Target, turns: timing.RoundRobin, references: Mapping[str, str], tokens: int
+) -> dict[str, Any]:
+    clocks = [clock for clock in timing.Sample._fields if turns.column(target.name, clock)[0]]
+    wall = turns.summary(target.name)
+    ratios = {
+        f"{kind}ratio_to_{name}": list(
+            timing.ratio(turns.column(label, clock), turns.column(target.name, clock))
+        )
+        for name, label in references.items()
+        for kind, clock in (("", "wall_ms"), ("cpu_", "cpu_ms"))
+        if clock in clocks
+    }
+    medians = {
+        f"median_{clock}": turns.summary(target.name, clock).median
+        for clock in clocks
+        if clock != "wall_ms"
+    }
+    return target.row(
+        samples={
+            clock: [round(x, 6) for x in turns.column(target.name, clock)] for clock in clocks
+        },
+        median_ms=wall.median,
+        p20_ms=wall.p20,
+        p80_ms=wall.p80,
+        p99_ms=timing.quantile(turns.column(target.name), 0.99),
+        noisy=wall.noisy,
+        tokens_per_s=1e3 * tokens / wall.median,
+        **medians,
+        **ratios,
+    )

@@ -1,0 +1,95 @@
+"""Options and fixtures of the whole-model benchmarks, for pytest.
+
+    pytest benchmarks --bench-scale full --bench-seconds 540
+
+At the tiny scale everything runs in seconds and no number means anything; records are then written
+only where ``--bench-out`` says. At full scale they go to ``benchmarks/results/<machine>/``, and a
+case that has a record of this commit is not measured again, so a run can be continued.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import machine, peers
+from .harness import Bench
+from .sizes import SCALES
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The run's settings."""
+    group = parser.getgroup("rodimus benchmarks")
+    add = group.addoption
+    add("--bench-scale", choices=SCALES, default="tiny", help="tiny models, or those of 1.5B")
+    add("--bench-out", type=Path, help="folder for the records")
+    add("--bench-dtype", choices=sorted(DTYPES), default="bf16", help="of every model")
+    add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")
+    add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
+    add("--bench-seconds", type=float, default=0.0, help="start no case after this time")
+    add("--bench-threads", type=int, default=1, help="torch threads on the CPU")
+    add("--bench-again", action="store_true", help="measure cases that have a record, too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a point: a module's ``POINTS`` are its cases by scale, and by device at full."""
+    if "point" not in metafunc.fixturenames:
+        return
+    scale = metafunc.config.getoption("--bench-scale")
+    kind = "tiny" if scale == "tiny" else _device().type
+    points = metafunc.module.POINTS[kind]
+    metafunc.parametrize("point", points, ids=["-".join(map(str, p)) for p in points])
+
+
+@pytest.fixture(scope="session")
+def bench(request: pytest.FixtureRequest):
+    """The run: models are loaded once and stay; nothing needs a gradient."""
+    option = request.config.getoption
+    load, device, scale = machine.load_before(), _device(), option("--bench-scale")
+    names = tuple(name for name in option("--bench-models").split(",") if name)
+    for name in names:
+        peers.entry(name)
+    folder = option("--bench-out")
+    if folder is None and scale == "full":
+        name = machine.describe(device)["name"]
+        folder = machine.ROOT / "benchmarks" / "results" / machine.slug(name)
+    seconds = option("--bench-seconds")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(option("--bench-threads"))
+    for message in machine.disturbances(load) if scale == "full" else ():
+        warnings.warn(message, stacklevel=1)
+    yield Bench(
+        scale=scale,
+        device=device,
+        dtype=DTYPES[option("--bench-dtype")],
+        names=names or tuple(entry.name for entry in peers.CATALOGUE),
+        folder=folder,
+        rounds=option("--bench-rounds") or (3 if scale == "tiny" else 15),
+        load=load,
+        deadline=time.monotonic() + seconds if seconds else float("inf"),
+        again=option("--bench-again"),
+    )
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def start(bench: Bench):
+    """Ask with group and case before a case is measured: skips it if that is done or too late."""
+
+    def ask(group: str, case: str) -> None:
+        if bench.done(group, case):
+            pytest.skip(f"{group} {case}: recorded for this commit")
+        if bench.out_of_time():
+            pytest.skip(f"{group} {case}: the run's seconds are spent; run again to continue")
+
+    return ask
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,94 @@
+"""The whole-model benchmarks run at the tiny scale and write records that hold what they promise.
+
+No assertion here is about a time: a shared machine has none that can be trusted.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import machine, peers, records
+
+FILES = ["bench_decode.py", "bench_prefill.py", "bench_memory.py", "bench_train.py"]
+
+
+def run(folder, *options):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"benchmarks/{name}" for name in FILES]
+    command += ["--bench-out", str(folder), "--bench-rounds", "2", "-rs", *options]
+    # whoever commits while this runs must not make the cases look new
+    environment = {**os.environ, machine.COMMIT_VARIABLE: "smoke", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    run(folder)
+    return {(r["group"], r["case"]): r for r in records.read(folder)}
+
+
+def test_every_group_has_its_records(found):
+    assert {group for group, _ in found} == {"decode", "prefill", "memory", "train"}
+
+
+def test_every_model_is_measured_or_skipped_with_a_reason(found):
+    for record in found.values():
+        names = {row["target"].partition("/")[0] for row in record["rows"]}
+        assert names == {entry.name for entry in peers.CATALOGUE}
+        ours = [r for r in record["rows"] if r["target"].startswith(peers.OURS)]
+        assert all(row["status"] == "measured" for row in ours), ours
+
+
+def test_timed_rows_hold_raw_samples_and_ratios_to_the_baselines(found):
+    for (group, _), record in found.items():
+        rows = [row for row in record["rows"] if row["status"] == "measured"]
+        for row in rows if group in ("decode", "prefill") else ():
+            assert len(row["samples"]["wall_ms"]) == record["settings"]["rounds"] == 2
+            median, low, high, coverage = row["ratio_to_qwen2-1.5b"]
+            assert 0 < low <= median <= high and 0 < coverage < 1
+            assert row["tokens_per_s"] > 0
+
+
+def test_decode_rows_passed_the_correctness_check_and_have_a_floor(found):
+    for row in found["decode", "b1-t48"]["rows"]:
+        if row["status"] == "measured":
+            assert row["disagreement"] < 0.1 and row["floor_ms"] > 0
+
+
+def test_memory_equals_the_formula_and_does_not_grow_for_recurrent_models(found):
+    cases = [found["memory", "b1-t48"], found["memory", "b2-t96"]]
+    for record in cases:
+        for row in record["rows"]:
+            if row["status"] == "measured":
+                assert row["state_bytes"] == row["expected_bytes"]
+    per_sequence = [
+        {row["target"]: row.get("state_bytes", 0) / record["settings"]["batch"]}
+        for record in cases
+        for row in record["rows"]
+        if row["target"] == "rodimus-1.4b/dynamic"
+    ]
+    assert per_sequence[0] == per_sequence[1]
+
+
+def test_a_second_run_measures_nothing_again(folder, found):
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    output = run(folder)
+    assert "recorded for this commit" in output
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_run_without_seconds_left_starts_nothing(tmp_path):
+    output = run(tmp_path, "--bench-seconds", "1e-9")
+    assert "run again to continue" in output
+    assert not list(tmp_path.iterdir())
