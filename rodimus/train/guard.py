@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 OK, SKIP, ROLLBACK = "ok", "skip", "rollback"
 # good steps before a spike can be told from the fall of the loss at the start of a run
 _WARMUP = 50
-# weight of the newest loss in the running mean and variance: a memory of about 50 steps
-_NEWEST = 0.02
+# weight of the newest loss in the running mean and variance: a memory of about 20 steps
+_NEWEST = 0.05
 
 
 class RunStopped(RuntimeError):

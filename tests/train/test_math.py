@@ -1,0 +1,223 @@
+"""The arithmetic of a step: accumulation, packing, schedules, groups, initial weights, FLOPs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.train import flops, parallel
+from rodimus.train.config import GuardSection, OptimSection, ScheduleSection
+from rodimus.train.guard import Guard, RunStopped
+from rodimus.train.initialize import initialize, template
+from rodimus.train.load import load_config
+from rodimus.train.optim import build_optimizers, is_decayed, parameter_groups
+from rodimus.train.rows import IGNORE, ConcatRows, RowReader
+from rodimus.train.schedule import lr_scale
+from rodimus.train.shards import TokenShards
+from tests.train.conftest import MODEL
+from tests.train.ranks import metrics, run_ranks, train
+
+CONFIG = {**MODEL, "vocab_size": 320}
+
+
+def tiny(**changes):
+    return RodimusForCausalLM(RodimusConfig(**{**CONFIG, **changes}))
+
+
+def test_accumulation_equals_one_large_batch(config_file, tmp_path):
+    """The labels of a row depend on where documents begin, so the masks are ragged."""
+    figures = {}
+    for micro_batch in (1, 2, 4):
+        run = tmp_path / f"micro{micro_batch}"
+        options = ("--train.steps", 2, "--no-export", "--train.micro-batch", micro_batch)
+        assert train(1, config_file, *options, "--out", run) == [0]
+        figures[micro_batch] = {key: metrics(run, key) for key in ("loss", "grad_norm")}
+    for micro_batch in (1, 2):
+        for key, expected in figures[4].items():
+            assert figures[micro_batch][key] == pytest.approx(expected, rel=2e-6)
+
+
+def test_packed_documents_equal_each_document_alone(packed):
+    model = tiny().double()
+    shards = TokenShards(packed / "train.json")
+    ids, labels, positions = RowReader(ConcatRows(shards, 96), mask_doc_start=True)(1)
+    cuts = [*np.flatnonzero(positions == 0).tolist(), 96]
+    assert len(cuts) > 2
+
+    def run(a, b):
+        rows = (torch.from_numpy(x[a:b].copy())[None] for x in (ids, labels, positions))
+        out = model(
+            **dict(zip(("input_ids", "shift_labels", "position_ids"), rows, strict=True)),
+            num_items_in_batch=1,
+            loss_only=True,
+            use_cache=False,
+        )
+        out.loss.backward()
+        return out.loss.item()
+
+    whole = run(0, 96)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    alone = sum(run(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True))
+    assert whole == pytest.approx(alone, rel=1e-10)
+    for packed_grad, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(packed_grad, p.grad, rtol=1e-6, atol=1e-10)
+
+
+def test_label_of_a_document_start_is_masked(packed):
+    shards = TokenShards(packed / "train.json")
+    _, labels, positions = RowReader(ConcatRows(shards, 96), mask_doc_start=True)(1)
+    assert (labels[:-1][positions[1:] == 0] == IGNORE).all()
+
+
+def test_wsd_warms_up_stays_and_decays_to_zero():
+    config = ScheduleSection(kind="wsd", warmup_steps=10, decay_frac=0.2, decay_shape="1-sqrt")
+    scale = [lr_scale(step, 100, config) for step in range(100)]
+    assert scale[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert scale[10:80] == [1.0] * 70
+    assert scale[84] == pytest.approx(1 - 0.25**0.5)
+    assert scale[-1] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedules_end_at_the_asked_share(kind):
+    config = ScheduleSection(kind=kind, warmup_steps=5, final_lr_frac=0.1)
+    scale = [lr_scale(step, 50, config) for step in range(50)]
+    assert max(scale) == scale[4] == 1.0
+    assert scale[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(scale[4:], scale[5:], strict=False))
+
+
+def test_decay_leaves_out_biases_norms_residuals_and_embedding():
+    model = tiny()
+    decayed = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if is_decayed(name, module)
+    }
+    plain = {name for name, _ in model.named_parameters()} - decayed
+    assert "model.embeddings.weight" in plain
+    assert all(
+        name.endswith(("bias", "residual_weight"))
+        or "norm" in name
+        or name == "model.embeddings.weight"
+        for name in plain
+    )
+    assert not any("norm" in name or name.endswith("bias") for name in decayed)
+    groups = parameter_groups(model)
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_optimised_once(name):
+    model = tiny()
+    optimizers = build_optimizers(model, OptimSection(name=name))
+    ids = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_meta_init_equals_direct_init_on_one_and_two_ranks(config_file):
+    config = RodimusConfig(**CONFIG)
+    direct = RodimusForCausalLM(config)
+    initialize(direct, template(direct), seed=0)
+    expected = {name: p.detach() for name, p in direct.named_parameters()}
+
+    def sharded():
+        settings = load_config(config_file)
+        ranks = parallel.start(settings.parallel, "cpu")
+        with torch.device("meta"):
+            model = RodimusForCausalLM(config)
+        model = parallel.build_model(model, settings, ranks)
+        assert model.lm_head.weight is model.model.embeddings.weight
+        return {n: p.full_tensor().detach().numpy() for n, p in model.named_parameters()}
+
+    for world in (1, 2):
+        for weights in run_ranks(world, sharded):
+            assert weights.keys() == expected.keys()
+            for name, value in weights.items():
+                assert (value == expected[name].numpy()).all(), name
+
+
+def test_seeded_init_follows_the_models_own_rule():
+    """Same spread as the model's constructor, every parameter and buffer written."""
+    config = RodimusConfig(**{**CONFIG, "d_model": 128, "vocab_size": 2000})
+    torch.manual_seed(1)
+    usual, seeded = RodimusForCausalLM(config), RodimusForCausalLM(config)
+    for tensor in (*seeded.parameters(), *seeded.buffers()):
+        tensor.data.fill_(float("nan"))
+    initialize(seeded, template(seeded), seed=3)
+    for (name, a), b in zip(usual.named_parameters(), seeded.parameters(), strict=True):
+        assert torch.isfinite(b).all(), name
+        if a.numel() > 500:
+            assert b.std().item() == pytest.approx(a.std().item(), rel=0.15, abs=1e-7), name
+    for (name, a), b in zip(usual.named_buffers(), seeded.buffers(), strict=True):
+        assert torch.equal(a, b), name
+    again = RodimusForCausalLM(config)
+    initialize(again, template(again), seed=4)
+    assert not torch.equal(seeded.lm_head.weight, again.lm_head.weight)
+
+
+def test_dense_flops_equal_torchs_counter():
+    model, config = tiny(), RodimusConfig(**CONFIG)
+    ids = torch.randint(0, 300, (2, 64))
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    counted = 0
+
+    def count(module, args, output):
+        nonlocal counted
+        with FlopCounterMode(display=False) as counter:
+            torch.nn.functional.linear(args[0], module.weight)
+        counted += counter.get_total_flops()
+
+    for module in linear:
+        module.register_forward_hook(count)
+    model(ids, use_cache=False)
+    assert 3 * counted / ids.numel() == flops.train_flops(model, config, 64).dense
+
+
+def test_flops_of_the_released_models():
+    """Hand-computed from the shapes: 6 N + 12 L n D + 12 L d w + 24 L D, in operations a token."""
+    with torch.device("meta"):
+        config = RodimusConfig(**json.loads(_released("rodimus_plus_1b6")))
+        model = RodimusForCausalLM(config)
+    part = flops.train_flops(model, config, 4096)
+    assert part.dense / 1e9 == pytest.approx(9.637, abs=1e-3)
+    assert part.recurrence == 12 * 24 * 64 * 4096
+    assert part.attention / 1e9 == pytest.approx(0.906, abs=1e-3)
+    assert part.total / 1e9 == pytest.approx(10.62, abs=5e-3)
+
+
+def _released(name):
+    from pathlib import Path
+
+    return (Path(__file__).parents[2] / f"configs/model/{name}.json").read_text()
+
+
+def test_visible_keys_is_the_mean_over_positions():
+    for seq_len, window in [(10, 4), (4, 10), (7, 7)]:
+        mean = np.mean([min(t, window) for t in range(1, seq_len + 1)])
+        assert flops.visible_keys(seq_len, window) == pytest.approx(mean)
+
+
+def test_guard_tells_a_spike_from_a_falling_loss():
+    guard = Guard(GuardSection(spike_sigma=6.0))
+    rng = np.random.default_rng(0)
+    for step in range(500):
+        assert guard.judge(step, 8 * 0.99**step + 2 + 0.05 * rng.normal(), 1.0) == "ok"
+    assert guard.judge(500, 6.0, 1.0) == "skip"
+    resumed = Guard(GuardSection(spike_sigma=6.0), guard.state())
+    assert resumed.judge(501, 6.0, 1.0) == "skip"
+    with pytest.raises(RunStopped, match="step 502: loss 6.0000 is above"):
+        resumed.judge(502, 6.0, 1.0)
+
+
+def test_guard_stops_at_once_where_asked():
+    guard = Guard(GuardSection(on_spike="stop"))
+    for step in range(100):
+        guard.judge(step, 2.0, 1.0)
+    with pytest.raises(RunStopped):
+        guard.judge(100, 9.0, 1.0)
