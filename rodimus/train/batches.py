@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import InputError
+from .bestfit import BestFitRows
 from .config import DataSection
 from .order import SampleOrder
 from .rows import Batch, ConcatRows, RowReader
@@ -74,7 +75,8 @@ class TrainData:
         rank: int,
         world_size: int,
     ) -> None:
-        cut = [ConcatRows(s, config.seq_len) for s in sources]
+        kind = {"concat": ConcatRows, "bestfit": BestFitRows}[config.packing]
+        cut = [kind(s, config.seq_len) for s in sources]
         self.readers = [RowReader(c, mask_doc_start=config.mask_doc_start) for c in cut]
         self.order = SampleOrder([len(c) for c in cut], config.weights or None, seed)
         share = rows // world_size

@@ -55,6 +55,10 @@ class DataSection:
         _require(bool(self.train), "data.train must name at least one manifest")
         _require(self.seq_len > 0, f"data.seq_len must be positive, got {self.seq_len}")
         _one_of("data.packing", self.packing, ("concat", "bestfit"))
+        _require(
+            self.packing == "concat" or self.mask_doc_start,
+            "data.packing = bestfit needs data.mask_doc_start: neighbours in a row are strangers",
+        )
         if self.weights:
             _require(
                 len(self.weights) == len(self.train) and min(self.weights) > 0,

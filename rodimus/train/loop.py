@@ -28,6 +28,7 @@ from .schedule import lr_scale
 from .shards import TokenShards
 from .signals import TERMINATED, Signals
 from .store import write_atomic
+from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Trainer:
             world_size=ranks.world_size,
         )
         self.batches = Prefetcher(data.batch, stride=config.rows)
+        self.watchdog = Watchdog(ranks.rank, ranks.world_size, config.parallel.timeout_s)
         self.evaluate = Evaluator(
             val,
             config.data,
@@ -94,12 +96,14 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step over the global batch; returns its figures."""
         progress, config = self.progress, self.config
+        self.watchdog.beat(f"loading data of step {progress.step + 1}")
         began = time.perf_counter()
         batch = self.batches.get(progress.next_sample)
         waited = time.perf_counter() - began
         lr = config.optim.lr * lr_scale(progress.step, config.steps, config.schedule)
         set_lr(self.optimizers, lr)
 
+        self.watchdog.beat(f"computing step {progress.step + 1}")
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
         predicted = int(parallel.reduce_sum([float((batch.labels >= 0).sum())])[0])
         total = torch.zeros((), device=self.ranks.device)
@@ -138,6 +142,7 @@ class Trainer:
     def run(self, signals: Signals) -> int:
         """Trains to the end, or to SIGTERM; returns the exit status."""
         self.greet()
+        self.watchdog.start()
         config, steps = self.config, self.config.steps
         self.meter.reset(self.progress.step)
         while self.progress.step < steps:
@@ -154,6 +159,7 @@ class Trainer:
                 terminate, save_now = self.asked(signals)
                 save |= save_now
             if due or save or terminate:
+                self.watchdog.beat(f"saving step {step}")
                 self.progress.guard = self.guard.state()
                 self.checkpoints.save(self.progress, wait=terminate or step == steps)
             if terminate:
@@ -171,7 +177,12 @@ class Trainer:
         """Evaluates and reports; None without held-out data or when interrupted."""
         if not self.config.data.val:
             return None
-        result = self.evaluate(self.model, lambda: signals.terminate)
+
+        def interrupted() -> bool:
+            self.watchdog.beat(f"evaluating after step {self.progress.step}")
+            return signals.terminate
+
+        result = self.evaluate(self.model, interrupted)
         if result is not None:
             self.log.say(
                 f"held out: loss {result.loss:.4f}, {result.bits_per_byte:.3f} bits/byte "
@@ -214,7 +225,8 @@ class Trainer:
             self.log.say(f"resumed after step {self.progress.step}")
 
     def close(self) -> None:
-        """Waits for the checkpoint in flight and stops the reader."""
+        """Waits for the checkpoint in flight and stops the threads."""
+        self.watchdog.close()
         self.batches.close()
         self.checkpoints.wait()
         self.log.close()

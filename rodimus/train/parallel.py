@@ -7,7 +7,6 @@ The same calls serve one CPU process (a mesh of one), two CPU processes (gloo), 
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -72,7 +71,8 @@ def start(config: ParallelSection, device: str) -> Ranks:
         store=None if "RANK" in os.environ else dist.HashStore(),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=config.timeout_s),
+        # the watchdog comes first and knows more
+        timeout=timedelta(seconds=config.timeout_s + 60),
     )
     if config.replicate > 1:
         shape, names = (config.replicate, world // config.replicate), ("replicate", "shard")
@@ -87,11 +87,6 @@ def stop() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def host_name(rank: int) -> str:
-    """How a rank is called in messages: number, host and process."""
-    return f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
 
 
 def reduce_sum(values: list[float]) -> list[float]:

@@ -84,7 +84,7 @@ class RowReader:
     """Reads rows of one source into arrays.
 
     Args:
-        rows: ``ConcatRows`` or another cutter with ``windows(row)``.
+        rows: ``ConcatRows``, or ``BestFitRows`` of the same interface.
         mask_doc_start: Leave the first token of a document unpredicted.
     """
 

@@ -6,6 +6,7 @@ import torch
 
 from rodimus.errors import InputError
 from rodimus.train.batches import Prefetcher, TrainData, open_sources
+from rodimus.train.bestfit import BestFitRows, best_fit
 from rodimus.train.config import DataSection
 from rodimus.train.order import SampleOrder, permute
 from rodimus.train.rows import ConcatRows, RowReader
@@ -135,3 +136,39 @@ def test_prefetcher_follows_jumps_and_raises_at_the_step():
     with pytest.raises(ValueError, match="sample 50"):
         data.get(50)
     data.close()
+
+
+def test_best_fit_keeps_documents_whole_and_wastes_little(tmp_path):
+    rng = np.random.default_rng(0)
+    docs = [[1] + [5] * int(n) for n in rng.integers(1, 40, 300)] + [[1] + [5] * 70]
+    shards = TokenShards(write(tmp_path, docs=docs, shard_tokens=1000))
+    rows = BestFitRows(shards, 32)
+    windows = [w for row in range(len(rows)) for w in rows.windows(row)]
+    covered = sorted((w.shard, w.start + i) for w in windows for i in range(w.length))
+    assert covered == [
+        (s, i) for s, f in enumerate(shards.manifest.shards) for i in range(f.n_tokens)
+    ]
+    assert all(sum(w.length for w in rows.windows(r)) <= 32 for r in range(len(rows)))
+    whole = {(w.shard, w.start): w.length for w in windows}
+    for shard, starts in enumerate(shards.starts):
+        ends = [*starts[1:].tolist(), shards.manifest.shards[shard].n_tokens]
+        for start, end in zip(starts.tolist(), ends, strict=True):
+            assert whole[shard, start] == min(32, end - start)
+    assert shards.manifest.n_tokens / (32 * len(rows)) > 0.97
+
+
+def test_best_fit_rows_predict_inside_their_documents_only(tmp_path):
+    shards = TokenShards(write(tmp_path))
+    reader = RowReader(BestFitRows(shards, 16), mask_doc_start=True)
+    predicted = 0
+    for row in range(len(reader.rows)):
+        ids, labels, positions = reader(row)
+        due = labels >= 0
+        predicted += due.sum()
+        assert (labels[due] == ids[due] + 1).all()
+        assert positions[0] == 0
+    assert predicted == sum(len(d) - 1 for d in DOCS)
+
+
+def test_best_fit_prefers_the_fullest_row():
+    assert best_fit(np.array([6, 7, 3, 4]), 10).tolist() == [1, 0, 0, 1]

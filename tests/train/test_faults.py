@@ -16,6 +16,7 @@ from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.errors import InputError
 from rodimus.train import loop, store
 from rodimus.train.__main__ import main
+from rodimus.train.batches import TrainData
 from rodimus.train.checkpoint import Checkpointer
 from rodimus.train.evaluate import Evaluator
 from rodimus.train.load import load_config
@@ -139,6 +140,27 @@ def test_sigterm_saves_at_that_step_and_the_rest_is_exact(during, config_file, t
     assert sorted(resumed) == [3, 4, 5, 6]
     for step, loss in resumed.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_rank_that_hangs_is_reported_by_name(config_file, tmp_path, capfd):
+    def one_rank_stands_still():
+        batch = TrainData.batch
+
+        def stuck(self, first):
+            if os.environ["RANK"] == "1" and first >= 8:
+                time.sleep(60)
+            return batch(self, first)
+
+        TrainData.batch = stuck
+        return main([str(config_file), "--no-export", "--parallel.timeout-s", "2"])
+
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="died with 1"):
+        run_ranks(2, one_rank_stands_still)
+    assert time.monotonic() - began < 30
+    reports = [line for line in capfd.readouterr().err.splitlines() if "no progress" in line]
+    assert any("behind the others: rank 1 (" in line for line in reports), reports
+    assert any("at: loading data of step 3" in line for line in reports), reports
 
 
 def nan_in_steps(bad, config):

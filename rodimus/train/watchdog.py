@@ -1,0 +1,79 @@
+"""Names the rank that hangs: every rank tells the others how far it is, in a thread of its own.
+
+A rank that stands still makes all others wait in a collective, where each of them can only say that
+it waits. Here the ranks compare how many beats they have made, and the one behind is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+
+class Watchdog:
+    """Ends the process, with a report, when this rank has not moved for ``timeout_s``.
+
+    Args:
+        rank: This process.
+        world_size: Number of processes; a single one is not watched.
+        timeout_s: Seconds between two beats that count as a hang.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self._count, self._where, self._since = 0, "starting", time.monotonic()
+        self._stop = threading.Event()
+        self._name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begins to watch."""
+        self.beat("starting")
+        if self.world_size > 1:
+            self._store = dist.distributed_c10d._get_default_store()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def beat(self, where: str) -> None:
+        """Says that this rank moves, and what it is about to do; cheap enough for any loop."""
+        self._count, self._where, self._since = self._count + 1, where, time.monotonic()
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        period = min(5.0, self.timeout_s / 4)
+        while not self._stop.wait(period):
+            self._store.set(f"beat/{self.rank}", f"{self._count}\n{self._name}\n{self._where}")
+            silent = time.monotonic() - self._since
+            if silent > self.timeout_s:
+                # let the others' last beats arrive
+                time.sleep(period)
+                sys.stderr.write(f"{self._name}: no progress for {silent:.0f} s; {self._blame()}\n")
+                sys.stderr.flush()
+                # the main thread waits in a collective and cannot be interrupted
+                os._exit(1)
+
+    def _blame(self) -> str:
+        """The ranks with the fewest beats, or that all stand at the same place."""
+        seen = {}
+        for rank in range(self.world_size):
+            key = f"beat/{rank}"
+            known = self._store.check([key])
+            count, name, where = (
+                self._store.get(key).decode().split("\n") if known else (0, f"rank {rank}", "start")
+            )
+            seen[rank] = (int(count), name, where)
+        last = min(count for count, _, _ in seen.values())
+        behind = [f"{name} at: {where}" for count, name, where in seen.values() if count == last]
+        if len(behind) == self.world_size:
+            return f"all ranks stand at: {self._where}"
+        return "behind the others: " + "; ".join(behind)
