@@ -208,8 +208,7 @@ def weights_to_fla(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if theirs is None:
             raise ValueError(f"fla has no counterpart of {name!r}")
         for part, piece in zip(theirs, tensor.chunk(len(theirs)), strict=True):
-            # a copy: halves of one tensor share memory, which safetensors refuses to save
-            result[prefix + part] = piece.clone() if len(theirs) > 1 else piece
+            result[prefix + part] = piece
     return result
 
 

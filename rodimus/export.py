@@ -80,7 +80,6 @@ def write_tokenizer(source: Path, folder: Path) -> None:
     load_tokenizer(source).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("auto_map", None)
     if config.get("tokenizer_class") == "RodimusTokenizer":
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -157,6 +157,9 @@ def test_folder_is_complete_and_readable(exported):
     with safe_open(folder / "model.safetensors", "pt") as weights:
         assert "lm_head.weight" not in weights.keys()
         assert "model.embeddings.weight" in weights.keys()
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "auto_map" not in tokenizer
     modes = {stat.S_IMODE(file.stat().st_mode) & 0o044 for file in folder.iterdir()}
     assert modes == {0o044}
 
