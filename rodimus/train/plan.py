@@ -1,0 +1,181 @@
+"""`rodimus plan CONFIG --gpus N`: what a run needs, before a GPU is paid for.
+
+Parameters are counted on the meta device and operations follow ``flops``. Memory of weights and
+optimizer is exact arithmetic; activations are an estimate from the tensors that backward needs,
+with fused kernels; throughput follows from the MFU that is assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from .. import RodimusConfig, RodimusForCausalLM
+from ..errors import InputError
+from .config import TrainConfig
+from .flops import PEAK_FLOPS, TokenFlops, train_flops
+from .load import load_config
+from .loop import read_model_config
+from .optim import parameter_groups
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a run on some GPUs; bytes are for one GPU."""
+
+    parameters: int
+    gpus: int
+    flops: TokenFlops
+    steps: int
+    tokens: int
+    memory: dict[str, float]
+    tokens_per_s: float
+    traffic: dict[str, float]
+
+    @property
+    def days(self) -> float:
+        """Time of the whole run."""
+        return self.tokens / self.tokens_per_s / 86400
+
+    @property
+    def memory_gb(self) -> float:
+        """Memory of one GPU."""
+        return sum(self.memory.values()) / 1e9
+
+
+def activation_bytes(config: RodimusConfig, mode: str) -> float:
+    """Estimated bytes a token and block keeps for backward in bf16, by activation checkpointing.
+
+    Args:
+        config: Model shapes.
+        mode: ``none``, ``selective`` or ``full``.
+    """
+    d, mem = config.d_model, config.mixer_cfg["mem_size"]
+    wide = int(d * config.mixer_cfg["expand_ratio"])
+    stream = 4 * d
+    if mode == "full":
+        return stream
+    # residual stream; [x, gate]; convolution; input gate, gated input; DDTS output; q, k, gates
+    mixer_products = 2 * (2 * wide + wide + wide) + 2 * 4 * mem
+    mixer_rest = stream + 2 * d + 2 * 3 * wide + 4 * 4 * mem
+    if config.block_type == "rodimus":
+        return mixer_products + stream + (mixer_rest - stream if mode == "none" else 0)
+    hidden = int(d * config.attn_cfg["ffn_expand_ratio"])
+    # q, v, output, projection; then [x, gate] and their product
+    other_products = 2 * (4 * d) + 2 * 2 * hidden
+    other_rest = 2 * stream + 2 * (3 * d) + 2 * hidden
+    rest = mixer_rest + other_rest if mode == "none" else stream
+    return mixer_products + other_products + rest
+
+
+def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Plan:
+    """Computes the figures of a run.
+
+    Args:
+        config: The run.
+        gpus: Ranks; ``parallel.replicate`` copies of the model share them.
+        mfu: Share of ``peak`` that is reached.
+        peak: FLOP/s of one GPU.
+
+    Raises:
+        InputError: the batch or the replicas do not divide over the GPUs.
+    """
+    config.accumulation(gpus)
+    replicas = config.parallel.replicate
+    if gpus % replicas:
+        raise InputError(f"parallel.replicate = {replicas} does not divide {gpus} GPUs")
+    model_config = read_model_config(config.model.config)
+    with torch.device("meta"):
+        model = RodimusForCausalLM(model_config)
+    n = model.num_parameters()
+    shards = gpus // replicas
+    flops = train_flops(model, model_config, config.data.seq_len)
+    return Plan(
+        parameters=n,
+        gpus=gpus,
+        flops=flops,
+        steps=config.steps,
+        tokens=config.steps * config.train.global_batch_tokens,
+        memory=_memory(model, model_config, config, n, shards),
+        tokens_per_s=gpus * peak * mfu / flops.total,
+        traffic=_traffic(config, n, shards, replicas),
+    )
+
+
+def _memory(
+    model: RodimusForCausalLM, shapes: RodimusConfig, config: TrainConfig, n: int, shards: int
+) -> dict[str, float]:
+    matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
+    # AdamW keeps two moments, Muon one
+    moments = 2 * n - (matrices if config.optim.name == "muon" else 0)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    root = n - block * shapes.n_layer
+    gathered = root + 2 * block if config.parallel.reshard_after_forward == "true" else n
+    tokens = config.train.micro_batch * config.data.seq_len
+    return {
+        "weights, fp32": 4 * n / shards,
+        "gradients, fp32": 4 * n / shards,
+        "optimizer": 4 * moments / shards,
+        "gathered weights, bf16": 2.0 * gathered,
+        "activations (estimate)": tokens
+        * shapes.n_layer
+        * activation_bytes(shapes, config.train.ac),
+        "gradient of the head, fp32": 4.0 * model.lm_head.weight.numel(),
+    }
+
+
+def _traffic(config: TrainConfig, n: int, shards: int, replicas: int) -> dict[str, float]:
+    """Bytes one GPU sends in a micro-step inside its replica, and in a step between replicas."""
+    share = (shards - 1) / shards
+    gathers = 2 if config.parallel.reshard_after_forward == "true" else 1
+    return {
+        "inside a replica, per micro-step": (2 * gathers + 4) * n * share,
+        "between replicas, per step": 2 * (replicas - 1) / replicas * 4 * n / shards,
+    }
+
+
+def render(plan: Plan, mfu: float) -> str:
+    """The plan as text."""
+    flops = "  ".join(f"{k} {v / 1e9:.3f}" for k, v in plan.flops._asdict().items() if v)
+    lines = [
+        f"parameters            {plan.parameters:,}",
+        f"operations a token    {plan.flops.total / 1e9:.3f} GFLOP ({flops})",
+        f"run                   {plan.steps:,} steps, {plan.tokens / 1e9:,.1f} G tokens",
+        f"memory of one GPU     {plan.memory_gb:.1f} GB",
+        *(f"  {name:<30}{size / 1e9:>8.2f} GB" for name, size in plan.memory.items()),
+        f"traffic of one GPU    (ring; {plan.gpus} GPUs)",
+        *(f"  {name:<36}{size / 1e9:>8.2f} GB" for name, size in plan.traffic.items()),
+        f"at {mfu:.0%} MFU            {plan.tokens_per_s:,.0f} tokens/s, "
+        f"{plan.tokens_per_s / plan.gpus:,.0f} a GPU, {plan.days:.1f} days",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="rodimus plan",
+        description="Memory, operations, traffic and days of a training run, by arithmetic: "
+        "nothing is measured and no GPU is needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("config", help="TOML file of the run")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
+    parser.add_argument("--gpu", choices=sorted(PEAK_FLOPS), default="H100", help="kind of GPU")
+    parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak assumed")
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        config = load_config(options.config, overrides)
+        plan = make_plan(config, options.gpus, mfu=options.mfu, peak=PEAK_FLOPS[options.gpu])
+    except InputError as error:
+        print(f"rodimus plan: error: {error}", file=sys.stderr)
+        return 2
+    print(render(plan, options.mfu))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

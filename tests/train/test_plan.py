@@ -1,0 +1,95 @@
+"""`rodimus plan` and `rodimus plot`: figures that can be checked by hand, and readable failures."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rodimus.errors import InputError
+from rodimus.train import plan, plot
+from rodimus.train.load import load_config
+from rodimus.train.metrics import clock, progress_line
+
+TRAIN = Path(__file__).parents[2] / "configs" / "train"
+
+
+def planned(name, gpus, *overrides, mfu=0.5):
+    config = load_config(TRAIN / f"{name}.toml", list(overrides))
+    return plan.make_plan(config, gpus, mfu=mfu, peak=989e12)
+
+
+def test_plan_of_the_released_plus_model():
+    """By hand: 989e12 * 0.5 / 10.621e9 operations a token; 6 P 7/8 bytes; 16 P / 8 bytes."""
+    got = planned("rodimus_plus_1b6", 8)
+    assert got.parameters == 1_607_095_296
+    assert got.tokens_per_s / 8 == pytest.approx(46_560, rel=1e-3)
+    assert got.days == pytest.approx(31.1, abs=0.05)
+    sharded = [got.memory[k] for k in ("weights, fp32", "gradients, fp32", "optimizer")]
+    assert sum(sharded) == pytest.approx(16 * 1_607_095_296 / 8)
+    assert got.traffic["inside a replica, per micro-step"] == pytest.approx(8.437e9, rel=1e-3)
+    assert got.traffic["between replicas, per step"] == 0
+
+
+def test_recurrent_model_needs_no_attention():
+    got = planned("rodimus_1b4", 64, "--parallel.replicate", "8", mfu=0.4)
+    assert got.flops.attention == 0
+    assert got.tokens_per_s / 64 == pytest.approx(42_400, rel=2e-3)
+    assert got.traffic["between replicas, per step"] == pytest.approx(
+        2 * 7 / 8 * 4 * 1.5316e9 / 8, rel=1e-3
+    )
+
+
+def test_checkpointing_activations_saves_memory():
+    sizes = [
+        planned("rodimus_plus_1b6", 8, "--train.ac", mode).memory["activations (estimate)"]
+        for mode in ("none", "selective", "full")
+    ]
+    assert sizes[0] > 1.3 * sizes[1] > 2 * sizes[2] > 0
+
+
+def test_muon_keeps_one_moment_of_the_matrices():
+    adamw = planned("rodimus_plus_1b6", 8).memory["optimizer"]
+    assert (
+        adamw / 2
+        < planned("rodimus_plus_1b6", 8, "--optim.name", "muon").memory["optimizer"]
+        < adamw
+    )
+
+
+def test_plan_command_prints_or_fails_in_one_line(capsys):
+    path = str(TRAIN / "rodimus_plus_130m.toml")
+    assert plan.main([path, "--gpus", "8"]) == 0
+    assert "131,477,120" in capsys.readouterr().out
+    assert plan.main([path, "--gpus", "7"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.fixture
+def run(tmp_path):
+    rows = [{"step": s, "loss": 5 - s / 50, "lr": 1e-3} for s in range(1, 101)]
+    rows[60] = {**rows[60], "val_loss": 3.9, "tokens_per_s": 100.0}
+    text = "".join(json.dumps(r) + "\n" for r in [*rows, {"step": 100, "loss": 2.5}])
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 101, "lo')
+    return tmp_path
+
+
+def test_metrics_of_a_resumed_run_are_read_once_a_step(run):
+    rows = plot.read_metrics(run)
+    assert [r["step"] for r in rows] == list(range(1, 101))
+    assert rows[-1]["loss"] == 2.5
+    assert rows[-1]["lr"] == 1e-3
+
+
+def test_plot_writes_a_png(run, capsys):
+    assert plot.main([str(run)]) == 0
+    assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert plot.main([str(run / "none")]) == 2
+    with pytest.raises(InputError, match="expected the folder of a training run"):
+        plot.read_metrics(run / "none")
+
+
+def test_progress_line_names_step_loss_rate_and_time_left():
+    values = {"loss": 4.3214, "lr": 4e-3, "grad_norm": 0.851, "tokens_per_s": 9120.4, "left_s": 133}
+    line = progress_line(120, 900, values)
+    assert line == ("step 120/900  loss 4.3214  lr 4.00e-03  grad 0.85  9,120 tok/s  left 02:13")
+    assert clock(3723) == "1:02:03"
