@@ -202,6 +202,20 @@ class Engine:
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
         """
+        generation = self.prepare(request)
+        self.enqueue(generation)
+        return generation
+
+    def enqueue(self, generation: Generation) -> None:
+        """Queue what ``prepare`` made."""
+        self.waiting.append(generation)
+
+    def prepare(self, request: Request) -> Generation:
+        """Check a request without queueing it. Any thread may call this.
+
+        Raises:
+            ValueError: the request cannot be served; the message says what was expected.
+        """
         prompt = self._check_prompt(request.prompt)
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
@@ -222,7 +236,6 @@ class Engine:
         generation = Generation(request, prompt, frozenset(ends))
         if self.tokenizer is not None:
             generation.stream = TextStream(self.tokenizer, request.stop)
-        self.waiting.append(generation)
         return generation
 
     def cancel(self, generation: Generation) -> None:
@@ -262,15 +275,15 @@ class Engine:
         self.prefixes.append(state.to(self.device))
 
     def _check_prompt(self, prompt):
-        prompt = torch.as_tensor(prompt, dtype=torch.long).cpu()
-        if prompt.dim() != 1 or not len(prompt):
-            raise ValueError(f"the prompt must be at least one token, got {tuple(prompt.shape)}")
+        """The prompt as int64 ``[T]`` on the CPU."""
         size = self.model.config.vocab_size
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= size:
-            got = low if low < 0 else high
-            raise ValueError(f"tokens of the prompt must be in [0, {size}), got {got}")
-        return prompt
+        ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        if not ids or not all(isinstance(token, int) for token in ids):
+            raise ValueError("the prompt must be a list of token ids, at least one token")
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < size:
+                raise ValueError(f"tokens of the prompt must be in [0, {size}), got {token}")
+        return torch.tensor(ids, dtype=torch.long)
 
     # -- work ----------------------------------------------------------------------------------
 

@@ -31,8 +31,10 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def text_model(kind: str = "rodimus_plus") -> RodimusForCausalLM:
-    """A random model over the vocabulary of ``byte_tokenizer``."""
-    return build(config_of(kind) | {"vocab_size": 257})
+    """A random model over the vocabulary of ``byte_tokenizer``, the same one every time."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return build(config_of(kind) | {"vocab_size": 257})
 
 
 def prompts_of(*lengths: int, seed: int = 0, vocab: int = 97) -> list[Tensor]:

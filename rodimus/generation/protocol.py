@@ -1,0 +1,444 @@
+"""OpenAI's completion formats: JSON in, checked field by field; JSON out.
+
+Every wrong value is an ``ApiError`` that names its field. Fields that would change the text in a
+way the engine cannot follow are refused, those that cannot change it are ignored.
+"""
+
+import difflib
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .engine import MAX_LOGPROBS, Delta, Generation, Request, TokenLogprobs
+from .sampling import MAX_SEED, SamplingParams
+
+# Refused unless they say what happens anyway.
+_UNSUPPORTED = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+_IGNORED = {
+    *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
+    *("service_tier", "store", "user", "verbosity"),
+}
+_SHARED = {
+    *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
+}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error: HTTP status, and OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param=None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        if self.status == 429:
+            kind = "rate_limit_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        body_bytes: Of a request's body.
+        body_seconds: Until the body must have come.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens to generate a choice.
+        choices: Prompts times ``n`` of one request.
+        stop_strings, stop_characters: How many stop strings, and how long each may be.
+    """
+
+    body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    prompt_tokens: int = 32768
+    new_tokens: int = 4096
+    choices: int = 16
+    stop_strings: int = 16
+    stop_characters: int = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request: texts or token lists to continue, and how to answer.
+
+    Attributes:
+        is_chat: Which of the two formats the answer has.
+        prompts: Strings or lists of token ids; of a chat, the one list of messages.
+        choices: Continuations of each prompt.
+        options: Arguments of the engine's ``Request`` but the prompt.
+        stream, include_usage: Answer in pieces; with a last piece that counts tokens.
+        id, created: Of the answer.
+    """
+
+    is_chat: bool
+    prompts: list
+    choices: int
+    options: dict[str, Any]
+    stream: bool
+    include_usage: bool
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def requests(self, token_ids: list[list[int]]) -> list[Request]:
+        """The engine's requests, in the order of the answer's choices."""
+        requests = []
+        for ids in token_ids:
+            for choice in range(self.choices):
+                options = dict(self.options)
+                seed = options["sampling"].seed
+                if seed is not None:
+                    # choices of one request differ, and each can be had again
+                    fields = {**vars(options["sampling"]), "seed": (seed + choice) % MAX_SEED}
+                    options["sampling"] = SamplingParams(**fields)
+                requests.append(Request(prompt=ids, **options))
+        return requests
+
+
+# ----------------------------------------------------------------------------------------------
+# In
+# ----------------------------------------------------------------------------------------------
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The JSON object in a body.
+
+    Raises:
+        ApiError: 400, it is not one.
+    """
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        # strings with lone surrogates are JSON, but no text that a tokenizer can read
+        json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise ApiError(
+            400, f"the body is not valid JSON: {error}"[:300], code="invalid_json"
+        ) from error
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body must be a JSON object, got {_kind(body)}")
+    return body
+
+
+def parse_completion(body: dict[str, Any], limits: Limits) -> Call:
+    """A call of ``/v1/completions``.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    fields = _Fields(body, {*_SHARED, "prompt"})
+    logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
+    new_tokens = fields.integer("max_tokens", 16, 1, limits.new_tokens)
+    prompts = _prompts(fields, limits)
+    return _call(fields, limits, prompts, new_tokens, logprobs, is_chat=False)
+
+
+def parse_chat(body: dict[str, Any], limits: Limits) -> Call:
+    """A call of ``/v1/chat/completions``; its one prompt is the list of messages.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    fields = _Fields(body, {*_SHARED, "messages", "max_completion_tokens", "top_logprobs"})
+    default = fields.integer("max_tokens", limits.new_tokens, 1, limits.new_tokens)
+    new_tokens = fields.integer("max_completion_tokens", default, 1, limits.new_tokens)
+    top = fields.integer("top_logprobs", 0, 0, MAX_LOGPROBS)
+    wanted = fields.boolean("logprobs", False)
+    if top and not wanted:
+        raise fields.wrong("top_logprobs", "used with logprobs = true", top)
+    messages = _messages(fields)
+    logprobs = top if wanted else None
+    return _call(fields, limits, [messages], new_tokens, logprobs, is_chat=True)
+
+
+def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
+    choices = fields.integer("n", 1, 1, limits.choices)
+    if choices * len(prompts) > limits.choices:
+        what = f"at most {limits.choices} together with the number of prompts"
+        raise fields.wrong("n", what, choices * len(prompts))
+    stream = fields.boolean("stream", False)
+    options = fields.get("stream_options", {})
+    if not isinstance(options, dict) or (options and not stream):
+        raise fields.wrong("stream_options", "an object, used with stream = true", options)
+    sampling = SamplingParams(
+        temperature=fields.number("temperature", 1.0, 0, 2),
+        top_k=fields.integer("top_k", 0, 0, 2**31),
+        top_p=fields.number("top_p", 1.0, 1e-6, 1),
+        min_p=fields.number("min_p", 0.0, 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
+        seed=fields.integer("seed", None, 0, MAX_SEED),
+    )
+    return Call(
+        is_chat=is_chat,
+        prompts=prompts,
+        choices=choices,
+        options={
+            "max_new_tokens": new_tokens,
+            "sampling": sampling,
+            "stop": _stop(fields, limits),
+            "logprobs": logprobs,
+        },
+        stream=stream,
+        include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
+            "include_usage", False
+        ),
+    )
+
+
+def _prompts(fields, limits):
+    """Strings, or lists of token ids, from any of the four shapes of ``prompt``."""
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(_is_integer(item) for item in prompt):
+            return [prompt]
+        if all(isinstance(item, str) for item in prompt):
+            return _limited(fields, prompt, limits)
+        if all(isinstance(item, list) and all(map(_is_integer, item)) for item in prompt):
+            return _limited(fields, prompt, limits)
+    what = "a string, a list of strings, a list of token ids, or a list of such lists"
+    raise fields.wrong("prompt", what, prompt)
+
+
+def _limited(fields, prompts, limits):
+    if len(prompts) > limits.choices:
+        raise fields.wrong("prompt", f"at most {limits.choices} prompts", len(prompts))
+    return prompts
+
+
+def _messages(fields):
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise fields.wrong("messages", "a list of at least one message", messages)
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _message(message, name):
+    if not isinstance(message, dict):
+        raise ApiError(400, f"{name} must be an object, got {_kind(message)}", param=name)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ApiError(400, f"{name}.role must be a string, got {_kind(role)}", param=name)
+    if isinstance(content, list):
+        for part in content:
+            is_text = isinstance(part, dict) and part.get("type") == "text"
+            if not is_text or not isinstance(part.get("text"), str):
+                raise ApiError(400, f"{name}.content must consist of text parts", param=name)
+        content = "".join(part["text"] for part in content)
+    if content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise ApiError(400, f"{name}.content must be text, got {_kind(content)}", param=name)
+    return {"role": role, "content": content}
+
+
+def _stop(fields, limits):
+    stop = fields.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    most, length = limits.stop_strings, limits.stop_characters
+    if (
+        not isinstance(stop, list)
+        or len(stop) > most
+        or not all(isinstance(text, str) and 0 < len(text) <= length for text in stop)
+    ):
+        what = f"a string or a list of at most {most}, each of 1 to {length} characters"
+        raise fields.wrong("stop", what, fields.get("stop"))
+    return tuple(stop)
+
+
+class _Fields:
+    """The fields of a JSON object, each checked when it is asked for; null means the default."""
+
+    def __init__(self, body, known):
+        self.body = body
+        for name, value in body.items():
+            if name in known or name in _IGNORED or value is None:
+                continue
+            if name not in _UNSUPPORTED:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f", did you mean {close[0]!r}?" if close else ""
+                message = f"unknown field {name[:100]!r}{hint}"
+                raise ApiError(400, message, code="unknown_field", param=name[:100])
+            if value not in _UNSUPPORTED[name]:
+                raise ApiError(400, f"{name} is not supported", code="unsupported", param=name)
+
+    def get(self, name, default=None):
+        value = self.body.get(name)
+        return default if value is None else value
+
+    def wrong(self, name, what, got):
+        shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
+        return ApiError(400, f"{name} must be {what}, got {shown}", param=name)
+
+    def boolean(self, name, default):
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false", value)
+        return value
+
+    def integer(self, name, default, low, high):
+        return self._between(name, default, low, high, _is_integer, "an integer")
+
+    def number(self, name, default, low, high):
+        return self._between(name, default, low, high, _is_number, "a number")
+
+    def _between(self, name, default, low, high, is_kind, kind):
+        value = self.get(name, default)
+        if value is None:
+            return None
+        if not is_kind(value) or not low <= value <= high:
+            raise self.wrong(name, f"{kind} in [{low}, {high}]", value)
+        return value
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _kind(value):
+    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+# ----------------------------------------------------------------------------------------------
+# Out
+# ----------------------------------------------------------------------------------------------
+
+
+class Answer:
+    """Writes the answers to one call.
+
+    Args:
+        model: Name of the model.
+        call: What is answered.
+        token_text: Of one token id: its text, or a name if it is only part of a character; and
+            whether it is text.
+    """
+
+    def __init__(self, model: str, call: Call, token_text: Callable[[int], tuple[str, bool]]):
+        self.model, self.call, self.token_text = model, call, token_text
+        # where each choice's next token begins in its text
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, generations: list[Generation]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for index, generation in enumerate(generations):
+            choice = self._choice(index, generation.logprobs, generation.finish_reason)
+            if self.call.is_chat:
+                choice["message"] = {"role": "assistant", "content": generation.text}
+            else:
+                choice["text"] = generation.text
+            choices.append(choice)
+        kind = "chat.completion" if self.call.is_chat else "text_completion"
+        return {**self._envelope(kind, choices), "usage": usage(generations, self.call.choices)}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first piece of a choice: a chat's names the role."""
+        if not self.call.is_chat:
+            return None
+        choice = self._choice(index, [], None)
+        return self._piece([choice | {"delta": {"role": "assistant", "content": ""}}])
+
+    def piece(self, index: int, delta: Delta) -> dict[str, Any]:
+        """One piece of a choice."""
+        choice = self._choice(index, delta.logprobs, delta.finish_reason)
+        if self.call.is_chat:
+            choice["delta"] = {"content": delta.text} if delta.text else {}
+        else:
+            choice["text"] = delta.text
+        return self._piece([choice])
+
+    def closing(self, generations: list[Generation]) -> dict[str, Any]:
+        """The last piece, which counts tokens, for those who asked for it."""
+        return {**self._piece([]), "usage": usage(generations, self.call.choices)}
+
+    def _choice(self, index, logprobs, finish_reason):
+        written = self._logprobs(index, logprobs) if logprobs else None
+        return {"index": index, "logprobs": written, "finish_reason": finish_reason}
+
+    def _piece(self, choices):
+        kind = "chat.completion.chunk" if self.call.is_chat else "text_completion"
+        return self._envelope(kind, choices)
+
+    def _envelope(self, kind, choices):
+        prefix = "chatcmpl" if self.call.is_chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.call.id}",
+            "object": kind,
+            "created": self.call.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _logprobs(self, index, entries):
+        return self._chat_logprobs(entries) if self.call.is_chat else self._lists(index, entries)
+
+    def _chat_logprobs(self, entries):
+        def written(token, logprob):
+            text, is_text = self.token_text(token)
+            data = list(text.encode()) if is_text else None
+            return {"token": text, "logprob": logprob, "bytes": data}
+
+        return {
+            "content": [
+                {**written(e.token, e.logprob), "top_logprobs": [written(*pair) for pair in e.top]}
+                for e in entries
+            ]
+        }
+
+    def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        texts = [self.token_text(entry.token)[0] for entry in entries]
+        offsets, at = [], self._offsets.get(index, 0)
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[index] = at
+        return {
+            "tokens": texts,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [{self.token_text(t)[0]: p for t, p in e.top} for e in entries],
+            "text_offset": offsets,
+        }
+
+
+def usage(generations: list[Generation], choices: int) -> dict[str, Any]:
+    """OpenAI's count of tokens; a prompt counts once, however many choices it has."""
+    prompts = generations[::choices]
+    prompt = sum(len(generation.prompt) for generation in prompts)
+    completion = sum(len(generation.tokens) for generation in generations)
+    cached = sum(generation.prefix_tokens for generation in prompts)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

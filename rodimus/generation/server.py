@@ -1,0 +1,472 @@
+"""``rodimus serve``: OpenAI's HTTP interface over the engine.
+
+One process, one model: an event loop answers HTTP, a thread runs the engine. A client's mistakes
+are 4xx with a JSON error, a full queue is 429, and a client that goes away takes its requests with
+it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import hmac
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ..errors import InputError
+from ..loading import load_model, load_tokenizer
+from .engine import Delta, Engine, Generation
+from .protocol import (
+    Answer,
+    ApiError,
+    Call,
+    Limits,
+    parse_chat,
+    parse_completion,
+    parse_json,
+)
+from .state_file import load_state
+from .worker import EngineWorker, QueueFullError, WorkerStoppedError
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise InputError(
+        f"serving needs more packages ({error}): install them with pip install rodimus[serve]"
+    ) from error
+
+from .metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "RODIMUS_API_KEY"
+_RETRY_AFTER = {"Retry-After": "1"}
+
+
+class Service:
+    """The handlers of one model's server.
+
+    Args:
+        worker: Runs the engine, which has a tokenizer; started and stopped with the application.
+        model_name: What clients call the model.
+        limits: What they may ask for.
+        api_key: Asked for as a bearer token under ``/v1``; None asks for none.
+    """
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        *,
+        model_name: str,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+    ):
+        self.worker, self.model_name = worker, model_name
+        self.limits, self.api_key = limits or Limits(), api_key
+        # the engine's thread decodes with its own tokenizer while this one encodes
+        self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(worker.engine.tokenizer)
+        self.metrics = Metrics(worker)
+        self.created = int(time.time())
+        self._encoding = threading.Lock()
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.show_metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+        ]
+        handlers = {
+            ApiError: lambda request, error: _error(error),
+            HTTPException: lambda request, error: _error(
+                ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+            ),
+            # nobody is left to read it
+            ClientDisconnect: lambda request, error: Response(status_code=400),
+            Exception: lambda request, error: _error(ApiError(500, "the server has a defect")),
+        }
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, app):
+        self.worker.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(self.worker.stop)
+
+    # -- small answers -------------------------------------------------------------------------
+
+    async def health(self, request: Request) -> Response:
+        """200 while requests are taken, else 503."""
+        works = self.worker.accepts
+        return JSONResponse({"status": "ok" if works else "down"}, 200 if works else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        return Response(self.metrics.text(), media_type=self.metrics.content_type)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        self._authorise(request)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """The model, by its name."""
+        self._authorise(request)
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _model(self):
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "rodimus",
+        }
+
+    def _check_model(self, name):
+        if name is not None and name != self.model_name:
+            shown = name[:100] if isinstance(name, str) else type(name).__name__
+            message = f"there is no model {shown!r} here, only {self.model_name!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def _authorise(self, request):
+        if self.api_key is None:
+            return
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise ApiError(401, "expected the API key as a bearer token", code="invalid_api_key")
+
+    # -- completions ---------------------------------------------------------------------------
+
+    async def completions(self, request: Request) -> Response:
+        """``/v1/completions``."""
+        return await self._observed(request, "completions", parse_completion)
+
+    async def chat(self, request: Request) -> Response:
+        """``/v1/chat/completions``."""
+        return await self._observed(request, "chat", parse_chat)
+
+    async def _observed(self, request, endpoint, parse):
+        try:
+            response = await self._complete(request, parse)
+        except ApiError as error:
+            self.metrics.count_request(endpoint, error.status)
+            raise
+        self.metrics.count_request(endpoint, response.status_code)
+        return response
+
+    async def _complete(self, request, parse):
+        self._authorise(request)
+        body = parse_json(await self._body(request))
+        self._check_model(body.get("model"))
+        call = parse(body, self.limits)
+        token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
+        exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
+        exchange.submit(call.requests(token_ids))
+        answer = Answer(self.model_name, call, self._token_text)
+        if call.stream:
+            return _EventStream(self._pieces(exchange, answer, call), exchange.cancel)
+        async with aclosing(exchange.news()) as news:
+            async for _ in news:
+                pass
+        self._finished(exchange.generations)
+        return JSONResponse(answer.whole(exchange.generations))
+
+    async def _body(self, request):
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
+        limit = self.limits.body_bytes
+        too_long = ApiError(413, f"the body must be at most {limit} bytes", code="body_too_long")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            raise too_long
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for piece in request.stream():
+                    data += piece
+                    if len(data) > limit:
+                        raise too_long
+        except TimeoutError as error:
+            seconds = self.limits.body_seconds
+            raise ApiError(408, f"the body did not come within {seconds} s") from error
+        return bytes(data)
+
+    def _encode(self, call: Call, prompt) -> list[int]:
+        """Token ids of one prompt of a call."""
+        with self._encoding:
+            if call.is_chat:
+                ids = self.tokenizer(self._render(prompt), add_special_tokens=False).input_ids
+            elif isinstance(prompt, str):
+                ids = self.tokenizer(prompt).input_ids
+            else:
+                ids = prompt
+        if len(ids) > self.limits.prompt_tokens:
+            message = f"the prompt has {len(ids)} tokens, expected at most"
+            message = f"{message} {self.limits.prompt_tokens}"
+            raise ApiError(400, message, code="context_length_exceeded", param="prompt")
+        return ids
+
+    def _render(self, messages):
+        if self.tokenizer.chat_template is None:
+            message = "the model has no chat template: use /v1/completions"
+            raise ApiError(400, message, code="no_chat_template")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything it likes about the messages
+            message = f"the messages do not fit the model's chat template: {error}"
+            raise ApiError(400, message[:300], param="messages") from error
+
+    def _token_text(self, token):
+        text = self.tokenizer.decode([token])
+        # part of a character: different parts must not look alike
+        is_text = "\ufffd" not in text
+        return (text if is_text else self.tokenizer.convert_ids_to_tokens(token)), is_text
+
+    async def _pieces(self, exchange, answer, call) -> AsyncIterator[str]:
+        """Server-sent events of a streamed answer."""
+        for index in range(len(exchange.generations)):
+            if (piece := answer.opening(index)) is not None:
+                yield _event(piece)
+        async with aclosing(exchange.news()) as news:
+            async for generation, delta in news:
+                if delta.finish_reason in ("error", "cancelled"):
+                    break
+                if delta.text or delta.logprobs or delta.finish_reason:
+                    index = exchange.generations.index(generation)
+                    yield _event(answer.piece(index, delta))
+        try:
+            self._finished(exchange.generations)
+        except ApiError as error:
+            yield _event(error.body())
+        else:
+            if call.include_usage:
+                yield _event(answer.closing(exchange.generations))
+        yield "data: [DONE]\n\n"
+
+    def _finished(self, generations: list[Generation]) -> None:
+        """Take finished generations into the metrics.
+
+        Raises:
+            ApiError: 503, the server shut down in between; 422, the model could not continue.
+        """
+        for generation in generations:
+            self.metrics.observe(generation)
+        for generation in generations:
+            if self.worker.failure is not None or generation.finish_reason in (None, "cancelled"):
+                raise ApiError(503, "the server is shutting down or has failed")
+            if generation.finish_reason == "error":
+                message = f"the model could not continue this prompt: {generation.error}"
+                raise ApiError(422, message, code="generation_failed")
+
+
+class _Exchange:
+    """The generations of one HTTP request, tied to the connection: it ends, they end."""
+
+    def __init__(self, worker: EngineWorker, request: Request, loop: asyncio.AbstractEventLoop):
+        self.worker, self.request, self.loop = worker, request, loop
+        self.generations: list[Generation] = []
+        self._news: asyncio.Queue[tuple[Generation, Delta] | None] = asyncio.Queue()
+
+    def submit(self, requests):
+        """Give the requests to the worker, all or none.
+
+        Raises:
+            ApiError: 400, one cannot be served; 429, no room; 503, shutting down.
+        """
+        try:
+            self.generations = self.worker.submit(requests, self._listen)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from error
+        except QueueFullError as error:
+            raise ApiError(429, f"{error}: try again later", code="queue_full") from error
+        except WorkerStoppedError as error:
+            raise ApiError(503, str(error)) from error
+
+    def _listen(self, generation, delta):
+        # a loop that is closed has nobody left to tell
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._news.put_nowait, (generation, delta))
+
+    async def news(self) -> AsyncIterator[tuple[Generation, Delta]]:
+        """What comes, until every generation has ended.
+
+        Leaving early, or the client's going away, cancels what has not ended.
+
+        Raises:
+            ClientDisconnect: the client went away.
+        """
+        watcher = asyncio.create_task(self._watch())
+        unfinished = len(self.generations)
+        try:
+            while unfinished:
+                news = await self._news.get()
+                if news is None:
+                    raise ClientDisconnect
+                unfinished -= news[1].finish_reason is not None
+                yield news
+        finally:
+            watcher.cancel()
+            self.cancel()
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        if any(generation.finish_reason is None for generation in self.generations):
+            self.worker.cancel(self.generations)
+
+    async def _watch(self):
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self._news.put_nowait(None)
+
+
+class _EventStream(Response):
+    """A response of server-sent events; ``on_end`` is called whatever happens to the client."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.on_end = events, on_end
+
+    async def __call__(self, scope, receive, send):
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        # a client that goes away is the end of the stream, not an error
+        with contextlib.suppress(ClientDisconnect, OSError), contextlib.ExitStack() as stack:
+            stack.callback(self.on_end)
+            await send(start)
+            async with aclosing(self.events) as events:
+                async for event in events:
+                    body = event.encode()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _event(value) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _error(error: ApiError) -> Response:
+    headers = _RETRY_AFTER if error.status == 429 else None
+    # ASCII: a message may quote what no encoding can express
+    body = json.dumps(error.body())
+    return Response(body, error.status, headers=headers, media_type="application/json")
+
+
+# ----------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``rodimus serve``: serve until told to stop.
+
+    Raises:
+        InputError: the model, a state file or an option is wrong.
+    """
+    options = _parser().parse_args(argv)
+    service = _service(options)
+    if options.host not in ("127.0.0.1", "::1", "localhost") and service.api_key is None:
+        logger.warning("serving on %s without an API key: set %s", options.host, API_KEY_VARIABLE)
+    config = uvicorn.Config(
+        service.app(),
+        host=options.host,
+        port=options.port,
+        timeout_graceful_shutdown=options.shutdown_seconds,
+    )
+    uvicorn.Server(config).run()
+    return 0 if service.worker.failure is None else 1
+
+
+def _service(options) -> Service:
+    """Everything loaded: model, tokenizer, engine, prefixes."""
+    transformers_logging.disable_progress_bar()
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(options.model)
+    try:
+        model = load_model(options.model, dtype=options.dtype, device=device)
+        engine = Engine(
+            model,
+            tokenizer,
+            slots=options.slots,
+            prefill_chunk=options.prefill_chunk,
+            max_length=options.max_length,
+        )
+        for path in options.prefix:
+            engine.add_prefix(load_state(path, model))
+        worker = EngineWorker(engine, max_waiting=options.max_waiting)
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    limits = Limits(
+        body_bytes=options.max_body_bytes,
+        prompt_tokens=options.max_prompt_tokens,
+        new_tokens=options.max_new_tokens,
+    )
+    name = options.name or os.path.basename(os.path.normpath(options.model))
+    key = os.environ.get(API_KEY_VARIABLE) or None
+    return Service(worker, model_name=name, limits=limits, api_key=key)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rodimus serve",
+        description="Serve a model over HTTP as OpenAI's API does: /v1/completions, "
+        f"/v1/chat/completions, /v1/models, /health, /metrics. {API_KEY_VARIABLE} in the "
+        "environment, if set, is the key that clients must send.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, limits = parser.add_argument, Limits()
+    add("model", metavar="MODEL", help="folder, or owner/name on the hub")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=int, default=8000, help="port to listen on")
+    add("--name", default=None, help="what clients call the model; the folder's name if not given")
+    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as saved")
+    add("--slots", type=int, default=8, help="sequences that run at once")
+    add("--max-waiting", type=int, default=64, help="requests that may wait; more get 429")
+    add("--prefill-chunk", type=int, default=512, help="prompt tokens between two decoded ones")
+    add("--max-length", type=int, default=None, help="most tokens of prompt and continuation")
+    add("--max-prompt-tokens", type=int, default=limits.prompt_tokens, help="of one prompt")
+    add("--max-new-tokens", type=int, default=limits.new_tokens, help="of one continuation")
+    add("--max-body-bytes", type=int, default=limits.body_bytes, help="of one request")
+    add(
+        "--prefix",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="state file; prompts that begin with its tokens start from it. May be repeated",
+    )
+    add("--shutdown-seconds", type=int, default=30, help="for running requests, when stopped")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

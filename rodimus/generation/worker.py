@@ -1,0 +1,135 @@
+"""The engine in a thread of its own: requests from any thread, news by callback, bounded queue."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from .engine import Delta, Engine, Generation, Request
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[Generation, Delta], None]
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may; try again later."""
+
+
+class WorkerStoppedError(Exception):
+    """The worker takes no requests: it is shutting down, or its engine has failed."""
+
+
+class EngineWorker:
+    """Runs an engine's steps as long as there is work.
+
+    Args:
+        engine: Called by this worker's thread alone, once it is started.
+        max_waiting: Requests that may wait beside those that the slots hold.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = 64):
+        if max_waiting < 0:
+            raise ValueError(f"max_waiting must be at least 0, got {max_waiting}")
+        self.engine, self.max_waiting = engine, max_waiting
+        self.failure: Exception | None = None
+        self._listeners: dict[Generation, Listener] = {}
+        self._arrived: list[Generation] = []
+        self._cancelled: list[Generation] = []
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="rodimus-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Cancel what is not finished, tell its listeners, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def accepts(self) -> bool:
+        """Whether requests are taken: the thread runs and its engine has not failed."""
+        return self._thread.is_alive() and not self._stopping and self.failure is None
+
+    @property
+    def unfinished(self) -> int:
+        """Requests taken and not finished: waiting, being read, running."""
+        return len(self._listeners)
+
+    def submit(self, requests: Sequence[Request], listener: Listener) -> list[Generation]:
+        """Queue requests, all or none.
+
+        Args:
+            listener: Called with every generation's news, in the worker's thread: it must be quick.
+                The last news of a generation has a ``finish_reason``.
+
+        Raises:
+            ValueError: one of them cannot be served.
+            QueueFullError: there is no room for them.
+            WorkerStoppedError: the worker takes no requests any more.
+        """
+        generations = [self.engine.prepare(request) for request in requests]
+        with self._changed:
+            if not self.accepts:
+                raise WorkerStoppedError("the engine is not running")
+            room = self.engine.slots + self.max_waiting - self.unfinished
+            if len(generations) > room:
+                raise QueueFullError(f"{self.unfinished} requests are running or waiting")
+            self._listeners.update(dict.fromkeys(generations, listener))
+            self._arrived += generations
+            self._changed.notify()
+        return generations
+
+    def cancel(self, generations: Sequence[Generation]) -> None:
+        """End requests soon, wherever they are; those that have ended are left as they are."""
+        with self._changed:
+            self._cancelled += generations
+            self._changed.notify()
+
+    def _run(self):
+        try:
+            while self._wait_for_work():
+                for generation in self.engine.step():
+                    self._report(generation)
+        except Exception as error:
+            logger.exception("the engine failed; all its requests are given up")
+            self.failure = error
+            self._give_up()
+
+    def _wait_for_work(self):
+        """Pass arrivals and cancellations on to the engine; False when it is time to end."""
+        with self._changed:
+            while not (self._arrived or self._cancelled or self._stopping or self.engine.has_work):
+                self._changed.wait()
+            arrived, self._arrived = self._arrived, []
+            cancelled, self._cancelled = self._cancelled, []
+            stopping = self._stopping
+        for generation in arrived:
+            self.engine.enqueue(generation)
+        for generation in list(self._listeners) if stopping else cancelled:
+            self.engine.cancel(generation)
+            self._report(generation)
+        return not stopping
+
+    def _give_up(self):
+        with self._changed:
+            lost = list(self._listeners)
+        for generation in lost:
+            if generation.finish_reason is None:
+                generation.finish_reason, generation.error = "error", "the engine failed"
+            self._report(generation)
+
+    def _report(self, generation):
+        listener = self._listeners.get(generation)
+        if listener is None:
+            return
+        delta = generation.drain()
+        if delta.finish_reason is not None:
+            with self._changed:
+                del self._listeners[generation]
+        listener(generation, delta)

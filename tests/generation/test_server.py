@@ -1,0 +1,467 @@
+"""The server: the engine's own answers over HTTP, and an error in JSON for every mistake."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rodimus.generation import Engine, Request, SamplingParams, save_state
+from rodimus.generation.protocol import Limits
+from rodimus.generation.worker import EngineWorker, QueueFullError, WorkerStoppedError
+from tests.generation.helpers import END, byte_tokenizer, text_model
+from tests.generation.serving import NAME, serving, wait_until
+
+LIMITS = Limits(body_bytes=20_000, body_seconds=1, prompt_tokens=400, new_tokens=300, choices=6)
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(limits=LIMITS, slots=4, prefill_chunk=64) as parts:
+        yield parts
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server[0]
+
+
+@pytest.fixture(scope="module")
+def direct():
+    """Text and tokens of one request in an engine of its own."""
+    model, tokenizer = text_model(), byte_tokenizer()
+
+    def generate(text, tokens=16, *, stop=(), **sampling):
+        request = Request(tokenizer(text).input_ids, tokens, SamplingParams(**sampling), stop)
+        return Engine(model, tokenizer, slots=1).generate([request])[0]
+
+    return generate
+
+
+class TestCompletions:
+    def test_a_prompt_gets_the_engines_text(self, client, direct):
+        status, answer = client.complete("Hello", max_tokens=20, temperature=0, model=NAME)
+        assert status == 200
+        assert answer["object"] == "text_completion" and answer["model"] == NAME
+        (choice,) = answer["choices"]
+        expected = direct("Hello", 20)
+        assert choice["text"] == expected.text
+        assert choice["finish_reason"] == expected.finish_reason
+        assert answer["usage"] == {
+            "prompt_tokens": 5,
+            "completion_tokens": 20,
+            "total_tokens": 25,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+    def test_sampling_fields_reach_the_engine(self, client, direct):
+        _, answer = client.complete("Hello", seed=7, max_tokens=30, **SAMPLED)
+        assert answer["choices"][0]["text"] == direct("Hello", 30, seed=7, **SAMPLED).text
+
+    @pytest.mark.parametrize(
+        "prompt, texts",
+        [
+            ("ab", ["ab"]),
+            (["ab", "cd"], ["ab", "cd"]),
+            ([65, 66], ["bc"]),
+            ([[65, 66], [1]], ["bc", '"']),
+        ],
+        ids=["text", "texts", "tokens", "token lists"],
+    )
+    def test_prompts_come_in_four_shapes(self, client, direct, prompt, texts):
+        assert byte_tokenizer().decode([65, 66]) == "bc" and byte_tokenizer().decode([1]) == '"'
+        status, answer = client.complete(prompt, temperature=0)
+        assert status == 200
+        assert [c["text"] for c in answer["choices"]] == [direct(text).text for text in texts]
+        assert [c["index"] for c in answer["choices"]] == list(range(len(texts)))
+
+    def test_choices_of_a_seed_differ_and_are_reproducible(self, client):
+        answers = [client.complete(["a", "b"], n=3, seed=1, max_tokens=30)[1] for _ in range(2)]
+        texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
+        assert texts[0] == texts[1] and len(set(texts[0])) == 6
+        assert answers[0]["usage"]["prompt_tokens"] == 2
+
+    def test_stop_strings_end_the_text(self, client, direct):
+        text = direct("Hello", 60).text
+        stop = text[12:15]
+        status, answer = client.complete("Hello", max_tokens=60, temperature=0, stop=stop)
+        assert status == 200 and answer["choices"][0]["finish_reason"] == "stop"
+        assert answer["choices"][0]["text"] == text[: text.index(stop)]
+
+    def test_logprobs_have_one_entry_a_token(self, client):
+        _, answer = client.complete("Hello", max_tokens=5, temperature=0, logprobs=2)
+        logprobs = answer["choices"][0]["logprobs"]
+        assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == 5
+        assert all(max(top.values()) <= 0 for top in logprobs["top_logprobs"])
+        assert logprobs["token_logprobs"] == [max(top.values()) for top in logprobs["top_logprobs"]]
+
+    def test_a_stream_is_the_same_text_in_pieces(self, client, direct):
+        body = {"prompt": ["Hello", "there"], "max_tokens": 40, "temperature": 0}
+        events = client.stream(
+            "/v1/completions", body | {"stream_options": {"include_usage": True}}
+        )
+        *pieces, last = events
+        for index, prompt in enumerate(body["prompt"]):
+            own = [e["choices"][0] for e in pieces if e["choices"][0]["index"] == index]
+            assert "".join(choice["text"] for choice in own) == direct(prompt, 40).text
+            assert [choice["finish_reason"] for choice in own][-1] == "length"
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == 80
+        assert len({event["id"] for event in events}) == 1
+
+
+class TestChat:
+    def test_messages_are_rendered_by_the_template(self, client, direct):
+        status, answer = client.chat("Hi", max_completion_tokens=20, temperature=0)
+        assert status == 200 and answer["object"] == "chat.completion"
+        expected = direct("<user>Hi<assistant>", 20).text
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+
+    def test_content_may_be_text_parts(self, client, direct):
+        parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+        body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+        status, answer = client.post("/v1/chat/completions", body | {"max_tokens": 20})
+        assert status == 200
+        expected = direct("<user>Hi<assistant>", 20).text
+        assert answer["choices"][0]["message"]["content"] == expected
+
+    def test_a_stream_opens_with_the_role(self, client, direct):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, "temperature": 0}
+        first, *pieces = client.stream("/v1/chat/completions", body)
+        assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        text = "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces)
+        assert text == direct("<user>Hi<assistant>", 30).text
+        assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+        assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"}
+
+    def test_logprobs_come_with_bytes(self, client):
+        _, answer = client.chat("Hi", max_tokens=4, logprobs=True, top_logprobs=2)
+        content = answer["choices"][0]["logprobs"]["content"]
+        assert len(content) == 4 and all(len(entry["top_logprobs"]) == 2 for entry in content)
+        for entry in content:
+            assert entry["bytes"] is None or bytes(entry["bytes"]).decode() == entry["token"]
+
+
+def test_models_are_listed_and_found(client):
+    status, answer = client.get("/v1/models")
+    assert status == 200 and [model["id"] for model in answer["data"]] == [NAME]
+    assert client.get(f"/v1/models/{NAME}") == (200, answer["data"][0])
+    status, answer = client.get("/v1/models/other/one")
+    assert status == 404 and answer["error"]["code"] == "model_not_found"
+
+
+def test_health_and_metrics(client):
+    assert client.get("/health") == (200, {"status": "ok"})
+    before = client.metric("rodimus_generated_tokens_total")
+    client.complete("Hello", max_tokens=7, temperature=0)
+    assert client.metric("rodimus_generated_tokens_total") == before + 7
+    assert client.metric("rodimus_slots") == 4
+    assert client.metric("rodimus_running_sequences") == 0
+    assert client.metric("rodimus_unfinished_requests") == 0
+    line = 'rodimus_http_requests_total{endpoint="completions",status="200"}'
+    assert client.metric(line) >= 1
+    assert client.metric("rodimus_time_to_first_token_seconds_count") >= 1
+
+
+LONG = {"prompt": "x" * 401}
+MESSAGES = [{"role": "user", "content": "x"}]
+BAD_COMPLETIONS = {
+    "no prompt": ({}, "prompt must be"),
+    "empty prompt": ({"prompt": ""}, "at least one token"),
+    "empty list": ({"prompt": []}, "prompt must be"),
+    "mixed list": ({"prompt": ["a", 1]}, "prompt must be"),
+    "booleans": ({"prompt": [True, False]}, "prompt must be"),
+    "empty tokens": ({"prompt": [[]]}, "at least one token"),
+    "token too high": ({"prompt": [257]}, r"tokens of the prompt must be in [0, 257), got 257"),
+    "token too low": ({"prompt": [-1]}, "got -1"),
+    "token beyond int64": ({"prompt": [2**70]}, "tokens of the prompt must be in"),
+    "too long": (LONG, "the prompt has 401 tokens, expected at most 400"),
+    "too many prompts": ({"prompt": ["a"] * 7}, "at most 6 prompts"),
+    "lone surrogate": ({"prompt": "\ud800"}, "not valid JSON"),
+    "max_tokens 0": ({"prompt": "x", "max_tokens": 0}, "max_tokens must be an integer in [1, 300]"),
+    "max_tokens high": ({"prompt": "x", "max_tokens": 301}, "max_tokens must be"),
+    "max_tokens text": ({"prompt": "x", "max_tokens": "9"}, "max_tokens must be"),
+    "max_tokens float": ({"prompt": "x", "max_tokens": 1.5}, "max_tokens must be"),
+    "temperature": ({"prompt": "x", "temperature": 2.1}, "temperature must be a number in [0, 2]"),
+    "top_p": ({"prompt": "x", "top_p": 0}, "top_p must be"),
+    "top_k": ({"prompt": "x", "top_k": -1}, "top_k must be"),
+    "min_p": ({"prompt": "x", "min_p": True}, "min_p must be"),
+    "penalty": ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty must be"),
+    "seed": ({"prompt": "x", "seed": 2**63}, "seed must be"),
+    "seed huge": ({"prompt": "x", "seed": 10**4000}, "seed must be"),
+    "n": ({"prompt": ["x", "y"], "n": 4}, "n must be at most 6 together"),
+    "logprobs": ({"prompt": "x", "logprobs": 21}, "logprobs must be an integer in [0, 20]"),
+    "stop number": ({"prompt": "x", "stop": 5}, "stop must be"),
+    "stop empty": ({"prompt": "x", "stop": [""]}, "stop must be"),
+    "stop many": ({"prompt": "x", "stop": ["a"] * 17}, "stop must be"),
+    "stop long": ({"prompt": "x", "stop": "a" * 257}, "stop must be"),
+    "stream": ({"prompt": "x", "stream": "yes"}, "stream must be true or false"),
+    "stream options": ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream = true"),
+    "unknown": ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'?"),
+    "unsupported": ({"prompt": "x", "echo": True}, "echo is not supported"),
+    "logit bias": ({"prompt": "x", "logit_bias": {"5": 3}}, "logit_bias is not supported"),
+}
+BAD_CHATS = {
+    "no messages": ({}, "messages must be"),
+    "empty": ({"messages": []}, "at least one message"),
+    "no object": ({"messages": ["x"]}, "messages[0] must be an object"),
+    "no role": ({"messages": [{"content": "x"}]}, "messages[0].role must be a string"),
+    "content": ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be text"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "must consist of text parts",
+    ),
+    "role": ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role wizard"),
+    "top_logprobs": ({"messages": MESSAGES, "top_logprobs": 2}, "used with logprobs = true"),
+    "tools": ({"messages": MESSAGES, "tools": [{}]}, "tools is not supported"),
+    "prompt": ({"messages": MESSAGES, "prompt": "x"}, "unknown field 'prompt'"),
+}
+
+
+class TestMistakes:
+    def refused(self, status, answer, expected):
+        assert status == expected
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        return answer["error"]["message"]
+
+    @pytest.mark.parametrize("body, message", BAD_COMPLETIONS.values(), ids=BAD_COMPLETIONS)
+    def test_of_completions_are_400_and_say_why(self, client, body, message):
+        assert message in self.refused(*client.post("/v1/completions", body), 400)
+
+    @pytest.mark.parametrize("body, message", BAD_CHATS.values(), ids=BAD_CHATS)
+    def test_of_chats_are_400_and_say_why(self, client, body, message):
+        assert message in self.refused(*client.post("/v1/chat/completions", body), 400)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            *(b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"prompt": "x", "seed": NaN}'),
+            *(b'{"prompt": "x", "top_p": 1e999}', b'{"prompt":' + b"[" * 9_000 + b"]" * 9_000),
+            b'{"prompt": "x", "seed": ' + b"9" * 9_000 + b"}",
+        ],
+        ids=lambda body: body[:24].decode("latin-1"),
+    )
+    def test_of_json_are_400(self, client, body):
+        self.refused(*client.post("/v1/completions", body), 400)
+
+    def test_other_models_paths_methods_and_types_have_their_own_codes(self, client):
+        status, answer = client.complete("x", model="gpt")
+        assert self.refused(status, answer, 404) == "there is no model 'gpt' here, only 'tiny'"
+        self.refused(*client.complete("x", model=["gpt"]), 404)
+        self.refused(*client.get("/v1/nothing"), 404)
+        self.refused(*client.get("/v1/completions"), 405)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        self.refused(*client.post("/v1/completions", {"prompt": "x"}, **form), 415)
+
+    def test_bodies_that_are_too_long_are_413(self, client):
+        body = {"prompt": "x", "user": "x" * LIMITS.body_bytes}
+        self.refused(*client.post("/v1/completions", body), 413)
+
+    def test_a_body_longer_than_it_says_it_is_is_413(self, client):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+            for _ in range(5):
+                connection.sendall(b"1770\r\n" + b"x" * 6000 + b"\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+    def test_a_body_that_does_not_come_is_408(self, client):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+    def test_none_of_them_reached_the_engine_or_broke_the_server(self, client):
+        assert client.metric("rodimus_unfinished_requests") == 0
+        assert client.complete("x")[0] == 200
+        _, text = client.call("GET", "/metrics")
+        assert b'status="500"' not in text
+
+    def test_without_a_template_chats_are_400(self):
+        with serving(engine=Engine(text_model(), byte_tokenizer(None))) as (client, _, _):
+            assert "no chat template" in self.refused(*client.chat("x"), 400)
+
+
+def test_a_key_is_asked_for_where_there_is_one():
+    with serving(api_key="secret") as (client, _, _):
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xe9"}):
+            for answer in (
+                client.get("/v1/models", **given),
+                client.complete("x") if not given else client.get("/v1/models", **given),
+            ):
+                assert answer[0] == 401 and answer[1]["error"]["code"] == "invalid_api_key"
+        assert client.get("/v1/models", Authorization="Bearer secret")[0] == 200
+        assert client.get("/health")[0] == 200
+
+
+def endless(client, stream=True, **fields):
+    """A connection that has asked for a long text, and got the beginning of the answer."""
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+    body = {"prompt": "Hello", "max_tokens": 4000, "temperature": 0, "stream": stream, **fields}
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    if stream:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    return connection
+
+
+@pytest.fixture
+def narrow():
+    """A server of one slot where one request may wait."""
+    engine = Engine(text_model(), byte_tokenizer(), slots=1)
+    engine.end_tokens = ()
+    with serving(engine=engine, max_waiting=1) as parts:
+        yield parts
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
+    client, service, _ = narrow
+    engine = service.worker.engine
+    connections = [endless(client, stream)]
+    wait_until(lambda: engine.running)
+    connections.append(endless(client, stream=False))
+    wait_until(lambda: service.worker.unfinished == 2)
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: service.worker.unfinished == 0)
+    assert engine.stats.finished == {"cancelled": 2}
+    assert client.complete("x")[0] == 200
+
+
+def test_a_full_queue_is_429_and_empties_again(narrow):
+    client, service, _ = narrow
+    first = endless(client)
+    waiting = endless(client, stream=False, max_tokens=3)
+    wait_until(lambda: service.worker.unfinished == 2)
+    status, answer = client.complete("x")
+    assert status == 429
+    assert (answer["error"]["type"], answer["error"]["code"]) == ("rate_limit_error", "queue_full")
+    first.close()
+    assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+    waiting.close()
+    assert client.complete("x")[0] == 200
+
+
+def test_shutting_down_waits_for_running_requests_and_takes_no_more(narrow):
+    client, service, server = narrow
+    engine = service.worker.engine
+    running = endless(client, stream=False, max_tokens=150)
+    wait_until(lambda: engine.running)
+    server.should_exit = True
+    answer = b""
+    while piece := running.recv(10_000):
+        answer += piece
+    assert answer.startswith(b"HTTP/1.1 200") and b'"length"' in answer
+    wait_until(lambda: not service.worker._thread.is_alive())
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", client.port), timeout=2).recv(1)
+
+
+def test_an_engine_that_fails_answers_503_from_then_on():
+    engine = Engine(text_model(), byte_tokenizer(), slots=2)
+    with serving(engine=engine) as (client, service, _):
+
+        def fail(*args):
+            raise RuntimeError("out of memory")
+
+        engine.decoder._forward = fail
+        status, answer = client.complete("x")
+        assert status == 503 and answer["error"]["type"] == "server_error"
+        assert client.complete("x")[0] == 503
+        assert client.get("/health") == (503, {"status": "down"})
+        assert service.worker.unfinished == 0
+
+
+def test_a_model_that_cannot_continue_is_422(monkeypatch):
+    engine = Engine(text_model(), byte_tokenizer(), slots=2)
+    with serving(engine=engine) as (client, _, _):
+        decode = engine.decoder._forward
+        monkeypatch.setattr(engine.decoder, "_forward", lambda *a: decode(*a) * float("nan"))
+        status, answer = client.complete("x")
+        assert status == 422 and answer["error"]["code"] == "generation_failed"
+        *_, last = client.stream("/v1/completions", {"prompt": "x"})
+        assert last["error"]["code"] == "generation_failed"
+
+
+class TestWorker:
+    def test_requests_are_taken_all_or_none(self):
+        worker = EngineWorker(Engine(text_model(), byte_tokenizer(), slots=2), max_waiting=1)
+        worker.start()
+        try:
+            with pytest.raises(QueueFullError, match="0 requests are running or waiting"):
+                worker.submit([Request([1])] * 4, lambda *news: None)
+            with pytest.raises(ValueError, match="at least one token"):
+                worker.submit([Request([1]), Request([])], lambda *news: None)
+            assert worker.unfinished == 0
+        finally:
+            worker.stop()
+        with pytest.raises(WorkerStoppedError):
+            worker.submit([Request([1])], lambda *news: None)
+
+    def test_stopping_tells_every_listener(self):
+        worker = EngineWorker(Engine(text_model(), slots=1))
+        worker.start()
+        reasons = []
+        requests = [Request([1], 10**6, stop_tokens=())] * 3
+        worker.submit(requests, lambda generation, delta: reasons.append(delta.finish_reason))
+        wait_until(lambda: reasons)
+        worker.stop()
+        assert [reason for reason in reasons if reason] == ["cancelled"] * 3
+        assert worker.unfinished == 0 and not worker.engine.has_work
+
+
+def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_path):
+    model, tokenizer = text_model(), byte_tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    prefix = tokenizer("You are a long system prompt. ").input_ids
+    save_state(tmp_path / "prefix", Engine(model).read(prefix), model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "rodimus.generation.server", str(tmp_path / "model")]
+    options = ["--port", str(port), "--prefix", str(tmp_path / "prefix"), "--slots", "2"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        from tests.generation.serving import Client
+
+        client = Client(port)
+        for _ in range(600):
+            try:
+                assert client.get("/health")[0] == 200
+                break
+            except OSError:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+        text = "You are a long system prompt. And now?"
+        status, answer = client.complete(text, temperature=0, max_tokens=12, model="model")
+        assert status == 200
+        expected = Engine(model, tokenizer).generate([Request(tokenizer(text).input_ids, 12)])[0]
+        assert answer["choices"][0]["text"] == expected.text
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prefix)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors and "Application shutdown complete" in errors
+
+
+def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
+    from rodimus.errors import InputError
+    from rodimus.generation.server import main
+
+    model, tokenizer = text_model(), byte_tokenizer()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        main([str(tmp_path)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="slots must be at least 1, got 0"):
+        main([str(tmp_path), "--slots", "0"])
+    with pytest.raises(InputError, match="cannot be read"):
+        main([str(tmp_path), "--prefix", str(tmp_path / "nothing")])
+    with pytest.raises(InputError):
+        main([str(tmp_path), "--device", "abacus"])
+    assert END in tokenizer.get_vocab()
