@@ -5,7 +5,8 @@ what else an implementation needs is imported when it is chosen.
 """
 
 from .cross_entropy import linear_cross_entropy
-from .ddts import ddts, ddts_gates, ddts_step
+from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_step
+from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import rope_tables
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
@@ -15,9 +16,11 @@ __all__ = [
     "add_rms_norm",
     "ddts",
     "ddts_gates",
+    "ddts_mixer_step",
     "ddts_step",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "linear_step",
     "rms_norm",
     "rope",
     "rope_tables",

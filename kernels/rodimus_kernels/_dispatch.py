@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from . import native
+
 _logger = logging.getLogger(__name__)
 
 
@@ -61,6 +63,14 @@ def _gpu_runs_triton(device: torch.device) -> bool:
     if failure is not None:
         _logger.warning("torch operations instead of Triton kernels on %s: %s", device, failure)
     return failure is None
+
+
+def choose_compiled(
+    fallback: str, *tensors: torch.Tensor | None, one_dtype: bool = False
+) -> str:
+    """What ``impl="auto"`` means for a decode operator: the library of ``csrc/`` where it is built,
+    takes these tensors and no gradient is wanted; else the fallback."""
+    return "native" if native.fits(*tensors, one_dtype=one_dtype) else fallback
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

@@ -2,11 +2,20 @@
 
 import torch
 
-from ._dispatch import check_alike, check_shape, load
+from ._dispatch import check_alike, check_shape, choose_compiled, load
 
-_RMS = {"reference": "rodimus_kernels.reference:rms_norm"}
-_ADD = {"reference": "rodimus_kernels.reference:add_rms_norm"}
-_GATED = {"reference": "rodimus_kernels.reference:gated_rms_norm"}
+_RMS = {
+    "reference": "rodimus_kernels.reference:rms_norm",
+    "native": "rodimus_kernels.native_norm:rms_norm",
+}
+_ADD = {
+    "reference": "rodimus_kernels.reference:add_rms_norm",
+    "native": "rodimus_kernels.native_norm:add_rms_norm",
+}
+_GATED = {
+    "reference": "rodimus_kernels.reference:gated_rms_norm",
+    "native": "rodimus_kernels.native_norm:gated_rms_norm",
+}
 IMPLS = tuple(_RMS)
 
 
@@ -29,7 +38,7 @@ def rms_norm(
     """
     check_shape("weight", weight, (x.shape[-1],))
     check_alike("x", x, weight=weight)
-    return load("rms_norm", _choose(impl), _RMS)(x, weight, eps=eps)
+    return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
 
 
 def add_rms_norm(
@@ -59,7 +68,8 @@ def add_rms_norm(
     check_shape("residual", residual, tuple(x.shape))
     check_shape("weight", weight, (x.shape[-1],))
     check_alike("x", x, residual=residual, weight=weight)
-    return load("add_rms_norm", _choose(impl), _ADD)(x, residual, weight, eps=eps)
+    impl = _choose(impl, x, residual, weight)
+    return load("add_rms_norm", impl, _ADD)(x, residual, weight, eps=eps)
 
 
 def gated_rms_norm(
@@ -97,10 +107,11 @@ def gated_rms_norm(
         check_shape("residual", residual, tuple(x.shape))
         check_shape("residual_weight", residual_weight, (x.shape[-1],))
     check_alike("x", x, gate=gate, weight=weight, residual=residual)
-    return load("gated_rms_norm", _choose(impl), _GATED)(
+    impl = _choose(impl, x, gate, weight, residual, residual_weight)
+    return load("gated_rms_norm", impl, _GATED)(
         *(x, gate, weight), eps=eps, residual=residual, residual_weight=residual_weight
     )
 
 
-def _choose(impl):
-    return "reference" if impl == "auto" else impl
+def _choose(impl, *tensors):
+    return choose_compiled("reference", *tensors) if impl == "auto" else impl

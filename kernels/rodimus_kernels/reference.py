@@ -182,6 +182,49 @@ def ddts_step(q, k, v, log_decay, state, *, scale=None):
     return o.squeeze(1)
 
 
+@_outside_autocast
+def ddts_mixer_step(
+    q,
+    k,
+    select,
+    temper,
+    gate_hidden,
+    x,
+    shifted,
+    gate,
+    state,
+    *,
+    gate_weight,
+    gate_bias,
+    residual_weight,
+    norm_weight,
+    scale=None,
+    key_eps=1e-12,
+    norm_eps=1e-5,
+):
+    """One token of a mixer between its projections; ``state [B, 1, K, V]`` is written in place.
+
+    Args:
+        q, k, select, temper: raw projections ``[B, K]``. gate_hidden: ``[B, R]``, the hidden layer
+            of the input gate. x, shifted, gate: ``[B, V]``.
+        gate_weight: ``[V, R]``. gate_bias, residual_weight, norm_weight: ``[V]``.
+
+    Returns:
+        y ``[B, V]`` in x's dtype.
+    """
+    k, log_decay = ddts_gates(k, select, temper, eps=key_eps)
+    dtype = _compute_dtype(gate_hidden, gate_weight, gate_bias)
+    gated = F.linear(gate_hidden.to(dtype), gate_weight.to(dtype), gate_bias.to(dtype)).sigmoid()
+    v = (gated * x).to(x.dtype)
+    o = ddts_step(*(t.unsqueeze(1) for t in (q, k, v, log_decay)), state, scale=scale)
+    return gated_rms_norm(
+        *(o.squeeze(1), gate, norm_weight),
+        eps=norm_eps,
+        residual=shifted,
+        residual_weight=residual_weight,
+    )
+
+
 def decay_tree(log_decay):
     """Dyadic sums of the log-decays of a chunk, by additions alone.
 
@@ -557,6 +600,20 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
     gated = x.to(dtype) * F.silu(gate.to(dtype))
     normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(dtype)).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------
+# Linear layer
+# ----------------------------------------------------------------------------------------------
+
+
+@_outside_autocast
+def linear_step(x, weight, bias=None):
+    """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
+    dtype."""
+    dtype = _compute_dtype(x, weight)
+    y = x.to(dtype) @ weight.to(dtype).t()
+    return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -2,10 +2,20 @@
 
 import torch
 
-from ._dispatch import check_alike, check_cu_seqlens, check_floating, check_shape, load
+from ._dispatch import (
+    check_alike,
+    check_cu_seqlens,
+    check_floating,
+    check_shape,
+    choose_compiled,
+    load,
+)
 
 _SEQUENCE = {"reference": "rodimus_kernels.reference:short_conv"}
-_STEP = {"reference": "rodimus_kernels.reference:short_conv_step"}
+_STEP = {
+    "reference": "rodimus_kernels.reference:short_conv_step",
+    "native": "rodimus_kernels.native_conv:step",
+}
 IMPLS = tuple(_SEQUENCE)
 
 
@@ -83,7 +93,7 @@ def short_conv_step(
         conv_state: The last W inputs, oldest first, ``[B, D, W]``; overwritten.
         weight: ``[D, W]``.
         bias: ``[D]`` or None.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
         ``[B, D]`` in x's dtype.
@@ -95,6 +105,8 @@ def short_conv_step(
     check_shape("weight", weight, (x.shape[1], "W"))
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]))
     check_alike("x", x, conv_state=conv_state, weight=weight, bias=bias)
-    function = load("short_conv_step", "reference" if impl == "auto" else impl, _STEP)
     with torch.no_grad():
-        return function(x, conv_state, weight, bias)
+        if impl == "auto":
+            tensors = (x, conv_state, weight, bias)
+            impl = choose_compiled("reference", *tensors, one_dtype=True)
+        return load("short_conv_step", impl, _STEP)(x, conv_state, weight, bias)

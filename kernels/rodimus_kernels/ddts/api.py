@@ -8,6 +8,7 @@ from .._dispatch import (
     check_cu_seqlens,
     check_floating,
     check_shape,
+    choose_compiled,
     load,
     runs_triton,
 )
@@ -21,6 +22,7 @@ _SEQUENCE = {
 _STEP = {
     "reference": "rodimus_kernels.reference:ddts_step",
     "eager": "rodimus_kernels.ddts.eager:step",
+    "native": "rodimus_kernels.ddts.native_step:step",
 }
 _GATES = {"reference": "rodimus_kernels.reference:ddts_gates"}
 IMPLS = tuple(_SEQUENCE)
@@ -157,7 +159,7 @@ def ddts_step(
         log_decay: Natural log of the decay, entries <= 0.
         state: ``[B, H, K, V]``, float32 (float64 for float64 inputs), contiguous; overwritten.
         scale: Query scale. Default ``K ** -0.5``.
-        impl: ``"auto"``, ``"eager"`` or ``"reference"``.
+        impl: ``"auto"``, ``"native"``, ``"eager"`` or ``"reference"``.
 
     Returns:
         ``[B, H, V]`` in ``v.dtype``.
@@ -176,9 +178,11 @@ def ddts_step(
     if state.dtype != expected or not state.is_contiguous():
         layout = "contiguous" if state.is_contiguous() else f"strides {state.stride()}"
         raise ValueError(f"state must be contiguous {expected}, got {layout} {state.dtype}")
-    function = load("ddts_step", "eager" if impl == "auto" else impl, _STEP)
+    scale = key_dim**-0.5 if scale is None else scale
     with torch.no_grad():
-        return function(q, k, v, log_decay, state, scale=key_dim**-0.5 if scale is None else scale)
+        if impl == "auto":
+            impl = choose_compiled("eager", q, k, v, log_decay, state)
+        return load("ddts_step", impl, _STEP)(q, k, v, log_decay, state, scale=scale)
 
 
 __all__ = ["IMPLS", "ddts", "ddts_gates", "ddts_step"]

@@ -4,13 +4,23 @@ dispatch."""
 import torch
 
 from .. import reference
-from .._dispatch import check_alike, check_cu_seqlens, check_floating, check_shape, load
+from .._dispatch import (
+    check_alike,
+    check_cu_seqlens,
+    check_floating,
+    check_shape,
+    choose_compiled,
+    load,
+)
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:shared_key_attention",
     "sdpa": "rodimus_kernels.shared_key_attention.sdpa:forward",
 }
-_STEP = {"reference": "rodimus_kernels.reference:shared_key_attention_step"}
+_STEP = {
+    "reference": "rodimus_kernels.reference:shared_key_attention_step",
+    "native": "rodimus_kernels.shared_key_attention.native_step:step",
+}
 IMPLS = tuple(_SEQUENCE)
 STEP_IMPLS = tuple(_STEP)
 
@@ -144,9 +154,11 @@ def shared_key_attention_step(
             f"cache needs R >= window_size + T - 1 = {window_size + steps - 1} rows,"
             f" got {cache.shape[1]}"
         )
-    function = load("shared_key_attention_step", "reference" if impl == "auto" else impl, _STEP)
     with torch.no_grad():
-        return function(
+        if impl == "auto":
+            tensors = (q, k, v, cache)
+            impl = choose_compiled("reference", *tensors, one_dtype=True)
+        return load("shared_key_attention_step", impl, _STEP)(
             *(q, k, v, cache, position),
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,

@@ -1,0 +1,92 @@
+// What an operator's kernels are given: raw pointers, element types, sizes.
+//
+// Plain C++ without torch, so the CPU kernels of every instruction set, nvcc and the emulated CUDA
+// kernels of the tests include the same definitions. Rows are contiguous; `stride` is the distance
+// between rows in elements, so a half of a wider projection needs no copy.
+#pragma once
+
+#include <stdint.h>
+
+namespace rodimus {
+
+// Rows of x that a linear step takes, and tokens of an attention step.
+constexpr int kMaxRows = 8;
+
+enum class Type : int { kFloat32, kBFloat16 };
+
+struct Rows {
+  void* data = nullptr;
+  Type type = Type::kFloat32;
+  int64_t stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// One token of the recurrence for N = B * H rows; state is float32 [N, K, V], written in place.
+struct DdtsStep {
+  Rows q, k, log_decay;  // [N, K]
+  Rows v;                // [N, V]
+  Rows o;                // [N, V]
+  float* state;
+  int64_t rows, key_dim, value_dim;
+  float scale;
+};
+
+// One token of the mixer between its projections; state is float32 [B, K, V], written in place.
+struct MixerStep {
+  Rows q, k, select, temper;           // [B, K], raw projections
+  Rows gate_hidden;                     // [B, R], hidden layer of the input gate
+  Rows x, shifted, gate;               // [B, V]
+  Rows gate_weight;                    // [V, R]
+  Rows gate_bias;                      // [V]
+  Rows residual_weight, norm_weight;   // [V]
+  Rows y;                              // [B, V]
+  float* state;
+  float* scratch;  // of the size that the implementation states
+  int64_t rows, key_dim, value_dim, gate_dim;
+  float scale, key_eps, norm_eps;
+};
+
+// Convolution of one token; state [B, D, W] holds the last W inputs, oldest first. All tensors have
+// the same element type.
+struct ConvStep {
+  Rows x, y;     // [B, D]
+  Rows weight;   // [D, W]
+  Rows bias;     // [D] or empty
+  void* state;
+  int64_t rows, channels, width;
+};
+
+// y = x weight^T + bias for few rows; x, weight and y have the same element type.
+struct Linear {
+  Rows x;        // [M, K]
+  Rows weight;   // [N, K]
+  Rows bias;     // [N] or empty
+  Rows y;        // [M, N]
+  float* scratch;  // of the size that the implementation states
+  int64_t rows, inputs, outputs;
+};
+
+// The three norms; which one it is follows from the pointers that are set.
+//   plain: y = norm(x) * weight
+//   add:   sum = x + residual, y = norm(sum) * weight
+//   gated: y = norm((x + residual * residual_weight) * silu(gate)) * weight
+struct Norm {
+  Rows x, residual, gate;            // [N, D]
+  Rows weight, residual_weight;      // [D]
+  Rows sum, y;                       // [N, D]
+  int64_t rows, dim;
+  float eps;
+};
+
+// T <= 8 new tokens of each sequence against its ring: token p is row p % R, [Hk keys | Hv values].
+struct AttentionStep {
+  Rows q, k, v, o;           // [B * T, heads * dim]
+  Rows cache;                // [B * R, Hk * D + Hv * Dv]
+  const int64_t* position;   // [B]
+  float* scratch;  // of the size that the implementation states
+  int64_t batch, steps, ring, heads, key_heads, value_heads, key_dim, value_dim, window;
+  float scale;
+};
+
+}  // namespace rodimus

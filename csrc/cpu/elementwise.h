@@ -1,0 +1,92 @@
+// Convolution of one token, and the norms of a block.
+#pragma once
+
+#include "numbers.h"
+
+namespace rodimus {
+namespace RODIMUS_ISA {
+
+template <class T>
+inline void conv_block(const ConvStep& a, int64_t b, int64_t first, int64_t n) {
+  float y[kBlock], bias_buffer[kBlock];
+  const T* x = row<T>(a.x, b) + first;
+  const T* weight = row<T>(a.weight, first);
+  T* state = static_cast<T*>(a.state) + (b * a.channels + first) * a.width;
+  for (int64_t j = 0; j < n; ++j, state += a.width, weight += a.width) {
+    float sum = 0.0f;
+    for (int64_t w = 0; w < a.width; ++w) {
+      state[w] = w + 1 < a.width ? state[w + 1] : x[j];
+      sum += widen(state[w]) * widen(weight[w]);
+    }
+    y[j] = sum;
+  }
+  if (a.bias) {
+    const float* bias = read(a.bias, 0, first, n, bias_buffer);
+    for (int64_t j = 0; j < n; ++j) y[j] += bias[j];
+  }
+  for (int64_t j = 0; j < n; ++j) y[j] = silu(y[j]);
+  write(a.y, b, first, n, y);
+}
+
+inline void conv_step(const ConvStep& a, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t b = task / blocks(a.channels), first = task % blocks(a.channels) * kBlock;
+    int64_t n = at_most(a.channels - first, kBlock);
+    a.x.type == Type::kFloat32 ? conv_block<float>(a, b, first, n)
+                               : conv_block<BFloat16>(a, b, first, n);
+  }
+}
+
+// What the norm sees of one block: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
+// before it goes on, as the models do.
+inline void norm_input(const Norm& a, int64_t i, int64_t first, int64_t n, float* out) {
+  float buffer[kBlock];
+  const float* x = read(a.x, i, first, n, out);
+  if (x != out) memcpy(out, x, n * sizeof(float));
+  if (a.residual) {
+    const float* residual = read(a.residual, i, first, n, buffer);
+    if (a.residual_weight) {
+      float weight_buffer[kBlock];
+      const float* weight = read(a.residual_weight, 0, first, n, weight_buffer);
+      for (int64_t j = 0; j < n; ++j) out[j] += residual[j] * weight[j];
+    } else {
+      for (int64_t j = 0; j < n; ++j) out[j] += residual[j];
+    }
+    Type type = a.sum ? a.sum.type : a.x.type;
+    if (type == Type::kBFloat16)
+      for (int64_t j = 0; j < n; ++j) {
+        BFloat16 rounded;
+        narrow(out[j], &rounded);
+        out[j] = widen(rounded);
+      }
+  }
+  if (a.gate) {
+    const float* gate = read(a.gate, i, first, n, buffer);
+    for (int64_t j = 0; j < n; ++j) out[j] *= silu(gate[j]);
+  }
+}
+
+inline void norm(const Norm& a, int64_t begin, int64_t end) {
+  float input[kBlock], weight_buffer[kBlock];
+  for (int64_t i = begin; i < end; ++i) {
+    float squares = 0.0f;
+    for (int64_t first = 0; first < a.dim; first += kBlock) {
+      int64_t n = at_most(a.dim - first, kBlock);
+      norm_input(a, i, first, n, input);
+      if (a.sum) write(a.sum, i, first, n, input);
+      squares += sum_of_squares(input, n);
+    }
+    float factor = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+    // the input is made a second time: cheaper than keeping a row of any length
+    for (int64_t first = 0; first < a.dim; first += kBlock) {
+      int64_t n = at_most(a.dim - first, kBlock);
+      norm_input(a, i, first, n, input);
+      const float* weight = read(a.weight, 0, first, n, weight_buffer);
+      for (int64_t j = 0; j < n; ++j) input[j] *= factor * weight[j];
+      write(a.y, i, first, n, input);
+    }
+  }
+}
+
+}  // namespace RODIMUS_ISA
+}  // namespace rodimus

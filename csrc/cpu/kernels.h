@@ -1,0 +1,55 @@
+// The CPU kernels as a table of functions, compiled once per instruction set and chosen at run time.
+//
+// A kernel works on a range of tasks, so that the caller splits the work over torch's threads. How
+// many tasks an operator has is the same for every instruction set; the counts stand here.
+#pragma once
+
+#include "../arguments.h"
+
+namespace rodimus {
+
+// Columns of the state one task carries: 1 KiB of each row, so all operands stay in the L1 cache.
+constexpr int64_t kBlock = 256;
+// Keys a task scores before it reads their values.
+constexpr int64_t kKeyBlock = 32;
+
+constexpr int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
+
+struct Kernels {
+  const char* name;
+  // Tasks: rows * blocks(value_dim).
+  void (*ddts_step)(const DdtsStep&, int64_t begin, int64_t end);
+  // Tasks: rows; then rows * blocks(value_dim); then rows. Scratch: mixer_scratch floats.
+  void (*mixer_gates)(const MixerStep&, int64_t begin, int64_t end);
+  void (*mixer_step)(const MixerStep&, int64_t begin, int64_t end);
+  void (*mixer_norm)(const MixerStep&, int64_t begin, int64_t end);
+  // Tasks: rows * blocks(channels).
+  void (*conv_step)(const ConvStep&, int64_t begin, int64_t end);
+  // Once, before the rest; then tasks: outputs. Scratch: linear_scratch floats.
+  void (*linear_prepare)(const Linear&);
+  void (*linear)(const Linear&, int64_t begin, int64_t end);
+  // Tasks: rows.
+  void (*norm)(const Norm&, int64_t begin, int64_t end);
+  // Tasks: batch, batch * splits, batch * steps * heads. Scratch: attention_scratch floats.
+  void (*attention_write)(const AttentionStep&, int64_t begin, int64_t end);
+  void (*attention_scan)(const AttentionStep&, int64_t splits, int64_t begin, int64_t end);
+  void (*attention_merge)(const AttentionStep&, int64_t splits, int64_t begin, int64_t end);
+};
+
+// Per row: q, k and decay, the gated output before its norm, one sum of squares a block.
+inline int64_t mixer_scratch(const MixerStep& a) {
+  return a.rows * (3 * a.key_dim + a.value_dim + blocks(a.value_dim));
+}
+
+// x in float32, in the order in which the kernel meets the weights.
+inline int64_t linear_scratch(const Linear& a) { return a.rows * a.inputs; }
+
+// Per sequence, split, token and head: largest score, sum of weights, weighted values.
+inline int64_t attention_scratch(const AttentionStep& a, int64_t splits) {
+  return a.batch * splits * a.steps * a.heads * (2 + a.value_dim);
+}
+
+// The table of the instruction set in use: the best this processor has, unless another was chosen.
+const Kernels& kernels();
+
+}  // namespace rodimus

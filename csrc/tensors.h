@@ -1,0 +1,260 @@
+// From torch tensors to kernel arguments: every check of the native operators, the same for CPU and
+// CUDA. Messages name what was expected and what came.
+#pragma once
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "arguments.h"
+
+namespace rodimus {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kAny = -1;
+
+inline std::string shape_of(const Tensor& x) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
+  text << "]";
+  return text.str();
+}
+
+inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
+  bool fits = x.dim() == static_cast<int64_t>(expected.size());
+  std::ostringstream wanted;
+  int64_t i = 0;
+  for (int64_t size : expected) {
+    if (fits && size != kAny && x.size(i) != size) fits = false;
+    wanted << (i++ ? ", " : "");
+    size == kAny ? wanted << "any" : wanted << size;
+  }
+  STD_TORCH_CHECK(fits, name, " must have shape [", wanted.str(), "], got ", shape_of(x));
+}
+
+inline Type type_of(const char* name, const Tensor& x) {
+  ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
+                  " must be float32 or bfloat16, got scalar type ", static_cast<int>(type));
+  return type == ScalarType::Float ? Type::kFloat32 : Type::kBFloat16;
+}
+
+inline void check_device(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cpu() == like.is_cpu() && x.get_device_index() == like.get_device_index(),
+                  name, " must be on the device of the first argument");
+}
+
+inline void check_type(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name,
+                  " must have the element type of the first argument, got scalar type ",
+                  static_cast<int>(x.scalar_type()), " instead of ",
+                  static_cast<int>(like.scalar_type()));
+}
+
+// A tensor of one row, or of the given number of rows of its last dimension. The last dimension must
+// be dense; rows of a matrix may be apart, rows over several dimensions may not.
+inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like) {
+  check_device(name, x, like);
+  int64_t dim = x.dim(), size = x.size(dim - 1);
+  bool dense = x.is_contiguous() || (dim <= 2 && (size == 1 || x.stride(dim - 1) == 1));
+  STD_TORCH_CHECK(dense, name, " must be contiguous, or a matrix with dense rows; got shape ",
+                  shape_of(x), " and last stride ", x.stride(dim - 1));
+  Rows rows;
+  rows.data = x.data_ptr();
+  rows.type = type_of(name, x);
+  rows.stride = dim == 2 && !x.is_contiguous() ? x.stride(0) : size;
+  return rows;
+}
+
+inline Rows optional_rows(const char* name, const OptionalTensor& x, int64_t size,
+                          const Tensor& like) {
+  if (!x) return Rows();
+  check_shape(name, *x, {size});
+  return rows_of(name, *x, like);
+}
+
+inline float* state_of(const Tensor& state, const Tensor& like) {
+  check_device("state", state, like);
+  STD_TORCH_CHECK(state.scalar_type() == ScalarType::Float && state.is_contiguous(),
+                  "state must be contiguous float32, got scalar type ",
+                  static_cast<int>(state.scalar_type()), " and shape ", shape_of(state),
+                  state.is_contiguous() ? "" : ", not contiguous");
+  return static_cast<float*>(state.data_ptr());
+}
+
+// Last, when everything has been checked.
+inline Tensor output_like(const Tensor& like, std::initializer_list<int64_t> shape,
+                          std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(
+      like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), type);
+}
+
+inline Rows output_rows(const Tensor& x) { return rows_of("output", x, x); }
+
+inline std::tuple<DdtsStep, Tensor> ddts_step_arguments(const Tensor& q, const Tensor& k,
+                                                        const Tensor& v, const Tensor& log_decay,
+                                                        const Tensor& state, double scale) {
+  check_shape("q", q, {kAny, kAny, kAny});
+  int64_t batch = q.size(0), heads = q.size(1), keys = q.size(2);
+  check_shape("k", k, {batch, heads, keys});
+  check_shape("v", v, {batch, heads, kAny});
+  check_shape("log_decay", log_decay, {batch, heads, keys});
+  check_shape("state", state, {batch, heads, keys, v.size(2)});
+  DdtsStep a;
+  a.q = rows_of("q", q, q);
+  a.k = rows_of("k", k, q);
+  a.log_decay = rows_of("log_decay", log_decay, q);
+  a.v = rows_of("v", v, q);
+  a.state = state_of(state, q);
+  a.rows = batch * heads, a.key_dim = keys, a.value_dim = v.size(2);
+  a.scale = static_cast<float>(scale);
+  Tensor o = output_like(v, {batch, heads, v.size(2)});
+  a.o = output_rows(o);
+  return {a, o};
+}
+
+inline std::tuple<MixerStep, Tensor> mixer_step_arguments(
+    const Tensor& q, const Tensor& k, const Tensor& select, const Tensor& temper,
+    const Tensor& gate_hidden, const Tensor& x, const Tensor& shifted, const Tensor& gate,
+    const Tensor& state, const Tensor& gate_weight, const Tensor& gate_bias,
+    const Tensor& residual_weight, const Tensor& norm_weight, double scale, double key_eps,
+    double norm_eps) {
+  check_shape("q", q, {kAny, kAny});
+  check_shape("x", x, {q.size(0), kAny});
+  check_shape("gate_hidden", gate_hidden, {q.size(0), kAny});
+  int64_t batch = q.size(0), keys = q.size(1), values = x.size(1);
+  MixerStep a;
+  a.q = rows_of("q", q, q);
+  std::tuple<const char*, const Tensor*, Rows*> alike[] = {
+      {"k", &k, &a.k}, {"select", &select, &a.select}, {"temper", &temper, &a.temper}};
+  for (auto& [name, tensor, out] : alike) {
+    check_shape(name, *tensor, {batch, keys});
+    *out = rows_of(name, *tensor, q);
+  }
+  a.x = rows_of("x", x, q);
+  std::tuple<const char*, const Tensor*, Rows*> wide[] = {{"shifted", &shifted, &a.shifted},
+                                                          {"gate", &gate, &a.gate}};
+  for (auto& [name, tensor, out] : wide) {
+    check_shape(name, *tensor, {batch, values});
+    *out = rows_of(name, *tensor, q);
+  }
+  a.gate_hidden = rows_of("gate_hidden", gate_hidden, q);
+  check_shape("gate_weight", gate_weight, {values, gate_hidden.size(1)});
+  check_type("gate_weight", gate_weight, gate_hidden);
+  a.gate_weight = rows_of("gate_weight", gate_weight, q);
+  a.gate_bias = optional_rows("gate_bias", gate_bias, values, q);
+  a.residual_weight = optional_rows("residual_weight", residual_weight, values, q);
+  a.norm_weight = optional_rows("norm_weight", norm_weight, values, q);
+  check_shape("state", state, {batch, 1, keys, values});
+  a.state = state_of(state, q);
+  a.rows = batch, a.key_dim = keys, a.value_dim = values, a.gate_dim = gate_hidden.size(1);
+  a.scale = static_cast<float>(scale);
+  a.key_eps = static_cast<float>(key_eps), a.norm_eps = static_cast<float>(norm_eps);
+  Tensor y = output_like(x, {batch, values});
+  a.y = output_rows(y);
+  a.scratch = nullptr;
+  return {a, y};
+}
+
+inline std::tuple<ConvStep, Tensor> conv_step_arguments(const Tensor& x, const Tensor& state,
+                                                        const Tensor& weight,
+                                                        const OptionalTensor& bias) {
+  check_shape("x", x, {kAny, kAny});
+  check_shape("weight", weight, {x.size(1), kAny});
+  check_shape("conv_state", state, {x.size(0), x.size(1), weight.size(1)});
+  check_type("conv_state", state, x);
+  check_type("weight", weight, x);
+  check_device("conv_state", state, x);
+  STD_TORCH_CHECK(state.is_contiguous(), "conv_state must be contiguous, got shape ",
+                  shape_of(state), " and last stride ", state.stride(2));
+  ConvStep a;
+  a.x = rows_of("x", x, x);
+  a.weight = rows_of("weight", weight, x);
+  a.bias = optional_rows("bias", bias, x.size(1), x);
+  a.state = state.data_ptr();
+  a.rows = x.size(0), a.channels = x.size(1), a.width = weight.size(1);
+  Tensor y = output_like(x, {x.size(0), x.size(1)});
+  a.y = output_rows(y);
+  return {a, y};
+}
+
+inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& bias) {
+  check_shape("x", x, {kAny, kAny});
+  STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x must have at most ", kMaxRows, " rows, got ",
+                  x.size(0));
+  check_shape("weight", weight, {kAny, x.size(1)});
+  check_type("weight", weight, x);
+  Linear a;
+  a.x = rows_of("x", x, x);
+  a.weight = rows_of("weight", weight, x);
+  a.bias = optional_rows("bias", bias, weight.size(0), x);
+  a.rows = x.size(0), a.inputs = x.size(1), a.outputs = weight.size(0);
+  a.scratch = nullptr;
+  Tensor y = output_like(x, {x.size(0), weight.size(0)});
+  a.y = output_rows(y);
+  return {a, y};
+}
+
+inline Norm norm_arguments(const Tensor& x, const Tensor& weight, double eps) {
+  check_shape("x", x, {kAny, kAny});
+  check_shape("weight", weight, {x.size(1)});
+  Norm a;
+  a.x = rows_of("x", x, x);
+  a.weight = rows_of("weight", weight, x);
+  a.rows = x.size(0), a.dim = x.size(1);
+  a.eps = static_cast<float>(eps);
+  return a;
+}
+
+inline std::tuple<AttentionStep, Tensor> attention_step_arguments(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, const Tensor& position,
+    int64_t window, double scale) {
+  check_shape("q", q, {kAny, kAny, kAny, kAny});
+  int64_t batch = q.size(0), steps = q.size(1), heads = q.size(2), dim = q.size(3);
+  check_shape("k", k, {batch, steps, kAny, dim});
+  check_shape("v", v, {batch, steps, kAny, kAny});
+  int64_t row = k.size(2) * dim + v.size(2) * v.size(3);
+  check_shape("cache", cache, {batch, kAny, row});
+  check_shape("position", position, {batch});
+  STD_TORCH_CHECK(heads % k.size(2) == 0 && heads % v.size(2) == 0,
+                  "query heads must be a multiple of key and value heads, got ", heads, ", ",
+                  k.size(2), " and ", v.size(2));
+  STD_TORCH_CHECK(steps >= 1 && steps <= kMaxRows && window >= 1 &&
+                      cache.size(1) >= window + steps - 1,
+                  "cache needs at least window_size + T - 1 rows with 1 <= T <= 8, got ",
+                  cache.size(1), " rows, window_size ", window, " and T ", steps);
+  STD_TORCH_CHECK(position.scalar_type() == ScalarType::Long && position.is_contiguous(),
+                  "position must be contiguous int64, got scalar type ",
+                  static_cast<int>(position.scalar_type()));
+  check_device("position", position, q);
+  STD_TORCH_CHECK(cache.is_contiguous(), "cache must be contiguous, got shape ", shape_of(cache),
+                  " and last stride ", cache.stride(2));
+  check_type("k", k, q), check_type("v", v, q), check_type("cache", cache, q);
+  AttentionStep a;
+  a.q = rows_of("q", q, q), a.q.stride = heads * dim;
+  a.k = rows_of("k", k, q), a.k.stride = k.size(2) * dim;
+  a.v = rows_of("v", v, q), a.v.stride = v.size(2) * v.size(3);
+  a.cache = rows_of("cache", cache, q);
+  a.position = static_cast<const int64_t*>(position.data_ptr());
+  a.scratch = nullptr;
+  a.batch = batch, a.steps = steps, a.ring = cache.size(1);
+  a.heads = heads, a.key_heads = k.size(2), a.value_heads = v.size(2);
+  a.key_dim = dim, a.value_dim = v.size(3), a.window = window;
+  a.scale = static_cast<float>(scale);
+  Tensor o = output_like(v, {batch, steps, heads, v.size(3)});
+  a.o = output_rows(o), a.o.stride = heads * v.size(3);
+  return {a, o};
+}
+
+}  // namespace rodimus

@@ -1,0 +1,268 @@
+"""Build the native operators of ``csrc/``: ``python -m rodimus_kernels.build``, or ``make native``.
+
+Two libraries on torch's stable ABI, without Python.h, so one build serves every Python and every
+torch from 2.11 on. ``_rodimus_cpu.so`` needs a C++17 compiler and seconds; ``_rodimus_cuda.so``
+needs nvcc and a minute. They are two because either compiler may be absent, and so that a machine
+without a GPU never maps megabytes of GPU code. Whatever is missing is said in one line and skipped:
+every operator has a form in plain torch.
+
+A library carries a digest of the sources and of this file. One that is up to date is not built
+again; one that does not match the sources beside it is never loaded.
+
+Environment:
+    RODIMUS_BUILD_CPU: ``auto`` (where a compiler is found), ``0``, or ``1`` (its absence is an
+        error).
+    RODIMUS_BUILD_CUDA: the same for nvcc.
+    RODIMUS_CUDA_ARCHS: for example ``"80;90a"``. Default ``80;90a;100`` and PTX of the last.
+    CXX, CUDA_HOME: compilers to use.
+
+Only the standard library is imported, so setup.py can run this file before anything is installed.
+"""
+
+import concurrent.futures
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARIES = {"cpu": "_rodimus_cpu.so", "cuda": "_rodimus_cuda.so"}
+DEFAULT_ARCHS = "80;90a;100"
+
+_MARK = b"RODIMUS-SOURCES:"
+_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
+# torch 2.11, the oldest release the package supports
+_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+_AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+CPU_ISAS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": _AVX512,
+    "avx512bf16": f"{_AVX512} -mavx512bf16",
+}
+_CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
+# loops over numbers: no errno, no floating point exceptions to preserve
+_KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+
+
+class Unavailable(Exception):
+    """Something needed for a library is not on this machine; the message says what."""
+
+
+def sources() -> Path | None:
+    """The folder ``csrc`` of this checkout, or of the installed package; None if there is none."""
+    for folder in (PACKAGE / "csrc", PACKAGE.parent.parent / "csrc"):
+        if (folder / "arguments.h").is_file():
+            return folder
+    return None
+
+
+def digest(folder: Path) -> str:
+    """Digest of the sources in a folder and of how they are built."""
+    found = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in _SUFFIXES):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def recorded_digest(library: Path) -> str | None:
+    """The digest a built library carries, or None if it carries none."""
+    found = re.search(_MARK + rb"([0-9a-f]{16})", library.read_bytes())
+    return found[1].decode() if found else None
+
+
+def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
+    """Build what this machine can build and say what became of each library.
+
+    Args:
+        output: folder the libraries are written to.
+        force: build even what is up to date.
+
+    Returns:
+        Library to one line: ``built``, ``up to date``, or why it was ``skipped`` or ``failed``.
+
+    Raises:
+        RuntimeError: a library was required and cannot be built.
+    """
+    lines = {}
+    for kind, make in (("cpu", _build_cpu), ("cuda", _build_cuda)):
+        variable = f"RODIMUS_BUILD_{kind.upper()}"
+        wanted = os.environ.get(variable, "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise RuntimeError(f"{variable} must be auto, 0 or 1, got {wanted!r}")
+        if wanted == "0":
+            lines[kind] = f"skipped: {variable}=0"
+            continue
+        try:
+            lines[kind] = _build_one(make, output / LIBRARIES[kind], force)
+        except (Unavailable, RuntimeError) as reason:
+            if wanted == "1":
+                raise RuntimeError(f"{variable}=1, but {reason}") from None
+            word = "skipped" if isinstance(reason, Unavailable) else "failed"
+            lines[kind] = f"{word}: {reason}"
+    return lines
+
+
+def _build_one(make, library, force):
+    folder = sources()
+    if folder is None:
+        raise Unavailable("the sources (csrc) are not there")
+    if platform.system() != "Linux":
+        raise Unavailable(f"it is built on Linux only, this is {platform.system()}")
+    current = digest(folder)
+    if not force and library.is_file() and recorded_digest(library) == current:
+        return "up to date"
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / library.name
+        make(folder, Path(scratch), built, f'-DRODIMUS_SOURCES="{current}"')
+        # written beside its place and renamed: a process that has the old one mapped keeps it
+        beside = library.with_suffix(".new")
+        shutil.copyfile(built, beside)
+        os.replace(beside, library)
+    return "built"
+
+
+def _build_cpu(folder, scratch, library, mark):
+    cxx, torch = _cxx(), _torch()
+    isas = [name for name in _usable_isas() if _accepts(cxx, CPU_ISAS[name].split())]
+    has = [f"-DRODIMUS_HAS_{name}" for name in isas]
+    includes = [f"-I{torch / 'include'}", _TARGET]
+    commands, objects = [], []
+    for name in isas:
+        defines = [f"-DRODIMUS_ISA={name}", f'-DRODIMUS_ISA_NAME="{name}"', *CPU_ISAS[name].split()]
+        objects.append(scratch / f"kernels_{name}.o")
+        commands.append([*_CXX_FLAGS, *_KERNEL_FLAGS, *defines, "-c", "cpu/kernels.cpp"])
+    objects += [scratch / "operators.o", scratch / "select.o"]
+    commands.append([*_CXX_FLAGS, *includes, mark, "-c", "cpu/operators.cpp"])
+    commands.append([*_CXX_FLAGS, *has, "-c", "cpu/select.cpp"])
+    _run_all(
+        ([cxx, *command, "-o", str(out)] for command, out in zip(commands, objects, strict=True)),
+        folder,
+    )
+    _run([cxx, "-shared", *map(str, objects), *_links(torch), "-o", str(library)], folder)
+
+
+def _build_cuda(folder, scratch, library, mark):
+    if not (folder / "cuda").is_dir():
+        raise Unavailable("the sources hold no GPU code")
+    nvcc, cxx, torch = _nvcc(), _cxx(), _torch()
+    objects = [scratch / "kernels.o", scratch / "operators.o"]
+    include = [f"-I{torch / 'include'}", f"-I{nvcc.parent.parent / 'include'}"]
+    _run_all(
+        [
+            [str(nvcc), *nvcc_flags(nvcc), "-c", "cuda/kernels.cu", "-o", str(objects[0])],
+            [cxx, *_CXX_FLAGS, *include, _TARGET, "-DUSE_CUDA", mark]
+            + ["-c", "cuda/operators.cpp", "-o", str(objects[1])],
+        ],
+        folder,
+    )
+    # the runtime is linked in: the library needs a driver, and no toolkit of a given version
+    _run(
+        [str(nvcc), "-shared", "-cudart", "static", *map(str, objects), *_links(torch)]
+        + ["-o", str(library)],
+        folder,
+    )
+
+
+def nvcc_flags(nvcc: Path) -> list[str]:
+    """Flags for the GPU code: one binary an architecture, and PTX of the last.
+
+    Of the default architectures those that this nvcc knows; ones that are asked for must be known.
+    """
+    asked = os.environ.get("RODIMUS_CUDA_ARCHS")
+    archs = (asked or DEFAULT_ARCHS).replace(",", ";").split(";")
+    if not asked:
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        archs = [arch for arch in archs if f"compute_{arch.rstrip('af')}\n" in listed] or archs
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0"]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def _cxx() -> str:
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["g++", "clang++", "c++"]:
+        found = shutil.which(name)
+        if found and _accepts(found, ["-std=c++17", "-include", "optional"]):
+            return found
+    if named:
+        raise Unavailable(f"the compiler that CXX names, {named}, cannot compile C++17")
+    raise Unavailable("no C++17 compiler was found (g++ or clang++, or name one in CXX)")
+
+
+def _nvcc() -> Path:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    for name in candidates:
+        found = shutil.which(name)
+        if found:
+            return _toolkit_of(Path(found))
+    raise Unavailable("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+
+
+def _toolkit_of(nvcc: Path) -> Path:
+    """The nvcc inside the toolkit that a wrapper or link on PATH stands for."""
+    text = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE)
+    return Path(top[1]).resolve() / "bin" / "nvcc" if top else nvcc.resolve()
+
+
+def _torch() -> Path:
+    """Folder of the installed torch, found without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        raise Unavailable(
+            "torch is not installed where the build runs (pip install --no-build-isolation,"
+            " or python -m rodimus_kernels.build afterwards)"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(map(int, version.split(".")[:2])) < (2, 11):
+        raise Unavailable(f"torch >= 2.11 is needed, this is {version}")
+    return Path(found.submodule_search_locations[0])
+
+
+def _links(torch: Path) -> list[str]:
+    return [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+
+
+def _usable_isas() -> Iterable[str]:
+    return CPU_ISAS if platform.machine() in ("x86_64", "AMD64") else ("portable",)
+
+
+def _accepts(cxx: str, flags: list[str]) -> bool:
+    command = [cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _run_all(commands, folder):
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda command: _run(command, folder), commands):
+            pass
+
+
+def _run(command, folder):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def main() -> None:
+    """Build and print one line a library; ``--force`` builds what is up to date as well."""
+    lines = build(force="--force" in sys.argv[1:])
+    for kind, line in lines.items():
+        print(f"native operators ({kind}): {line}")
+    sys.exit(any(line.startswith("failed") for line in lines.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Linear layer for the few rows of a decode step, where reading the weights is all the time."""
+
+import torch
+import torch.nn.functional as F
+
+from ._dispatch import check_alike, check_shape, choose_compiled, load
+
+_IMPLS = {
+    "reference": "rodimus_kernels.reference:linear_step",
+    "torch": "rodimus_kernels.linear:torch_linear",
+    "native": "rodimus_kernels.native_linear:step",
+}
+IMPLS = tuple(_IMPLS)
+
+# The native form keeps a sum for each row in registers; beyond, a blocked matrix product wins.
+MAX_ROWS = 8
+
+
+def linear_step(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """``x @ weight.T + bias``, summed in float32 and rounded once. Not differentiable.
+
+    Args:
+        x: ``[M, K]``; the native form takes M <= 8.
+        weight: ``[N, K]`` of x's dtype.
+        bias: ``[N]`` or None; float32 or x's dtype.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``[M, N]`` in x's dtype. With the native form a row does not depend on the other rows.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract.
+        ImportError: the chosen implementation cannot be loaded.
+    """
+    check_shape("x", x, ("M", "K"))
+    check_shape("weight", weight, ("N", x.shape[1]))
+    if weight.dtype != x.dtype:
+        raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
+    if bias is not None:
+        check_shape("bias", bias, (weight.shape[0],))
+    check_alike("x", x, weight=weight, bias=bias)
+    with torch.no_grad():
+        if impl == "auto":
+            small = 1 <= x.shape[0] <= MAX_ROWS
+            impl = choose_compiled("torch", x, weight, bias) if small else "torch"
+        return load("linear_step", impl, _IMPLS)(x, weight, bias)
+
+
+def torch_linear(x, weight, bias=None):
+    """``F.linear``; a wider bias is added in its own dtype, then rounded."""
+    if bias is None or bias.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    return (F.linear(x, weight).to(bias.dtype) + bias).to(x.dtype)

@@ -1,0 +1,216 @@
+"""The native operators of ``csrc/`` seen from Python: schemas, fakes, and loading the libraries.
+
+Schemas and fakes stand here rather than in C++, so that torch.compile, ``opcheck`` and a library
+built for one device all know every operator, and an operator without its library fails with torch's
+own message. The libraries only add implementations; ``rodimus_kernels.build`` makes them.
+
+Rows are contiguous for all operators, float32 or bfloat16; states are float32 and written in place.
+None of them is differentiable: the public functions choose them without gradients only.
+"""
+
+import ctypes
+import functools
+import logging
+import sys
+
+import torch
+
+from . import build
+
+logger = logging.getLogger(__name__)
+
+_SCHEMAS = {
+    "ddts_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor(a!) state, float scale) -> Tensor"
+    ),
+    "ddts_mixer_step": (
+        "(Tensor q, Tensor k, Tensor select, Tensor temper, Tensor gate_hidden, Tensor x,"
+        " Tensor shifted, Tensor gate, Tensor(a!) state, Tensor gate_weight, Tensor gate_bias,"
+        " Tensor residual_weight, Tensor norm_weight, float scale, float key_eps, float norm_eps)"
+        " -> Tensor"
+    ),
+    "short_conv_step": ("(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias) -> Tensor"),
+    "linear_step": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm": (
+        "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor stream)"
+    ),
+    "gated_rms_norm": (
+        "(Tensor x, Tensor gate, Tensor weight, Tensor? residual, Tensor? residual_weight,"
+        " float eps) -> Tensor"
+    ),
+    "shared_key_attention_step": (
+        "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor position, int window_size,"
+        " float scale) -> Tensor"
+    ),
+}
+CPU_ISAS = tuple(build.CPU_ISAS)
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_ROWS = 8
+"""Rows of x that :func:`rodimus_kernels.linear_step` takes."""
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"rodimus::native_{_name}", _schema)
+
+
+@torch.library.register_fake("rodimus::native_ddts_step")
+def _(q, k, v, log_decay, state, scale):
+    return torch.empty_like(v, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("rodimus::native_ddts_mixer_step")
+def _(q, k, select, temper, gate_hidden, x, *_):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::native_short_conv_step")
+def _(x, conv_state, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::native_linear_step")
+def _(x, weight, bias):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("rodimus::native_rms_norm")
+def _(x, weight, eps):
+    return x.new_empty(x.shape, dtype=weight.dtype)
+
+
+@torch.library.register_fake("rodimus::native_add_rms_norm")
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape, dtype=weight.dtype), residual.new_empty(residual.shape)
+
+
+@torch.library.register_fake("rodimus::native_gated_rms_norm")
+def _(x, gate, weight, residual, residual_weight, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::native_shared_key_attention_step")
+def _(q, k, v, cache, position, window_size, scale):
+    return v.new_empty((*q.shape[:3], v.shape[3]))
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+# torch.compile must not trace a look at the file system: it runs this one while compiling
+@torch.compiler.assume_constant_result
+def is_available(device_type: str) -> bool:
+    """Whether the native operators of ``"cpu"`` or ``"cuda"`` can be called; loads their library on
+    first use."""
+    return problem(device_type) is None
+
+
+@functools.cache
+def problem(device_type: str) -> str | None:
+    """Why there are no native operators for a device, or None when they are loaded."""
+    if device_type not in build.LIBRARIES:
+        return f"there are none for device {device_type!r}"
+    library = build.PACKAGE / build.LIBRARIES[device_type]
+    if not library.is_file():
+        return "they are not built; build them with: python -m rodimus_kernels.build"
+    folder = build.sources()
+    if folder is not None and build.recorded_digest(library) != build.digest(folder):
+        stale = (
+            f"{library.name} was built from other sources than those in {folder.name}/;"
+            " build it again with: python -m rodimus_kernels.build"
+        )
+        logger.warning("native operators are not used: %s", stale)
+        return stale
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        logger.warning("native operators are not used: %s", error)
+        return f"{library.name} cannot be loaded: {error}"
+    return None
+
+
+def require(operator: str, device_type: str) -> None:
+    """Raise ImportError unless the native operators of a device can be called."""
+    if not is_available(device_type):
+        reason = problem(device_type)
+        raise ImportError(f"{operator}(impl='native') needs the native operators: {reason}")
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the CPU operators use, one of ``CPU_ISAS``: the best the processor has.
+    None where the operators are not available."""
+    if not is_available("cpu"):
+        return None
+    function = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cpu"]).rodimus_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def select_cpu_isa(name: str) -> bool:
+    """Use another instruction set, to test or to measure it; False, and no change, where the
+    processor lacks it."""
+    require("select_cpu_isa", "cpu")
+    library = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cpu"])
+    return bool(library.rodimus_cpu_select_isa(name.encode()))
+
+
+def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
+    """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
+    bfloat16 tensors on the CPU, its operators built, and no gradient to record. On a GPU the native
+    form is chosen by name, until a measurement there says where it is the faster one.
+
+    Args:
+        tensors: the arguments of the operator; None for one that is not given.
+        one_dtype: the operator needs all of them to have the same dtype.
+    """
+    given = [x for x in tensors if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return False
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    if not all(type(x) in kinds and x.dtype in DTYPES for x in given):
+        return False
+    if one_dtype and any(x.dtype != given[0].dtype for x in given):
+        return False
+    return given[0].device.type == "cpu" and is_available("cpu")
+
+
+def check(operator: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> None:
+    """Raise unless an explicit ``impl="native"`` can take these tensors.
+
+    Raises:
+        ValueError: a dtype other than float32 or bfloat16, dtypes that differ where the operator
+            needs one, or a gradient is asked for.
+        ImportError: the device has no native operators here.
+    """
+    given = [x for x in tensors if x is not None]
+    dtypes = {x.dtype for x in given}
+    wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)
+    if wrong:
+        raise ValueError(
+            f"{operator}(impl='native') takes float32 and bfloat16, got {', '.join(wrong)}"
+        )
+    if one_dtype and len(dtypes) > 1:
+        names = " and ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"{operator}(impl='native') takes tensors of one dtype, got {names}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ValueError(
+            f"{operator}(impl='native') has no gradient; call it under torch.no_grad()"
+        )
+    require(operator, given[0].device.type)
+
+
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """A matrix whose rows are dense, as the operators take it: a half of a wider projection is one
+    as it stands; anything else is copied."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def main() -> None:
+    """Print what is available and why."""
+    for device_type in build.LIBRARIES:
+        reason = problem(device_type)
+        isa = f" ({cpu_isa()})" if device_type == "cpu" and reason is None else ""
+        print(f"native operators, {device_type}: {reason or 'loaded'}{isa}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

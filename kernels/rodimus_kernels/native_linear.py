@@ -1,0 +1,17 @@
+"""Linear layer for up to eight rows through the library of ``csrc/``: weights are streamed once."""
+
+import torch
+
+from . import native
+
+
+def step(x, weight, bias=None):
+    """:func:`rodimus_kernels.linear_step`; x and weight float32, or both bfloat16."""
+    native.check("linear_step", x, weight, bias)
+    if not 1 <= x.shape[0] <= native.MAX_ROWS:
+        raise ValueError(
+            f"linear_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {x.shape[0]}"
+        )
+    return torch.ops.rodimus.native_linear_step(
+        native.dense_rows(x), native.dense_rows(weight), bias
+    )

@@ -1,0 +1,14 @@
+"""A few tokens against the ring cache through the library of ``csrc/``: the window is read once."""
+
+import torch
+
+from .. import native
+
+
+def step(q, k, v, cache, position, *, window_size, scale):
+    """``shared_key_attention_step``; all tensors but ``position`` float32, or all bfloat16."""
+    native.check("shared_key_attention_step", q, k, v, cache, one_dtype=True)
+    rows = (x.contiguous() for x in (q, k, v))
+    return torch.ops.rodimus.native_shared_key_attention_step(
+        *rows, cache, position, window_size, scale
+    )

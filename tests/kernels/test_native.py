@@ -1,0 +1,395 @@
+"""The native operators against the reference: every instruction set this processor has, odd sizes,
+states in place, threads, neighbours, and when they are chosen."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rodimus_kernels as rk
+from rodimus_kernels import native, reference
+from rodimus_kernels.testing import assert_within_budget, relative_error
+
+ops = torch.ops.rodimus
+PROBLEM = native.problem("cpu")
+needs_library = pytest.mark.skipif(PROBLEM is not None, reason=f"native operators: {PROBLEM}")
+# float32 against float64, sums of up to 2048 terms: measured at most 3.1e-7
+LIMIT = 1e-6
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=native.CPU_ISAS)
+def isa(request):
+    """Each instruction set in turn; the best one again afterwards."""
+    best = native.cpu_isa()
+    if not native.select_cpu_isa(request.param):
+        pytest.skip(f"this processor or this build lacks {request.param}")
+    yield request.param
+    native.select_cpu_isa(best)
+
+
+# Each maker returns (public operator, reference, arguments, named arguments, index of the state).
+
+
+def ddts_step(dtype, B=2, H=1, K=5, V=7):
+    q, k = torch.randn(2, B, H, K, dtype=dtype)
+    v, state = torch.randn(B, H, V, dtype=dtype), torch.randn(B, H, K, V)
+    arguments = [q, k, v, -2 * torch.rand(B, H, K), state]
+    return rk.ddts_step, reference.ddts_step, arguments, {"scale": 0.3}, 4
+
+
+def mixer_step(dtype, B=2, K=5, V=7, R=3):
+    rows = [torch.randn(B, n, dtype=dtype) for n in (K, K, K, K, R, V, V, V)]
+    rows[2:4] = (30 * torch.randn(2, B, K)).unbind(0)
+    wide = ("gate_bias", "residual_weight", "norm_weight")
+    named = {name: torch.randn(V, dtype=dtype) for name in wide}
+    named |= {"gate_weight": torch.randn(V, R, dtype=dtype), "key_eps": 1e-5}
+    arguments = [*rows, torch.randn(B, 1, K, V)]
+    return rk.ddts_mixer_step, reference.ddts_mixer_step, arguments, named, 8
+
+
+def conv_step(dtype, B=2, D=7, W=4):
+    arguments = [torch.randn(B, D), torch.randn(B, D, W), torch.randn(D, W), torch.randn(D)]
+    arguments = [x.to(dtype) for x in arguments]
+    return rk.short_conv_step, reference.short_conv_step, arguments, {}, 1
+
+
+def linear_step(dtype, M=2, N=5, K=7):
+    arguments = [torch.randn(M, K), torch.randn(N, K), torch.randn(N)]
+    return rk.linear_step, reference.linear_step, [x.to(dtype) for x in arguments], {}, None
+
+
+def rms_norm(dtype, N=2, D=7):
+    arguments = [torch.randn(N, D), torch.randn(D, dtype=dtype)]
+    return rk.rms_norm, reference.rms_norm, arguments, {"eps": 1e-3}, None
+
+
+def add_rms_norm(dtype, N=2, D=7):
+    arguments = [torch.randn(N, D, dtype=dtype), torch.randn(N, D), torch.randn(D, dtype=dtype)]
+    return rk.add_rms_norm, reference.add_rms_norm, arguments, {}, None
+
+
+def gated_rms_norm(dtype, N=2, D=7):
+    x, gate, residual = torch.randn(3, N, D, dtype=dtype)
+    arguments = [x, gate, torch.randn(D, dtype=dtype)]
+    named = {"residual": residual, "residual_weight": torch.randn(D)}
+    return rk.gated_rms_norm, reference.gated_rms_norm, arguments, named, None
+
+
+def attention_step(dtype, B=2, T=3, H=4, heads=(2, 4), dims=(5, 6), ring=13, window=11, past=0):
+    (Hk, Hv), (D, Dv) = heads, dims
+    q, k, v = (torch.randn(B, T, *s, dtype=dtype) for s in ((H, D), (Hk, D), (Hv, Dv)))
+    cache = torch.randn(B, ring, Hk * D + Hv * Dv, dtype=dtype)
+    position = past + 2 * torch.arange(B)
+    arguments = [q, k, v, cache, position]
+    named = {"window_size": window}
+    return rk.shared_key_attention_step, reference.shared_key_attention_step, arguments, named, 3
+
+
+SMALL = [
+    *(ddts_step, mixer_step, conv_step, linear_step, rms_norm, add_rms_norm, gated_rms_norm),
+    attention_step,
+]
+CASES = {
+    ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],
+    mixer_step: [(1, 64, 2048, 32), (3, 19, 300, 17), (8, 300, 513, 300), (1, 1, 1, 1)],
+    conv_step: [(1, 2048, 4), (3, 77, 4), (2, 300, 3), (1, 1, 1)],
+    linear_step: [(1, 600, 2048), (8, 77, 131), (3, 5, 64), (5, 33, 32), (4, 9, 7), (7, 1, 1)],
+    rms_norm: [(1, 2048), (3, 77), (5, 300), (1, 1)],
+    add_rms_norm: [(1, 2048), (3, 77), (5, 300)],
+    gated_rms_norm: [(1, 2048), (3, 77), (5, 300)],
+    attention_step: [
+        (1, 1, 16, (1, 16), (128, 128), 576, 513, past) for past in (0, 300, 5 * 576 + 3)
+    ]
+    + [(2, 8, 6, (1, 3), (7, 300), 300, 280, past) for past in (0, 150, 5000)]
+    + [(2, 3, 4, (2, 4), (300, 30), 35, 33, past) for past in (0, 31, 9000)]
+    + [(1, 1, 1, (1, 1), (1, 1), 1, 1, 5)],
+}
+PARAMETERS = [
+    pytest.param(maker, size, id=f"{maker.__name__}-{'x'.join(map(str, size))}")
+    for maker, sizes in CASES.items()
+    for size in sizes
+]
+RESULTS = lambda x: x if isinstance(x, tuple) else (x,)
+
+
+def cast(value, convert):
+    return (
+        convert(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )
+
+
+def run(function, case, convert=torch.clone, **options):
+    """All results of a run on converted copies, the state it leaves among them."""
+    _, _, arguments, named, state = case
+    arguments = [cast(x, convert) for x in arguments]
+    named = {name: cast(x, convert) for name, x in named.items()}
+    results = RESULTS(function(*arguments, **named, **options))
+    return results if state is None else (*results, arguments[state])
+
+
+def check(case):
+    """float32 results to ``LIMIT`` of the float64 truth, bfloat16 ones within the errors that the
+    reference itself makes on the same inputs."""
+    exact = run(case[1], case, torch.Tensor.double)
+    baseline = run(case[1], case)
+    for i, x in enumerate(run(case[0], case, impl="native")):
+        assert x.shape == exact[i].shape and x.dtype == baseline[i].dtype
+        if x.dtype == torch.float32:
+            assert relative_error(x, exact[i]) <= LIMIT, f"result {i}"
+        else:
+            assert_within_budget(f"result {i}", x, exact[i], baseline[i])
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("maker, size", PARAMETERS)
+def test_matches_reference(isa, maker, size, dtype):
+    check(maker(dtype, *size))
+
+
+@needs_library
+def test_halves_of_a_projection_and_leading_dimensions(isa):
+    case = mixer_step(torch.bfloat16, 3, 16, 70, 8)
+    for pair in ((0, 1), (2, 3), (5, 7)):
+        halves = torch.cat([case[2][i] for i in pair], dim=-1).chunk(2, dim=-1)
+        for i, half in zip(pair, halves, strict=True):
+            case[2][i] = half
+    copied = run(case[0], case, impl="native")
+    in_place = case[2][8].clone()
+    views = case[0](*case[2][:8], in_place, **case[3], impl="native")
+    assert torch.equal(views, copied[0]) and torch.equal(in_place, copied[1])
+
+    x = torch.randn(2, 3, 1, 2 * 40)
+    weight = torch.randn(40)
+    expected = rk.rms_norm(x[..., 40:].contiguous(), weight, impl="native")
+    assert torch.equal(rk.rms_norm(x[..., 40:], weight, impl="native"), expected)
+    assert relative_error(expected, reference.rms_norm(x[..., 40:], weight)) < LIMIT
+
+
+@needs_library
+def test_bias_may_be_absent_or_wider():
+    for dtype in DTYPES:
+        _, _, (x, weight, _), _, _ = linear_step(dtype, 3, 40, 100)
+        wide = torch.randn(40)
+        for bias in (None, wide):
+            actual = rk.linear_step(x, weight, bias, impl="native")
+            truth = F.linear(x.double(), weight.double(), None if bias is None else wide.double())
+            assert actual.dtype == dtype
+            assert relative_error(actual, truth) < (LIMIT if dtype == torch.float32 else 3e-3)
+        case = conv_step(dtype, 2, 40)
+        case[2].pop()
+        check(case)
+
+
+@needs_library
+@pytest.mark.parametrize("impl", ["torch", "native", "reference"])
+def test_every_linear_step_agrees(impl):
+    for bias in (torch.randn(33), torch.randn(33, dtype=torch.bfloat16), None):
+        x, weight = torch.randn(5, 70).bfloat16(), torch.randn(33, 70).bfloat16()
+        exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert relative_error(rk.linear_step(x, weight, bias, impl=impl), exact) < 4e-3
+
+
+@needs_library
+@pytest.mark.parametrize("log_decay", [0.0, -1e-6, -20.0, -87.0, -104.0, -1e4, -1e30, -torch.inf])
+def test_extreme_decays(isa, log_decay):
+    case = ddts_step(torch.float32, 1, 1, 8, 40)
+    case[2][3].fill_(log_decay)
+    check(case)
+
+
+@needs_library
+def test_extreme_gates(isa):
+    edges = torch.tensor([-1e4, -100.0, -30.0, -20.0, -5.0, 0.0, 5.0, 100.0, 1e4])
+    select, temper = (x.reshape(1, -1) for x in torch.meshgrid(edges, edges, indexing="ij"))
+    case = mixer_step(torch.float32, 1, edges.numel() ** 2, 33, 4)
+    case[2][2], case[2][3] = select.clone(), temper.clone()
+    case[2][1] = case[2][1].clamp(-1, 1)
+    check(case)
+
+
+@needs_library
+def test_a_broken_state_stays_visible(isa):
+    operator, _, arguments, named, _ = ddts_step(torch.float32, 1, 1, 8, 40)
+    arguments[4][0, 0, 3, 7] = torch.nan
+    o = operator(*arguments, **named, impl="native")
+    assert o[0, 0, 7].isnan() and o.isnan().sum() == 1
+    arguments[3][0, 0, 0] = torch.nan
+    assert operator(*arguments, **named, impl="native").isnan().all()
+
+
+@needs_library
+def test_empty_rows_of_the_ring_are_never_read(isa):
+    operator, _, arguments, named, _ = attention_step(torch.float32, past=0)
+    arguments[3].fill_(torch.nan)
+    arguments[4].zero_()
+    assert operator(*arguments, **named, impl="native").isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("maker", [linear_step, ddts_step, mixer_step, attention_step])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_do_not_depend_on_neighbours(isa, dtype, maker):
+    case = maker(dtype, 7)
+    one = lambda x: x[4:5].clone() if x.shape[0] == 7 else x.clone()
+    alone = (*case[:2], [x[4:5] if x.shape[0] == 7 else x for x in case[2]], *case[3:])
+    for whole, single in zip(
+        run(case[0], case, impl="native"), run(case[0], alone, impl="native"), strict=True
+    ):
+        assert torch.equal(one(whole), single)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "maker, size", [p for p in PARAMETERS if p.values[1] == CASES[p.values[0]][0]]
+)
+def test_threads_change_nothing(maker, size):
+    case, before = maker(torch.float32, *size), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(case[0], case, impl="native")
+        torch.set_num_threads(3)
+        for x, y in zip(alone, run(case[0], case, impl="native"), strict=True):
+            assert torch.equal(x, y)
+    finally:
+        torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------- torch: schemas, compilation
+
+
+def registered(maker, dtype):
+    """``(operator, arguments)`` of torch.ops for a maker's case, in the order of the schema."""
+    _, _, a, n, _ = maker(dtype)
+    if maker is mixer_step:
+        weights = [n[x] for x in ("gate_weight", "gate_bias", "residual_weight", "norm_weight")]
+        return ops.native_ddts_mixer_step, (*a, *weights, 0.5, 1e-5, 1e-5)
+    if maker is gated_rms_norm:
+        return ops.native_gated_rms_norm, (*a, n["residual"], n["residual_weight"], 1e-5)
+    return {
+        ddts_step: lambda: (ops.native_ddts_step, (*a, 0.3)),
+        conv_step: lambda: (ops.native_short_conv_step, a),
+        linear_step: lambda: (ops.native_linear_step, a),
+        rms_norm: lambda: (ops.native_rms_norm, (*a, 1e-3)),
+        add_rms_norm: lambda: (ops.native_add_rms_norm, (*a, 1e-5)),
+        attention_step: lambda: (ops.native_shared_key_attention_step, (*a, n["window_size"], 0.4)),
+    }[maker]()
+
+
+@needs_library
+@pytest.mark.parametrize("maker", SMALL)
+def test_opcheck(maker):
+    operator, arguments = registered(maker, torch.bfloat16)
+    parts = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator.default, arguments, test_utils=parts)
+
+
+@pytest.mark.parametrize("maker", SMALL)
+def test_schemas_and_fakes_need_no_library(maker):
+    _, definition, arguments, named, state = case = maker(torch.bfloat16)
+    real = RESULTS(definition(*arguments, **named))
+    with torch._subclasses.FakeTensorMode():
+        operator, arguments = registered(maker, torch.bfloat16)
+        for fake, x in zip(RESULTS(operator(*arguments)), real, strict=True):
+            assert fake.shape == x.shape and fake.dtype == x.dtype
+    assert case[4] == state
+
+
+@needs_library
+def test_compiles_without_a_break():
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(q, k, v, log_decay, state):
+        return rk.ddts_step(q, k, v, log_decay, state, scale=0.3) * 2
+
+    case = ddts_step(torch.float32)
+    plain = run(rk.ddts_step, case)
+    state = case[2][4].clone()
+    compiled = function(*case[2][:4], state)
+    assert torch.equal(compiled, plain[0] * 2) and torch.equal(state, plain[1])
+
+
+# ------------------------------------------------------------------------------------- the dispatch
+
+HALF, DOUBLE = torch.float16, torch.float64
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "chosen, change",
+    [
+        (True, lambda x: x),
+        (True, torch.Tensor.bfloat16),
+        (True, torch.nn.Parameter),
+        (False, torch.Tensor.double),
+        (False, torch.Tensor.half),
+        (False, lambda x: x.to("meta")),
+        (False, lambda x: x.requires_grad_()),
+        (False, lambda x: torch.nn.Buffer(x).as_subclass(Subclass)),
+    ],
+    ids=["float32", "bfloat16", "parameter", "float64", "float16", "meta", "gradient", "subclass"],
+)
+def test_auto_is_native_where_it_fits(chosen, change):
+    x = change(torch.zeros(2, 3))
+    if type(x) is torch.nn.Parameter:
+        x.requires_grad_(False)
+    assert native.fits(x, None) == chosen
+    with torch.no_grad():
+        assert native.fits(x) == (chosen or x.requires_grad)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that may mean more than its numbers."""
+
+
+@needs_library
+def test_auto_equals_native_and_keeps_gradients():
+    x, weight = torch.randn(2, 40), torch.randn(40)
+    assert torch.equal(rk.rms_norm(x, weight), rk.rms_norm(x, weight, impl="native"))
+    y = rk.rms_norm(x.requires_grad_(), weight)
+    y.sum().backward()
+    assert x.grad is not None
+    assert rk.linear_step(torch.randn(9, 4), torch.randn(3, 4)).shape == (9, 3)
+
+
+@needs_library
+@pytest.mark.parametrize("maker", SMALL)
+def test_an_explicit_choice_never_falls_back(maker):
+    case = maker(torch.float32)
+    with pytest.raises(ValueError, match=r"impl='native'\) takes float32 and bfloat16, got"):
+        run(case[0], case, torch.Tensor.double, impl="native")
+
+
+@needs_library
+def test_no_gradient_and_no_mixture_are_said():
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(4)
+    with pytest.raises(ValueError, match=r"rms_norm\(impl='native'\) has no gradient"):
+        rk.rms_norm(x, weight, impl="native")
+    with pytest.raises(ValueError, match="takes tensors of one dtype, got torch.bfloat16 and"):
+        case = conv_step(torch.float32)
+        rk.short_conv_step(case[2][0].bfloat16(), *case[2][1:], impl="native")
+    with pytest.raises(ValueError, match="takes 1 to 8 rows, got 9"):
+        rk.linear_step(torch.randn(9, 4), torch.randn(3, 4), impl="native")
+    with pytest.raises(ValueError, match="weight must be torch.float32 like x"):
+        rk.linear_step(torch.randn(2, 4), torch.randn(3, 4).bfloat16())
+
+
+@needs_library
+def test_bad_arguments_say_what_was_expected():
+    _, _, (q, k, v, g, state), _, _ = ddts_step(torch.float32)
+    strided = torch.zeros(2, 1, 10)[..., ::2]
+    for message, arguments in {
+        r"k must have shape \[2, 1, 5\], got \[1, 1, 5\]": (q, k[:1], v, g, state),
+        r"state must have shape \[2, 1, 5, 7\], got \[2, 1, 5, 6\]": (q, k, v, g, state[..., :6]),
+        "state must be contiguous float32": (q, k, v, g, state.mT.contiguous().mT),
+        "v must be float32 or bfloat16": (q, k, v.half(), g, state),
+        "q must be contiguous, or a matrix with dense rows": (strided, k, v, g, state),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            ops.native_ddts_step(*arguments, 0.3)
+    operator, (*rows, _, window, scale) = registered(attention_step, torch.float32)
+    with pytest.raises(RuntimeError, match="position must be >= 0, got -1"):
+        operator(*rows, torch.tensor([-1, 0]), window, scale)
+    with pytest.raises(RuntimeError, match="cache needs at least window_size"):
+        operator(*rows, torch.tensor([0, 0]), 12, scale)
