@@ -4,6 +4,8 @@ The mathematics is in :mod:`rodimus_kernels.reference`. Importing this package n
 what else an implementation needs is imported when it is chosen.
 """
 
+import importlib
+
 from .cross_entropy import linear_cross_entropy
 from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_step
 from .linear import linear_step
@@ -11,6 +13,10 @@ from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import rope_tables
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
 from .short_conv import short_conv, short_conv_step
+
+# these need torch alone, and torch.compile cannot import while it traces a first call
+for _module in ("ddts.eager", "shared_key_attention.sdpa"):
+    importlib.import_module(f"{__name__}.{_module}")
 
 __all__ = [
     "add_rms_norm",

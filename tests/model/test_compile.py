@@ -1,0 +1,131 @@
+"""``torch.compile(fullgraph=True)``: one graph, no break, no recompilation a token."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+from tests.model.golden_data import BLOCK_TYPES, golden_config, relative_error
+from tests.model.helpers import build, random_ids
+from tests.model.test_ways_of_running import take_gradients, worst_gradient
+from tests.model.ways import BOUND, full, in_pieces
+
+TABLE = "compiled, against eager (max |a - b| / max |b|)"
+
+
+@pytest.fixture(params=BLOCK_TYPES)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    """One layer: what is compiled again and again is the same for more."""
+    return build(golden_config(kind) | {"n_layer": 1})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="eager"):
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_forward_of_any_length_is_one_graph(model, kind, measure):
+    """After the second length the graph is dynamic: later ones compile nothing."""
+    run = compiled(model)
+    with torch.no_grad():
+        for length in (40, 33):
+            run(random_ids(2, length), use_cache=False)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for length in (70, 12, 129):
+                ids = random_ids(2, length)
+                error = relative_error(run(ids, use_cache=False).logits, full(model, ids))
+                measure(TABLE, "forward, dynamic length", kind, error, BOUND)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_training_step(model, kind, packed, measure):
+    """Forward and backward; packed by position_ids, which no host ever reads."""
+    ids = random_ids(2, 24)
+    options = {"labels": ids, "use_cache": False}
+    if packed:
+        options["position_ids"] = torch.stack((torch.arange(24) % 10, torch.arange(24) % 7))
+    model.train()
+    model(ids, **options).loss.backward()
+    expected = take_gradients(model)
+    compiled(model, "aot_eager")(ids, **options).loss.backward()
+    assert graphs() == 1
+    error = worst_gradient(take_gradients(model), expected)
+    measure(TABLE, f"training step{' packed' if packed else ''}, gradients", kind, error, BOUND)
+
+
+def decode_compiled(model, ids, prompt, backend="eager"):
+    """Logits of a prompt prefilled in eager, then of compiled steps."""
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    logits = [in_pieces(model, ids[:, :prompt], [prompt], cache=cache)]
+    step = compiled(model, backend=backend)
+    with torch.no_grad():
+        for token in ids[:, prompt:].T:
+            out = step(token[:, None].clone(), past_key_values=cache, use_cache=True)
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("prompt, most", [(3, 3), (20, 2)])
+def test_static_decode_step(model, kind, prompt, most, measure):
+    """Through and past the window, from a prompt within it and one beyond it.
+
+    Rodimus compiles once. transformers' sliding layer counts in an integer: one graph for its
+    first value, one for any later, one more when the window is full; and none a token.
+    """
+    ids = random_ids(2, 40)
+    logits = decode_compiled(model, ids, prompt)
+    assert graphs() <= (1 if kind == "rodimus" else most)
+    measure(TABLE, "static decode step", kind, relative_error(logits, full(model, ids)), BOUND)
+
+
+FIRST_CALL = """
+import torch
+from rodimus import RodimusConfig, RodimusForCausalLM
+attn = {"num_heads": 2, "num_heads_v": 2, "window_size": 8}
+config = RodimusConfig("rodimus_plus", 32, 1, 20, mixer_cfg={"mem_size": 8}, attn_cfg=attn)
+model = RodimusForCausalLM(config)
+ids = torch.arange(12)[None]
+torch.compile(model, backend="eager", fullgraph=True)(ids, labels=ids).loss.backward()
+"""
+
+
+@pytest.mark.slow
+def test_first_call_of_a_process_is_compiled():
+    """Nothing is imported while tracing: a fresh process needs no eager call before."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_inductor(model, kind, measure):
+    """The default backend, once: training step and static decoding."""
+    ids = random_ids(2, 24)
+    logits = decode_compiled(model, ids, 12, "inductor")
+    measure(TABLE, "decode step, inductor", kind, relative_error(logits, full(model, ids)), BOUND)
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    expected = take_gradients(model)
+    compiled(model, backend="inductor")(ids, labels=ids, use_cache=False).loss.backward()
+    error = worst_gradient(take_gradients(model), expected)
+    measure(TABLE, "training step, inductor, gradients", kind, error, 2 * BOUND)

@@ -1,0 +1,141 @@
+"""What libraries around transformers rely on: Linears called, Trainer, LoRA, pipelines."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model.helpers import random_ids
+
+
+def test_every_linear_layer_is_called(model):
+    """LoRA, quantisation and offloading replace modules: reading ``.weight`` would bypass them."""
+    called = set()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, module in linears.items():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    ids = random_ids(2, 12)
+    for training in (True, False):
+        called.clear()
+        model.train(training)(ids, use_cache=False)
+        assert called == set(linears), f"training={training}"
+    cache = model(ids, use_cache=True).past_key_values
+    called.clear()
+    model(ids[:, :1], past_key_values=cache, use_cache=True)
+    assert called == set(linears), "one token with a cache"
+
+
+def test_adapters_on_every_linear_layer_change_the_output(model):
+    """A low-rank addition by hand, without peft: the whole model moves, and its gradients flow."""
+    adapters = nn.ModuleList()
+    for module in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        down = nn.Linear(module.in_features, 2, bias=False)
+        up = nn.Linear(2, module.out_features, bias=False)
+        adapters.append(nn.Sequential(down, up))
+        module.register_forward_hook(lambda m, args, out, add=adapters[-1]: out + add(args[0]))
+    model.requires_grad_(False)
+    ids = random_ids(2, 12)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapters.parameters())
+
+
+def test_lora_of_peft(model):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+    lora = peft.get_peft_model(
+        copy.deepcopy(model),
+        peft.LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    lora(input_ids=ids, labels=ids).loss.backward()
+    adapters = {n: p for n, p in lora.named_parameters() if "lora_" in n}
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules()) - 1
+    assert len(adapters) == 2 * linears
+    assert all(p.grad is not None and p.grad.any() for p in adapters.values())
+    with torch.no_grad():
+        adapted = lora.eval()(input_ids=ids).logits
+        merged = lora.merge_and_unload()(ids).logits
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-3)
+
+
+def test_trainer_accumulates_to_the_same_loss(model, tmp_path):
+    """4 steps of 2 rows are one step of 8: the loss is divided by the tokens of all of them."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import Trainer, TrainingArguments
+
+    ids = random_ids(8, 20)
+    rows = [
+        {"input_ids": row, "labels": row.masked_fill(torch.arange(20) < 2 * i, -100)}
+        for i, row in enumerate(ids)
+    ]
+    losses = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            logging_steps=1,
+            learning_rate=1e-3,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=copy.deepcopy(model), args=arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+
+
+def test_pipeline_gives_each_prompt_its_own_text(model):
+    """A batch of prompts of different lengths equals the prompts one by one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = {"<pad>": 0, **{f"w{i}": i for i in range(1, 97)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", padding_side="left"
+    )
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    prompts = ["w5 w6 w7 w8 w9 w10 w11", "w3", "w20 w21 w22"]
+    options = {"max_new_tokens": 12, "do_sample": False}
+    batch = generator(prompts, batch_size=3, **options)
+    alone = [generator(prompt, **options) for prompt in prompts]
+    assert batch == alone
+
+
+def test_no_claim_of_continuous_batching(model):
+    """Servers ask ``hasattr``; a recurrent state has no pages to share."""
+    assert not hasattr(model, "init_continuous_batching")
+
+
+def test_blocks_are_named_for_sharding(model):
+    """accelerate keeps a block on one device by this name."""
+    names = set(model._no_split_modules)
+    assert names == {type(layer).__name__ for layer in model.model.layers}
+
+
+def test_deep_copy_and_pickle(model, tmp_path):
+    ids = random_ids(1, 9)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        with torch.no_grad():
+            assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+def test_resized_embeddings(model):
+    model.resize_token_embeddings(104)
+    ids = random_ids(1, 9, vocab=104)
+    with torch.no_grad():
+        assert model(ids).logits.shape == (1, 9, 104)
+    assert model.config.vocab_size == 104
