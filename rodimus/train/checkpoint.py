@@ -83,6 +83,9 @@ class Checkpointer:
         self.wait()
         folder = store.step_folder(self.root, progress.step)
         about = {"progress": asdict(progress), "identity": self.identity}
+        if self._from_main(folder.exists):
+            # left by an earlier run past the step that this one resumed from
+            self._from_main(lambda: store.remove(folder))
         if self.config.async_save and not wait:
             pending = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self.group)
             self._writer = threading.Thread(

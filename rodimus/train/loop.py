@@ -135,9 +135,9 @@ class Trainer:
         progress.next_sample += config.rows
         progress.tokens += config.train.global_batch_tokens
         self.meter.add(config.train.global_batch_tokens, waited)
-        if verdict == guard.ROLLBACK:
-            self.roll_back()
-        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "bad": float(verdict != "ok")}
+        self.verdict = verdict
+        bad = float(verdict != guard.OK)
+        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "bad": bad}
 
     def run(self, signals: Signals) -> int:
         """Trains to the end, or to SIGTERM; returns the exit status."""
@@ -148,11 +148,14 @@ class Trainer:
         while self.progress.step < steps:
             values = self.step()
             step = self.progress.step
-            terminate, save = self.asked(signals)
             if step % config.log.every == 0 or step == steps:
                 values |= self.meter.read(step)
                 self.log.say(progress_line(step, steps, values))
             self.log.record(step, **values)
+            if self.verdict == guard.ROLLBACK:
+                self.roll_back()
+                continue
+            terminate, save = self.asked(signals)
             due = step % config.checkpoint.every == 0 or step == steps
             if not terminate and (step % config.eval.every == 0 or step == steps):
                 self.held_out(signals)

@@ -63,7 +63,7 @@ class Watchdog:
                 os._exit(1)
 
     def _blame(self) -> str:
-        """The ranks with the fewest beats, or that all stand at the same place."""
+        """The ranks with the fewest beats; all of them where none is behind."""
         seen = {}
         for rank in range(self.world_size):
             key = f"beat/{rank}"
@@ -74,6 +74,5 @@ class Watchdog:
             seen[rank] = (int(count), name, where)
         last = min(count for count, _, _ in seen.values())
         behind = [f"{name} at: {where}" for count, name, where in seen.values() if count == last]
-        if len(behind) == self.world_size:
-            return f"all ranks stand at: {self._where}"
-        return "behind the others: " + "; ".join(behind)
+        verdict = "none is behind" if len(behind) == self.world_size else "behind the others"
+        return f"{verdict}: {'; '.join(behind)}"
