@@ -10,7 +10,7 @@ PYTHON ?= python3
 # the suite runs in two processes; more threads than cores only slow each other down
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help install demo test test-all lint format aot gpu clean
+.PHONY: help install demo test test-all lint format native aot bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +19,9 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff rewrite what lint complains about"
+	@echo "make native    build the native operators of csrc/ with the compilers that are here"
 	@echo "make aot       compile every Triton kernel for GPUs that need not be here; count registers"
+	@echo "make bench     Rodimus, Qwen2-1.5B and RWKV6-1.6B on this CPU: decoding, prefill, memory, report"
 	@echo "make gpu       tests and benchmarks on this machine's GPU, with PYTHON=$(PYTHON) as it stands"
 	@echo "make clean     remove .venv and build leftovers"
 
@@ -32,10 +34,13 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m rodimus.train.demo
 
-test: $(STAMP)
+native: $(STAMP)
+	@$(BIN)/python kernels/rodimus_kernels/build.py
+
+test: native
 	$(RUN_TESTS) -m "not slow and not gpu"
 
-test-all: $(STAMP)
+test-all: native
 	$(RUN_TESTS) -m "not gpu"
 
 lint: $(STAMP)
@@ -48,6 +53,18 @@ format: $(STAMP)
 
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
+
+# names as in benchmarks/peers.py; empty for all of them
+MODELS ?= rodimus-plus-1.6b,rwkv6-1.6b,qwen2-1.5b,rodimus-1.4b
+
+$(VENV)/.bench: $(STAMP)
+	$(PIP) install -c constraints.txt -e ".[bench]"
+	@touch $@
+
+bench: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/bench_memory.py benchmarks/bench_decode.py \
+		benchmarks/bench_prefill.py --bench-scale full --bench-models "$(MODELS)"
+	$(BIN)/python -m benchmarks.report
 
 gpu:
 	@sh .ci/gpu $(PYTHON)

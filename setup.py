@@ -5,18 +5,29 @@ Two packages are installed: ``rodimus`` (model, generation, training) and ``rodi
 package of that name would hide HuggingFace's ``kernels``.
 """
 
+import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel, get_platform
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-benchmark>=5.1", "parameterized>=0.9"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "pytest-benchmark>=5.1",
+    "parameterized>=0.9",
+    "accelerate>=1.1",
+    "peft>=0.17",
+]
 DEV = [*TEST, "ruff>=0.17", "build>=1.2"]
 TRAIN = ["matplotlib>=3.9", "rich>=13"]
-BENCH = ["pytest-benchmark>=5.1", "matplotlib>=3.9"]
-SERVE = ["transformers[serving]>=5.17,<6"]
+BENCH = ["pytest>=8", "pytest-benchmark>=5.1", "matplotlib>=3.9", "rwkv>=0.8.32"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 
 def version() -> str:
@@ -25,7 +36,46 @@ def version() -> str:
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 
+def builder():
+    """The module that builds ``csrc/``; by its path, because its package needs torch."""
+    path = HERE / "kernels" / "rodimus_kernels" / "build.py"
+    spec = importlib.util.spec_from_file_location("rodimus_kernels_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class BuildPy(build_py):
+    """The modules, the sources of the native operators, and what this machine can build of them."""
+
+    def run(self):
+        super().run()
+        build = builder()
+        package = build.PACKAGE
+        if not self.editable_mode:
+            package = Path(self.build_lib, "rodimus_kernels")
+            # what an earlier build left there is not what is being packed
+            shutil.rmtree(package / "csrc", ignore_errors=True)
+            for name in build.LIBRARIES.values():
+                (package / name).unlink(missing_ok=True)
+            shutil.copytree(HERE / "csrc", package / "csrc")
+        for kind, line in build.build(package).items():
+            print(f"native operators ({kind}): {line}")
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel for one platform when it holds native operators, and for every Python either way."""
+
+    def get_tag(self):
+        package = Path(self.get_finalized_command("build_py").build_lib, "rodimus_kernels")
+        if any((package / name).is_file() for name in builder().LIBRARIES.values()):
+            self.root_is_pure = False
+            return "py3", "none", get_platform(self.bdist_dir).replace("-", "_").replace(".", "_")
+        return super().get_tag()
+
+
 setup(
+    cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel},
     name="rodimus",
     version=version(),
     description="Rodimus and Rodimus+ language models: exact, fast, constant memory per token",
@@ -46,6 +96,11 @@ setup(
         "tyro>=1.0",
         "triton>=3.6; sys_platform == 'linux'",
     ],
-    extras_require={"dev": sorted({*DEV, *TRAIN}), "train": TRAIN, "bench": BENCH, "serve": SERVE},
+    extras_require={
+        "dev": sorted({*DEV, *TRAIN, *SERVE}),
+        "train": TRAIN,
+        "bench": BENCH,
+        "serve": SERVE,
+    },
     entry_points={"console_scripts": ["rodimus=rodimus.cli:main"]},
 )

@@ -50,7 +50,7 @@ def engines_of(batch: int):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_decode(bench, benchmark, start, point):
     batch, context = point
-    case = f"b{batch}-t{context}"
+    case = bench.case(batch, context)
     start("decode", case)
     with torch.inference_mode():
         targets, skipped = bench.targets(

@@ -63,7 +63,7 @@ def _step_memory(bench: Bench, model, session, state_bytes: int, batch: int) -> 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_memory(bench, start, point):
     batch, context = point
-    case = f"b{batch}-t{context}"
+    case = bench.case(batch, context)
     start("memory", case)
     rows = []
     for name in bench.names:

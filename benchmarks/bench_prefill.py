@@ -23,13 +23,14 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     def call() -> None:
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
 
-    return Target(f"{model.name}/{engine}", model, engine, call)
+    facts = {"flops": model.forward_flops(batch, length, logits=1)}
+    return Target(f"{model.name}/{engine}", model, engine, call, facts)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_prefill(bench, benchmark, start, point):
     batch, length = point
-    case = f"b{batch}-t{length}"
+    case = bench.case(batch, length)
     start("prefill", case)
     with torch.inference_mode():
         targets, skipped = bench.targets(
@@ -44,5 +45,6 @@ def test_prefill(bench, benchmark, start, point):
             targets=targets,
             skipped=skipped,
             tokens=batch * length,
+            rounds=bench.few_rounds,
         )
     assert any(row["status"] == "measured" for row in record["rows"])

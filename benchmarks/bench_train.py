@@ -15,21 +15,6 @@ POINTS = {
 }
 
 
-def step_flops(model: peers.Model, batch: int, length: int) -> float:
-    """Operations of a step: ours counted by part, peers by 6 a weight and causal attention."""
-    if model.name in peers.OURS:
-        from rodimus.train.flops import train_flops
-
-        return batch * length * train_flops(model.model, model.model.config, length).total
-    dense = 6.0 * model.token_bytes / model.dtype.itemsize
-    config = model.model.config
-    attention = 0.0
-    if model.family == "qwen2":
-        # two products with each visible key, half of the keys visible, backward twice forward
-        attention = 6.0 * config.num_hidden_layers * config.hidden_size * length
-    return batch * length * (dense + attention)
-
-
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:
     """One optimizer step on random tokens; the weights stay in the benchmark's dtype."""
     if not isinstance(model, peers.HuggingFaceModel):
@@ -44,25 +29,25 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Target(f"{model.name}/{engine}", model, engine, call)
+    # backward is twice forward
+    facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
+    return Target(f"{model.name}/{engine}", model, engine, call, facts)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_train(bench, benchmark, start, point):
     batch, length = point
-    case = f"b{batch}-t{length}"
+    case = bench.case(batch, length)
     start("train", case)
     targets, skipped = bench.targets(
         lambda model, engine: prepare(bench, model, engine, batch, length),
         lambda model: model.engines[:1],
     )
-    rows, warm_up = bench.time_targets(benchmark, targets, skipped, tokens=batch * length)
+    rows, used = bench.time_targets(
+        benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
+    )
     for target in targets:
-        row = next(row for row in rows if row["target"] == target.name)
-        row["flops"] = step_flops(target.model, batch, length)
-        row["TFLOPs"] = row["flops"] / row["median_ms"] / 1e9
-        row["share_of_gemm"] = row["TFLOPs"] / bench.ceilings["gemm_TFLOPs"]
         target.model.model.eval().requires_grad_(False)
-    settings = {"batch": batch, "context": length, "warm_up_rounds": warm_up}
+    settings = {"batch": batch, "context": length, **used}
     record = bench.record("train", case, settings, rows)
     assert any(row["status"] == "measured" for row in record["rows"])

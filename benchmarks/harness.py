@@ -66,6 +66,7 @@ class Bench:
         device, dtype: Of every model.
         names: Models of the catalogue that take part.
         folder: Where records go; None writes none.
+        kept: Folder of earlier records; a case of this commit in it is not measured again.
         rounds: Timed rounds of a case, and of a batch of warm-up.
         load: Load average before the run.
         deadline: ``time.monotonic()`` after which no further case starts.
@@ -79,6 +80,7 @@ class Bench:
     folder: Path | None
     rounds: int
     load: float
+    kept: Path | None = None
     deadline: float = float("inf")
     again: bool = False
     seed: int = 0
@@ -93,6 +95,10 @@ class Bench:
             quick = self.scale == "tiny"
             self._ceilings = machine.ceilings(self.device, self.dtype, quick=quick)
         return self._ceilings
+
+    def case(self, batch: int, length: int) -> str:
+        """Name of a case, and of its file: ``b1-t4096-bfloat16``."""
+        return f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.
@@ -118,12 +124,13 @@ class Bench:
 
     def done(self, group: str, case: str) -> bool:
         """Whether the case has a record of this commit already."""
-        if self.folder is None or self.again:
-            return False
         here = machine.commit()["commit"]
-        kept = records.read(self.folder) if self.folder.is_dir() else []
+        folders = {self.folder, self.kept} if not self.again else set()
         return any(
-            (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here) for r in kept
+            (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here)
+            for folder in folders
+            if folder is not None and folder.is_dir()
+            for r in records.read(folder)
         )
 
     def targets(
@@ -194,9 +201,8 @@ class Bench:
             benchmark: The fixture of pytest-benchmark; it times the focus of each round.
             group, case, settings: As in ``records.make``.
         """
-        rows, warm_up = self.time_targets(benchmark, **options)
-        settings = {"rounds": self.rounds, "warm_up_rounds": warm_up, **settings}
-        record = self.record(group, case, settings, rows)
+        rows, used = self.time_targets(benchmark, **options)
+        record = self.record(group, case, {**used, **settings}, rows)
         benchmark.group = f"{group} {case}"
         benchmark.extra_info.update(
             schema=records.SCHEMA,
@@ -211,38 +217,46 @@ class Bench:
         skipped: list[dict[str, Any]],
         *,
         tokens: int,
-    ) -> tuple[list[dict[str, Any]], int]:
-        """Rows of all targets, and the rounds of warm-up.
+        rounds: int | None = None,
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """Rows of all targets, and the rounds that were run.
 
         Args:
             benchmark: The fixture of pytest-benchmark.
             targets, skipped: From ``targets``; the first target is the focus.
             tokens: That one call consumes or produces.
+            rounds: Timed rounds; by default those of the run.
         """
+        rounds = rounds or self.rounds
         if not targets:
-            return skipped, 0
+            return skipped, {"rounds": 0, "warm_up_rounds": 0}
         calls = {target.name: target.call for target in targets}
         turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
-        warm_up = turns.warm_up(batch=max(self.rounds // 3, 1), most=2 * self.rounds)
+        # clocks and caches of a GPU settle slowly, and its rounds are short
+        most = 2 * rounds if self.device.type == "cuda" else rounds
+        warm_up = turns.warm_up(batch=max(rounds // 3, 1), most=most)
         gc.collect()
         gc.disable()
         try:
-            benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=self.rounds)
+            benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
         finally:
             gc.enable()
         references = _best_baselines(targets, turns)
         rows = [_timed_row(target, turns, references, tokens) for target in targets]
         for row in rows:
             self._add_floor(row)
-        return rows + skipped, warm_up
+        return rows + skipped, {"rounds": rounds, "warm_up_rounds": warm_up}
 
     def _add_floor(self, row: dict[str, Any]) -> None:
-        """The time that moving the row's ``moved_bytes`` takes at this machine's read rate."""
-        moved = row.get("moved_bytes")
-        if moved:
+        """How near a row comes to this machine's memory or matrix rate, whichever it counts."""
+        seconds = row["median_ms"] / 1e3
+        if "moved_bytes" in row:
             rate = self.ceilings["read_GBps" if self.device.type == "cpu" else "copy_GBps"]
-            row["floor_ms"] = moved / rate / 1e6
+            row["floor_ms"] = row["moved_bytes"] / rate / 1e6
             row["floor_share"] = row["floor_ms"] / row["median_ms"]
+        if "flops" in row:
+            row["TFLOPs"] = row["flops"] / seconds / 1e12
+            row["share_of_gemm"] = row["TFLOPs"] / self.ceilings["gemm_TFLOPs"]
 
     def record(
         self, group: str, case: str, settings: Mapping[str, Any], rows: list[dict[str, Any]]
@@ -266,6 +280,11 @@ class Bench:
         if self.folder is not None:
             records.write(record, self.folder)
         return record
+
+    @property
+    def few_rounds(self) -> int:
+        """Rounds for calls of seconds: a third of the run's."""
+        return max(self.rounds // 3, min(self.rounds, 6))
 
     def out_of_time(self) -> bool:
         """Whether the run's seconds are spent."""

@@ -47,9 +47,9 @@ def cpu_name() -> str:
     return match[1].strip() if match else platform.processor() or platform.machine()
 
 
-def slug(name: str) -> str:
-    """A machine's name as a folder: ``NVIDIA H200`` is ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def folder_name(name: str) -> str:
+    """A machine's name as a folder: ``NVIDIA H200`` is ``NVIDIA_H200``, as ``make gpu`` has it."""
+    return re.sub(r"[ /]", "_", name)
 
 
 def installed(distributions: tuple[str, ...]) -> dict[str, str | None]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import machine
-from .sizes import StateBytes, config_of, state_bytes
+from .sizes import StateBytes, config_of, sequence_flops, state_bytes
 
 
 class Unavailable(Exception):
@@ -34,11 +34,12 @@ class Entry(NamedTuple):
     source: str
 
 
+# in the order in which they are loaded: what matters most first, should memory not suffice for all
 CATALOGUE = (
     Entry("rodimus-plus-1.6b", "rodimus_plus", "rodimus"),
-    Entry("rodimus-1.4b", "rodimus", "rodimus"),
-    Entry("qwen2-1.5b", "qwen2", "transformers"),
     Entry("rwkv6-1.6b", "rwkv6", "rwkv or fla"),
+    Entry("qwen2-1.5b", "qwen2", "transformers"),
+    Entry("rodimus-1.4b", "rodimus", "rodimus"),
     Entry("qwen3-next-like-1.5b", "qwen3_next", "transformers"),
     Entry("mamba2-like-1.5b", "mamba2", "transformers"),
     Entry("fla-rodimus-plus-1.6b", "rodimus_plus", "fla"),
@@ -98,6 +99,7 @@ class Model(ABC):
         dtype, device: Of the weights.
         weight_bytes: All weights.
         token_bytes: Weights that one token reads: all but an embedding that is not the head.
+        head_parameters: Of the product that gives the logits.
         vocab_size: Tokens.
     """
 
@@ -109,6 +111,7 @@ class Model(ABC):
     device: torch.device
     weight_bytes: int
     token_bytes: int
+    head_parameters: int
     vocab_size: int
 
     @abstractmethod
@@ -118,6 +121,20 @@ class Model(ABC):
         Raises:
             Unavailable: the engine cannot do that.
         """
+
+    def forward_flops(self, batch: int, length: int, *, logits: int) -> float:
+        """Operations of a forward pass over ``[batch, length]``, a multiply-add counted as two.
+
+        Counted are the products with weights, attention over the keys that a token sees, and
+        writing and reading each recurrent state once a token.
+
+        Args:
+            logits: Positions of each sequence that get logits.
+        """
+        body = self.token_bytes / self.dtype.itemsize - self.head_parameters
+        config = config_of(self.family, self.scale)
+        mixing = sequence_flops(self.family, config, length)
+        return 2.0 * batch * (length * body + logits * self.head_parameters) + batch * mixing
 
     def expected_state(self, batch: int, context: int) -> StateBytes:
         """What the formulas say that a session keeps."""
@@ -144,6 +161,7 @@ class HuggingFaceModel(Model):
         tied = model.get_output_embeddings().weight is embedding
         unread = 0 if tied else embedding.numel() * embedding.element_size()
         self.token_bytes = self.weight_bytes - unread
+        self.head_parameters = model.get_output_embeddings().weight.numel()
         self.vocab_size = embedding.shape[0]
 
     def session(self, engine: str, batch: int, room: int) -> Session:
@@ -381,6 +399,7 @@ class RwkvModel(Model):
         weights = dict(_rwkv6_weights(config_of("rwkv6", scale), dtype, seed))
         self.weight_bytes = sum(map(_bytes, weights.values()))
         self.token_bytes = self.weight_bytes - _bytes(weights["emb.weight"])
+        self.head_parameters = weights["head.weight"].numel()
         self.vocab_size = weights["emb.weight"].shape[0]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rwkv6.pth"

@@ -2,13 +2,15 @@
 
     pytest benchmarks --bench-scale full --bench-seconds 540
 
-At the tiny scale everything runs in seconds and no number means anything; records are then written
-only where ``--bench-out`` says. At full scale they go to ``benchmarks/results/<machine>/``, and a
-case that has a record of this commit is not measured again, so a run can be continued.
+Without a GPU the default is the tiny scale: everything runs in seconds, no number means anything,
+and records are written only where ``--bench-out`` says. At full scale they go to
+``benchmarks/results/<machine>/`` unless ``--bench-out`` says otherwise. A case that has a record of
+this commit in either place is not measured again, so a run can be continued.
 """
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from pathlib import Path
@@ -27,12 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The run's settings."""
     group = parser.getgroup("rodimus benchmarks")
     add = group.addoption
-    add("--bench-scale", choices=SCALES, default="tiny", help="tiny models, or those of 1.5B")
+    add("--bench-scale", choices=SCALES, help="tiny models, or those of 1.5B (default on a GPU)")
     add("--bench-out", type=Path, help="folder for the records")
     add("--bench-dtype", choices=sorted(DTYPES), default="bf16", help="of every model")
     add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
-    add("--bench-seconds", type=float, default=0.0, help="start no case after this time")
+    seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
+    add("--bench-seconds", type=float, default=seconds, help="start no case after this time")
     add("--bench-threads", type=int, default=1, help="torch threads on the CPU")
     add("--bench-again", action="store_true", help="measure cases that have a record, too")
 
@@ -41,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a point: a module's ``POINTS`` are its cases by scale, and by device at full."""
     if "point" not in metafunc.fixturenames:
         return
-    scale = metafunc.config.getoption("--bench-scale")
+    scale = _scale(metafunc.config)
     kind = "tiny" if scale == "tiny" else _device().type
     points = metafunc.module.POINTS[kind]
     metafunc.parametrize("point", points, ids=["-".join(map(str, p)) for p in points])
@@ -51,14 +54,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench(request: pytest.FixtureRequest):
     """The run: models are loaded once and stay; nothing needs a gradient."""
     option = request.config.getoption
-    load, device, scale = machine.load_before(), _device(), option("--bench-scale")
-    names = tuple(name for name in option("--bench-models").split(",") if name)
-    for name in names:
-        peers.entry(name)
-    folder = option("--bench-out")
-    if folder is None and scale == "full":
-        name = machine.describe(device)["name"]
-        folder = machine.ROOT / "benchmarks" / "results" / machine.slug(name)
+    load, device, scale = machine.load_before(), _device(), _scale(request.config)
+    models = tuple(model for model in option("--bench-models").split(",") if model)
+    for model in models:
+        peers.entry(model)
+    name = machine.folder_name(machine.describe(device)["name"])
+    kept = machine.ROOT / "benchmarks" / "results" / name if scale == "full" else None
+    folder = option("--bench-out") or kept
     seconds = option("--bench-seconds")
     threads = torch.get_num_threads()
     torch.set_num_threads(option("--bench-threads"))
@@ -68,10 +70,11 @@ def bench(request: pytest.FixtureRequest):
         scale=scale,
         device=device,
         dtype=DTYPES[option("--bench-dtype")],
-        names=names or tuple(entry.name for entry in peers.CATALOGUE),
+        names=models or tuple(entry.name for entry in peers.CATALOGUE),
         folder=folder,
         rounds=option("--bench-rounds") or (3 if scale == "tiny" else 15),
         load=load,
+        kept=kept,
         deadline=time.monotonic() + seconds if seconds else float("inf"),
         again=option("--bench-again"),
     )
@@ -89,6 +92,10 @@ def start(bench: Bench):
             pytest.skip(f"{group} {case}: the run's seconds are spent; run again to continue")
 
     return ask
+
+
+def _scale(config: pytest.Config) -> str:
+    return config.getoption("--bench-scale") or ("full" if torch.cuda.is_available() else "tiny")
 
 
 def _device() -> torch.device:

@@ -266,3 +266,35 @@ _FORMULAS: dict[str, Callable[[Mapping[str, Any], int, int], tuple[int, int]]] =
     "qwen3_next": _qwen3_next,
     "mamba2": _mamba2,
 }
+
+
+def sequence_flops(family: str, config: Mapping[str, Any], length: int) -> float:
+    """Operations that mix tokens in a forward pass over one sequence: attention and states.
+
+    A key that a query sees costs two products of the head's width for each query head; an entry of
+    a recurrent state is written and read once a token, two operations each.
+    """
+    if family == "qwen2":
+        return 4.0 * config["num_hidden_layers"] * config["hidden_size"] * _seen(length, length)
+    if family == "qwen3_next":
+        width = config["num_attention_heads"] * config["head_dim"]
+        attention = 4.0 * (config["num_hidden_layers"] // 4) * width * _seen(length, length)
+        return attention + length * _state_entries(family, config)
+    states = length * _state_entries(family, config)
+    if family == "rodimus_plus":
+        window = config["attn_cfg"]["window_size"] // 2 + 1
+        states += 4.0 * config["n_layer"] * config["d_model"] * _seen(length, window)
+    return states
+
+
+def _seen(length: int, window: int) -> float:
+    """Pairs of query and visible key in a sequence."""
+    ramp = min(length, window)
+    return ramp * (ramp + 1) / 2 + (length - ramp) * window
+
+
+def _state_entries(family: str, config: Mapping[str, Any]) -> float:
+    """Four operations for each entry of the recurrent states of one sequence."""
+    # with an element size of 0 only the states are left, which are float32
+    float32_bytes, _ = _FORMULAS[family](config, 1, 0)
+    return 4.0 * float32_bytes / 4

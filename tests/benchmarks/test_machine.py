@@ -39,4 +39,4 @@ def test_ceilings_are_positive():
 
 
 def test_a_machine_name_becomes_a_folder_name():
-    assert machine.slug("NVIDIA H200 (SXM)") == "nvidia-h200-sxm"
+    assert machine.folder_name("NVIDIA H200 A/B") == "NVIDIA_H200_A_B"

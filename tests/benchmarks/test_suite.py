@@ -61,13 +61,13 @@ def test_timed_rows_hold_raw_samples_and_ratios_to_the_baselines(found):
 
 
 def test_decode_rows_passed_the_correctness_check_and_have_a_floor(found):
-    for row in found["decode", "b1-t48"]["rows"]:
+    for row in found["decode", "b1-t48-bfloat16"]["rows"]:
         if row["status"] == "measured":
             assert row["disagreement"] < 0.1 and row["floor_ms"] > 0
 
 
 def test_memory_equals_the_formula_and_does_not_grow_for_recurrent_models(found):
-    cases = [found["memory", "b1-t48"], found["memory", "b2-t96"]]
+    cases = [found["memory", "b1-t48-bfloat16"], found["memory", "b2-t96-bfloat16"]]
     for record in cases:
         for row in record["rows"]:
             if row["status"] == "measured":

@@ -1,0 +1,169 @@
+"""Pictures of the records, readable in black and white: every model has a marker and a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import peers, sizes
+
+Record = Mapping[str, Any]
+Points = dict[str, dict[float, float]]
+
+# marker, dash and grey of each model; ours are the dark ones
+STYLES = {
+    "rodimus-plus-1.6b": ("o", "-", "0.0"),
+    "rodimus-1.4b": ("s", "-", "0.3"),
+    "qwen2-1.5b": ("^", "--", "0.15"),
+    "rwkv6-1.6b": ("v", "-.", "0.35"),
+    "qwen3-next-like-1.5b": ("D", ":", "0.5"),
+    "mamba2-like-1.5b": ("P", ":", "0.65"),
+    "fla-rodimus-plus-1.6b": ("X", "--", "0.6"),
+}
+
+
+def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) -> Points:
+    """Best ``y`` of each model over setting ``x``, in the records whose settings agree."""
+    best = min if y.endswith("_ms") else max
+    points: Points = {}
+    for record in found:
+        if record["group"] != group or any(
+            record["settings"].get(name) != value for name, value in settings.items()
+        ):
+            continue
+        for row in record["rows"]:
+            if row["status"] == "measured" and y in row:
+                line = points.setdefault(row["target"].partition("/")[0], {})
+                place = record["settings"][x]
+                # a timed call of decoding may be several tokens
+                value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)
+                line[place] = best(line.get(place, value), value)
+    return points
+
+
+def _draw(axes: Any, points: Points, **style: Any) -> None:
+    for name in (name for name in STYLES if name in points):
+        marker, dash, grey = STYLES[name]
+        places = sorted(points[name])
+        values = [points[name][place] for place in places]
+        options = {"marker": marker, "linestyle": dash, "color": grey, "label": name, **style}
+        axes.plot(places, values, **options)
+
+
+def _finish(axes: Any, title: str, x: str, y: str, *, log_y: bool = True) -> None:
+    axes.set_xscale("log", base=2)
+    if log_y:
+        axes.set_yscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, which="both", color="0.9", linewidth=0.6)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def decode_latency(found: list[Record], axes: Any) -> None:
+    """Milliseconds a token over the context, with the memory floors dotted."""
+    _draw(axes, _measured(found, "decode", "context", "median_ms", batch=1))
+    floors = _measured(found, "decode", "context", "floor_ms", batch=1)
+    _draw(axes, floors, linestyle=(0, (1, 3)), marker="", label="_floor", linewidth=0.9)
+    _finish(axes, "Decoding, batch 1 (dotted: memory floor)", "context, tokens", "ms a token")
+
+
+def decode_throughput(found: list[Record], axes: Any) -> None:
+    """Tokens a second over the batch, at the context with most batches."""
+    _draw(axes, _measured(found, "decode", "batch", "tokens_per_s", context=4096))
+    _finish(axes, "Decoding at 4096 tokens of context", "batch", "tokens a second")
+
+
+def state_memory(found: list[Record], axes: Any) -> None:
+    """State bytes over the context: lines by formula, markers where measured."""
+    contexts = [2**power for power in range(7, 18)]
+    lines: Points = {}
+    for entry in peers.CATALOGUE[:-1]:
+        config = sizes.config_of(entry.family, "full")
+        size = lambda t, e=entry, c=config: sizes.state_bytes(e.family, c, 1, t, 2).total / 1e6
+        lines[entry.name] = {context: size(context) for context in contexts}
+    _draw(axes, lines, markerfacecolor="white", markersize=5)
+    full = [r for r in found if r["settings"].get("scale") == "full"]
+    points = _measured(full, "memory", "context", "state_bytes", batch=1)
+    scaled = {name: {t: b / 1e6 for t, b in line.items()} for name, line in points.items()}
+    _draw(axes, scaled, linestyle="", label="_measured", markersize=7)
+    crossing = crossover()
+    axes.axvline(crossing, color="0.6", linewidth=0.8)
+    place = {"xy": (crossing, 4), "xytext": (4, 0), "textcoords": "offset points"}
+    axes.annotate(
+        f"from {crossing} tokens on\nqwen2 keeps more\nthan rodimus-plus", fontsize=7, **place
+    )
+    _finish(axes, "State of a sequence, bf16 (filled: measured)", "context, tokens", "MB")
+
+
+def crossover() -> int:
+    """The context from which Qwen2-1.5B keeps more bytes than Rodimus+-1.6B, bf16."""
+    ours, theirs = (sizes.config_of(name, "full") for name in ("rodimus_plus", "qwen2"))
+    size = lambda family, config, t: sizes.state_bytes(family, config, 1, t, 2).total
+    low, high = 1, 2**20
+    while low < high:
+        middle = (low + high) // 2
+        if size("qwen2", theirs, middle) > size("rodimus_plus", ours, middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def prefill_speed(found: list[Record], axes: Any) -> None:
+    """Tokens a second over the prompt's length."""
+    _draw(axes, _measured(found, "prefill", "context", "tokens_per_s"))
+    _finish(axes, "Prefill, batch 1", "prompt, tokens", "tokens a second")
+
+
+def train_speed(found: list[Record], axes: Any) -> None:
+    """Tokens a second over the length of a row, tokens a step fixed."""
+    _draw(axes, _measured(found, "train", "context", "tokens_per_s"))
+    _finish(axes, "Training step", "tokens a row", "tokens a second")
+
+
+PLOTS: dict[str, tuple[str, str, Callable[[list[Record], Any], None]]] = {
+    "decode_latency": ("Decode latency against context", "decode", decode_latency),
+    "decode_throughput": ("Decode throughput against batch", "decode", decode_throughput),
+    "state_memory": ("State memory against context", "memory", state_memory),
+    "prefill_speed": ("Prefill speed against length", "prefill", prefill_speed),
+    "train_speed": ("Training speed against length", "train", train_speed),
+}
+
+
+def names(found: list[Record]) -> dict[str, str]:
+    """Title and path of every picture that the records give and that says more than a point."""
+    axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
+    chosen = {}
+    for name, (title, group, _) in PLOTS.items():
+        axis, fixed = axes.get(name, ("context", {"batch": 1}))
+        places = {
+            record["settings"][axis]
+            for record in found
+            if record["group"] == group
+            and all(record["settings"].get(key) == value for key, value in fixed.items())
+        }
+        if len(places) > 1 or name == "state_memory" and places:
+            chosen[title] = f"plots/{name}.png"
+    return chosen
+
+
+def draw_all(found: list[Record], folder: Path) -> dict[str, str]:
+    """Write the pictures of ``names`` and return them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    chosen = names(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in chosen.values():
+        _, _, draw = PLOTS[Path(path).stem]
+        figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+        draw(found, axes)
+        # without the version of matplotlib the same records give the same bytes
+        figure.savefig(folder / Path(path).name, dpi=130, metadata={"Software": None})
+        pyplot.close(figure)
+    return chosen

@@ -1,0 +1,476 @@
+"""Records to ``RESULTS.md`` and plots: what loses first, with the reason, then everything.
+
+    python -m benchmarks.report [--results DIR] [--out DIR] [--check]
+
+Nothing is typed by hand: the same records give the same text, byte for byte. Verdicts follow the
+interval of the ratio, not its middle: where it encloses 1 nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import peers, records, timing
+from .records import RecordError
+
+HERE = Path(__file__).parent
+Record = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+# group: title, and what a call of it is
+TIMED = {
+    "decode": ("Decoding", "token"),
+    "prefill": ("Prefill", "prompt"),
+    "train": ("Training step", "step"),
+}
+ENOUGH_COVERAGE = 0.9
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+class Verdict(NamedTuple):
+    """One of our targets against one baseline in one case."""
+
+    machine: str
+    group: str
+    case: str
+    ours: str
+    baseline: str
+    ratio: timing.Ratio
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """``loses``, ``wins``, or ``open`` where the interval encloses 1 or rests on few rounds."""
+        if self.ratio.coverage < ENOUGH_COVERAGE:
+            return "open"
+        if self.ratio.high < 1:
+            return "loses"
+        return "wins" if self.ratio.low > 1 else "open"
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading records
+# ----------------------------------------------------------------------------------------------
+
+
+def measured(record: Record) -> list[Row]:
+    """The rows of a record that were measured."""
+    return [row for row in record["rows"] if row["status"] == "measured"]
+
+
+def model_of(row: Row) -> str:
+    """The model of a row: its target without the engine."""
+    return row["target"].partition("/")[0]
+
+
+def ordered(found: Iterable[Record]) -> list[Record]:
+    """Records by machine, group, dtype, batch and context, whatever their files are called."""
+
+    def key(record: Record) -> tuple:
+        settings = record["settings"]
+        place = (settings.get("batch", 0), settings.get("context", 0))
+        names = (record["machine"]["name"], record["group"], str(settings.get("dtype")))
+        return (*names, *place, record["case"])
+
+    return sorted(found, key=key)
+
+
+def fastest(record: Record) -> dict[str, Row]:
+    """Each model's fastest engine in a record."""
+    best: dict[str, Row] = {}
+    for row in measured(record):
+        name = model_of(row)
+        if "median_ms" in row and (name not in best or row["median_ms"] < best[name]["median_ms"]):
+            best[name] = row
+    return best
+
+
+def verdicts(found: Iterable[Record]) -> Iterator[Verdict]:
+    """Our fastest engine of each model against each baseline's, in every timed case."""
+    for record in (r for r in found if r["group"] in TIMED):
+        best = fastest(record)
+        for ours in (name for name in peers.OURS if name in best):
+            for baseline in (name for name in peers.BASELINES if name in best):
+                mine, theirs = best[ours], best[baseline]
+                ratio = timing.ratio(theirs["samples"]["wall_ms"], mine["samples"]["wall_ms"])
+                yield Verdict(
+                    record["machine"]["name"],
+                    record["group"],
+                    record["case"],
+                    mine["target"],
+                    theirs["target"],
+                    ratio,
+                    reason(mine, theirs),
+                )
+
+
+def reason(mine: Row, theirs: Row) -> str:
+    """Why one row is slower or faster than another: its work, and how near it comes to the limit.
+
+    What explains the verdict comes first: more work, or else the lower share of the limit.
+    """
+    if "moved_bytes" in mine:
+        work, share, limit = "moved_bytes", "floor_share", "memory rate"
+        told = f"moves {size(mine[work])} a call against {size(theirs[work])}"
+    else:
+        work, share, limit = "flops", "share_of_gemm", "matrix rate"
+        told = f"computes {mine[work] / 1e12:.3g} TFLOP a call against {theirs[work] / 1e12:.3g}"
+    reached = f"reaches {mine[share]:.0%} of the {limit} against {theirs[share]:.0%}"
+    slower = mine["median_ms"] > theirs["median_ms"]
+    more = mine[work] > theirs[work]
+    return f"{told}; {reached}" if slower == more else f"{reached}; {told}"
+
+
+# ----------------------------------------------------------------------------------------------
+# Text
+# ----------------------------------------------------------------------------------------------
+
+
+def size(count: float) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    for unit in UNITS:
+        if count < 1000 or unit == UNITS[-1]:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
+    """A Markdown table and a blank line."""
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def interval(ratio: Iterable[float]) -> str:
+    """``1.24x (1.20 .. 1.31)``."""
+    median, low, high, _ = ratio
+    return f"{median:.2f}x ({low:.2f} .. {high:.2f})"
+
+
+def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
+    """The whole of ``RESULTS.md``.
+
+    Args:
+        found: Records in a stable order.
+        plots: Title and relative path of each picture.
+    """
+    lines = [
+        "# Benchmark results",
+        "",
+        "Generated by `python -m benchmarks.report` from the records beside this file; never",
+        "edited. Ratios are medians of per-round ratios of models that took turns in one process,",
+        "with the interval that encloses the median at 95 % (where there are enough rounds);",
+        "above 1 means that ours is faster. Weights are random, shapes are the published ones.",
+        "",
+    ]
+    lines += _machines(found)
+    lines += _verdict_section(found)
+    for title, path in (plots or {}).items():
+        lines += [f"![{title}]({path})", ""]
+    for group, (title, unit) in TIMED.items():
+        lines += _timed_section(title, unit, [r for r in found if r["group"] == group])
+    lines += _memory_section([r for r in found if r["group"] == "memory"])
+    lines += _quality_section([r for r in found if r["group"] == "quality"])
+    known = {*TIMED, "memory", "quality"}
+    others = sorted({r["group"] for r in found} - known)
+    for group in others:
+        lines += _other_section(group, [r for r in found if r["group"] == group])
+    lines += _skipped_section(found)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _machines(found: list[Record]) -> Iterator[str]:
+    yield "## Where and when"
+    yield ""
+    groups: dict[tuple, list[Record]] = {}
+    for record in found:
+        about = record["machine"]
+        versions = about.get("versions", {})
+        key = (
+            about["name"],
+            about.get("threads"),
+            versions.get("torch"),
+            versions.get("transformers"),
+            about.get("commit", "unknown")[:12] + (" + changes" if about.get("dirty") else ""),
+        )
+        groups.setdefault(key, []).append(record)
+    rows = []
+    for (name, threads, torch, transformers, commit), members in sorted(
+        groups.items(), key=lambda item: tuple(map(str, item[0]))
+    ):
+        loads = [x for record in members for x in record["load"]]
+        dates = sorted(record["date"] for record in members)
+        rows.append(
+            [
+                name,
+                str(threads),
+                f"torch {torch}, transformers {transformers}",
+                commit,
+                dates[0] if dates[0] == dates[-1] else f"{dates[0]} .. {dates[-1]}",
+                f"{min(loads):.1f} .. {max(loads):.1f}",
+                str(len(members)),
+            ]
+        )
+    head = ["machine", "threads", "versions", "commit", "dates", "load", "records"]
+    yield from table(head, rows)
+    for record in found:
+        for warning in record["warnings"]:
+            yield f"- {record['group']} {record['case']}: {warning}"
+    if any(record["warnings"] for record in found):
+        yield ""
+
+
+def _verdict_section(found: list[Record]) -> Iterator[str]:
+    every = list(verdicts(found))
+    titles = {
+        "loses": "Where Rodimus loses",
+        "open": "Where nothing can be claimed",
+        "wins": "Where Rodimus wins",
+    }
+    for kind, title in titles.items():
+        chosen = [v for v in every if v.kind == kind]
+        memory = _memory_verdicts(found, kind)
+        if not chosen and not memory:
+            continue
+        yield f"## {title}"
+        yield ""
+        yield from table(
+            ["case", "ours", "against", "ratio", "why"],
+            [
+                [
+                    f"{v.group} {v.case}, {v.machine}",
+                    v.ours,
+                    v.baseline,
+                    interval(v.ratio),
+                    v.reason,
+                ]
+                for v in chosen
+            ]
+            + memory,
+        )
+
+
+def _memory_verdicts(found: list[Record], kind: str) -> list[list[str]]:
+    """Rows for state sizes: exact numbers, so every one is a win or a loss."""
+    rows = []
+    for record in (r for r in found if r["group"] == "memory"):
+        states = {model_of(row): row for row in measured(record)}
+        for ours in (name for name in peers.OURS if name in states):
+            for baseline in (name for name in peers.BASELINES if name in states):
+                mine, theirs = states[ours]["state_bytes"], states[baseline]["state_bytes"]
+                if (mine > theirs) != (kind == "loses") or kind == "open":
+                    continue
+                why = "keys and values of the window" if states[ours]["cached_bytes"] else "state"
+                rows.append(
+                    [
+                        f"memory {record['case']}, {record['machine']['name']}",
+                        ours,
+                        baseline,
+                        f"{theirs / mine:.2f}x (exact)",
+                        f"{size(mine)}, most of it {why}, against {size(theirs)}",
+                    ]
+                )
+    return rows
+
+
+def _timed_section(title: str, unit: str, found: list[Record]) -> Iterator[str]:
+    if not found:
+        return
+    yield f"## {title}"
+    yield ""
+    for record in found:
+        yield f"### {record['case']}, {record['machine']['name']}"
+        yield ""
+        rows, steps = [], record["settings"].get("steps", 1)
+        for row in sorted(
+            (row for row in measured(record) if "median_ms" in row),
+            key=lambda row: row["median_ms"],
+        ):
+            rows.append(
+                [
+                    row["target"],
+                    " (".join(_ms(row, name, steps) for name in ("median_ms", "p20_ms"))
+                    + f" .. {_ms(row, 'p80_ms', steps)})"
+                    + (" noisy" if row["noisy"] else ""),
+                    _ms(row, "median_cpu_ms", steps),
+                    f"{row['tokens_per_s']:.4g}",
+                    *(_ratio(row, name) for name in peers.BASELINES),
+                    _share(row, steps),
+                ]
+            )
+        head = ["model / engine", f"ms a {unit} (p20 .. p80)", "CPU ms", "tokens/s"]
+        head += [f"faster than {name}" for name in peers.BASELINES]
+        head += ["of the ceiling"]
+        yield from table(head, rows)
+
+
+def _ms(row: Row, name: str, steps: int) -> str:
+    return f"{row[name] / steps:.4g}" if name in row else ""
+
+
+def _ratio(row: Row, baseline: str) -> str:
+    """By the wall, and by CPU time, which other programs on the machine disturb less."""
+    if f"ratio_to_{baseline}" not in row:
+        return ""
+    by_cpu = row[f"cpu_ratio_to_{baseline}"][0]
+    return f"{interval(row[f'ratio_to_{baseline}'])}, CPU {by_cpu:.2f}x"
+
+
+def _share(row: Row, steps: int) -> str:
+    if "floor_share" in row:
+        return f"{row['floor_share']:.0%} of {_ms(row, 'floor_ms', steps)} ms"
+    if "share_of_gemm" in row:
+        return f"{row['share_of_gemm']:.0%} of the matrix rate"
+    return ""
+
+
+def _memory_section(found: list[Record]) -> Iterator[str]:
+    if not found:
+        return
+    yield "## Memory"
+    yield ""
+    yield "Bytes kept between two tokens, counted on the tensors and equal to the formula."
+    yield ""
+    rows = []
+    for record in found:
+        for row in measured(record):
+            rows.append(
+                [
+                    record["case"],
+                    record["machine"]["name"],
+                    row["target"],
+                    size(row["weight_bytes"]),
+                    size(row["state_bytes"]),
+                    size(row["recurrent_bytes"]),
+                    size(row["cached_bytes"]),
+                    size(row["step_bytes"]) if "step_bytes" in row else "",
+                    str(row.get("largest_batch_computed", "")),
+                ]
+            )
+    head = ["case", "machine", "model / engine", "weights", "state", "recurrent", "keys, values"]
+    yield from table([*head, "step besides", "largest batch (computed)"], rows)
+
+
+def _quality_section(found: list[Record]) -> Iterator[str]:
+    if not found:
+        return
+    yield "## Quality"
+    yield ""
+    for record in found:
+        yield f"### {record['case']}, {record['machine']['name']}"
+        yield ""
+        if record["settings"].get("note"):
+            yield record["settings"]["note"]
+            yield ""
+        rows = measured(record)
+        names = sorted({name for row in rows for name in row["scores"]})
+        yield from table(
+            ["model", "parameters", "state bytes a layer", "best learning rate", "seeds", *names],
+            [
+                [
+                    row["target"],
+                    str(row["parameters"]),
+                    str(row["state_bytes"]),
+                    f"{row['lr']:.1e}",
+                    str(row["seeds"]),
+                    *(_score(row["scores"].get(name)) for name in names),
+                ]
+                for row in rows
+            ],
+        )
+
+
+def _score(values: list[float] | None) -> str:
+    """Mean of the seeds with the range where there are several."""
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ({min(values):.3f} .. {max(values):.3f})"
+
+
+def _other_section(group: str, found: list[Record]) -> Iterator[str]:
+    """Records of operators: every measured number of a row, in a fixed order."""
+    yield f"## {group}"
+    yield ""
+    fields = ("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_share")
+    rows = []
+    for record in found:
+        for row in measured(record):
+            numbers = [f"{row[name]:.4g}" if name in row else "" for name in fields]
+            rows.append([record["case"], record["machine"]["name"], row["target"], *numbers])
+    yield from table(["case", "machine", "target", *fields], rows)
+
+
+def _skipped_section(found: list[Record]) -> Iterator[str]:
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for record in found:
+        for row in record["rows"]:
+            if row["status"] == "skipped":
+                key = (row["target"], row["reason"], record["machine"]["name"])
+                reasons.setdefault(key, []).append(f"{record['group']} {record['case']}")
+    if not reasons:
+        return
+    yield "## Not measured, and why"
+    yield ""
+    yield from table(
+        ["model / engine", "reason", "machine", "cases"],
+        [[*key, ", ".join(cases)] for key, cases in sorted(reasons.items())],
+    )
+
+
+def build(
+    results: Path, out: Path, draw: Callable[[list[Record], Path], Mapping[str, str]] | None
+) -> str:
+    """Write the plots and return the text.
+
+    Args:
+        results: Folder of records.
+        out: Folder that will hold ``RESULTS.md`` and ``plots``.
+        draw: From :mod:`benchmarks.plots`, or None for no pictures.
+    """
+    found = ordered(records.read(results))
+    if not found:
+        raise RecordError(f"no records under {results.name}: run `make bench` first")
+    return render(found, draw(found, out / "plots") if draw else None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write ``RESULTS.md``, or with ``--check`` tell whether it is what the records say."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    parser.add_argument("--no-plots", action="store_true", help="text only; needs no matplotlib")
+    options = parser.parse_args(arguments)
+    draw = None
+    if not options.no_plots:
+        from .plots import draw_all as draw
+    path = options.out / "RESULTS.md"
+    try:
+        if options.check:
+            from .plots import names
+
+            found = ordered(records.read(options.results))
+            same = path.read_text(encoding="utf-8") == render(found, names(found))
+            print(f"{path.name} is {'' if same else 'not '}what the records say")
+            return 0 if same else 1
+        text = build(options.results, options.out, draw)
+    except (RecordError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    path.write_text(text, encoding="utf-8")
+    print(f"wrote {path.name} from {len(records.read(options.results))} records")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

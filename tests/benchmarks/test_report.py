@@ -1,0 +1,160 @@
+"""The report says what the records say: losses first, and the same bytes every time."""
+
+import pytest
+
+from benchmarks import plots, records, report
+
+MACHINE = {"name": "Test CPU", "threads": 1, "versions": {"torch": "2"}, "commit": "a" * 40}
+
+
+def row(target, times, **fields):
+    return {
+        "target": target,
+        "family": "f",
+        "engine": target.partition("/")[2],
+        "status": "measured",
+        "samples": {"wall_ms": times, "cpu_ms": times},
+        "median_ms": sorted(times)[len(times) // 2],
+        "p20_ms": min(times),
+        "p80_ms": max(times),
+        "median_cpu_ms": times[0],
+        "noisy": False,
+        "tokens_per_s": 1.0,
+        "moved_bytes": 3_000_000_000,
+        "floor_ms": 1.0,
+        "floor_share": 0.5,
+        **fields,
+    }
+
+
+def decode(case, ours, qwen2, *, batch=1, context=128, **fields):
+    """A record of ours against Qwen2: nine rounds each."""
+    rows = [
+        row("rodimus-plus-1.6b/dynamic", ours, **fields),
+        row("qwen2-1.5b/static", qwen2),
+        records.skipped("rwkv6-1.6b", "rwkv6", "any", "rwkv is not installed"),
+    ]
+    settings = {"batch": batch, "context": context, "dtype": "bfloat16", "scale": "full"}
+    return records.make("decode", case, settings=settings, machine=MACHINE, rows=rows)
+
+
+SLOW, EVEN, FAST = [12.0] * 9, [8.0, 12.0, 9.0, 11.0, 10.0, 9.5, 10.5, 8.5, 12.5], [5.0] * 9
+PEER = [10.0] * 9
+
+
+@pytest.fixture
+def found():
+    return [
+        decode("lost", SLOW, PEER, context=128, moved_bytes=4_000_000_000),
+        decode("even", EVEN, PEER, context=1024),
+        decode("won", FAST, PEER, context=4096),
+    ]
+
+
+def test_losses_stand_before_wins_and_have_a_reason(found):
+    text = report.render(found)
+    order = [text.index(t) for t in ("loses", "nothing can be claimed", "Where Rodimus wins")]
+    assert order == sorted(order)
+    lost = next(line for line in text.splitlines() if line.startswith("| decode lost"))
+    assert "0.83x (0.83 .. 0.83)" in lost
+    assert "moves 4 GB a call against 3 GB; reaches 50% of the memory rate against 50%" in lost
+
+
+def test_an_interval_that_encloses_one_claims_nothing(found):
+    kinds = {verdict.case: verdict.kind for verdict in report.verdicts(found)}
+    assert kinds == {"lost": "loses", "even": "open", "won": "wins"}
+
+
+def test_few_rounds_claim_nothing():
+    (verdict,) = report.verdicts([decode("short", FAST[:3], PEER[:3])])
+    assert verdict.ratio.median == 2.0 and verdict.kind == "open"
+
+
+def test_ours_is_compared_with_the_peers_fastest_engine(found):
+    faster = row("qwen2-1.5b/dynamic", [4.0] * 9)
+    record = {**found[2], "rows": [*found[2]["rows"], faster]}
+    (verdict,) = report.verdicts([record])
+    assert verdict.baseline == "qwen2-1.5b/dynamic" and verdict.kind == "loses"
+
+
+def test_skipped_models_are_listed_with_their_reason(found):
+    text = report.render(found)
+    assert "| rwkv6-1.6b | rwkv is not installed | Test CPU |" in text
+
+
+def test_warnings_of_a_busy_machine_are_shown(found):
+    busy = {**found[0], "warnings": ["machine busy: load average 7.0 on 2 cores"]}
+    assert "- decode lost: machine busy: load average 7.0" in report.render([busy])
+
+
+def test_memory_losses_are_exact():
+    def state(target, size):
+        counts = {"state_bytes": size, "recurrent_bytes": size, "cached_bytes": 0}
+        return row(target, [1.0], weight_bytes=1, **counts)
+
+    rows = [state("rodimus-1.4b/dynamic", 200), state("qwen2-1.5b/dynamic", 100)]
+    settings = {"batch": 1, "context": 1024}
+    record = records.make("memory", "m", settings=settings, machine=MACHINE, rows=rows)
+    text = report.render([record])
+    assert "0.50x (exact)" in text and "Where Rodimus wins" not in text
+
+
+def test_the_same_records_give_the_same_bytes(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "results"
+    for record in found:
+        records.write(record, results)
+    written = []
+    for name in ("first", "second"):
+        out = tmp_path / name
+        out.mkdir()
+        assert report.main(["--results", str(results), "--out", str(out)]) == 0
+        written.append({p.name: p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    assert written[0] == written[1]
+    assert "RESULTS.md" in written[0] and "decode_latency.png" in written[0]
+
+
+def test_check_tells_an_edited_report(found, tmp_path, capsys):
+    results = tmp_path / "results"
+    for record in found:
+        records.write(record, results)
+    arguments = ["--results", str(results), "--out", str(tmp_path)]
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    path = tmp_path / "RESULTS.md"
+    path.write_text(path.read_text().replace("0.83x", "1.83x"))
+    assert report.main([*arguments, "--check"]) == 1
+    assert "not what the records say" in capsys.readouterr().out
+
+
+def test_no_records_is_an_error_that_says_what_to_run(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path), "--no-plots"]) == 2
+    assert "make bench" in capsys.readouterr().err
+
+
+def test_cases_are_ordered_by_context_not_by_name():
+    def case(context):
+        return decode(f"b1-t{context}", FAST, PEER, context=context)
+
+    contexts = [r["settings"]["context"] for r in report.ordered(map(case, (1024, 128, 4096)))]
+    assert contexts == [128, 1024, 4096]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (3_214_190_592, "3.21 GB"), (2e15, "2000 TB")],
+)
+def test_sizes_are_short(count, text):
+    assert report.size(count) == text
+
+
+def test_memory_crossover_is_the_published_configurations():
+    # 24 layers keep 2048 tokens of 17 heads of 128, and states; Qwen2 keeps 28672 bytes a token
+    kept = 24 * (2048 * 17 * 128 * 2 + 4096 * (64 * 4 + 4 * 2))
+    assert plots.crossover() == kept // 28672 + 1 == 8366
+
+
+def test_committed_report_is_what_the_committed_records_say():
+    if not (report.HERE / "RESULTS.md").exists():
+        pytest.skip("no report in this checkout yet")
+    assert report.main(["--check"]) == 0
