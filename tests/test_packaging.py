@@ -77,6 +77,8 @@ def test_wheel_holds_both_packages_and_nothing_else(checkout, built):
     data = {"rodimus/chat_template.jinja", "rodimus/py.typed", "rodimus_kernels/py.typed"}
     modules = python_files(checkout / "rodimus")
     modules |= python_files(checkout / "kernels" / "rodimus_kernels")
+    sources = (path for path in (checkout / "csrc").rglob("*") if path.is_file())
+    data |= {f"rodimus_kernels/{path.relative_to(checkout)}" for path in sources}
     assert {name for name in names if ".dist-info/" not in name} == modules | data
 
 

@@ -1,0 +1,117 @@
+"""Building and loading the native operators: what is missing is said, what is stale is refused."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+import rodimus_kernels as rk
+from rodimus_kernels import build, native
+
+LIBRARY = build.PACKAGE / build.LIBRARIES["cpu"]
+built = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native operators are not built")
+problem = native.problem.__wrapped__
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package folder without libraries."""
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    return tmp_path
+
+
+@built
+def test_a_library_carries_the_digest_of_its_sources():
+    assert build.recorded_digest(LIBRARY) == build.digest(build.sources())
+
+
+@built
+def test_a_library_of_other_sources_is_refused(monkeypatch, caplog):
+    monkeypatch.setattr(build, "digest", lambda folder: "0" * 16)
+    with caplog.at_level(logging.WARNING):
+        reason = problem("cpu")
+    assert "built from other sources" in reason and "rodimus_kernels.build" in reason
+    assert "native operators are not used" in caplog.text
+
+
+@built
+def test_an_installed_library_without_sources_is_used(monkeypatch):
+    monkeypatch.setattr(build, "sources", lambda: None)
+    assert problem("cpu") is None
+
+
+def test_a_damaged_library_is_refused(package, caplog):
+    (package / LIBRARY.name).write_bytes(b"no library")
+    assert "cannot be loaded" in problem("cpu")
+    assert "native operators are not used" in caplog.text
+
+
+def test_without_a_library_an_explicit_choice_says_how_to_build_it(package, monkeypatch):
+    monkeypatch.setattr(native, "problem", problem)
+    monkeypatch.setattr(native, "is_available", lambda device_type: problem(device_type) is None)
+    x, weight = torch.randn(2, 4), torch.randn(4)
+    with pytest.raises(ImportError, match=r"rms_norm\(impl='native'\).*rodimus_kernels.build"):
+        rk.rms_norm(x, weight, impl="native")
+    assert torch.equal(rk.rms_norm(x, weight), rk.rms_norm(x, weight, impl="reference"))
+
+
+def test_other_devices_have_none():
+    assert problem("meta") == "there are none for device 'meta'"
+
+
+def test_any_change_of_a_source_changes_the_digest(tmp_path):
+    folder = shutil.copytree(build.sources(), tmp_path / "csrc")
+    before = build.digest(folder)
+    assert before == build.digest(build.sources())
+    for path in list(folder.rglob("*.*")):
+        text = path.read_text()
+        path.write_text(text + " ")
+        assert build.digest(folder) != before, path
+        path.write_text(text)
+    assert build.digest(folder) == before
+
+
+@pytest.mark.parametrize("kind", build.LIBRARIES)
+def test_absent_compilers_are_said(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    lines = build.build(tmp_path)
+    assert lines["cpu"] == "skipped: the compiler that CXX names, false, cannot compile C++17"
+    assert lines["cuda"].startswith("skipped: nvcc was not found")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv(f"RODIMUS_BUILD_{kind.upper()}", "1")
+    with pytest.raises(RuntimeError, match=f"RODIMUS_BUILD_{kind.upper()}=1, but"):
+        build.build(tmp_path)
+
+
+def test_absent_torch_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "_cxx", lambda: "g++")
+    monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
+    lines = build.build(tmp_path)
+    assert "torch is not installed where the build runs" in lines["cpu"]
+    assert lines["cuda"] == "skipped: RODIMUS_BUILD_CUDA=0"
+
+
+def test_a_failing_compiler_does_not_stop_an_installation(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(build, "_build_cpu", fail)
+    monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
+    assert build.build(tmp_path, force=True)["cpu"] == "failed: no space left"
+
+
+def test_switches_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("RODIMUS_BUILD_CPU", "yes")
+    with pytest.raises(RuntimeError, match="RODIMUS_BUILD_CPU must be auto, 0 or 1, got 'yes'"):
+        build.build(tmp_path)
+
+
+@built
+def test_what_is_up_to_date_is_not_built_again(tmp_path, monkeypatch):
+    shutil.copyfile(LIBRARY, tmp_path / LIBRARY.name)
+    monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
+    monkeypatch.setattr(build, "_build_cpu", None)
+    assert build.build(tmp_path)["cpu"] == "up to date"
