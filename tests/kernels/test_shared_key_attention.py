@@ -13,6 +13,7 @@ from rodimus_kernels.testing import assert_close, assert_within_budget, relative
 
 # float32 against float64: measured at most 4e-7
 LIMIT = 1e-6
+# the Triton implementation has its own file: in the interpreter a case takes a second
 DIFFERENTIABLE = ["sdpa"]
 
 
@@ -347,7 +348,22 @@ class TestErrors:
 
 
 def test_every_implementation_is_listed():
-    assert {"reference", *DIFFERENTIABLE} == set(api.IMPLS)
+    assert {"reference", "triton", *DIFFERENTIABLE} == set(api.IMPLS)
+
+
+@pytest.mark.parametrize(
+    ("triton", "dim", "double", "expected"),
+    [
+        (True, 128, False, "triton"),
+        (True, 256, False, "triton"),
+        (True, 264, False, "sdpa"),
+        (True, 128, True, "sdpa"),
+        (False, 128, False, "sdpa"),
+        (False, 264, True, "sdpa"),
+    ],
+)
+def test_automatic_choice(triton, dim, double, expected):
+    assert api._choose(triton, dim, double) == expected
 
 
 class TestRope:

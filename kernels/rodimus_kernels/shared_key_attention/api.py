@@ -11,11 +11,13 @@ from .._dispatch import (
     check_shape,
     choose_compiled,
     load,
+    runs_triton,
 )
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:shared_key_attention",
     "sdpa": "rodimus_kernels.shared_key_attention.sdpa:forward",
+    "triton": "rodimus_kernels.shared_key_attention.triton_attention:forward",
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:shared_key_attention_step",
@@ -23,6 +25,8 @@ _STEP = {
 }
 IMPLS = tuple(_SEQUENCE)
 STEP_IMPLS = tuple(_STEP)
+
+_TRITON_MAX_DIM = 256
 
 # Queries against the ring cache in one call: speculative decoding verifies a few tokens, prefill
 # is the other form.
@@ -95,13 +99,21 @@ def shared_key_attention(
     if cu_seqlens is not None and keys != queries:
         raise ValueError(f"cu_seqlens requires S = T, got T = {queries} and S = {keys}")
     check_cu_seqlens(cu_seqlens, batch, queries)
-    function = load("shared_key_attention", "sdpa" if impl == "auto" else impl, _SEQUENCE)
+    if impl == "auto":
+        double = torch.float64 in (q.dtype, k.dtype, v.dtype)
+        impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)
+    function = load("shared_key_attention", impl, _SEQUENCE)
     return function(
         *(q, k, v),
         window_size=window_size,
         scale=dim**-0.5 if scale is None else scale,
         cu_seqlens=cu_seqlens,
     )
+
+
+def _choose(triton: bool, dim: int, double: bool) -> str:
+    """What ``impl="auto"`` means: Triton on a GPU where it takes the shape, else torch."""
+    return "triton" if triton and dim <= _TRITON_MAX_DIM and not double else "sdpa"
 
 
 def shared_key_attention_step(

@@ -1,0 +1,295 @@
+"""Sliding-window shared-key attention in Triton: training and prefill on a GPU.
+
+Keys are read where they are, never repeated over the heads. Backward is two passes and
+deterministic: dq by query tiles, then dk and dv by key tiles, dk added up in registers over the
+heads that share the key. Saved beyond the inputs: o, and fp32 ``lse [B, H, T]``. The kernels are in
+``triton_attention_kernels.py``.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .. import _library  # noqa: F401  (the schemas come first)
+from .._triton import FP_FUSION, INTERPRETED, capability, check_runs_here, unit_stride
+from .triton_attention_kernels import (
+    shared_key_attention_dkv_kernel,
+    shared_key_attention_dq_kernel,
+    shared_key_attention_fwd_kernel,
+)
+
+MAX_DIM = 256
+
+# dk and dv programs in flight, per multiprocessor, below which the heads are split over programs
+_WAVES = 2
+
+
+class Tile(NamedTuple):
+    """Launch configuration: queries and keys of a tile, warps, stages of the pipeline."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# Of the forward, dq and dkv kernels, by head dimension. Compiled without spills, but for dkv: from
+# 128 on dk, dv and two scores fill the registers, and each tile reloads 21 loop constants (Triton
+# 3.9, sm_90). Half as many keys a tile would read the queries twice as often. Not tuned on a GPU.
+_HOPPER = {
+    64: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
+    128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    256: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
+}
+_AMPERE = {
+    64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+# three tf32 products an operand: their halves need registers
+_SINGLE = {
+    64: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    256: (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+
+def tiles(dim: int, dtype: torch.dtype, arch: int) -> tuple[Tile, Tile, Tile]:
+    """Tiles of the forward, dq and dkv kernels.
+
+    Args:
+        dim: the larger of D and Dv.
+        dtype: of q, k and v.
+        arch: compute capability times ten; 90 is Hopper.
+    """
+    table = _SINGLE if dtype == torch.float32 else _HOPPER if arch >= 90 else _AMPERE
+    return table[max(block_dim(dim), 64)]
+
+
+def head_groups(programs: int, pairs: int, multiprocessors: int) -> int:
+    """Over how many programs to split the pairs of a key head: the fewest that fill the GPU."""
+    groups = 1
+    while groups < pairs and programs * groups < _WAVES * multiprocessors:
+        groups *= 2
+    return min(groups, pairs)
+
+
+def use_tma(*tensors: torch.Tensor) -> bool:
+    """Whether Hopper's copy engine takes these ``[B, T, H, D]``: it wants 16-byte strides. Single
+    precision is taken apart in registers anyway."""
+    if tensors[0].dtype == torch.float32 or capability(tensors[0]) < 90:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0
+        and x.shape[-1] == block_dim(x.shape[-1])
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def _multiprocessors(device):
+    """1 in the interpreter: nothing runs side by side."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_dim(dim: int) -> int:
+    """A tensor core's operand is a power of two and at least 16 wide."""
+    return max(triton.next_power_of_2(dim), 16)
+
+
+def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
+    """``shared_key_attention`` in Triton; the contract is that of
+    :func:`rodimus_kernels.shared_key_attention`.
+
+    Raises:
+        ValueError: D or Dv is above ``MAX_DIM``, a dtype is not float32, bfloat16 or float16, or
+            the tensors are not where Triton runs.
+    """
+    check_runs_here("shared_key_attention", q, k, v)
+    if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
+        raise ValueError(
+            f"shared_key_attention(impl='triton'): expected D and Dv up to {MAX_DIM},"
+            f" got D = {q.shape[-1]}, Dv = {v.shape[-1]}"
+        )
+    o, _ = torch.ops.rodimus.shared_key_attention(
+        q.to(v.dtype), k.to(v.dtype), v, window_size, scale, cu_seqlens
+    )
+    return o
+
+
+class _Launch(NamedTuple):
+    """What all three kernels take: sizes, and how to compute."""
+
+    starts: torch.Tensor | None
+    ends: torch.Tensor | None
+    scales: tuple[float, float]
+    sizes: tuple[int, int, int]
+    constants: dict
+
+
+def _launch(q, k, v, window_size, scale, cu_seqlens):
+    (_, queries, heads, dim), (keys, key_heads) = q.shape, k.shape[1:3]
+    value_heads, value_dim = v.shape[2:]
+    starts, ends = _document_bounds(cu_seqlens, keys)
+    return _Launch(
+        starts,
+        ends,
+        # scores in units of log2 for exp2
+        (scale * math.log2(math.e), scale),
+        (queries, keys, keys if window_size is None else min(window_size, keys)),
+        {
+            "H": heads,
+            "HK": key_heads,
+            "HV": value_heads,
+            "D": dim,
+            "DV": value_dim,
+            "BD": block_dim(dim),
+            "BDV": block_dim(value_dim),
+            "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",
+            "UPCAST": INTERPRETED and v.dtype == torch.bfloat16,
+            **FP_FUSION,
+        },
+    )
+
+
+def _document_bounds(cu_seqlens, length):
+    """First token and end of the document of each token, int32 ``[T]``; nothing waits for the
+    device."""
+    if cu_seqlens is None:
+        return None, None
+    token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    # the first boundary behind the token; of equal ones (empty documents) the last is before it
+    after = torch.searchsorted(cu_seqlens, token, right=True)
+    return tuple(cu_seqlens[i].to(torch.int32) for i in (after - 1, after))
+
+
+def _tiles(q, v):
+    return tiles(max(q.shape[-1], v.shape[-1]), v.dtype, capability(q))
+
+
+def _options(tile: Tile) -> dict:
+    return {
+        "BM": tile.queries,
+        "BN": tile.keys,
+        "STAGES": tile.num_stages,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _strides(*tensors):
+    """Strides of batch, time and head."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _operands(tile: Tile, *, rows, columns):
+    """Tensors, or Hopper's descriptors of them: ``(by query tile, by key tile, TMA)``."""
+    if not use_tma(*rows, *columns):
+        return rows, columns, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def describe(x, height):
+        # the tile's unit dimensions lead, or Triton passes it through registers
+        return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, height, x.shape[-1]])
+
+    by_query = [describe(x, tile.queries) for x in rows]
+    return by_query, [describe(x, tile.keys) for x in columns], True
+
+
+@torch.library.impl("rodimus::shared_key_attention", "CompositeExplicitAutograd")
+def _forward(q, k, v, window_size, scale, cu_seqlens):
+    q, k, v = (unit_stride(x) for x in (q, k, v))
+    batch, queries, heads, dim = q.shape
+    launch = _launch(q, k, v, window_size, scale, cu_seqlens)
+    o = v.new_empty((batch, queries, heads, v.shape[-1]))
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    tile, _, _ = _tiles(q, v)
+    (b_q,), (b_k, b_v), tma = _operands(tile, rows=[q], columns=[k, v])
+    shared_key_attention_fwd_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
+        *(b_q, b_k, b_v, o, lse, launch.starts, launch.scales[0], *launch.sizes),
+        *_strides(q, k, v),
+        TMA=tma,
+        **launch.constants,
+        **_options(tile),
+    )
+    return o, lse
+
+
+@torch.library.impl("rodimus::shared_key_attention_backward", "CompositeExplicitAutograd")
+def _backward(q, k, v, window_size, scale, cu_seqlens, o, lse, do):
+    q, k, v, do = (unit_stride(x) for x in (q, k, v, do))
+    launch = _launch(q, k, v, window_size, scale, cu_seqlens)
+    dq, delta = _dq(q, k, v, o.contiguous(), lse, do, launch)
+    dk, dv = _dkv(q, k, v, lse, delta, do, launch)
+    return dq, dk, dv
+
+
+def _dq(q, k, v, o, lse, do, launch):
+    batch, queries, heads, dim = q.shape
+    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
+    _, tile, _ = _tiles(q, v)
+    (b_q, b_do), (b_k, b_v), tma = _operands(tile, rows=[q, do], columns=[k, v])
+    shared_key_attention_dq_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
+        *(b_q, b_k, b_v, o, b_do, lse, delta, dq, launch.starts),
+        *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),
+        TMA=tma,
+        **launch.constants,
+        **_options(tile),
+    )
+    return dq, delta
+
+
+def _dkv(q, k, v, lse, delta, do, launch):
+    batch, keys, key_heads, _ = k.shape
+    value_heads, value_dim = v.shape[2:]
+    _, _, tile = _tiles(q, v)
+    key_tiles, pairs = triton.cdiv(keys, tile.keys), math.lcm(key_heads, value_heads)
+    groups = head_groups(
+        key_tiles * key_heads * batch, pairs // key_heads, _multiprocessors(k.device)
+    )
+    # partial sums stay fp32; a lone one is the gradient
+    dk = k.new_empty((groups, *k.shape), dtype=k.dtype if groups == 1 else torch.float32)
+    dv = v.new_empty(
+        (batch, keys, pairs, value_dim), dtype=v.dtype if pairs == value_heads else torch.float32
+    )
+    (b_q, b_do), (b_k, b_v), tma = _operands(tile, rows=[q, do], columns=[k, v])
+    shared_key_attention_dkv_kernel[(key_tiles, key_heads * groups, batch)](
+        *(b_q, b_k, b_v, b_do, lse, delta, dk, dv, launch.ends),
+        *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),
+        PAIRS=pairs,
+        GROUPS=groups,
+        TMA=tma,
+        **launch.constants,
+        **_options(tile),
+    )
+    dk = dk[0] if groups == 1 else dk.sum(0).to(k.dtype)
+    if pairs > value_heads:
+        # pair p reads value head p % Hv
+        dv = dv.unflatten(2, (-1, value_heads)).sum(2).to(v.dtype)
+    return dk, dv
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.window_size, ctx.scale, cu_seqlens = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, do, _dlse):
+    if do is None:
+        return (None,) * 6
+    q, k, v, cu_seqlens, o, lse = ctx.saved_tensors
+    grads = torch.ops.rodimus.shared_key_attention_backward(
+        q, k, v, ctx.window_size, ctx.scale, cu_seqlens, o, lse, do
+    )
+    return *grads, None, None, None
+
+
+torch.library.register_autograd(
+    "rodimus::shared_key_attention", _autograd, setup_context=_setup_context
+)
