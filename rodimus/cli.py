@@ -18,24 +18,25 @@ examples:
   rodimus chat path/to/checkpoint
   rodimus COMMAND --help
 """
-# Commands with a parser of their own, which gets everything after their name.
-PASSED_ON = {"train": "rodimus.train.__main__", "data pack": "rodimus.train.pack"}
+# Commands with a parser of their own, which gets everything after their name: module and help.
+PASSED_ON = {
+    "train": ("rodimus.train.__main__", "pretrain a model as a TOML file says"),
+    "data pack": ("rodimus.train.pack", "make token shards for training from text"),
+    "plan": ("rodimus.train.plan", "what a training run needs, before it is paid for"),
+    "plot": ("rodimus.train.plot", "draw loss, learning rate and throughput of a run"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, or 2 for bad input (told in one line)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    for name, module in PASSED_ON.items():
-        words = name.split()
-        if argv[: len(words)] == words:
-            command = importlib.import_module(module).main
-            arguments = [argv[len(words) :]]
-            break
-    else:
-        options = build_parser().parse_args(argv)
-        command, arguments = options.command, [options]
     try:
-        return command(*arguments) or 0
+        for name, (module, _) in PASSED_ON.items():
+            words = name.split()
+            if argv[: len(words)] == words:
+                return importlib.import_module(module).main(argv[len(words) :]) or 0
+        options = build_parser().parse_args(argv)
+        return options.command(options) or 0
     except InputError as error:
         print(f"rodimus: error: {error}", file=sys.stderr)
         return 2
@@ -53,16 +54,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"rodimus {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    # listed for --help only: main() passes them on before parsing
-    commands.add_parser("train", help="pretrain a model as a TOML file says")
-    data = commands.add_parser("data", help="`data pack`: make token shards for training from text")
-    data = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    data.add_parser("pack", help="make token shards for training from text")
+    _list_passed_on(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_export(commands)
     _add_env(commands)
     return parser
+
+
+def _list_passed_on(commands) -> None:
+    """For --help alone: ``main`` passes these on before anything is parsed."""
+    for name, (_, text) in PASSED_ON.items():
+        group, _, member = name.partition(" ")
+        parser = commands.add_parser(group, help=f"`{name}`: {text}" if member else text)
+        if member:
+            members = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+            members.add_parser(member, help=text)
 
 
 def _add_generate(commands) -> None:

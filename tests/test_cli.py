@@ -74,6 +74,12 @@ def test_help_comes_without_torch():
     assert "commands:" in run.stdout
 
 
+@pytest.mark.parametrize("name", cli.PASSED_ON)
+def test_help_of_commands_with_their_own_parser(name, capsys):
+    assert command(*name.split(), "--help") == 0
+    assert f"usage: rodimus {name}" in capsys.readouterr().out
+
+
 def test_training_commands_get_the_rest_of_the_line(monkeypatch):
     """Their parsers are their own, --help included."""
     seen = []
