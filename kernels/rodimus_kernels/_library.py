@@ -125,3 +125,130 @@ def _(q, k, v, window_size, scale, cu_seqlens):
 @torch.library.register_fake("rodimus::shared_key_attention_backward")
 def _(q, k, v, window_size, scale, cu_seqlens, o, lse, do):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+torch.library.define("rodimus::rms_norm_rows", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.define(
+    "rodimus::add_rms_norm_rows",
+    "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor stream)",
+)
+torch.library.define(
+    "rodimus::rms_norm_rows_backward",
+    "(Tensor stream, Tensor weight, float eps, Tensor dy, Tensor? dstream)"
+    " -> (Tensor dx, Tensor dweight)",
+)
+torch.library.define(
+    "rodimus::gated_rms_norm_rows",
+    "(Tensor x, Tensor gate, Tensor weight, float eps, Tensor? residual, Tensor? residual_weight)"
+    " -> Tensor",
+)
+torch.library.define(
+    "rodimus::gated_rms_norm_rows_backward",
+    "(Tensor x, Tensor gate, Tensor weight, float eps, Tensor? residual, Tensor? residual_weight,"
+    " Tensor dy)"
+    " -> (Tensor dx, Tensor dgate, Tensor dweight, Tensor dresidual, Tensor dresidual_weight)",
+)
+
+
+@torch.library.register_fake("rodimus::rms_norm_rows")
+def _(x, weight, eps):
+    return x.new_empty(x.shape, dtype=weight.dtype)
+
+
+@torch.library.register_fake("rodimus::add_rms_norm_rows")
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape, dtype=weight.dtype), residual.new_empty(residual.shape)
+
+
+@torch.library.register_fake("rodimus::rms_norm_rows_backward")
+def _(stream, weight, eps, dy, dstream):
+    return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("rodimus::gated_rms_norm_rows")
+def _(x, gate, weight, eps, residual, residual_weight):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::gated_rms_norm_rows_backward")
+def _(x, gate, weight, eps, residual, residual_weight, dy):
+    given = (x, gate, weight, residual, residual_weight)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+
+torch.library.define(
+    "rodimus::short_conv",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens,"
+    " Tensor? seq_idx) -> Tensor",
+)
+torch.library.define(
+    "rodimus::short_conv_backward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens,"
+    " Tensor? seq_idx, Tensor dy)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)",
+)
+
+
+@torch.library.register_fake("rodimus::short_conv")
+def _(x, weight, bias, initial_state, cu_seqlens, seq_idx):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::short_conv_backward")
+def _(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
+    given = (x, weight, bias, initial_state)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+
+torch.library.define(
+    "rodimus::ddts_gates",
+    "(Tensor k, Tensor select, Tensor temper, float eps) -> (Tensor written, Tensor log_decay)",
+)
+torch.library.define(
+    "rodimus::ddts_gates_backward",
+    "(Tensor k, Tensor select, Tensor temper, float eps, Tensor dwritten, Tensor dlog_decay)"
+    " -> (Tensor dk, Tensor dselect, Tensor dtemper)",
+)
+torch.library.define(
+    "rodimus::ddts_recurrent",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state,"
+    " Tensor? cu_seqlens) -> (Tensor o, Tensor final_state)",
+)
+torch.library.define(
+    "rodimus::ddts_recurrent_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor(a!) state, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("rodimus::ddts_gates")
+def _(k, select, temper, eps):
+    return tuple(k.new_empty(k.shape, dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.register_fake("rodimus::ddts_gates_backward")
+def _(k, select, temper, eps, dwritten, dlog_decay):
+    return tuple(x.new_empty(x.shape) for x in (k, select, temper))
+
+
+@torch.library.register_fake("rodimus::ddts_recurrent")
+def _(q, k, v, log_decay, scale, initial_state, cu_seqlens):
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state_shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
+    return v.new_empty(v.shape), v.new_empty(state_shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("rodimus::ddts_recurrent_step")
+def _(q, k, v, log_decay, state, scale):
+    return v.new_empty(v.shape)
+
+
+torch.library.define(
+    "rodimus::ring_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor position, int window_size,"
+    " float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("rodimus::ring_attention")
+def _(q, k, v, cache, position, window_size, scale):
+    return v.new_empty((*q.shape[:3], v.shape[-1]))

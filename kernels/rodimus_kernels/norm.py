@@ -2,19 +2,22 @@
 
 import torch
 
-from ._dispatch import check_alike, check_shape, choose_compiled, load
+from ._dispatch import check_alike, check_shape, choose_compiled, load, runs_triton
 
 _RMS = {
     "reference": "rodimus_kernels.reference:rms_norm",
     "native": "rodimus_kernels.native_norm:rms_norm",
+    "triton": "rodimus_kernels.triton_norm:rms_norm",
 }
 _ADD = {
     "reference": "rodimus_kernels.reference:add_rms_norm",
     "native": "rodimus_kernels.native_norm:add_rms_norm",
+    "triton": "rodimus_kernels.triton_norm:add_rms_norm",
 }
 _GATED = {
     "reference": "rodimus_kernels.reference:gated_rms_norm",
     "native": "rodimus_kernels.native_norm:gated_rms_norm",
+    "triton": "rodimus_kernels.triton_norm:gated_rms_norm",
 }
 IMPLS = tuple(_RMS)
 
@@ -114,4 +117,13 @@ def gated_rms_norm(
 
 
 def _choose(impl, *tensors):
-    return choose_compiled("reference", *tensors) if impl == "auto" else impl
+    if impl != "auto":
+        return impl
+    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    fallback = _fallback(runs_triton(tensors[0].device), tensors[0].shape[-1], double)
+    return choose_compiled(fallback, *tensors)
+
+
+def _fallback(triton: bool, width: int, double: bool) -> str:
+    """Where the compiled operators do not fit: Triton, if a row fits its registers."""
+    return "triton" if triton and width <= 16384 and not double else "reference"

@@ -9,9 +9,13 @@ from ._dispatch import (
     check_shape,
     choose_compiled,
     load,
+    runs_triton,
 )
 
-_SEQUENCE = {"reference": "rodimus_kernels.reference:short_conv"}
+_SEQUENCE = {
+    "reference": "rodimus_kernels.reference:short_conv",
+    "triton": "rodimus_kernels.triton_conv:forward",
+}
 _STEP = {
     "reference": "rodimus_kernels.reference:short_conv_step",
     "native": "rodimus_kernels.native_conv:step",
@@ -68,7 +72,10 @@ def short_conv(
             raise ValueError(
                 "seq_idx excludes cu_seqlens and states: packed rows start and end inside the row"
             )
-    function = load("short_conv", "reference" if impl == "auto" else impl, _SEQUENCE)
+    if impl == "auto":
+        double = torch.float64 in (x.dtype, weight.dtype)
+        impl = "triton" if runs_triton(x.device) and not double else "reference"
+    function = load("short_conv", impl, _SEQUENCE)
     return function(
         *(x, weight, bias),
         initial_state=initial_state,

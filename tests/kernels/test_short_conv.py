@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from rodimus_kernels import short_conv, short_conv_step
-from rodimus_kernels.short_conv import IMPLS
 from rodimus_kernels.testing import assert_close, relative_error
+from tests.kernels.device import DEVICE, TRITON_MARKS
 
 LIMIT = 1e-6
+IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
 
 
 def make(batch=2, length=11, channels=24, width=4, sequences=None):
-    x, weight, bias = torch.randn(batch, length, channels), torch.randn(channels, width), None
-    bias = torch.randn(channels)
-    return x, weight, bias, torch.randn(sequences or batch, channels, width)
+    shapes = (batch, length, channels), (channels, width), (channels,)
+    state = (sequences or batch, channels, width)
+    return tuple(torch.randn(shape).to(DEVICE) for shape in (*shapes, state))
 
 
 def exact_conv(x, weight, bias, past):
@@ -88,7 +89,7 @@ def test_packed_documents_equal_separate_ones(impl, lengths, states):
         *(x, weight, bias),
         initial_state=past if states else None,
         output_final_state=states,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=DEVICE),
         impl=impl,
     )
     past = past if states else torch.zeros_like(past)
@@ -105,7 +106,7 @@ def test_packed_documents_equal_separate_ones(impl, lengths, states):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_packed_rows_equal_separate_documents_with_gradients(impl):
     x, weight, bias, _ = make()
-    seq_idx = torch.tensor([[0] * 5 + [1] * 1 + [2] * 5, [0] * 2 + [1] * 9])
+    seq_idx = torch.tensor([[0] * 5 + [1] * 1 + [2] * 5, [0] * 2 + [1] * 9]).to(DEVICE)
     tensors, seed = {"x": x, "weight": weight, "bias": bias}, torch.randn_like(x)
     ours = lambda x, weight, bias: short_conv(x, weight, bias, seq_idx=seq_idx, impl=impl)[0]
 
@@ -130,8 +131,44 @@ def test_reads_a_slice_of_a_projection(impl):
 
 def test_bias_is_optional():
     x, weight, _, _ = make()
-    zero = torch.zeros(24)
+    zero = torch.zeros(24, device=DEVICE)
     assert torch.equal(short_conv(x, weight)[0], short_conv(x, weight, zero)[0])
+
+
+@pytest.mark.parametrize("packed", ["rows", "documents", "states"])
+def test_opcheck(packed):
+    pytest.importorskip("rodimus_kernels.triton_conv")
+    x, weight, bias, past = (t.requires_grad_() for t in make(batch=1))
+    bounds = torch.tensor([0, 4, 11], device=DEVICE)
+    options = {"rows": (None, None), "documents": (bounds, None), "states": (None, None)}[packed]
+    past = past if packed == "states" else None
+    operator = torch.ops.rodimus.short_conv.default
+    torch.library.opcheck(operator, (x, weight, bias, past, *options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_half_precision(impl):
+    x, weight, bias, past = (t.bfloat16() for t in make())
+    y, _ = short_conv(x, weight, bias, initial_state=past, impl=impl)
+    # one rounding to 8 bits; the interpreter truncates where a GPU rounds to nearest
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, exact_conv(x, weight, bias, past)) < 6e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_packed_documents_with_states(impl):
+    bounds = torch.tensor([0, 2, 2, 11], device=DEVICE)
+    x, weight, bias, past = make(batch=1, sequences=3)
+    tensors, seed = {"x": x, "weight": weight, "bias": bias, "past": past}, torch.randn_like(x)
+    ours = lambda x, weight, bias, past: short_conv(
+        x, weight, bias, initial_state=past, cu_seqlens=bounds, impl=impl
+    )[0]
+
+    def separate(x, weight, bias, past):
+        pieces = (slice(0, 2), past[:1]), (slice(2, 11), past[2:])
+        return torch.cat([exact_conv(x[:, part], weight, bias, h0) for part, h0 in pieces], dim=1)
+
+    assert_close(run(ours, tensors, seed), run(separate, double(tensors), seed), LIMIT)
 
 
 def test_bad_input_says_what_was_expected():

@@ -1,0 +1,356 @@
+"""The norms in Triton, forward and backward: one pass over the rows each way.
+
+A program keeps a row in registers and walks over rows ``id, id + programs, ...``; the gradients of
+weights are summed per program and then over programs in a fixed order, without atomics. Nothing is
+saved but the inputs: the backward computes the row's mean square again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _library  # noqa: F401  (the schemas come first)
+from ._triton import FP_FUSION, check_runs_here, unit_stride
+
+# a row is one block of registers
+MAX_WIDTH = 16384
+
+# programs of a backward pass: enough to fill a GPU of 132 multiprocessors twice, few enough that
+# their partial sums stay small
+_PROGRAMS = 264
+
+
+@triton.jit
+def normalized(b_x, D: tl.constexpr, eps):
+    """``(x / rms, 1 / rms)`` of a row; columns past D must be zero."""
+    r_rms = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
+    return b_x * r_rms, r_rms
+
+
+@triton.jit
+def normalized_backward(b_dn, b_n, r_rms, D: tl.constexpr):
+    """Gradient of the row that was normalised, from that of the result."""
+    return r_rms * (b_dn - b_n * (tl.sum(b_dn * b_n, 0) / D))
+
+
+@triton.jit
+def add_rms_norm_fwd_kernel(
+    x, residual, weight, y, stream, eps, x_t, residual_t, D: tl.constexpr, BD: tl.constexpr
+):
+    """``stream = residual + x`` (or ``x`` alone without a residual), ``y = rms_norm(stream)``."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    mask = o_d < D
+    b_x = tl.load(x + i_t * x_t + o_d, mask=mask, other=0.0)
+    if residual is not None:
+        b_r = tl.load(residual + i_t * residual_t + o_d, mask=mask, other=0.0)
+        b_x = (b_x.to(stream.dtype.element_ty) + b_r).to(stream.dtype.element_ty)
+        tl.store(stream + i_t * D + o_d, b_x, mask=mask)
+    b_n, _ = normalized(b_x.to(tl.float32), D, eps)
+    b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    stream,
+    weight,
+    dy,
+    dstream,
+    dx,
+    dweight,
+    eps,
+    T,
+    stream_t,
+    dy_t,
+    dstream_t,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own."""
+    o_d = tl.arange(0, BD)
+    mask = o_d < D
+    b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_dw = tl.zeros([BD], tl.float32)
+    for i_t in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
+        b_x = tl.load(stream + i_t * stream_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_n, r_rms = normalized(b_x, D, eps)
+        b_dw += b_dy * b_n
+        b_dx = normalized_backward(b_dy * b_w, b_n, r_rms, D)
+        if dstream is not None:
+            b_dx += tl.load(dstream + i_t * dstream_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=mask)
+    tl.store(dweight + tl.program_id(0) * D + o_d, b_dw, mask=mask)
+
+
+@triton.jit
+def gated_row(p_x, p_gate, p_residual, b_rw, mask):
+    """``(z, gate, residual)`` in fp32; z is the sum with the weighted residual, rounded as x is."""
+    b_z = tl.load(p_x, mask=mask, other=0.0)
+    b_residual = None
+    if p_residual is not None:
+        b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
+        b_z = (b_z.to(tl.float32) + b_residual * b_rw).to(b_z.dtype)
+    b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
+    return b_z.to(tl.float32), b_gate, b_residual
+
+
+@triton.jit
+def gated_rms_norm_fwd_kernel(
+    x,
+    gate,
+    weight,
+    residual,
+    residual_weight,
+    y,
+    eps,
+    x_t,
+    gate_t,
+    residual_t,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """``rms_norm((x + residual * residual_weight) * silu(gate)) * weight``, one row a program."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BD)
+    mask = o_d < D
+    p_residual = None
+    b_rw = None
+    if residual is not None:
+        p_residual = residual + i_t * residual_t + o_d
+        b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
+    p_gate = gate + i_t * gate_t + o_d
+    b_z, b_gate, _ = gated_row(x + i_t * x_t + o_d, p_gate, p_residual, b_rw, mask)
+    b_n, _ = normalized(b_z * b_gate * tl.sigmoid(b_gate), D, eps)
+    b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gated_rms_norm_bwd_kernel(
+    x,
+    gate,
+    weight,
+    residual,
+    residual_weight,
+    dy,
+    dx,
+    dgate,
+    dresidual,
+    dweight,
+    dresidual_weight,
+    eps,
+    T,
+    x_t,
+    gate_t,
+    residual_t,
+    dy_t,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights by program."""
+    o_d = tl.arange(0, BD)
+    mask = o_d < D
+    b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_dw = tl.zeros([BD], tl.float32)
+    b_rw = None
+    if residual is not None:
+        b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_drw = tl.zeros([BD], tl.float32)
+    for i_t in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
+        p_residual = None
+        if residual is not None:
+            p_residual = residual + i_t * residual_t + o_d
+        p_gate = gate + i_t * gate_t + o_d
+        b_z, b_gate, b_residual = gated_row(x + i_t * x_t + o_d, p_gate, p_residual, b_rw, mask)
+        b_sigmoid = tl.sigmoid(b_gate)
+        b_silu = b_gate * b_sigmoid
+        b_n, r_rms = normalized(b_z * b_silu, D, eps)
+        b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_dw += b_dy * b_n
+        b_dh = normalized_backward(b_dy * b_w, b_n, r_rms, D)
+        b_dz = b_dh * b_silu
+        b_dgate = b_dh * b_z * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+        tl.store(dx + i_t * D + o_d, b_dz.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dgate + i_t * D + o_d, b_dgate.to(dgate.dtype.element_ty), mask=mask)
+        if residual is not None:
+            p_dresidual = dresidual + i_t * D + o_d
+            tl.store(p_dresidual, (b_dz * b_rw).to(dresidual.dtype.element_ty), mask=mask)
+            b_drw += b_dz * b_residual
+    tl.store(dweight + tl.program_id(0) * D + o_d, b_dw, mask=mask)
+    if residual is not None:
+        tl.store(dresidual_weight + tl.program_id(0) * D + o_d, b_drw, mask=mask)
+
+
+def rms_norm(x, weight, *, eps):
+    """The contract is that of :func:`rodimus_kernels.rms_norm`; D up to ``MAX_WIDTH``."""
+    _check("rms_norm", x, weight)
+    return torch.ops.rodimus.rms_norm_rows(x, weight, eps)
+
+
+def add_rms_norm(x, residual, weight, *, eps):
+    """The contract is that of :func:`rodimus_kernels.add_rms_norm`; D up to ``MAX_WIDTH``."""
+    _check("add_rms_norm", x, residual, weight)
+    return torch.ops.rodimus.add_rms_norm_rows(x, residual, weight, eps)
+
+
+def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None):
+    """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to ``MAX_WIDTH``."""
+    given = [t for t in (residual, residual_weight) if t is not None]
+    _check("gated_rms_norm", x, gate, weight, *given)
+    return torch.ops.rodimus.gated_rms_norm_rows(x, gate, weight, eps, residual, residual_weight)
+
+
+def _check(operator, *tensors):
+    check_runs_here(operator, *tensors)
+    if tensors[0].shape[-1] > MAX_WIDTH:
+        raise ValueError(
+            f"{operator}: Triton takes up to D = {MAX_WIDTH}, got {tensors[0].shape[-1]}"
+        )
+
+
+def _rows(x):
+    """``x`` as rows of unit stride; a slice of a projection is not copied."""
+    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def _tile(width):
+    """One row a program; 16 elements a thread up to 4096, twice that beyond."""
+    block = triton.next_power_of_2(width)
+    warps = max(1, min(block // 512, 16))
+    return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
+
+
+def _like(x, dtype=None):
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _row_stride(x):
+    return 0 if x is None else x.stride(0)
+
+
+def _partial_sums(rows, width, like):
+    return like.new_empty((min(rows, _PROGRAMS), width), dtype=torch.float32)
+
+
+@torch.library.impl("rodimus::rms_norm_rows", "CompositeExplicitAutograd")
+def _rms_norm(x, weight, eps):
+    rows, y = _rows(x), _like(x, weight.dtype)
+    add_rms_norm_fwd_kernel[(rows.shape[0],)](
+        *(rows, None, weight, y, None, eps, rows.stride(0), 0), **_tile(x.shape[-1])
+    )
+    return y
+
+
+@torch.library.impl("rodimus::add_rms_norm_rows", "CompositeExplicitAutograd")
+def _add_rms_norm(x, residual, weight, eps):
+    rows, streams = _rows(x), _rows(residual)
+    y, stream = _like(x, weight.dtype), _like(residual)
+    add_rms_norm_fwd_kernel[(rows.shape[0],)](
+        *(rows, streams, weight, y, stream, eps, rows.stride(0), streams.stride(0)),
+        **_tile(x.shape[-1]),
+    )
+    return y, stream
+
+
+@torch.library.impl("rodimus::rms_norm_rows_backward", "CompositeExplicitAutograd")
+def _rms_norm_backward(stream, weight, eps, dy, dstream):
+    rows, dys, dstreams = _rows(stream), _rows(dy), _rows(dstream)
+    dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
+    rms_norm_bwd_kernel[(dweight.shape[0],)](
+        *(rows, weight, dys, dstreams, dx, dweight, eps, rows.shape[0]),
+        *(rows.stride(0), dys.stride(0), _row_stride(dstreams)),
+        **_tile(stream.shape[-1]),
+    )
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+@torch.library.impl("rodimus::gated_rms_norm_rows", "CompositeExplicitAutograd")
+def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
+    rows, gates, residuals, y = _rows(x), _rows(gate), _rows(residual), _like(x)
+    gated_rms_norm_fwd_kernel[(rows.shape[0],)](
+        *(rows, gates, weight, residuals, residual_weight, y, eps),
+        *(rows.stride(0), gates.stride(0), _row_stride(residuals)),
+        **_tile(x.shape[-1]),
+    )
+    return y
+
+
+@torch.library.impl("rodimus::gated_rms_norm_rows_backward", "CompositeExplicitAutograd")
+def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy):
+    rows, gates, residuals, dys = _rows(x), _rows(gate), _rows(residual), _rows(dy)
+    dx, dgate, dweight = _like(x), _like(gate), _partial_sums(*rows.shape, rows)
+    dresidual, dresidual_weight = x.new_empty(0), x.new_empty(0)
+    if residual is not None:
+        dresidual, dresidual_weight = _like(residual), torch.empty_like(dweight)
+    gated_rms_norm_bwd_kernel[(dweight.shape[0],)](
+        *(rows, gates, weight, residuals, residual_weight, dys),
+        *(dx, dgate, dresidual, dweight, dresidual_weight, eps, rows.shape[0]),
+        *(rows.stride(0), gates.stride(0), _row_stride(residuals), dys.stride(0)),
+        **_tile(x.shape[-1]),
+    )
+    if residual is not None:
+        dresidual_weight = dresidual_weight.sum(0).to(residual_weight.dtype)
+    return dx, dgate, dweight.sum(0).to(weight.dtype), dresidual, dresidual_weight
+
+
+def _setup_rms_norm(ctx, inputs, output):
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _autograd_rms_norm(ctx, dy):
+    x, weight = ctx.saved_tensors
+    return *torch.ops.rodimus.rms_norm_rows_backward(x, weight, ctx.eps, dy, None), None
+
+
+def _setup_add_rms_norm(ctx, inputs, output):
+    x, _, weight, ctx.eps = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_add_rms_norm(ctx, dy, dstream):
+    stream, weight = ctx.saved_tensors
+    if dy is None:
+        return (None if dstream is None else dstream.to(ctx.x_dtype)), dstream, None, None
+    dx, dweight = torch.ops.rodimus.rms_norm_rows_backward(stream, weight, ctx.eps, dy, dstream)
+    return dx.to(ctx.x_dtype), dx, dweight, None
+
+
+def _setup_gated_rms_norm(ctx, inputs, output):
+    x, gate, weight, ctx.eps, residual, residual_weight = inputs
+    ctx.save_for_backward(x, gate, weight, residual, residual_weight)
+
+
+def _autograd_gated_rms_norm(ctx, dy):
+    x, gate, weight, residual, residual_weight = ctx.saved_tensors
+    dx, dgate, dweight, *dresidual = torch.ops.rodimus.gated_rms_norm_rows_backward(
+        x, gate, weight, ctx.eps, residual, residual_weight, dy
+    )
+    dresidual = (None, None) if residual is None else dresidual
+    return dx, dgate, dweight, None, *dresidual
+
+
+for _name, _setup, _formula in (
+    ("rms_norm", _setup_rms_norm, _autograd_rms_norm),
+    ("add_rms_norm", _setup_add_rms_norm, _autograd_add_rms_norm),
+    ("gated_rms_norm", _setup_gated_rms_norm, _autograd_gated_rms_norm),
+):
+    torch.library.register_autograd(f"rodimus::{_name}_rows", _formula, setup_context=_setup)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
+    for width in (2048, 4096, 6144) if everything else (4096,):
+        yield f"D{width} bfloat16", lambda width=width: _aot(width)
+
+
+def _aot(width):
+    x, weight = torch.empty(16, width, dtype=torch.bfloat16), torch.empty(width)
+    y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
+    torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream)
+    y = torch.ops.rodimus.gated_rms_norm_rows(x, x, weight, 1e-5, x, weight)
+    torch.ops.rodimus.gated_rms_norm_rows_backward(x, x, weight, 1e-5, x, weight, y)
