@@ -29,7 +29,13 @@ from triton.runtime.jit import JITFunction
 
 from rodimus_kernels._triton import assume_capability
 
-MODULES = ("rodimus_kernels.ddts.triton_chunk",)
+MODULES = (
+    "rodimus_kernels.ddts.triton_chunk",
+    "rodimus_kernels.ddts.triton_gates",
+    "rodimus_kernels.ddts.triton_recurrent",
+    "rodimus_kernels.triton_norm",
+    "rodimus_kernels.triton_conv",
+)
 
 # shared memory a program may ask for, bytes: CUDA programming guide, technical specifications
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -1,6 +1,5 @@
 """DDTS: every implementation against the token loop in float64, values and gradients."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,18 +16,17 @@ from rodimus_kernels.testing import (
     DdtsCase,
     assert_close,
     ddts_inputs,
+    gate_preactivations,
     relative_error,
     run_ddts,
 )
+from tests.kernels.device import DEVICE, TRITON_MARKS
 
 # float32 against float64 over 150 tokens: measured at most 7e-7 (log_decay at -20 a token);
 # on a GPU a float32 product is three tf32 products, each term known to 2^-21
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LIMIT = 2e-6 if DEVICE == "cpu" else 5e-6
-TRITON = pytest.param(
-    "triton_chunk",
-    marks=pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
-)
+TRITON = pytest.param("triton_chunk", marks=TRITON_MARKS)
+STEP = pytest.param("triton", marks=TRITON_MARKS)
 CHUNKED = ["eager", TRITON]
 ALL = ["reference", *CHUNKED]
 PACKED = {
@@ -117,9 +115,9 @@ def test_split_run_equals_whole_run(impl, split):
     assert relative_error(h2, final) < 1e-6
 
 
-@pytest.mark.parametrize("impl", ["reference", "eager"])
+@pytest.mark.parametrize("impl", ["reference", "eager", STEP])
 def test_steps_equal_the_sequence(impl):
-    inputs = ddts_inputs(DdtsCase(2, 70, 2, 16, 32, "mixed"))
+    inputs = make(DdtsCase(2, 70, 2, 16, 32, "mixed"))
     o, final = ddts(*inputs[:4], initial_state=inputs.initial_state, output_final_state=True)
     state = inputs.initial_state.clone()
     steps = [ddts_step(*(x[:, t] for x in inputs[:4]), state, impl=impl) for t in range(70)]
@@ -175,6 +173,31 @@ def test_eager_keeps_the_state_of_half_precision_inputs_exact():
     assert (
         relative_error(run_ddts(ddts, inputs)["final_state"], truth(inputs)["final_state"]) < 1e-6
     )
+
+
+@pytest.mark.parametrize("documents", [None, (9, 0, 21)], ids=["dense", "packed"])
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_recurrent_matches_the_float64_recurrence(regime, states, documents):
+    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    batch, length = (2, 50) if documents is None else (1, sum(documents))
+    inputs = make(DdtsCase(batch, length, 2, 12, 20, regime, states, documents))
+    options = {"initial_state": inputs.initial_state, "output_final_state": states}
+    o, final = ddts(*inputs[:4], **options, cu_seqlens=inputs.cu_seqlens, impl="triton_recurrent")
+    exact = truth(inputs)
+    assert relative_error(o, exact["o"]) < LIMIT
+    assert (final is not None) == states
+    if states:
+        assert relative_error(final, exact["final_state"]) < LIMIT
+
+
+def test_recurrent_refuses_gradients():
+    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    inputs = make(DdtsCase(1, 3))
+    with pytest.raises(ValueError, match="has no gradient"):
+        ddts(inputs.q.requires_grad_(), *inputs[1:4], impl="triton_recurrent")
+    with torch.no_grad():
+        ddts(*inputs[:4], impl="triton_recurrent")
 
 
 @pytest.mark.parametrize("documents", [None, (70, 0, 90)], ids=["dense", "packed"])
@@ -256,33 +279,80 @@ def exact_gates(k, select, temper, eps):
     return k / norm * soft ** temper.sigmoid(), -soft * temper.sigmoid()
 
 
-def test_gates_match_their_definition():
+GATES = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
+
+
+def test_gates_match_their_definition_in_float64():
     x = [torch.randn(3, 5, 2, 16, dtype=torch.float64) for _ in range(3)]
     for actual, exact in zip(ddts_gates(*x), exact_gates(*x, 1e-12), strict=True):
         assert relative_error(actual, exact) < 1e-14
-    single = ddts_gates(*(t.float() for t in x))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 2, 16), (7, 12), (40,)], ids=str)
+@pytest.mark.parametrize("impl", GATES)
+def test_gates_match_their_definition(impl, shape):
+    x = [torch.randn(shape, dtype=torch.float64).to(DEVICE) for _ in range(3)]
+    single = ddts_gates(*(t.float() for t in x), impl=impl)
     for actual, exact in zip(single, exact_gates(*x, 1e-12), strict=True):
         assert actual.dtype == torch.float32 and relative_error(actual, exact) < 1e-6
 
 
+@pytest.mark.parametrize("impl", GATES)
+def test_gradients_of_the_gates(impl):
+    raw = [torch.randn(2, 9, 1, 64).to(DEVICE) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    select, temper = (x.to(DEVICE) for x in gate_preactivations("random", (2, 9, 1, 16), generator))
+    # slices of one projection, a key shorter than eps, one zero
+    k, seed = raw[0][..., 16:32], raw[1][..., :16]
+    k[0, 0] *= 1e-8
+    k[0, 1] = 0
+    results = []
+    for dtype, function in ((torch.float32, ddts_gates), (torch.float64, reference.ddts_gates)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (k, select, temper)]
+        options = {"impl": impl} if function is ddts_gates else {}
+        outputs = function(*leaves, eps=1e-5, **options)
+        torch.autograd.backward(outputs, [seed.to(dtype), seed.flip(0).to(dtype)])
+        names = ("dk", "dselect", "dtemper")
+        results.append({n: x.grad for n, x in zip(names, leaves, strict=True)})
+    # the zero key has a gradient of 1 / eps: rows of ordinary size are compared by themselves
+    for rows in (slice(0, 2), slice(2, 18)):
+        actual, exact = ({n: x.flatten(0, 1)[rows] for n, x in r.items()} for r in results)
+        assert_close(actual, exact, 2e-6)
+
+
+def test_opcheck_gates_and_recurrence():
+    pytest.importorskip("rodimus_kernels.ddts.triton_gates")
+    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    raw = [torch.randn(2, 3, 1, 16).to(DEVICE).requires_grad_() for _ in range(3)]
+    torch.library.opcheck(torch.ops.rodimus.ddts_gates.default, (*raw, 1e-5))
+    inputs = make(DdtsCase(2, 3))
+    arguments = (*inputs[:4], 0.25, inputs.initial_state, None)
+    torch.library.opcheck(torch.ops.rodimus.ddts_recurrent.default, arguments)
+    row = [x[:, 0].contiguous() for x in inputs[:4]]
+    arguments = (*row, inputs.initial_state, 0.25)
+    torch.library.opcheck(torch.ops.rodimus.ddts_recurrent_step.default, arguments)
+
+
 @pytest.mark.parametrize("size", [100.0, 1e4, 1e30])
-def test_gates_stay_finite_for_any_preactivation(size):
-    edges = torch.tensor([-size, -20.0, -1.0, 0.0, 1.0, 20.0, size])
+@pytest.mark.parametrize("impl", GATES)
+def test_gates_stay_finite_for_any_preactivation(impl, size):
+    edges = torch.tensor([-size, -20.0, -1.0, 0.0, 1.0, 20.0, size], device=DEVICE)
     select, temper = torch.meshgrid(edges, edges, indexing="ij")
     leaves = [x.reshape(1, -1).clone().requires_grad_() for x in (select, select, temper)]
     with torch.no_grad():
         leaves[0].copy_(torch.randn_like(leaves[0]))
-    k, log_decay = ddts_gates(*leaves)
+    k, log_decay = ddts_gates(*leaves, impl=impl)
     assert torch.isfinite(k).all() and torch.isfinite(log_decay).all() and (log_decay <= 0).all()
     (k.sum() + (log_decay / size).sum()).backward()
     assert all(torch.isfinite(x.grad).all() for x in leaves)
 
 
-def test_gate_gradients_at_plus_minus_100():
-    edges = torch.tensor([-100.0, -30.0, -20.5, -19.5, -5.0, 0.3, 5.0, 25.0, 100.0])
+@pytest.mark.parametrize("impl", GATES)
+def test_gate_gradients_at_plus_minus_100(impl):
+    edges = torch.tensor([-100.0, -30.0, -20.5, -19.5, -5.0, 0.3, 5.0, 25.0, 100.0], device=DEVICE)
     select, temper = (x.reshape(-1, 1) for x in torch.meshgrid(edges, edges, indexing="ij"))
     leaves = [x.clone().requires_grad_() for x in (torch.ones_like(select), select, temper)]
-    k, log_decay = ddts_gates(*leaves)
+    k, log_decay = ddts_gates(*leaves, impl=impl)
     (k.sum() + log_decay.sum()).backward()
     # closed form in float64: s^tau = exp(tau ln s), ln s = a - e^a / 2 for a << 0
     a, b = select.double(), temper.double()
@@ -370,20 +440,21 @@ def test_activation_checkpointing_changes_nothing(impl):
 
 
 @pytest.mark.parametrize(
-    "triton, length, key_dim, value_dim, double, expected",
+    "triton, needs_grad, length, key_dim, value_dim, expected",
     [
-        (True, 4096, 64, 4096, False, "triton_chunk"),
-        (True, 1, 64, 4096, False, "triton_chunk"),
-        (True, 4096, 48, 4096, False, "eager"),
-        (True, 4096, 64, 4000, False, "triton_chunk"),
-        (True, 4096, 64, 4001, False, "eager"),
-        (True, 4096, 64, 4096, True, "eager"),
-        (False, 4096, 64, 4096, False, "eager"),
-        (False, 8, 64, 4096, False, "reference"),
+        (True, True, 4096, 64, 4096, "triton_chunk"),
+        (True, False, 4096, 64, 4096, "triton_chunk"),
+        (True, True, 1, 64, 4096, "triton_chunk"),
+        (True, False, 64, 64, 4096, "triton_recurrent"),
+        (True, False, 64, 48, 4001, "triton_recurrent"),
+        (True, True, 4096, 48, 4096, "eager"),
+        (True, True, 4096, 64, 4001, "eager"),
+        (False, True, 4096, 64, 4096, "eager"),
+        (False, False, 8, 64, 4096, "reference"),
     ],
 )
-def test_automatic_choice(triton, length, key_dim, value_dim, double, expected):
-    assert api._choose(triton, length, key_dim, value_dim, double) == expected
+def test_automatic_choice(triton, needs_grad, length, key_dim, value_dim, expected):
+    assert api._choose(triton, needs_grad, length, key_dim, value_dim) == expected
 
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch, caplog):

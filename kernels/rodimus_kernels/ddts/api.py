@@ -18,17 +18,25 @@ _SEQUENCE = {
     "reference": "rodimus_kernels.reference:ddts",
     "eager": "rodimus_kernels.ddts.eager:forward",
     "triton_chunk": "rodimus_kernels.ddts.triton_chunk:forward",
+    "triton_recurrent": "rodimus_kernels.ddts.triton_recurrent:forward",
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:ddts_step",
     "eager": "rodimus_kernels.ddts.eager:step",
     "native": "rodimus_kernels.ddts.native_step:step",
+    "triton": "rodimus_kernels.ddts.triton_recurrent:step",
 }
-_GATES = {"reference": "rodimus_kernels.reference:ddts_gates"}
+_GATES = {
+    "reference": "rodimus_kernels.reference:ddts_gates",
+    "triton": "rodimus_kernels.ddts.triton_gates:gates",
+}
 IMPLS = tuple(_SEQUENCE)
 
 # Below this many tokens the token loop beats a padded chunk of 64 on a CPU.
 _SHORT = 8
+
+# Up to one chunk the chunked form has no parallelism over the recurrent one's (not measured).
+_ONE_CHUNK = 64
 
 
 def ddts_gates(
@@ -52,7 +60,7 @@ def ddts_gates(
         select: Pre-activation of the selection gate, shaped like ``k``.
         temper: Pre-activation of the temperature gate, shaped like ``k``.
         eps: Lower bound of the key norm; the released configurations use 1e-5 or 1e-12.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``(k, log_decay)``: both shaped like ``k``, float32 (float64 for float64 inputs).
@@ -63,9 +71,10 @@ def ddts_gates(
     check_shape("select", select, tuple(k.shape))
     check_shape("temper", temper, tuple(k.shape))
     check_alike("k", k, select=select, temper=temper)
-    return load("ddts_gates", "reference" if impl == "auto" else impl, _GATES)(
-        k, select, temper, eps=eps
-    )
+    if impl == "auto":
+        double = torch.float64 in (k.dtype, select.dtype, temper.dtype)
+        impl = "triton" if runs_triton(k.device) and not double else "reference"
+    return load("ddts_gates", impl, _GATES)(k, select, temper, eps=eps)
 
 
 def ddts(
@@ -121,8 +130,13 @@ def ddts(
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
     if impl == "auto":
-        dtypes = {x.dtype for x in (q, k, v, log_decay)}
-        impl = _choose(runs_triton(q.device), length, key_dim, v.shape[-1], torch.float64 in dtypes)
+        tensors = (q, k, v, log_decay, initial_state)
+        double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+        needs_grad = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in tensors
+        )
+        triton = runs_triton(q.device) and not double
+        impl = _choose(triton, needs_grad, length, key_dim, v.shape[-1])
     function = load("ddts", impl, _SEQUENCE)
     return function(
         *(q, k, v, log_decay),
@@ -133,9 +147,11 @@ def ddts(
     )
 
 
-def _choose(triton: bool, length: int, key_dim: int, value_dim: int, double: bool) -> str:
-    """What ``impl="auto"`` means: Triton on a GPU where it takes the shape, else torch."""
-    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not double:
+def _choose(triton: bool, needs_grad: bool, length: int, key_dim: int, value_dim: int) -> str:
+    """What ``impl="auto"`` means, by where it runs, what is asked of it and the shape."""
+    if triton and not needs_grad and length <= _ONE_CHUNK:
+        return "triton_recurrent"
+    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0:
         return "triton_chunk"
     return "eager" if length > _SHORT else "reference"
 
@@ -159,7 +175,7 @@ def ddts_step(
         log_decay: Natural log of the decay, entries <= 0.
         state: ``[B, H, K, V]``, float32 (float64 for float64 inputs), contiguous; overwritten.
         scale: Query scale. Default ``K ** -0.5``.
-        impl: ``"auto"``, ``"native"``, ``"eager"`` or ``"reference"``.
+        impl: ``"auto"``, ``"native"``, ``"triton"``, ``"eager"`` or ``"reference"``.
 
     Returns:
         ``[B, H, V]`` in ``v.dtype``.
@@ -181,7 +197,8 @@ def ddts_step(
     scale = key_dim**-0.5 if scale is None else scale
     with torch.no_grad():
         if impl == "auto":
-            impl = choose_compiled("eager", q, k, v, log_decay, state)
+            triton = runs_triton(q.device) and state.dtype != torch.float64
+            impl = choose_compiled("triton" if triton else "eager", q, k, v, log_decay, state)
         return load("ddts_step", impl, _STEP)(q, k, v, log_decay, state, scale=scale)
 
 

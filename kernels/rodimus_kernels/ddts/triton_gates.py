@@ -1,0 +1,210 @@
+"""The gates of DDTS in Triton, forward and backward: one pass over the raw projections each way.
+
+Closed forms stable for any finite pre-activation: softplus is never divided by where it underflows,
+and its logarithm there is taken from the series. Nothing is saved but the inputs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _library  # noqa: F401  (the schemas come first)
+from .._triton import FP_FUSION, check_runs_here, unit_stride
+
+# elements of a program; a row is the K channels of one head at one token
+_ELEMENTS = 4096
+
+# below this ln(1 + e^x) = e^x (1 - e^x / 2 + ...) to fp32, and sigmoid(x) / softplus(x) = 1
+_FAR = tl.constexpr(-20.0)
+
+
+@triton.jit
+def softplus_terms(b_x):
+    """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations."""
+    small = tl.exp(-tl.abs(b_x))
+    # log(1 + small) loses the small part: the correction of the rounding restores it
+    one_plus = 1.0 + small
+    lost = one_plus == 1.0
+    ratio = small / tl.where(lost, 1.0, one_plus - 1.0)
+    softplus = tl.maximum(b_x, 0.0) + tl.where(lost, small, tl.log(one_plus) * ratio)
+    sigmoid = tl.sigmoid(b_x)
+    far = b_x < _FAR
+    safe = tl.where(far, 1.0, softplus)
+    log_softplus = tl.where(far, b_x - 0.5 * tl.exp(tl.where(far, b_x, _FAR)), tl.log(safe))
+    return softplus, log_softplus, sigmoid, tl.where(far, 1.0, sigmoid / safe)
+
+
+@triton.jit
+def load_row(x, o_r, o_k, mask, T, H, x_b, x_t, x_h):
+    """Rows ``(b, t, h)`` of a strided ``[B, T, H, K]`` as fp32."""
+    i_h = o_r % H
+    i_t = (o_r // H) % T
+    i_b = o_r // (H * T)
+    p_x = x + (i_b * x_b + i_t * x_t + i_h * x_h)[:, None] + o_k[None, :]
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def ddts_gates_fwd_kernel(
+    k,
+    select,
+    temper,
+    written,
+    log_decay,
+    eps,
+    R,
+    T,
+    H,
+    k_b,
+    k_t,
+    k_h,
+    s_b,
+    s_t,
+    s_h,
+    t_b,
+    t_t,
+    t_h,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """``written = k / |k| softplus(select)^tau``, ``log_decay = -softplus(select) tau``."""
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_k = tl.arange(0, BK)
+    mask = (o_r < R)[:, None] & (o_k < K)[None, :]
+    b_k = load_row(k, o_r, o_k, mask, T, H, k_b, k_t, k_h)
+    b_s = load_row(select, o_r, o_k, mask, T, H, s_b, s_t, s_h)
+    b_tau = tl.sigmoid(load_row(temper, o_r, o_k, mask, T, H, t_b, t_t, t_h))
+    softplus, log_softplus, _, _ = softplus_terms(b_s)
+    b_k = b_k / tl.maximum(tl.sqrt(tl.sum(b_k * b_k, 1)), eps)[:, None]
+    o_rk = o_r[:, None] * K + o_k[None, :]
+    tl.store(written + o_rk, b_k * tl.exp(b_tau * log_softplus), mask=mask)
+    tl.store(log_decay + o_rk, -softplus * b_tau, mask=mask)
+
+
+@triton.jit
+def ddts_gates_bwd_kernel(
+    k,
+    select,
+    temper,
+    dwritten,
+    dlog_decay,
+    dk,
+    dselect,
+    dtemper,
+    eps,
+    R,
+    T,
+    H,
+    k_b,
+    k_t,
+    k_h,
+    s_b,
+    s_t,
+    s_h,
+    t_b,
+    t_t,
+    t_h,
+    dw_b,
+    dw_t,
+    dw_h,
+    dg_b,
+    dg_t,
+    dg_h,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Gradients of the raw projections, contiguous, shaped ``[B, T, H, K]``."""
+    o_r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_k = tl.arange(0, BK)
+    mask = (o_r < R)[:, None] & (o_k < K)[None, :]
+    b_k = load_row(k, o_r, o_k, mask, T, H, k_b, k_t, k_h)
+    b_s = load_row(select, o_r, o_k, mask, T, H, s_b, s_t, s_h)
+    b_t = load_row(temper, o_r, o_k, mask, T, H, t_b, t_t, t_h)
+    b_dw = load_row(dwritten, o_r, o_k, mask, T, H, dw_b, dw_t, dw_h)
+    b_dg = load_row(dlog_decay, o_r, o_k, mask, T, H, dg_b, dg_t, dg_h)
+    softplus, log_softplus, sigmoid, ratio = softplus_terms(b_s)
+    b_tau = tl.sigmoid(b_t)
+    b_in = tl.exp(b_tau * log_softplus)
+    norm = tl.sqrt(tl.sum(b_k * b_k, 1))[:, None]
+    b_unit = b_k / tl.maximum(norm, eps)
+    b_din = b_dw * b_unit * b_in
+    b_ds = b_din * b_tau * ratio - b_dg * b_tau * sigmoid
+    # sigmoid(-x) rather than 1 - tau, which is 0 long before it should be
+    b_dt = (b_din * log_softplus - b_dg * softplus) * b_tau * tl.sigmoid(-b_t)
+    b_dunit = b_dw * b_in
+    # a norm below eps is a constant
+    along = tl.where(norm > eps, tl.sum(b_unit * b_dunit, 1)[:, None], 0.0)
+    b_dk = (b_dunit - b_unit * along) / tl.maximum(norm, eps)
+    o_rk = o_r[:, None] * K + o_k[None, :]
+    tl.store(dk + o_rk, b_dk.to(dk.dtype.element_ty), mask=mask)
+    tl.store(dselect + o_rk, b_ds.to(dselect.dtype.element_ty), mask=mask)
+    tl.store(dtemper + o_rk, b_dt.to(dtemper.dtype.element_ty), mask=mask)
+
+
+def gates(k, select, temper, *, eps):
+    """The contract is that of :func:`rodimus_kernels.ddts_gates`."""
+    check_runs_here("ddts_gates", k, select, temper)
+    return torch.ops.rodimus.ddts_gates(k, select, temper, eps)
+
+
+def _four_dims(x):
+    """``[B, T, H, K]`` whatever the leading dimensions; a slice of a projection is not copied."""
+    return unit_stride(x if x.dim() == 4 else x.reshape(-1, 1, 1, x.shape[-1]))
+
+
+def _launch(kernel, inputs, outputs, eps):
+    inputs = [_four_dims(x) for x in inputs]
+    batch, length, heads, key_dim = inputs[0].shape
+    rows, block = batch * length * heads, triton.next_power_of_2(key_dim)
+    block_rows = max(_ELEMENTS // block, 1)
+    kernel[(triton.cdiv(rows, block_rows),)](
+        *(*inputs, *outputs, eps, rows, length, heads),
+        *(stride for x in inputs for stride in x.stride()[:3]),
+        K=key_dim,
+        BK=block,
+        BR=block_rows,
+        num_warps=8,
+        **FP_FUSION,
+    )
+
+
+@torch.library.impl("rodimus::ddts_gates", "CompositeExplicitAutograd")
+def _forward(k, select, temper, eps):
+    outputs = [k.new_empty(k.shape, dtype=torch.float32) for _ in range(2)]
+    _launch(ddts_gates_fwd_kernel, (k, select, temper), outputs, eps)
+    return tuple(outputs)
+
+
+@torch.library.impl("rodimus::ddts_gates_backward", "CompositeExplicitAutograd")
+def _backward(k, select, temper, eps, dwritten, dlog_decay):
+    inputs = (k, select, temper, dwritten, dlog_decay)
+    outputs = [x.new_empty(x.shape) for x in inputs[:3]]
+    _launch(ddts_gates_bwd_kernel, inputs, outputs, eps)
+    return tuple(outputs)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, dwritten, dlog_decay):
+    grads = torch.ops.rodimus.ddts_gates_backward(*ctx.saved_tensors, ctx.eps, dwritten, dlog_decay)
+    return *grads, None
+
+
+torch.library.register_autograd("rodimus::ddts_gates", _autograd, setup_context=_setup_context)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
+    for key_dim in (16, 64, 256) if everything else (64,):
+        yield f"K{key_dim} bfloat16", lambda key_dim=key_dim: _aot(key_dim)
+
+
+def _aot(key_dim):
+    raw = torch.empty(1, 128, 1, 4 * key_dim, dtype=torch.bfloat16).split(key_dim, dim=-1)
+    written, log_decay = torch.ops.rodimus.ddts_gates(*raw[1:], 1e-5)
+    torch.ops.rodimus.ddts_gates_backward(*raw[1:], 1e-5, written, log_decay)
