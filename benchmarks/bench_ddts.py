@@ -1,0 +1,228 @@
+"""DDTS and what surrounds it in a layer, by device time: against bytes, and chunk_gla of fla.
+
+Shapes are those of a layer of the 1.6B (V = 4096) and 4B (V = 6144) models. On a GPU every call is
+a CUDA graph of several runs, so host time does not count, and its inputs are several times the
+cache. Before anything is timed, its values and gradients are compared with float64 on the device.
+
+    floor   bytes: each input read once, each output written once, over the measured copy rate
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from rodimus_kernels import ddts, ddts_gates, gated_rms_norm, short_conv
+from rodimus_kernels.testing import (
+    DdtsCase,
+    DdtsInputs,
+    assert_close,
+    ddts_inputs,
+    relative_error,
+    run_ddts,
+)
+
+from . import records, timing
+
+KEY_DIM = 64
+RUNS_IN_A_GRAPH = 5
+
+# what, batch, length, V
+POINTS = {
+    "tiny": [("forward", 1, 70, 32), ("training", 1, 70, 32), ("surroundings", 1, 20, 32)],
+    # the kernels are for GPUs; on a CPU the torch forms run
+    "cpu": [],
+    "cuda": [
+        *(("forward", 8, 4096, width) for width in (4096, 6144)),
+        ("forward", 1, 32768, 4096),
+        *(("training", 8, 4096, width) for width in (4096, 6144)),
+        ("training", 1, 32768, 4096),
+        ("surroundings", 8, 4096, 4096),
+    ],
+}
+
+# relative errors: rounding of inputs and states to 8 bits; fp32 products are three tf32 ones
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+class Call(NamedTuple):
+    """A function to time and the bytes it cannot avoid."""
+
+    function: Callable[[], object]
+    floor_bytes: int
+
+
+def size(*tensors: torch.Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def check(case: DdtsCase, impl: str, device: torch.device) -> float:
+    """Largest relative error of any output or gradient of the shape with 64 columns of V."""
+    inputs = ddts_inputs(case, device=device)
+    actual = run_ddts(ddts, inputs, impl=impl)
+    exact = run_ddts(ddts, inputs, dtype=torch.float64, impl="eager")
+    assert_close(actual, exact, LIMITS[case.dtype])
+    return max(relative_error(actual[name], exact[name]) for name in exact)
+
+
+def make_inputs(case: DdtsCase, device: torch.device) -> DdtsInputs:
+    """The case's inputs; values and gradients drawn on the device, for they are large."""
+    narrow = ddts_inputs(DdtsCase(**{**vars(case), "value_dim": 16}), device=device)
+    shape = (case.batch, case.length, case.heads, case.value_dim)
+    v, do = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(2))
+    return narrow._replace(v=v, do=do)
+
+
+def forward(inputs: DdtsInputs, function: Callable) -> Call:
+    """Without gradients."""
+    x = inputs[:4]
+
+    def call() -> None:
+        with torch.no_grad():
+            function(*x)
+
+    return Call(call, size(*x, inputs.v))
+
+
+def training(inputs: DdtsInputs, function: Callable) -> Call:
+    """Forward and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:4]]
+
+    def call() -> None:
+        torch.autograd.grad(function(*leaves)[0], leaves, inputs.do)
+
+    # forward: inputs, o; backward: inputs, do, gradients
+    return Call(call, 3 * size(*leaves) + 2 * size(inputs.do))
+
+
+def surroundings(inputs: DdtsInputs, impl: str) -> dict[str, Call]:
+    """Convolution, gates and the gated norm of a layer, forward."""
+    batch, length, _, width = inputs.v.shape
+    like = {"device": inputs.v.device, "dtype": inputs.v.dtype}
+    x, gate = torch.randn(batch, length, 2 * width, **like).chunk(2, dim=-1)
+    raw = torch.randn(batch, length, 1, 4 * KEY_DIM, **like).split(KEY_DIM, dim=-1)
+    taps, weight = torch.randn(width, 4, **like), torch.ones(width, **like)
+    o, residual = (torch.randn(batch, length, width, **like) for _ in range(2))
+    norm = functools.partial(gated_rms_norm, residual=residual, residual_weight=weight, impl=impl)
+    return {
+        "short_conv": Call(lambda: short_conv(x, taps, weight, impl=impl), 2 * size(x)),
+        "ddts_gates": Call(
+            lambda: ddts_gates(*raw[1:], impl=impl), size(*raw[1:]) + 8 * raw[0].numel()
+        ),
+        "gated_rms_norm": Call(lambda: norm(o, gate, weight), 4 * size(o)),
+    }
+
+
+def fla_forward(q, k, v, log_decay):
+    """``chunk_gla`` of the flash-linear-attention that is installed."""
+    from fla.ops.gla import chunk_gla
+
+    return chunk_gla(q, k, v, log_decay, scale=q.shape[-1] ** -0.5)
+
+
+def captured(call: Call, device: torch.device) -> Callable[[], None]:
+    """The call as a graph of several runs; on a CPU as it is."""
+    if device.type != "cuda":
+        return call.function
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call.function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RUNS_IN_A_GRAPH):
+            call.function()
+    return graph.replay
+
+
+def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | str]:
+    """What is timed at a point, by name; a reason where a peer cannot run."""
+    if what == "surroundings":
+        impls = ("triton", "reference") if on_gpu else ("reference",)
+        return {
+            f"{name}/{impl}": call
+            for impl in impls
+            for name, call in surroundings(inputs, impl).items()
+        }
+    impl, timed = "triton_chunk" if on_gpu else "eager", {"forward": forward, "training": training}
+    ours = functools.partial(ddts, impl=impl)
+    found: dict[str, Call | str] = {f"ddts/{impl}": timed[what](inputs, ours)}
+    try:
+        peer = timed[what](inputs, fla_forward)
+        peer.function()
+        found["chunk_gla/fla"] = peer
+    except Exception as reason:  # a peer may fail in any way; the record says how
+        found["chunk_gla/fla"] = f"{type(reason).__name__}: {reason}"
+    return found
+
+
+def row(name: str, turns: timing.RoundRobin, call: Call, runs: int, copy_rate: float) -> dict:
+    """One target of the record: times of a single run, and the floor's share of them."""
+    clock = "device_ms" if turns.device.type == "cuda" else "wall_ms"
+    samples = [sample / runs for sample in turns.column(name, clock)]
+    summary = timing.summarize(samples)
+    floor_ms = call.floor_bytes / copy_rate / 1e6
+    family, engine = name.split("/")
+    return {
+        "target": name,
+        "family": family,
+        "engine": engine,
+        "status": "measured",
+        "clock": clock,
+        "median_ms": summary.median,
+        "p20_ms": summary.p20,
+        "p80_ms": summary.p80,
+        "samples_ms": samples,
+        "floor_bytes": call.floor_bytes,
+        "floor_ms": floor_ms,
+        "floor_share": floor_ms / summary.median,
+    }
+
+
+def test_ddts(bench, benchmark, start, point):
+    what, batch, length, width = point
+    on_gpu = bench.device.type == "cuda"
+    name = f"{bench.case(batch, length)}-v{width}"
+    start(f"ddts-{what}", name)
+    case = DdtsCase(batch, length, 1, KEY_DIM, width, states=False, dtype=bench.dtype)
+    error = None
+    if what != "surroundings":
+        narrow = DdtsCase(**{**vars(case), "value_dim": min(width, 64)})
+        error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
+    calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
+    timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
+    graphs = {name: captured(call, bench.device) for name, call in timed.items()}
+    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
+    warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
+    runs, copy_rate = RUNS_IN_A_GRAPH if on_gpu else 1, bench.ceilings["copy_GBps"]
+    rows = [row(name, turns, call, runs, copy_rate) for name, call in timed.items()]
+    rows += [
+        records.skipped(name, *name.split("/"), reason)
+        for name, reason in calls.items()
+        if isinstance(reason, str)
+    ]
+    settings = {
+        "batch": batch,
+        "context": length,
+        "key_dim": KEY_DIM,
+        "value_dim": width,
+        "rounds": bench.rounds,
+        "warm_up_rounds": warm_up,
+        "largest_error": error,
+    }
+    record = bench.record(f"ddts-{what}", name, settings, rows)
+    assert any(found["status"] == "measured" for found in record["rows"])
+
+
+@pytest.fixture(autouse=True)
+def _no_kept_memory():
+    """A point's tensors are gigabytes; the next one starts without them."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
