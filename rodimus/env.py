@@ -4,13 +4,14 @@ The implementations are observed, not predicted: every operator runs once on a s
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import inspect
+import itertools
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,48 +79,52 @@ def _devices() -> Iterator[str]:
 
 def _operators() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    yield f"operators on {device.type}: the module that works [what impl= accepts, or why not]"
-    for name, (operator, arguments) in cases(device).items():
-        call = lambda impl, operator=operator, arguments=arguments: operator(*arguments, impl=impl)
-        line = f"  {name:<26} {observe(lambda call=call: call('auto')):<22}"
-        others = "; ".join(_others(operator, call))
-        yield line + (f" [{others}]" if others else "")
+    yield f"operators on {device.type}: the module that works [what impl= accepts]"
+    calls = cases(device)
+    # a module states the names of its main operator; its others may have more
+    names = [getattr(inspect.getmodule(call.func), "IMPLS", ()) for call in calls.values()]
+    known = tuple(dict.fromkeys(itertools.chain(*names)))
+    missing: dict[str, str] = {}
+    for label, call in calls.items():
+        others = ", ".join(_others(call, known, missing))
+        yield f"  {label:<26} {observe(call):<33} [{others}]"
+    for impl, reason in missing.items():
+        yield f"  no {impl}: {reason}"
 
 
-def cases(device: torch.device) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
-    """Each public operator with a small input for it: ``{label: (operator, arguments)}``."""
-    ops, (B, T, H, K, V) = rodimus_kernels, (1, 64, 1, 16, 32)
+def cases(device: torch.device) -> dict[str, partial]:
+    """Each public operator with a small input for it; what is left to give is ``impl=``."""
+    ops, (B, T, H, K, V, W) = rodimus_kernels, (1, 64, 1, 16, 32, 4)
 
     def zeros(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    qk, v, one, weight = zeros(B, T, H, K), zeros(B, T, H, V), zeros(B, H, K), zeros(V)
-    rows, ring, taps = zeros(B, T, V), zeros(B, T, K + V), zeros(V, 4)
+    qk, v, rows = zeros(B, T, H, K), zeros(B, T, H, V), zeros(B, T, V)
+    one, row, weight = zeros(B, K), zeros(B, V), zeros(V)
+    state, taps = zeros(B, H, K, V), zeros(V, W)
     position, labels = zeros(B, dtype=torch.int64), zeros(T, dtype=torch.int64)
-    return {
-        "ddts_gates": (ops.ddts_gates, (qk, qk, qk)),
-        f"ddts ({T} tokens)": (ops.ddts, (qk, qk, v, qk)),
-        "ddts_step": (ops.ddts_step, (one, one, zeros(B, H, V), one, zeros(B, H, K, V))),
-        "shared_key_attention": (_windowed(ops.shared_key_attention), (qk, qk, v)),
-        "shared_key_attention_step": (
-            _windowed(ops.shared_key_attention_step),
-            (one[:, None], one[:, None], zeros(B, 1, H, V), ring, position),
+    mixer = {"gate_weight": zeros(V, K), "gate_bias": weight}
+    mixer |= {"residual_weight": weight, "norm_weight": weight}
+    calls = [
+        partial(ops.ddts_gates, qk, qk, qk),
+        partial(ops.ddts, qk, qk, v, qk),
+        partial(ops.ddts_step, one[:, None], one[:, None], row[:, None], one[:, None], state),
+        partial(ops.ddts_mixer_step, one, one, one, one, one, row, row, row, state, **mixer),
+        partial(ops.shared_key_attention, qk, qk, v, window_size=K),
+        partial(
+            ops.shared_key_attention_step,
+            *(qk[:, :1], qk[:, :1], v[:, :1], zeros(B, T, K + V), position),
+            window_size=K,
         ),
-        "short_conv": (ops.short_conv, (rows, taps)),
-        "short_conv_step": (ops.short_conv_step, (rows[:, 0], zeros(B, V, 4), taps)),
-        "rms_norm": (ops.rms_norm, (rows, weight)),
-        "add_rms_norm": (ops.add_rms_norm, (rows, rows, weight)),
-        "gated_rms_norm": (ops.gated_rms_norm, (rows, rows, weight)),
-        "linear_cross_entropy": (ops.linear_cross_entropy, (rows[0], zeros(8, V), labels)),
-    }
-
-
-def _windowed(operator: Callable) -> Callable:
-    def call(*arguments, impl):
-        return operator(*arguments, window_size=16, impl=impl)
-
-    call.__module__ = operator.__module__
-    return call
+        partial(ops.short_conv, rows, taps),
+        partial(ops.short_conv_step, row, zeros(B, V, W), taps),
+        partial(ops.rms_norm, rows, weight),
+        partial(ops.add_rms_norm, rows, rows, weight),
+        partial(ops.gated_rms_norm, rows, rows, weight),
+        partial(ops.linear_step, row, zeros(K, V)),
+        partial(ops.linear_cross_entropy, rows[0], zeros(8, V), labels),
+    ]
+    return {call.func.__name__: call for call in calls}
 
 
 def observe(call: Callable[[], Any]) -> str:
@@ -144,15 +149,15 @@ def observe(call: Callable[[], Any]) -> str:
     return after[0].rpartition(".")[0] if after else "torch"
 
 
-def _others(operator: Callable, call: Callable[[str], Any]) -> Iterator[str]:
-    """What an explicit ``impl=`` would do, for each that the operator knows."""
-    module = inspect.getmodule(operator) or importlib.import_module(operator.__module__)
-    for impl in getattr(module, "IMPLS", ()):
+def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> Iterator[str]:
+    """The known ``impl=`` that the operator has; ``missing`` gets why one cannot be loaded."""
+    for impl in known:
         try:
-            call(impl)
+            call(impl=impl)
             yield impl
         except ImportError as error:
-            yield f"{impl}: {str(error).splitlines()[0]}"
+            yield f"no {impl}"
+            missing.setdefault(impl, str(error).splitlines()[0].partition(": ")[2])
         except (RuntimeError, ValueError):
             # not one of this operator's, or not for this device: explicit choices never fall back
             continue
