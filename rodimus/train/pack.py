@@ -149,3 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"wrote {options['out']} in {time.perf_counter() - start:.1f} s")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
