@@ -26,20 +26,18 @@ class Decoder:
         if cuda_graphs and device.type == "cuda":
             self._capture()
 
-    def __call__(self, batch: int, longest: int) -> Tensor:
-        """Logits ``[batch, V]`` after the newest tokens; states and positions move on by one.
+    def __call__(self, batch: int) -> Tensor:
+        """Logits ``[batch, V]`` after the newest tokens of the ``batch`` slots in use.
 
-        Args:
-            batch: Slots in use.
-            longest: Most tokens that one of them has read.
+        Their states and positions move on by one token.
         """
         for size, (graph, logits) in self._graphs.items():
             if size >= batch:
                 graph.replay()
                 return logits[:batch]
-        return self._forward(batch, longest)
+        return self._forward(batch)
 
-    def _forward(self, batch, longest=None):
+    def _forward(self, batch):
         positions = self.states.positions[:batch]
         # what the model computes from a padding mask, for rows that have none
         layout = {"tokens": None, "order": None, "pads": None, "attention": None}
@@ -47,7 +45,7 @@ class Decoder:
             input_ids=self.tokens[:batch, None],
             position_ids=positions[:, None],
             attention_mask=layout,
-            past_key_values=self.states.cache(batch, longest),
+            past_key_values=self.states.cache(batch),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -104,11 +104,6 @@ class Generation:
         """Text generated so far."""
         return "" if self.stream is None else self.stream.text
 
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the continuation."""
-        return len(self.prompt) + len(self.tokens)
-
     def read_tokens(self) -> Tensor:
         """int64 ``[T]``: what the model has read, all but the newest token."""
         return torch.cat((self.prompt, torch.tensor(self.tokens[:-1], dtype=torch.long)))
@@ -398,8 +393,7 @@ class Engine:
 
     def _decode(self):
         running = list(self.running)
-        longest = max(generation.length for generation in running) - 1
-        logits = self.decoder(len(running), longest)
+        logits = self.decoder(len(running))
         chosen = self.sampler(logits)
         self.decoder.tokens[: len(running)] = chosen
         self._accept(running, chosen.tolist(), logits, chosen)

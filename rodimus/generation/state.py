@@ -194,14 +194,20 @@ class SlotLayer(LinearAttentionLayer):
     the rows of a batch have different ages, and each reads its ring as it stands.
     """
 
-    def __init__(self, recurrent: Tensor, convolution: Tensor, ring: Tensor, positions: Tensor):
+    def __init__(
+        self,
+        recurrent: Tensor,
+        convolution: Tensor,
+        ring: Tensor,
+        positions: Tensor,
+        window: int,
+    ):
         super().__init__()
         self.recurrent_states, self.conv_states = {0: recurrent}, {0: convolution}
         self.is_recurrent_states_initialized = self.is_conv_states_initialized = {0: True}
         self.has_previous_state = {0: True}
         self.conv_kernel_size = {0: convolution.shape[-1]}
-        self.ring, self.positions = ring, positions
-        self.window = 0
+        self.ring, self.positions, self.window = ring, positions, window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
@@ -241,7 +247,7 @@ class SlotStates:
             for shape, dtype in layout.shapes(layout.ring_rows).values()
         )
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
-        self._caches: dict[tuple[int, int], SlotCache] = {}
+        self._caches: dict[int, SlotCache] = {}
 
     @property
     def nbytes(self) -> int:
@@ -281,22 +287,13 @@ class SlotStates:
         for tensor in (self.recurrent, self.convolution, self.ring, self.positions):
             tensor.zero_()
 
-    def cache(self, batch: int, longest: int | None = None) -> SlotCache:
-        """The cache of slots 0 to ``batch - 1``.
-
-        Args:
-            longest: Most tokens that one of them has read, if known: rows of the ring that no
-                sequence has reached are then left out of the attention.
-        """
-        rows = self.layout.ring_rows
-        if longest is not None and longest < rows:
-            rows = -(-(longest + 1) // RING_TILE) * RING_TILE
-        if (batch, rows) not in self._caches:
+    def cache(self, batch: int) -> SlotCache:
+        """The cache of slots 0 to ``batch - 1``."""
+        if batch not in self._caches:
             layers = []
             for i in range(self.layout.layers):
-                views = (x[i, :batch] for x in (self.recurrent, self.convolution))
-                layer = SlotLayer(*views, self.ring[i, :batch, :rows], self.positions[:batch])
-                layer.window = min(self.layout.window, rows)
-                layers.append(layer)
-            self._caches[batch, rows] = SlotCache(layers=layers)
-        return self._caches[batch, rows]
+                tensors = (self.recurrent, self.convolution, self.ring)
+                views = (x[i, :batch] for x in tensors)
+                layers.append(SlotLayer(*views, self.positions[:batch], self.layout.window))
+            self._caches[batch] = SlotCache(layers=layers)
+        return self._caches[batch]

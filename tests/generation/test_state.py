@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from rodimus import RodimusConfig
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
+from rodimus_kernels.testing import relative_error
 from tests.generation.helpers import alone, greedy, prompts_of
 
 RELEASED_PLUS = RodimusConfig(
@@ -81,7 +82,8 @@ def test_a_snapshot_continues_in_a_cache_of_transformers(model, length):
     with torch.no_grad():
         actual = model(prompt[None, length:], past_key_values=cache, use_cache=True).logits
         expected = model(prompt[None]).logits[:, length:]
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+    # fp32 rounding in another order: 1.1e-6 measured at most
+    assert relative_error(actual, expected) < 1e-5
     # the cache is a copy: it can be made again
     again = state.to_cache(model.config, engine.layout)
     with torch.no_grad():
