@@ -1,17 +1,24 @@
 """The ring-cache step of shared-key attention against full attention over everything seen."""
 
 import dataclasses
+import functools
+import importlib
 
 import pytest
 import torch
 
 from rodimus_kernels import reference, shared_key_attention_step
+from rodimus_kernels.shared_key_attention import api
 from rodimus_kernels.testing import relative_error
+from tests.kernels.device import DEVICE, TRITON_MARKS
 
 # float32 against float64: measured at most 4e-7
 LIMIT = 1e-6
 # the compiled step is held to the definition in test_native.py
-IMPLS = ["reference"]
+IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
+needs_triton = lambda test: functools.reduce(lambda t, mark: mark(t), TRITON_MARKS, test)
+# in the interpreter a call takes a tenth of a second
+LONG = IMPLS if DEVICE == "cuda" else [IMPLS[0], pytest.param("triton", marks=pytest.mark.slow)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +83,7 @@ def recompute(tokens, window):
 
 
 @pytest.mark.parametrize("ring", RINGS, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", LONG)
 def test_every_token_equals_recomputing_the_history(impl, ring, device):
     length = 3 * ring.rows + 2
     tokens = ring.tokens(length, device)
@@ -84,7 +91,7 @@ def test_every_token_equals_recomputing_the_history(impl, ring, device):
     assert relative_error(o, recompute(tokens, ring.window)) < LIMIT
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", LONG)
 def test_thousands_of_tokens_past_the_window(impl, device):
     """Errors do not build up: the last tokens are as exact as the first."""
     length = 2400
@@ -97,7 +104,7 @@ def test_thousands_of_tokens_past_the_window(impl, device):
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", LONG)
 def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, device):
     """A call that begins at every row of the ring, so that its tokens straddle the end at each."""
     ring = Ring(batch=1, heads=2, value_heads=2, window=5, rows=5 + steps - 1)
@@ -111,7 +118,29 @@ def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, device):
         assert relative_error(o, exact[:, : o.shape[1]]) < LIMIT, f"offset {offset}"
 
 
+@pytest.mark.parametrize(
+    "ring", [Ring(1, 2, 1, 2, rows=10), Ring(1, 6, 2, 3, 32, 24, rows=9)], ids=str
+)
 @pytest.mark.parametrize("impl", IMPLS)
+def test_one_call_at_every_offset(impl, ring, device):
+    """The history by the definition, then one call: it may begin at any row of the ring."""
+    steps = ring.rows - ring.window + 1
+    tokens = ring.tokens(2 * ring.rows + steps, device)
+    exact = recompute(tokens, ring.window)
+    cache = ring.cache(device)
+    for age in range(2 * ring.rows):
+        if age in (0, 1, ring.window - 1) or age >= ring.rows:
+            now = slice(age, age + steps)
+            position = torch.full((ring.batch,), age, device=device)
+            new = (x[:, now] for x in tokens)
+            o = shared_key_attention_step(
+                *new, cache.clone(), position, window_size=ring.window, impl=impl
+            )
+            assert relative_error(o, exact[:, now]) < LIMIT, f"age {age}"
+        decode(ring, [x[:, age : age + 1] for x in tokens], cache, [1], start=age, impl="reference")
+
+
+@pytest.mark.parametrize("impl", LONG)
 def test_tokens_together_equal_tokens_one_by_one(impl, device):
     ring = Ring(batch=3, rows=20)
     tokens = ring.tokens(48, device)
@@ -173,11 +202,57 @@ def test_strided_inputs_and_a_cache_that_is_part_of_a_larger_one(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_half_precision(impl, dtype, device):
     ring = Ring(window=12, rows=16)
-    tokens = ring.tokens(40, device, dtype)
-    o = decode(ring, tokens, ring.cache(device, dtype), [1] * 40, impl=impl)
+    tokens, cache = ring.tokens(40, device, dtype), ring.cache(device, dtype)
+    decode(ring, [x[:, :36] for x in tokens], cache, [4] * 9, impl="reference")
+    o = decode(ring, [x[:, 36:] for x in tokens], cache, [4], start=36, impl=impl)
     assert o.dtype == dtype
-    # one rounding of the weights and one of the output
-    assert relative_error(o, recompute(tokens, ring.window)) < 2 * torch.finfo(dtype).eps
+    # one rounding of the output, which the interpreter truncates
+    assert relative_error(o, recompute(tokens, ring.window)[:, 36:]) < torch.finfo(dtype).eps
+
+
+@needs_triton
+@pytest.mark.parametrize("part", [16, 32, 48])
+def test_parts_of_the_window_are_joined(part, device, monkeypatch):
+    """The last part may be short, or behind the newest key and empty."""
+    triton_step = importlib.import_module("rodimus_kernels.shared_key_attention.triton_step")
+    monkeypatch.setattr(triton_step, "split_window", lambda window, *_: (-(-window // part), part))
+    ring = Ring(batch=3, heads=2, value_heads=2, window=77, rows=80)
+    ages = [3, 70, 200]
+    tokens = ring.tokens(204, device)
+    cache = ring.cache(device)
+    for b, age in enumerate(ages):
+        history = [x[b : b + 1, :age] for x in tokens]
+        lengths = [4] * (age // 4) + [1] * (age % 4)
+        alone = dataclasses.replace(ring, batch=1)
+        decode(alone, history, cache[b : b + 1], lengths, impl="reference")
+    new = [torch.stack([x[b, age : age + 2] for b, age in enumerate(ages)]) for x in tokens]
+    position = torch.tensor(ages, device=device)
+    o = shared_key_attention_step(*new, cache, position, window_size=77, impl="triton")
+    exact = recompute(tokens, 77)
+    expected = torch.stack([exact[b, age : age + 2] for b, age in enumerate(ages)])
+    assert relative_error(o, expected) < LIMIT
+
+
+@needs_triton
+def test_the_window_is_split_to_fill_the_gpu():
+    triton_step = importlib.import_module("rodimus_kernels.shared_key_attention.triton_step")
+    for programs in (1, 2, 16, 256):
+        parts, part = triton_step.split_window(2049, programs, 132)
+        assert (parts - 1) * part < 2049 <= parts * part
+    assert triton_step.split_window(2049, 1, 132)[0] == 33
+    assert triton_step.split_window(2049, 256, 132)[0] == 1
+    assert triton_step.split_window(10, 1, 132) == (1, 16)
+
+
+@needs_triton
+def test_registration(device):
+    ring = Ring(batch=1, heads=1, value_heads=1)
+    q, k, v = ring.tokens(1, device)
+    position = torch.tensor([20], device=device)
+    operator = torch.ops.rodimus.ring_attention.default
+    cache = torch.randn_like(ring.cache(device))
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, (q, k, v, cache, position, 9, 0.25), test_utils=checks)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -205,6 +280,16 @@ def test_compiles_without_a_graph_break(impl, device):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(inside, position), function(plain, position)) < LIMIT
     assert torch.equal(inside, plain)
+
+
+def test_automatic_choice():
+    row = torch.zeros(2, 16, 80)
+    assert api._choose_step(True, 128, (row, row)) == "triton"
+    assert api._choose_step(False, 128, (row, row)) == "reference"
+    assert api._choose_step(True, 264, (row, row)) == "reference"
+    assert api._choose_step(True, 128, (row, row.bfloat16())) == "reference"
+    assert api._choose_step(True, 128, (row.double(), row.double())) == "reference"
+    assert api._choose_step(True, 128, (row, row.transpose(1, 2))) == "reference"
 
 
 class TestErrors:

@@ -30,6 +30,7 @@ SMALL = [
     # the last whole tile ends where the diagonal begins, give or take one
     Case(1, 20, 34, 2, 1, 2, window=None),
     Case(1, 20, 35, 2, 1, 2, window=None),
+    Case(1, 48, 48, 1, 1, 1, window=31),
     Case(1, 21, 53, 2, 1, 2, 24, 8, window=20),
     Case(2, 9, 9, 6, 3, 2, window=4),
     packed(0, 9, 0, 0, 27, 1, 0, heads=2, value_heads=2, window=18),

@@ -22,6 +22,7 @@ _SEQUENCE = {
 _STEP = {
     "reference": "rodimus_kernels.reference:shared_key_attention_step",
     "native": "rodimus_kernels.shared_key_attention.native_step:step",
+    "triton": "rodimus_kernels.shared_key_attention.triton_step:step",
 }
 IMPLS = tuple(_SEQUENCE)
 STEP_IMPLS = tuple(_STEP)
@@ -169,12 +170,20 @@ def shared_key_attention_step(
     with torch.no_grad():
         if impl == "auto":
             tensors = (q, k, v, cache)
-            impl = choose_compiled("reference", *tensors, one_dtype=True)
+            fallback = _choose_step(runs_triton(q.device), max(dim, v.shape[-1]), tensors)
+            impl = choose_compiled(fallback, *tensors, one_dtype=True)
         return load("shared_key_attention_step", impl, _STEP)(
             *(q, k, v, cache, position),
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,
         )
+
+
+def _choose_step(triton: bool, dim: int, tensors: tuple[torch.Tensor, ...]) -> str:
+    """As :func:`_choose`, for the step: it wants one dtype and a cache with dense rows."""
+    dtypes = {x.dtype for x in tensors}
+    fits = len(dtypes) == 1 and torch.float64 not in dtypes and tensors[-1].stride(-1) == 1
+    return "triton" if triton and fits and dim <= _TRITON_MAX_DIM else "reference"
 
 
 def _check(q, k, v, window_size, scale):
