@@ -1,0 +1,233 @@
+"""Training and evaluation of one network on one task, and the sweep over learning rates.
+
+Every variant gets the same learning rates, seeds, steps and batches; the best learning rate is
+chosen for each by the same score, and all of them are kept in the record.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import tasks
+from .networks import Shape, build, state_bytes
+from .tasks import Batch
+
+Draw = Callable[[int, torch.Generator], Batch]
+
+
+class Task(NamedTuple):
+    """What is learned and what is asked afterwards.
+
+    Attributes:
+        train: Batch of a step, from the step's number and a generator.
+        tests: Name and batch of each evaluation; the first decides the learning rate.
+        score: ``accuracy`` (more is better) or ``bits`` a target (less is better).
+        length: Longest training row, for the state of attention.
+    """
+
+    train: Draw
+    tests: Mapping[str, Callable[[torch.Generator], Batch]]
+    score: str
+    length: int
+
+    def better(self, a: float, b: float) -> bool:
+        """Whether score ``a`` beats ``b``."""
+        return a > b if self.score == "accuracy" else a < b
+
+
+class Budget(NamedTuple):
+    """How long and how wide: the same for every variant.
+
+    Attributes:
+        steps: Optimizer steps of a run.
+        rates: Learning rates of the sweep.
+        seeds: Of initialisation and data.
+        stop: End a run whose first test reaches this accuracy; looked at every ``every`` steps.
+    """
+
+    steps: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    stop: float = 0.99
+    every: int = 100
+
+
+def mqar_task(
+    vocab: int,
+    train: tuple[tuple[int, int], ...],
+    test: tuple[tuple[int, int], ...],
+    batch: int,
+    test_batch: int = 256,
+    random_fill: bool = True,
+) -> Task:
+    """Recall on a mix of (length, pairs), tested on others."""
+
+    def draw(step: int, generator: torch.Generator) -> Batch:
+        shape = train[step % len(train)]
+        return tasks.mqar(batch, *shape, vocab, generator, random_fill=random_fill)
+
+    def asked(length: int, pairs: int):
+        return lambda generator: tasks.mqar(
+            test_batch, length, pairs, vocab, generator, random_fill=random_fill
+        )
+
+    tests = {f"{length}/{pairs}": asked(length, pairs) for length, pairs in test}
+    return Task(draw, tests, "accuracy", max(length for length, _ in train))
+
+
+def passkey_task(
+    vocab: int, train: tuple[int, ...], test: tuple[int, ...], batch: int, depths: int = 5
+) -> Task:
+    """Retrieval at random depths in some lengths, tested at even depths in others."""
+
+    def draw(step: int, generator: torch.Generator) -> Batch:
+        depth = torch.rand((), generator=generator, device=generator.device).item()
+        return tasks.passkey(batch, train[step % len(train)], depth, vocab, generator)
+
+    def asked(length: int):
+        def gather(generator: torch.Generator) -> Batch:
+            places = [i / max(depths - 1, 1) for i in range(depths)]
+            parts = [tasks.passkey(64, length, depth, vocab, generator) for depth in places]
+            return Batch(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+        return gather
+
+    return Task(draw, {str(length): asked(length) for length in test}, "accuracy", max(train))
+
+
+def language_task(length: int, batch: int, test_lengths: tuple[int, ...]) -> Task:
+    """Next byte of Python sources, tested on held-out files, at longer rows too."""
+    train, val = tasks.python_sources("train"), tasks.python_sources("val")
+
+    def asked(rows: int):
+        # as many bytes at every length
+        count = max(test_lengths) * 8 // rows
+        return lambda generator: tasks.language(val, count, rows, generator)
+
+    tests = {f"val at {rows}": asked(rows) for rows in test_lengths}
+    draw = lambda step, generator: tasks.language(train, batch, length, generator)
+    return Task(draw, tests, "bits", length)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(x.to(device) for x in batch))
+
+
+def _loss(network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy, logits and targets at the asked positions only."""
+    asked = batch.targets != tasks.IGNORED
+    logits = (network(batch.ids)[asked] @ network.head.T).float()
+    targets = batch.targets[asked]
+    return F.cross_entropy(logits, targets), logits, targets
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, task: Task, device: torch.device, only_first: bool = False
+) -> dict[str, float]:
+    """Score of each test, on batches that are the same for every network."""
+    scores = {}
+    for name, draw in task.tests.items():
+        batch = _to(draw(torch.Generator(_home(task, device)).manual_seed(12345)), device)
+        with _precision(device):
+            loss, logits, targets = _loss(network, batch)
+        hit = (logits.argmax(-1) == targets).float().mean().item()
+        scores[name] = hit if task.score == "accuracy" else loss.item() / 0.6931471805599453
+        if only_first:
+            break
+    return scores
+
+
+def _home(task: Task, device: torch.device) -> torch.device:
+    """Sources lie in the machine's memory, drawn tasks are made on the device."""
+    return torch.device("cpu") if task.score == "bits" else device
+
+
+def _precision(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def run(
+    variant: str,
+    shape: Shape,
+    task: Task,
+    budget: Budget,
+    rate: float,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Train one network and score it; AdamW, a tenth of warm-up, then a cosine to zero.
+
+    Returns:
+        ``scores`` by test, ``steps`` run, ``seconds`` and ``parameters``.
+    """
+    torch.manual_seed(seed)
+    network = build(variant, shape).to(device).train()
+    generator = torch.Generator(_home(task, device)).manual_seed(1 + seed)
+    matrices = [p for p in network.parameters() if p.dim() > 1]
+    vectors = [p for p in network.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=budget.steps, pct_start=0.1
+    )
+    start, step = time.perf_counter(), 0
+    for step in range(1, budget.steps + 1):
+        batch = _to(task.train(step - 1, generator), device)
+        with _precision(device):
+            loss, _, _ = _loss(network, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % budget.every == 0 and task.score == "accuracy":
+            first = next(iter(evaluate(network, task, device, only_first=True).values()))
+            if first >= budget.stop:
+                break
+    return {
+        "scores": evaluate(network.eval(), task, device),
+        "steps": step,
+        "seconds": round(time.perf_counter() - start, 2),
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+
+
+def sweep(
+    variant: str, shape: Shape, task: Task, budget: Budget, device: torch.device
+) -> dict[str, Any]:
+    """The row of a variant: its best learning rate's scores by seed, and every run.
+
+    The learning rate is chosen by the mean over seeds of the first test.
+    """
+    runs: dict[float, list[dict[str, Any]]] = {
+        rate: [run(variant, shape, task, budget, rate, seed, device) for seed in budget.seeds]
+        for rate in budget.rates
+    }
+    first = next(iter(task.tests))
+
+    def mean(rate: float) -> float:
+        return sum(r["scores"][first] for r in runs[rate]) / len(runs[rate])
+
+    best = budget.rates[0]
+    for rate in budget.rates[1:]:
+        best = rate if task.better(mean(rate), mean(best)) else best
+    return {
+        "target": variant,
+        "family": variant,
+        "engine": "train",
+        "status": "measured",
+        "parameters": runs[best][0]["parameters"],
+        "state_bytes": state_bytes(variant, shape, task.length),
+        "lr": best,
+        "seeds": len(budget.seeds),
+        "scores": {name: [r["scores"][name] for r in runs[best]] for name in task.tests},
+        "sweep": {f"{rate:g}": rows for rate, rows in runs.items()},
+    }

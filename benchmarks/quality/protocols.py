@@ -1,0 +1,107 @@
+"""Sizes of the quality experiments: minutes on a CPU, the paper's figure on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from .learn import Budget, Task, language_task, mqar_task, passkey_task
+from .networks import GATES, VARIANTS, Shape
+
+EXPERIMENTS = ("mqar", "passkey", "language")
+SIZES = ("cpu", "gpu")
+
+# Rodimus* (arXiv 2410.06577), figure 1b, length 1024 with 256 pairs: accuracy by state expansion,
+# read off the picture to about 0.01
+PAPER_MQAR = {
+    "Rodimus+": {16: 0.37, 32: 0.72, 64: 0.91, 128: 0.97, 256: 0.97},
+    "Rodimus": {16: 0.25, 32: 0.37, 64: 0.65, 128: 0.74, 256: 0.82},
+    "Mamba2": {16: 0.11, 32: 0.26, 64: 0.31, 128: 0.41, 256: 0.61},
+    "Mamba": {16: 0.16, 32: 0.17, 64: 0.25, 128: 0.23},
+}
+
+
+class Case(NamedTuple):
+    """One record of quality: the same task and budget for every variant."""
+
+    name: str
+    shape: Shape
+    task: Task
+    budget: Budget
+    variants: tuple[str, ...]
+    note: str
+
+
+def cases(experiment: str, size: str) -> Iterator[Case]:
+    """The cases of an experiment at a size, in the order in which they should be run.
+
+    Raises:
+        ValueError: an unknown experiment or size.
+    """
+    if experiment not in EXPERIMENTS or size not in SIZES:
+        raise ValueError(
+            f"expected an experiment of {EXPERIMENTS} and a size of {SIZES}, got {experiment!r}"
+            f" and {size!r}"
+        )
+    yield from {"mqar": _mqar, "passkey": _passkey, "language": _language}[experiment](size)
+
+
+def _mqar(size: str) -> Iterator[Case]:
+    if size == "cpu":
+        task = mqar_task(
+            64, ((32, 4), (48, 6), (64, 8)), ((64, 8), (128, 8)), batch=64, random_fill=False
+        )
+        budget = Budget(900, (3e-3, 1e-2), every=150)
+        note = (
+            "Gates on one layer: same parameters, same state, fill is token 0."
+            " Columns: length/pairs."
+        )
+        yield Case("mqar-cpu-n16", Shape(64, 64, 16), task, budget, GATES, note)
+        return
+    # Zoology's mix and tests, the paper's hardest slice last; early stopping looks at 512/128
+    train = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
+    tests = ((256, 64), (512, 128), (1024, 256), (128, 32), (64, 16), (64, 8), (64, 4))
+    note = (
+        "Trained on lengths 64 to 256 with up to 64 pairs. Columns: length/pairs. The paper"
+        " reports, for 1024/256 at this state expansion: "
+    )
+    for mem_size in (16, 64, 32, 128, 256):
+        task = mqar_task(8192, train, tests, batch=256, test_batch=128)
+        told = [f"{name} {line[mem_size]}" for name, line in PAPER_MQAR.items() if mem_size in line]
+        yield Case(
+            f"mqar-gpu-n{mem_size}",
+            Shape(8192, 128, mem_size),
+            task,
+            Budget(4000, (1e-3, 3e-3, 1e-2), every=500),
+            (*GATES, "rodimus_plus"),
+            note + ", ".join(told) + ".",
+        )
+
+
+def _passkey(size: str) -> Iterator[Case]:
+    if size == "cpu":
+        task = passkey_task(64, (16, 24, 32), (32, 64, 128), batch=32)
+        budget = Budget(600, (3e-3, 1e-2), every=100)
+        shape = Shape(64, 64, 16, window=17)
+    else:
+        task = passkey_task(256, (256, 512, 1024), (1024, 4096, 16384), batch=32)
+        budget = Budget(4000, (1e-3, 3e-3, 1e-2), seeds=(0, 1, 2), every=500)
+        shape = Shape(256, 128, 64)
+    note = "One key among filler at even depths. Columns: length; the first is the longest trained."
+    yield Case(f"passkey-{size}", shape, task, budget, VARIANTS, note)
+
+
+def _language(size: str) -> Iterator[Case]:
+    if size == "cpu":
+        task = language_task(128, 16, (128, 512))
+        budget = Budget(300, (3e-3, 1e-2))
+        shape = Shape(256, 96, 16, window=65)
+    else:
+        task = language_task(1024, 32, (1024, 4096))
+        budget = Budget(3000, (1e-3, 2e-3, 4e-3), seeds=(0, 1, 2))
+        shape = Shape(256, 384, 64, layers=6, window=257)
+    note = (
+        "Bits a byte of held-out Python sources after the same number of bytes; less is better."
+        " The gates have equal parameters; Rodimus+ and attention have more, as the table says."
+    )
+    yield Case(f"language-{size}", shape, task, budget, VARIANTS, note)

@@ -1,0 +1,181 @@
+"""The tasks ask what they say, the ablation changes the gate alone, and the harness can learn."""
+
+import math
+
+import pytest
+import torch
+
+import rodimus
+from benchmarks import records
+from benchmarks.quality import __main__ as command
+from benchmarks.quality import learn, networks, protocols, tasks
+
+CPU = torch.device("cpu")
+SHAPE = networks.Shape(vocab=64, width=32, mem_size=8)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("random_fill", [True, False])
+def test_recall_asks_for_the_value_that_followed_each_key(random_fill):
+    ids, targets = tasks.mqar(32, 64, 8, 64, generator(), random_fill=random_fill)
+    for row, asked in zip(ids.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert len(pairs) == 8 and len(set(pairs.values())) == 8
+        where = [t for t, target in enumerate(asked) if target != tasks.IGNORED]
+        assert {row[t]: asked[t] for t in where} == pairs
+        assert all(t >= 16 and t % 2 == 0 for t in where)
+        assert all(0 < key < 32 <= value for key, value in pairs.items())
+
+
+def test_gaps_before_a_return_follow_the_power_law():
+    ids, targets = tasks.mqar(4000, 68, 1, 64, generator())
+    gaps = ((targets != tasks.IGNORED).long().argmax(1) - 2) // 2
+    density = torch.arange(1, 34, dtype=torch.float64) ** (0.01 - 1)
+    expected = density / density.sum()
+    counted = torch.bincount(gaps, minlength=33).double() / 4000
+    assert (counted - expected).abs().max() < 4 * math.sqrt(0.25 / 4000)
+    assert counted[0] > 5 * counted[10]
+
+
+def test_too_many_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"pairs must be 1 \.\. 4 for length 16"):
+        tasks.mqar(1, 16, 5, 64, generator())
+
+
+@pytest.mark.parametrize(("depth", "place"), [(0.0, 0), (0.5, 14), (1.0, 29)])
+def test_passkey_lies_at_its_depth_and_is_asked_for_last(depth, place):
+    ids, targets = tasks.passkey(8, 32, depth, 64, generator())
+    assert (ids[:, place] == ids[:, -1]).all() and (ids[:, place + 1] == targets[:, -1]).all()
+    assert (targets[:, :-1] == tasks.IGNORED).all()
+    others = torch.cat((ids[:, :place], ids[:, place + 2 : -1]), dim=1)
+    assert others.max() < 32 <= ids[:, place].min() and targets[:, -1].min() >= 48
+
+
+def test_same_seed_same_batch():
+    first, second = (tasks.mqar(4, 32, 4, 64, generator(3)) for _ in "ab")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_sources_are_split_by_file_and_ask_for_the_next_byte():
+    train, val = (tasks.python_sources(share, most=2**18) for share in ("train", "val"))
+    assert train.numel() == 2**18 and 0 < val.numel() <= 2**18
+    assert bytes(train[:2000].tolist()) not in bytes(val.tolist())
+    ids, targets = tasks.language(train, 4, 32, generator())
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    with pytest.raises(ValueError, match="share must be"):
+        tasks.python_sources("test")
+
+
+def test_gates_have_the_same_parameters_to_the_last_tensor():
+    def signature(gate):
+        torch.manual_seed(0)
+        network = networks.build(gate, SHAPE)
+        return [(name, p.shape, p.sum().item()) for name, p in network.named_parameters()]
+
+    first, *others = map(signature, networks.GATES)
+    assert all(other == first for other in others)
+    assert len({networks.state_bytes(gate, SHAPE, 99) for gate in networks.GATES}) == 1
+
+
+@pytest.mark.parametrize("gate", networks.GATES)
+def test_no_gate_grows_the_state(gate):
+    raw = torch.tensor([-100.0, -5.0, 0.0, 5.0, 100.0]).expand(1, 1, 5)
+    k, log_decay = networks.gate(gate, raw, raw, raw, torch.zeros(1))
+    assert k.shape == log_decay.shape == raw.shape
+    assert (log_decay <= 0).all() and log_decay.isfinite().all() and k.isfinite().all()
+
+
+@torch.no_grad()
+def test_the_rodimus_gate_makes_the_models_own_mixer():
+    config = rodimus.RodimusConfig(d_model=32, n_layer=1, vocab_size=64, mixer_cfg={"mem_size": 8})
+    theirs = rodimus.RodimusForCausalLM(config).model.layers[0].mixer.eval()
+    ours = networks.GatedMixer(SHAPE, "rodimus")
+    inner = theirs.inner_mixer
+    names = {
+        "fc.weight": theirs.fc.weight,
+        "conv.weight": inner.short_conv["conv1d"].weight,
+        "conv.bias": inner.short_conv["conv1d"].bias,
+        "in_proj.weight": inner.in_proj.weight,
+        "mem_gate.weight": inner.mem_gate_proj.weight,
+        "mem_gate.bias": inner.mem_gate_proj.bias,
+        "value_gate.0.weight": inner.ch_gate_proj[0].weight,
+        "value_gate.1.weight": inner.ch_gate_proj[1].weight,
+        "value_gate.1.bias": inner.ch_gate_proj[1].bias,
+        "log_rate": ours.log_rate,
+        "residual_weight": inner.residual_weight,
+        "norm_weight": theirs.act_norm.weight,
+        "out_proj.weight": theirs.out_proj.weight,
+    }
+    ours.load_state_dict(names)
+    x = torch.randn(2, 40, 32)
+    layout = {"tokens": None, "documents": None}
+    expected = theirs(x, layout)
+    assert (ours(x) - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("variant", networks.VARIANTS)
+def test_every_variant_trains(variant):
+    task = learn.mqar_task(64, ((16, 2),), ((16, 2), (32, 2)), batch=4, test_batch=4)
+    found = learn.sweep(variant, SHAPE, task, learn.Budget(2, (1e-3, 1e-2)), CPU)
+    assert set(found["scores"]) == {"16/2", "32/2"} and set(found["sweep"]) == {"0.001", "0.01"}
+    assert found["parameters"] > 0 and found["state_bytes"] > 0
+
+
+def test_the_best_learning_rate_is_chosen_by_the_first_test(monkeypatch):
+    scores = {1e-3: 0.5, 3e-3: 0.9, 1e-2: 0.7}
+
+    def run(variant, shape, task, budget, rate, seed, device):
+        return {"scores": {"a": scores[rate], "b": 1 - scores[rate]}, "parameters": 1}
+
+    monkeypatch.setattr(learn, "run", run)
+    tests = {"a": None, "b": None}
+    budget = learn.Budget(1, tuple(scores), seeds=(0, 1))
+    for score, best in (("accuracy", 3e-3), ("bits", 1e-3)):
+        row = learn.sweep("rodimus", SHAPE, learn.Task(None, tests, score, 8), budget, CPU)
+        assert row["lr"] == best and row["scores"]["a"] == [scores[best]] * 2
+        assert len(row["sweep"]) == 3
+
+
+def test_a_run_is_repeated_to_the_bit():
+    task = learn.mqar_task(64, ((16, 2),), ((16, 2),), batch=4, test_batch=16)
+    budget = learn.Budget(3, (1e-2,))
+    first, second = (
+        learn.run("rodimus", SHAPE, task, budget, 1e-2, 0, CPU)["scores"] for _ in "ab"
+    )
+    assert first == second
+
+
+def test_an_interrupted_case_is_continued(tmp_path, monkeypatch):
+    trained = []
+
+    def sweep(variant, *_):
+        trained.append(variant)
+        return {
+            **{"target": variant, "family": variant, "engine": "train", "status": "measured"},
+            **{"parameters": 1, "state_bytes": 1, "lr": 1e-3, "seeds": 1, "scores": {"a": [1.0]}},
+        }
+
+    monkeypatch.setattr(learn, "sweep", sweep)
+    monkeypatch.setenv("RODIMUS_BENCH_COMMIT", "same")
+    case = protocols.Case(
+        "mqar-x", SHAPE, learn.Task(None, {}, "accuracy", 8), learn.Budget(1, (1e-3,)), ("a",), ""
+    )
+    assert command.run_case(case, tmp_path, CPU, float("inf"))
+    assert command.run_case(case._replace(variants=("a", "b")), tmp_path, CPU, float("inf"))
+    assert trained == ["a", "b"]
+    (record,) = records.read(tmp_path)
+    assert [row["target"] for row in record["rows"]] == ["a", "b"]
+    assert not command.run_case(case._replace(variants=("c",)), tmp_path, CPU, 0.0)
+
+
+@pytest.mark.parametrize("experiment", protocols.EXPERIMENTS)
+@pytest.mark.parametrize("size", protocols.SIZES)
+def test_protocols_treat_every_variant_alike(experiment, size):
+    for case in protocols.cases(experiment, size):
+        assert len(case.budget.rates) >= 2, "a learning rate is chosen, never given"
+        assert {"rodimus", "gla", "mamba2", "rwkv6"} <= set(case.variants)
+        batch = case.task.train(0, generator())
+        assert batch.ids.max() < case.shape.vocab
