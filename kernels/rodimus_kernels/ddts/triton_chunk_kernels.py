@@ -3,7 +3,7 @@
 Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``decay_tree``
 of ``reference.py``) and A the decayed scores:
 
-    prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(total)         one program a chunk
+    prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(all)           one program a chunk
     walk      y = read S + A x,   S' = keep S + write^T x          one program a block of V columns
     products  dA = do v^T, dread = do S^T, dwrite = v dS^T, sum_V S dS           one program a chunk
     gate      dq, dk, dlog_decay from those, down the same tree       one program a chunk, K a slice
@@ -46,18 +46,15 @@ def load_log2_decay(p_g, p_resets, o_i, mask):
 
 
 @triton.jit
-def climb(prefix, suffix, total, o_i, level):
+def climb(prefix, suffix, o_i, level):
     """The sums of blocks of ``2 << level`` positions from those of ``1 << level``: additions only.
 
-    Inside a block ``total`` is constant, so any position of the sibling block holds its sum.
+    The last prefix of the sibling block is the sum of that block.
     """
-    sibling = tl.gather(total, (o_i ^ (1 << level))[:, None] + tl.zeros(total.shape, tl.int32), 0)
+    last = (o_i ^ (1 << level)) | ((1 << level) - 1)
+    sibling = tl.gather(prefix, last[:, None] + tl.zeros(prefix.shape, tl.int32), 0)
     odd = ((o_i >> level) & 1)[:, None] == 1
-    return (
-        prefix + tl.where(odd, sibling, 0.0),
-        suffix + tl.where(odd, 0.0, sibling),
-        total + sibling,
-    )
+    return prefix + tl.where(odd, sibling, 0.0), suffix + tl.where(odd, 0.0, sibling)
 
 
 @triton.jit
@@ -134,8 +131,7 @@ def ddts_chunk_prepare_kernel(
         o_k = i_k + tl.arange(0, BK)[None, :]
         b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
         b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
-        total = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
-        prefix = total
+        prefix = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
         suffix = tl.zeros([C, BK], tl.float32)
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
@@ -143,12 +139,12 @@ def ddts_chunk_prepare_kernel(
             b_kd = tl.trans(b_k * tl.exp2(suffix))
             scores = tl.dot(b_q * tl.exp2(prefix), b_kd, input_precision=PRECISION)
             b_a += tl.where(pairs_of_level(o_i, level), scores, 0.0)
-            prefix, suffix, total = climb(prefix, suffix, total, o_i, level)
+            prefix, suffix = climb(prefix, suffix, o_i, level)
         o_ck = o_i[:, None] * K + o_k
         tl.store(read + slot * C * K + o_ck, (b_q * tl.exp2(prefix)).to(read.dtype.element_ty))
         tl.store(write + slot * C * K + o_ck, (b_k * tl.exp2(suffix)).to(write.dtype.element_ty))
         p_keep = keep + slot * K + o_k + tl.zeros([C, BK], tl.int32)
-        tl.store(p_keep, tl.exp2(total), mask=o_i[:, None] == 0)
+        tl.store(p_keep, tl.exp2(prefix), mask=o_i[:, None] == C - 1)
     tl.store(a + slot * C * C + o_i[:, None] * C + o_i[None, :], b_a.to(a.dtype.element_ty))
 
 
@@ -421,8 +417,7 @@ def ddts_chunk_gate_kernel(
     p_resets = None if resets is None else resets + i_b * T + start
     b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
     b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
-    total = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
-    prefix = total
+    prefix = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
     suffix = tl.zeros([C, BK], tl.float32)
     p_da = da + slot * C * C
     o_cc = o_i[:, None] * C + o_i[None, :]
@@ -445,7 +440,7 @@ def ddts_chunk_gate_kernel(
         reach = reach & (block[:, None] == block[None, :])
         through = tl.where(odd[:, None], b_q * level_dq, b_k * level_dk)
         b_dg = masked_sum(reach, through, b_dg, INTERPRETED)
-        prefix, suffix, total = climb(prefix, suffix, total, o_i, level)
+        prefix, suffix = climb(prefix, suffix, o_i, level)
     o_ck = o_i[:, None] * K + o_k
     level_dq = tl.load(dread + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(prefix)
     level_dk = tl.load(dwrite + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(suffix)
@@ -453,7 +448,8 @@ def ddts_chunk_gate_kernel(
     b_dk += level_dk
     b_dg = masked_sum(o_i[None, :] >= o_i[:, None], b_q * level_dq, b_dg, INTERPRETED)
     b_dg = masked_sum(o_i[None, :] < o_i[:, None], b_k * level_dk, b_dg, INTERPRETED)
-    b_dg += tl.exp2(total) * tl.load(dkeep + slot * K + o_k)
+    # before and after a position is the whole chunk
+    b_dg += tl.exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
     tl.store(dq + base + o_out, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
