@@ -52,7 +52,7 @@ class Trainer:
         val = open_sources(config.data.val) if config.data.val else []
         check_vocabulary(model_config, train + val)
         if config.data.verify:
-            verify_share(train + val, ranks.rank, ranks.world_size)
+            parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
         data = TrainData(
             train,
             config.data,

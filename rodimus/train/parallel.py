@@ -7,6 +7,7 @@ The same calls serve one CPU process (a mesh of one), two CPU processes (gloo), 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -94,6 +95,23 @@ def reduce_sum(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def together(work: Callable[[], None]) -> None:
+    """Runs ``work`` on every rank; where it fails on one, all ranks raise the same error.
+
+    Raises:
+        InputError: of the first rank that failed.
+    """
+    problem = None
+    try:
+        work()
+    except InputError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise InputError(found)
 
 
 def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:

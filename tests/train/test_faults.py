@@ -49,6 +49,13 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+def stderr_of(arguments):
+    """Exit status of `rodimus train` and what it wrote to stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(arguments)
+    return status, err.getvalue()
+
+
 def resumed_losses(config, run, *overrides):
     """Losses of the steps that a resumed run trained."""
     (run / "metrics.jsonl").unlink()
@@ -109,6 +116,12 @@ def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, 
 
     assert run_ranks(2, disk_full_at_step_3) == [0, 0]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
+
+
+def test_evaluation_leaves_no_trace_in_training(config_file, tmp_path, trained):
+    assert train(1, config_file, "--no-export", "--eval.every", 1) == [0]
+    assert metrics(tmp_path / "run", "loss") == metrics(trained / "run", "loss")
+    assert len(metrics(tmp_path / "run", "val_loss")) == 6
 
 
 @pytest.mark.parametrize("during", ["training", "evaluation"])
@@ -236,15 +249,23 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
 def test_wrong_input_is_one_line_and_status_2(copied, overrides, message):
     config, run = copied
 
-    def attempt():
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            status = main([str(config), "--out", str(run), *overrides])
-        return status, err.getvalue()
-
-    ((status, error),) = run_ranks(1, attempt)
+    ((status, error),) = run_ranks(1, stderr_of, [str(config), "--out", str(run), *overrides])
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_damaged_shard_is_told_once_and_ends_every_rank(config_file, packed, tmp_path):
+    """Either rank may be the one that checks the damaged file."""
+    shutil.copytree(packed, tmp_path / "data")
+    for name in ("train-00000.bin", "train-00000.idx"):
+        shutil.copy(packed / name, tmp_path / "data" / name)
+        flip_a_bit(tmp_path / "data" / name)
+        data = str(tmp_path / "data" / "train.json")
+        results = run_ranks(2, stderr_of, [str(config_file), "--data.train", data])
+        assert [status for status, _ in results] == [2, 2]
+        told = "".join(error for _, error in results)
+        assert told.count("is damaged: sha256 must be") == told.count("\n") == 1
 
 
 def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
