@@ -43,8 +43,9 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
 
 
 def engines_of(batch: int):
-    """All engines for one sequence; for a batch only the one that is meant for speed."""
-    return lambda model: model.engines if batch == 1 else model.engines[-1:]
+    """All engines for one sequence; for a batch the plain one and the one meant for speed."""
+    ends = lambda model: tuple(dict.fromkeys((model.engines[0], model.engines[-1])))
+    return (lambda model: model.engines) if batch == 1 else ends
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

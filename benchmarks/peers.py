@@ -167,13 +167,14 @@ class HuggingFaceModel(Model):
     def session(self, engine: str, batch: int, room: int) -> Session:
         if engine not in self.engines:
             raise Unavailable(f"{self.name} has the engines {self.engines}, not {engine!r}")
-        if engine != "graph":
-            return HuggingFaceSession(self, engine, batch, room)
-        return GraphSession(HuggingFaceSession(self, "static", batch, room))
+        if engine == "graph":
+            return GraphSession(HuggingFaceSession(self, "static", batch, room))
+        kind = EngineSession if engine == "engine" else HuggingFaceSession
+        return kind(self, engine, batch, room)
 
 
 class HuggingFaceSession(Session):
-    """A cache of transformers (``dynamic`` or ``static``), or the model's own (``own``)."""
+    """A cache of transformers (``dynamic``, ``static``), or the model's own (``own``)."""
 
     def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
         self.owner, self.engine, self.batch, self.room = owner, engine, batch, room
@@ -241,6 +242,50 @@ def _extend(layer: Any, tokens: int) -> None:
     layer.update(keys, values)
 
 
+class EngineSession(HuggingFaceSession):
+    """Our generation engine's decoder: states in slots, a ring for the window, graphs on a GPU."""
+
+    def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
+        from rodimus.generation.decode import Decoder
+        from rodimus.generation.state import SlotStates, StateLayout
+
+        super().__init__(owner, engine, batch, room)
+        self.layout = StateLayout.of(owner.model.config, owner.dtype, max_length=room)
+        self.slots = SlotStates(self.layout, batch, owner.device)
+        self.decoder = Decoder(owner.model, self.slots)
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        # the engine reads prompts one by one
+        return torch.cat([self._read(row, ids[row : row + 1]) for row in range(self.batch)])
+
+    def _read(self, slot: int, ids: torch.Tensor) -> torch.Tensor:
+        logits = super().prefill(ids)
+        self._enter(slot, ids.shape[1])
+        return logits
+
+    def _enter(self, slot: int, tokens: int) -> None:
+        from rodimus.generation.state import SequenceState
+
+        read = torch.zeros(tokens, dtype=torch.long)
+        self.slots.write(slot, SequenceState.from_cache(self.cache, read))
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        self.decoder.tokens.copy_(token[:, 0])
+        return self.decoder(self.batch)
+
+    def fill(self, context: int) -> None:
+        prompt = min(context, 8)
+        super().prefill(random_tokens(1, prompt, self.owner))
+        for layer in self.cache.layers if context > prompt else ():
+            _extend(layer, context - prompt)
+        for slot in range(self.batch):
+            self._enter(slot, context)
+
+    def state_bytes(self) -> StateBytes:
+        slots = self.slots
+        return StateBytes(slots.recurrent.nbytes + slots.convolution.nbytes, slots.ring.nbytes)
+
+
 class GraphSession(Session):
     """A session whose step is recorded once in a CUDA graph and replayed."""
 
@@ -297,7 +342,7 @@ def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 
         fields |= {"bos_token_id": None, "eos_token_id": None} if scale == "tiny" else {}
         config = rodimus.RodimusConfig(**fields)
-        return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph)
+        return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph, "engine")
     if "fla" in entry.source:
         return *_fla_classes(entry, fields), ("own",)
     import transformers
