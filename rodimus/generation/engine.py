@@ -187,7 +187,7 @@ class Engine:
         self.running: list[Generation] = []
         self.stats = EngineStats()
         self._reading: _Reading | None = None
-        self._news: dict[int, Generation] = {}
+        self._news: list[Generation] = []
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class Engine:
         if self.running:
             self._decode()
         self.stats.steps += 1
-        news, self._news = list(self._news.values()), {}
+        news, self._news = list(dict.fromkeys(self._news)), []
         return news
 
     def stream(self, request: Request) -> Iterator[Delta]:
@@ -396,29 +396,30 @@ class Engine:
         logits = self.decoder(len(running))
         chosen = self.sampler(logits)
         self.decoder.tokens[: len(running)] = chosen
-        self._accept(running, chosen.tolist(), logits, chosen)
-        for row in reversed(range(len(running))):
-            if running[row].finish_reason is not None:
-                self._leave(row)
+        ended = self._accept(running, chosen.tolist(), logits, chosen)
+        for row in reversed(ended):
+            self._leave(row)
 
-    def _accept(self, generations, tokens, logits, chosen):
-        """Give each generation its token, and end those that it ends."""
+    def _accept(self, generations, tokens, logits, chosen) -> list[int]:
+        """Give each generation its token; end those that it ends, and say which rows they are."""
         self._report_logprobs(generations, logits, chosen)
-        for generation, token in zip(generations, tokens, strict=True):
+        self._news += generations
+        ended = []
+        for row, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
             if token < 0:
                 self._fail(generation, "the model's logits hold NaN or infinity")
+                ended.append(row)
                 continue
             generation.tokens.append(token)
-            self._news[id(generation)] = generation
-            self.stats.generated_tokens += 1
-            ended = token in generation.stop_tokens
-            if generation.stream is not None and not ended:
-                generation.stream.push(token)
-                ended = generation.stream.stopped
-            if ended:
-                self._finish(generation, "stop")
-            elif len(generation.tokens) == generation.request.max_new_tokens:
-                self._finish(generation, "length")
+            stream, stops = generation.stream, token in generation.stop_tokens
+            if stream is not None and not stops:
+                stream.push(token)
+                stops = stream.stopped
+            if stops or len(generation.tokens) == generation.request.max_new_tokens:
+                self._finish(generation, "stop" if stops else "length")
+                ended.append(row)
+        self.stats.generated_tokens += len(tokens) - tokens.count(-1)
+        return ended
 
     def _report_logprobs(self, generations, logits, chosen):
         asked = [i for i, g in enumerate(generations) if g.request.logprobs is not None]
@@ -444,7 +445,7 @@ class Engine:
                 reason = "stop"
         generation.finish_reason = reason
         generation.finished = time.perf_counter()
-        self._news[id(generation)] = generation
+        self._news.append(generation)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
 
     @staticmethod
