@@ -57,6 +57,7 @@ def register() -> None:
         AutoTokenizer,
     )
 
+    from .attention import register as register_attention
     from .configuration_rodimus import RodimusConfig
     from .modeling_rodimus import (
         RodimusForCausalLM,
@@ -75,6 +76,7 @@ def register() -> None:
         RodimusConfig, RodimusForSequenceClassification, exist_ok=True
     )
     AutoTokenizer.register(TokenizerKey, RodimusTokenizer, exist_ok=True)
+    register_attention()
 
 
 if importlib.util.find_spec("rodimus_kernels") is None:

@@ -1,0 +1,148 @@
+"""Shared-key attention as an attention implementation of transformers: ``rodimus_ska``.
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="rodimus_ska")
+
+gives the logits of "sdpa" and "eager" without a mask of queries by keys: the window is known to the
+operator, and packed documents and padding are boundaries between documents, one number a token.
+Where that cannot be said (new tokens behind padding in a cache, static caches, a caller's own mask
+function), the usual mask is built and torch's attention takes it.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_tracing
+
+from rodimus_kernels import shared_key_attention
+
+NAME = "rodimus_ska"
+
+
+def register() -> None:
+    """Let ``attn_implementation="rodimus_ska"`` name this attention, for any transformers model
+    with causal or sliding-window attention."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask_of)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, by the contract of transformers' ``AttentionInterface``.
+
+    Args:
+        module: the calling layer.
+        query: ``[B, H, T, D]``.
+        key: ``[B, H, S, D]``; one head that was expanded with stride 0 is read as one head.
+        value: ``[B, H, S, Dv]``, as ``key``.
+        attention_mask: None, the boundaries ``[N + 1]`` of :func:`attention_mask_of`, or a mask
+            ``[B, 1, T, S]``.
+        scaling: softmax scale; default ``D ** -0.5``.
+        dropout: must be 0 where no mask is given.
+        sliding_window: keys a query sees, its own included; None for all.
+        kwargs: what other implementations need.
+
+    Returns:
+        ``(o, None)`` with o ``[B, T, H, Dv]``; weights are never there to return.
+
+    Raises:
+        ValueError: dropout is asked for.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError(f"attn_implementation={NAME!r} has no attention dropout, got {dropout}")
+    q, k, v = (x.transpose(1, 2) for x in (query, _shared_head(key), _shared_head(value)))
+    batch, length = q.shape[:2]
+    if attention_mask is not None:
+        # all rows in one, and every row begins a document
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
+    o = shared_key_attention(
+        *(q, k, v), window_size=sliding_window, scale=scaling, cu_seqlens=attention_mask
+    )
+    return o.view(batch, length, *o.shape[2:]), None
+
+
+def _shared_head(x):
+    """``x [B, H, S, D]``, or its one head where all heads are the same memory."""
+    return x[:, :1] if x.stride(1) == 0 else x
+
+
+def attention_mask_of(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """What :func:`attention_forward` has to know beyond the window, by the contract of
+    transformers' ``AttentionMaskInterface``.
+
+    Returns:
+        None where causality and the window say it all; int32 ``[N + 1]`` boundaries of documents
+        in the rows laid end to end, where rows are packed or padded; else a bool mask ``[B, 1, T,
+        S]``.
+    """
+    is_whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    is_newest = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
+    padding = None
+    if attention_mask is not None:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+        if not is_tracing(padding) and padding.shape[1] == kv_length and padding.all():
+            padding = None
+    if is_newest and not use_vmap and padding is None and (allow_is_causal_skip or not is_whole):
+        return None
+    if is_whole and not use_vmap and (padding is None or padding.shape[1] == kv_length):
+        return _boundaries(batch_size, q_length, mask_function, padding, device)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+def _boundaries(batch, length, mask_function, padding, device):
+    """Where documents begin in the rows laid end to end: a token that does not see the one before
+    it, and either end of padding. A window of one key makes every token a document, as it is."""
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(length, device=device)[None]
+    starts = ~mask_function(rows, 0, tokens, (tokens - 1).clamp_min(0)).expand(batch, length)
+    starts = starts | (tokens == 0)
+    if padding is not None:
+        starts = starts | (padding != padding.roll(1, dims=1))
+    starts = starts.flatten()
+    total = batch * length
+    if starts.device.type == "cpu" and not is_tracing(starts):
+        bounds = starts.nonzero()[:, 0]
+        return torch.cat((bounds, bounds.new_tensor([total]))).int()
+    # nonzero would wait for the device: as many boundaries as tokens, the spare ones at the end,
+    # where they bound empty documents
+    place = torch.where(starts, starts.cumsum(0) - 1, total)
+    bounds = torch.full((total + 1,), total, dtype=torch.int32, device=device)
+    bounds = bounds.scatter(0, place, torch.arange(total, dtype=torch.int32, device=device))
+    return torch.cat((bounds[:-1], bounds.new_full((1,), total)))

@@ -1,0 +1,145 @@
+"""``rodimus_ska`` beside transformers' own attention: the same logits, and no mask of all pairs."""
+
+import pytest
+import torch
+from transformers.masking_utils import sliding_window_causal_mask_function
+
+from rodimus import attention
+from tests.model.helpers import build, config_of
+
+KINDS = ("rodimus_plus", "grouped")
+
+
+@pytest.fixture
+def no_square_mask(monkeypatch):
+    """Fails where a mask of queries by keys is built."""
+
+    def refuse(**sizes):
+        raise AssertionError(f"a mask of {sizes['q_length']} by {sizes['kv_length']} was built")
+
+    monkeypatch.setattr(attention, "sdpa_mask", refuse)
+
+
+def assert_same(kind, run, others=("sdpa", "eager"), limit=1e-4):
+    """What ``run`` gives for one model is the same in every implementation."""
+    model = build(config_of(kind))
+    model.set_attn_implementation(attention.NAME)
+    ours = run(model)
+    for name in others:
+        model.set_attn_implementation(name)
+        theirs = run(model)
+        assert (ours - theirs).abs().max() < limit * theirs.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_logits(kind, no_square_mask):
+    ids = torch.randint(0, 64, (2, 45))
+    assert_same(kind, lambda model: model(ids).logits.detach())
+
+
+@pytest.mark.slow
+def test_same_logits_as_flex_attention(no_square_mask):
+    ids = torch.randint(0, 64, (1, 40))
+    with torch.no_grad():
+        run = lambda model: model(ids, use_cache=False).logits
+        assert_same("rodimus_plus", run, others=("flex_attention",))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_gradients(kind, no_square_mask):
+    ids = torch.randint(0, 64, (2, 45))
+
+    def run(model):
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return model.get_input_embeddings().weight.grad.clone()
+
+    assert_same(kind, run)
+
+
+def test_same_packed_rows(no_square_mask):
+    ids = torch.randint(0, 64, (2, 45))
+    lengths = [(20, 25), (1, 44)]
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    run = lambda model: model(ids, position_ids=position_ids, use_cache=False).logits.detach()
+    assert_same("rodimus_plus", run)
+
+
+def test_same_packed_documents_by_boundaries(no_square_mask):
+    ids = torch.randint(0, 64, (1, 45))
+    cu_seqlens = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
+    run = lambda model: model(ids, cu_seq_lens_q=cu_seqlens, use_cache=False).logits.detach()
+    assert_same("rodimus_plus", run)
+
+
+@pytest.mark.parametrize("pads", [(0, 7), (3, 7)])
+def test_same_padded_prompt(pads, no_square_mask):
+    ids = torch.randint(0, 64, (2, 45))
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(pads):
+        mask[row, :count] = 0
+    run = lambda model: (model(ids, attention_mask=mask).logits * mask[..., None]).detach()
+    assert_same("rodimus_plus", run)
+
+
+def test_same_generation_past_the_window(no_square_mask):
+    ids = torch.randint(0, 64, (2, 13))
+    run = lambda model: model.generate(ids, max_new_tokens=20, do_sample=False).float()
+    assert_same("rodimus_plus", run)
+
+
+def test_same_generation_from_padded_prompts_and_in_a_static_cache():
+    ids = torch.randint(0, 64, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    padded = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert_same("rodimus_plus", lambda model: model.generate(ids, **padded).float())
+    static = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    static["disable_compile"] = True
+    assert_same("rodimus_plus", lambda model: model.generate(ids, **static).float())
+
+
+def test_chunks_of_a_prompt(no_square_mask):
+    ids = torch.randint(0, 64, (2, 45))
+
+    def run(model):
+        cache, logits = None, []
+        for chunk in ids.split(17, dim=1):
+            output = model(chunk, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits.detach())
+        return torch.cat(logits, 1)
+
+    assert_same("rodimus_plus", run)
+
+
+def test_boundaries_without_waiting_for_the_device_are_the_same(monkeypatch):
+    padding = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    window = sliding_window_causal_mask_function(3)
+    short = attention._boundaries(3, 6, window, padding, "cpu")
+    assert short.tolist() == [0, 2, 6, 12, 15, 18]
+    monkeypatch.setattr(attention, "is_tracing", lambda tensor: True)
+    long = attention._boundaries(3, 6, window, padding, "cpu")
+    assert long.tolist() == [*short.tolist(), *[18] * 13]
+
+
+def test_shared_heads_are_read_once(monkeypatch):
+    heads = []
+    operator = attention.shared_key_attention
+
+    def spy(q, k, v, **options):
+        heads.append((q.shape[2], k.shape[2], v.shape[2]))
+        return operator(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "shared_key_attention", spy)
+    model = build(config_of("rodimus_plus"))
+    model.set_attn_implementation(attention.NAME)
+    model(torch.randint(0, 64, (1, 9)))
+    count = model.config.num_attention_heads
+    assert set(heads) == {(count, 1, count)}
+
+
+def test_dropout_is_refused():
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="'rodimus_ska' has no attention dropout, got 0.1"):
+        attention.attention_forward(None, q, q, q, None, dropout=0.1)
