@@ -24,6 +24,10 @@ MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
 
 
+CALL_LIMIT_SECONDS = 30.0
+"""A target whose single call takes longer is skipped: a round would take the whole run."""
+
+
 @dataclasses.dataclass
 class Target:
     """One model in one engine, ready to be timed.
@@ -157,11 +161,23 @@ class Bench:
                 try:
                     self._check(model, engine)
                     target = peers.guarded(lambda m=model, e=engine: prepare(m, e))
-                    peers.guarded(target.call)
+                    self._try(target)
                     ready.append(target)
                 except peers.Unavailable as reason:
                     rows.append(records.skipped(label, family, engine, str(reason)))
         return ready, rows
+
+    def _try(self, target: Target) -> None:
+        """Call a target once; Unavailable if it fails or takes too long."""
+        before = time.monotonic()
+        peers.guarded(target.call)
+        if self.device.type == "cuda":
+            peers.guarded(torch.cuda.synchronize)
+        seconds = time.monotonic() - before
+        if seconds > CALL_LIMIT_SECONDS:
+            raise peers.Unavailable(
+                f"too slow: one call took {seconds:.0f} s, limit {CALL_LIMIT_SECONDS:.0f} s"
+            )
 
     def _check(self, model: peers.Model, engine: str) -> None:
         """Raise Unavailable unless the engine decodes what it prefills, on the same tokens."""

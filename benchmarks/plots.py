@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import peers, sizes
+from .quality.protocols import HARDEST_RECALL, PAPER_MQAR
 
 Record = Mapping[str, Any]
 Points = dict[str, dict[float, float]]
@@ -124,12 +125,43 @@ def train_speed(found: list[Record], axes: Any) -> None:
     _finish(axes, "Training step", "tokens a row", "tokens a second")
 
 
+def recall(found: list[Record], axes: Any) -> None:
+    """Accuracy of the hardest recall test over the state expansion, ours and the paper's."""
+    lines: Points = {}
+    for record in _recall_records(found):
+        for row in record["rows"]:
+            if row["status"] == "measured":
+                scores = row["scores"][HARDEST_RECALL]
+                expansion = record["settings"]["shape"]["mem_size"]
+                mean = sum(scores) / len(scores)
+                lines.setdefault(row["target"], {})[expansion] = mean
+    for (name, line), (marker, dash, grey) in zip(
+        sorted(lines.items()), STYLES.values(), strict=False
+    ):
+        places = sorted(line)
+        style = {"marker": marker, "linestyle": dash, "color": grey, "label": name}
+        axes.plot(places, [line[place] for place in places], **style)
+    for (name, line), marker in zip(PAPER_MQAR.items(), "ox^v", strict=True):
+        style = {"marker": marker, "markerfacecolor": "white", "color": "0.75", "linewidth": 0.8}
+        axes.plot(list(line), list(line.values()), label=f"paper: {name}", **style)
+    _finish(axes, "Recall at 1024 tokens, 256 pairs", "state expansion", "accuracy", log_y=False)
+
+
+def _recall_records(found: list[Record]) -> list[Record]:
+    return [
+        record
+        for record in found
+        if record["group"] == "quality" and record["case"].startswith("mqar-gpu")
+    ]
+
+
 PLOTS: dict[str, tuple[str, str, Callable[[list[Record], Any], None]]] = {
     "decode_latency": ("Decode latency against context", "decode", decode_latency),
     "decode_throughput": ("Decode throughput against batch", "decode", decode_throughput),
     "state_memory": ("State memory against context", "memory", state_memory),
     "prefill_speed": ("Prefill speed against length", "prefill", prefill_speed),
     "train_speed": ("Training speed against length", "train", train_speed),
+    "recall": ("Recall against state expansion", "quality", recall),
 }
 
 
@@ -138,6 +170,10 @@ def names(found: list[Record]) -> dict[str, str]:
     axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
     chosen = {}
     for name, (title, group, _) in PLOTS.items():
+        if name == "recall":
+            if len(_recall_records(found)) > 1:
+                chosen[title] = f"plots/{name}.png"
+            continue
         axis, fixed = axes.get(name, ("context", {"batch": 1}))
         places = {
             record["settings"][axis]

@@ -11,6 +11,8 @@ from .networks import GATES, VARIANTS, Shape
 EXPERIMENTS = ("mqar", "passkey", "language")
 SIZES = ("cpu", "gpu")
 
+HARDEST_RECALL = "1024/256"
+
 # Rodimus* (arXiv 2410.06577), figure 1b, length 1024 with 256 pairs: accuracy by state expansion,
 # read off the picture to about 0.01
 PAPER_MQAR = {

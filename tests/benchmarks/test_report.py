@@ -127,6 +127,29 @@ def test_check_tells_an_edited_report(found, tmp_path, capsys):
     assert "not what the records say" in capsys.readouterr().out
 
 
+def recall(mem_size):
+    scores = {"1024/256": [0.5, 0.7], "512/128": [1.0, 1.0]}
+    counts = {"parameters": 10, "state_bytes": 4 * mem_size, "lr": 3e-3, "seeds": 2}
+    quality = row("rodimus", [1.0], scores=scores, **counts)
+    settings = {"shape": {"mem_size": mem_size}, "note": "Columns: length/pairs."}
+    case = f"mqar-gpu-n{mem_size}"
+    return records.make("quality", case, settings=settings, machine=MACHINE, rows=[quality])
+
+
+def test_quality_shows_the_mean_and_range_of_the_seeds():
+    text = report.render([recall(16)])
+    assert "| rodimus | 10 | 64 | 3.0e-03 | 2 | 0.600 (0.500 .. 0.700) | 1.000" in text
+    assert "Columns: length/pairs." in text
+
+
+def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert plots.names([recall(16)]) == {}
+    chosen = plots.draw_all([recall(16), recall(64)], tmp_path)
+    assert list(chosen.values()) == ["plots/recall.png"]
+    assert (tmp_path / "recall.png").stat().st_size > 10_000
+
+
 def test_no_records_is_an_error_that_says_what_to_run(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path), "--out", str(tmp_path), "--no-plots"]) == 2
     assert "make bench" in capsys.readouterr().err

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from benchmarks import machine, peers, records
+from benchmarks import harness, machine, peers, records
 
 FILES = ["bench_decode.py", "bench_prefill.py", "bench_memory.py", "bench_train.py"]
 
@@ -79,6 +80,15 @@ def test_memory_equals_the_formula_and_does_not_grow_for_recurrent_models(found)
         if row["target"] == "rodimus-1.4b/dynamic"
     ]
     assert per_sequence[0] == per_sequence[1]
+
+
+def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
+    monkeypatch.setattr(harness, "CALL_LIMIT_SECONDS", -1.0)
+    cpu, names = torch.device("cpu"), ("qwen2-1.5b",)
+    bench = harness.Bench("tiny", cpu, torch.float32, names, folder=None, rounds=1, load=0.0)
+    slow = lambda model, engine: harness.Target(f"{model.name}/{engine}", model, engine, int)
+    ready, rows = bench.targets(slow)
+    assert not ready and all(row["reason"].startswith("too slow: one call took") for row in rows)
 
 
 def test_a_second_run_measures_nothing_again(folder, found):
