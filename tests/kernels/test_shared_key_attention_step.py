@@ -15,10 +15,10 @@ from tests.kernels.device import DEVICE, TRITON_MARKS
 # float32 against float64: measured at most 4e-7
 LIMIT = 1e-6
 # the compiled step is held to the definition in test_native.py
-IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
+IMPLS = ["reference", "sdpa", pytest.param("triton", marks=TRITON_MARKS)]
 needs_triton = lambda test: functools.reduce(lambda t, mark: mark(t), TRITON_MARKS, test)
 # in the interpreter a call takes a tenth of a second
-LONG = IMPLS if DEVICE == "cuda" else [IMPLS[0], pytest.param("triton", marks=pytest.mark.slow)]
+LONG = IMPLS if DEVICE == "cuda" else [*IMPLS[:2], pytest.param("triton", marks=pytest.mark.slow)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,11 +285,11 @@ def test_compiles_without_a_graph_break(impl, device):
 def test_automatic_choice():
     row = torch.zeros(2, 16, 80)
     assert api._choose_step(True, 128, (row, row)) == "triton"
-    assert api._choose_step(False, 128, (row, row)) == "reference"
-    assert api._choose_step(True, 264, (row, row)) == "reference"
+    assert api._choose_step(False, 128, (row, row)) == "sdpa"
+    assert api._choose_step(True, 264, (row, row)) == "sdpa"
     assert api._choose_step(True, 128, (row, row.bfloat16())) == "reference"
-    assert api._choose_step(True, 128, (row.double(), row.double())) == "reference"
-    assert api._choose_step(True, 128, (row, row.transpose(1, 2))) == "reference"
+    assert api._choose_step(True, 128, (row.double(), row.double())) == "sdpa"
+    assert api._choose_step(True, 128, (row, row.transpose(1, 2))) == "sdpa"
 
 
 class TestErrors:

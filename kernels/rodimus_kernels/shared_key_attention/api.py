@@ -21,6 +21,7 @@ _SEQUENCE = {
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:shared_key_attention_step",
+    "sdpa": "rodimus_kernels.shared_key_attention.sdpa:step",
     "native": "rodimus_kernels.shared_key_attention.native_step:step",
     "triton": "rodimus_kernels.shared_key_attention.triton_step:step",
 }
@@ -180,10 +181,13 @@ def shared_key_attention_step(
 
 
 def _choose_step(triton: bool, dim: int, tensors: tuple[torch.Tensor, ...]) -> str:
-    """As :func:`_choose`, for the step: it wants one dtype and a cache with dense rows."""
+    """As :func:`_choose`, for the step: mixed dtypes are the reference's, and Triton wants a cache
+    with dense rows."""
     dtypes = {x.dtype for x in tensors}
-    fits = len(dtypes) == 1 and torch.float64 not in dtypes and tensors[-1].stride(-1) == 1
-    return "triton" if triton and fits and dim <= _TRITON_MAX_DIM else "reference"
+    if len(dtypes) > 1:
+        return "reference"
+    fits = torch.float64 not in dtypes and tensors[-1].stride(-1) == 1
+    return "triton" if triton and fits and dim <= _TRITON_MAX_DIM else "sdpa"
 
 
 def _check(q, k, v, window_size, scale):

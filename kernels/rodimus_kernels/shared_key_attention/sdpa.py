@@ -1,5 +1,5 @@
-"""Sliding-window shared-key attention through torch's scaled_dot_product_attention, one band of
-queries at a time.
+"""Sliding-window shared-key attention through torch's scaled_dot_product_attention: one band of
+queries at a time, or a few tokens against the ring cache.
 
 A band of queries sees its own keys and one window before them, so memory and time grow with T *
 window and never with T * T. One key head is expanded with stride 0, never copied.
@@ -29,6 +29,38 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     with torch.autocast(q.device.type, enabled=False):
         o = _attend(q, k, v, window, scale, documents)
     return o.transpose(1, 2)
+
+
+def step(q, k, v, cache, position, *, window_size, scale):
+    """``shared_key_attention_step``; the ring is read as it stands, however it is rotated: a
+    softmax has no order. The contract is that of
+    :func:`rodimus_kernels.shared_key_attention_step`."""
+    batch, steps, key_heads, dim = k.shape
+    ring = cache.shape[1]
+    new = position[:, None] + torch.arange(steps, device=q.device)
+    rows = torch.cat((k.flatten(2), v.flatten(2)), dim=-1).to(cache.dtype)
+    cache[torch.arange(batch, device=q.device)[:, None], new % ring] = rows
+
+    last = new[:, -1:]
+    # on a GPU a look at positions would stop the stream, in compilation it breaks the graph
+    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
+    if may_look:
+        # without rows that no sequence has reached
+        cache = cache[:, : int(last.max()) + 1]
+    # row r holds the newest position p <= last with p % R = r; a negative one is still empty
+    held = last - (last - torch.arange(cache.shape[1], device=q.device)) % ring
+    age = new[:, :, None] - held[:, None, :]
+    visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
+    keys, values = cache.split((key_heads * dim, cache.shape[2] - key_heads * dim), dim=-1)
+    if not may_look or (held < 0).any():
+        # an empty row can hold anything, and zero times NaN is NaN
+        keys, values = (x.masked_fill((held < 0)[..., None], 0) for x in (keys, values))
+    keys = _expand_heads(keys.unflatten(-1, (key_heads, dim)), q.shape[2])
+    values = _expand_heads(values.unflatten(-1, v.shape[2:]), q.shape[2])
+    q = q.to(cache.dtype).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
+    return o.transpose(1, 2).to(v.dtype)
 
 
 def _attend(q, k, v, window, scale, documents):
