@@ -1,9 +1,11 @@
 """DDTS: every implementation against the token loop in float64, values and gradients."""
 
 import os
+import runpy
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -541,3 +543,9 @@ def test_chunks_are_twenty_times_faster_than_the_loop():
     run_ddts(ddts, inputs, impl="eager")
     eager = min(processor_seconds("eager") for _ in range(3))
     assert processor_seconds("reference") > 20 * eager
+
+
+def test_the_figure_of_the_documentation_is_what_the_code_does():
+    folder = Path(__file__).parents[2] / "docs" / "kernels"
+    figure = runpy.run_path(str(folder / "ddts_levels.py"))["figure"](16)
+    assert f"```\n{figure}\n```" in (folder / "ddts.md").read_text(encoding="utf-8")

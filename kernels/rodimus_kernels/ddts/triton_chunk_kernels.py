@@ -3,7 +3,7 @@
 Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``decay_tree``
 of ``reference.py``) and A the decayed scores:
 
-    prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(all)           one program a chunk
+    prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(P at the end)  one program a chunk
     walk      y = read S + A x,   S' = keep S + write^T x          one program a block of V columns
     products  dA = do v^T, dread = do S^T, dwrite = v dS^T, sum_V S dS           one program a chunk
     gate      dq, dk, dlog_decay from those, down the same tree       one program a chunk, K a slice
