@@ -3,12 +3,14 @@ definition in float64, values and gradients."""
 
 import dataclasses
 import math
+import sys
+import types
 
 import pytest
 import torch
 
 from rodimus_kernels import reference, rope, rope_tables, shared_key_attention
-from rodimus_kernels.shared_key_attention import api, sdpa
+from rodimus_kernels.shared_key_attention import api, flex, sdpa
 from rodimus_kernels.testing import assert_close, assert_within_budget, relative_error
 
 # float32 against float64: measured at most 4e-7
@@ -348,7 +350,113 @@ class TestErrors:
 
 
 def test_every_implementation_is_listed():
-    assert {"reference", "triton", *DIFFERENTIABLE} == set(api.IMPLS)
+    assert {"reference", "triton", "flex", "flash", *DIFFERENTIABLE} == set(api.IMPLS)
+
+
+def test_flex_matches_the_definition(monkeypatch, device):
+    on_gpu = device.type == "cuda"
+    monkeypatch.setattr(flex, "_BLOCK", 128 if on_gpu else 16)
+    for case in CASES if on_gpu else (CASES[0], CASES[8], CASES[14], CASES[18]):
+        tensors, cu_seqlens = case.inputs(device)
+        options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
+        exact = truth(tensors, **options)
+        o = shared_key_attention(*tensors[:3], impl="flex", **options)
+        assert relative_error(o, exact["o"]) < (LIMIT if device.type == "cpu" else 1e-3), case
+
+
+def test_flex_lists_whole_blocks_and_skips_unseen_ones():
+    mask = flex.block_mask(1024, 1024, 300, None, "cpu")
+    dense = mask.to_dense()[0, 0].bool()
+    i, j = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    assert torch.equal(dense, (j <= i) & (128 * j + 127 > 128 * i - 300))
+    assert mask.full_kv_num_blocks.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.gpu
+def test_flex_gradients(device):
+    case = Case(1, 300, 300, 4, 1, 4, 64, 64, window=130, dtype=torch.bfloat16)
+    tensors, _ = case.inputs(device)
+    actual = run(shared_key_attention, *tensors, window_size=130, impl="flex")
+    exact = truth(tensors, window_size=130)
+    assert all(relative_error(actual[name], exact[name]) < 1e-2 for name in exact)
+
+
+def test_flex_has_no_gradient_on_the_cpu():
+    q, k, v = Case().inputs()[0][:3]
+    with pytest.raises(ValueError, match="no gradient on the CPU"):
+        shared_key_attention(q.requires_grad_(), k, v, impl="flex")
+
+
+class TestFlash:
+    """The adapter, over a stand-in with flash-attn's conventions: heads i // n, left and right
+    window."""
+
+    @pytest.fixture
+    def flash_attn(self, monkeypatch):
+        module = types.ModuleType("flash_attn")
+        module.calls = []
+
+        def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, cu_seqlens=None):
+            module.calls.append((q, k, v, window_size))
+            assert causal and window_size[1] == 0 and k.shape[2] == v.shape[2]
+            spread = lambda x: x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
+            return reference.shared_key_attention(
+                *(q, spread(k), spread(v)),
+                window_size=None if window_size[0] < 0 else window_size[0] + 1,
+                scale=softmax_scale,
+                cu_seqlens=cu_seqlens,
+            )
+
+        def flash_attn_varlen_func(q, k, v, q_bounds, k_bounds, q_most, k_most, **options):
+            assert torch.equal(q_bounds, k_bounds) and q_most == k_most == q.shape[0]
+            rows = (x[None] for x in (q, k, v))
+            return flash_attn_func(*rows, **options, cu_seqlens=q_bounds)[0]
+
+        module.flash_attn_func = flash_attn_func
+        module.flash_attn_varlen_func = flash_attn_varlen_func
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        home = "rodimus_kernels.shared_key_attention.flash"
+        monkeypatch.delitem(sys.modules, home, raising=False)
+        yield module
+        sys.modules.pop(home, None)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(),
+            Case(window=None),
+            Case(queries=5),
+            Case(heads=6, key_heads=3, value_heads=2),
+            packed(9, 0, 28),
+        ],
+        ids=str,
+    )
+    def test_matches_the_definition(self, flash_attn, case):
+        tensors, cu_seqlens = dataclasses.replace(case, dtype=torch.float16).inputs()
+        options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
+        o = shared_key_attention(*tensors[:3], impl="flash", **options)
+        assert relative_error(o, truth(tensors, **options)["o"]) < 1e-3
+
+    def test_one_key_head_is_expanded_without_a_copy(self, flash_attn):
+        q, k, v = (x.half() for x in Case().inputs()[0][:3])
+        shared_key_attention(q, k, v, impl="flash")
+        given = flash_attn.calls[0][1]
+        assert given.shape[2] == q.shape[2] and given.stride(2) == 0
+        assert given.data_ptr() == k.data_ptr()
+
+    def test_messages(self, flash_attn):
+        q, k, v = Case(value_dim=8).inputs()[0][:3]
+        with pytest.raises(ValueError, match="expected float16 or bfloat16 and D = Dv, got"):
+            shared_key_attention(q, k, v, impl="flash")
+
+    def test_absence_is_said(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "flash_attn", None)
+        monkeypatch.delitem(
+            sys.modules, "rodimus_kernels.shared_key_attention.flash", raising=False
+        )
+        q, k, v = (x.half() for x in Case().inputs()[0][:3])
+        with pytest.raises(ImportError, match=r"\(impl='flash'\) cannot be loaded.*flash_attn"):
+            shared_key_attention(q, k, v, impl="flash")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ _SEQUENCE = {
     "reference": "rodimus_kernels.reference:shared_key_attention",
     "sdpa": "rodimus_kernels.shared_key_attention.sdpa:forward",
     "triton": "rodimus_kernels.shared_key_attention.triton_attention:forward",
+    "flex": "rodimus_kernels.shared_key_attention.flex:forward",
+    "flash": "rodimus_kernels.shared_key_attention.flash:forward",
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:shared_key_attention_step",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
+from .heads import expand_heads
 
 # Shorter bands waste the kernel's tiles; in longer ones most of the scores are masked.
 _MIN_BAND, _MAX_BAND = 128, 1024
@@ -24,7 +25,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     documents = None if cu_seqlens is None else reference.document_ids(cu_seqlens, k.shape[1])
     # keys before the first query's window are seen by nobody
     unseen = max(k.shape[1] - queries - window + 1, 0)
-    k, v = (_expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
+    k, v = (expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
     q = q.to(v.dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         o = _attend(q, k, v, window, scale, documents)
@@ -55,8 +56,8 @@ def step(q, k, v, cache, position, *, window_size, scale):
     if not may_look or (held < 0).any():
         # an empty row can hold anything, and zero times NaN is NaN
         keys, values = (x.masked_fill((held < 0)[..., None], 0) for x in (keys, values))
-    keys = _expand_heads(keys.unflatten(-1, (key_heads, dim)), q.shape[2])
-    values = _expand_heads(values.unflatten(-1, v.shape[2:]), q.shape[2])
+    keys = expand_heads(keys.unflatten(-1, (key_heads, dim)), q.shape[2])
+    values = expand_heads(values.unflatten(-1, v.shape[2:]), q.shape[2])
     q = q.to(cache.dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
@@ -90,15 +91,6 @@ def _attend(q, k, v, window, scale, documents):
             F.scaled_dot_product_attention(q_band, k_band, v_band, attn_mask=mask, scale=scale)
         )
     return torch.cat(outputs, dim=2)
-
-
-def _expand_heads(x, heads):
-    """``[B, S, Hx, D]`` to ``[B, H, S, D]``: head i reads head i % Hx."""
-    x = x.transpose(1, 2)
-    if x.shape[1] == heads:
-        return x
-    repeated = x[:, None].expand(-1, heads // x.shape[1], -1, -1, -1)
-    return repeated.flatten(1, 2) if x.shape[1] > 1 else repeated[:, :, 0]
 
 
 def _band_mask(first, last, low, window, documents, device):
