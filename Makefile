@@ -10,13 +10,14 @@ PYTHON ?= python3
 # the suite runs in two processes; more threads than cores only slow each other down
 RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help install demo test test-all lint format native aot bench gpu clean
+.PHONY: help install demo test test-all test-transformers lint format native aot bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      pretrain a small Rodimus+ on Python sources, export it and let it write code"
 	@echo "make test      the test suite (CPU)"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-transformers SOURCE=...  transformers' own model tests, from a checkout of it"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff rewrite what lint complains about"
 	@echo "make native    build the native operators of csrc/ with the compilers that are here"
@@ -42,6 +43,9 @@ test: native
 
 test-all: native
 	$(RUN_TESTS) -m "not gpu"
+
+test-transformers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_suite.run --source "$(SOURCE)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check
