@@ -1,6 +1,8 @@
 """Helpers of Triton implementations with two callers or more."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -33,6 +35,24 @@ def assume_capability(value: int):
         yield
     finally:
         _assumed_capability = before
+
+
+def implement(operator: str) -> Callable[[Callable], None]:
+    """Register an implementation of ``rodimus::operator`` that launches on its tensors' device.
+
+    Triton launches on the current device, which need not be the one the tensors are on.
+    """
+
+    def register(function):
+        @functools.wraps(function)
+        def guarded(first, *args):
+            guard = torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext()
+            with guard:
+                return function(first, *args)
+
+        torch.library.impl(f"rodimus::{operator}", "CompositeExplicitAutograd", guarded)
+
+    return register
 
 
 def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, unit_stride
+from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # tokens and channels of a tile; tokens of a backward program, which has a partial sum of its own
 _TOKENS, _CHANNELS, _BACKWARD_TOKENS = 16, 128, 256
@@ -268,7 +268,7 @@ def _packing(x, cu_seqlens, seq_idx):
     return seq_idx.to(torch.int32).contiguous(), starts.to(torch.int32)
 
 
-@torch.library.impl("rodimus::short_conv", "CompositeExplicitAutograd")
+@implement("short_conv")
 def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
     x, weight, y = unit_stride(x), weight.contiguous(), x.new_empty(x.shape)
     batch, length, channels = x.shape
@@ -286,7 +286,7 @@ def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
     return y
 
 
-@torch.library.impl("rodimus::short_conv_backward", "CompositeExplicitAutograd")
+@implement("short_conv_backward")
 def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
     x, weight, dy = unit_stride(x), weight.contiguous(), unit_stride(dy)
     batch, length, channels = x.shape

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, unit_stride
+from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # a row is one block of registers
 MAX_WIDTH = 16384
@@ -234,7 +234,7 @@ def _partial_sums(rows, width, like):
     return like.new_empty((min(rows, _PROGRAMS), width), dtype=torch.float32)
 
 
-@torch.library.impl("rodimus::rms_norm_rows", "CompositeExplicitAutograd")
+@implement("rms_norm_rows")
 def _rms_norm(x, weight, eps):
     rows, y = _rows(x), _like(x, weight.dtype)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
@@ -243,7 +243,7 @@ def _rms_norm(x, weight, eps):
     return y
 
 
-@torch.library.impl("rodimus::add_rms_norm_rows", "CompositeExplicitAutograd")
+@implement("add_rms_norm_rows")
 def _add_rms_norm(x, residual, weight, eps):
     rows, streams = _rows(x), _rows(residual)
     y, stream = _like(x, weight.dtype), _like(residual)
@@ -254,7 +254,7 @@ def _add_rms_norm(x, residual, weight, eps):
     return y, stream
 
 
-@torch.library.impl("rodimus::rms_norm_rows_backward", "CompositeExplicitAutograd")
+@implement("rms_norm_rows_backward")
 def _rms_norm_backward(stream, weight, eps, dy, dstream):
     rows, dys, dstreams = _rows(stream), _rows(dy), _rows(dstream)
     dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
@@ -266,7 +266,7 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream):
     return dx, dweight.sum(0).to(weight.dtype)
 
 
-@torch.library.impl("rodimus::gated_rms_norm_rows", "CompositeExplicitAutograd")
+@implement("gated_rms_norm_rows")
 def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
     rows, gates, residuals, y = _rows(x), _rows(gate), _rows(residual), _like(x)
     gated_rms_norm_fwd_kernel[(rows.shape[0],)](
@@ -277,7 +277,7 @@ def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
     return y
 
 
-@torch.library.impl("rodimus::gated_rms_norm_rows_backward", "CompositeExplicitAutograd")
+@implement("gated_rms_norm_rows_backward")
 def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy):
     rows, gates, residuals, dys = _rows(x), _rows(gate), _rows(residual), _rows(dy)
     dx, dgate, dweight = _like(x), _like(gate), _partial_sums(*rows.shape, rows)

@@ -14,7 +14,15 @@ import torch
 
 from .. import reference
 from .._library import TRITON_CHUNK, TRITON_KEY_DIMS, chunk_columns, tile_dtype
-from .._triton import FP_FUSION, INTERPRETED, capability, check_runs_here, divisor_tile, unit_stride
+from .._triton import (
+    FP_FUSION,
+    INTERPRETED,
+    capability,
+    check_runs_here,
+    divisor_tile,
+    implement,
+    unit_stride,
+)
 from .triton_chunk_kernels import (
     ddts_chunk_gate_kernel,
     ddts_chunk_prepare_kernel,
@@ -290,7 +298,7 @@ def _segment_states(run, x, tiles, columns, initial_state, sequences, count):
     return local
 
 
-@torch.library.impl("rodimus::ddts_chunk", "CompositeExplicitAutograd")
+@implement("ddts_chunk")
 def _forward(q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states):
     q, k, v, log_decay = (unit_stride(x) for x in (q, k, v, log_decay))
     heads, key_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
@@ -311,7 +319,7 @@ def _forward(q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_
     return o, final_state, states
 
 
-@torch.library.impl("rodimus::ddts_chunk_backward", "CompositeExplicitAutograd")
+@implement("ddts_chunk_backward")
 def _backward(q, k, v, log_decay, scale, resets, cu_seqlens, states, do, dfinal_state):
     q, k, v, log_decay, do = (unit_stride(x) for x in (q, k, v, log_decay, do))
     columns = _columns(q.shape[0], q.shape[1], cu_seqlens)

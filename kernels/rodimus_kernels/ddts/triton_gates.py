@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, unit_stride
+from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # elements of a program; a row is the K channels of one head at one token
 _ELEMENTS = 4096
@@ -170,14 +170,14 @@ def _launch(kernel, inputs, outputs, eps):
     )
 
 
-@torch.library.impl("rodimus::ddts_gates", "CompositeExplicitAutograd")
+@implement("ddts_gates")
 def _forward(k, select, temper, eps):
     outputs = [k.new_empty(k.shape, dtype=torch.float32) for _ in range(2)]
     _launch(ddts_gates_fwd_kernel, (k, select, temper), outputs, eps)
     return tuple(outputs)
 
 
-@torch.library.impl("rodimus::ddts_gates_backward", "CompositeExplicitAutograd")
+@implement("ddts_gates_backward")
 def _backward(k, select, temper, eps, dwritten, dlog_decay):
     inputs = (k, select, temper, dwritten, dlog_decay)
     outputs = [x.new_empty(x.shape) for x in inputs[:3]]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, unit_stride
+from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # of the state a program holds; small, for one token leaves no other parallelism than V
 _ELEMENTS = 4096
@@ -130,7 +130,7 @@ def _launch(q, k, v, log_decay, scale, initial_state, final_state, cu_seqlens):
     return o
 
 
-@torch.library.impl("rodimus::ddts_recurrent", "CompositeExplicitAutograd")
+@implement("ddts_recurrent")
 def _forward(q, k, v, log_decay, scale, initial_state, cu_seqlens):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
@@ -141,7 +141,7 @@ def _forward(q, k, v, log_decay, scale, initial_state, cu_seqlens):
     return o, final_state
 
 
-@torch.library.impl("rodimus::ddts_recurrent_step", "CompositeExplicitAutograd")
+@implement("ddts_recurrent_step")
 def _step(q, k, v, log_decay, state, scale):
     rows = (x.unsqueeze(1) for x in (q, k, v, log_decay))
     return _launch(*rows, scale, state, state, None).squeeze(1)
