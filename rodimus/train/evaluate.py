@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import DataSection
-from .parallel import Ranks, reduce_sum, reshard
+from .parallel import Ranks, reduce_sum
 from .rows import IGNORE, Batch, ConcatRows, RowReader
 from .shards import TokenShards
 
@@ -76,8 +76,6 @@ class Evaluator:
             if stopped:
                 break
             nats, count = nats + part, count + int(valid)
-        # weights gathered by a forward without backward would outlive the next optimizer step
-        reshard(model)
         model.train()
         if stopped:
             return None

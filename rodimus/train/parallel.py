@@ -176,7 +176,9 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     options = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # transformers renamed it between the versions we support
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(options)
 
 
 # matrix products, attention, and every operator of ours
@@ -198,10 +200,3 @@ def mark_micro_step(model: FSDPModule, *, last: bool) -> None:
     """Before a backward pass: replicas exchange gradients only in the last micro-step."""
     model.set_is_last_backward(last)
     model.set_requires_all_reduce(last)
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees the gathered weights of every sharded module."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -1,0 +1,81 @@
+"""Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
+
+import pytest
+import torch
+
+from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.errors import InputError
+from rodimus.train import parallel
+from rodimus.train.config import ParallelSection
+from tests.train.conftest import MODEL
+from tests.train.ranks import metrics, train
+
+SHORT = ("--train.steps", 3, "--no-export", "--schedule.warmup-steps", 0)
+
+
+@pytest.fixture
+def figures(config_file, tmp_path):
+    """Loss and gradient norm by step of a short run with some settings changed."""
+
+    def figures(world_size, *overrides):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=200)
+        assert set(statuses) == {0}
+        loss, norm = metrics(run, "loss"), metrics(run, "grad_norm")
+        return [value for step in sorted(loss) for value in (loss[step], norm[step])]
+
+    return figures
+
+
+def test_activation_checkpointing_changes_nothing(figures):
+    plain = figures(1)
+    for mode in ("full", "selective"):
+        assert figures(1, "--train.ac", mode) == pytest.approx(plain, rel=1e-6)
+
+
+def test_selective_checkpointing_does_not_run_our_operators_again():
+    """Counted in batched products, of which the chunked DDTS consists."""
+    products = {}
+    for mode in ("none", "selective", "full"):
+        model = RodimusForCausalLM(RodimusConfig(**{**MODEL, "vocab_size": 320})).train()
+        parallel.checkpoint_activations(model, mode)
+        ids = torch.arange(64).view(2, 32)
+        with torch.profiler.profile() as profile:
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        products[mode] = sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
+    assert products["none"] == products["selective"] < products["full"]
+
+
+def test_replicas_equal_shards(figures):
+    """Two micro-steps, so that one of them goes without the exchange between replicas."""
+    both = ("--train.micro-batch", 1)
+    replicated = figures(2, *both, "--parallel.replicate", 2)
+    assert replicated == pytest.approx(figures(2, *both), rel=1e-5)
+
+
+def test_muon_sees_whole_matrices_on_any_number_of_ranks(figures):
+    """Its bf16 iteration amplifies rounding, so later steps agree less closely."""
+    one, two = (figures(world, "--optim.name", "muon") for world in (1, 2))
+    assert two == pytest.approx(one, rel=2e-2)
+
+
+def test_auto_dtype_follows_the_hardware(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert parallel.resolve_dtype("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert parallel.resolve_dtype("auto", cpu) == torch.bfloat16
+    assert parallel.resolve_dtype("float32", cpu) == torch.float32
+
+
+def test_replicas_must_divide_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="parallel.replicate = 2 does not divide 3 ranks"):
+        parallel.start(ParallelSection(replicate=2), "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_gpu_is_an_error():
+    with pytest.raises(InputError, match="torch sees no CUDA device"):
+        parallel.start(ParallelSection(), "cuda")
