@@ -7,6 +7,12 @@
 
 #include <stdint.h>
 
+#if defined(__CUDACC__)
+#define RODIMUS_EVERYWHERE __host__ __device__
+#else
+#define RODIMUS_EVERYWHERE
+#endif
+
 namespace rodimus {
 
 // Rows of x that a linear step takes, and tokens of an attention step.
@@ -19,7 +25,7 @@ struct Rows {
   Type type = Type::kFloat32;
   int64_t stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  RODIMUS_EVERYWHERE explicit operator bool() const { return data != nullptr; }
 };
 
 // One token of the recurrence for N = B * H rows; state is float32 [N, K, V], written in place.

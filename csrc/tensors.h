@@ -206,7 +206,11 @@ inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor
   return {a, y};
 }
 
-inline Norm norm_arguments(const Tensor& x, const Tensor& weight, double eps) {
+// One of the three norms: with a gate the gated one, with only a residual the one that adds it and
+// returns the sum as well.
+inline std::tuple<Norm, Tensor, OptionalTensor> norm_arguments(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+    const OptionalTensor& residual_weight, const OptionalTensor& gate, double eps) {
   check_shape("x", x, {kAny, kAny});
   check_shape("weight", weight, {x.size(1)});
   Norm a;
@@ -214,7 +218,25 @@ inline Norm norm_arguments(const Tensor& x, const Tensor& weight, double eps) {
   a.weight = rows_of("weight", weight, x);
   a.rows = x.size(0), a.dim = x.size(1);
   a.eps = static_cast<float>(eps);
-  return a;
+  if (gate) {
+    check_shape("gate", *gate, {a.rows, a.dim});
+    a.gate = rows_of("gate", *gate, x);
+    STD_TORCH_CHECK(residual.has_value() == residual_weight.has_value(),
+                    "residual and residual_weight come together, got only one of them");
+  }
+  if (residual) {
+    check_shape("residual", *residual, {a.rows, a.dim});
+    a.residual = rows_of("residual", *residual, x);
+  }
+  a.residual_weight = optional_rows("residual_weight", residual_weight, a.dim, x);
+  OptionalTensor sum;
+  if (residual && !gate) {
+    sum = output_like(x, {a.rows, a.dim}, residual->scalar_type());
+    a.sum = output_rows(*sum);
+  }
+  Tensor y = output_like(x, {a.rows, a.dim}, (gate ? x : weight).scalar_type());
+  a.y = output_rows(y);
+  return {a, y, sum};
 }
 
 inline std::tuple<AttentionStep, Tensor> attention_step_arguments(

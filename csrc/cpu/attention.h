@@ -59,7 +59,7 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
   for (int64_t first = 0; first < sharing; first += kMaxRows) {
     int64_t group = at_most(sharing - first, kMaxRows);
     const typename Operand<T>::type* q[kMaxRows];
-    float q_buffer[kMaxRows * kBlock], scores[kKeyBlock * kMaxRows], partial[kMaxRows];
+    float q_buffer[kMaxRows * kBlock], scores[kKeyBlock * kMaxRows], partial[1][kMaxRows];
     for (int64_t j = 0; j < count * group; ++j) scores[j] = 0.0f;
     for (int64_t i = 0; i < a.key_dim; i += kBlock) {
       int64_t dim = at_most(a.key_dim - i, kBlock);
@@ -69,8 +69,8 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
         q[g] = Operand<T>::make(source, dim, q_buffer + g * kBlock);
       }
       for (int64_t j = 0; j < count; ++j) {
-        one_output<T>(rows[j] + key_head * a.key_dim + i, q, group, dim, partial);
-        for (int64_t g = 0; g < group; ++g) scores[g * count + j] += a.scale * partial[g];
+        products<T, 1>(rows[j] + key_head * a.key_dim + i, 0, q, group, dim, partial);
+        for (int64_t g = 0; g < group; ++g) scores[g * count + j] += a.scale * partial[0][g];
       }
     }
     for (int64_t g = 0; g < group; ++g) {

@@ -1,8 +1,8 @@
 // y = x weight^T for a few rows of x, at the speed at which the weights can be read.
 //
-// Weights are streamed row by row, each row once: memory is then read in order, which is what the
-// prefetchers want. One dot product always uses the same accumulators in the same order, whatever
-// the number of rows, so a row's result does not depend on its neighbours.
+// Weights are read in order, each once, a few rows side by side: enough sums in flight to hide the
+// latency of the additions, and few enough streams for the prefetchers. One dot product always adds
+// in the same order, whatever the number of rows, so a row's result does not depend on its neighbours.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -16,18 +16,21 @@ namespace RODIMUS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-// Rows of x that share a pass over a row of weights: accumulators must fit the registers.
-constexpr int kGroup = 4;
+// 32 registers hold the sums of four rows of x.
+constexpr bool kWideGroups = true;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kGroup = 2;
+constexpr bool kWideGroups = false;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kGroup = 2;
+constexpr bool kWideGroups = false;
 #endif
+// Rows of weights read side by side, for one row of x and for more: as many as the sums leave room.
+constexpr int kRowsForOne = kWideGroups ? 8 : 4;
+constexpr int kRowsForMore = 4;
 constexpr int kLanes = kVectorBytes / 4;
-// Weights are asked for this many bytes ahead; it crosses into the next row, which follows.
-constexpr int kPrefetch = 2048;
+// Weights are asked for this many bytes ahead.
+constexpr int kPrefetch = 1024;
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -52,24 +55,29 @@ inline float horizontal_sum(Vector x) {
   return lanes[0];
 }
 
-// Dot products of one row of float32 weights with M rows of x.
-template <int M>
-inline void dots(const float* weight, const float* const* x, int64_t size, float* out) {
-  Vector a[M] = {}, b[M] = {};
+// Dot products of R rows of float32 weights, `stride` apart, with M rows of x: out[r][m].
+template <int R, int M>
+inline void dots(const float* weight, int64_t stride, const float* const* x, int64_t size,
+                 float (*out)[M]) {
+  Vector sum[R][M] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + kPrefetch);
-    Vector w0 = load(weight + i), w1 = load(weight + i + kLanes);
+  for (; i + kLanes <= size; i += kLanes) {
+    Vector w[R];
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
+      w[r] = load(weight + r * stride + i);
+    }
     for (int m = 0; m < M; ++m) {
-      a[m] += w0 * load(x[m] + i);
-      b[m] += w1 * load(x[m] + i + kLanes);
+      Vector x_part = load(x[m] + i);
+      for (int r = 0; r < R; ++r) sum[r][m] += w[r] * x_part;
     }
   }
-  for (int m = 0; m < M; ++m) {
-    float tail = 0.0f;
-    for (int64_t j = i; j < size; ++j) tail += weight[j] * x[m][j];
-    out[m] = horizontal_sum(a[m] + b[m]) + tail;
-  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float tail = 0.0f;
+      for (int64_t j = i; j < size; ++j) tail += weight[r * stride + j] * x[m][j];
+      out[r][m] = horizontal_sum(sum[r][m]) + tail;
+    }
 }
 
 // Elements of bfloat16 weights in one vector.
@@ -81,64 +89,59 @@ inline __m512bh load_pairs(const BFloat16* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
 }
 
-template <int M>
-inline void dots(const BFloat16* weight, const BFloat16* const* x, int64_t size, float* out) {
-  __m512 a[M], b[M];
-  for (int m = 0; m < M; ++m) a[m] = b[m] = _mm512_setzero_ps();
+template <int R, int M>
+inline void dots(const BFloat16* weight, int64_t stride, const BFloat16* const* x, int64_t size,
+                 float (*out)[M]) {
+  __m512 sum[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
   int64_t i = 0;
-  for (; i + 2 * kPair <= size; i += 2 * kPair) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + kPrefetch);
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + kPrefetch + 64);
-    __m512bh w0 = load_pairs(weight + i), w1 = load_pairs(weight + i + kPair);
+  for (; i + kPair <= size; i += kPair) {
+    __m512bh w[R];
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
+      w[r] = load_pairs(weight + r * stride + i);
+    }
     for (int m = 0; m < M; ++m) {
-      a[m] = _mm512_dpbf16_ps(a[m], w0, load_pairs(x[m] + i));
-      b[m] = _mm512_dpbf16_ps(b[m], w1, load_pairs(x[m] + i + kPair));
+      __m512bh x_part = load_pairs(x[m] + i);
+      for (int r = 0; r < R; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], x_part);
     }
   }
-  for (; i + kPair <= size; i += kPair) {
-    __m512bh w = load_pairs(weight + i);
-    for (int m = 0; m < M; ++m) a[m] = _mm512_dpbf16_ps(a[m], w, load_pairs(x[m] + i));
-  }
-  for (int m = 0; m < M; ++m) {
-    float tail = 0.0f;
-    for (int64_t j = i; j < size; ++j) tail += widen(weight[j]) * widen(x[m][j]);
-    out[m] = horizontal_sum(reinterpret_cast<Vector>(a[m] + b[m])) + tail;
-  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float tail = 0.0f;
+      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * widen(x[m][j]);
+      out[r][m] = horizontal_sum(reinterpret_cast<Vector>(sum[r][m])) + tail;
+    }
 }
 
 #else
 
 // x is float32 here, each run of kPair elements as its even ones, then its odd ones: a 32-bit word
 // of weights holds an even element in its low half and an odd one in its high half.
-template <int M>
-inline void dots(const BFloat16* weight, const float* const* x, int64_t size, float* out) {
-  Vector even[M] = {}, odd[M] = {}, even2[M] = {}, odd2[M] = {};
+template <int R, int M>
+inline void dots(const BFloat16* weight, int64_t stride, const float* const* x, int64_t size,
+                 float (*out)[M]) {
+  Vector even[R][M] = {}, odd[R][M] = {};
   int64_t i = 0;
-  for (; i + 2 * kPair <= size; i += 2 * kPair) {
-    __builtin_prefetch(reinterpret_cast<const char*>(weight + i) + kPrefetch);
-    Bits w0 = load_bits(weight + i), w1 = load_bits(weight + i + kPair);
-    Vector e0 = reinterpret_cast<Vector>(w0 << 16), e1 = reinterpret_cast<Vector>(w1 << 16);
-    Vector o0 = reinterpret_cast<Vector>(w0 & 0xffff0000u);
-    Vector o1 = reinterpret_cast<Vector>(w1 & 0xffff0000u);
-    for (int m = 0; m < M; ++m) {
-      even[m] += e0 * load(x[m] + i);
-      odd[m] += o0 * load(x[m] + i + kLanes);
-      even2[m] += e1 * load(x[m] + i + kPair);
-      odd2[m] += o1 * load(x[m] + i + kPair + kLanes);
-    }
-  }
   for (; i + kPair <= size; i += kPair) {
-    Bits w = load_bits(weight + i);
-    for (int m = 0; m < M; ++m) {
-      even[m] += reinterpret_cast<Vector>(w << 16) * load(x[m] + i);
-      odd[m] += reinterpret_cast<Vector>(w & 0xffff0000u) * load(x[m] + i + kLanes);
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
+      Bits w = load_bits(weight + r * stride + i);
+      Vector w_even = reinterpret_cast<Vector>(w << 16);
+      Vector w_odd = reinterpret_cast<Vector>(w & 0xffff0000u);
+      for (int m = 0; m < M; ++m) {
+        even[r][m] += w_even * load(x[m] + i);
+        odd[r][m] += w_odd * load(x[m] + i + kLanes);
+      }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    float tail = 0.0f;
-    for (int64_t j = i; j < size; ++j) tail += widen(weight[j]) * x[m][j];
-    out[m] = horizontal_sum((even[m] + even2[m]) + (odd[m] + odd2[m])) + tail;
-  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      float tail = 0.0f;
+      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * x[m][j];
+      out[r][m] = horizontal_sum(even[r][m] + odd[r][m]) + tail;
+    }
 }
 
 #endif
@@ -170,13 +173,23 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// All rows of x against one row of weights.
-template <class T>
-inline void one_output(const T* weight, const typename Operand<T>::type* const* x, int64_t rows,
-                       int64_t size, float* out) {
+// out[r][m] for R rows of weights and any number of rows of x, in groups whose sums fit the
+// registers; the weights of the second and later groups come from the cache.
+template <class T, int R>
+inline void products(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
+                     int64_t rows, int64_t size, float (*out)[kMaxRows]) {
   int64_t m = 0;
-  for (; m + kGroup <= rows; m += kGroup) dots<kGroup>(weight, x + m, size, out + m);
-  for (; m < rows; ++m) dots<1>(weight, x + m, size, out + m);
+  [[maybe_unused]] float part4[R][4];
+  float part2[R][2], part1[R][1];
+  auto keep = [&](auto& part, int count) {
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < count; ++g) out[r][m + g] = part[r][g];
+    m += count;
+  };
+  if constexpr (kWideGroups && R <= kRowsForMore)
+    while (m + 4 <= rows) dots<R, 4>(weight, stride, x + m, size, part4), keep(part4, 4);
+  while (m + 2 <= rows) dots<R, 2>(weight, stride, x + m, size, part2), keep(part2, 2);
+  while (m < rows) dots<R, 1>(weight, stride, x + m, size, part1), keep(part1, 1);
 }
 
 inline void linear_prepare(const Linear& a) {
@@ -185,18 +198,33 @@ inline void linear_prepare(const Linear& a) {
       Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, a.scratch + m * a.inputs);
 }
 
-template <class T>
-inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
+template <class T, int R>
+inline void linear_rows(const Linear& a, int64_t begin, int64_t end) {
   const typename Operand<T>::type* x[kMaxRows];
   for (int64_t m = 0; m < a.rows; ++m)
     x[m] = Operand<T>::made(row<T>(a.x, m), a.scratch + m * a.inputs);
-  float sums[kMaxRows], bias_buffer[1];
-  for (int64_t n = begin; n < end; ++n) {
-    one_output<T>(row<T>(a.weight, n), x, a.rows, a.inputs, sums);
-    float bias = a.bias ? *read(a.bias, 0, n, 1, bias_buffer) : 0.0f;
-    T* y = static_cast<T*>(a.y.data) + n;
-    for (int64_t m = 0; m < a.rows; ++m) narrow(sums[m] + bias, y + m * a.y.stride);
+  float sums[R][kMaxRows], bias_buffer[1];
+  for (int64_t n = begin; n < end; n += R) {
+    int64_t count = at_most(end - n, R);
+    if (count == R)
+      products<T, R>(row<T>(a.weight, n), a.weight.stride, x, a.rows, a.inputs, sums);
+    else
+      for (int64_t r = 0; r < count; ++r)
+        products<T, 1>(row<T>(a.weight, n + r), 0, x, a.rows, a.inputs, sums + r);
+    for (int64_t r = 0; r < count; ++r) {
+      float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
+      T* y = static_cast<T*>(a.y.data) + n + r;
+      for (int64_t m = 0; m < a.rows; ++m) narrow(sums[r][m] + bias, y + m * a.y.stride);
+    }
   }
+}
+
+template <class T>
+inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
+  if (a.rows == 1)
+    linear_rows<T, kRowsForOne>(a, begin, end);
+  else
+    linear_rows<T, kRowsForMore>(a, begin, end);
 }
 
 inline void linear(const Linear& a, int64_t begin, int64_t end) {
@@ -208,26 +236,26 @@ inline void linear(const Linear& a, int64_t begin, int64_t end) {
 
 // out[j] = weight[first + j] . x for n rows of a narrow matrix and one row of x.
 template <class T>
-inline void products_of(const Rows& weight, const T* x, int64_t size, int64_t first, int64_t n,
-                        float* out) {
-  float buffer[kBlock], sum;
+inline void narrow_products_of(const Rows& weight, const T* x, int64_t size, int64_t first,
+                               int64_t n, float* out) {
+  float buffer[kBlock], sum[1][1];
   for (int64_t j = 0; j < n; ++j) out[j] = 0.0f;
   for (int64_t i = 0; i < size; i += kBlock) {
     int64_t part = at_most(size - i, kBlock);
     const typename Operand<T>::type* ready = Operand<T>::make(x + i, part, buffer);
     for (int64_t j = 0; j < n; ++j) {
-      dots<1>(row<T>(weight, first + j) + i, &ready, part, &sum);
-      out[j] += sum;
+      dots<1, 1>(row<T>(weight, first + j) + i, 0, &ready, part, sum);
+      out[j] += sum[0][0];
     }
   }
 }
 
-inline void products(const Rows& weight, const Rows& x, int64_t x_row, int64_t size, int64_t first,
-                     int64_t n, float* out) {
+inline void narrow_products(const Rows& weight, const Rows& x, int64_t x_row, int64_t size,
+                            int64_t first, int64_t n, float* out) {
   if (weight.type == Type::kFloat32)
-    products_of(weight, row<float>(x, x_row), size, first, n, out);
+    narrow_products_of(weight, row<float>(x, x_row), size, first, n, out);
   else
-    products_of(weight, row<BFloat16>(x, x_row), size, first, n, out);
+    narrow_products_of(weight, row<BFloat16>(x, x_row), size, first, n, out);
 }
 
 }  // namespace RODIMUS_ISA

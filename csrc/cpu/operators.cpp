@@ -84,40 +84,22 @@ void run_norm(const Norm& a) {
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  Norm a = norm_arguments(x, weight, eps);
-  Tensor y = output_like(x, {a.rows, a.dim}, weight.scalar_type());
-  a.y = output_rows(y);
+  auto [a, y, sum] = norm_arguments(x, weight, std::nullopt, std::nullopt, std::nullopt, eps);
   run_norm(a);
   return y;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, double eps) {
-  Norm a = norm_arguments(x, weight, eps);
-  check_shape("residual", residual, {a.rows, a.dim});
-  a.residual = rows_of("residual", residual, x);
-  Tensor y = output_like(x, {a.rows, a.dim}, weight.scalar_type());
-  Tensor sum = output_like(x, {a.rows, a.dim}, residual.scalar_type());
-  a.y = output_rows(y), a.sum = output_rows(sum);
+  auto [a, y, sum] = norm_arguments(x, weight, residual, std::nullopt, std::nullopt, eps);
   run_norm(a);
-  return {y, sum};
+  return {y, *sum};
 }
 
 Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight,
                       const OptionalTensor& residual, const OptionalTensor& residual_weight,
                       double eps) {
-  Norm a = norm_arguments(x, weight, eps);
-  check_shape("gate", gate, {a.rows, a.dim});
-  a.gate = rows_of("gate", gate, x);
-  STD_TORCH_CHECK(residual.has_value() == residual_weight.has_value(),
-                  "residual and residual_weight come together, got only one of them");
-  if (residual) {
-    check_shape("residual", *residual, {a.rows, a.dim});
-    a.residual = rows_of("residual", *residual, x);
-    a.residual_weight = optional_rows("residual_weight", residual_weight, a.dim, x);
-  }
-  Tensor y = output_like(x, {a.rows, a.dim});
-  a.y = output_rows(y);
+  auto [a, y, sum] = norm_arguments(x, weight, residual, residual_weight, gate, eps);
   run_norm(a);
   return y;
 }

@@ -32,6 +32,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARIES = {"cpu": "_rodimus_cpu.so", "cuda": "_rodimus_cuda.so"}
@@ -152,8 +153,6 @@ def _build_cpu(folder, scratch, library, mark):
 
 
 def _build_cuda(folder, scratch, library, mark):
-    if not (folder / "cuda").is_dir():
-        raise Unavailable("the sources hold no GPU code")
     nvcc, cxx, torch = _nvcc(), _cxx(), _torch()
     objects = [scratch / "kernels.o", scratch / "operators.o"]
     include = [f"-I{torch / 'include'}", f"-I{nvcc.parent.parent / 'include'}"]
@@ -254,10 +253,61 @@ def _run(command, folder):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+class Usage(NamedTuple):
+    """What nvcc made of one kernel: registers a thread, bytes of stack and of spills to it."""
+
+    kernel: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def report() -> list[Usage]:
+    """Resources of every CUDA kernel on every architecture, from compiling them without a GPU.
+
+    Raises:
+        Unavailable: there is no nvcc.
+        RuntimeError: it failed.
+    """
+    nvcc, folder = _nvcc(), sources()
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [str(nvcc), *nvcc_flags(nvcc), "-Xptxas=-v", "-c", "cuda/kernels.cu"]
+        text = _run([*command, "-o", str(Path(scratch) / "kernels.o")], folder)
+    pattern = (
+        r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, text, re.DOTALL)
+    names = _demangled([name for name, *_ in found])
+    return [
+        Usage(name, arch, int(registers), int(stack), int(spills))
+        for name, (_, arch, stack, spills, registers) in zip(names, found, strict=True)
+    ]
+
+
+def _demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return names
+    text = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout
+    return [line.removeprefix("void ").replace("rodimus::", "") for line in text.splitlines()]
 
 
 def main() -> None:
-    """Build and print one line a library; ``--force`` builds what is up to date as well."""
+    """Build and print one line a library; ``--force`` builds what is up to date as well, and
+    ``--report`` only prints the registers of the CUDA kernels."""
+    if "--report" in sys.argv[1:]:
+        for usage in sorted(report()):
+            print(
+                f"sm_{usage.arch:<4} {usage.registers:>4} registers {usage.stack:>4} B stack",
+                end="",
+            )
+            print(f" {usage.spills:>4} B spilled  {usage.kernel.partition('(')[0]}")
+        return
     lines = build(force="--force" in sys.argv[1:])
     for kind, line in lines.items():
         print(f"native operators ({kind}): {line}")

@@ -1,0 +1,152 @@
+// DDTS for one token: the recurrence alone, and the mixer around it. The state is read and written
+// once, in float32, and never leaves the registers between.
+//
+// A block of four warps owns BV columns of one state; warp w owns key rows w, w + 4, ...; a lane owns
+// BV / 32 neighbouring columns. KEYS is the number of keys, padded to a multiple of 4 by zeros.
+#pragma once
+
+#include "common.cuh"
+
+namespace rodimus {
+
+constexpr int kStepWarps = 4;
+constexpr int kStepThreads = kStepWarps * kWarp;
+
+// The part of a state that one thread carries.
+template <int KEYS, int BV>
+struct StateTile {
+  static constexpr int kRows = KEYS / kStepWarps;
+  static constexpr int kColumns = BV / kWarp;
+  float value[kRows][kColumns];
+
+  // `state` points at the block's first column; rows and columns beyond the sizes read as zero.
+  __device__ void load(const float* state, int keys, int64_t stride, int columns) {
+    int warp = threadIdx.x / kWarp, first = threadIdx.x % kWarp * kColumns;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int key = i * kStepWarps + warp;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        value[i][j] =
+            key < keys && first + j < columns ? state[key * stride + first + j] : 0.0f;
+    }
+  }
+
+  // One token: decay, add k v^T, and leave q S in `partial`, a row of BV floats for each warp.
+  __device__ void update(const float* decay, const float* k, const float* q, const float* v,
+                         float* state, int keys, int64_t stride, int columns, float* partial) {
+    int warp = threadIdx.x / kWarp, first = threadIdx.x % kWarp * kColumns;
+    float sum[kColumns] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int key = i * kStepWarps + warp;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float updated = decay[key] * value[i][j] + k[key] * v[first + j];
+        sum[j] += q[key] * updated;
+        if (key < keys && first + j < columns) state[key * stride + first + j] = updated;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) partial[warp * BV + first + j] = sum[j];
+  }
+};
+
+__device__ inline float sum_of_warps(const float* partial, int width, int column) {
+  float sum = 0.0f;
+  for (int w = 0; w < kStepWarps; ++w) sum += partial[w * width + column];
+  return sum;
+}
+
+// Grid: (ceil(V / BV), B * H).
+template <int KEYS, int BV>
+__global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
+  __shared__ float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[kStepWarps * BV];
+  int64_t n = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * BV;
+  int keys = static_cast<int>(a.key_dim);
+  int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
+  float* state = a.state + n * a.key_dim * a.value_dim + first;
+  StateTile<KEYS, BV> tile;
+  // the longest wait: all of it is on its way before anything else is asked for
+  tile.load(state, keys, a.value_dim, columns);
+  for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
+    bool inside = i < keys;
+    decay[i] = inside ? expf(element(a.log_decay, n, i)) : 0.0f;
+    k[i] = inside ? element(a.k, n, i) : 0.0f;
+    q[i] = inside ? a.scale * element(a.q, n, i) : 0.0f;
+  }
+  for (int j = threadIdx.x; j < BV; j += kStepThreads)
+    v[j] = j < columns ? element(a.v, n, first + j) : 0.0f;
+  __syncthreads();
+  tile.update(decay, k, q, v, state, keys, a.value_dim, columns, partial);
+  __syncthreads();
+  for (int j = threadIdx.x; j < columns; j += kStepThreads)
+    set_element(a.o, n, first + j, sum_of_warps(partial, BV, j));
+}
+
+// Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares a
+// block.
+template <int KEYS, int BV>
+__global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
+  __shared__ float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[kStepWarps * BV];
+  __shared__ float warps[kStepWarps];
+  int64_t b = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * BV;
+  int keys = static_cast<int>(a.key_dim);
+  int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
+  float* state = a.state + b * a.key_dim * a.value_dim + first;
+  StateTile<KEYS, BV> tile;
+  tile.load(state, keys, a.value_dim, columns);
+
+  float squares = 0.0f;
+  for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
+    k[i] = i < keys ? element(a.k, b, i) : 0.0f;
+    squares += k[i] * k[i];
+  }
+  float norm = fmaxf(sqrtf(block_sum(squares, warps)), a.key_eps);
+  for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
+    bool inside = i < keys;
+    float select = inside ? element(a.select, b, i) : 0.0f;
+    float tau = inside ? sigmoid(element(a.temper, b, i)) : 0.0f;
+    decay[i] = inside ? expf(-softplus(select) * tau) : 0.0f;
+    k[i] = k[i] / norm * expf(tau * log_softplus(select));
+    q[i] = inside ? a.scale * element(a.q, b, i) : 0.0f;
+  }
+  for (int j = threadIdx.x; j < BV; j += kStepThreads) {
+    v[j] = 0.0f;
+    if (j >= columns) continue;
+    float sum = element(a.gate_bias, 0, first + j);
+    for (int r = 0; r < static_cast<int>(a.gate_dim); ++r)
+      sum += element(a.gate_weight, first + j, r) * element(a.gate_hidden, b, r);
+    v[j] = sigmoid(sum) * element(a.x, b, first + j);
+  }
+  __syncthreads();
+  tile.update(decay, k, q, v, state, keys, a.value_dim, columns, partial);
+  __syncthreads();
+
+  float* gated = a.scratch + b * (a.value_dim + gridDim.x);
+  squares = 0.0f;
+  for (int j = threadIdx.x; j < columns; j += kStepThreads) {
+    int64_t column = first + j;
+    float o = sum_of_warps(partial, BV, j) +
+              element(a.residual_weight, 0, column) * element(a.shifted, b, column);
+    o *= silu(element(a.gate, b, column));
+    gated[column] = o;
+    squares += o * o;
+  }
+  squares = block_sum(squares, warps);
+  if (threadIdx.x == 0) gated[a.value_dim + blockIdx.x] = squares;
+}
+
+// The norm that the blocks of mixer_step_kernel could not finish alone. Grid: (ceil(V / 128), B).
+__global__ void __launch_bounds__(kStepThreads) mixer_norm_kernel(MixerStep a, int parts) {
+  int64_t b = blockIdx.y, column = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
+  const float* gated = a.scratch + b * (a.value_dim + parts);
+  // every block adds the parts in the same order: the same factor for the whole row
+  float squares = 0.0f;
+  for (int part = 0; part < parts; ++part) squares += gated[a.value_dim + part];
+  float factor = 1.0f / sqrtf(squares / static_cast<float>(a.value_dim) + a.norm_eps);
+  if (column < a.value_dim)
+    set_element(a.y, b, column, gated[column] * factor * element(a.norm_weight, 0, column));
+}
+
+}  // namespace rodimus

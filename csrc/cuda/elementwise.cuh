@@ -1,0 +1,55 @@
+// Convolution of one token, and the norms of a block.
+#pragma once
+
+#include "common.cuh"
+
+namespace rodimus {
+
+constexpr int kRowThreads = 256;
+
+// Grid: (ceil(D / 256), B).
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) conv_step_kernel(ConvStep a) {
+  int64_t b = blockIdx.y, channel = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (channel >= a.channels) return;
+  T* state = static_cast<T*>(a.state) + (b * a.channels + channel) * a.width;
+  const T* weight = static_cast<const T*>(a.weight.data) + channel * a.weight.stride;
+  float sum = a.bias ? element(a.bias, 0, channel) : 0.0f;
+  T newest = static_cast<const T*>(a.x.data)[b * a.x.stride + channel];
+  for (int64_t w = 0; w < a.width; ++w) {
+    T tap = w + 1 < a.width ? state[w + 1] : newest;
+    state[w] = tap;
+    sum += widen(tap) * widen(weight[w]);
+  }
+  set_element(a.y, b, channel, silu(sum));
+}
+
+// What the norm sees of one element: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
+// before it goes on, as the models do.
+__device__ inline float norm_input(const Norm& a, int64_t i, int64_t j) {
+  float x = element(a.x, i, j);
+  if (a.residual) {
+    float weight = a.residual_weight ? element(a.residual_weight, 0, j) : 1.0f;
+    x += element(a.residual, i, j) * weight;
+    if ((a.sum ? a.sum.type : a.x.type) == Type::kBFloat16) x = widen(__float2bfloat16(x));
+  }
+  return a.gate ? x * silu(element(a.gate, i, j)) : x;
+}
+
+// Grid: rows.
+__global__ void __launch_bounds__(kRowThreads) norm_kernel(Norm a) {
+  __shared__ float warps[kRowThreads / kWarp];
+  int64_t i = blockIdx.x;
+  float squares = 0.0f;
+  for (int64_t j = threadIdx.x; j < a.dim; j += kRowThreads) {
+    float x = norm_input(a, i, j);
+    if (a.sum) set_element(a.sum, i, j, x);
+    squares += x * x;
+  }
+  squares = block_sum(squares, warps);
+  float factor = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
+  for (int64_t j = threadIdx.x; j < a.dim; j += kRowThreads)
+    set_element(a.y, i, j, norm_input(a, i, j) * factor * element(a.weight, 0, j));
+}
+
+}  // namespace rodimus

@@ -1,0 +1,85 @@
+// Grids, blocks and template choices of the CUDA kernels. Compiled by nvcc without torch.
+#include "kernels.h"
+
+#include "ddts_step.cuh"
+#include "elementwise.cuh"
+#include "linear.cuh"
+
+namespace rodimus {
+namespace {
+
+unsigned blocks_for(int64_t size, int64_t per_block) {
+  return static_cast<unsigned>((size + per_block - 1) / per_block);
+}
+
+// Call `run` with the smallest compiled number of keys and the columns of a block as constants.
+template <class Run>
+void with_tile(int64_t keys, int64_t rows, const Run& run) {
+  auto with_columns = [&](auto padded) {
+    if (step_columns(rows) == 32)
+      run(padded, std::integral_constant<int, 32>());
+    else
+      run(padded, std::integral_constant<int, 128>());
+  };
+  if (keys <= 64)
+    with_columns(std::integral_constant<int, 64>());
+  else
+    with_columns(std::integral_constant<int, 128>());
+}
+
+template <class T, int M>
+void launch_linear_of(const Linear& a, cudaStream_t stream) {
+  unsigned grid = blocks_for(a.outputs, kLinearWarps);
+  constexpr int kSize = Piece<T>::kSize;
+  auto starts_aligned = [](const Rows& r) {
+    return reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.stride % kSize == 0;
+  };
+  if (a.inputs % kSize == 0 && starts_aligned(a.x) && starts_aligned(a.weight))
+    linear_kernel<T, M, true><<<grid, kLinearWarps * kWarp, 0, stream>>>(a);
+  else
+    linear_kernel<T, M, false><<<grid, kLinearWarps * kWarp, 0, stream>>>(a);
+}
+
+template <int M>
+void launch_linear_rows(const Linear& a, cudaStream_t stream) {
+  if (a.rows <= M) {
+    a.weight.type == Type::kFloat32 ? launch_linear_of<float, M>(a, stream)
+                                    : launch_linear_of<__nv_bfloat16, M>(a, stream);
+  } else if constexpr (M < kMaxRows) {
+    launch_linear_rows<2 * M>(a, stream);
+  }
+}
+
+}  // namespace
+
+void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
+  with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
+    dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
+    ddts_step_kernel<keys, columns><<<grid, kStepThreads, 0, stream>>>(a);
+  });
+}
+
+void launch_mixer_step(const MixerStep& a, cudaStream_t stream) {
+  with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
+    dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
+    mixer_step_kernel<keys, columns><<<grid, kStepThreads, 0, stream>>>(a);
+    dim3 norm_grid(blocks_for(a.value_dim, kStepThreads), static_cast<unsigned>(a.rows));
+    mixer_norm_kernel<<<norm_grid, kStepThreads, 0, stream>>>(a, static_cast<int>(grid.x));
+  });
+}
+
+void launch_conv_step(const ConvStep& a, cudaStream_t stream) {
+  dim3 grid(blocks_for(a.channels, kRowThreads), static_cast<unsigned>(a.rows));
+  if (a.x.type == Type::kFloat32)
+    conv_step_kernel<float><<<grid, kRowThreads, 0, stream>>>(a);
+  else
+    conv_step_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(a);
+}
+
+void launch_linear(const Linear& a, cudaStream_t stream) { launch_linear_rows<1>(a, stream); }
+
+void launch_norm(const Norm& a, cudaStream_t stream) {
+  norm_kernel<<<static_cast<unsigned>(a.rows), kRowThreads, 0, stream>>>(a);
+}
+
+}  // namespace rodimus

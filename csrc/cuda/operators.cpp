@@ -1,0 +1,106 @@
+// The operators of torch.ops.rodimus on CUDA: arguments, stream, launch check, registration.
+//
+// A torch built for the CPU lacks three functions used here. They are weak, so the library loads
+// there too, and its registration can be checked on a machine without a GPU.
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
+
+extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_sources[] =
+    "RODIMUS-SOURCES:" RODIMUS_SOURCES;
+
+namespace rodimus {
+namespace {
+
+// Launch on the current stream of the tensors' device, and report a launch that failed.
+template <class Arguments>
+void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, const Tensor& like) {
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  kernel(a, static_cast<cudaStream_t>(stream));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void check_keys(int64_t keys) {
+  STD_TORCH_CHECK(keys <= kMaxKeys, "K must be at most ", kMaxKeys, ", got ", keys);
+}
+
+Tensor ddts_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
+                 const Tensor& state, double scale) {
+  auto [a, o] = ddts_step_arguments(q, k, v, log_decay, state, scale);
+  check_keys(a.key_dim);
+  launch(launch_ddts_step, a, q);
+  return o;
+}
+
+Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
+                       const Tensor& temper, const Tensor& gate_hidden, const Tensor& x,
+                       const Tensor& shifted, const Tensor& gate, const Tensor& state,
+                       const Tensor& gate_weight, const Tensor& gate_bias,
+                       const Tensor& residual_weight, const Tensor& norm_weight, double scale,
+                       double key_eps, double norm_eps) {
+  auto [a, y] = mixer_step_arguments(q, k, select, temper, gate_hidden, x, shifted, gate, state,
+                                     gate_weight, gate_bias, residual_weight, norm_weight, scale,
+                                     key_eps, norm_eps);
+  check_keys(a.key_dim);
+  // torch keeps memory of a stream for that stream, so it may go before the kernel has run
+  Tensor memory = output_like(x, {mixer_scratch(a)}, ScalarType::Float);
+  a.scratch = static_cast<float*>(memory.data_ptr());
+  launch(launch_mixer_step, a, x);
+  return y;
+}
+
+Tensor short_conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
+                       const OptionalTensor& bias) {
+  auto [a, y] = conv_step_arguments(x, conv_state, weight, bias);
+  launch(launch_conv_step, a, x);
+  return y;
+}
+
+Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  auto [a, y] = linear_arguments(x, weight, bias);
+  launch(launch_linear, a, x);
+  return y;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  auto [a, y, sum] = norm_arguments(x, weight, std::nullopt, std::nullopt, std::nullopt, eps);
+  launch(launch_norm, a, x);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
+                                        const Tensor& weight, double eps) {
+  auto [a, y, sum] = norm_arguments(x, weight, residual, std::nullopt, std::nullopt, eps);
+  launch(launch_norm, a, x);
+  return {y, *sum};
+}
+
+Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight,
+                      const OptionalTensor& residual, const OptionalTensor& residual_weight,
+                      double eps) {
+  auto [a, y, sum] = norm_arguments(x, weight, residual, residual_weight, gate, eps);
+  launch(launch_norm, a, x);
+  return y;
+}
+
+}  // namespace
+}  // namespace rodimus
+
+STABLE_TORCH_LIBRARY_IMPL(rodimus, CUDA, m) {
+  m.impl("native_ddts_step", TORCH_BOX(&rodimus::ddts_step));
+  m.impl("native_ddts_mixer_step", TORCH_BOX(&rodimus::ddts_mixer_step));
+  m.impl("native_short_conv_step", TORCH_BOX(&rodimus::short_conv_step));
+  m.impl("native_linear_step", TORCH_BOX(&rodimus::linear_step));
+  m.impl("native_rms_norm", TORCH_BOX(&rodimus::rms_norm));
+  m.impl("native_add_rms_norm", TORCH_BOX(&rodimus::add_rms_norm));
+  m.impl("native_gated_rms_norm", TORCH_BOX(&rodimus::gated_rms_norm));
+}

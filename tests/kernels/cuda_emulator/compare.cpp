@@ -1,0 +1,212 @@
+// The CUDA kernels of csrc/cuda, emulated, against the CPU kernels on the same random arguments.
+// Prints a line a case: its name and the largest difference relative to the largest number.
+#include <algorithm>
+#include <cstdio>
+#include <deque>
+#include <random>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cuda/ddts_step.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/linear.cuh"
+
+using namespace rodimus;
+
+namespace {
+
+constexpr Type kBoth[] = {Type::kFloat32, Type::kBFloat16};
+std::mt19937 generator(0);
+// arrays live to the end: a deque never moves them
+std::deque<std::vector<float>> arrays;
+
+float get(const Rows& a, int64_t i) {
+  return a.type == Type::kFloat32 ? static_cast<float*>(a.data)[i]
+                                  : __bfloat162float(static_cast<__nv_bfloat16*>(a.data)[i]);
+}
+
+float* random_floats(int64_t count) {
+  std::normal_distribution<float> normal;
+  arrays.emplace_back(count);
+  for (float& x : arrays.back()) x = normal(generator);
+  return arrays.back().data();
+}
+
+// Random rows; `gap` more elements stand between them than they have.
+Rows random_rows(Type type, int64_t rows, int64_t size, int64_t gap = 0) {
+  Rows a;
+  a.type = type, a.stride = size + gap;
+  a.data = random_floats(rows * a.stride);
+  if (type == Type::kBFloat16) {
+    auto* half = static_cast<__nv_bfloat16*>(a.data);
+    // in place, front to back: each value is read before its place is overwritten
+    for (int64_t i = 0; i < rows * a.stride; ++i)
+      half[i] = __float2bfloat16(static_cast<float*>(a.data)[i]);
+  }
+  return a;
+}
+
+struct Report {
+  std::string name;
+  float difference = 0.0f, largest = 0.0f;
+
+  void add(float x, float y) {
+    float gap = fabsf(x - y);
+    difference = gap == gap ? std::max(difference, gap) : INFINITY;
+    largest = std::max(largest, fabsf(x));
+  }
+  void add(const Rows& x, const Rows& y, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) add(get(x, i), get(y, i));
+  }
+  ~Report() { std::printf("%s %.3e\n", name.c_str(), difference / largest); }
+};
+
+std::string label(const char* kernel, Type type, std::initializer_list<int64_t> sizes) {
+  std::string text = std::string(kernel) + (type == Type::kFloat32 ? "-float32" : "-bfloat16");
+  for (int64_t size : sizes) text += "-" + std::to_string(size);
+  return text;
+}
+
+unsigned blocks_for(int64_t size, int64_t per_block) {
+  return static_cast<unsigned>((size + per_block - 1) / per_block);
+}
+
+template <int KEYS, int BV>
+void ddts_step_case(Type type, int64_t rows, int64_t keys, int64_t values) {
+  DdtsStep cpu;
+  cpu.q = random_rows(type, rows, keys), cpu.k = random_rows(type, rows, keys, 3);
+  cpu.v = random_rows(type, rows, values, 5), cpu.o = random_rows(type, rows, values);
+  cpu.log_decay = random_rows(Type::kFloat32, rows, keys);
+  auto* log_decay = static_cast<float*>(cpu.log_decay.data);
+  for (int64_t i = 0; i < rows * keys; ++i) log_decay[i] = -fabsf(log_decay[i]);
+  cpu.state = random_floats(rows * keys * values);
+  cpu.rows = rows, cpu.key_dim = keys, cpu.value_dim = values, cpu.scale = 0.3f;
+  DdtsStep cuda = cpu;
+  cuda.o = random_rows(type, rows, values);
+  cuda.state = random_floats(rows * keys * values);
+  std::copy_n(cpu.state, rows * keys * values, cuda.state);
+  kernels().ddts_step(cpu, 0, rows * blocks(values));
+  emulator::launch(dim3(blocks_for(values, BV), rows), kStepThreads,
+                   [&] { ddts_step_kernel<KEYS, BV>(cuda); });
+  Report report{label("ddts_step", type, {KEYS, BV, rows, keys, values})};
+  report.add(cpu.o, cuda.o, rows * values);
+  for (int64_t i = 0; i < rows * keys * values; ++i) report.add(cpu.state[i], cuda.state[i]);
+}
+
+template <int KEYS, int BV>
+void mixer_step_case(Type type, int64_t rows, int64_t keys, int64_t values, int64_t rank) {
+  MixerStep cpu;
+  for (Rows* a : {&cpu.q, &cpu.k}) *a = random_rows(type, rows, keys, keys);
+  for (Rows* a : {&cpu.select, &cpu.temper}) *a = random_rows(Type::kFloat32, rows, keys, 1);
+  for (int64_t i = 0; i < rows * keys; ++i) static_cast<float*>(cpu.select.data)[i] *= 30.0f;
+  for (Rows* a : {&cpu.x, &cpu.shifted, &cpu.gate}) *a = random_rows(type, rows, values, values);
+  cpu.gate_hidden = random_rows(type, rows, rank);
+  cpu.gate_weight = random_rows(type, values, rank);
+  for (Rows* a : {&cpu.gate_bias, &cpu.norm_weight}) *a = random_rows(type, 1, values);
+  cpu.residual_weight = random_rows(Type::kFloat32, 1, values);
+  cpu.y = random_rows(type, rows, values);
+  cpu.state = random_floats(rows * keys * values);
+  cpu.rows = rows, cpu.key_dim = keys, cpu.value_dim = values, cpu.gate_dim = rank;
+  cpu.scale = 0.3f, cpu.key_eps = 1e-5f, cpu.norm_eps = 1e-5f;
+  cpu.scratch = random_floats(mixer_scratch(cpu));
+  MixerStep cuda = cpu;
+  cuda.y = random_rows(type, rows, values);
+  cuda.state = random_floats(rows * keys * values);
+  std::copy_n(cpu.state, rows * keys * values, cuda.state);
+  dim3 grid(blocks_for(values, BV), rows);
+  cuda.scratch = random_floats(rows * (values + grid.x));
+  kernels().mixer_gates(cpu, 0, rows);
+  kernels().mixer_step(cpu, 0, rows * blocks(values));
+  kernels().mixer_norm(cpu, 0, rows);
+  emulator::launch(grid, kStepThreads, [&] { mixer_step_kernel<KEYS, BV>(cuda); });
+  emulator::launch(dim3(blocks_for(values, kStepThreads), rows), kStepThreads,
+                   [&] { mixer_norm_kernel(cuda, grid.x); });
+  Report report{label("mixer_step", type, {KEYS, BV, rows, keys, values, rank})};
+  report.add(cpu.y, cuda.y, rows * values);
+  for (int64_t i = 0; i < rows * keys * values; ++i) report.add(cpu.state[i], cuda.state[i]);
+}
+
+template <class T>
+void conv_step_case(Type type, int64_t rows, int64_t channels, int64_t width) {
+  ConvStep cpu;
+  cpu.x = random_rows(type, rows, channels, channels), cpu.y = random_rows(type, rows, channels);
+  cpu.weight = random_rows(type, channels, width), cpu.bias = random_rows(type, 1, channels);
+  Rows state = random_rows(type, rows * channels, width), other = state;
+  other.data = random_floats(rows * channels * width);
+  memcpy(other.data, state.data, rows * channels * width * sizeof(T));
+  cpu.state = state.data;
+  cpu.rows = rows, cpu.channels = channels, cpu.width = width;
+  ConvStep cuda = cpu;
+  cuda.y = random_rows(type, rows, channels), cuda.state = other.data;
+  kernels().conv_step(cpu, 0, rows * blocks(channels));
+  emulator::launch(dim3(blocks_for(channels, kRowThreads), rows), kRowThreads,
+                   [&] { conv_step_kernel<T>(cuda); });
+  Report report{label("conv_step", type, {rows, channels, width})};
+  report.add(cpu.y, cuda.y, rows * channels);
+  report.add(state, other, rows * channels * width);
+}
+
+template <class T, int M, bool ALIGNED>
+void linear_case(Type type, int64_t rows, int64_t outputs, int64_t inputs) {
+  Linear cpu;
+  cpu.x = random_rows(type, rows, inputs, ALIGNED ? 0 : 3);
+  cpu.weight = random_rows(type, outputs, inputs), cpu.bias = random_rows(Type::kFloat32, 1, outputs);
+  cpu.y = random_rows(type, rows, outputs);
+  cpu.rows = rows, cpu.inputs = inputs, cpu.outputs = outputs;
+  cpu.scratch = random_floats(linear_scratch(cpu));
+  Linear cuda = cpu;
+  cuda.y = random_rows(type, rows, outputs);
+  kernels().linear_prepare(cpu);
+  kernels().linear(cpu, 0, outputs);
+  emulator::launch(dim3(blocks_for(outputs, kLinearWarps)), kLinearWarps * kWarp,
+                   [&] { linear_kernel<T, M, ALIGNED>(cuda); });
+  Report report{label("linear", type, {M, ALIGNED, rows, outputs, inputs})};
+  report.add(cpu.y, cuda.y, rows * outputs);
+}
+
+void norm_case(Type type, int kind, int64_t rows, int64_t dim) {
+  Norm cpu;
+  cpu.x = random_rows(type, rows, dim, 2), cpu.weight = random_rows(type, 1, dim);
+  cpu.y = random_rows(type, rows, dim);
+  cpu.rows = rows, cpu.dim = dim, cpu.eps = 1e-3f;
+  if (kind > 0) cpu.residual = random_rows(type, rows, dim);
+  if (kind == 1) cpu.sum = random_rows(type, rows, dim);
+  if (kind == 2) {
+    cpu.gate = random_rows(type, rows, dim);
+    cpu.residual_weight = random_rows(Type::kFloat32, 1, dim);
+  }
+  Norm cuda = cpu;
+  cuda.y = random_rows(type, rows, dim);
+  if (kind == 1) cuda.sum = random_rows(type, rows, dim);
+  kernels().norm(cpu, 0, rows);
+  emulator::launch(dim3(rows), kRowThreads, [&] { norm_kernel(cuda); });
+  Report report{label("norm", type, {kind, rows, dim})};
+  report.add(cpu.y, cuda.y, rows * dim);
+  if (kind == 1) report.add(cpu.sum, cuda.sum, rows * dim);
+}
+
+template <class T>
+void cases_of(Type type) {
+  ddts_step_case<64, 32>(type, 2, 64, 300);
+  ddts_step_case<64, 128>(type, 5, 33, 300);
+  ddts_step_case<16, 32>(type, 1, 7, 9);
+  ddts_step_case<128, 128>(type, 2, 128, 128);
+  mixer_step_case<64, 32>(type, 2, 64, 300, 32);
+  mixer_step_case<64, 128>(type, 5, 33, 300, 7);
+  mixer_step_case<16, 32>(type, 1, 7, 9, 3);
+  mixer_step_case<128, 128>(type, 2, 128, 257, 16);
+  conv_step_case<T>(type, 3, 300, 4);
+  conv_step_case<T>(type, 1, 1, 3);
+  linear_case<T, 1, true>(type, 1, 9, 2048);
+  linear_case<T, 4, true>(type, 3, 5, 72);
+  linear_case<T, 8, true>(type, 8, 6, 264);
+  linear_case<T, 8, false>(type, 5, 7, 131);
+  for (int kind : {0, 1, 2}) norm_case(type, kind, 3, 300), norm_case(type, kind, 1, 7);
+}
+
+}  // namespace
+
+int main() {
+  cases_of<float>(Type::kFloat32);
+  cases_of<__nv_bfloat16>(Type::kBFloat16);
+}
