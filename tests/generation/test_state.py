@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from rodimus import RodimusConfig
+from rodimus.generate import cache_bytes
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
 from rodimus_kernels.testing import relative_error
 from tests.generation.helpers import alone, greedy, prompts_of
@@ -36,13 +37,9 @@ def test_snapshots_and_caches_take_the_bytes_of_the_formula(model, length):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompt[None], past_key_values=cache, use_cache=True)
-    held = {"recurrent": 0, "convolution": 0, "window": 0}
-    for layer in cache.layers:
-        held["recurrent"] += layer.recurrent_states[0].nbytes
-        held["convolution"] += layer.conv_states[0].nbytes
-        if getattr(layer, "keys", None) is not None:
-            held["window"] += layer.keys.nbytes + layer.values.nbytes
-    assert held == expected
+    # what `rodimus generate --stats` prints
+    held = cache_bytes(cache)
+    assert {kind: held.get(kind, 0) for kind in expected} == expected
 
 
 def test_the_formula_gives_the_released_models_sizes_by_hand():
