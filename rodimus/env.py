@@ -19,6 +19,7 @@ import torch
 import rodimus_kernels
 
 from . import __version__
+from .errors import first_line
 
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # Distribution: what it gives.
@@ -141,7 +142,7 @@ def observe(call: Callable[[], Any]) -> str:
     try:
         call()
     except (ImportError, RuntimeError, ValueError) as error:
-        return f"fails: {str(error).splitlines()[0]}"
+        return f"fails: {first_line(error)}"
     finally:
         sys.setprofile(None)
     checks = [i for i, name in enumerate(names) if name.startswith("_dispatch.")]
@@ -157,7 +158,7 @@ def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> I
             yield impl
         except ImportError as error:
             yield f"no {impl}"
-            missing.setdefault(impl, str(error).splitlines()[0].partition(": ")[2])
+            missing.setdefault(impl, first_line(error).partition(": ")[2])
         except (RuntimeError, ValueError):
             # not one of this operator's, or not for this device: explicit choices never fall back
             continue

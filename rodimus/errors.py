@@ -7,3 +7,8 @@ class InputError(ValueError):
     Its message says what was expected and what came. The command line prints it as one line and
     exits with code 2; everything else keeps its traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import convert, register
 from .configuration_rodimus import RodimusConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .modeling_rodimus import (
     RodimusForCausalLM,
     RodimusForSequenceClassification,
@@ -57,8 +57,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub's client raises many kinds, network errors among them
-        reason = str(error).strip().splitlines()[0]
-        message = f"no folder {name!r} here, and the hub does not give it either: {reason}"
+        message = f"no folder {name!r} here, and the hub does not give it: {first_line(error)}"
         raise InputError(message) from error
 
 
@@ -164,22 +163,33 @@ def _load_released(
 ) -> PreTrainedModel:
     architecture = (config.architectures or ["RodimusForCausalLM"])[0]
     cls = MODELS.get(architecture, RodimusForCausalLM)
-    with torch.device("meta"):
-        empty = cls(config)
-    _check_shapes(folder, empty, files)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes |= _shapes(file)
+    _check_shapes(folder, cls, config, shapes)
     return cls.from_pretrained(folder, config=config, dtype=dtype)
 
 
-def _check_shapes(folder: Path, model: PreTrainedModel, files: list[Path]) -> None:
-    """Names and shapes of the weights against the model's, from the headers of the files alone."""
-    got: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                got |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-        else:
-            tensors = torch.load(file, map_location="meta", weights_only=True)
-            got |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, from its header alone."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_shapes(
+    folder: Path,
+    cls: type[PreTrainedModel],
+    config: RodimusConfig,
+    got: dict[str, tuple[int, ...]],
+) -> None:
+    with torch.device("meta"):
+        model = cls(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     optional = set(model.all_tied_weights_keys)
     where = f"{folder}: the weights do not fit config.json:"
@@ -203,6 +213,8 @@ def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedMode
         weights = convert.weights_from_fla(weights)
     except ValueError as error:
         raise InputError(f"{files[0].parent}: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_shapes(files[0].parent, RodimusForCausalLM, config, shapes)
     if dtype == "auto":
         dtype = weights["model.embeddings.weight"].dtype
     return RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
@@ -220,8 +232,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust parser raises bare exceptions
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+        message = f"{folder}: the tokenizer cannot be read: {first_line(error)}"
+        raise InputError(message) from error
 
 
 def has_tokenizer(folder: Path) -> bool:

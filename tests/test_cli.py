@@ -263,7 +263,7 @@ class TestBadInput:
 
     def test_name_that_no_hub_has(self, capsys):
         line = self.refused(capsys, "generate", "some-owner/some-model", "--prompt", "x")
-        assert "no folder 'some-owner/some-model' here, and the hub does not give it" in line
+        assert "no folder 'some-owner/some-model' here, and the hub does not give it: " in line
 
     def test_file_instead_of_folder(self, folder, capsys):
         path = folder / "config.json"
@@ -319,6 +319,12 @@ class TestBadInput:
         line = self.refused(capsys, "export", folder, folder / "again")
         assert "model.layers.2" in line and "is missing" in line
 
+    def test_damaged_weights_in_the_older_format(self, folder, capsys):
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(b"PK not a checkpoint")
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert f"{folder / 'pytorch_model.bin'} cannot be read" in line
+
     def test_missing_shard(self, folder, capsys):
         index = {"weight_map": {"model.embeddings.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -350,6 +356,15 @@ class TestBadInput:
         assert "--device must be cpu" in self.refused(capsys, *arguments, "abacus")
         if not torch.cuda.is_available():
             assert "sees no GPU" in self.refused(capsys, *arguments, "cuda")
+
+    def test_flash_linear_attention_that_disagrees(self, tmp_path, capsys):
+        model = save_model(tmp_path)
+        weights = convert.weights_to_fla(load_file(tmp_path / "model.safetensors"))
+        save_file(weights, tmp_path / "model.safetensors")
+        config = convert.config_to_fla(model.config.to_dict()) | {"num_hidden_layers": 3}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        line = self.refused(capsys, "export", tmp_path, tmp_path / "out")
+        assert "model.layers.2.mixer_norm.weight is missing" in line
 
     def test_flash_linear_attention_beyond_rodimus(self, tmp_path, capsys):
         config = convert.config_to_fla(tiny_config().to_dict()) | {"use_short_conv": False}
