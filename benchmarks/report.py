@@ -397,16 +397,24 @@ def _score(values: list[float] | None) -> str:
     return f"{mean:.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
+# numbers of operators and of the engine, in the order of their columns
+_NUMBERS = (
+    *("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_ms", "floor_share"),
+    *("tokens_per_s", "requests"),
+    *(f"{name}_p{p}_ms" for name in ("first_token", "between_tokens") for p in (50, 90, 99)),
+)
+
+
 def _other_section(group: str, found: list[Record]) -> Iterator[str]:
-    """Records of operators: every measured number of a row, in a fixed order."""
+    """Records of operators and of the engine: every number that some row of the group has."""
     yield f"## {group}"
     yield ""
-    fields = ("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_share")
+    every = [(record, row) for record in found for row in measured(record)]
+    fields = [name for name in _NUMBERS if any(name in row for _, row in every)]
     rows = []
-    for record in found:
-        for row in measured(record):
-            numbers = [f"{row[name]:.4g}" if name in row else "" for name in fields]
-            rows.append([record["case"], record["machine"]["name"], row["target"], *numbers])
+    for record, row in every:
+        numbers = [f"{row[name]:.4g}" if name in row else "" for name in fields]
+        rows.append([record["case"], record["machine"]["name"], row["target"], *numbers])
     yield from table(["case", "machine", "target", *fields], rows)
 
 

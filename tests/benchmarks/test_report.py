@@ -127,6 +127,15 @@ def test_check_tells_an_edited_report(found, tmp_path, capsys):
     assert "not what the records say" in capsys.readouterr().out
 
 
+def test_other_groups_show_the_numbers_that_they_have():
+    fields = {"first_token_p50_ms": 12.5, "requests": 4}
+    record = {**decode("b1", FAST, PEER), "group": "engine"}
+    record["rows"] = [{**records.skipped("x", "f", "e", "no"), "status": "measured", **fields}]
+    text = report.render([record])
+    assert "| case | machine | target | requests | first_token_p50_ms |" in text
+    assert "| b1 | Test CPU | x | 4 | 12.5 |" in text
+
+
 def recall(mem_size):
     scores = {"1024/256": [0.5, 0.7], "512/128": [1.0, 1.0]}
     counts = {"parameters": 10, "state_bytes": 4 * mem_size, "lr": 3e-3, "seeds": 2}

@@ -12,7 +12,13 @@ import torch
 
 from benchmarks import harness, machine, peers, records
 
-FILES = ["bench_decode.py", "bench_prefill.py", "bench_memory.py", "bench_train.py"]
+FILES = [
+    "bench_decode.py",
+    "bench_prefill.py",
+    "bench_memory.py",
+    "bench_train.py",
+    "bench_engine.py",
+]
 
 
 def run(folder, *options):
@@ -40,13 +46,14 @@ def found(folder):
 
 
 def test_every_group_has_its_records(found):
-    assert {group for group, _ in found} == {"decode", "prefill", "memory", "train"}
+    assert {group for group, _ in found} == {"decode", "prefill", "memory", "train", "engine"}
 
 
 def test_every_model_is_measured_or_skipped_with_a_reason(found):
     for record in found.values():
         names = {row["target"].partition("/")[0] for row in record["rows"]}
-        assert names == {entry.name for entry in peers.CATALOGUE}
+        everyone = {entry.name for entry in peers.CATALOGUE}
+        assert names == (set(peers.OURS) if record["group"] == "engine" else everyone)
         ours = [r for r in record["rows"] if r["target"].startswith(peers.OURS)]
         assert all(row["status"] == "measured" for row in ours), ours
 
@@ -59,6 +66,14 @@ def test_timed_rows_hold_raw_samples_and_ratios_to_the_baselines(found):
             median, low, high, coverage = row["ratio_to_qwen2-1.5b"]
             assert 0 < low <= median <= high and 0 < coverage < 1
             assert row["tokens_per_s"] > 0
+
+
+def test_engine_rows_have_percentiles_of_every_request(found):
+    (record,) = (r for (group, _), r in found.items() if group == "engine")
+    for row in record["rows"]:
+        assert len(row["samples"]["first_token_ms"]) == row["requests"] == 4
+        assert 0 < row["first_token_p50_ms"] <= row["first_token_p99_ms"]
+        assert 0 < row["between_tokens_p50_ms"] <= row["between_tokens_p99_ms"]
 
 
 def test_decode_rows_passed_the_correctness_check_and_have_a_floor(found):
