@@ -87,6 +87,7 @@ class Call:
         prompts: Strings or lists of token ids; of a chat, the one list of messages.
         choices: Continuations of each prompt.
         options: Arguments of the engine's ``Request`` but the prompt.
+        is_open_ended: The client did not say how many tokens it wants.
         stream, include_usage: Answer in pieces; with a last piece that counts tokens.
         id, created: Of the answer.
     """
@@ -95,17 +96,26 @@ class Call:
     prompts: list
     choices: int
     options: dict[str, Any]
+    is_open_ended: bool
     stream: bool
     include_usage: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def requests(self, token_ids: list[list[int]]) -> list[Request]:
-        """The engine's requests, in the order of the answer's choices."""
+    def requests(self, token_ids: list[list[int]], max_length: int | None = None) -> list[Request]:
+        """The engine's requests, in the order of the answer's choices.
+
+        Args:
+            token_ids: Of each prompt.
+            max_length: Of prompt and continuation: as far as an open-ended continuation goes.
+        """
         requests = []
         for ids in token_ids:
             for choice in range(self.choices):
                 options = dict(self.options)
+                if self.is_open_ended and max_length is not None:
+                    room = max(max_length - len(ids), 1)
+                    options["max_new_tokens"] = min(options["max_new_tokens"], room)
                 seed = options["sampling"].seed
                 if seed is not None:
                     # choices of one request differ, and each can be had again
@@ -201,6 +211,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
             "stop": _stop(fields, limits),
             "logprobs": logprobs,
         },
+        is_open_ended=not {"max_tokens", "max_completion_tokens"} & fields.given(),
         stream=stream,
         include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
             "include_usage", False
@@ -289,6 +300,9 @@ class _Fields:
     def get(self, name, default=None):
         value = self.body.get(name)
         return default if value is None else value
+
+    def given(self):
+        return {name for name, value in self.body.items() if value is not None}
 
     def wrong(self, name, what, got):
         shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)

@@ -145,6 +145,18 @@ class TestChat:
             assert entry["bytes"] is None or bytes(entry["bytes"]).decode() == entry["token"]
 
 
+def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
+    engine = Engine(text_model(), byte_tokenizer(), max_length=30)
+    engine.end_tokens = ()
+    with serving(engine=engine) as (client, _, _):
+        _, answer = client.chat("Hi")
+        prompt, total = (answer["usage"][f"{kind}_tokens"] for kind in ("prompt", "total"))
+        assert total == 30 > prompt
+        status, answer = client.chat("Hi", max_tokens=30)
+        assert status == 400 and "expected at most 30" in answer["error"]["message"]
+        assert client.chat("x" * 40)[0] == 400
+
+
 def test_models_are_listed_and_found(client):
     status, answer = client.get("/v1/models")
     assert status == 200 and [model["id"] for model in answer["data"]] == [NAME]

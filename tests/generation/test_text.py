@@ -54,6 +54,7 @@ def test_bytes_that_are_no_text_come_out_as_the_tokenizer_decodes_them():
         ((" three",), "one two aab aac"),
         (("aac",), "one two aab "),
         (("two aab aac three!", "aab a"), "one two "),
+        (("b", "ab"), "one two a"),
         (("e",), "on"),
         (("one",), ""),
         (("ee?", "thr\u00e9"), "one two aab aac three"),
