@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rodimus_kernels import ddts, ddts_gates, gated_rms_norm, short_conv
+from rodimus_kernels import ddts, ddts_gates, gated_rms_norm, input_gate, short_conv
 from rodimus_kernels.testing import (
     DdtsCase,
     DdtsInputs,
@@ -26,7 +26,7 @@ from rodimus_kernels.testing import (
 
 from . import records, timing
 
-KEY_DIM = 64
+KEY_DIM, RANK = 64, 32
 RUNS_IN_A_GRAPH = 5
 
 # what, batch, length, V
@@ -99,16 +99,20 @@ def training(inputs: DdtsInputs, function: Callable) -> Call:
 
 
 def surroundings(inputs: DdtsInputs, impl: str) -> dict[str, Call]:
-    """Convolution, gates and the gated norm of a layer, forward."""
+    """Convolution, input gate, gates and the gated norm of a layer, forward."""
     batch, length, _, width = inputs.v.shape
     like = {"device": inputs.v.device, "dtype": inputs.v.dtype}
     x, gate = torch.randn(batch, length, 2 * width, **like).chunk(2, dim=-1)
     raw = torch.randn(batch, length, 1, 4 * KEY_DIM, **like).split(KEY_DIM, dim=-1)
     taps, weight = torch.randn(width, 4, **like), torch.ones(width, **like)
     o, residual = (torch.randn(batch, length, width, **like) for _ in range(2))
+    hidden, low_rank = torch.randn(batch, length, RANK, **like), torch.randn(width, RANK, **like)
     norm = functools.partial(gated_rms_norm, residual=residual, residual_weight=weight, impl=impl)
     return {
         "short_conv": Call(lambda: short_conv(x, taps, weight, impl=impl), 2 * size(x)),
+        "input_gate": Call(
+            lambda: input_gate(x, hidden, low_rank, weight, impl=impl), 2 * size(x) + size(hidden)
+        ),
         "ddts_gates": Call(
             lambda: ddts_gates(*raw[1:], impl=impl), size(*raw[1:]) + 8 * raw[0].numel()
         ),

@@ -8,6 +8,7 @@ import importlib
 
 from .cross_entropy import linear_cross_entropy
 from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_step
+from .input_gate import input_gate
 from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import rope_tables
@@ -25,6 +26,7 @@ __all__ = [
     "ddts_mixer_step",
     "ddts_step",
     "gated_rms_norm",
+    "input_gate",
     "linear_cross_entropy",
     "linear_step",
     "rms_norm",

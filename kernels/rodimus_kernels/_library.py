@@ -252,3 +252,23 @@ torch.library.define(
 @torch.library.register_fake("rodimus::ring_attention")
 def _(q, k, v, cache, position, window_size, scale):
     return v.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+torch.library.define(
+    "rodimus::input_gate", "(Tensor x, Tensor hidden, Tensor weight, Tensor bias) -> Tensor"
+)
+torch.library.define(
+    "rodimus::input_gate_backward",
+    "(Tensor x, Tensor hidden, Tensor weight, Tensor bias, Tensor dy)"
+    " -> (Tensor dx, Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+
+
+@torch.library.register_fake("rodimus::input_gate")
+def _(x, hidden, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::input_gate_backward")
+def _(x, hidden, weight, bias, dy):
+    return tuple(t.new_empty(t.shape) for t in (x, hidden, weight, bias))

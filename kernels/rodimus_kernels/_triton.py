@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
@@ -77,3 +78,12 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
 def divisor_tile(size: int, limit: int) -> int:
     """The largest power of two up to ``limit`` that divides ``size``."""
     return min(size & -size, limit)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + a b in fp32. UPCAST: the interpreter multiplies bf16 operands wrongly."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION)

@@ -91,6 +91,21 @@ def ddts_gates(k, select, temper, *, eps=1e-12):
     return F.normalize(k, dim=-1, eps=eps) * written, log_decay
 
 
+@_outside_autocast
+def input_gate(x, hidden, weight, bias):
+    """What of x may enter the state: ``x * sigmoid(hidden weight^T + bias)``.
+
+    Args:
+        x: ``[..., D]``. hidden: ``[..., R]``. weight: ``[D, R]``. bias: ``[D]``.
+
+    Returns:
+        ``[..., D]`` in x's dtype.
+    """
+    dtype = _compute_dtype(x, hidden, weight, bias)
+    gate = F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype)).sigmoid()
+    return (x.to(dtype) * gate).to(x.dtype)
+
+
 # ----------------------------------------------------------------------------------------------
 # DDTS: the recurrence, one token at a time and one chunk at a time
 # ----------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ of a document; all three are made on the device, so nothing waits for it.
 import triton
 import triton.language as tl
 
+from .._triton import product
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
 RESET = tl.constexpr(-1.4426950408889634e30)
@@ -61,15 +63,6 @@ def climb(prefix, suffix, o_i, level):
 def pairs_of_level(o_i, level):
     """Pairs i > j whose highest differing bit is ``level``: ``[C, C]``."""
     return (((o_i[:, None] ^ o_i[None, :]) >> level) == 1) & (o_i[:, None] > o_i[None, :])
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in fp32. UPCAST: the interpreter multiplies bf16 operands wrongly."""
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit

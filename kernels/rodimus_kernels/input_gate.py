@@ -1,0 +1,56 @@
+"""The low-rank input gate of the mixer: what of each channel may enter the state."""
+
+import torch
+
+from ._dispatch import check_alike, check_floating, check_shape, load, runs_triton
+
+_IMPLEMENTATIONS = {
+    "reference": "rodimus_kernels.reference:input_gate",
+    "triton": "rodimus_kernels.triton_input_gate:input_gate",
+}
+IMPLS = tuple(_IMPLEMENTATIONS)
+
+# the widest rank that a program of the Triton form holds
+_MAX_RANK = 128
+
+
+def input_gate(
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """``x * sigmoid(hidden @ weight.T + bias)``; differentiable.
+
+    Rodimus* (arXiv 2410.06577), section 3.1: the gate of the value, through a rank of 32 or 48. In
+    Triton the gate is never written to memory.
+
+    Args:
+        x: ``[..., D]``; may be a strided slice of a wider projection.
+        hidden: The input projected to the rank, ``[..., R]``.
+        weight: ``[D, R]``.
+        bias: ``[D]``.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``[..., D]`` in x's dtype; the gate is computed in float32 or wider.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract.
+    """
+    check_shape("hidden", hidden, (*x.shape[:-1], "R"))
+    check_shape("weight", weight, (x.shape[-1], hidden.shape[-1]))
+    check_shape("bias", bias, (x.shape[-1],))
+    check_floating(x=x, hidden=hidden, weight=weight, bias=bias)
+    check_alike("x", x, hidden=hidden, weight=weight, bias=bias)
+    if impl == "auto":
+        double = torch.float64 in (x.dtype, hidden.dtype, weight.dtype, bias.dtype)
+        impl = _choose(runs_triton(x.device), hidden.shape[-1], double)
+    return load("input_gate", impl, _IMPLEMENTATIONS)(x, hidden, weight, bias)
+
+
+def _choose(triton: bool, rank: int, double: bool) -> str:
+    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program."""
+    return "triton" if triton and rank <= _MAX_RANK and not double else "reference"

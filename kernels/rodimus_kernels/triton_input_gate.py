@@ -1,0 +1,234 @@
+"""The low-rank input gate in Triton: the gate exists in registers only, forward and backward.
+
+Backward is two passes over x and dy: one by tokens for dx and dhidden, one by channels for dweight
+and dbias, whose sums over blocks of tokens are added in a fixed order, without atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _library  # noqa: F401  (the schemas come first)
+from ._triton import FP_FUSION, INTERPRETED, check_runs_here, implement, product, unit_stride
+
+# of a tile; a backward program holds three tiles of channels at once
+_TOKENS, _CHANNELS, _BACKWARD_CHANNELS = 64, 128, 64
+# tokens of a program that sums over them
+_SUMMED_TOKENS = 2048
+
+
+@triton.jit
+def load_rows(p, o_t, o_c, stride, T, D):
+    """``[tokens, channels]`` of rows ``stride`` apart, zero outside."""
+    mask = (o_t < T)[:, None] & (o_c < D)[None, :]
+    return tl.load(p + o_t[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def gate_of(b_h, b_w, bias, o_d, D, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``sigmoid(hidden weight^T + bias)``: fp32 ``[tokens, channels]``."""
+    b_b = tl.load(bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+    b_gate = tl.zeros([b_h.shape[0], b_w.shape[0]], tl.float32) + b_b[None, :]
+    return tl.sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION, UPCAST))
+
+
+@triton.jit
+def input_gate_fwd_kernel(
+    x,
+    hidden,
+    weight,
+    bias,
+    y,
+    T,
+    D,
+    x_t,
+    hidden_t,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``y`` contiguous ``[T, D]``; program (channels, tokens)."""
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    o_r = tl.arange(0, BR)
+    b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
+    b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
+    b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+    b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
+    mask = (o_t < T)[:, None] & (o_d < D)[None, :]
+    p_y = y + o_t[:, None] * D + o_d[None, :]
+    tl.store(p_y, (b_x * b_gate).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def input_gate_bwd_tokens_kernel(
+    x,
+    hidden,
+    weight,
+    bias,
+    dy,
+    dx,
+    dhidden,
+    T,
+    D,
+    x_t,
+    hidden_t,
+    dy_t,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``dx [T, D]`` and ``dhidden [T, R]``, contiguous; program: tokens."""
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_r = tl.arange(0, BR)
+    b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
+    b_dh = tl.zeros([BT, BR], tl.float32)
+    for i_d in range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
+        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+        b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
+        b_dx = b_dy * b_gate
+        mask = (o_t < T)[:, None] & (o_d < D)[None, :]
+        p_dx = dx + o_t[:, None] * D + o_d[None, :]
+        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
+        b_dgate = b_dx * load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32) * (1.0 - b_gate)
+        b_dh = product(b_dgate.to(b_h.dtype), b_w, b_dh, PRECISION, UPCAST)
+    p_dh = dhidden + o_t[:, None] * R + o_r[None, :]
+    mask = (o_t < T)[:, None] & (o_r < R)[None, :]
+    tl.store(p_dh, b_dh.to(dhidden.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def input_gate_bwd_channels_kernel(
+    x,
+    hidden,
+    weight,
+    bias,
+    dy,
+    dweight,
+    dbias,
+    T,
+    D,
+    x_t,
+    hidden_t,
+    dy_t,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BT: tl.constexpr,
+    BD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``dweight [blocks, D, R]``, ``dbias [blocks, D]`` fp32; program (channels, block)."""
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    i_p = tl.program_id(1).to(tl.int64)
+    o_r = tl.arange(0, BR)
+    b_dw = tl.zeros([BD, BR], tl.float32)
+    b_db = tl.zeros([BD], tl.float32)
+    for i_t in range(0, min(TOKENS, T - i_p * TOKENS), BT):
+        o_t = i_p * TOKENS + i_t + tl.arange(0, BT)
+        b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
+        b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
+        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+        b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
+        b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
+        b_dgate = b_dy * b_x * b_gate * (1.0 - b_gate)
+        b_db += tl.sum(b_dgate, 0)
+        b_dw = product(tl.trans(b_dgate).to(b_h.dtype), b_h, b_dw, PRECISION, UPCAST)
+    mask = (o_d < D)[:, None] & (o_r < R)[None, :]
+    tl.store(dweight + (i_p * D + o_d[:, None]) * R + o_r[None, :], b_dw, mask=mask)
+    tl.store(dbias + i_p * D + o_d, b_db, mask=o_d < D)
+
+
+def input_gate(x, hidden, weight, bias):
+    """The contract is that of :func:`rodimus_kernels.input_gate`."""
+    check_runs_here("input_gate", x, hidden, weight, bias)
+    return torch.ops.rodimus.input_gate(x, hidden, weight, bias)
+
+
+def _rows(x):
+    """``x`` as rows of unit stride; a slice of a projection is not copied."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def _tile(hidden, channels):
+    rank = hidden.shape[-1]
+    return {
+        "R": rank,
+        "BR": max(triton.next_power_of_2(rank), 16),
+        "BT": _TOKENS,
+        "BD": channels,
+        "PRECISION": "tf32x3" if hidden.dtype == torch.float32 else "tf32",
+        "UPCAST": INTERPRETED and hidden.dtype == torch.bfloat16,
+        "num_warps": 8,
+        **FP_FUSION,
+    }
+
+
+@implement("input_gate")
+def _forward(x, hidden, weight, bias):
+    rows, hiddens, y = _rows(x), _rows(hidden), x.new_empty(x.shape)
+    length, width = rows.shape
+    input_gate_fwd_kernel[(triton.cdiv(width, _CHANNELS), triton.cdiv(length, _TOKENS))](
+        *(rows, hiddens, weight.contiguous(), bias, y, length, width),
+        *(rows.stride(0), hiddens.stride(0)),
+        **_tile(hidden, _CHANNELS),
+    )
+    return y
+
+
+@implement("input_gate_backward")
+def _backward(x, hidden, weight, bias, dy):
+    rows, hiddens, dys, weight = _rows(x), _rows(hidden), _rows(dy), weight.contiguous()
+    length, width = rows.shape
+    blocks = triton.cdiv(length, _SUMMED_TOKENS)
+    dx, dhidden = x.new_empty(x.shape), hidden.new_empty(hidden.shape)
+    dweight = weight.new_empty((blocks, *weight.shape), dtype=torch.float32)
+    dbias = weight.new_empty((blocks, width), dtype=torch.float32)
+    shape = (length, width, rows.stride(0), hiddens.stride(0), dys.stride(0))
+    input_gate_bwd_tokens_kernel[(triton.cdiv(length, _TOKENS),)](
+        *(rows, hiddens, weight, bias, dys, dx, dhidden, *shape),
+        **_tile(hidden, _BACKWARD_CHANNELS),
+    )
+    input_gate_bwd_channels_kernel[(triton.cdiv(width, _BACKWARD_CHANNELS), blocks)](
+        *(rows, hiddens, weight, bias, dys, dweight, dbias, *shape),
+        TOKENS=_SUMMED_TOKENS,
+        **_tile(hidden, _BACKWARD_CHANNELS),
+    )
+    return dx, dhidden, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, dy):
+    return tuple(torch.ops.rodimus.input_gate_backward(*ctx.saved_tensors, dy))
+
+
+torch.library.register_autograd("rodimus::input_gate", _autograd, setup_context=_setup_context)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
+    cases = [(4096, 32, torch.bfloat16)]
+    if everything:
+        cases += [(6144, 48, torch.bfloat16), (4096, 32, torch.float32)]
+    for width, rank, dtype in cases:
+        name = f"D{width} R{rank} {str(dtype).removeprefix('torch.')}"
+        yield name, lambda case=(width, rank, dtype): _aot(*case)
+
+
+def _aot(width, rank, dtype):
+    x, hidden = torch.empty(128, 2 * width, dtype=dtype)[:, :width], torch.empty(128, rank)
+    weight, bias = torch.empty(width, rank, dtype=dtype), torch.empty(width, dtype=dtype)
+    arguments = (x, hidden.to(dtype), weight, bias)
+    torch.ops.rodimus.input_gate_backward(*arguments, torch.ops.rodimus.input_gate(*arguments))

@@ -1,0 +1,102 @@
+"""The low-rank input gate against its formula in float64, with gradients."""
+
+import pytest
+import torch
+
+from rodimus_kernels import input_gate
+from rodimus_kernels.input_gate import _choose
+from rodimus_kernels.testing import assert_close, relative_error
+from tests.kernels.device import DEVICE, TRITON_MARKS
+
+# a float32 product is three tf32 products on a GPU, each term known to 2^-21
+LIMIT = 1e-6 if DEVICE == "cpu" else 3e-6
+IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
+
+
+def make(tokens=(2, 35), width=140, rank=12, dtype=torch.float32):
+    shapes = {"x": (*tokens, width), "hidden": (*tokens, rank)}
+    shapes |= {"weight": (width, rank), "bias": (width,)}
+    return {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
+
+
+def exact_gate(x, hidden, weight, bias):
+    return x * (hidden @ weight.t() + bias).sigmoid()
+
+
+def run(function, tensors, dtype=None):
+    leaves = {n: x.detach().to(dtype or x.dtype, copy=True) for n, x in tensors.items()}
+    leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+    y = function(**leaves)
+    seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    y.backward(seed)
+    return {"y": y.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
+
+
+@pytest.mark.parametrize("tokens", [(1,), (70,), (2, 35)], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_matches_the_formula_with_all_gradients(impl, tokens):
+    tensors = make(tokens)
+    ours = lambda **t: input_gate(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sums_over_blocks_of_tokens(impl, monkeypatch):
+    if impl == "triton":
+        module = pytest.importorskip("rodimus_kernels.triton_input_gate")
+        monkeypatch.setattr(module, "_SUMMED_TOKENS", 64)
+    tensors = make((150,))
+    ours = lambda **t: input_gate(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_half_precision(impl):
+    tensors = make(dtype=torch.bfloat16)
+    ours = lambda **t: input_gate(**t, impl=impl)
+    actual = run(ours, tensors)
+    assert actual["y"].dtype == torch.bfloat16
+    # a few roundings to 8 bits; the interpreter truncates where a GPU rounds to nearest
+    assert_close(actual, run(exact_gate, tensors, torch.float64), 1e-2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_reads_a_slice_of_a_projection(impl):
+    t = make()
+    wide = torch.cat((t["x"] + 1, t["x"]), dim=-1)
+    sliced = input_gate(wide[..., 140:], t["hidden"], t["weight"], t["bias"], impl=impl)
+    assert relative_error(sliced, input_gate(**t, impl=impl)) < LIMIT
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_saturated_gates_stay_finite(impl):
+    tensors = make()
+    tensors["bias"] = torch.linspace(-300, 300, 140, device=DEVICE)
+    ours = lambda **t: input_gate(**t, impl=impl)
+    assert all(torch.isfinite(x).all() for x in run(ours, tensors).values())
+
+
+def test_opcheck():
+    pytest.importorskip("rodimus_kernels.triton_input_gate")
+    arguments = tuple(x.requires_grad_() for x in make((7,)).values())
+    torch.library.opcheck(torch.ops.rodimus.input_gate.default, arguments)
+
+
+def test_automatic_choice():
+    assert _choose(True, 32, False) == "triton"
+    assert _choose(True, 300, False) == "reference"
+    assert _choose(True, 32, True) == "reference"
+    assert _choose(False, 32, False) == "reference"
+
+
+def test_bad_input_says_what_was_expected():
+    t = make()
+    for message, change in [
+        (r"hidden must have shape \[2, 35, R\]", {"hidden": t["hidden"][:1]}),
+        (r"weight must have shape \[140, 12\]", {"weight": t["weight"][:3]}),
+        (r"bias must have shape \[140\], got \(3,\)", {"bias": t["bias"][:3]}),
+        ("bias must be floating point", {"bias": t["bias"].long()}),
+        ("unknown impl 'fast'", {"impl": "fast"}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            input_gate(**{**t, **change})
