@@ -6,6 +6,7 @@ heads that share the key. Saved beyond the inputs: o, and fp32 ``lse [B, H, T]``
 ``triton_attention_kernels.py``.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -293,3 +294,26 @@ def _autograd(ctx, do, _dlse):
 torch.library.register_autograd(
     "rodimus::shared_key_attention", _autograd, setup_context=_setup_context
 )
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
+
+    Args:
+        everything: other head dimensions and dtypes, not only the models' own.
+    """
+    cases = [(128, torch.bfloat16)]
+    if everything:
+        cases += [(64, torch.bfloat16), (256, torch.bfloat16), (96, torch.bfloat16)]
+        cases += [(128, torch.float16), (128, torch.float32)]
+    for dim, dtype in cases:
+        for packed in (False, True):
+            name = f"D{dim} {str(dtype).removeprefix('torch.')}{' packed' * packed}"
+            yield name, functools.partial(_aot_training, dim, dtype, packed)
+
+
+def _aot_training(dim, dtype, packed):
+    q, k, v = (torch.empty(1, 300, heads, dim, dtype=dtype) for heads in (16, 1, 16))
+    bounds = torch.tensor([0, 100, 300]) if packed else None
+    o, lse = torch.ops.rodimus.shared_key_attention(q, k, v, 130, 0.1, bounds)
+    torch.ops.rodimus.shared_key_attention_backward(q, k, v, 130, 0.1, bounds, o, lse, o)

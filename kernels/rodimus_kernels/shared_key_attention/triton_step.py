@@ -289,3 +289,27 @@ def _step(q, k, v, cache, position, window_size, scale):
             **FP_FUSION,
         )
     return o
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
+
+    Args:
+        everything: other head dimensions and dtypes, not only the models' own.
+    """
+    cases = [(128, torch.bfloat16)]
+    if everything:
+        cases += [(64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)]
+    for dim, dtype in cases:
+        name = f"D{dim} {str(dtype).removeprefix('torch.')}"
+        yield name, functools.partial(_aot_step, dim, dtype)
+
+
+def _aot_step(dim, dtype):
+    q, k, v = (torch.empty(1, 1, heads, dim, dtype=dtype) for heads in (16, 1, 16))
+    cache = torch.empty(1, 2112, 17 * dim, dtype=dtype)
+    torch.ops.rodimus.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
+    parts = torch.empty(4, *v.shape)
+    join_parts_kernel[(16, 1)](
+        *(parts, torch.empty(4, 1, 16), v, 4), H=16, DV=dim, BDV=dim, BP=4, num_warps=4, **FP_FUSION
+    )

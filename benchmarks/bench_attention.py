@@ -1,0 +1,248 @@
+"""Shared-key attention by device time: against its floor, FlexAttention and flash-attn.
+
+Shapes are those of a layer of the 1.6B model: 16 query heads, 1 key head, 16 value heads of 128, a
+window of 2049 keys. Peers get the key head expanded with stride 0, and again copied to all heads,
+as a model without shared keys would store it. On a GPU every call is a CUDA graph of several runs.
+Before anything is timed, values and gradients are compared with float64 on the device.
+
+    floor   forward, training: products of visible pairs over the measured rate of a large product
+            decode: the visible rows of the cache, read once, over the measured copy rate
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from rodimus_kernels import shared_key_attention, shared_key_attention_step
+from rodimus_kernels.testing import relative_error
+
+from . import records, timing
+from .bench_ddts import RUNS_IN_A_GRAPH, captured
+
+HEADS = 16
+# a cache's rows in flight: several times what the last cache level holds
+ROTATED_BYTES = 2**28
+PEERS = ("flex", "flash", "sdpa")
+
+# what, batch, length (of the sequence, or of the ring), head dimension, window
+POINTS = {
+    "tiny": [
+        ("forward", 1, 70, 16, 33),
+        ("training", 1, 70, 16, 33),
+        ("decode", 2, 40, 16, 33),
+    ],
+    # the kernels are for GPUs; on a CPU the torch forms run
+    "cpu": [],
+    "cuda": [
+        *((what, 8, 4096, 128, 2049) for what in ("forward", "training")),
+        *((what, 1, 32768, 128, 2049) for what in ("forward", "training")),
+        *(("decode", batch, 2112, 128, 2049) for batch in (1, 8, 64, 256)),
+    ],
+}
+
+# relative errors: rounding of the weights and of the output to 8 bits; three tf32 products for fp32
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+class Call(NamedTuple):
+    """A function to time, how often it runs the operator, and the floor of one run in
+    milliseconds."""
+
+    function: Callable[[], object]
+    runs: int
+    floor_ms: float
+
+
+def visible_pairs(length: int, window: int) -> int:
+    """Query-key pairs of one head of one sequence."""
+    whole = min(length, window)
+    return whole * (whole + 1) // 2 + (length - whole) * window
+
+
+def flops(what: str, batch: int, length: int, dim: int, window: int) -> int:
+    """Forward: two products a pair. Backward: five, one of which repeats the forward's."""
+    products = {"forward": 2, "training": 7}[what]
+    return products * 2 * dim * HEADS * batch * visible_pairs(length, window)
+
+
+def make_inputs(batch, length, dim, device, dtype):
+    """``(q, k, v, do)`` of a sequence."""
+    shapes = ((HEADS, dim), (1, dim), (HEADS, dim), (HEADS, dim))
+    return [torch.randn(batch, length, *shape, device=device, dtype=dtype) for shape in shapes]
+
+
+def gradients(function, tensors):
+    """Output and gradients of one run."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    o = function(*leaves)
+    return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3].to(o.dtype))]
+
+
+def check(impl: str, dim: int, window: int, device, dtype) -> float:
+    """Largest relative error of an output or gradient, at a length past the window."""
+    tensors = make_inputs(1, window + 150, dim, device, dtype)
+    attend = functools.partial(shared_key_attention, window_size=window)
+    actual = gradients(functools.partial(attend, impl=impl), tensors)
+    exact = gradients(functools.partial(attend, impl="sdpa"), [x.double() for x in tensors])
+    error = max(relative_error(a, e) for a, e in zip(actual, exact, strict=True))
+    assert error <= LIMITS[dtype], f"{impl}: relative error {error:.1e}"
+    return error
+
+
+def sequence_call(what, function, tensors, floor_ms) -> Call:
+    """Forward alone, or forward and all gradients."""
+    if what == "training":
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        train = lambda: torch.autograd.grad(function(*leaves), leaves, tensors[3])
+        return Call(train, 1, floor_ms)
+
+    def infer():
+        with torch.no_grad():
+            function(*tensors[:3])
+
+    return Call(infer, 1, floor_ms)
+
+
+def repeated(function):
+    """The same attention over a key head that is copied to all heads first."""
+    return lambda q, k, v: function(q, k.repeat(1, 1, HEADS, 1), v)
+
+
+def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call | str]:
+    """Ours and each peer, with the key expanded and copied; a reason where a peer cannot run."""
+    attend = functools.partial(shared_key_attention, window_size=window)
+    found: dict[str, Call | str] = {}
+    for name in (impl, *(peer for peer in PEERS if peer != impl)):
+        function = functools.partial(attend, impl=name)
+        try:
+            for suffix, one in (("expanded", function), ("repeated", repeated(function))):
+                call = sequence_call(what, one, tensors, floor_ms)
+                if name != impl:
+                    call.function()
+                if name != impl or suffix == "expanded":
+                    found[f"{name}/{suffix}"] = call
+        except Exception as reason:  # a peer may fail in any way; the record says how
+            found[f"{name}/any"] = f"{type(reason).__name__}: {reason}"
+    return found
+
+
+def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> dict[str, Call]:
+    """One token over a full window; caches take turns, or the last level would hold one."""
+    width = (1 + HEADS) * dim
+    like = {"device": device, "dtype": dtype}
+    item = torch.finfo(dtype).bits // 8
+    count = max(1, min(ROTATED_BYTES // (batch * rows * width * item), 64))
+    caches = [torch.randn(batch, rows, width, **like) for _ in range(count)]
+    q, k, v, _ = make_inputs(batch, 1, dim, device, dtype)
+    position = torch.full((batch,), 3 * rows + 7, device=device)
+    floor_ms = batch * window * width * item / copy_rate / 1e6
+
+    def calls(name):
+        step = functools.partial(shared_key_attention_step, window_size=window, impl=name)
+        return lambda: [step(q, k, v, cache, position) for cache in caches]
+
+    exact = calls("reference")()[0]
+    assert relative_error(calls(impl)()[0], exact.double()) <= LIMITS[dtype]
+    names = dict.fromkeys((impl, "reference"))
+    return {f"step/{name}": Call(calls(name), count, floor_ms) for name in names}
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Most bytes a run allocates beyond its inputs; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call.function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def row(name, turns, call, runs, peak) -> dict:
+    """One target of the record: times of a single run, and the floor's share of them."""
+    clock = "device_ms" if turns.device.type == "cuda" else "wall_ms"
+    samples = [sample / (runs * call.runs) for sample in turns.column(name, clock)]
+    summary = timing.summarize(samples)
+    family, engine = name.split("/")
+    return {
+        "target": name,
+        "family": family,
+        "engine": engine,
+        "status": "measured",
+        "clock": clock,
+        "median_ms": summary.median,
+        "p20_ms": summary.p20,
+        "p80_ms": summary.p80,
+        "samples_ms": samples,
+        "floor_ms": call.floor_ms,
+        "floor_share": call.floor_ms / summary.median,
+        "peak_bytes": peak,
+    }
+
+
+def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
+    """What is timed at a point, by name, and the error that was found before."""
+    what, batch, length, dim, window = point
+    device, dtype, rates = bench.device, bench.dtype, bench.ceilings
+    if what == "decode":
+        copy_rate = rates["copy_GBps"]
+        return decode_calls(batch, length, dim, window, impl, device, dtype, copy_rate), None
+    error = check(impl, dim, window, device, dtype)
+    tensors = make_inputs(batch, length, dim, device, dtype)
+    floor_ms = flops(what, batch, length, dim, window) / rates["gemm_TFLOPs"] / 1e9
+    return sequence_calls(what, tensors, window, impl, floor_ms), error
+
+
+def test_attention(bench, benchmark, start, point):
+    what, batch, length, dim, window = point
+    on_gpu = bench.device.type == "cuda"
+    case = bench.case(batch, length)
+    start(f"attention-{what}", case)
+    impl = "triton" if on_gpu else "reference" if what == "decode" else "sdpa"
+    calls, error = calls_of(point, bench, impl)
+    timed, peaks, graphs = {}, {}, {}
+    for name, call in list(calls.items()):
+        if isinstance(call, str):
+            continue
+        try:
+            peaks[name] = peak_bytes(call, bench.device)
+            graphs[name] = captured(call, bench.device)
+            timed[name] = call
+        except Exception as reason:  # a peer that cannot be captured; ours must
+            if not timed:
+                raise
+            calls[name] = f"{type(reason).__name__}: {reason}"
+    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
+    warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
+    runs = RUNS_IN_A_GRAPH if on_gpu else 1
+    rows = [row(name, turns, call, runs, peaks[name]) for name, call in timed.items()]
+    rows += [
+        records.skipped(name, *name.split("/"), reason)
+        for name, reason in calls.items()
+        if isinstance(reason, str)
+    ]
+    settings = {
+        "batch": batch,
+        "context": length,
+        "heads": HEADS,
+        "head_dim": dim,
+        "window": window,
+        "rounds": bench.rounds,
+        "warm_up_rounds": warm_up,
+        "largest_error": error,
+    }
+    record = bench.record(f"attention-{what}", case, settings, rows)
+    assert any(found["status"] == "measured" for found in record["rows"])
+
+
+@pytest.fixture(autouse=True)
+def _no_kept_memory():
+    """A point's tensors are gigabytes; the next one starts without them."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
