@@ -10,6 +10,7 @@ import itertools
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 # Distribution: what it gives.
 OPTIONAL = {
     "triton": "GPU kernels",
+    "flash-attn": "shared_key_attention(impl='flash') on a GPU",
+    "uvicorn": "rodimus serve, with starlette",
     "matplotlib": "the loss curve as a picture",
     "rich": "the progress display of training",
 }
@@ -155,7 +158,9 @@ def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> I
     """The known ``impl=`` that the operator has; ``missing`` gets why one cannot be loaded."""
     for impl in known:
         try:
-            call(impl=impl)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call(impl=impl)
             yield impl
         except ImportError as error:
             yield f"no {impl}"
