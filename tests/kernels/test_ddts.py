@@ -365,7 +365,10 @@ def test_gate_gradients_at_plus_minus_100(impl):
     ratio = torch.where(a < -30, torch.ones_like(a), a.sigmoid() / s)
     dselect = written * tau * ratio - tau * a.sigmoid()
     dtemper = (written * log_s - s) * tau * (1 - tau)
-    assert relative_error(leaves[1].grad, dselect) < 1e-6
+    # row by row: those of far negative pre-activations would drown beside the others; near zero
+    # the gradients through k and log_decay all but cancel
+    for row, exact in zip(leaves[1].grad.view(9, 9), dselect.view(9, 9), strict=True):
+        assert relative_error(row, exact) < 5e-6
     assert relative_error(leaves[2].grad, dtemper) < 1e-6
 
 
