@@ -1,11 +1,13 @@
 """The server: the engine's own answers over HTTP, and an error in JSON for every mistake."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,7 @@ from rodimus.generation.worker import EngineWorker, QueueFullError, WorkerStoppe
 from tests.generation.helpers import END, byte_tokenizer, text_model
 from tests.generation.serving import NAME, serving, wait_until
 
+ROOT = Path(__file__).parent.parent.parent
 LIMITS = Limits(body_bytes=20_000, body_seconds=1, prompt_tokens=400, new_tokens=300, choices=6)
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
 
@@ -138,7 +141,7 @@ class TestChat:
         assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"}
 
     def test_logprobs_come_with_bytes(self, client):
-        _, answer = client.chat("Hi", max_tokens=4, logprobs=True, top_logprobs=2)
+        _, answer = client.chat("Hi", max_tokens=4, temperature=0, logprobs=True, top_logprobs=2)
         content = answer["choices"][0]["logprobs"]["content"]
         assert len(content) == 4 and all(len(entry["top_logprobs"]) == 2 for entry in content)
         for entry in content:
@@ -437,7 +440,13 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "rodimus.generation.server", str(tmp_path / "model")]
     options = ["--port", str(port), "--prefix", str(tmp_path / "prefix"), "--slots", "2"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    process = subprocess.Popen(
+        [*command, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     try:
         from tests.generation.serving import Client
 

@@ -145,6 +145,15 @@ def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch):
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
+def test_a_file_is_replaced_and_never_written_into(saved, tmp_path):
+    path, model, _ = saved
+    before = path.read_bytes()
+    os.link(path, tmp_path / "open elsewhere")
+    save_state(path, Engine(model).read([1, 2]), model)
+    assert (tmp_path / "open elsewhere").read_bytes() == before != path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["open elsewhere", path.name]
+
+
 def test_a_model_without_a_window_keeps_everything(tmp_path):
     config = config_of("rodimus_plus")
     config["attn_cfg"] |= {"window_size": None}
