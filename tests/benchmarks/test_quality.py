@@ -182,9 +182,9 @@ def test_protocols_treat_every_variant_alike(experiment, size):
 
 
 def test_the_harness_learns_the_easy_case():
-    """Passkeys in at most 16 tokens: all are found, also in rows twice as long as any seen."""
-    task = learn.passkey_task(32, (8, 12, 16), (16, 32), batch=32)
+    """Passkeys in 8 tokens: all are found, also in rows four times as long as any seen."""
+    task = learn.passkey_task(32, (8,), (16, 32), batch=32)
     shape = networks.Shape(vocab=32, width=32, mem_size=8, layers=1)
-    budget = learn.Budget(300, (1e-2,), every=25)
+    budget = learn.Budget(200, (1e-2,), every=25)
     scores = learn.run("rodimus", shape, task, budget, 1e-2, 0, CPU)["scores"]
     assert scores["16"] >= 0.95 and scores["32"] >= 0.9
