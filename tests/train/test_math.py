@@ -1,6 +1,8 @@
 """The arithmetic of a step: accumulation, packing, schedules, groups, initial weights, FLOPs."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +129,8 @@ def test_meta_init_equals_direct_init_on_one_and_two_ranks(config_file):
     expected = {name: p.detach() for name, p in direct.named_parameters()}
 
     def sharded():
+        # whatever state the generator of a rank is in
+        torch.manual_seed(os.getpid())
         settings = load_config(config_file)
         ranks = parallel.start(settings.parallel, "cpu")
         with torch.device("meta"):
@@ -156,6 +160,8 @@ def test_seeded_init_follows_the_models_own_rule():
             assert b.std().item() == pytest.approx(a.std().item(), rel=0.15, abs=1e-7), name
     for (name, a), b in zip(usual.named_buffers(), seeded.buffers(), strict=True):
         assert torch.equal(a, b), name
+    first, second = (layer.mixer.fc.weight for layer in seeded.model.layers)
+    assert not torch.equal(first, second)
     again = RodimusForCausalLM(config)
     initialize(again, template(again), seed=4)
     assert not torch.equal(seeded.lm_head.weight, again.lm_head.weight)
@@ -192,8 +198,6 @@ def test_flops_of_the_released_models():
 
 
 def _released(name):
-    from pathlib import Path
-
     return (Path(__file__).parents[2] / f"configs/model/{name}.json").read_text()
 
 
