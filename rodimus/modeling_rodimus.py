@@ -783,7 +783,8 @@ class RodimusModel(RodimusPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere.
+            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere, but a step of one
+                token takes that token as real in every row.
             position_ids: ``[B, T]`` rotary positions. Without mask and cache, a position that
                 does not follow its predecessor starts a packed document: nothing crosses into it.
             past_key_values: transformers cache; continued by any number of tokens.

@@ -86,7 +86,7 @@ def decode_compiled(model, ids, prompt, backend="eager"):
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("prompt, most", [(3, 3), (20, 2)])
+@pytest.mark.parametrize("prompt, most", [(3, 3), pytest.param(20, 2, marks=pytest.mark.slow)])
 def test_static_decode_step(model, kind, prompt, most, measure):
     """Through and past the window, from a prompt within it and one beyond it.
 

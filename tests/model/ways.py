@@ -1,6 +1,6 @@
 """Running a model in pieces, padded and packed, to compare with one forward."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -79,6 +79,9 @@ def state_bytes(cache) -> int:
     tensors = {}
     for layer in cache.layers:
         for value in vars(layer).values():
-            values = value.values() if isinstance(value, dict) else [value]
+            values = value.values() if isinstance(value, dict) else value
+            values = [values] if isinstance(values, torch.Tensor) else values
+            if not isinstance(values, Iterable):
+                continue
             tensors |= {id(v): v for v in values if isinstance(v, torch.Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
