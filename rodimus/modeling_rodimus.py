@@ -627,6 +627,10 @@ class RodimusAttention(nn.Module):
         keys, values = past_key_values.update(
             k.flatten(2)[:, None], v.flatten(2)[:, None], self.layer_idx
         )
+        if self.sliding_window is not None and past_key_values.layers[self.layer_idx].record_past:
+            # transformers 5.17 returns all that is recorded, more than its own mask counts
+            visible = self.sliding_window - 1 + length
+            keys, values = keys[:, :, -visible:], values[:, :, -visible:]
         if pads is not None:
             keys, values = (_close_gap(x[:, 0], pads, length)[:, None] for x in (keys, values))
             layer = past_key_values.layers[self.layer_idx]
