@@ -27,6 +27,8 @@ def run(folder, *options):
     command += ["--bench-out", str(folder), "--bench-rounds", "2", "-rs", *options]
     # whoever commits while this runs must not make the cases look new
     environment = {**os.environ, machine.COMMIT_VARIABLE: "smoke", "OMP_NUM_THREADS": "1"}
+    # inside a worker of this suite pytest-benchmark would run every case once, untimed
+    environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(
         command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
