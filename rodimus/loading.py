@@ -229,6 +229,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     folder = checkpoint_folder(name)
     if not has_tokenizer(folder):
         raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
+    # unregistered, transformers would ask whether to run the code that an exported folder carries
+    register()
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the Rust parser raises bare exceptions

@@ -115,6 +115,24 @@ def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("the quick brown")
 
 
+def test_generate_from_an_export_asks_no_question(checkpoint, tmp_path):
+    """Its folder carries code; the script has not registered the package when it starts."""
+    assert command("export", checkpoint, tmp_path / "out") == 0
+    code = (
+        "import sys; sys.argv = ['rodimus', 'generate', sys.argv[1], '--prompt', 'hello']\n"
+        "from rodimus.cli import main; sys.exit(main())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        input="",
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    assert run.returncode == 0 and run.stdout.startswith("hello"), run.stderr
+    assert "custom code" not in run.stdout + run.stderr
+
+
 def test_same_seed_same_text(checkpoint, capsys):
     texts = []
     for seed in (1, 1, 2):
