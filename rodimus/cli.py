@@ -104,11 +104,14 @@ def _add_export(commands) -> None:
         "export",
         help="write a folder that loads with torch and transformers alone",
         description="Write a checkpoint as a folder that AutoModelForCausalLM.from_pretrained(OUT, "
-        "trust_remote_code=True) loads without this package. Also converts checkpoints of "
-        "flash-linear-attention.",
+        "trust_remote_code=True) loads without this package. CKPT may be a model, a training run, "
+        "or a checkpoint of flash-linear-attention, which is converted.",
     )
-    parser.add_argument("checkpoint", metavar="CKPT", help="folder, or owner/name on the hub")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="folder of a model or run, or owner/name on the hub"
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write")
+    _add_step(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(command=_export)
 
@@ -123,8 +126,16 @@ def _add_env(commands) -> None:
     parser.set_defaults(command=_lazily("rodimus.env", "run"))
 
 
+def _add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--step", type=int, help="checkpoint of a training run (default: the newest complete one)"
+    )
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the hub")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a model or run, or owner/name on the hub"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: GPU if any)")
     parser.add_argument(
         "--dtype",
@@ -180,7 +191,7 @@ def _lazily(module: str, function: str):
 def _export(options: argparse.Namespace) -> None:
     from .export import export
 
-    out = export(options.checkpoint, options.out, overwrite=options.overwrite)
+    out = export(options.checkpoint, options.out, step=options.step, overwrite=options.overwrite)
     print(f"wrote {out}")
 
 

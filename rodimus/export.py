@@ -29,12 +29,15 @@ AUTO_MAP = {
 }
 
 
-def export(checkpoint: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, *, step: int | None = None, overwrite: bool = False
+) -> Path:
     """Write a checkpoint as a self-contained folder; what was there stays until it is complete.
 
     Args:
         checkpoint: any folder that :func:`rodimus.loading.load_model` reads.
         out: the folder to write.
+        step: which checkpoint of a training run; default the newest complete one.
         overwrite: replace ``out`` if it exists.
 
     Returns:
@@ -47,7 +50,7 @@ def export(checkpoint: str | Path, out: str | Path, *, overwrite: bool = False) 
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already: remove it, or pass --overwrite")
     folder = checkpoint_folder(checkpoint)
-    model = load_model(folder)
+    model = load_model(folder, step=step)
     with _replacing(out) as temporary:
         write_model(model, temporary)
         if has_tokenizer(folder):

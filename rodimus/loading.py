@@ -1,7 +1,7 @@
 """Checkpoint folders: found, checked before anything is built, and loaded.
 
-Read here: folders in the released format (ours are the same), and those of flash-linear-attention's
-Rodimus, which are converted while loading.
+Read here: folders in the released format (ours are the same), those of flash-linear-attention's
+Rodimus, which are converted while loading, and the folders of training runs.
 """
 
 import json
@@ -22,6 +22,7 @@ from .modeling_rodimus import (
     RodimusForSequenceClassification,
     RodimusModel,
 )
+from .run_folder import is_run, read_weights, sound_checkpoint
 
 MODELS = {
     "RodimusForCausalLM": RodimusForCausalLM,
@@ -38,7 +39,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     """The folder of a checkpoint: the path itself, or ``owner/name`` downloaded from the hub.
 
     Raises:
-        InputError: there is no such folder, or it holds no ``config.json``.
+        InputError: there is no such folder, or it is neither a model's nor a training run's.
     """
     folder = Path(name).expanduser()
     if not folder.exists() and _HUB_NAME.fullmatch(str(name)):
@@ -46,7 +47,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}: expected a checkpoint folder (with config.json)")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_run(folder):
         raise InputError(f"{folder} holds no config.json: not a checkpoint folder")
     return folder
 
@@ -82,7 +83,7 @@ def load_config(folder: Path) -> RodimusConfig:
     Raises:
         InputError: the file is not a configuration of Rodimus, or one of its values is wrong.
     """
-    path = folder / "config.json"
+    path = folder / ("model.json" if is_run(folder) else "config.json")
     fields = read_json(path)
     if fields.get("model_type", "rodimus") != "rodimus":
         got = fields["model_type"]
@@ -135,22 +136,30 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
+    step: int | None = None,
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, in evaluation mode.
 
     Args:
-        name: a folder in the released format or in flash-linear-attention's, or a name on the hub.
+        name: a folder in the released format or in flash-linear-attention's, the folder of a
+            training run, or a name on the hub.
         dtype: what the weights are loaded in; ``"auto"`` keeps what they were saved in.
         device: where they go; default the CPU.
+        step: which checkpoint of a training run; default the newest complete one.
 
     Raises:
         InputError: a file is missing, damaged, or disagrees with ``config.json``.
     """
     folder = checkpoint_folder(name)
+    if step is not None and not is_run(folder):
+        raise InputError(f"{folder} is one model, not a training run: it has no step {step}")
     config = load_config(folder)
-    files = weight_files(folder)
     # a package imported in between may have taken the model type over
     register()
+    if is_run(folder):
+        model = _load_run(config, sound_checkpoint(folder, step), dtype)
+        return model.to(device).eval() if device is not None else model.eval()
+    files = weight_files(folder)
     if convert.is_fla_config(read_json(folder / "config.json")):
         model = _load_fla(config, files, dtype)
     else:
@@ -203,6 +212,19 @@ def _check_shapes(
             raise InputError(f"{where} {name} is missing")
 
 
+def _load_run(config: RodimusConfig, checkpoint: Path, dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = RodimusForCausalLM(config)
+    weights = {
+        name: torch.empty(tensor.shape, dtype=torch.float32)
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+    read_weights(checkpoint, weights)
+    dtype = torch.float32 if dtype == "auto" else dtype
+    return RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
 def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedModel:
     weights = {}
     for file in files:
@@ -226,7 +248,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: the folder holds none, or its files cannot be read.
     """
-    folder = checkpoint_folder(name)
+    folder = tokenizer_folder(checkpoint_folder(name))
     if not has_tokenizer(folder):
         raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
     # unregistered, transformers would ask whether to run the code that an exported folder carries
@@ -238,6 +260,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(message) from error
 
 
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a checkpoint folder keeps its tokenizer."""
+    return folder / "tokenizer" if is_run(folder) else folder
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder carries a tokenizer."""
-    return (folder / TOKENIZER_FILES[0]).is_file()
+    return (tokenizer_folder(folder) / TOKENIZER_FILES[0]).is_file()

@@ -70,14 +70,30 @@ def finish(config: TrainConfig) -> None:
         return
     from transformers.utils import logging as transformers_logging
 
-    from .export import export_run, sample
+    from ..export import export
 
     transformers_logging.disable_progress_bar()
-    folder = export_run(config.out, Path(config.out) / "export")
+    folder = export(config.out, Path(config.out) / "export", overwrite=True)
     print(f"exported {folder}", flush=True)
     if config.eval.sample_prompt:
         text = sample(folder, config.eval.sample_prompt, config.eval.sample_tokens)
         print(f"sample:\n{text}", flush=True)
+
+
+def sample(folder: Path, prompt: str, new_tokens: int) -> str:
+    """Text of ``prompt`` and its most likely continuation by an exported model."""
+    from ..loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    out = model.generate(
+        ids,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

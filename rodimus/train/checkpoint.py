@@ -26,9 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..run_folder import (
+    complete_steps,
+    damaged_files,
+    recorded_checksums,
+    sha256_file,
+    step_folder,
+)
 from . import store
 from .config import CheckpointSection
-from .shards import sha256_file
 
 logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
@@ -81,7 +87,7 @@ class Checkpointer:
         checkpoints as they are; training goes on.
         """
         self.wait()
-        folder = store.step_folder(self.root, progress.step)
+        folder = step_folder(self.root, progress.step)
         about = {"progress": asdict(progress), "identity": self.identity}
         if self._from_main(folder.exists):
             # left by an earlier run past the step that this one resumed from
@@ -140,7 +146,7 @@ class Checkpointer:
                 ``resume = never``, or the checkpoint is of another model or tokenizer.
         """
         wanted = self.config.resume
-        steps = self._from_main(lambda: store.complete_steps(self.root))
+        steps = self._from_main(lambda: complete_steps(self.root))
         if wanted == "never" and steps:
             raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")
         if wanted.isdigit():
@@ -152,7 +158,7 @@ class Checkpointer:
         if step not in steps:
             have = ", ".join(map(str, steps)) or "none"
             raise InputError(f"no checkpoint of step {step} in {self.root}; it has {have}")
-        folder = store.step_folder(self.root, step)
+        folder = step_folder(self.root, step)
         damaged = self._damaged(folder)
         if damaged:
             raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
@@ -160,8 +166,8 @@ class Checkpointer:
 
     def restore_newest(self) -> Progress | None:
         """Loads the newest sound checkpoint and moves damaged ones aside; None if there is none."""
-        for step in self._from_main(lambda: store.complete_steps(self.root)):
-            folder = store.step_folder(self.root, step)
+        for step in self._from_main(lambda: complete_steps(self.root)):
+            folder = step_folder(self.root, step)
             damaged = self._damaged(folder)
             if not damaged:
                 return self._load(folder)
@@ -174,10 +180,10 @@ class Checkpointer:
         """Damaged files, found by all ranks together, each hashing its share."""
         if not self.config.verify:
             return []
-        checksums = sorted(store.recorded_checksums(folder).items())
+        checksums = sorted(recorded_checksums(folder).items())
         mine = dict(checksums[self.rank :: self.world_size])
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, store.damaged_files(folder, mine), group=self.group)
+        dist.all_gather_object(found, damaged_files(folder, mine), group=self.group)
         return sum(found, []) if checksums else ["COMPLETE"]
 
     def _load(self, folder: Path) -> Progress:

@@ -10,7 +10,6 @@ A document is stored as ``[bos] tokens [eos]``, with the ids the tokenizer defin
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..run_folder import sha256_file
 
 FORMAT_VERSION = 1
 
@@ -50,12 +50,6 @@ class Manifest:
     source: str
     licence: str
     shards: tuple[ShardFile, ...]
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..errors import InputError
-from .shards import sha256_file
+from ..run_folder import sha256_file
 
 BOS, EOS = "<|begin|>", "<|end|>"
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rodimus.train.export import load_trained
-from rodimus.train.store import complete_steps
+from rodimus import cli
+from rodimus.loading import load_model
+from rodimus.run_folder import complete_steps
 from tests.train.ranks import metrics, train
 
 
@@ -33,8 +34,38 @@ def test_loss_falls_and_export_equals_the_trained_model(config_file, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(exported(ids).logits, load_trained(run)(ids).logits)
+        assert torch.equal(exported(ids).logits, load_model(run)(ids).logits)
     assert exported.lm_head.weight is exported.get_input_embeddings().weight
+
+
+def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
+    assert train(1, config_file, "--no-export") == [0]
+    run, ids = tmp_path / "run", torch.arange(20)[None]
+
+    def command(*arguments):
+        status = cli.main(list(map(str, arguments)))
+        return status, capsys.readouterr().err
+
+    logits = []
+    for name, options in [("newest", ()), ("third", ("--step", 3))]:
+        assert command("export", run, tmp_path / name, *options)[0] == 0
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        logits.append(model(ids).logits)
+    assert (tmp_path / "newest" / "tokenizer.json").is_file()
+    assert not torch.equal(*logits)
+    assert command("generate", run, "--prompt", "w1 w2", "--max-new-tokens", 4)[0] == 0
+
+    status, error = command("export", run, tmp_path / "none", "--step", 5)
+    assert status == 2 and "no complete checkpoint of step 5; it has 6, 3" in error
+    status, error = command("export", tmp_path / "newest", tmp_path / "none", "--step", 3)
+    assert status == 2 and "is one model, not a training run" in error
+    shard = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    status, error = command("export", run, tmp_path / "none")
+    assert status == 2 and f"is damaged: {shard.name}; other steps: 3" in error
+    shutil.rmtree(run / "checkpoints")
+    assert "has no complete checkpoint yet" in command("export", run, tmp_path / "none")[1]
+    assert not (tmp_path / "none").exists()
 
 
 def test_ranks_agree_and_a_resumed_run_equals_the_undisturbed_one(config_file, tmp_path):
