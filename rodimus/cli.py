@@ -16,7 +16,20 @@ examples:
   rodimus train configs/train/demo_cpu.toml
   rodimus generate runs/demo/export --prompt "def fibonacci(n):" --stats
   rodimus chat path/to/checkpoint
+  rodimus eval runs/demo runs/demo/data
   rodimus COMMAND --help
+"""
+EVAL_DESCRIPTION = """\
+Measure how well a model predicts text: loss in nats a token, perplexity, and bits
+per byte, which compares models of different tokenizers; also by position in the
+document and by its length. Every token but a document's first is predicted once.
+Documents are read whole, however long: the state is carried on from piece to piece.
+"""
+EVAL_EPILOG = """\
+examples:
+  rodimus eval runs/demo runs/demo/data              newest checkpoint of a run, held-out shards
+  rodimus eval MODEL book.txt notes.jsonl --dtype bfloat16 --json
+  rodimus eval MODEL --tasks arc_easy,hellaswag
 """
 # Commands with a parser of their own, which gets everything after their name: module and help.
 PASSED_ON = {
@@ -58,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _list_passed_on(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_eval(commands)
     _add_export(commands)
     _add_env(commands)
     return parser
@@ -97,6 +111,51 @@ def _add_chat(commands) -> None:
     parser.add_argument("--system", default="", help="what the model is told about its role first")
     _add_sampling(parser, temperature=0.7, top_p=0.95)
     parser.set_defaults(command=_lazily("rodimus.generate", "run_chat"))
+
+
+def _add_eval(commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="loss, perplexity and bits per byte of a model on text",
+        description=EVAL_DESCRIPTION,
+        epilog=EVAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_model(parser)
+    add = parser.add_argument
+    add(
+        "data",
+        metavar="DATA",
+        nargs="*",
+        help="text (txt, md, py, jsonl, parquet; a folder of them; stdlib; hf:NAME), or token "
+        "shards: a manifest, or the folder of `rodimus data pack`, which means its val.json",
+    )
+    _add_step(parser)
+    add("--field", default="text", help="text field of jsonl and parquet (default: %(default)s)")
+    at_least_one = _number(int, 1, float("inf"), "at least 1")
+    add(
+        "--max-tokens",
+        type=at_least_one,
+        default=0,
+        metavar="N",
+        help="begin no document after N tokens of each DATA (default: read all)",
+    )
+    add(
+        "--tokens-at-once",
+        type=at_least_one,
+        default=4096,
+        metavar="N",
+        help="longest piece of one forward pass; decides memory, not the result "
+        "(default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print JSON instead of tables")
+    tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm_eval[hf])")
+    tasks.add_argument("--tasks", metavar="A,B", help="names, for example arc_easy,hellaswag")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt")
+    tasks.add_argument("--limit", type=int, metavar="N", help="questions of a task, to try it out")
+    tasks.add_argument("--batch-size", type=at_least_one, default=8, metavar="N")
+    tasks.add_argument("--task-folder", metavar="FOLDER", help="folder of further task definitions")
+    parser.set_defaults(command=_lazily("rodimus.evaluation.command", "run"))
 
 
 def _add_export(commands) -> None:
@@ -145,37 +204,40 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _number(kind: type, low: float, high: float, what: str):
+    """A parser of numbers within bounds, for argparse."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def _add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
-    def number(kind, low, high, what):
-        def parse(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"must be {what}, got {text}")
-            return value
-
-        parse.__name__ = kind.__name__
-        return parse
-
     inf = float("inf")
     add = parser.add_argument
-    add("--max-new-tokens", type=number(int, 1, inf, "at least 1"), default=256, metavar="N")
+    add("--max-new-tokens", type=_number(int, 1, inf, "at least 1"), default=256, metavar="N")
     add(
         "--temperature",
-        type=number(float, 0, inf, "at least 0"),
+        type=_number(float, 0, inf, "at least 0"),
         default=temperature,
         metavar="X",
         help="randomness: 0 takes the likeliest token every time (default: %(default)s)",
     )
     add(
         "--top-k",
-        type=number(int, 0, inf, "at least 0"),
+        type=_number(int, 0, inf, "at least 0"),
         default=0,
         metavar="N",
         help="sample among the N likeliest tokens only (default: all)",
     )
     add(
         "--top-p",
-        type=number(float, 1e-9, 1, "above 0 and at most 1"),
+        type=_number(float, 1e-9, 1, "above 0 and at most 1"),
         default=top_p,
         metavar="X",
         help="sample among the likeliest tokens that make up this share (default: %(default)s)",

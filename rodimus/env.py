@@ -30,6 +30,7 @@ OPTIONAL = {
     "uvicorn": "rodimus serve, with starlette",
     "matplotlib": "the loss curve as a picture",
     "rich": "the progress display of training",
+    "lm_eval": "rodimus eval --tasks",
 }
 
 

@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 from transformers.utils import logging
 
 from .errors import InputError
-from .loading import load_model, load_tokenizer
+from .loading import find_device, load_model, load_tokenizer
 
 
 class Sampling(NamedTuple):
@@ -242,23 +242,11 @@ class Conversation:
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    device = _device(options.device)
+    device = find_device(options.device)
     torch.manual_seed(options.seed)
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(options.model)
     return load_model(options.model, dtype=options.dtype, device=device), tokenizer
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU here")
-    return device
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:

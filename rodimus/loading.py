@@ -268,3 +268,20 @@ def tokenizer_folder(folder: Path) -> Path:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a checkpoint folder carries a tokenizer."""
     return (tokenizer_folder(folder) / TOKENIZER_FILES[0]).is_file()
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``--device`` names; ``auto`` is the GPU where there is one.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    return device

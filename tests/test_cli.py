@@ -51,7 +51,7 @@ def command(*arguments) -> int:
         return stop.code
 
 
-@pytest.mark.parametrize("name", ["", "generate", "chat", "export", "env"])
+@pytest.mark.parametrize("name", ["", "generate", "chat", "eval", "export", "env"])
 def test_help_of_every_command(name, capsys):
     assert command(*name.split(), "--help") == 0
     text = capsys.readouterr().out

@@ -1,0 +1,90 @@
+"""Documents to evaluate on, as token ids: from text by the model's tokenizer, or from shards."""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError
+from ..train.shards import TokenShards, verify
+from ..train.sources import documents
+from ..train.tokenizer import DocumentEncoder
+
+
+class Document(NamedTuple):
+    """One document; its first token is given, every other one is predicted."""
+
+    ids: np.ndarray
+    """int64 ``[T]``, the document marks of the tokenizer included."""
+    n_bytes: float
+    """UTF-8 bytes of its text; the mean over its source where only shards are left of the text."""
+
+
+def read(
+    source: str,
+    *,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    vocab_size: int,
+    field: str = "text",
+) -> Iterator[Document]:
+    """Yields the documents of a source in a fixed order.
+
+    Args:
+        source: Manifest or folder of token shards; or text, as ``rodimus data pack`` takes it:
+            a file (txt, md, py, jsonl, parquet), a folder of such files, ``stdlib``, ``hf:NAME``.
+        tokenizer: Gives the model's tokenizer; called for text alone.
+        vocab_size: Of the model: larger ids are refused.
+        field: Name of the text field in jsonl, parquet and datasets.
+
+    Raises:
+        InputError: the source cannot be read, is damaged, or does not fit the model.
+        ImportError: as ``rodimus.train.sources.documents``.
+    """
+    manifest = _manifest(source)
+    if manifest is None:
+        return _from_text(documents(source, field=field), tokenizer(), vocab_size)
+    shards = TokenShards(manifest)
+    _check_vocabulary(f"{manifest} has", shards.manifest.vocab_size, vocab_size)
+    verify(shards.files())
+    return _from_shards(shards)
+
+
+def _manifest(source: str) -> Path | None:
+    """The manifest that a source means, or None for text."""
+    path = Path(source)
+    if path.suffix == ".json":
+        return path
+    if not any(path.glob("*.idx")):
+        return None
+    if not (path / "val.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.glob("*.json")))
+        raise InputError(f"{path} holds token shards but no val.json: name one of {found}")
+    return path / "val.json"
+
+
+def _check_vocabulary(what: str, got: int, model: int) -> None:
+    if got > model:
+        raise InputError(f"{what} a vocabulary of {got}, the model one of {model}")
+
+
+def _from_text(
+    texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> Iterator[Document]:
+    _check_vocabulary("the tokenizer has", len(tokenizer), vocab_size)
+    encode = DocumentEncoder(tokenizer)
+    for text in texts:
+        if text:
+            (ids,) = encode([text])
+            yield Document(np.asarray(ids, np.int64), len(text.encode("utf-8", "surrogatepass")))
+
+
+def _from_shards(shards: TokenShards) -> Iterator[Document]:
+    whole = shards.manifest
+    bytes_per_token = whole.n_bytes / max(1, whole.n_tokens - whole.n_docs)
+    for number, starts in enumerate(shards.starts):
+        for start, end in pairwise([*starts.tolist(), whole.shards[number].n_tokens]):
+            ids = shards.read(number, start, end - start)
+            yield Document(ids, (len(ids) - 1) * bytes_per_token)

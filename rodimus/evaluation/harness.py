@@ -1,0 +1,57 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run by that library on a model of ours."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import InputError
+
+
+def run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    task_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Metrics by task, as the library reports them.
+
+    Args:
+        model: On its device, in evaluation mode.
+        tokenizer: Of the model.
+        tasks: Names that the library knows, groups and patterns (``mmlu_*``) included.
+        num_fewshot: Examples in the prompt; default what each task says.
+        limit: Questions of each task; default all. For trying things out only.
+        batch_size: Questions in one forward pass.
+        task_folder: Folder of further task definitions (YAML).
+
+    Raises:
+        InputError: a task is unknown.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f'--tasks needs lm-evaluation-harness: pip install "lm_eval[hf]" ({error})'
+        ) from error
+    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    results = simple_evaluate(
+        model=adapter,
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+    )
+    return results["results"]

@@ -1,0 +1,156 @@
+"""`rodimus eval` on text, shards, runs, and with lm-evaluation-harness where it is installed."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import sys
+
+import pytest
+
+from rodimus import cli
+from rodimus.loading import load_model, load_tokenizer
+from rodimus.train.pack import pack
+from tests.checkpoints import TEXT, save_model, save_plain_tokenizer
+
+TEXTS = [*TEXT[:3], "hello " * 60, "the quick brown fox " * 20, "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, texts as jsonl and as single files, and the same texts packed to shards."""
+    folder = tmp_path_factory.mktemp("eval")
+    save_model(folder / "model")
+    save_plain_tokenizer(folder / "model")
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in TEXTS)
+    (folder / "texts.jsonl").write_text(lines)
+    (folder / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / "texts" / f"{i}.txt").write_text(text)
+    pack(
+        str(folder / "texts"),
+        folder / "shards",
+        tokenizer=str(folder / "model"),
+        val_fraction=0.0,
+    )
+    return folder
+
+
+@pytest.fixture
+def evaluated(capsys):
+    """Results of `rodimus eval ... --json`."""
+
+    def evaluated(*arguments):
+        assert cli.main(["eval", *map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return evaluated
+
+
+@pytest.fixture
+def refused(capsys):
+    """The one line of a command that fails."""
+
+    def refused(*arguments):
+        assert cli.main(["eval", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    return refused
+
+
+def test_text_jsonl_and_shards_give_the_same_figures(folder, evaluated):
+    result = evaluated(
+        folder / "model",
+        *(folder / "texts", folder / "texts.jsonl", folder / "shards" / "train.json"),
+        *("--field", "body", "--tokens-at-once", 50),
+    )
+    text, jsonl, shards = result["data"]
+    assert (result["dtype"], result["device"]) == ("float32", "cpu")
+    assert text["documents"] == len(TEXTS)
+    assert text["bytes"] == sum(len(t) for t in TEXTS)
+    for name in ("documents", "tokens", "bytes", "loss", "bits_per_byte"):
+        assert shards[name] == pytest.approx(text[name], rel=1e-6)
+        assert jsonl[name] == pytest.approx(text[name], rel=1e-6)
+    assert text["perplexity"] == pytest.approx(math.exp(text["loss"]))
+
+
+def test_bfloat16_is_close_and_says_so(folder, evaluated):
+    arguments = (folder / "model", folder / "texts")
+    exact, rounded = evaluated(*arguments), evaluated(*arguments, "--dtype", "bfloat16")
+    assert rounded["dtype"] == "bfloat16"
+    assert rounded["data"][0]["loss"] != exact["data"][0]["loss"]
+    assert rounded["data"][0]["loss"] == pytest.approx(exact["data"][0]["loss"], rel=0.02)
+
+
+def test_table_names_every_figure(folder, capsys):
+    assert cli.main(["eval", str(folder / "model"), str(folder / "texts")]) == 0
+    out = capsys.readouterr().out
+    assert "texts: 6 documents" in out
+    assert re.search(r"loss \d\.\d{4} nats/token, perplexity [\d.]+, [\d.]+ bits/byte", out)
+    assert out.count("  0 - 127   ") == 2
+
+
+def test_what_cannot_be_evaluated_is_one_line(folder, refused, tmp_path):
+    model = folder / "model"
+    assert "nothing to evaluate on" in refused(model)
+    assert "holds token shards but no val.json" in refused(model, folder / "shards")
+    assert "must have a string field 'text', got body" in refused(model, folder / "texts.jsonl")
+    assert "source must be stdlib" in refused(model, tmp_path / "none")
+    assert "cannot read token shards" in refused(model, tmp_path / "none.json")
+    (tmp_path / "empty.txt").write_text("")
+    assert "holds no token to predict" in refused(model, tmp_path / "empty.txt")
+    save_model(tmp_path / "small", vocab_size=100)
+    shards = folder / "shards" / "train.json"
+    assert "the model one of 100" in refused(tmp_path / "small", shards)
+    shutil.copytree(folder / "shards", tmp_path / "damaged")
+    binary = tmp_path / "damaged" / "train-00000.bin"
+    binary.write_bytes(bytes([binary.read_bytes()[0] ^ 1]) + binary.read_bytes()[1:])
+    assert "is damaged" in refused(model, tmp_path / "damaged" / "train.json")
+
+
+def test_missing_harness_says_how_to_get_it(folder, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = refused(folder / "model", "--tasks", "arc_easy")
+    assert 'pip install "lm_eval[hf]"' in line
+
+
+QUESTIONS = """
+task: two_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: [" world", " fox"]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_harness_scores_as_the_model_does(folder, evaluated, tmp_path):
+    import torch
+
+    rows = [{"question": q, "answer": i % 2} for i, q in enumerate(["hello", "the quick brown"])]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "two_words.yaml").write_text(QUESTIONS.format(file=tmp_path / "q.jsonl"))
+    arguments = ("--tasks", "two_words", "--task-folder", tmp_path)
+    scored = evaluated(folder / "model", *arguments)["tasks"]["two_words"]["acc,none"]
+
+    model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
+
+    def score(question, answer):
+        ids = tokenizer(question + answer, return_tensors="pt").input_ids
+        start = tokenizer(question, return_tensors="pt").input_ids.shape[1]
+        with torch.no_grad():
+            scores = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        return scores.gather(-1, ids[0, start:, None]).sum().item()
+
+    right = [
+        (score(r["question"], " fox") > score(r["question"], " world")) == bool(r["answer"])
+        for r in rows
+    ]
+    assert scored == sum(right) / 2
