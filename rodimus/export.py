@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 from .loading import checkpoint_folder, has_tokenizer, load_model, load_tokenizer
+from .peers import PEERS
 
 AUTO_MAP = {
     "AutoConfig": "configuration_rodimus.RodimusConfig",
@@ -59,7 +60,13 @@ def export(
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """Weights, configuration with its ``auto_map``, and the code they name."""
+    """Weights, configuration with its ``auto_map``, and the code they name.
+
+    A peer is saved as it is: its code is that of other packages.
+    """
+    if model.config.model_type in PEERS:
+        model.save_pretrained(folder)
+        return
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
     for source, name in code_files():

@@ -1,7 +1,7 @@
 """Checkpoint folders: found, checked before anything is built, and loaded.
 
 Read here: folders in the released format (ours are the same), those of flash-linear-attention's
-Rodimus, which are converted while loading, and the folders of training runs.
+Rodimus, which are converted while loading, the folders of training runs, and those of the peers.
 """
 
 import json
@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from . import convert, register
 from .configuration_rodimus import RodimusConfig
@@ -22,6 +27,7 @@ from .modeling_rodimus import (
     RodimusForSequenceClassification,
     RodimusModel,
 )
+from .peers import PEERS
 from .run_folder import is_run, read_weights, sound_checkpoint
 
 MODELS = {
@@ -70,6 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -77,23 +85,41 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_config(folder: Path) -> RodimusConfig:
-    """The configuration of a checkpoint folder, whichever of the two formats it is in.
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint folder, whichever of the formats it is in.
 
     Raises:
-        InputError: the file is not a configuration of Rodimus, or one of its values is wrong.
+        InputError: as ``read_config``.
     """
-    path = folder / ("model.json" if is_run(folder) else "config.json")
+    return read_config(folder / ("model.json" if is_run(folder) else "config.json"))
+
+
+def read_config(path: Path) -> PreTrainedConfig:
+    """A model's configuration: Rodimus's, flash-linear-attention's of it, or that of a peer.
+
+    Raises:
+        InputError: the file is none of these, or one of its values is wrong.
+    """
     fields = read_json(path)
-    if fields.get("model_type", "rodimus") != "rodimus":
-        got = fields["model_type"]
-        raise InputError(f"{path}: model_type must be 'rodimus', got {got!r}")
+    kind = fields.get("model_type", "rodimus")
+    known = ("rodimus", *PEERS)
+    if kind not in known:
+        raise InputError(f"{path}: model_type must be one of {', '.join(known)}, got {kind!r}")
     try:
+        if kind in PEERS:
+            return PEERS[kind][0].from_dict(fields)
         if convert.is_fla_config(fields):
             fields = convert.config_from_fla(fields)
         return RodimusConfig.from_dict(fields)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of a configuration's language model, or the other class that it names."""
+    if config.model_type in PEERS:
+        return PEERS[config.model_type][1]
+    return MODELS.get((config.architectures or [""])[0], RodimusForCausalLM)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -160,7 +186,7 @@ def load_model(
         model = _load_run(config, sound_checkpoint(folder, step), dtype)
         return model.to(device).eval() if device is not None else model.eval()
     files = weight_files(folder)
-    if convert.is_fla_config(read_json(folder / "config.json")):
+    if config.model_type == "rodimus" and convert.is_fla_config(read_json(folder / "config.json")):
         model = _load_fla(config, files, dtype)
     else:
         model = _load_released(config, folder, files, dtype)
@@ -168,10 +194,9 @@ def load_model(
 
 
 def _load_released(
-    config: RodimusConfig, folder: Path, files: list[Path], dtype
+    config: PreTrainedConfig, folder: Path, files: list[Path], dtype
 ) -> PreTrainedModel:
-    architecture = (config.architectures or ["RodimusForCausalLM"])[0]
-    cls = MODELS.get(architecture, RodimusForCausalLM)
+    cls = model_class(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         shapes |= _shapes(file)
@@ -194,7 +219,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def _check_shapes(
     folder: Path,
     cls: type[PreTrainedModel],
-    config: RodimusConfig,
+    config: PreTrainedConfig,
     got: dict[str, tuple[int, ...]],
 ) -> None:
     with torch.device("meta"):
@@ -212,9 +237,10 @@ def _check_shapes(
             raise InputError(f"{where} {name} is missing")
 
 
-def _load_run(config: RodimusConfig, checkpoint: Path, dtype) -> PreTrainedModel:
+def _load_run(config: PreTrainedConfig, checkpoint: Path, dtype) -> PreTrainedModel:
+    cls = model_class(config)
     with torch.device("meta"):
-        model = RodimusForCausalLM(config)
+        model = cls(config)
     weights = {
         name: torch.empty(tensor.shape, dtype=torch.float32)
         for name, tensor in model.state_dict().items()
@@ -222,7 +248,7 @@ def _load_run(config: RodimusConfig, checkpoint: Path, dtype) -> PreTrainedModel
     }
     read_weights(checkpoint, weights)
     dtype = torch.float32 if dtype == "auto" else dtype
-    return RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedModel:

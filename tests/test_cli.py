@@ -300,7 +300,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         "fields, message",
         [
-            ({"model_type": "llama"}, "model_type must be 'rodimus', got 'llama'"),
+            ({"model_type": "llama"}, "model_type must be one of rodimus, gla, qwen2, got 'llama'"),
             ({"block_type": "rodimus_max"}, "got 'rodimus_max'"),
             ({"attn_cfg": {"num_heads": 5}}, "d_model must be divisible by num_heads"),
             ({"mixer_cfg": {"mem_sise": 8}}, "did you mean 'mem_size'"),

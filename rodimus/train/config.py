@@ -26,10 +26,10 @@ class ModelSection:
     """Which model is trained."""
 
     config: str = ""
-    """RodimusConfig file (JSON). Inside a TOML file: relative to that file."""
+    """Configuration of Rodimus or of a peer (JSON). Inside a TOML file: relative to that file."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.config), "model.config must name a RodimusConfig file (JSON)")
+        _require(bool(self.config), "model.config must name the configuration of a model (JSON)")
 
 
 @dataclass(frozen=True)

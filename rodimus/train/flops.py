@@ -1,4 +1,4 @@
-"""Floating-point operations of Rodimus, counted so that MFU means what it says.
+"""Floating-point operations of a model, counted so that MFU means what it says.
 
 A multiply-add is two operations, backward is twice forward. Counted: every matrix product (the
 tied head once), the DDTS recurrence itself (write and read of the state, 4 n D a token, whatever
@@ -7,14 +7,16 @@ the chunk size), attention over the keys a token really sees, and the short conv
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import nn
-
-from ..configuration_rodimus import RodimusConfig
+from transformers import PreTrainedConfig
 
 # dense bf16 FLOP/s from the makers' data sheets, by a word of the device's name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
+# tokens of a chunk in every implementation of the recurrence that trains
+CHUNK = 64
 
 
 class TokenFlops(NamedTuple):
@@ -42,43 +44,87 @@ def visible_keys(seq_len: int, window: int) -> float:
     return (ramp * (ramp + 1) / 2 + (seq_len - ramp) * window) / seq_len
 
 
-def train_flops(model: nn.Module, config: RodimusConfig, seq_len: int) -> TokenFlops:
+class _Layer(NamedTuple):
+    """What a layer does besides products with weights; the same in every layer of a model."""
+
+    layers: int
+    state: int = 0
+    """Elements of its recurrent state."""
+    chunk: int = 0
+    """Key and value channels of the recurrence."""
+    attention: int = 0
+    """Channels of the queries, all heads together."""
+    window: float = math.inf
+    """Keys that a token sees, its own included."""
+    convolution: int = 0
+    """Weights of the short convolution."""
+    last: int = 0
+    """Weights of the product that ends the block."""
+
+
+def _layer(config: PreTrainedConfig) -> _Layer:
+    if config.model_type == "qwen2":
+        width = config.hidden_size
+        last = config.hidden_size * config.intermediate_size
+        return _Layer(config.num_hidden_layers, attention=width, last=last)
+    if config.model_type == "gla":
+        keys, values = config.key_dim, config.value_dim
+        state = keys * values // config.num_heads
+        last = config.hidden_size * config.intermediate_size
+        return _Layer(config.num_hidden_layers, state=state, chunk=keys + values, last=last)
+    keys, width = config.mem_size, config.d_inner
+    recurrent = _Layer(
+        config.n_layer,
+        state=keys * width,
+        chunk=keys + width,
+        convolution=config.mixer_cfg["d_conv"] * width,
+        last=width * config.d_model,
+    )
+    if config.block_type == "rodimus":
+        return recurrent
+    return recurrent._replace(
+        attention=config.d_model,
+        window=config.sliding_window or math.inf,
+        last=config.intermediate_size * config.d_model,
+    )
+
+
+def train_flops(model: nn.Module, config: PreTrainedConfig, seq_len: int) -> TokenFlops:
     """Operations of one training token in rows of ``seq_len`` tokens.
 
     Args:
         model: The model, on any device (meta will do), not sharded.
-        config: Its configuration.
+        config: Its configuration: Rodimus's or that of a peer.
         seq_len: Length of an unpacked row; documents shorter than it need less attention.
     """
-    inner = model.model.layers[0].mixer.inner_mixer
-    width, mem = inner.residual_weight.numel(), config.mixer_cfg["mem_size"]
-    attention = 0.0
-    if config.block_type == "rodimus_plus":
-        seen = visible_keys(seq_len, config.attn_cfg["window_size"] // 2 + 1)
-        attention = 3 * config.n_layer * 4 * config.d_model * seen
+    layer = _layer(config)
+    seen = visible_keys(seq_len, min(layer.window, seq_len))
     return TokenFlops(
         dense=6.0 * matmul_parameters(model),
-        recurrence=3.0 * config.n_layer * 4 * mem * width,
-        attention=attention,
-        convolution=6.0 * config.n_layer * config.mixer_cfg["d_conv"] * width,
+        recurrence=3.0 * layer.layers * 4 * layer.state,
+        attention=3.0 * layer.layers * 4 * layer.attention * seen,
+        convolution=6.0 * layer.layers * layer.convolution,
     )
 
 
 def hardware_flops(
-    model: nn.Module, config: RodimusConfig, *, chunk: int, recompute: bool
+    model: nn.Module, config: PreTrainedConfig, seq_len: int, *, recompute: bool
 ) -> float:
-    """Operations a token costs beyond ``train_flops``: the numerator of HFU minus that of MFU.
+    """Operations that one training token really takes: the numerator of HFU.
+
+    Beyond ``train_flops``: the products inside a chunk of the recurrence, and with ``recompute``
+    the forward of every block once more. That recomputation ends with the last tensor that
+    backward needs, so the product that ends a block is not made again.
 
     Args:
-        model: As in ``train_flops``.
-        config: Its configuration.
-        chunk: Chunk length of the DDTS form in use; it does 2 C n + 2 C D more a token and layer.
-        recompute: Whether blocks are run a second time in backward (``train.ac = full``).
+        model, config, seq_len: As in ``train_flops``.
+        recompute: Whether blocks are run a second time in backward (``train.ac = full``); with
+            ``selective`` nothing that is counted here is.
     """
-    inner = model.model.layers[0].mixer.inner_mixer
-    width, mem = inner.residual_weight.numel(), config.mixer_cfg["mem_size"]
-    chunk_work = 3.0 * config.n_layer * 2 * chunk * (mem + width)
+    layer = _layer(config)
+    spent = sum(train_flops(model, config, seq_len))
+    spent += 3.0 * layer.layers * 2 * CHUNK * layer.chunk
     if not recompute:
-        return chunk_work
-    head = model.lm_head.weight.numel()
-    return chunk_work + 2.0 * (matmul_parameters(model) - head)
+        return spent
+    head = model.get_output_embeddings().weight.numel()
+    return spent + (spent / 3 - 2.0 * head) - 2.0 * layer.layers * layer.last

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
-from .. import RodimusConfig, RodimusForCausalLM
 from ..errors import InputError
+from ..loading import model_class, read_config
 from . import guard, parallel
 from .batches import Prefetcher, TrainData, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
 from .config import ModelSection, TrainConfig
 from .evaluate import Evaluation, Evaluator
-from .flops import train_flops
+from .flops import hardware_flops, train_flops
 from .load import to_toml
 from .metrics import Meter, RunLog, peak_flops, progress_line
 from .optim import build_optimizers, set_lr
@@ -47,7 +48,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.accumulation = config.accumulation(ranks.world_size)
-        model_config = read_model_config(config.model.config)
+        model_config = read_config(Path(config.model.config))
         train = open_sources(config.data.train, weighted=bool(config.data.weights))
         val = open_sources(config.data.val) if config.data.val else []
         check_vocabulary(model_config, train + val)
@@ -72,9 +73,12 @@ class Trainer:
         )
 
         with torch.device("meta"):
-            model = RodimusForCausalLM(model_config)
+            model = model_class(model_config)(model_config)
         self.n_parameters = model.num_parameters()
-        flops = train_flops(model, model_config, config.data.seq_len)
+        useful = train_flops(model, model_config, config.data.seq_len).total
+        spent = hardware_flops(
+            model, model_config, config.data.seq_len, recompute=config.train.ac == "full"
+        )
         self.model = parallel.build_model(model, config, ranks)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.out = Path(config.out)
@@ -89,7 +93,7 @@ class Trainer:
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         peak = peak_flops(ranks.device)
-        self.meter = Meter(config.steps, ranks.world_size, flops.total, peak)
+        self.meter = Meter(config.steps, ranks.world_size, useful, spent, peak)
         if ranks.is_main:
             save_settings(config, model_config, train[0])
 
@@ -235,21 +239,7 @@ class Trainer:
         self.log.close()
 
 
-def read_model_config(path: str) -> RodimusConfig:
-    """Reads a RodimusConfig file.
-
-    Raises:
-        InputError: the file is missing, no JSON, or names values the model refuses.
-    """
-    try:
-        return RodimusConfig.from_json_file(path)
-    except OSError as error:
-        raise InputError(f"cannot read model.config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def check_vocabulary(model: RodimusConfig, sources: list[TokenShards]) -> None:
+def check_vocabulary(model: PreTrainedConfig, sources: list[TokenShards]) -> None:
     """Refuses shards whose ids the model has no rows for.
 
     Raises:
@@ -263,7 +253,7 @@ def check_vocabulary(model: RodimusConfig, sources: list[TokenShards]) -> None:
             )
 
 
-def identity_of(model: RodimusConfig, source: TokenShards) -> dict[str, Any]:
+def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes from it."""
     ignored = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
     values = {k: v for k, v in model.to_dict().items() if k not in ignored}
@@ -271,7 +261,7 @@ def identity_of(model: RodimusConfig, source: TokenShards) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def save_settings(config: TrainConfig, model: RodimusConfig, source: TokenShards) -> None:
+def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenShards) -> None:
     """Writes the resolved run, its model and its tokenizer beside the checkpoints.
 
     `rodimus train OUT/config.toml` resumes the run from that copy.

@@ -78,15 +78,16 @@ class Meter:
     Args:
         steps: Steps of the whole run.
         world_size: Ranks, for tokens per second and rank.
-        flops_per_token: What one token costs, for MFU.
+        useful: Operations of one token that the model needs, for MFU.
+        spent: Operations of one token that are made, for HFU.
         peak: FLOP/s of one device, or None where unknown.
     """
 
     def __init__(
-        self, steps: int, world_size: int, flops_per_token: float, peak: float | None
+        self, steps: int, world_size: int, useful: float, spent: float, peak: float | None
     ) -> None:
         self.steps, self.world_size = steps, world_size
-        self.flops_per_token, self.peak = flops_per_token, peak
+        self.useful, self.spent, self.peak = useful, spent, peak
         self.reset(0)
 
     def reset(self, step: int) -> None:
@@ -110,7 +111,8 @@ class Meter:
             "left_s": elapsed / max(1, step - self._step) * (self.steps - step),
         }
         if self.peak:
-            figures["mfu"] = rate * self.flops_per_token / (self.peak * self.world_size)
+            share = rate / (self.peak * self.world_size)
+            figures |= {"mfu": share * self.useful, "hfu": share * self.spent}
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.reset(step)
         return figures
@@ -126,7 +128,8 @@ def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
         f"{values['tokens_per_s']:,.0f} tok/s",
     ]
     if "mfu" in values:
-        parts += [f"MFU {values['mfu']:.1%}", f"{values['memory_gb']:.1f} GB"]
+        parts += [f"MFU {values['mfu']:.1%}", f"HFU {values['hfu']:.1%}"]
+        parts += [f"{values['memory_gb']:.1f} GB"]
     return "  ".join([*parts, f"left {clock(values['left_s'])}"])
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .. import RodimusConfig, RodimusForCausalLM
+from .. import RodimusConfig
 from ..errors import InputError
+from ..loading import model_class, read_config
+from ..peers import PEERS
 from .config import TrainConfig
 from .flops import PEAK_FLOPS, TokenFlops, train_flops
 from .load import load_config
-from .loop import read_model_config
 from .optim import parameter_groups
 
 
@@ -46,29 +49,46 @@ class Plan:
         return sum(self.memory.values()) / 1e9
 
 
-def activation_bytes(config: RodimusConfig, mode: str) -> float:
+def activation_bytes(config: PreTrainedConfig, mode: str) -> float:
     """Estimated bytes a token and block keeps for backward in bf16, by activation checkpointing.
 
     Args:
         config: Model shapes.
         mode: ``none``, ``selective`` or ``full``.
     """
-    d, mem = config.d_model, config.mixer_cfg["mem_size"]
-    wide = int(d * config.mixer_cfg["expand_ratio"])
-    stream = 4 * d
     if mode == "full":
-        return stream
+        return 4 * config.hidden_size
+    products, rest, stream = (_peer_bytes if config.model_type in PEERS else _rodimus_bytes)(config)
+    return products + (rest if mode == "none" else stream)
+
+
+def _rodimus_bytes(config: RodimusConfig) -> tuple[float, float, float]:
+    """Bytes of results of products, of everything else, and of the stream among it."""
+    d, mem, wide, stream = config.d_model, config.mem_size, config.d_inner, 4 * config.d_model
     # residual stream; [x, gate]; convolution; input gate, gated input; DDTS output; q, k, gates
-    mixer_products = 2 * (2 * wide + wide + wide) + 2 * 4 * mem
-    mixer_rest = stream + 2 * d + 2 * 3 * wide + 4 * 4 * mem
-    if config.block_type == "rodimus":
-        return mixer_products + stream + (mixer_rest - stream if mode == "none" else 0)
-    hidden = int(d * config.attn_cfg["ffn_expand_ratio"])
-    # q, v, output, projection; then [x, gate] and their product
-    other_products = 2 * (4 * d) + 2 * 2 * hidden
-    other_rest = 2 * stream + 2 * (3 * d) + 2 * hidden
-    rest = mixer_rest + other_rest if mode == "none" else stream
-    return mixer_products + other_products + rest
+    products = 2 * (2 * wide + wide + wide) + 2 * 4 * mem
+    rest = stream + 2 * d + 2 * 3 * wide + 4 * 4 * mem
+    if config.block_type == "rodimus_plus":
+        hidden = config.intermediate_size
+        # q, v, output, projection; then [x, gate] and their product
+        products += 2 * (4 * d) + 2 * 2 * hidden
+        rest += 2 * stream + 2 * (3 * d) + 2 * hidden
+    return products, rest, stream
+
+
+def _peer_bytes(config: PreTrainedConfig) -> tuple[float, float, float]:
+    """As ``_rodimus_bytes``, for a mixer or attention with a gated MLP."""
+    d, hidden, stream = config.hidden_size, config.intermediate_size, 4 * config.hidden_size
+    if config.model_type == "gla":
+        # q, k, v, gate, output, projection; then log-decays in fp32, norm, gated output
+        products = 2 * (2 * config.key_dim + 3 * config.value_dim + d)
+        rest = 4 * config.key_dim + 2 * 2 * config.value_dim
+    else:
+        # q, k, v, output, projection; then rotated q and k
+        keys = d * config.num_key_value_heads // config.num_attention_heads
+        products, rest = 2 * (3 * d + 2 * keys), 2 * (d + keys)
+    # [gate, up]; two norms, two streams, silu and product
+    return products + 2 * 2 * hidden, rest + 2 * stream + 2 * 2 * d + 2 * 2 * hidden, stream
 
 
 def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Plan:
@@ -87,9 +107,9 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
     replicas = config.parallel.replicate
     if gpus % replicas:
         raise InputError(f"parallel.replicate = {replicas} does not divide {gpus} GPUs")
-    model_config = read_model_config(config.model.config)
+    model_config = read_config(Path(config.model.config))
     with torch.device("meta"):
-        model = RodimusForCausalLM(model_config)
+        model = model_class(model_config)(model_config)
     n = model.num_parameters()
     shards = gpus // replicas
     flops = train_flops(model, model_config, config.data.seq_len)
@@ -106,13 +126,13 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
 
 
 def _memory(
-    model: RodimusForCausalLM, shapes: RodimusConfig, config: TrainConfig, n: int, shards: int
+    model: PreTrainedModel, shapes: PreTrainedConfig, config: TrainConfig, n: int, shards: int
 ) -> dict[str, float]:
     matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
     # AdamW keeps two moments, Muon one
     moments = 2 * n - (matrices if config.optim.name == "muon" else 0)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = n - block * shapes.n_layer
+    root = n - block * len(model.model.layers)
     gathered = root + 2 * block if config.parallel.reshard_after_forward == "true" else n
     tokens = config.train.micro_batch * config.data.seq_len
     return {
@@ -121,7 +141,7 @@ def _memory(
         "optimizer": 4 * moments / shards,
         "gathered weights, bf16": 2.0 * gathered,
         "activations (estimate)": tokens
-        * shapes.n_layer
+        * len(model.model.layers)
         * activation_bytes(shapes, config.train.ac),
         "gradient of the head, fp32": 4.0 * model.lm_head.weight.numel(),
     }

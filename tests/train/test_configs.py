@@ -1,12 +1,13 @@
 """Every file in configs/ parses, names a model that builds, and learns where it is small enough."""
 
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.loading import model_class, read_config
 from rodimus.train.load import load_config
 from rodimus.train.pack import pack
 from tests.train.ranks import metrics, train
@@ -22,6 +23,8 @@ PARAMETERS = {
     "rodimus_plus_130m": 131_477_120,
     "rodimus_plus_2m": 1_899_968,
     "rodimus_plus_ci": 171_520,
+    "gla_340m": 334_629_888,
+    "qwen2_340m": 334_838_784,
 }
 
 
@@ -44,9 +47,17 @@ def test_every_model_file_is_used_and_counted():
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_model_has_its_parameter_count(name):
     with torch.device("meta"):
-        config = RodimusConfig.from_json_file(str(ROOT / "model" / f"{name}.json"))
-        model = RodimusForCausalLM(config)
+        config = read_config(ROOT / "model" / f"{name}.json")
+        model = model_class(config)(config)
     assert model.num_parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ["gla_340m", "qwen2_340m"])
+def test_peer_differs_in_nothing_but_the_model(name):
+    """The same data, steps and optimiser, and parameters within 0.1%."""
+    ours, peer = (load_config(ROOT / "train" / f"{n}.toml") for n in ("rodimus_plus_340m", name))
+    assert replace(peer, model=ours.model, out=ours.out) == ours
+    assert PARAMETERS[name] == pytest.approx(PARAMETERS["rodimus_plus_340m"], rel=1e-3)
 
 
 def test_tiny_run_learns_python(tmp_path):

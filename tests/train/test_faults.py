@@ -242,7 +242,7 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
         (["--checkpoint.resume", "never"], "checkpoint.resume = never, but"),
         (["--train.micro-batch", "3"], "do not divide by 1 ranks x train.micro_batch 3"),
         (["--data.seq-len", "65536", "--train.global-batch-tokens", "131072"], "needs a shard of"),
-        (["--model.config", "none.json"], "cannot read model.config none.json"),
+        (["--model.config", "none.json"], "none.json: No such file"),
         (["--data.train", "none.json"], "no token shards at none.json"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus.peers import PEERS
 from rodimus.train import flops, parallel
 from rodimus.train.config import GuardSection, OptimSection, ScheduleSection
 from rodimus.train.guard import Guard, RunStopped
@@ -27,6 +28,23 @@ CONFIG = {**MODEL, "vocab_size": 320}
 
 def tiny(**changes):
     return RodimusForCausalLM(RodimusConfig(**{**CONFIG, **changes}))
+
+
+def peer(kind):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 320, "intermediate_size": 96}
+    heads = {"gla": {"num_heads": 2}, "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2}}
+    config_class, model_class = PEERS[kind]
+    return model_class(config_class(**sizes, **heads[kind], tie_word_embeddings=True))
+
+
+def loss_of(labels):
+    """Arguments of a training forward."""
+    return {
+        "shift_labels": labels,
+        "num_items_in_batch": labels.numel(),
+        "loss_only": True,
+        "use_cache": False,
+    }
 
 
 def test_accumulation_equals_one_large_batch(config_file, tmp_path):
@@ -167,22 +185,42 @@ def test_seeded_init_follows_the_models_own_rule():
     assert not torch.equal(seeded.lm_head.weight, again.lm_head.weight)
 
 
-def test_dense_flops_equal_torchs_counter():
-    model, config = tiny(), RodimusConfig(**CONFIG)
-    ids = torch.randint(0, 300, (2, 64))
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    counted = 0
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["rodimus", "rodimus_plus", "gla", "qwen2"])
+def test_flops_equal_torchs_counter(kind, mode):
+    """Products with weights, forward, backward and what checkpointing makes again: exactly.
 
-    def count(module, args, output):
-        nonlocal counted
-        with FlopCounterMode(display=False) as counter:
-            torch.nn.functional.linear(args[0], module.weight)
-        counted += counter.get_total_flops()
+    torch does not look into our operators, so their share is the formulas' alone.
+    """
+    model = peer(kind) if kind in PEERS else tiny(block_type=kind)
+    parallel.checkpoint_activations(model.train(), mode)
+    ids, config = torch.randint(0, 300, (2, 64)), model.config
+    with FlopCounterMode(display=False) as counter:
+        model(ids, position_ids=torch.arange(64).expand(2, -1), **loss_of(ids)).loss.backward()
+    products = counter.get_flop_counts()["Global"]
+    counted = sum(products.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    useful, again = flops.train_flops(model, config, 64), 0.0
+    if mode == "full":
+        alone, twice = (
+            flops.hardware_flops(model, config, 64, recompute=full) for full in (False, True)
+        )
+        # of what is made again, a third of everything but products with weights is the operators'
+        again = twice - alone - (alone - useful.dense) / 3
+    assert counted / ids.numel() == pytest.approx(useful.dense + again, rel=1e-12)
 
-    for module in linear:
-        module.register_forward_hook(count)
-    model(ids, use_cache=False)
-    assert 3 * counted / ids.numel() == flops.train_flops(model, config, 64).dense
+
+def test_hfu_counts_chunks_and_recomputation():
+    """Rodimus+ 1.6B by hand: 3 L (2 C n + 2 C D) beyond the recurrence; 8/6 less head and end."""
+    config = RodimusConfig(**json.loads(_released("rodimus_plus_1b6")))
+    with torch.device("meta"):
+        model = RodimusForCausalLM(config)
+    useful = flops.train_flops(model, config, 4096).total
+    spent = flops.hardware_flops(model, config, 4096, recompute=False)
+    chunks = 3 * 24 * (2 * 64 * 64 + 2 * 64 * 4096)
+    assert spent - useful == chunks
+    head, end = 126464 * 2048, 24 * 2736 * 2048
+    full = flops.hardware_flops(model, config, 4096, recompute=True)
+    assert full == pytest.approx(spent * 4 / 3 - 2 * head - 2 * end)
 
 
 def test_flops_of_the_released_models():

@@ -39,6 +39,18 @@ def test_recurrent_model_needs_no_attention():
     )
 
 
+def test_peers_are_planned_too():
+    """The same parameters and settings; attention over the whole row costs Qwen2 the most."""
+    ours, gla, qwen2 = (planned(f"{n}_340m", 8) for n in ("rodimus_plus", "gla", "qwen2"))
+    assert gla.memory["optimizer"] == pytest.approx(ours.memory["optimizer"], rel=1e-3)
+    assert (gla.flops.attention, qwen2.flops.recurrence) == (0, 0)
+    # by hand: 12 L d T / 2
+    assert qwen2.flops.attention == pytest.approx(12 * 24 * 1024 * 2048, rel=1e-3)
+    assert gla.tokens_per_s > ours.tokens_per_s > qwen2.tokens_per_s
+    for plan_ in (ours, gla, qwen2):
+        assert 5e9 < plan_.memory["activations (estimate)"] < 50e9
+
+
 def test_checkpointing_activations_saves_memory():
     sizes = [
         planned("rodimus_plus_1b6", 8, "--train.ac", mode).memory["activations (estimate)"]
