@@ -90,6 +90,10 @@ CASES = [
     packed(1, 1, 1, 40, window=None),
     packed(37, window=1),
     packed(30, 40, window=40, key_heads=2, value_heads=2),
+    # documents that end before the first query, one that it continues, and new ones
+    Case(1, 21, 53, documents=(10, 5, 20, 0, 18)),
+    Case(1, 21, 53, window=8, documents=(10, 5, 20, 18)),
+    Case(1, 21, 53, window=None, documents=(32, 21)),
 ]
 
 
@@ -336,9 +340,9 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             shared_key_attention(q, k, v, cu_seqlens=torch.tensor(bounds))
 
-    def test_packed_documents_need_as_many_keys_as_queries(self):
+    def test_boundaries_are_those_of_the_keys(self):
         q, k, v = (x[:1] for x in self.make(q=(2, 4, 4, 16)))
-        with pytest.raises(ValueError, match="cu_seqlens requires S = T, got T = 4 and S = 5"):
+        with pytest.raises(ValueError, match=r"must rise from 0 to T = 5, got \[0, 4\]"):
             shared_key_attention(q, k, v, cu_seqlens=torch.tensor([0, 4]))
 
     def test_device_and_dtype(self):
@@ -356,7 +360,7 @@ def test_every_implementation_is_listed():
 def test_flex_matches_the_definition(monkeypatch, device):
     on_gpu = device.type == "cuda"
     monkeypatch.setattr(flex, "_BLOCK", 128 if on_gpu else 16)
-    for case in CASES if on_gpu else (CASES[0], CASES[8], CASES[14], CASES[18]):
+    for case in CASES if on_gpu else (CASES[0], CASES[8], CASES[14], CASES[18], CASES[21]):
         tensors, cu_seqlens = case.inputs(device)
         options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
         exact = truth(tensors, **options)
@@ -396,7 +400,7 @@ class TestFlash:
         module = types.ModuleType("flash_attn")
         module.calls = []
 
-        def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, cu_seqlens=None):
+        def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size):
             module.calls.append((q, k, v, window_size))
             assert causal and window_size[1] == 0 and k.shape[2] == v.shape[2]
             spread = lambda x: x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
@@ -404,13 +408,17 @@ class TestFlash:
                 *(q, spread(k), spread(v)),
                 window_size=None if window_size[0] < 0 else window_size[0] + 1,
                 scale=softmax_scale,
-                cu_seqlens=cu_seqlens,
             )
 
         def flash_attn_varlen_func(q, k, v, q_bounds, k_bounds, q_most, k_most, **options):
-            assert torch.equal(q_bounds, k_bounds) and q_most == k_most == q.shape[0]
-            rows = (x[None] for x in (q, k, v))
-            return flash_attn_func(*rows, **options, cu_seqlens=q_bounds)[0]
+            assert (q_most, k_most) == (q.shape[0], k.shape[0])
+            outputs = []
+            for n in range(len(q_bounds) - 1):
+                mine, keys = (slice(*x[n : n + 2].tolist()) for x in (q_bounds, k_bounds))
+                if mine.start < mine.stop:
+                    row = (x[None] for x in (q[mine], k[keys], v[keys]))
+                    outputs.append(flash_attn_func(*row, **options)[0])
+            return torch.cat(outputs)
 
         module.flash_attn_func = flash_attn_func
         module.flash_attn_varlen_func = flash_attn_varlen_func
@@ -428,6 +436,7 @@ class TestFlash:
             Case(queries=5),
             Case(heads=6, key_heads=3, value_heads=2),
             packed(9, 0, 28),
+            Case(1, 21, 53, documents=(10, 5, 20, 0, 18)),
         ],
         ids=str,
     )

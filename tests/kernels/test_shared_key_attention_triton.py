@@ -34,6 +34,7 @@ SMALL = [
     Case(1, 21, 53, 2, 1, 2, 24, 8, window=20),
     Case(2, 9, 9, 6, 3, 2, window=4),
     packed(0, 9, 0, 0, 27, 1, 0, heads=2, value_heads=2, window=18),
+    Case(1, 21, 53, 2, 1, 2, window=20, documents=(10, 5, 20, 0, 18)),
 ]
 
 

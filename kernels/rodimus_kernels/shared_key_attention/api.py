@@ -85,7 +85,7 @@ def shared_key_attention(
         v: Values ``[B, S, Hv, Dv]``, H divisible by Hv; Dv may differ from D.
         window_size: Keys a query sees, its own position included; None for all before it.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
-        cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1 and S = T.
+        cu_seqlens: int ``[N + 1]`` boundaries of packed documents among the S keys; requires B = 1.
         impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
 
     Returns:
@@ -100,9 +100,7 @@ def shared_key_attention(
     keys = k.shape[1]
     if queries == 0 or keys < queries:
         raise ValueError(f"expected S >= T >= 1, got T = {queries} queries and S = {keys} keys")
-    if cu_seqlens is not None and keys != queries:
-        raise ValueError(f"cu_seqlens requires S = T, got T = {queries} and S = {keys}")
-    check_cu_seqlens(cu_seqlens, batch, queries)
+    check_cu_seqlens(cu_seqlens, batch, keys)
     if impl == "auto":
         double = torch.float64 in (q.dtype, k.dtype, v.dtype)
         impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)

@@ -25,7 +25,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
             "shared_key_attention(impl='flash'): expected float16 or bfloat16 and D = Dv,"
             f" got {v.dtype}, D = {q.shape[-1]}, Dv = {v.shape[-1]}"
         )
-    length, heads = q.shape[1:3]
+    length, heads, keys = *q.shape[1:3], k.shape[1]
     q, k = q.to(v.dtype), k.to(v.dtype)
     # flash-attn gives query head i the key head i // (H / Hk): all H are spelled out
     k, v = (expand_heads(x, heads).transpose(1, 2) for x in (k, v))
@@ -35,9 +35,11 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     if cu_seqlens is None:
         return flash_attn_func(q, k, v, **options)
     bounds = cu_seqlens.to(torch.int32)
+    # the queries are the last of the keys: of a document that ends before them there is none
+    q_bounds = (bounds - (keys - length)).clamp_min(0)
     # the longest document is not known on the host; all tokens bound it
     o = flash_attn_varlen_func(
-        *(q[0], k[0], v[0], bounds, bounds, length, length),
+        *(q[0], k[0], v[0], q_bounds, bounds, length, keys),
         **options,
     )
     return o[None]

@@ -22,9 +22,11 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     :func:`rodimus_kernels.shared_key_attention`."""
     queries, heads = q.shape[1], q.shape[2]
     window = k.shape[1] if window_size is None else min(window_size, k.shape[1])
-    documents = None if cu_seqlens is None else reference.document_ids(cu_seqlens, k.shape[1])
     # keys before the first query's window are seen by nobody
     unseen = max(k.shape[1] - queries - window + 1, 0)
+    documents = None
+    if cu_seqlens is not None:
+        documents = reference.document_ids(cu_seqlens, k.shape[1])[unseen:]
     k, v = (expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
     q = q.to(v.dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
