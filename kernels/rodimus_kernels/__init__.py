@@ -7,7 +7,7 @@ what else an implementation needs is imported when it is chosen.
 import importlib
 
 from .cross_entropy import linear_cross_entropy
-from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_step
+from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_scan, ddts_step, ddts_summary
 from .input_gate import input_gate
 from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
@@ -24,7 +24,9 @@ __all__ = [
     "ddts",
     "ddts_gates",
     "ddts_mixer_step",
+    "ddts_scan",
     "ddts_step",
+    "ddts_summary",
     "gated_rms_norm",
     "input_gate",
     "linear_cross_entropy",

@@ -197,6 +197,26 @@ def ddts_step(q, k, v, log_decay, state, *, scale=None):
     return o.squeeze(1)
 
 
+def ddts_scan(states, log_decays, *, reverse=False):
+    """State before each segment of a sequence, from what each segment leaves by itself.
+
+        before[0] = 0        before[s + 1] = exp(log_decays[s])[:, None] * before[s] + states[s]
+
+    Args:
+        states: ``[S, N, H, K, V]``. log_decays: total of each segment ``[S, N, H, K]``.
+        reverse: from the last segment to the first.
+
+    Returns:
+        ``[S, N, H, K, V]``.
+    """
+    before, state = [], torch.zeros_like(states[0])
+    order = range(len(states))
+    for s in reversed(order) if reverse else order:
+        before.append(state)
+        state = log_decays[s].exp()[..., None] * state + states[s]
+    return torch.stack(before[::-1] if reverse else before)
+
+
 @_outside_autocast
 def ddts_mixer_step(
     q,
@@ -435,7 +455,7 @@ def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=No
             the last T.
         window_size: visible keys, the query's own position included; None for all.
         scale: default ``D ** -0.5``.
-        cu_seqlens: ``[N + 1]`` boundaries of packed documents; requires B = 1 and S = T.
+        cu_seqlens: ``[N + 1]`` boundaries of packed documents among the keys; requires B = 1.
 
     Returns:
         ``[B, T, H, Dv]`` in v's dtype.

@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rodimus_kernels import _dispatch, ddts, ddts_gates, ddts_step, reference
+from rodimus_kernels import (
+    _dispatch,
+    ddts,
+    ddts_gates,
+    ddts_scan,
+    ddts_step,
+    ddts_summary,
+    reference,
+)
 from rodimus_kernels.ddts import api
 from rodimus_kernels.testing import (
     REGIMES,
@@ -221,6 +229,63 @@ def test_descriptors_equal_pointers(heads, states):
     with triton_helpers.assume_capability(90 if DEVICE == "cpu" else 80):
         other = run_ddts(ddts, inputs, impl="triton_chunk")
     assert_close(other, plain, 1e-6)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_summaries_join_segments_into_the_whole(regime):
+    """Each segment by itself, their summaries scanned, then each from the state it starts from."""
+    inputs = make(DdtsCase(2, 150, 2, 16, 32, regime, states=False))
+    leaves = [x.detach().double().requires_grad_() for x in inputs[:4]]
+    whole, _ = reference.ddts(*leaves)
+    exact = torch.autograd.grad(whole.sum(), leaves)
+
+    pieces = list(zip(*(x.float().split(50, dim=1) for x in leaves), strict=True))
+    summaries = [ddts_summary(k, v, g) for _, k, v, g in pieces]
+    before = [torch.zeros_like(summaries[0][0])]
+    for state, total in summaries:
+        before.append(total.exp()[..., None] * before[-1] + state)
+    scanned = ddts_scan(*(torch.stack(x) for x in zip(*summaries, strict=True)))
+    assert_close({"before": scanned}, {"before": torch.stack(before[:3]).detach()}, LIMIT)
+    parts = [ddts(*x, initial_state=h)[0] for x, h in zip(pieces, before, strict=False)]
+    joined = torch.cat(parts, dim=1)
+    actual = (joined, *torch.autograd.grad(joined.sum(), leaves))
+    assert_close(dict(enumerate(actual)), dict(enumerate((whole, *exact))), LIMIT)
+
+
+def test_summary_gradcheck():
+    inputs = make(DdtsCase(1, 7, 2, 4, 3, states=False))
+    leaves = [x.detach().double().requires_grad_() for x in inputs[1:4]]
+    assert torch.autograd.gradcheck(ddts_summary, leaves)
+
+
+def test_reverse_scan_is_the_gradient_of_the_scan():
+    torch.manual_seed(0)
+    states = torch.randn(4, 2, 1, 3, 5, dtype=torch.float64, requires_grad=True)
+    decays = -torch.rand(4, 2, 1, 3, dtype=torch.float64)
+    dbefore = torch.randn_like(states)
+    (expected,) = torch.autograd.grad(reference.ddts_scan(states, decays), states, dbefore)
+    assert_close({"d": ddts_scan(dbefore, decays, reverse=True)}, {"d": expected}, 1e-14)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("impl", ["reference", STEP])
+def test_scan_matches_its_definition(impl, reverse):
+    torch.manual_seed(0)
+    states = torch.randn(3, 2, 1, 16, 32, device=DEVICE)
+    decays = -torch.rand(3, 2, 1, 16, device=DEVICE)
+    given = states.clone()
+    actual = ddts_scan(states, decays, reverse=reverse, impl=impl)
+    exact = reference.ddts_scan(states.double(), decays.double(), reverse=reverse)
+    assert_close({"before": actual}, {"before": exact}, LIMIT)
+    assert torch.equal(states, given)
+
+
+def test_bad_summaries_say_what_was_expected():
+    x = torch.zeros(1, 4, 1, 16)
+    with pytest.raises(ValueError, match=r"v must have shape \[1, 4, 1, V\], got"):
+        ddts_summary(x, x[:, :3], x)
+    with pytest.raises(ValueError, match=r"log_decays must have shape \[2, 1, 1, 16\], got"):
+        ddts_scan(torch.zeros(2, 1, 1, 16, 16), torch.zeros(3, 1, 1, 16))
 
 
 def test_segments_fill_the_machine_and_no_more():

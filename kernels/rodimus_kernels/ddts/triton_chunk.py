@@ -86,11 +86,7 @@ def forward(
             float32, bfloat16 or float16, or the tensors are not where Triton runs.
     """
     check_runs_here("ddts", q, k, v, log_decay)
-    if q.shape[-1] not in TRITON_KEY_DIMS or v.shape[-1] % 16:
-        raise ValueError(
-            f"ddts(impl='triton_chunk'): expected K in {TRITON_KEY_DIMS} and V a multiple of 16,"
-            f" got K = {q.shape[-1]}, V = {v.shape[-1]}"
-        )
+    _check_dims("ddts(impl='triton_chunk')", q.shape[-1], v.shape[-1])
     resets = None
     if cu_seqlens is not None and initial_state is None and not output_final_state:
         # without states of their own, documents share chunks: a reset separates them
@@ -102,6 +98,14 @@ def forward(
         q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states
     )
     return o, (final_state if output_final_state else None)
+
+
+def _check_dims(call, key_dim, value_dim):
+    if key_dim not in TRITON_KEY_DIMS or value_dim % 16:
+        raise ValueError(
+            f"{call}: expected K in {TRITON_KEY_DIMS} and V a multiple of 16,"
+            f" got K = {key_dim}, V = {value_dim}"
+        )
 
 
 class _Columns(NamedTuple):
@@ -285,6 +289,12 @@ def _segment_states(run, x, tiles, columns, initial_state, sequences, count):
     local = x.new_empty((sequences, heads, count, key_dim, value_dim), dtype=torch.float32)
     decay = x.new_empty((sequences, heads, count, key_dim), dtype=torch.float32)
     run(None, None, local, decay, None, count)
+    return _scan(local, decay, initial_state)
+
+
+def _scan(local, decay, initial_state):
+    """Each segment's own state ``[N, H, S, K, V]`` becomes, in place, the one it starts from."""
+    sequences, heads, count, key_dim, value_dim = local.shape
     block_k, block_v = min(key_dim, 32), divisor_tile(value_dim, 32)
     grid = (value_dim // block_v, key_dim // block_k, sequences * heads)
     ddts_scan_segments_kernel[grid](
@@ -296,6 +306,27 @@ def _segment_states(run, x, tiles, columns, initial_state, sequences, count):
         **FP_FUSION,
     )
     return local
+
+
+def scan(states, log_decays, *, reverse):
+    """``ddts_scan``; the contract is that of :func:`rodimus_kernels.ddts_scan`.
+
+    Raises:
+        ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
+            float32, or the tensors are not where Triton runs.
+    """
+    check_runs_here("ddts_scan", states, log_decays)
+    if states.dtype != torch.float32 or log_decays.dtype != torch.float32:
+        raise ValueError(
+            f"ddts_scan(impl='triton'): expected float32, got {states.dtype}, {log_decays.dtype}"
+        )
+    _check_dims("ddts_scan(impl='triton')", *states.shape[-2:])
+    if reverse:
+        states, log_decays = states.flip(0), log_decays.flip(0)
+    # written in place: a copy even where the layout is right
+    local = states.movedim(0, 2).clone(memory_format=torch.contiguous_format)
+    before = _scan(local, log_decays.movedim(0, 2).exp().contiguous(), None).movedim(2, 0)
+    return before.flip(0) if reverse else before
 
 
 @implement("ddts_chunk")
