@@ -463,11 +463,16 @@ class RodimusInnerMixer(nn.Module):
             log_decay = log_decay.masked_fill(_document_starts(documents)[..., None], _RESET)
 
         one_head = (y.unsqueeze(2) for y in (q, k, v, log_decay))
-        o = self._recur(*one_head, state, layer, past_key_values)
+        if layout["context"] is not None:
+            o = layout["context"].recur(*one_head)
+        else:
+            o = self._recur(*one_head, state, layer, past_key_values)
         return o.squeeze(2), shifted
 
     def _convolve(self, x, layout, past_key_values):
         conv = self.short_conv["conv1d"]
+        if layout["context"] is not None:
+            return layout["context"].convolve(conv, x)
         if past_key_values is None:
             return conv(x, documents=layout["documents"])
         layer, length, width = (
@@ -599,6 +604,10 @@ class RodimusAttention(nn.Module):
         if hasattr(layer, "attend"):
             # the engine's ring caches attend by themselves: their rows have different ages
             o, weights = layer.attend(q, k, v, scale=self.scaling), None
+        elif layout["context"] is not None:
+            window = self.sliding_window
+            o = layout["context"].attend(q, k, v, window_size=window, scale=self.scaling)
+            weights = None
         else:
             o, weights = self._attend(q, k, v, layout, past_key_values, **kwargs)
         o = self.out_proj(o.reshape(batch, length, -1))
@@ -781,6 +790,7 @@ class RodimusModel(RodimusPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        context: object | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of the last block, normalised.
@@ -796,6 +806,9 @@ class RodimusModel(RodimusPreTrainedModel):
             use_cache: Return a cache to continue from.
             cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
                 ``cu_seq_lens_q``, as transformers names it, does the same.
+            context: The tokens are one piece of rows whose other pieces are on other ranks: what
+                ``rodimus.train.context.Context`` knows of them. It brings the positions, and
+                excludes mask, cache and packing by other arguments.
 
         Raises:
             ValueError: an argument's shape is wrong, or arguments exclude each other.
@@ -803,6 +816,15 @@ class RodimusModel(RodimusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if context is not None:
+            others = (attention_mask, position_ids, past_key_values, cu_seqlens)
+            if any(x is not None for x in others) or self.config.attention_dropout:
+                raise ValueError(
+                    "context excludes attention_mask, position_ids, past_key_values, cu_seqlens and"
+                    " dropout of attention weights"
+                )
+            position_ids, use_cache = context.position_ids, False
+            attention_mask = {**_padding_layout(None, 0, False), "attention": None}
         past_key_values = adopt_cache(past_key_values)
         _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config.n_layer)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
@@ -821,7 +843,7 @@ class RodimusModel(RodimusPreTrainedModel):
             layout = self.create_masks_for_generate(
                 self.config, embeds, attention_mask, past_key_values, position_ids, documents
             )
-        layout = {**layout, "documents": documents}
+        layout = {**layout, "documents": documents, "context": context}
         if documents is not None:
             kwargs["position_ids"] = position_ids
 
@@ -1038,6 +1060,8 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         logits = loss = cross_entropy = None
         if loss_only and labels is None and kwargs.get("shift_labels") is None:
             raise ValueError("loss_only needs labels or shift_labels")
+        if labels is not None and kwargs.get("context") is not None:
+            raise ValueError("context needs shift_labels: the label of the last token is elsewhere")
         if loss_only and self._head_is_plain():
             loss, cross_entropy = self._chunked_loss(hidden_states, labels, z_loss, **kwargs)
         else:

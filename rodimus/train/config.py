@@ -164,11 +164,17 @@ class ParallelSection:
     """Copies of the sharded model (HSDP): usually the number of nodes."""
     reshard_after_forward: str = "auto"
     """auto: keep gathered weights until backward where one replica fits; or true, false."""
+    context_parallel: int = 1
+    """Ranks that share every row, a piece each, for rows too long for one GPU."""
     timeout_s: float = 600.0
     """A rank that is silent for this long is reported by name and the run ends."""
 
     def __post_init__(self) -> None:
         _require(self.replicate > 0, f"parallel.replicate must be positive, got {self.replicate}")
+        _require(
+            self.context_parallel > 0,
+            f"parallel.context_parallel must be positive, got {self.context_parallel}",
+        )
         _one_of(
             "parallel.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false")
         )
@@ -277,6 +283,12 @@ class TrainConfig:
             f"train.global_batch_tokens must be a multiple of data.seq_len = {self.data.seq_len}, "
             f"got {self.train.global_batch_tokens}",
         )
+        pieces = self.parallel.context_parallel
+        _require(
+            self.data.seq_len % pieces == 0,
+            f"data.seq_len = {self.data.seq_len} must be a multiple of "
+            f"parallel.context_parallel = {pieces}",
+        )
 
     @property
     def rows(self) -> int:
@@ -292,12 +304,19 @@ class TrainConfig:
         """Micro-steps of one optimizer step on every one of ``world_size`` ranks.
 
         Raises:
-            InputError: the rows of a batch do not divide over ranks and micro-batches.
+            InputError: the rows of a batch do not divide over ranks and micro-batches, or ranks
+                that share rows do not divide the ranks.
         """
-        step_rows = world_size * self.train.micro_batch
+        pieces = self.parallel.context_parallel
+        _require(
+            world_size % pieces == 0,
+            f"parallel.context_parallel = {pieces} does not divide {world_size} ranks",
+        )
+        step_rows = world_size // pieces * self.train.micro_batch
         _require(
             self.rows % step_rows == 0,
             f"{self.rows} rows a step (train.global_batch_tokens / data.seq_len) do not divide by "
-            f"{world_size} ranks x train.micro_batch {self.train.micro_batch} = {step_rows} rows",
+            f"{world_size} ranks x train.micro_batch {self.train.micro_batch}"
+            f"{f' / parallel.context_parallel {pieces}' if pieces > 1 else ''} = {step_rows} rows",
         )
         return self.rows // step_rows

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .config import DataSection
+from .context import model_inputs
 from .parallel import Ranks, reduce_sum
 from .rows import IGNORE, Batch, ConcatRows, RowReader
 from .shards import TokenShards
@@ -67,15 +68,15 @@ class Evaluator:
         """Evaluates; None when ``stop()`` became true on some rank in between."""
         model.eval()
         nats, count = 0.0, 0
-        stride = self.ranks.world_size * self.micro_batch
+        mine, parts = self.ranks.share
+        stride = parts * self.micro_batch
         for first in range(0, len(self.rows), stride):
-            batch = self._batch(first + self.ranks.rank * self.micro_batch)
-            part, valid, stopped = reduce_sum(
-                [self._nats(model, batch), float((batch.labels >= 0).sum()), float(stop())]
-            )
+            batch = self._batch(first + mine * self.micro_batch)
+            valid = float((batch.labels >= 0).sum()) / self.ranks.per_row
+            part, valid, stopped = reduce_sum([self._nats(model, batch), valid, float(stop())])
             if stopped:
                 break
-            nats, count = nats + part, count + int(valid)
+            nats, count = nats + part, count + round(valid)
         model.train()
         if stopped:
             return None
@@ -86,9 +87,7 @@ class Evaluator:
     def _nats(self, model: nn.Module, batch: Batch) -> float:
         batch = batch.to(self.ranks.device)
         return model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            shift_labels=batch.labels,
+            **model_inputs(batch, self.ranks.context),
             num_items_in_batch=1,
             use_cache=False,
             loss_only=True,

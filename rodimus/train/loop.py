@@ -20,6 +20,7 @@ from . import guard, parallel
 from .batches import Prefetcher, TrainData, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
 from .config import ModelSection, TrainConfig
+from .context import model_inputs
 from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
@@ -59,8 +60,8 @@ class Trainer:
             config.data,
             rows=config.rows,
             seed=config.train.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            rank=ranks.share[0],
+            world_size=ranks.share[1],
         )
         self.batches = Prefetcher(data.batch, stride=config.rows)
         self.watchdog = Watchdog(ranks.rank, ranks.world_size, config.parallel.timeout_s)
@@ -109,15 +110,14 @@ class Trainer:
 
         self.watchdog.beat(f"computing step {progress.step + 1}")
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
-        predicted = int(parallel.reduce_sum([float((batch.labels >= 0).sum())])[0])
+        labelled = float((batch.labels >= 0).sum()) / self.ranks.per_row
+        predicted = round(parallel.reduce_sum([labelled])[0])
         total = torch.zeros((), device=self.ranks.device)
         micro_batches = batch.to(self.ranks.device).split(config.train.micro_batch)
         for i, micro in enumerate(micro_batches):
             parallel.mark_micro_step(self.model, last=i == self.accumulation - 1)
             out = self.model(
-                input_ids=micro.input_ids,
-                position_ids=micro.position_ids,
-                shift_labels=micro.labels,
+                **model_inputs(micro, self.ranks.context),
                 num_items_in_batch=max(1, predicted),
                 z_loss=config.train.z_loss,
                 use_cache=False,

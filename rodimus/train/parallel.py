@@ -32,6 +32,18 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    context: dist.ProcessGroup | None = None
+    """Neighbours that share this rank's rows; None where every rank has rows of its own."""
+
+    @property
+    def per_row(self) -> int:
+        """Ranks that share a row."""
+        return 1 if self.context is None else dist.get_world_size(self.context)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """``(i, n)``: this rank computes on part i of n of a batch's rows."""
+        return self.rank // self.per_row, self.world_size // self.per_row
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +68,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
     """Joins the process group that torchrun describes, or makes a group of one.
 
     Raises:
-        InputError: the device is missing, or replicas do not divide the ranks.
+        InputError: the device is missing, or replicas or pieces of a row do not divide the ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device is cuda, but torch sees no CUDA device")
@@ -64,6 +76,9 @@ def start(config: ParallelSection, device: str) -> Ranks:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world % config.replicate:
         raise InputError(f"parallel.replicate = {config.replicate} does not divide {world} ranks")
+    pieces = config.context_parallel
+    if world % pieces:
+        raise InputError(f"parallel.context_parallel = {pieces} does not divide {world} ranks")
     where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else None
     if where is not None:
         torch.cuda.set_device(where)
@@ -80,7 +95,15 @@ def start(config: ParallelSection, device: str) -> Ranks:
     else:
         shape, names = (world,), ("shard",)
     mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-    return Ranks(rank, world, where or torch.device("cpu"), mesh)
+    context = None
+    if pieces > 1:
+        # gradients are summed over all ranks anyway, so the mesh of the shards does not change
+        names = ("rows", "context")
+        context = init_device_mesh(kind, (world // pieces, pieces), mesh_dim_names=names)["context"]
+    return Ranks(
+        *(rank, world, where or torch.device("cpu"), mesh),
+        context=None if context is None else context.get_group(),
+    )
 
 
 def stop() -> None:
