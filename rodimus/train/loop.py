@@ -24,7 +24,7 @@ from .context import model_inputs
 from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
-from .metrics import Meter, RunLog, peak_flops, progress_line
+from .metrics import Meter, RunLog, peak_flops
 from .optim import build_optimizers, set_lr
 from .schedule import lr_scale
 from .shards import TokenShards
@@ -154,7 +154,7 @@ class Trainer:
             step = self.progress.step
             if step % config.log.every == 0 or step == steps:
                 values |= self.meter.read(step)
-                self.log.say(progress_line(step, steps, values))
+                self.log.progress(step, steps, values)
             self.log.record(step, **values)
             if self.verdict == guard.ROLLBACK:
                 self.roll_back()

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a console line, metrics.jsonl, optional trackers."""
+"""What a run records while it goes: console, metrics.jsonl, optional trackers; and its rates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .config import LogSection
+from .console import Console
 from .flops import PEAK_FLOPS
 
 
@@ -19,13 +20,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
-
-
-def clock(seconds: float) -> str:
-    """``mm:ss``, or ``h:mm:ss`` from an hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
 class RunLog:
@@ -46,6 +40,7 @@ class RunLog:
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
+        self._console = Console()
         self._file = (out / "metrics.jsonl").open("a", buffering=1)
         if config.tensorboard:
             self._trackers.append(_tensorboard(out))
@@ -64,12 +59,18 @@ class RunLog:
     def say(self, line: str) -> None:
         """Prints one line."""
         if self.enabled:
-            print(line, flush=True)
+            self._console.say(line)
+
+    def progress(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Shows the figures of a step on the console."""
+        if self.enabled:
+            self._console.progress(step, steps, values)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, and ends the line on the console."""
         if self.enabled:
             self._file.close()
+            self._console.close()
 
 
 class Meter:
@@ -116,21 +117,6 @@ class Meter:
             figures["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         self.reset(step)
         return figures
-
-
-def progress_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """One console line of a training step."""
-    parts = [
-        f"step {step:>{len(str(steps))}}/{steps}",
-        f"loss {values['loss']:.4f}",
-        f"lr {values['lr']:.2e}",
-        f"grad {values['grad_norm']:.2f}",
-        f"{values['tokens_per_s']:,.0f} tok/s",
-    ]
-    if "mfu" in values:
-        parts += [f"MFU {values['mfu']:.1%}", f"HFU {values['hfu']:.1%}"]
-        parts += [f"{values['memory_gb']:.1f} GB"]
-    return "  ".join([*parts, f"left {clock(values['left_s'])}"])
 
 
 def _tensorboard(out: Path) -> Any:

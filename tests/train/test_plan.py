@@ -8,7 +8,6 @@ import pytest
 from rodimus.errors import InputError
 from rodimus.train import plan, plot
 from rodimus.train.load import load_config
-from rodimus.train.metrics import clock, progress_line
 
 TRAIN = Path(__file__).parents[2] / "configs" / "train"
 
@@ -98,10 +97,3 @@ def test_plot_writes_a_png(run, capsys):
     assert plot.main([str(run / "none")]) == 2
     with pytest.raises(InputError, match="expected the folder of a training run"):
         plot.read_metrics(run / "none")
-
-
-def test_progress_line_names_step_loss_rate_and_time_left():
-    values = {"loss": 4.3214, "lr": 4e-3, "grad_norm": 0.851, "tokens_per_s": 9120.4, "left_s": 133}
-    line = progress_line(120, 900, values)
-    assert line == ("step 120/900  loss 4.3214  lr 4.00e-03  grad 0.85  9,120 tok/s  left 02:13")
-    assert clock(3723) == "1:02:03"
