@@ -14,7 +14,14 @@ import torch
 import triton
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, INTERPRETED, capability, check_runs_here, unit_stride
+from .._triton import (
+    FP_FUSION,
+    INTERPRETED,
+    capability,
+    check_runs_here,
+    implement,
+    unit_stride,
+)
 from .triton_attention_kernels import (
     shared_key_attention_dkv_kernel,
     shared_key_attention_dq_kernel,
@@ -36,18 +43,22 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Of the forward, dq and dkv kernels, by head dimension. Compiled without spills, but for dkv: from
-# 128 on dk, dv and two scores fill the registers, and each tile reloads 21 loop constants (Triton
-# 3.9, sm_90). Half as many keys a tile would read the queries twice as often. Not tuned on a GPU.
+# Of the forward, dq and dkv kernels, by head dimension: the largest tiles that compile with no (on
+# Ampere at most 40 bytes) spilled registers. Not tuned on a GPU.
+#
+# dkv holds dk and dv in float32, 2 * BN * D / 256 registers a thread at 8 warps, and two scores, 2
+# * BN * BM / 256: of 255 that is 192 at 64 x 128 and D = 128. The rest takes Hopper's copy engine,
+# which needs no addresses; loads by pointer fit with 64 keys, which reads the queries twice as
+# often, and at D = 256 dk and dv alone would take 256 with 64 keys.
 _HOPPER = {
     64: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
     128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    256: (Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
 }
 _AMPERE = {
-    64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-    256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
 }
 # three tf32 products an operand: their halves need registers
 _SINGLE = {
@@ -57,15 +68,15 @@ _SINGLE = {
 }
 
 
-def tiles(dim: int, dtype: torch.dtype, arch: int) -> tuple[Tile, Tile, Tile]:
+def tiles(dim: int, dtype: torch.dtype, tma: bool) -> tuple[Tile, Tile, Tile]:
     """Tiles of the forward, dq and dkv kernels.
 
     Args:
         dim: the larger of D and Dv.
         dtype: of q, k and v.
-        arch: compute capability times ten; 90 is Hopper.
+        tma: tiles are loaded by the copy engine.
     """
-    table = _SINGLE if dtype == torch.float32 else _HOPPER if arch >= 90 else _AMPERE
+    table = _SINGLE if dtype == torch.float32 else _HOPPER if tma else _AMPERE
     return table[max(block_dim(dim), 64)]
 
 
@@ -168,10 +179,6 @@ def _document_bounds(cu_seqlens, length):
     return tuple(cu_seqlens[i].to(torch.int32) for i in (after - 1, after))
 
 
-def _tiles(q, v):
-    return tiles(max(q.shape[-1], v.shape[-1]), v.dtype, capability(q))
-
-
 def _options(tile: Tile) -> dict:
     return {
         "BM": tile.queries,
@@ -187,29 +194,40 @@ def _strides(*tensors):
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _operands(tile: Tile, *, rows, columns):
-    """Tensors, or Hopper's descriptors of them: ``(by query tile, by key tile, TMA)``."""
-    if not use_tma(*rows, *columns):
-        return rows, columns, False
+class _Operands(NamedTuple):
+    """Tensors, or Hopper's descriptors of them, and how they are loaded."""
+
+    by_query: list
+    by_key: list
+    tile: Tile
+    tma: bool
+
+
+def _operands(kernel: int, by_query, by_key):
+    """Operands of a kernel, numbered as in :func:`tiles`, from ``[B, T, H, D]``."""
+    tma = use_tma(*by_query, *by_key)
+    dim = max(x.shape[-1] for x in (*by_query, *by_key))
+    tile = tiles(dim, by_key[0].dtype, tma)[kernel]
+    if not tma:
+        return _Operands(by_query, by_key, tile, tma)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def describe(x, height):
         # the tile's unit dimensions lead, or Triton passes it through registers
         return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, height, x.shape[-1]])
 
-    by_query = [describe(x, tile.queries) for x in rows]
-    return by_query, [describe(x, tile.keys) for x in columns], True
+    queries = [describe(x, tile.queries) for x in by_query]
+    return _Operands(queries, [describe(x, tile.keys) for x in by_key], tile, tma)
 
 
-@torch.library.impl("rodimus::shared_key_attention", "CompositeExplicitAutograd")
+@implement("shared_key_attention")
 def _forward(q, k, v, window_size, scale, cu_seqlens):
     q, k, v = (unit_stride(x) for x in (q, k, v))
     batch, queries, heads, dim = q.shape
     launch = _launch(q, k, v, window_size, scale, cu_seqlens)
     o = v.new_empty((batch, queries, heads, v.shape[-1]))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    tile, _, _ = _tiles(q, v)
-    (b_q,), (b_k, b_v), tma = _operands(tile, rows=[q], columns=[k, v])
+    (b_q,), (b_k, b_v), tile, tma = _operands(0, [q], [k, v])
     shared_key_attention_fwd_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
         *(b_q, b_k, b_v, o, lse, launch.starts, launch.scales[0], *launch.sizes),
         *_strides(q, k, v),
@@ -220,7 +238,7 @@ def _forward(q, k, v, window_size, scale, cu_seqlens):
     return o, lse
 
 
-@torch.library.impl("rodimus::shared_key_attention_backward", "CompositeExplicitAutograd")
+@implement("shared_key_attention_backward")
 def _backward(q, k, v, window_size, scale, cu_seqlens, o, lse, do):
     q, k, v, do = (unit_stride(x) for x in (q, k, v, do))
     launch = _launch(q, k, v, window_size, scale, cu_seqlens)
@@ -232,8 +250,7 @@ def _backward(q, k, v, window_size, scale, cu_seqlens, o, lse, do):
 def _dq(q, k, v, o, lse, do, launch):
     batch, queries, heads, dim = q.shape
     dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
-    _, tile, _ = _tiles(q, v)
-    (b_q, b_do), (b_k, b_v), tma = _operands(tile, rows=[q, do], columns=[k, v])
+    (b_q, b_do), (b_k, b_v), tile, tma = _operands(1, [q, do], [k, v])
     shared_key_attention_dq_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
         *(b_q, b_k, b_v, o, b_do, lse, delta, dq, launch.starts),
         *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),
@@ -247,7 +264,7 @@ def _dq(q, k, v, o, lse, do, launch):
 def _dkv(q, k, v, lse, delta, do, launch):
     batch, keys, key_heads, _ = k.shape
     value_heads, value_dim = v.shape[2:]
-    _, _, tile = _tiles(q, v)
+    (b_q, b_do), (b_k, b_v), tile, tma = _operands(2, [q, do], [k, v])
     key_tiles, pairs = triton.cdiv(keys, tile.keys), math.lcm(key_heads, value_heads)
     groups = head_groups(
         key_tiles * key_heads * batch, pairs // key_heads, _multiprocessors(k.device)
@@ -257,7 +274,6 @@ def _dkv(q, k, v, lse, delta, do, launch):
     dv = v.new_empty(
         (batch, keys, pairs, value_dim), dtype=v.dtype if pairs == value_heads else torch.float32
     )
-    (b_q, b_do), (b_k, b_v), tma = _operands(tile, rows=[q, do], columns=[k, v])
     shared_key_attention_dkv_kernel[(key_tiles, key_heads * groups, batch)](
         *(b_q, b_k, b_v, b_do, lse, delta, dk, dv, launch.ends),
         *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),

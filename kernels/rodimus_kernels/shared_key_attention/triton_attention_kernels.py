@@ -4,7 +4,8 @@ Positions are those of the keys, 0 to S; the T queries stand on the last of them
 sees key j where ``first[i] <= j <= i`` with ``first[i] = max(i - W + 1, start of i's document)``;
 seen from the key, ``j <= i < end[j]`` with ``end[j] = min(j + W, end of j's document)``. Both grow
 with the position, so the tiles of a program fall into three runs: one edge, whole tiles, the other
-edge, and only edges pay for masks.
+edge, and only edges pay for masks. Forward and dq have a loop for each run; dkv, whose accumulators
+leave no registers for that, one loop that branches.
 
     forward   o, lse            one program: BM queries of one head; streams keys and values
     dq        dq, delta         the same program and the same runs; delta = rowsum(o * do)
@@ -401,6 +402,8 @@ def key_gradients(
     i_b,
     i_h,
     begin,
+    whole,
+    edge,
     stop,
     keys,
     ends,
@@ -414,37 +417,39 @@ def key_gradients(
     do_t,
     do_h,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
-    MASK: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One run of query tiles of one head: dv += p^T do, dk += (p * (do v^T - delta))^T q."""
-    for m in tl.range(begin, stop, BM, num_stages=STAGES):
+    """The query tiles of one head: dv += p^T do, dk += (p * (do v^T - delta))^T q.
+
+    Two accumulators and two scores fill the registers, so nothing else may live in the loop: one
+    copy of it, scores that start from -delta instead of subtracting it, rows that need no mask.
+    """
+    # a second accumulator in Blackwell's tensor memory would pass through registers
+    for m in tl.range(begin, stop, BM, num_stages=STAGES, disallow_acc_multi_buffer=True):
         row = m - offset
-        rows = row + tl.arange(0, BM)
-        b_q = load_tile(q, i_b, i_h, row, T, q_b, q_t, q_h, BM, D, BD, MASK, TMA)
+        b_q = load_tile(q, i_b, i_h, row, T, q_b, q_t, q_h, BM, D, BD, True, TMA)
         b_s = product(b_k, tl.trans(b_q), None, PRECISION, UPCAST)
-        if MASK:
-            # rows after the last query: p = exp2(-inf) = 0
-            b_lse = tl.load(p_lse + rows, mask=rows < T, other=float("inf"))
-            b_delta = tl.load(p_delta + rows, mask=rows < T, other=0.0)
-        else:
-            b_lse = tl.load(p_lse + rows)
-            b_delta = tl.load(p_delta + rows)
+        # a row after the last query repeats it: no key sees its position
+        rows = tl.minimum(row + tl.arange(0, BM), T - 1)
+        b_lse = tl.load(p_lse + rows)
+        b_delta = tl.load(p_delta + rows)
         b_p = tl.exp2(b_s * scale - b_lse[None, :])
-        if MASK:
+        if (m < whole) | (m >= edge):
             queries = (m + tl.arange(0, BM))[None, :]
             b_p = tl.where((queries >= keys[:, None]) & (queries < ends[:, None]), b_p, 0.0)
-        b_do = load_tile(do, i_b, i_h, row, T, do_b, do_t, do_h, BM, DV, BDV, MASK, TMA)
-        b_dp = product(b_v, tl.trans(b_do), None, PRECISION, UPCAST)
+        b_do = load_tile(do, i_b, i_h, row, T, do_b, do_t, do_h, BM, DV, BDV, True, TMA)
+        b_dp = tl.broadcast_to(-b_delta[None, :], [BN, BM])
+        b_dp = product(b_v, tl.trans(b_do), b_dp, PRECISION, UPCAST)
         dv = product(b_p, b_do, dv, PRECISION, UPCAST)
-        dk = product(b_p * (b_dp - b_delta[None, :]), b_q, dk, PRECISION, UPCAST)
+        dk = product(b_p * b_dp, b_q, dk, PRECISION, UPCAST)
     return dk, dv
 
 
@@ -521,21 +526,9 @@ def shared_key_attention_dkv_kernel(
             # fmt: off
             acc_k, acc_v = key_gradients(
                 acc_k, acc_v, b_k, b_v, q, do, lse + o_rows, delta + o_rows, i_b, i_h,
-                begin, tl.minimum(whole, stop), keys, end, offset, T, scale,
+                begin, whole, edge, stop, keys, end, offset, T, scale,
                 q_b, q_t, q_h, do_b, do_t, do_h,
-                BM, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
-            )
-            acc_k, acc_v = key_gradients(
-                acc_k, acc_v, b_k, b_v, q, do, lse + o_rows, delta + o_rows, i_b, i_h,
-                whole, edge, keys, end, offset, T, scale,
-                q_b, q_t, q_h, do_b, do_t, do_h,
-                BM, D, DV, BD, BDV, False, TMA, STAGES, PRECISION, UPCAST,
-            )
-            acc_k, acc_v = key_gradients(
-                acc_k, acc_v, b_k, b_v, q, do, lse + o_rows, delta + o_rows, i_b, i_h,
-                edge, stop, keys, end, offset, T, scale,
-                q_b, q_t, q_h, do_b, do_t, do_h,
-                BM, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
+                BM, BN, D, DV, BD, BDV, TMA, STAGES, PRECISION, UPCAST,
             )
             # fmt: on
         dv_b = tl.cast(S, tl.int64) * (PAIRS * DV)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, INTERPRETED, check_runs_here, unit_stride
+from .._triton import FP_FUSION, INTERPRETED, check_runs_here, implement, unit_stride
 
 MAX_DIM = 256
 # as many query heads as a tensor core's tile has columns
@@ -247,7 +247,7 @@ def _multiprocessors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@torch.library.impl("rodimus::ring_attention", "CompositeExplicitAutograd")
+@implement("ring_attention")
 def _step(q, k, v, cache, position, window_size, scale):
     q, k, v = (unit_stride(x) for x in (q, k, v))
     (batch, steps, heads, dim), (value_heads, value_dim) = q.shape, v.shape[2:]
