@@ -105,6 +105,8 @@ def read_config(path: Path) -> PreTrainedConfig:
     known = ("rodimus", *PEERS)
     if kind not in known:
         raise InputError(f"{path}: model_type must be one of {', '.join(known)}, got {kind!r}")
+    if not fields.keys() & {"d_model", "hidden_size"}:
+        raise InputError(f"{path} is not the configuration of a model: it has no d_model")
     try:
         if kind in PEERS:
             return PEERS[kind][0].from_dict(fields)

@@ -17,6 +17,12 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _at_least(section: object, name: str, low: float, *fields: str) -> None:
+    for key in fields:
+        value = getattr(section, key)
+        _require(value >= low, f"{name}.{key} must be at least {low}, got {value}")
+
+
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
@@ -53,7 +59,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train must name at least one manifest")
-        _require(self.seq_len > 0, f"data.seq_len must be positive, got {self.seq_len}")
+        _at_least(self, "data", 1, "seq_len")
         _one_of("data.packing", self.packing, ("concat", "bestfit"))
         _require(
             self.packing == "concat" or self.mask_doc_start,
@@ -99,9 +105,7 @@ class TrainSection:
             f"exactly one of train.steps and train.tokens must be positive, "
             f"got steps={self.steps}, tokens={self.tokens}",
         )
-        _require(
-            self.micro_batch > 0, f"train.micro_batch must be positive, got {self.micro_batch}"
-        )
+        _at_least(self, "train", 1, "micro_batch")
         _one_of("train.dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _one_of("train.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("train.ac", self.ac, ("none", "full", "selective"))
@@ -109,6 +113,7 @@ class TrainSection:
             self.max_grad_norm > 0,
             f"train.max_grad_norm must be positive, got {self.max_grad_norm}",
         )
+        _at_least(self, "train", 0, "seed", "z_loss")
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,12 @@ class OptimSection:
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("adamw", "muon"))
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        _at_least(self, "optim", 0, "eps", "weight_decay")
+        _require(
+            all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)),
+            f"optim.betas and optim.muon_momentum must lie in [0, 1), "
+            f"got {self.betas} and {self.muon_momentum}",
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +162,7 @@ class ScheduleSection:
     def __post_init__(self) -> None:
         _one_of("schedule.kind", self.kind, ("wsd", "cosine", "linear"))
         _one_of("schedule.decay_shape", self.decay_shape, ("1-sqrt", "linear"))
+        _at_least(self, "schedule", 0, "warmup_steps")
         for name in ("decay_frac", "final_lr_frac"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"schedule.{name} must lie in [0, 1], got {value}")
@@ -170,7 +182,7 @@ class ParallelSection:
     """A rank that is silent for this long is reported by name and the run ends."""
 
     def __post_init__(self) -> None:
-        _require(self.replicate > 0, f"parallel.replicate must be positive, got {self.replicate}")
+        _at_least(self, "parallel", 1, "replicate", "timeout_s")
         _require(
             self.context_parallel > 0,
             f"parallel.context_parallel must be positive, got {self.context_parallel}",
@@ -198,8 +210,8 @@ class CheckpointSection:
     """auto: newest sound checkpoint; never: an existing run is an error; or a step."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, f"checkpoint.every must be positive, got {self.every}")
-        _require(self.keep > 0, f"checkpoint.keep must be positive, got {self.keep}")
+        _at_least(self, "checkpoint", 1, "every", "keep")
+        _at_least(self, "checkpoint", 0, "keep_every")
         _require(
             self.resume in ("auto", "never") or self.resume.isdigit(),
             f"checkpoint.resume must be auto, never or a step, got {self.resume!r}",
@@ -219,10 +231,8 @@ class GuardSection:
 
     def __post_init__(self) -> None:
         _one_of("guard.on_spike", self.on_spike, ("skip", "rollback", "stop"))
-        _require(
-            self.max_bad_steps > 0,
-            f"guard.max_bad_steps must be positive, got {self.max_bad_steps}",
-        )
+        _at_least(self, "guard", 1, "max_bad_steps")
+        _at_least(self, "guard", 0, "spike_sigma")
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,8 @@ class EvalSection:
     """Length of that continuation."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, f"eval.every must be positive, got {self.every}")
+        _at_least(self, "eval", 1, "every", "sample_tokens")
+        _at_least(self, "eval", 0, "tokens")
 
 
 @dataclass(frozen=True)
@@ -254,7 +265,7 @@ class LogSection:
     """Also log to Weights & Biases (needs the wandb package)."""
 
     def __post_init__(self) -> None:
-        _require(self.every > 0, f"log.every must be positive, got {self.every}")
+        _at_least(self, "log", 1, "every")
 
 
 @dataclass(frozen=True)

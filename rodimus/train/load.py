@@ -7,9 +7,12 @@ the child replaces.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -114,17 +117,40 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     """Reads a run's TOML file and applies ``--section.key value`` overrides.
 
     Raises:
-        InputError: the file or a value in it cannot be used.
-        SystemExit: the overrides do not parse (usage is printed), or ask for ``--help``.
+        InputError: the file, an override or a value in it cannot be used.
+        SystemExit: the overrides ask for ``--help``.
     """
     config = build(TrainConfig, read_toml(path))
     if not overrides:
         return config
     import tyro
 
-    return tyro.cli(
-        TrainConfig, default=config, args=overrides, prog=f"rodimus train {path}", description=None
-    )
+    prog = f"rodimus train {path}"
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                TrainConfig, default=config, args=overrides, prog=prog, description=None
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(told.getvalue())) from stop
+
+
+# lines of a box, in Unicode or in the ASCII that a plain locale gets
+_FRAME = re.compile("[\u2500-\u257f]+|-{4,}|^[|+]|[|+]$")
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box: its first paragraph, and the option it suggests."""
+    rows = [_FRAME.sub("", row.strip()).strip() for row in box.strip().splitlines()[1:-1]]
+    end = rows.index("") if "" in rows else len(rows)
+    # our own checks name the option already
+    message = re.sub(r"^Error parsing \w+: (?=\w+\.)", "", " ".join(rows[:end]))
+    near = re.search(r"Perhaps you meant:\s+(--\S+)", " ".join(rows))
+    suggestion = f", did you mean {near[1]}?" if near else ""
+    return (message or " ".join(box.split())) + suggestion
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -24,7 +25,7 @@ from .context import model_inputs
 from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
-from .metrics import Meter, RunLog, peak_flops
+from .metrics import Meter, RunLog, peak_flops, require_trackers
 from .optim import build_optimizers, set_lr
 from .schedule import lr_scale
 from .shards import TokenShards
@@ -47,7 +48,9 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.out = config, ranks, Path(config.out)
+        require_trackers(config.log)
+        parallel.together(lambda: make_folder(self.out))
         self.accumulation = config.accumulation(ranks.world_size)
         model_config = read_config(Path(config.model.config))
         train = open_sources(config.data.train, weighted=bool(config.data.weights))
@@ -82,7 +85,6 @@ class Trainer:
         )
         self.model = parallel.build_model(model, config, ranks)
         self.optimizers = build_optimizers(self.model, config.optim)
-        self.out = Path(config.out)
         self.checkpoints = Checkpointer(
             self.out / "checkpoints",
             config.checkpoint,
@@ -239,6 +241,22 @@ class Trainer:
         self.log.close()
 
 
+def make_folder(path: Path) -> None:
+    """Creates the folder of a run where it is missing.
+
+    Raises:
+        InputError: it cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot create the folder of the run, {path}: {error.strerror}"
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"the run's folder {path} cannot be written to")
+
+
 def check_vocabulary(model: PreTrainedConfig, sources: list[TokenShards]) -> None:
     """Refuses shards whose ids the model has no rows for.
 
@@ -267,7 +285,6 @@ def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenSha
     `rodimus train OUT/config.toml` resumes the run from that copy.
     """
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
     write_atomic(out / "config.toml", to_toml(replace(config, model=ModelSection("model.json"))))
     tokenizer = source.path.parent / "tokenizer"

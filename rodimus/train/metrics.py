@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from .config import LogSection
 from .console import Console
 from .flops import PEAK_FLOPS
@@ -30,8 +32,6 @@ class RunLog:
         config: Which trackers to feed besides.
         enabled: Whether this is the main rank.
 
-    Raises:
-        ImportError: a tracker was asked for and is not installed.
     """
 
     def __init__(self, out: Path, config: LogSection, *, enabled: bool) -> None:
@@ -39,7 +39,6 @@ class RunLog:
         self._trackers: list[Any] = []
         if not enabled:
             return
-        out.mkdir(parents=True, exist_ok=True)
         self._console = Console()
         self._file = (out / "metrics.jsonl").open("a", buffering=1)
         if config.tensorboard:
@@ -119,11 +118,20 @@ class Meter:
         return figures
 
 
+def require_trackers(config: LogSection) -> None:
+    """Looks for the packages of the trackers asked for, on every rank and before any work.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and importlib.util.find_spec(name) is None:
+            raise InputError(f"log.{name} needs {name}: pip install {name}")
+
+
 def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("log.tensorboard needs tensorboard: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(out / "tensorboard"))
 
     def track(step: int, values: dict[str, float]) -> None:
@@ -135,9 +143,7 @@ def _tensorboard(out: Path) -> Any:
 
 
 def _wandb(out: Path) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("log.wandb needs wandb: pip install wandb") from error
+    import wandb
+
     run = wandb.init(project="rodimus", name=out.name, dir=str(out), resume="allow")
     return lambda step, values: run.log(values, step=step)

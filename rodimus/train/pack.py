@@ -66,8 +66,12 @@ def pack(
         The manifest of each part.
 
     Raises:
-        InputError: the source cannot be read, or a part would be empty.
+        InputError: the source cannot be read, a part would be empty, or a number makes no sense.
     """
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"--val-fraction must lie in [0, 1), got {val_fraction}")
+    if shard_tokens < 1:
+        raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)
     if tokenizer is None:
         sample = (
@@ -139,8 +143,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         manifests = pack(**options)
-    except (InputError, ImportError) as error:
-        print(f"rodimus data pack: {error}", file=sys.stderr)
+    except (InputError, ImportError, OSError) as error:
+        print(f"rodimus data pack: error: {error}", file=sys.stderr)
         return 2
     for part, m in manifests.items():
         print(

@@ -101,8 +101,11 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
         peak: FLOP/s of one GPU.
 
     Raises:
-        InputError: the batch or the replicas do not divide over the GPUs.
+        InputError: the batch or the replicas do not divide over the GPUs, or a figure is not
+            positive.
     """
+    if gpus < 1 or mfu <= 0:
+        raise InputError(f"--gpus and --mfu must be positive, got {gpus} and {mfu}")
     config.accumulation(gpus)
     replicas = config.parallel.replicate
     if gpus % replicas:

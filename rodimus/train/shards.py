@@ -207,8 +207,11 @@ def _read_manifest(path: Path) -> Manifest:
     version = values.get("version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise InputError(f"{path} must be shard format {FORMAT_VERSION}, got {version!r}")
-    values["shards"] = tuple(ShardFile(**s) for s in values["shards"])
-    return Manifest(**values)
+    try:
+        values["shards"] = tuple(ShardFile(**s) for s in values["shards"])
+        return Manifest(**values)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a whole shard manifest: {error}") from error
 
 
 def verify(files: Sequence[tuple[Path, str]]) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from rodimus.errors import InputError
 from rodimus.train.config import TrainConfig
-from rodimus.train.load import build, load_config, to_toml
+from rodimus.train.load import _one_line, build, load_config, to_toml
 
 MINIMAL = """
 out = "runs/x"
@@ -55,6 +55,35 @@ def test_bad_value_is_one_line(text, message, write):
         load_config(write(text))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--optim.lrr 1", "Unrecognized options: --optim.lrr, 1, did you mean --optim.lr?"),
+        ("--optim.lr abc", "Error parsing --optim.lr: could not convert string to float: 'abc'"),
+        ("--optim.betas 0.9", "Missing value for argument '--optim.betas'. Expected 2 values."),
+        ("--optim.betas 0.9 1.5", "optim.betas and optim.muon_momentum must lie in [0, 1)"),
+        ("--train.micro-batch 0", "train.micro_batch must be at least 1, got 0"),
+        ("--train.z-loss -1", "train.z_loss must be at least 0, got -1.0"),
+        ("--schedule.warmup-steps -1", "schedule.warmup_steps must be at least 0, got -1"),
+        ("--train.global-batch-tokens 1000", "must be a multiple of data.seq_len = 64, got 1000"),
+        ("--train.device tpu", "train.device must be one of auto, cpu, cuda, got 'tpu'"),
+    ],
+)
+def test_bad_override_is_one_line(override, message, write):
+    path = write(MINIMAL)
+    with pytest.raises(InputError) as error:
+        load_config(path, override.split())
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_box_in_ascii_is_one_line_too():
+    box = (
+        "+- Value error ----+\n| train.seed is bad |\n| --------------- |\n| For help |\n+------+\n"
+    )
+    assert _one_line(box) == "train.seed is bad"
 
 
 def test_missing_file_and_bad_syntax_are_named(write, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from rodimus.loading import model_class, read_config
 from rodimus.train.load import load_config
 from rodimus.train.pack import pack
+from rodimus.train.plan import make_plan
 from tests.train.ranks import metrics, train
 
 ROOT = Path(__file__).parents[2] / "configs"
@@ -33,9 +34,9 @@ def test_run_parses_and_divides(path):
     config = load_config(path)
     assert Path(config.model.config).is_file()
     assert config.steps > config.schedule.warmup_steps
-    assert config.accumulation(1) >= 1
-    if config.train.global_batch_tokens > 100_000:
-        assert config.accumulation(8) >= 1
+    large = config.train.global_batch_tokens > 100_000
+    plan = make_plan(config, 8 if large else 1, mfu=0.5, peak=1e15)
+    assert plan.parameters == PARAMETERS[Path(config.model.config).stem]
 
 
 def test_every_model_file_is_used_and_counted():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 
@@ -155,6 +156,35 @@ def test_sigterm_saves_at_that_step_and_the_rest_is_exact(during, config_file, t
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
+def signal_in_step_2(number, times, config):
+    """A run in which the last rank is sent a signal in its second step."""
+    step = loop.Trainer.step
+
+    def interrupted(self):
+        if self.progress.step == 1 and self.ranks.rank == self.ranks.world_size - 1:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return step(self)
+
+    loop.Trainer.step = interrupted
+    return main([str(config), "--no-export"])
+
+
+def test_sigusr1_saves_and_training_goes_on(config_file, tmp_path, trained):
+    assert run_ranks(2, signal_in_step_2, signal.SIGUSR1, 1, config_file) == [0, 0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3, 2]
+    loss, expected = metrics(tmp_path / "run", "loss"), metrics(trained / "run", "loss")
+    for step in expected:
+        assert loss[step] == pytest.approx(expected[step], rel=1e-5)
+
+
+def test_second_sigterm_ends_at_once(config_file, tmp_path):
+    with pytest.raises(AssertionError, match="died with 143"):
+        run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file)
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == []
+    assert sorted(metrics(tmp_path / "run", "loss")) == [1]
+
+
 @pytest.mark.slow
 def test_rank_that_hangs_is_reported_by_name(config_file, tmp_path, capfd):
     def one_rank_stands_still():
@@ -244,11 +274,14 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
         (["--data.seq-len", "65536", "--train.global-batch-tokens", "131072"], "needs a shard of"),
         (["--model.config", "none.json"], "none.json: No such file"),
         (["--data.train", "none.json"], "no token shards at none.json"),
+        (["--out", "/dev/null/run"], "cannot create the folder of the run, /dev/null/run: Not"),
+        (["--log.wandb"], "log.wandb needs wandb: pip install wandb"),
+        (["--optim.lrr", "1"], "did you mean --optim.lr?"),
     ],
 )
-def test_wrong_input_is_one_line_and_status_2(copied, overrides, message):
+def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkeypatch):
     config, run = copied
-
+    monkeypatch.setitem(sys.modules, "wandb", None)
     ((status, error),) = run_ranks(1, stderr_of, [str(config), "--out", str(run), *overrides])
     assert status == 2
     assert message in error

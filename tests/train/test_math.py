@@ -60,6 +60,20 @@ def test_accumulation_equals_one_large_batch(config_file, tmp_path):
             assert figures[micro_batch][key] == pytest.approx(expected, rel=2e-6)
 
 
+def test_z_loss_steers_the_gradient_and_is_left_out_of_the_loss(config_file, tmp_path):
+    figures = {}
+    for name, micro_batch, z_loss in [("none", 4, 0.0), ("z", 4, 0.1), ("parts", 1, 0.1)]:
+        run = tmp_path / name
+        options = ("--train.micro-batch", micro_batch, "--train.z-loss", z_loss)
+        options += ("--train.steps", 2, "--no-export", "--out", run)
+        assert train(1, config_file, *options) == [0]
+        figures[name] = {key: metrics(run, key) for key in ("loss", "grad_norm")}
+    assert figures["z"]["loss"][1] == figures["none"]["loss"][1]
+    assert abs(figures["z"]["grad_norm"][1] / figures["none"]["grad_norm"][1] - 1) > 0.01
+    for key, expected in figures["z"].items():
+        assert figures["parts"][key] == pytest.approx(expected, rel=2e-6)
+
+
 def test_packed_documents_equal_each_document_alone(packed):
     model = tiny().double()
     shards = TokenShards(packed / "train.json")

@@ -110,5 +110,11 @@ def test_bad_corpus_is_named(tmp_path, name, data, message):
 def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
     assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
     assert "bytes/token" in capsys.readouterr().out
-    assert main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for source, out, *options in [
+        (tmp_path / "none", tmp_path / "out"),
+        (corpus, "/dev/null/out"),
+        (corpus, tmp_path / "out", "--val-fraction", "1.5"),
+        (corpus, tmp_path / "out", "--shard-tokens", "0"),
+    ]:
+        assert main([str(source), str(out), *options]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -71,8 +71,9 @@ def test_plan_command_prints_or_fails_in_one_line(capsys):
     path = str(TRAIN / "rodimus_plus_130m.toml")
     assert plan.main([path, "--gpus", "8"]) == 0
     assert "131,477,120" in capsys.readouterr().out
-    assert plan.main([path, "--gpus", "7"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for wrong in (["--gpus", "7"], ["--gpus", "0"], ["--mfu", "0"], ["--optim.lrr", "1"]):
+        assert plan.main([path, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.fixture

@@ -79,6 +79,9 @@ def test_other_format_version_is_an_error(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
     with pytest.raises(InputError, match="must be shard format 1, got 2"):
         TokenShards(path)
+    path.write_text('{"version": 1}')
+    with pytest.raises(InputError, match="is not a whole shard manifest: 'shards'"):
+        TokenShards(path)
 
 
 def test_manifest_records_its_files(tmp_path):
