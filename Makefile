@@ -39,10 +39,11 @@ native: $(STAMP)
 	@$(BIN)/python kernels/rodimus_kernels/build.py
 
 test: native
-	$(RUN_TESTS) -m "not slow and not gpu"
+	$(RUN_TESTS) -m "not slow and not timing and not gpu"
 
 test-all: native
-	$(RUN_TESTS) -m "not gpu"
+	$(RUN_TESTS) -m "not timing and not gpu"
+	$(BIN)/python -m pytest -q -m timing
 
 test-transformers: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_suite.run --source "$(SOURCE)"

@@ -1,19 +1,11 @@
 """Print the figure of ddts.md: the level of the decay tree that each pair of positions meets at."""
 
-import torch
-
-from rodimus_kernels.reference import level_mask
-
 
 def figure(chunk: int) -> str:
     """Rows i, columns j <= i; the diagonal carries no gate."""
-    levels = chunk.bit_length() - 1
-    meets = torch.stack([level_mask(chunk, level) for level in range(levels)])
-    rows = []
-    for i in range(chunk):
-        cells = [str(meets[:, i, j].int().argmax().item()) for j in range(i)]
-        rows.append(f"{i:2} | {' '.join([*cells, '.'])}")
-    return "\n".join(rows)
+    level = lambda i, j: str((i ^ j).bit_length() - 1)
+    rows = (" ".join([*(level(i, j) for j in range(i)), "."]) for i in range(chunk))
+    return "\n".join(f"{i:2} | {row}" for i, row in enumerate(rows))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 RESET = -1e30
 
 
-def _compute_dtype(*tensors):
+def accumulation_dtype(*tensors):
     """float64 if any input is float64, else float32: nothing is computed below single precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -83,7 +83,7 @@ def ddts_gates(k, select, temper, *, eps=1e-12):
     Returns:
         ``(k, log_decay)``, both ``[..., K]`` in float32 (float64 for float64 inputs).
     """
-    dtype = _compute_dtype(k, select, temper)
+    dtype = accumulation_dtype(k, select, temper)
     k, select, temper = k.to(dtype), select.to(dtype), temper.to(dtype)
     tau = temper.sigmoid()
     log_decay = -softplus(select) * tau
@@ -101,7 +101,7 @@ def input_gate(x, hidden, weight, bias):
     Returns:
         ``[..., D]`` in x's dtype.
     """
-    dtype = _compute_dtype(x, hidden, weight, bias)
+    dtype = accumulation_dtype(x, hidden, weight, bias)
     gate = F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype)).sigmoid()
     return (x.to(dtype) * gate).to(x.dtype)
 
@@ -138,7 +138,7 @@ def ddts(
     Returns:
         ``(o [B, T, H, V] in v's dtype, final_state [N, H, K, V] or None)``.
     """
-    dtype = compute_dtype or _compute_dtype(q, k, v, log_decay)
+    dtype = compute_dtype or accumulation_dtype(q, k, v, log_decay)
     if cu_seqlens is not None:
         one_document = functools.partial(ddts, scale=scale, compute_dtype=dtype)
         return each_document(
@@ -166,7 +166,7 @@ def each_document(function, q, k, v, log_decay, initial_state, output_final_stat
         h0 = None if initial_state is None else initial_state[n : n + 1]
         if start == stop:
             empty = q.new_zeros(
-                1, q.shape[2], q.shape[3], v.shape[3], dtype=_compute_dtype(q, k, v)
+                1, q.shape[2], q.shape[3], v.shape[3], dtype=accumulation_dtype(q, k, v)
             )
             finals.append(empty if h0 is None else h0.to(empty.dtype))
             continue
@@ -248,7 +248,7 @@ def ddts_mixer_step(
         y ``[B, V]`` in x's dtype.
     """
     k, log_decay = ddts_gates(k, select, temper, eps=key_eps)
-    dtype = _compute_dtype(gate_hidden, gate_weight, gate_bias)
+    dtype = accumulation_dtype(gate_hidden, gate_weight, gate_bias)
     gated = F.linear(gate_hidden.to(dtype), gate_weight.to(dtype), gate_bias.to(dtype)).sigmoid()
     v = (gated * x).to(x.dtype)
     o = ddts_step(*(t.unsqueeze(1) for t in (q, k, v, log_decay)), state, scale=scale)
@@ -260,59 +260,69 @@ def ddts_mixer_step(
     )
 
 
-def decay_tree(log_decay):
-    """Dyadic sums of the log-decays of a chunk, by additions alone.
+def chunk_decays(log_decay):
+    """The decays between the positions of a chunk, without a quotient that could overflow.
 
     For positions i > j of a chunk let l be the highest bit in which they differ and h = 2^l. Then
     j lies in an even block of h positions and i in the odd block after it, and
 
-        sum(log_decay[j+1 .. i]) = prefix_l[i] + suffix_l[j]
+        exp(sum(log_decay[j+1 .. i])) = grow_l[i] shrink_l[j]
 
-    with prefix_l[i] the sum from the start of i's block to i, and suffix_l[j] the sum after j to
-    the end of j's block. Both are sums of numbers <= 0: no exponent is ever positive and nothing
-    cancels.
+    with grow_l[i] the decay from the start of i's block to i, and shrink_l[j] that after j to the
+    end of j's block. Climbing a dyadic tree, each takes one more product a level with the decay of
+    the neighbouring block, itself the exponential of a sum of log-decays. All factors are <= 1, so
+    nothing overflows, and nothing cancels.
 
     Args:
         log_decay: ``[..., C, K]``, C a power of two.
 
     Returns:
-        ``(levels, prefix, suffix, total)``: ``levels[l] = (prefix_l, suffix_l)``; the other three
-        are those of the whole chunk: ``[..., C, K]`` twice, and the sum ``[..., K]``.
+        ``(levels, grow, shrink, keep)``. ``levels[l]`` is (``grow_l`` of the odd blocks,
+        ``shrink_l`` of the even blocks), each ``[..., C / 2h, h, K]``; ``grow`` and ``shrink`` are
+        the same of the whole chunk, ``[..., C, K]``, and ``keep [..., K]`` its total decay.
     """
-    *lead, chunk, key_dim = log_decay.shape
-    prefix, suffix = log_decay, torch.zeros_like(log_decay)
-    total = log_decay.unflatten(-2, (chunk, 1))
+    total, grow, shrink = log_decay, log_decay.exp().clone(), torch.ones_like(log_decay)
     levels = []
-    while total.shape[-3] > 1:
-        levels.append((prefix, suffix))
-        block = (total.shape[-3] // 2, 2, chunk // total.shape[-3])
-        even_total, odd_total = total.unflatten(-3, block[:2]).unbind(-3)
-        even_prefix, odd_prefix = prefix.unflatten(-2, block).unbind(-3)
-        even_suffix, odd_suffix = suffix.unflatten(-2, block).unbind(-3)
-        prefix = torch.stack((even_prefix, odd_prefix + even_total), -3).reshape(log_decay.shape)
-        suffix = torch.stack((even_suffix + odd_total, odd_suffix), -3).reshape(log_decay.shape)
-        total = even_total + odd_total
-    return levels, prefix, suffix, total.reshape(*lead, key_dim)
+    while total.shape[-2] > 1:
+        odd_grow, even_shrink = odd_blocks(grow, len(levels)), even_blocks(shrink, len(levels))
+        levels.append((odd_grow.clone(), even_shrink.clone()))
+        keep = total.exp()
+        odd_grow *= even_blocks(keep, 0)
+        even_shrink *= odd_blocks(keep, 0)
+        total = total.unflatten(-2, (-1, 2)).sum(-2)
+    return levels, grow, shrink, total.squeeze(-2).exp()
 
 
-def level_mask(chunk, level, device=None):
-    """Pairs i > j whose highest differing bit is ``level``: bool ``[C, C]``."""
-    i = torch.arange(chunk, device=device)
-    return (((i[:, None] ^ i[None, :]) >> level) == 1) & (i[:, None] > i[None, :])
+def even_blocks(x, level):
+    """View of the even blocks of ``2^level`` rows: ``[..., C, X]`` to ``[..., C / 2h, h, X]``."""
+    return x.unflatten(-2, (-1, 2, 1 << level))[..., 0, :, :]
+
+
+def odd_blocks(x, level):
+    """View of the odd blocks of ``2^level`` rows: ``[..., C, X]`` to ``[..., C / 2h, h, X]``."""
+    return x.unflatten(-2, (-1, 2, 1 << level))[..., 1, :, :]
+
+
+def corners(scores, level):
+    """View of the scores that meet at a level: ``[..., C, C]`` to ``[..., C / 2h, h, h]``, the rows
+    of each odd block and the columns of the even block before it."""
+    blocks = scores.unflatten(-1, (-1, 2, 1 << level)).unflatten(-4, (-1, 2, 1 << level))
+    return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def chunk_scores(q, k, levels):
     """A[i, j] = sum_K q[i] k[j] exp(sum(log_decay[j+1 .. i])), 0 for i < j: ``[..., C, C]``."""
     scores = torch.diag_embed((q * k).sum(-1))
-    for level, (prefix, suffix) in enumerate(levels):
-        pairs = (q * prefix.exp()) @ (k * suffix.exp()).transpose(-1, -2)
-        scores = scores + pairs * level_mask(q.shape[-2], level, q.device)
+    for level, (grow, shrink) in enumerate(levels):
+        read, write = odd_blocks(q, level) * grow, even_blocks(k, level) * shrink
+        corners(scores, level).copy_(read @ write.transpose(-1, -2))
     return scores
 
 
 def to_chunks(x, chunk):
     """``[B, T, H, X]`` to ``[B, H, NT, C, X]``, zero-padded: zeros change no state."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    if x.shape[1] % chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
 
 
@@ -350,27 +360,19 @@ def ddts_chunk(
     if cu_seqlens is not None:
         log_decay = reset_at_starts(log_decay, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, final_state, _ = ddts_chunk_states(q, k, v, log_decay, scale, initial_state, chunk)
-    return o, (final_state if output_final_state else None)
-
-
-def ddts_chunk_states(q, k, v, log_decay, scale, initial_state, chunk):
-    """Forward of :func:`ddts_chunk`, also returning the state at the start of each chunk ``[B, H,
-    NT, K, V]``."""
-    dtype = _compute_dtype(q, k, v, log_decay)
+    dtype = accumulation_dtype(q, k, v, log_decay)
     qc, kc, vc, gc = (to_chunks(x.to(dtype), chunk) for x in (q * scale, k, v, log_decay))
-    levels, prefix, suffix, total = decay_tree(gc)
-    read, write, keep = qc * prefix.exp(), kc * suffix.exp(), total.exp()[..., None]
+    levels, grow, shrink, keep = chunk_decays(gc)
+    write = (kc * shrink).transpose(-1, -2)
     state = qc.new_zeros(*qc.shape[:2], qc.shape[-1], vc.shape[-1])
     if initial_state is not None:
         state = state + initial_state.to(dtype)
     states = []
     for n in range(qc.shape[2]):
         states.append(state)
-        state = keep[:, :, n] * state + write[:, :, n].transpose(-1, -2) @ vc[:, :, n]
-    states = torch.stack(states, dim=2)
-    o = read @ states + chunk_scores(qc, kc, levels) @ vc
-    return from_chunks(o, q.shape[1]).to(v.dtype), state, states
+        state = keep[:, :, n, :, None] * state + write[:, :, n] @ vc[:, :, n]
+    o = (qc * grow) @ torch.stack(states, dim=2) + chunk_scores(qc, kc, levels) @ vc
+    return from_chunks(o, q.shape[1]).to(v.dtype), (state if output_final_state else None)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -420,7 +422,7 @@ def rope(x, cos, sin):
     Args:
         cos, sin: tables ``[B or 1, T, dim // 2]`` of :func:`rope_tables`.
     """
-    half, dtype = cos.shape[-1], _compute_dtype(x, cos)
+    half, dtype = cos.shape[-1], accumulation_dtype(x, cos)
     cos, sin = cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
     a, b = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype)
     rotated = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
@@ -460,7 +462,7 @@ def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=No
     Returns:
         ``[B, T, H, Dv]`` in v's dtype.
     """
-    dtype = _compute_dtype(q, k, v)
+    dtype = accumulation_dtype(q, k, v)
     heads = torch.arange(q.shape[2], device=q.device)
     k, v_wide = k[:, :, heads % k.shape[2]].to(dtype), v[:, :, heads % v.shape[2]].to(dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -499,7 +501,7 @@ def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=No
     age = new_positions[:, :, None] - held[:, None, :]
     visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
 
-    dtype = _compute_dtype(q, k, v)
+    dtype = accumulation_dtype(q, k, v)
     keys = cache[..., : key_heads * dim].unflatten(-1, (key_heads, dim)).to(dtype)
     values = cache[..., key_heads * dim :].unflatten(-1, (v.shape[2], v.shape[3])).to(dtype)
     heads = torch.arange(q.shape[2], device=q.device)
@@ -544,7 +546,7 @@ def short_conv(
         return _each_document_conv(x, weight, bias, initial_state, output_final_state, cu_seqlens)
     if cu_seqlens is not None:
         seq_idx = document_ids(cu_seqlens, length)[None]
-    dtype = _compute_dtype(x, weight)
+    dtype = accumulation_dtype(x, weight)
     past = x.new_zeros(x.shape[0], width, x.shape[2])
     if initial_state is not None:
         past = initial_state.transpose(1, 2).to(x.dtype)
@@ -583,7 +585,7 @@ def short_conv_step(x, conv_state, weight, bias=None):
         y ``[B, D]`` in x's dtype.
     """
     conv_state.copy_(torch.cat((conv_state[..., 1:], x[..., None].to(conv_state.dtype)), dim=-1))
-    dtype = _compute_dtype(x, weight)
+    dtype = accumulation_dtype(x, weight)
     y = (conv_state.to(dtype) * weight.to(dtype)).sum(-1)
     if bias is not None:
         y = y + bias.to(dtype)
@@ -598,7 +600,7 @@ def short_conv_step(x, conv_state, weight, bias=None):
 def rms_norm(x, weight, *, eps=1e-5):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed wide, in weight's
     dtype."""
-    wide = x.to(_compute_dtype(x, weight))
+    wide = x.to(accumulation_dtype(x, weight))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(wide.dtype)).to(weight.dtype)
 
@@ -629,7 +631,7 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
     Returns:
         ``[..., D]`` in x's dtype.
     """
-    dtype = _compute_dtype(x, gate, weight)
+    dtype = accumulation_dtype(x, gate, weight)
     if residual is not None:
         x = (x.to(dtype) + residual.to(dtype) * residual_weight.to(dtype)).to(x.dtype)
     gated = x.to(dtype) * F.silu(gate.to(dtype))
@@ -646,7 +648,7 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
 def linear_step(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
     dtype."""
-    dtype = _compute_dtype(x, weight)
+    dtype = accumulation_dtype(x, weight)
     y = x.to(dtype) @ weight.to(dtype).t()
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
@@ -670,7 +672,7 @@ def linear_cross_entropy(hidden, weight, labels, *, z_loss=0.0, ignore_index=-10
     Returns:
         ``(loss, cross_entropy)``: scalars; the second is without the z term and detached, for logs.
     """
-    dtype = _compute_dtype(hidden, weight)
+    dtype = accumulation_dtype(hidden, weight)
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     lse = logits.logsumexp(-1)
     valid = labels != ignore_index

@@ -31,9 +31,11 @@ def live_tensor_bytes() -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("tokens", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tokens", "timed"), [(3_000, False), pytest.param(20_000, True, marks=pytest.mark.timing)]
+)
 @torch.no_grad()
-def test_decoding_is_flat_in_memory_and_time(block_type, tokens, measure):
+def test_decoding_is_flat_in_memory_and_time(block_type, tokens, timed, measure):
     model = tiny(block_type)
     ids = random_ids(1, tokens)
     cache, logits, seconds, held, live = None, [], [], [], []
@@ -53,7 +55,7 @@ def test_decoding_is_flat_in_memory_and_time(block_type, tokens, measure):
     assert max(live[2:-1]) <= live[1] + 65536
     # processor time of this process; the median forgives a noisy neighbour, growth is not noise
     third = len(seconds) // 3
-    assert median(seconds[-third:]) < 1.5 * median(seconds[1 : 1 + third])
+    assert not timed or median(seconds[-third:]) < 1.5 * median(seconds[1 : 1 + third])
     assert all(layer.recurrent_states[0].isfinite().all() for layer in cache.layers)
     pieces = [512] * (tokens // 512) + [tokens % 512]
     expected = in_pieces(model, ids, [size for size in pieces if size])[:, -50:]

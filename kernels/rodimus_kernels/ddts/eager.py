@@ -1,12 +1,11 @@
 """Chunked DDTS in torch operations, with a backward written by hand: training and prefill where
 Triton is not.
 
-The forward is the chunked form of ``reference.py``. The backward recomputes the gates of the chunk
+The forward is the chunked form of ``reference.py``. The backward recomputes the decays of the chunk
 from the inputs, walks the state gradient backwards over the chunks, and sends the gate gradient
-down the same dyadic tree
-that the forward climbed: sums only, so a decay of -20 a step does not cancel its gradient away.
-    Saved beyond the inputs:
-one state ``[K, V]`` per chunk of 64 tokens.
+down the same dyadic tree that the forward climbed: sums only, so a decay of -20 a step does not
+cancel its gradient away. Both work in place, a chunk at a time, on what the cache of a processor
+holds. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
 """
 
 import torch
@@ -47,12 +46,9 @@ def step(q, k, v, log_decay, state, *, scale):
 @torch.library.impl("rodimus::ddts_eager", "CompositeExplicitAutograd")
 def _forward(q, k, v, log_decay, scale, initial_state, save_states):
     with torch.autocast(q.device.type, enabled=False):
-        o, final_state, states = reference.ddts_chunk_states(
-            q, k, v, log_decay, scale, initial_state, EAGER_CHUNK
-        )
+        o, *states = _chunked_forward(q, k, v, log_decay, scale, initial_state, save_states)
     # the fake promises contiguous outputs, and torch.compile relies on it
-    states = states if save_states else states[:, :, :0].clone()
-    return o.contiguous(), final_state.contiguous(), states
+    return o.contiguous(), *states
 
 
 @torch.library.impl("rodimus::ddts_eager_backward", "CompositeExplicitAutograd")
@@ -62,58 +58,96 @@ def _backward(q, k, v, log_decay, scale, states, do, dfinal_state):
     return tuple(x.contiguous() for x in grads)
 
 
-def _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state):
-    qc, kc, vc, gc, doc = (
-        reference.to_chunks(x.to(states.dtype), EAGER_CHUNK)
-        for x in (q * scale, k, v, log_decay, do)
-    )
-    levels, prefix, suffix, total = reference.decay_tree(gc)
-    grow, shrink, keep = prefix.exp(), suffix.exp(), total.exp()
-    read, write = qc * grow, kc * shrink
-
-    # The state gradient walks backwards: dstates[n] is the gradient of the state after chunk n.
-    dstate = torch.zeros_like(states[:, :, 0]) if dfinal_state is None else dfinal_state
-    dstates = torch.empty_like(states)
-    for n in reversed(range(states.shape[2])):
-        dstates[:, :, n] = dstate
-        dstate = keep[:, :, n, :, None] * dstate + read[:, :, n].transpose(-1, -2) @ doc[:, :, n]
-
+def _chunked_forward(q, k, v, log_decay, scale, initial_state, save_states):
+    dtype = reference.accumulation_dtype(q, k, v, log_decay)
+    qc, kc, vc, gc = _chunks(dtype, q * scale, k, v, log_decay)
+    levels, grow, shrink, keep = reference.chunk_decays(gc)
     scores = reference.chunk_scores(qc, kc, levels)
-    dv = scores.transpose(-1, -2) @ doc + write @ dstates
-    dscores = doc @ vc.transpose(-1, -2)
+    read, write = qc * grow, (kc * shrink).mT
+
+    rows, chunks, _, key_dim, value_dim = *qc.shape, vc.shape[-1]
+    state = qc.new_zeros(rows, key_dim, value_dim)
+    if initial_state is not None:
+        state.copy_(initial_state.flatten(0, 1))
+    states = state.new_empty(rows, chunks if save_states else 0, key_dim, value_dim)
+    o = torch.empty_like(vc)
+    for n in range(chunks):
+        if save_states:
+            states[:, n] = state
+        torch.bmm(read[:, n], state, out=o[:, n])
+        o[:, n].baddbmm_(scores[:, n], vc[:, n])
+        state.mul_(keep[:, n, :, None]).baddbmm_(write[:, n], vc[:, n])
+    sequences = q.shape[0], q.shape[2]
+    o = reference.from_chunks(o.unflatten(0, sequences), q.shape[1])
+    return o.to(v.dtype), state.unflatten(0, sequences), states.unflatten(0, sequences)
+
+
+def _chunks(dtype, *tensors):
+    """``[B, T, H, X]`` to ``[B * H, NT, C, X]``: views where the heads are one."""
+    return (reference.to_chunks(x.to(dtype), EAGER_CHUNK).flatten(0, 1) for x in tensors)
+
+
+def _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state):
+    qc, kc, vc, gc, doc = _chunks(states.dtype, q * scale, k, v, log_decay, do)
+    levels, grow, shrink, keep = reference.chunk_decays(gc)
+    scores = reference.chunk_scores(qc, kc, levels).mT
+    read, write = (qc * grow).mT, kc * shrink
+
+    # The state gradient walks backwards: at chunk n it is the gradient of the state after it.
+    states = states.flatten(0, 1)
+    dstate = torch.zeros_like(states[:, 0])
+    if dfinal_state is not None:
+        dstate.copy_(dfinal_state.flatten(0, 1))
+    dv, dscores, dtotal = torch.empty_like(vc), torch.empty_like(scores), torch.empty_like(keep)
+    dread, dwrite = torch.empty_like(qc), torch.empty_like(kc)
+    for n in reversed(range(states.shape[1])):
+        torch.bmm(write[:, n], dstate, out=dv[:, n])
+        dv[:, n].baddbmm_(scores[:, n], doc[:, n])
+        torch.bmm(doc[:, n], vc[:, n].mT, out=dscores[:, n])
+        torch.bmm(doc[:, n], states[:, n].mT, out=dread[:, n])
+        torch.bmm(vc[:, n], dstate.mT, out=dwrite[:, n])
+        torch.sum(states[:, n] * dstate, -1, out=dtotal[:, n])
+        dstate.mul_(keep[:, n, :, None]).baddbmm_(read[:, n], doc[:, n])
+
     # The diagonal of the scores carries no gate.
     diagonal = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
-    through_prefix = (doc @ states.transpose(-1, -2)) * grow
-    through_suffix = (vc @ dstates.transpose(-1, -2)) * shrink
-    dq, dk = through_prefix + diagonal * kc, through_suffix + diagonal * qc
+    through_prefix, through_suffix = dread.mul_(grow), dwrite.mul_(shrink)
     dprefix, dsuffix = qc * through_prefix, kc * through_suffix
-    dtotal = (keep * (states * dstates).sum(-1))[..., None, :]
+    dq, dk = through_prefix.addcmul_(diagonal, kc), through_suffix.addcmul_(diagonal, qc)
+    dtotal = (keep * dtotal)[..., None, :]
+    for level, (grow, shrink) in reversed(list(enumerate(levels))):
+        dtotal = _split_total(dprefix, dsuffix, dtotal, level)
+        odd_q, even_k = reference.odd_blocks(qc, level), reference.even_blocks(kc, level)
+        dcorner = reference.corners(dscores, level)
+        through_prefix = _product(dcorner, even_k * shrink).mul_(grow)
+        through_suffix = _product(dcorner.mT, odd_q * grow).mul_(shrink)
+        reference.odd_blocks(dq, level).add_(through_prefix)
+        reference.even_blocks(dk, level).add_(through_suffix)
+        reference.odd_blocks(dprefix, level).addcmul_(odd_q, through_prefix)
+        reference.even_blocks(dsuffix, level).addcmul_(even_k, through_suffix)
+    dlog_decay = dprefix.add_(dtotal)
 
-    for level in reversed(range(len(levels))):
-        dtotal = _split_total(dprefix, dsuffix, dtotal, half=1 << level)
-        grow, shrink = (x.exp() for x in levels[level])
-        pairs = dscores * reference.level_mask(EAGER_CHUNK, level, q.device)
-        through_prefix = (pairs @ (kc * shrink)) * grow
-        through_suffix = (pairs.transpose(-1, -2) @ (qc * grow)) * shrink
-        dq, dk = dq + through_prefix, dk + through_suffix
-        dprefix, dsuffix = dprefix + qc * through_prefix, dsuffix + kc * through_suffix
-    dlog_decay = dprefix + dtotal
-
-    length = q.shape[1]
-    dq = reference.from_chunks(dq, length) * scale
-    dk, dv, dlog_decay = (reference.from_chunks(x, length) for x in (dk, dv, dlog_decay))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dlog_decay.to(log_decay.dtype), dstate
+    sequences = q.shape[0], q.shape[2]
+    grads = (
+        reference.from_chunks(dx.unflatten(0, sequences), x.shape[1]).to(x.dtype)
+        for dx, x in ((dq.mul_(scale), q), (dk, k), (dv, v), (dlog_decay, log_decay))
+    )
+    return *grads, dstate.unflatten(0, sequences)
 
 
-def _split_total(dprefix, dsuffix, dtotal, *, half):
+def _product(a, b):
+    """``a @ b``; torch is slow at products of very small matrices."""
+    return a @ b if a.shape[-1] > 2 else (a[..., None] * b[..., None, :, :]).sum(-2)
+
+
+def _split_total(dprefix, dsuffix, dtotal, level):
     """Gradient of the block sums one level down: ``[..., C / 2h, K]`` to ``[..., C / h, K]``.
 
     An even block's sum entered the prefixes of the odd block after it, an odd block's the suffixes
     of the even block before it, and both the sum of the pair.
     """
-    pairs = (dtotal.shape[-2], 2, half)
-    odd_prefix = dprefix.unflatten(-2, pairs)[..., 1, :, :].sum(-2)
-    even_suffix = dsuffix.unflatten(-2, pairs)[..., 0, :, :].sum(-2)
+    odd_prefix = reference.odd_blocks(dprefix, level).sum(-2)
+    even_suffix = reference.even_blocks(dsuffix, level).sum(-2)
     return torch.stack((dtotal + odd_prefix, dtotal + even_suffix), dim=-2).flatten(-3, -2)
 
 
