@@ -33,19 +33,27 @@ class ChunkedLoss:
 
     def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
         """As the model's own; with ``loss_only`` as ``RodimusForCausalLM``, from
-        ``shift_labels``, ``num_items_in_batch`` and ``z_loss``."""
-        if not loss_only:
-            return super().forward(input_ids, **kwargs)
+        ``position_ids``, ``shift_labels``, ``num_items_in_batch`` and ``z_loss``."""
+        if loss_only:
+            return self._chunked_loss(input_ids, **kwargs)
+        return super().forward(input_ids, **kwargs)
+
+    def _chunked_loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        shift_labels: torch.Tensor,
+        num_items_in_batch: int,
+        z_loss: float = 0.0,
+        use_cache: bool = False,
+    ) -> RodimusCausalLMOutput:
         states = self.base_model(
-            input_ids=input_ids, position_ids=kwargs["position_ids"], use_cache=False
+            input_ids=input_ids, position_ids=position_ids, use_cache=use_cache
         ).last_hidden_state
         losses = linear_cross_entropy(
-            states.flatten(0, -2),
-            self.lm_head.weight,
-            kwargs["shift_labels"].flatten(),
-            z_loss=kwargs.get("z_loss", 0.0),
+            states.flatten(0, -2), self.lm_head.weight, shift_labels.flatten(), z_loss=z_loss
         )
-        loss, cross_entropy = (value / kwargs["num_items_in_batch"] for value in losses)
+        loss, cross_entropy = (value / num_items_in_batch for value in losses)
         return RodimusCausalLMOutput(loss=loss, cross_entropy=cross_entropy)
 
 

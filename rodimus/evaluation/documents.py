@@ -47,7 +47,7 @@ def read(
     if manifest is None:
         return _from_text(documents(source, field=field), tokenizer(), vocab_size)
     shards = TokenShards(manifest)
-    _check_vocabulary(f"{manifest} has", shards.manifest.vocab_size, vocab_size)
+    shards.check_vocabulary(vocab_size)
     verify(shards.files())
     return _from_shards(shards)
 
@@ -65,15 +65,11 @@ def _manifest(source: str) -> Path | None:
     return path / "val.json"
 
 
-def _check_vocabulary(what: str, got: int, model: int) -> None:
-    if got > model:
-        raise InputError(f"{what} a vocabulary of {got}, the model one of {model}")
-
-
 def _from_text(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Iterator[Document]:
-    _check_vocabulary("the tokenizer has", len(tokenizer), vocab_size)
+    if len(tokenizer) > vocab_size:
+        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}")
     encode = DocumentEncoder(tokenizer)
     for text in texts:
         if text:

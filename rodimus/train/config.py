@@ -182,11 +182,7 @@ class ParallelSection:
     """A rank that is silent for this long is reported by name and the run ends."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "parallel", 1, "replicate", "timeout_s")
-        _require(
-            self.context_parallel > 0,
-            f"parallel.context_parallel must be positive, got {self.context_parallel}",
-        )
+        _at_least(self, "parallel", 1, "replicate", "context_parallel", "timeout_s")
         _one_of(
             "parallel.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false")
         )

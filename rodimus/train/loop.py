@@ -53,9 +53,14 @@ class Trainer:
         parallel.together(lambda: make_folder(self.out))
         self.accumulation = config.accumulation(ranks.world_size)
         model_config = read_config(Path(config.model.config))
+        if config.parallel.context_parallel > 1 and model_config.model_type != "rodimus":
+            raise InputError(
+                f"parallel.context_parallel is for Rodimus, not for {model_config.model_type}"
+            )
         train = open_sources(config.data.train, weighted=bool(config.data.weights))
         val = open_sources(config.data.val) if config.data.val else []
-        check_vocabulary(model_config, train + val)
+        for source in train + val:
+            source.check_vocabulary(model_config.vocab_size)
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
         data = TrainData(
@@ -255,20 +260,6 @@ def make_folder(path: Path) -> None:
         ) from error
     if not os.access(path, os.W_OK):
         raise InputError(f"the run's folder {path} cannot be written to")
-
-
-def check_vocabulary(model: PreTrainedConfig, sources: list[TokenShards]) -> None:
-    """Refuses shards whose ids the model has no rows for.
-
-    Raises:
-        InputError: names the shards and both sizes.
-    """
-    for source in sources:
-        if source.manifest.vocab_size > model.vocab_size:
-            raise InputError(
-                f"{source.path} has a vocabulary of {source.manifest.vocab_size}, "
-                f"the model one of {model.vocab_size}"
-            )
 
 
 def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:

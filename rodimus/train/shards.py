@@ -174,6 +174,18 @@ class TokenShards:
             raise InputError(f"{path} must have {count * dtype.itemsize} bytes, got {got}")
         return np.memmap(path, dtype, mode="r")
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuses ids that a model of ``vocab_size`` has no rows for.
+
+        Raises:
+            InputError: names the shards and both sizes.
+        """
+        if self.manifest.vocab_size > vocab_size:
+            raise InputError(
+                f"{self.path} has a vocabulary of {self.manifest.vocab_size}, "
+                f"the model one of {vocab_size}"
+            )
+
     def files(self) -> list[tuple[Path, str]]:
         """Every data file with the sha256 its manifest records."""
         names = [(s.name + ".bin", s.bin_sha256) for s in self.manifest.shards]

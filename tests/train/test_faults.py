@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus import RodimusForCausalLM
 from rodimus.errors import InputError
 from rodimus.train import guard, loop, store
 from rodimus.train.__main__ import main
@@ -321,7 +321,7 @@ def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
 def test_shards_of_a_larger_vocabulary_are_refused(packed):
     source = TokenShards(packed / "train.json")
     with pytest.raises(InputError, match=r"has a vocabulary of \d+, the model one of 200"):
-        loop.check_vocabulary(RodimusConfig(vocab_size=200, d_model=128), [source])
+        source.check_vocabulary(200)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(config_file, tmp_path, trained):

@@ -96,6 +96,9 @@ def test_trained_resumed_exported_and_evaluated(kind, config_file, tmp_path, pac
     assert set(train(1, config_file, *options, "--checkpoint.resume", 6)) == {0}
     assert metrics(run, "loss")[12] == pytest.approx(loss[12], rel=1e-5)
 
+    shared = ("--parallel.context-parallel", 2, "--train.micro-batch", 4)
+    assert set(train(2, config_file, *options, *shared)) == {2}
+
     assert cli.main(["eval", str(run), str(packed), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["data"][0]
     assert result["loss"] < loss[1]
