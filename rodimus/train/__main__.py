@@ -56,6 +56,9 @@ def train(path: str, overrides: list[str]) -> int:
         except RunStopped as stopped:
             trainer.log.say(str(stopped))
             status = 1
+        except InputError as error:
+            # found by this rank alone; the others end when it does
+            sys.exit(f"rodimus train: error: rank {ranks.rank}: {error}")
         finally:
             trainer.close()
     if status == 0 and ranks.is_main:

@@ -196,13 +196,13 @@ class TokenShards:
         """``count`` ids from ``start`` of one shard, as int64.
 
         Raises:
-            ValueError: an id outside the vocabulary; names the file and its byte offset.
+            InputError: an id outside the vocabulary; names the file and its byte offset.
         """
         ids = self.tokens[shard][start : start + count].astype(np.int64)
         if ids.max(initial=0) >= self.manifest.vocab_size:
             bad = int(np.argmax(ids >= self.manifest.vocab_size))
             file = self.path.parent / (self.manifest.shards[shard].name + ".bin")
-            raise ValueError(
+            raise InputError(
                 f"{file}: id {ids[bad]} at byte {(start + bad) * self.dtype.itemsize} "
                 f"is outside the vocabulary of {self.manifest.vocab_size}"
             )

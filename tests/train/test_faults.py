@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -299,6 +300,18 @@ def test_damaged_shard_is_told_once_and_ends_every_rank(config_file, packed, tmp
         assert [status for status, _ in results] == [2, 2]
         told = "".join(error for _, error in results)
         assert told.count("is damaged: sha256 must be") == told.count("\n") == 1
+
+
+def test_bad_data_of_one_rank_names_rank_file_and_offset(config_file, packed, tmp_path):
+    """Not verified at the start, so found when it is read."""
+    shutil.copytree(packed, tmp_path / "data")
+    file = tmp_path / "data" / "train-00000.bin"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    options = ["--data.train", str(tmp_path / "data" / "train.json"), "--data.no-verify"]
+    with pytest.raises(AssertionError) as failure:
+        run_ranks(2, main, [str(config_file), *options], timeout=20)
+    message = re.search("SystemExit: (.*)", str(failure.value))[1]
+    assert re.search(r"error: rank [01]: .*train-00000.bin: id 65535 at byte \d+", message)
 
 
 def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
