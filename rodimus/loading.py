@@ -274,10 +274,18 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder.
 
     Raises:
+        InputError: as ``read_tokenizer``.
+    """
+    return read_tokenizer(tokenizer_folder(checkpoint_folder(name)))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, with or without a model beside it.
+
+    Raises:
         InputError: the folder holds none, or its files cannot be read.
     """
-    folder = tokenizer_folder(checkpoint_folder(name))
-    if not has_tokenizer(folder):
+    if not (folder / TOKENIZER_FILES[0]).is_file():
         raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
     # unregistered, transformers would ask whether to run the code that an exported folder carries
     register()

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
+from ..loading import read_tokenizer
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
-from .tokenizer import DocumentEncoder, load_tokenizer, tokenizer_digest, train_tokenizer
+from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
 
 _BATCH_BYTES = 1 << 20
 
@@ -81,7 +82,7 @@ def pack(
         )
         learned = train_tokenizer(sample, vocab_size)
     else:
-        learned = load_tokenizer(tokenizer)
+        learned = read_tokenizer(Path(tokenizer))
     learned.save_pretrained(str(out / "tokenizer"))
 
     encode = DocumentEncoder(learned)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import InputError
 from ..run_folder import sha256_file
@@ -49,17 +49,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Loads a HuggingFace tokenizer folder that carries a ``tokenizer.json``.
-
-    Raises:
-        InputError: there is no ``tokenizer.json`` in it.
-    """
-    if not (Path(folder) / "tokenizer.json").is_file():
-        raise InputError(f"{folder} must be a tokenizer folder with a tokenizer.json")
-    return AutoTokenizer.from_pretrained(str(folder))
 
 
 class DocumentEncoder:

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from rodimus.errors import InputError
+from rodimus.loading import read_tokenizer
 from rodimus.train import pack as pack_module
 from rodimus.train.pack import main, pack, split_documents
 from rodimus.train.shards import TokenShards
 from rodimus.train.sources import documents
-from rodimus.train.tokenizer import DocumentEncoder, load_tokenizer, train_tokenizer
+from rodimus.train.tokenizer import DocumentEncoder, train_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i * i}  # é{i}\n" for i in range(60)]
 
@@ -23,7 +24,7 @@ def corpus(tmp_path):
 
 def decode(folder, part):
     shards = TokenShards(folder / f"{part}.json")
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = read_tokenizer(folder / "tokenizer")
     ends = [*shards.starts[0][1:].tolist(), shards.manifest.n_tokens]
     return [
         tokenizer.decode(shards.read(0, a, b - a), skip_special_tokens=True)
@@ -62,11 +63,11 @@ def test_tokenizer_never_sees_held_out_text(corpus, tmp_path, monkeypatch):
 
 def test_documents_carry_marks_and_spelled_marks_stay_text(corpus, tmp_path):
     pack(str(corpus), tmp_path / "out", vocab_size=300)
-    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    tokenizer = read_tokenizer(tmp_path / "out" / "tokenizer")
     ids = DocumentEncoder(tokenizer)(["a <|end|> b"])[0]
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert tokenizer.eos_token_id not in ids[:-1]
-    assert load_tokenizer(tmp_path / "out" / "tokenizer")("x").input_ids[0] == 0
+    assert read_tokenizer(tmp_path / "out" / "tokenizer")("x").input_ids[0] == 0
 
 
 def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
