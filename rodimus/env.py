@@ -113,6 +113,8 @@ def cases(device: torch.device) -> dict[str, partial]:
     calls = [
         partial(ops.ddts_gates, qk, qk, qk),
         partial(ops.ddts, qk, qk, v, qk),
+        partial(ops.ddts_summary, qk, v, qk),
+        partial(ops.ddts_scan, state[None], state[None, ..., 0]),
         partial(ops.ddts_step, one[:, None], one[:, None], row[:, None], one[:, None], state),
         partial(ops.ddts_mixer_step, one, one, one, one, one, row, row, row, state, **mixer),
         partial(ops.shared_key_attention, qk, qk, v, window_size=K),
