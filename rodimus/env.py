@@ -159,7 +159,9 @@ def observe(call: Callable[[], Any]) -> str:
 
 def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> Iterator[str]:
     """The known ``impl=`` that the operator has; ``missing`` gets why one cannot be loaded."""
-    for impl in known:
+    # one way to compute it, nothing to choose
+    chooses = "impl" in inspect.signature(call.func).parameters
+    for impl in known if chooses else ():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
