@@ -73,13 +73,15 @@ class Trainer:
         )
         self.batches = Prefetcher(data.batch, stride=config.rows)
         self.watchdog = Watchdog(ranks.rank, ranks.world_size, config.parallel.timeout_s)
-        self.evaluate = Evaluator(
-            val,
-            config.data,
-            tokens=config.eval.tokens,
-            micro_batch=config.train.micro_batch,
-            ranks=ranks,
-        )
+        self.evaluate = None
+        if val:
+            self.evaluate = Evaluator(
+                val,
+                config.data,
+                tokens=config.eval.tokens,
+                micro_batch=config.train.micro_batch,
+                ranks=ranks,
+            )
 
         with torch.device("meta"):
             model = model_class(model_config)(model_config)
@@ -189,7 +191,7 @@ class Trainer:
 
     def held_out(self, signals: Signals) -> Evaluation | None:
         """Evaluates and reports; None without held-out data or when interrupted."""
-        if not self.config.data.val:
+        if self.evaluate is None:
             return None
 
         def interrupted() -> bool:

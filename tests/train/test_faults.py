@@ -16,7 +16,7 @@ import torch
 
 from rodimus import RodimusForCausalLM
 from rodimus.errors import InputError
-from rodimus.train import guard, loop, store
+from rodimus.train import guard, loop, signals, store
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
 from rodimus.train.checkpoint import Checkpointer
@@ -179,7 +179,14 @@ def test_sigusr1_saves_and_training_goes_on(config_file, tmp_path, trained):
         assert loss[step] == pytest.approx(expected[step], rel=1e-5)
 
 
-def test_second_sigterm_ends_at_once(config_file, tmp_path):
+def test_sigterm_sent_twice_at_once_saves_all_the_same(config_file, tmp_path):
+    """By the scheduler to every process, and by the launcher that passes it on."""
+    assert run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file) == [143]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [2]
+
+
+def test_second_sigterm_ends_at_once(config_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "TOGETHER_S", 0.0)
     with pytest.raises(AssertionError, match="died with 143"):
         run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == []

@@ -38,6 +38,14 @@ def test_loss_falls_and_export_equals_the_trained_model(config_file, tmp_path):
     assert exported.lm_head.weight is exported.get_input_embeddings().weight
 
 
+def test_run_without_held_out_data_trains(config_file, tmp_path):
+    text = config_file.read_text()
+    config_file.write_text("".join(x for x in text.splitlines(True) if not x.startswith("val")))
+    assert train(1, config_file, "--no-export", "--train.steps", 2, "--eval.every", 1) == [0]
+    assert metrics(tmp_path / "run", "val_loss") == {}
+    assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2]
+
+
 def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
     assert train(1, config_file, "--no-export") == [0]
     run, ids = tmp_path / "run", torch.arange(20)[None]
