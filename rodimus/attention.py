@@ -1,11 +1,14 @@
 """Shared-key attention as an attention implementation of transformers: ``rodimus_ska``.
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="rodimus_ska")
+It is what a model of this package uses where nothing else is asked for; another one is chosen by
 
-gives the logits of "sdpa" and "eager" without a mask of queries by keys: the window is known to the
-operator, and packed documents and padding are boundaries between documents, one number a token.
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa")
+
+It gives the logits of "sdpa" and "eager" without a mask of queries by keys: the window is known to
+the operator, and packed documents and padding are boundaries between documents, one number a token.
 Where that cannot be said (new tokens behind padding in a cache, static caches, a caller's own mask
-function), the usual mask is built and torch's attention takes it.
+function), and where torch compiles a graph of any length for a CPU, the usual mask is built and
+torch's attention takes it.
 """
 
 import torch
@@ -107,6 +110,9 @@ def attention_mask_of(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         if not is_tracing(padding) and padding.shape[1] == kv_length and padding.all():
             padding = None
+    # on a CPU the operator takes as many bands of queries as the length asks for: not one graph
+    if torch.device(device).type == "cpu" and is_tracing():
+        is_newest = is_whole = False
     if is_newest and not use_vmap and padding is None and (allow_is_causal_skip or not is_whole):
         return None
     if is_whole and not use_vmap and (padding is None or padding.shape[1] == kv_length):

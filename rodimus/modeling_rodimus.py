@@ -731,6 +731,14 @@ class RodimusPreTrainedModel(PreTrainedModel):
         # Its allocator knows attention layers only; servers ask with hasattr and fall back.
         raise AttributeError("continuous batching of transformers has no recurrent states")
 
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
+        """The shared-key operator where nothing was asked for, the package registered it and the
+        config wants no attention dropout, which it lacks; transformers' own choice otherwise."""
+        chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
+        ours = "rodimus_ska"
+        can_be_ours = requested_attention is None and not self.config.attention_dropout
+        return ours if can_be_ours and ours in ALL_ATTENTION_FUNCTIONS.valid_keys() else chosen
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import AttentionInterface
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from rodimus import attention
+from rodimus import RodimusConfig, RodimusForCausalLM, attention
 from tests.model.helpers import build, config_of
 
 KINDS = ("rodimus_plus", "grouped")
@@ -144,3 +145,38 @@ def test_dropout_is_refused():
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match="'rodimus_ska' has no attention dropout, got 0.1"):
         attention.attention_forward(None, q, q, q, None, dropout=0.1)
+
+
+class TestDefault:
+    """Who asks for nothing gets the operator, unless it cannot do what is configured."""
+
+    def test_the_operator_unless_something_else_is_asked_for(self):
+        config = config_of("rodimus_plus")
+        assert build(config).config._attn_implementation == attention.NAME
+        for name in ("sdpa", "eager"):
+            chosen = RodimusForCausalLM._from_config(
+                RodimusConfig.from_dict(config), attn_implementation=name
+            )
+            assert chosen.config._attn_implementation == name
+
+    def test_attention_dropout_is_left_to_transformers(self):
+        model = build(config_of("rodimus_plus") | {"attention_dropout": 0.5})
+        assert model.config._attn_implementation == "sdpa"
+        model.train()(torch.randint(3, 64, (1, 9)), use_cache=False)
+
+    def test_asking_for_attentions_in_the_config_means_eager(self):
+        config = RodimusConfig.from_dict(config_of("rodimus_plus"))
+        config.output_attentions = True
+        assert RodimusForCausalLM(config).config._attn_implementation == "eager"
+
+    def test_the_choice_is_not_saved(self, tmp_path):
+        build(config_of("rodimus_plus")).save_pretrained(tmp_path)
+        assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+        load = RodimusForCausalLM.from_pretrained
+        assert load(tmp_path).config._attn_implementation == attention.NAME
+        explicit = load(tmp_path, attn_implementation="eager")
+        assert explicit.config._attn_implementation == "eager"
+
+    def test_without_the_package_it_is_sdpa(self, monkeypatch):
+        monkeypatch.delitem(AttentionInterface._global_mapping, attention.NAME)
+        assert build(config_of("rodimus_plus")).config._attn_implementation == "sdpa"

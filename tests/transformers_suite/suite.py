@@ -5,6 +5,7 @@ model classes up by name, so the names are entered before anything is imported f
 """
 
 import sys
+import tempfile
 import types
 import unittest
 
@@ -104,6 +105,16 @@ class _Suite(CausalLMModelTest):
             for weights, layer in zip(layers, cache.layers, strict=True):
                 expected = (batch_size, config.num_attention_heads, queries, layer.keys.shape[2])
                 self.assertEqual(weights.shape, expected)
+
+    def test_sdpa_can_dispatch_non_composite_models(self):
+        """Where nothing is asked for, transformers' model uses "sdpa" and ours its operator."""
+        for model_class in self.all_model_classes:
+            config, _ = self.model_tester.prepare_config_and_inputs_for_common()
+            with tempfile.TemporaryDirectory() as folder:
+                model_class(config).save_pretrained(folder)
+                for asked, used in ((None, "rodimus_ska"), ("sdpa", "sdpa"), ("eager", "eager")):
+                    model = model_class.from_pretrained(folder, attn_implementation=asked)
+                    self.assertEqual(model.config._attn_implementation, used)
 
 
 class RodimusTest(_Suite, unittest.TestCase):
