@@ -53,6 +53,11 @@ def test_replicas_equal_shards(figures):
     assert replicated == pytest.approx(figures(2, *both), rel=1e-5)
 
 
+def test_two_replicas_of_two_shards_equal_one_rank(figures):
+    replicated = figures(4, "--train.micro-batch", 1, "--parallel.replicate", 2)
+    assert replicated == pytest.approx(figures(1), rel=1e-5)
+
+
 def test_muon_sees_whole_matrices_on_any_number_of_ranks(figures):
     """Its bf16 iteration amplifies rounding, so later steps agree less closely."""
     one, two = (figures(world, "--optim.name", "muon") for world in (1, 2))

@@ -96,3 +96,21 @@ def test_ranks_agree_and_a_resumed_run_equals_the_undisturbed_one(config_file, t
             assert resumed == expected
         else:
             close(resumed, expected)
+
+
+@pytest.mark.slow
+def test_four_ranks_go_on_where_two_stopped_and_the_other_way_round(config_file, tmp_path):
+    """Shards, and on four ranks also two replicas of two shards."""
+    layouts = {"2": (2,), "4": (4,), "2x2": (4, "--parallel.replicate", 2)}
+    common = ("--no-export", "--train.micro-batch", 1)
+    for name, (world, *settings) in layouts.items():
+        assert set(train(world, config_file, *common, *settings, "--out", tmp_path / name)) == {0}
+    expected = {step: figures(tmp_path / "2")[step] for step in (4, 5, 6)}
+    for before, after in [("2", "4"), ("4", "2"), ("2", "2x2"), ("2x2", "2"), ("2x2", "4")]:
+        run = tmp_path / f"{before}to{after}"
+        shutil.copytree(tmp_path / before, run)
+        (run / "metrics.jsonl").unlink()
+        world, *settings = layouts[after]
+        settings += ["--out", run, "--checkpoint.resume", 3]
+        assert set(train(world, config_file, *common, *settings)) == {0}
+        close(figures(run), expected)
