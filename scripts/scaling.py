@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rodimus.loading import read_config
 from rodimus.train.flops import PEAK_FLOPS
 from rodimus.train.load import load_config
-from rodimus.train.plan import Plan, make_plan
+from rodimus.train.plan import Plan, context_bytes, make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("rodimus_plus_1b6", "rodimus_1b4", "rodimus_plus_4b")
@@ -35,12 +36,37 @@ between nodes a step, GB | tokens/s | days |
 
 def row(plan: Plan) -> str:
     """One line of a model's table."""
-    inside, between = plan.traffic.values()
+    inside, between = list(plan.traffic.values())[:2]
     return (
         f"| {plan.gpus} | {plan.memory_gb:.1f} | {plan.memory['activations (estimate)'] / 1e9:.1f} "
         f"| {inside / 1e9:.2f} | {between / 1e9:.2f} | {plan.tokens_per_s:,.0f} "
         f"| {plan.days:.1f} |\n"
     )
+
+
+CONTEXT = """## Rows longer than a GPU holds: {name} with parallel.context_parallel
+
+One GPU sends this for one row and block in a forward pass, and as much in backward, however long
+the row is (pieces no shorter than the window). The last column is both passes of one row through
+all {blocks} blocks.
+
+| ranks a row | states, MB | convolution, MB | window, MB | a row, GB |
+|---|---|---|---|---|
+"""
+
+
+def context_table(name: str) -> str:
+    """Traffic between the ranks that share a row."""
+    path = ROOT / "configs" / "train" / f"{name}.toml"
+    shapes, lines = read_config(Path(load_config(path).model.config)), ""
+    for ranks in (2, 4, 8, 16):
+        length = ["--data.seq-len", str(ranks * 8192), "--train.global-batch-tokens", str(2**21)]
+        config = load_config(path, [*length, "--parallel.context-parallel", str(ranks)])
+        parts = context_bytes(config, shapes)
+        total = 2 * sum(parts.values()) * shapes.n_layer
+        figures = " | ".join(f"{size / 1e6:.2f}" for size in parts.values())
+        lines += f"| {ranks} | {figures} | {total / 1e9:.2f} |\n"
+    return CONTEXT.format(name=name, blocks=shapes.n_layer) + lines
 
 
 def main() -> None:
@@ -63,6 +89,7 @@ def main() -> None:
             f"token in rows of {config.data.seq_len}, {first.tokens / 1e12:.1f} T tokens.\n\n"
         )
         text += TABLE + "".join(map(row, plans)) + "\n"
+    text += context_table(RUNS[0])
     (ROOT / "docs" / "scaling.md").write_text(text.rstrip() + "\n")
 
 

@@ -20,10 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rodimus_kernels import ddts, ddts_scan, ddts_summary, shared_key_attention
 from rodimus_kernels.reference import RESET
 
+from .. import RodimusConfig
+from ..errors import InputError
+from .config import TrainConfig
 from .rows import Batch
 
 
@@ -116,6 +120,23 @@ class Context:
             for b, bounds in enumerate(map(_boundaries, starts))
         ]
         return torch.cat(rows)
+
+
+def check_splits(config: TrainConfig, model: PreTrainedConfig) -> None:
+    """Refuses a model whose rows cannot be cut, where the run cuts them.
+
+    Raises:
+        InputError: the model is a peer, or drops attention weights.
+    """
+    if config.parallel.context_parallel == 1:
+        return
+    if not isinstance(model, RodimusConfig):
+        raise InputError(f"parallel.context_parallel is for Rodimus, not for {model.model_type}")
+    if model.attention_dropout:
+        raise InputError(
+            "parallel.context_parallel has no dropout of attention weights, got "
+            f"attention_dropout = {model.attention_dropout}"
+        )
 
 
 def model_inputs(batch: Batch, group: dist.ProcessGroup | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from . import guard, parallel
 from .batches import Prefetcher, TrainData, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
 from .config import ModelSection, TrainConfig
-from .context import model_inputs
+from .context import check_splits, model_inputs
 from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
@@ -53,14 +53,11 @@ class Trainer:
         parallel.together(lambda: make_folder(self.out))
         self.accumulation = config.accumulation(ranks.world_size)
         model_config = read_config(Path(config.model.config))
-        if config.parallel.context_parallel > 1 and model_config.model_type != "rodimus":
-            raise InputError(
-                f"parallel.context_parallel is for Rodimus, not for {model_config.model_type}"
-            )
         train = open_sources(config.data.train, weighted=bool(config.data.weights))
         val = open_sources(config.data.val) if config.data.val else []
         for source in train + val:
             source.check_vocabulary(model_config.vocab_size)
+        check_splits(config, model_config)
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
         data = TrainData(

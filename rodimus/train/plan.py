@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..loading import model_class, read_config
 from ..peers import PEERS
 from .config import TrainConfig
+from .context import check_splits
 from .flops import PEAK_FLOPS, TokenFlops, train_flops
 from .load import load_config
 from .optim import parameter_groups
@@ -101,8 +102,8 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
         peak: FLOP/s of one GPU.
 
     Raises:
-        InputError: the batch or the replicas do not divide over the GPUs, or a figure is not
-            positive.
+        InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, rows
+            of this model cannot be cut, or a figure is not positive.
     """
     if gpus < 1 or mfu <= 0:
         raise InputError(f"--gpus and --mfu must be positive, got {gpus} and {mfu}")
@@ -111,6 +112,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
     if gpus % replicas:
         raise InputError(f"parallel.replicate = {replicas} does not divide {gpus} GPUs")
     model_config = read_config(Path(config.model.config))
+    check_splits(config, model_config)
     with torch.device("meta"):
         model = model_class(model_config)(model_config)
     n = model.num_parameters()
@@ -124,7 +126,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
         tokens=config.steps * config.train.global_batch_tokens,
         memory=_memory(model, model_config, config, n, shards),
         tokens_per_s=gpus * peak * mfu / flops.total,
-        traffic=_traffic(config, n, shards, replicas),
+        traffic=_traffic(config, n, shards, replicas) | _pieces_traffic(config, model_config),
     )
 
 
@@ -137,7 +139,7 @@ def _memory(
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     root = n - block * len(model.model.layers)
     gathered = root + 2 * block if config.parallel.reshard_after_forward == "true" else n
-    tokens = config.train.micro_batch * config.data.seq_len
+    tokens = config.train.micro_batch * config.data.seq_len / config.parallel.context_parallel
     return {
         "weights, fp32": 4 * n / shards,
         "gradients, fp32": 4 * n / shards,
@@ -158,6 +160,34 @@ def _traffic(config: TrainConfig, n: int, shards: int, replicas: int) -> dict[st
         "inside a replica, per micro-step": (2 * gathers + 4) * n * share,
         "between replicas, per step": 2 * (replicas - 1) / replicas * 4 * n / shards,
     }
+
+
+def context_bytes(config: TrainConfig, shapes: RodimusConfig) -> dict[str, float]:
+    """Bytes one GPU sends for one row and block in a forward pass when ranks share the row.
+
+    States go round a ring; tokens that a convolution or window looks back on go to their readers,
+    in bf16. Backward sends the same.
+    """
+    pieces = config.parallel.context_parallel
+    length = config.data.seq_len // pieces
+    keys, width = shapes.mixer_cfg["mem_size"], shapes.d_inner
+    sent = {
+        "states": 4 * keys * (width + 1) * (pieces - 1),
+        "convolution": 2 * width * (shapes.mixer_cfg["d_conv"] - 1),
+    }
+    if shapes.block_type == "rodimus_plus":
+        heads = shapes.num_key_value_heads + shapes.num_value_heads
+        before = length * (pieces - 1)
+        reach = before if shapes.sliding_window is None else min(shapes.sliding_window - 1, before)
+        sent["window"] = 2 * heads * shapes.head_dim * reach
+    return sent
+
+
+def _pieces_traffic(config: TrainConfig, shapes: PreTrainedConfig) -> dict[str, float]:
+    if config.parallel.context_parallel == 1:
+        return {}
+    both_ways = 2 * sum(context_bytes(config, shapes).values()) * shapes.num_hidden_layers
+    return {"between pieces, per micro-step": config.train.micro_batch * both_ways}
 
 
 def render(plan: Plan, mfu: float) -> str:

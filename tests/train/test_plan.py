@@ -29,6 +29,24 @@ def test_plan_of_the_released_plus_model():
     assert got.traffic["between replicas, per step"] == 0
 
 
+def test_ranks_that_share_rows_share_activations_and_send_states_and_windows():
+    """By hand: 7 states of 64 x (4096 + 1) fp32; 3 tokens of 4096, 2048 of 17 x 128, in bf16."""
+    long = ("--data.seq-len", "65536", "--train.global-batch-tokens", str(2**21))
+    long += ("--train.micro-batch", "1")
+    whole = planned("rodimus_plus_1b6", 8, *long)
+    split = planned("rodimus_plus_1b6", 8, *long, "--parallel.context-parallel", "8")
+    activations = "activations (estimate)"
+    assert split.memory[activations] == whole.memory[activations] / 8
+    sent = 7 * 4 * 64 * 4097 + 2 * 3 * 4096 + 2 * 2048 * 17 * 128
+    assert split.traffic["between pieces, per micro-step"] == 2 * 24 * sent
+    assert split.tokens_per_s == whole.tokens_per_s
+
+
+def test_rows_of_a_peer_cannot_be_cut():
+    with pytest.raises(InputError, match="context_parallel is for Rodimus, not for qwen2"):
+        planned("qwen2_340m", 8, "--parallel.context-parallel", "2")
+
+
 def test_recurrent_model_needs_no_attention():
     got = planned("rodimus_1b4", 64, "--parallel.replicate", "8", mfu=0.4)
     assert got.flops.attention == 0
