@@ -242,6 +242,14 @@ def _(q, k, v, log_decay, state, scale):
     return v.new_empty(v.shape)
 
 
+torch.library.define("rodimus::rope", "(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor")
+
+
+@torch.library.register_fake("rodimus::rope")
+def _(x, cos, sin, inverse):
+    return x.new_empty(x.shape)
+
+
 torch.library.define(
     "rodimus::ring_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor position, int window_size,"

@@ -10,7 +10,7 @@ import importlib
 import pytest
 import torch
 
-from rodimus_kernels import shared_key_attention
+from rodimus_kernels import rope, rope_tables, shared_key_attention
 from rodimus_kernels.testing import assert_close, assert_within_budget, relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
 from tests.kernels.test_shared_key_attention import (
@@ -224,6 +224,50 @@ def test_offsets_beyond_32_bits():
     o = shared_key_attention(q, k, v, window_size=300, impl="triton")
     alone = shared_key_attention(q[-1:], k[-1:], v[-1:], window_size=300, impl="sdpa")
     assert relative_error(o[-1:], alone.double()) < 1e-2
+
+
+class TestRope:
+    """Values and gradients, with tables of every position, some of the channels, strided heads."""
+
+    @pytest.mark.parametrize(
+        ("heads", "dim", "turned", "rows"),
+        [(16, 128, 128, 1), (3, 24, 8, 2), (1, 20, 20, 2), (5, 16, 2, 1)],
+    )
+    def test_equals_the_definition(self, heads, dim, turned, rows):
+        position_ids = torch.randint(0, 3000, (rows, 5), device=DEVICE)
+        cos, sin = rope_tables(position_ids, turned)
+        # heads lie apart, and one more than is turned
+        wide, dy = torch.randn(2, 2, heads + 1, 5, dim, device=DEVICE).transpose(2, 3)
+        results = []
+        for impl, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+            x = wide.to(dtype).detach().requires_grad_()
+            y = rope(x[:, :, 1:], cos.to(dtype), sin.to(dtype), impl=impl)
+            y.backward(dy[:, :, 1:].to(dtype))
+            results.append((y.detach(), x.grad))
+        for actual, exact in zip(*results, strict=True):
+            assert relative_error(actual, exact) < 3e-7
+        assert torch.equal(results[0][0][..., turned:], wide[:, :, 1:, turned:])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision_is_rounded_once(self, dtype):
+        x = torch.randn(1, 4, 2, 16, device=DEVICE).to(dtype)
+        tables = rope_tables(torch.arange(4, device=DEVICE)[None], 16, dtype=dtype)
+        y, expected = (rope(x, *tables, impl=impl) for impl in ("triton", "reference"))
+        assert y.dtype == dtype
+        # the interpreter truncates to bfloat16
+        assert relative_error(y, expected) < 2 * torch.finfo(dtype).eps
+
+    def test_registration(self):
+        x = torch.randn(2, 3, 2, 6, device=DEVICE, requires_grad=True)
+        cos, sin = rope_tables(torch.arange(3, device=DEVICE)[None], 4)
+        torch.library.opcheck(torch.ops.rodimus.rope.default, (x, cos, sin, False))
+
+    def test_dtype(self):
+        x, table = torch.randn(1, 2, 1, 4, device=DEVICE), torch.ones(1, 2, 2, device=DEVICE)
+        with pytest.raises(ValueError, match="rope: Triton takes float32, bfloat16 and float16"):
+            rope(x.double(), table, table, impl="triton")
+        with pytest.raises(ValueError, match="unknown impl 'fast'; expected one of 'auto'"):
+            rope(x, table, table, impl="fast")
 
 
 class TestErrors:

@@ -3,7 +3,6 @@ dispatch."""
 
 import torch
 
-from .. import reference
 from .._dispatch import (
     check_alike,
     check_cu_seqlens,
@@ -27,8 +26,13 @@ _STEP = {
     "native": "rodimus_kernels.shared_key_attention.native_step:step",
     "triton": "rodimus_kernels.shared_key_attention.triton_step:step",
 }
+_ROPE = {
+    "reference": "rodimus_kernels.reference:rope",
+    "triton": "rodimus_kernels.shared_key_attention.triton_rope:forward",
+}
 IMPLS = tuple(_SEQUENCE)
 STEP_IMPLS = tuple(_STEP)
+ROPE_IMPLS = tuple(_ROPE)
 
 _TRITON_MAX_DIM = 256
 
@@ -37,20 +41,25 @@ _TRITON_MAX_DIM = 256
 MAX_STEP = 8
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, impl: str = "auto"
+) -> torch.Tensor:
     """Rotary position embedding in the released convention: channel d pairs with channel d + dim /
-    2.
+    2; differentiable in x.
 
     Args:
         x: ``[B, T, H, D]``.
-        cos: ``[B or 1, T, dim / 2]``; the first ``dim <= D`` channels are rotated, the rest pass.
+        cos: ``[B or 1, T, dim / 2]``, of the positions by :func:`rodimus_kernels.rope_tables`; the
+            first ``dim <= D`` channels are rotated, the rest pass.
         sin: Shaped like ``cos``.
+        impl: ``"auto"``, or one of ``ROPE_IMPLS``; an explicit choice never falls back.
 
     Returns:
         ``[B, T, H, D]`` in x's dtype.
 
     Raises:
         ValueError: the tables do not fit x.
+        ImportError: the chosen implementation cannot be loaded.
     """
     check_shape("x", x, ("B", "T", "H", "D"))
     check_shape("cos", cos, (cos.shape[0], x.shape[1], "dim / 2"))
@@ -60,7 +69,12 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
             f"cos must be [1 or {x.shape[0]}, {x.shape[1]}, at most {x.shape[-1] // 2}],"
             f" got {tuple(cos.shape)}"
         )
-    return reference.rope(x, cos, sin)
+    check_floating(x=x, cos=cos, sin=sin)
+    check_alike("x", x, cos=cos, sin=sin)
+    if impl == "auto":
+        double = torch.float64 in (x.dtype, cos.dtype, sin.dtype)
+        impl = "triton" if runs_triton(x.device) and not double else "reference"
+    return load("rope", impl, _ROPE)(x, cos, sin)
 
 
 def shared_key_attention(

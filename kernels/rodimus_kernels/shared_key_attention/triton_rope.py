@@ -1,0 +1,141 @@
+"""Rotary position embedding in Triton: every channel is read once and written once, the tables once
+a token for all its heads.
+
+Nothing is saved for the backward pass but the tables: the gradient is turned back by the same
+angles.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _library  # noqa: F401  (the schemas come first)
+from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
+
+# elements of a program's tile: 16 a thread at 4 warps
+_TILE = 2048
+
+
+@triton.jit
+def rope_kernel(
+    x,
+    cos,
+    sin,
+    y,
+    T,
+    x_b,
+    x_t,
+    x_h,
+    cos_b,
+    cos_t,
+    sin_b,
+    sin_t,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    BH: tl.constexpr,
+    BHALF: tl.constexpr,
+    BREST: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """``y [B, T, H, D]``: the first ``2 * HALF`` channels turned, the rest copied. Grid: B * T,
+    blocks of heads."""
+    i_bt = tl.program_id(0).to(tl.int64)
+    i_b = i_bt // T
+    i_t = i_bt % T
+    heads = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_c = tl.arange(0, BHALF)
+    b_cos = tl.load(cos + i_b * cos_b + i_t * cos_t + o_c, mask=o_c < HALF, other=0.0)
+    b_sin = tl.load(sin + i_b * sin_b + i_t * sin_t + o_c, mask=o_c < HALF, other=0.0)
+    b_cos = b_cos.to(tl.float32)[None, :]
+    b_sin = b_sin.to(tl.float32)[None, :]
+    if INVERSE:
+        b_sin = -b_sin
+
+    p_x = x + i_b * x_b + i_t * x_t + heads[:, None].to(tl.int64) * x_h
+    p_y = y + (i_bt * H + heads)[:, None] * D
+    mask = (heads < H)[:, None] & (o_c < HALF)[None, :]
+    b_first = tl.load(p_x + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_second = tl.load(p_x + HALF + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    dtype = y.dtype.element_ty
+    tl.store(p_y + o_c[None, :], (b_first * b_cos - b_second * b_sin).to(dtype), mask=mask)
+    tl.store(p_y + HALF + o_c[None, :], (b_first * b_sin + b_second * b_cos).to(dtype), mask=mask)
+    if 2 * HALF < D:
+        o_d = 2 * HALF + tl.arange(0, BREST)
+        rest = (heads < H)[:, None] & (o_d < D)[None, :]
+        tl.store(p_y + o_d[None, :], tl.load(p_x + o_d[None, :], mask=rest), mask=rest)
+
+
+def forward(x, cos, sin):
+    """``rope`` in Triton; the contract is that of :func:`rodimus_kernels.rope`.
+
+    Raises:
+        ValueError: a dtype is not float32, bfloat16 or float16, or the tensors are not where Triton
+            runs.
+    """
+    check_runs_here("rope", x, cos, sin)
+    return torch.ops.rodimus.rope(x, cos, sin, False)
+
+
+@implement("rope")
+def _rope(x, cos, sin, inverse):
+    x, cos, sin = (unit_stride(y) for y in (x, cos, sin))
+    batch, length, heads, dim = x.shape
+    half = cos.shape[-1]
+    y = x.new_empty(x.shape)
+    block_half = triton.next_power_of_2(half)
+    block = min(max(_TILE // (2 * block_half), 1), triton.next_power_of_2(heads))
+    # one table for all rows: no step from row to row
+    steps = [
+        0 if size == 1 else stride
+        for table in (cos, sin)
+        for size, stride in zip(table.shape[:2], table.stride()[:2], strict=True)
+    ]
+    if y.numel():
+        rope_kernel[(batch * length, triton.cdiv(heads, block))](
+            *(x, cos, sin, y, length, *x.stride()[:3], *steps),
+            H=heads,
+            D=dim,
+            HALF=half,
+            BH=block,
+            BHALF=block_half,
+            BREST=triton.next_power_of_2(max(dim - 2 * half, 1)),
+            INVERSE=inverse,
+            num_warps=4,
+            **FP_FUSION,
+        )
+    return y
+
+
+def _setup_context(ctx, inputs, output):
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _backward(ctx, dy):
+    return torch.ops.rodimus.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+torch.library.register_autograd("rodimus::rope", _backward, setup_context=_setup_context)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
+
+    Args:
+        everything: other sizes and dtypes, not only the models' own.
+    """
+    cases = [(128, 64, torch.bfloat16)]
+    if everything:
+        cases += [(128, 32, torch.bfloat16), (96, 48, torch.bfloat16), (128, 64, torch.float32)]
+    for dim, half, dtype in cases:
+        name = f"D{dim} of {2 * half} {str(dtype).removeprefix('torch.')}"
+        yield name, functools.partial(_aot_rope, dim, half, dtype)
+
+
+def _aot_rope(dim, half, dtype):
+    x, table = torch.empty(1, 300, 16, dim, dtype=dtype), torch.empty(1, 300, half, dtype=dtype)
+    for inverse in (False, True):
+        torch.ops.rodimus.rope(x, table, table, inverse)
