@@ -95,9 +95,11 @@ def render(result: dict[str, Any]) -> str:
             f"  {'position in document':<24}{'tokens':>12}{'loss':>9}",
             *(f"  {_range(b):<24}{b['tokens']:>12,}{b['loss']:>9.4f}" for b in data["by_position"]),
             "",
-            f"  {'tokens of the document':<24}{'tokens':>12}{'loss':>9}{'documents':>11}",
+            f"  {'tokens of the document':<24}{'tokens':>12}{'loss':>9}{'bits/byte':>11}"
+            f"{'documents':>11}",
             *(
-                f"  {_range(b):<24}{b['tokens']:>12,}{b['loss']:>9.4f}{b['documents']:>11,}"
+                f"  {_range(b):<24}{b['tokens']:>12,}{b['loss']:>9.4f}{b['bits_per_byte']:>11.4f}"
+                f"{b['documents']:>11,}"
                 for b in data["by_length"]
             ),
         ]

@@ -31,8 +31,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.documents, self.tokens, self.n_bytes, self.nats = 0, 0, 0.0, 0.0
-        # nats, tokens, documents of each bucket
-        self._position, self._length = np.zeros((2, len(EDGES) + 1, 3))
+        # of each bucket: nats, tokens, and by length also documents and bytes
+        self._position = np.zeros((len(EDGES) + 1, 2))
+        self._length = np.zeros((len(EDGES) + 1, 4))
 
     def add(self, document: Document, nats: np.ndarray, first: int = 1) -> None:
         """Counts the losses of a document's tokens ``first`` and on, float64 ``[T]``.
@@ -45,7 +46,7 @@ class Tally:
         self.tokens += len(nats)
         self.nats += nats.sum()
         length = np.searchsorted(EDGES, len(document.ids), side="right")
-        self._length[length] += nats.sum(), len(nats), new
+        self._length[length] += nats.sum(), len(nats), new, new * document.n_bytes
         bucket = np.searchsorted(EDGES, np.arange(first, first + len(nats)), side="right")
         np.add.at(self._position[:, 0], bucket, nats)
         np.add.at(self._position[:, 1], bucket, 1)
@@ -59,21 +60,28 @@ class Tally:
             "bytes": round(self.n_bytes),
             "loss": loss,
             "perplexity": float(np.exp(loss)),
-            "bits_per_byte": self.nats / math.log(2) / max(1.0, self.n_bytes),
-            "by_position": _buckets(self._position, ("tokens",)),
-            "by_length": _buckets(self._length, ("tokens", "documents")),
+            "bits_per_byte": _bits_per_byte(self.nats, self.n_bytes),
+            "by_position": _buckets(self._position),
+            "by_length": _buckets(self._length),
         }
 
 
-def _buckets(sums: np.ndarray, names: tuple[str, ...]) -> list[dict[str, float]]:
+def _bits_per_byte(nats: float, n_bytes: float) -> float:
+    return nats / math.log(2) / max(1.0, n_bytes)
+
+
+def _buckets(sums: np.ndarray) -> list[dict[str, float]]:
     edges = [0, *EDGES.tolist()]
     rows = []
-    for i, (nats, *counts) in enumerate(sums.tolist()):
-        if counts[0]:
-            named = {name: int(count) for name, count in zip(names, counts, strict=False)}
-            rows.append(
-                {"from": edges[i], "below": edges[i + 1], **named, "loss": nats / counts[0]}
-            )
+    for i, (nats, tokens, *more) in enumerate(sums.tolist()):
+        if tokens:
+            row = {"from": edges[i], "below": edges[i + 1]}
+            row |= {"tokens": int(tokens), "loss": nats / tokens}
+            if more:
+                documents, n_bytes = more
+                bits = _bits_per_byte(nats, n_bytes)
+                row |= {"documents": int(documents), "bits_per_byte": bits}
+            rows.append(row)
     return rows
 
 

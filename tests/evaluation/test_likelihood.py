@@ -70,6 +70,9 @@ def test_buckets_are_means_over_their_tokens(model):
     assert rows == [(0, 1, 99), (256, 1, 299), (512, 1, 599)]
     for row, nats in zip(summary["by_length"], alone, strict=True):
         assert row["loss"] == pytest.approx(nats.mean(), rel=1e-5)
+        # three bytes a token
+        bits = nats.sum(dtype=float) / math.log(2) / (3 * (len(nats) + 1))
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
 def test_memory_does_not_grow_with_the_document(model, monkeypatch):
