@@ -345,13 +345,18 @@ def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
         return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph, "engine")
     if "fla" in entry.source:
         return *_fla_classes(entry, fields), ("own",)
+    if entry.family == "qwen2":
+        # transformers' own, which can also be trained with our loss
+        from rodimus.peers import PEERS
+
+        config_class, model_class = PEERS["qwen2"]
+        config = config_class(**fields, bos_token_id=None, eos_token_id=None)
+        return model_class, config, ("dynamic", "static", *graph)
     import transformers
 
-    names = {"qwen2": "Qwen2", "qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}
-    name = names[entry.family]
+    name = {"qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}[entry.family]
     config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=None, eos_token_id=None)
-    engines = ("dynamic", "static", *graph) if entry.family == "qwen2" else ("dynamic",)
-    return getattr(transformers, f"{name}ForCausalLM"), config, engines
+    return getattr(transformers, f"{name}ForCausalLM"), config, ("dynamic",)
 
 
 def _fla_classes(entry: Entry, fields: dict[str, Any]) -> tuple[Any, Any]:
