@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.model.golden_data import l2_error, relative_error
 from tests.model.helpers import oracle_of, random_ids
@@ -139,6 +140,34 @@ def test_hidden_states_keep_the_order_of_the_user(model, kind, measure):
                 measure(TABLE, "right padding, hidden states", kind, error, BOUND)
 
 
+@pytest.mark.parametrize("records", [False, True], ids=["", "recorded"])
+@pytest.mark.parametrize("prompt", [5, 20])
+def test_hidden_states_of_padding_after_cached_tokens(model, kind, prompt, records, measure):
+    """A padded turn continues a cache: all layers' states stand where its tokens stand, and the
+    tokens after it see none of the padding; also while the past is recorded for a rollback."""
+    turns = ("1" * 6, "1" * 4 + "00", "011010")
+    mask = torch.tensor([[1] * prompt + [int(bit) for bit in turn] + [1] * 3 for turn in turns])
+    ids = random_ids(*mask.shape)
+    cache = DynamicCache(config=model.config)
+    if records and hasattr(cache, "activate_past_recording"):
+        cache.activate_past_recording()
+    states = []
+    with torch.no_grad():
+        for piece in (slice(0, prompt), slice(prompt, prompt + 6), slice(prompt + 6, None)):
+            out = model(
+                ids[:, piece],
+                attention_mask=mask[:, : piece.stop],
+                past_key_values=cache,
+                output_hidden_states=True,
+            )
+            states.append(torch.stack(out.hidden_states))
+        states = torch.cat(states, 2)
+        for row, real in enumerate(mask.bool()):
+            alone = model(ids[row][real][None], output_hidden_states=True).hidden_states
+            error = relative_error(states[:, row][:, real], torch.stack(alone)[:, 0])
+            measure(TABLE, "padding after cached tokens, hidden states", kind, error, BOUND)
+
+
 # ----------------------------------------------------------------------------------------- packing
 
 LENGTHS = (1, 13, 2, 3, 20, 1)
@@ -263,6 +292,22 @@ def test_training_forward(model, kind, name, options, measure):
     actual = loss_and_gradients(model, **options)
     error = max(relative_error(actual[0], expected[0]), worst_gradient(actual[1], expected[1]))
     measure(TABLE, f"training {name}, loss and gradients", kind, error, BOUND)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 1, 1]], ids=str)
+def test_gradients_through_cached_steps(model, kind, sizes, measure):
+    """Tokens one at a time with gradients: those of the full forward, from prompt to last step."""
+    ids = random_ids(2, 30)
+    weight = torch.randn(2, 4, model.config.vocab_size)
+    (model(ids, use_cache=False).logits[:, 26:] * weight).sum().backward()
+    expected = take_gradients(model)
+    cache = model(ids[:, :26], use_cache=True).past_key_values
+    logits = [
+        model(piece, past_key_values=cache).logits for piece in ids[:, 26:].split(sizes, dim=1)
+    ]
+    (torch.cat(logits, 1) * weight).sum().backward()
+    error = worst_gradient(take_gradients(model), expected)
+    measure(TABLE, "cached steps, gradients", kind, error, BOUND)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
