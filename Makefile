@@ -67,7 +67,7 @@ $(VENV)/.bench: $(STAMP)
 	@touch $@
 
 bench: $(VENV)/.bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/bench_memory.py benchmarks/bench_decode.py \
+	$(BIN)/python -m pytest -q benchmarks/bench_memory.py benchmarks/bench_decode.py \
 		benchmarks/bench_prefill.py --bench-scale full --bench-models "$(MODELS)"
 	$(BIN)/python -m benchmarks.report
 

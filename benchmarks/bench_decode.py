@@ -9,7 +9,7 @@ from .harness import Bench, Target
 # (batch, context)
 POINTS = {
     "tiny": [(1, 48), (2, 96)],
-    "cpu": [(1, 128), (1, 1024), (1, 4096)],
+    "cpu": [(1, 128), (1, 1024), (1, 4096), (1, 16384)],
     "cuda": [
         *((1, context) for context in (128, 1024, 4096, 32768, 131072)),
         *((batch, context) for context in (4096, 32768) for batch in (8, 32)),

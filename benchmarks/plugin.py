@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
     seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
     add("--bench-seconds", type=float, default=seconds, help="start no case after this time")
-    add("--bench-threads", type=int, default=1, help="torch threads on the CPU")
+    add("--bench-threads", type=int, default=0, help="of torch; 0: one tiny, every core full")
     add("--bench-again", action="store_true", help="measure cases that have a record, too")
 
 
@@ -63,7 +63,8 @@ def bench(request: pytest.FixtureRequest):
     folder = option("--bench-out") or kept
     seconds = option("--bench-seconds")
     threads = torch.get_num_threads()
-    torch.set_num_threads(option("--bench-threads"))
+    every = os.cpu_count() or 1
+    torch.set_num_threads(option("--bench-threads") or (1 if scale == "tiny" else every))
     for message in machine.disturbances(load) if scale == "full" else ():
         warnings.warn(message, stacklevel=1)
     yield Bench(
