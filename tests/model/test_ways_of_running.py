@@ -145,7 +145,8 @@ def test_hidden_states_keep_the_order_of_the_user(model, kind, measure):
 def test_hidden_states_of_padding_after_cached_tokens(model, kind, prompt, records, measure):
     """A padded turn continues a cache: all layers' states stand where its tokens stand, and the
     tokens after it see none of the padding; also while the past is recorded for a rollback."""
-    turns = ("1" * 6, "1" * 4 + "00", "011010")
+    # the convolution behind one or two tokens reaches over the padding
+    turns = ("1" * 6, "1" * 4 + "00", "010010", "000100")
     mask = torch.tensor([[1] * prompt + [int(bit) for bit in turn] + [1] * 3 for turn in turns])
     ids = random_ids(*mask.shape)
     cache = DynamicCache(config=model.config)
