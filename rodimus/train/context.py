@@ -6,10 +6,12 @@ the attention window look back a fixed number of tokens, which the ranks before 
 gradients are those of one rank, packed documents included. Rodimus* (arXiv 2410.06577), section 3.
 
     context = Context(group, position_ids)          # of the whole rows, on every rank
-    loss = model(input_ids=context.piece(ids), shift_labels=context.piece(labels), context=context)
+    out = model(input_ids=context.piece(ids), shift_labels=context.piece(labels),
+                num_items_in_batch=predicted, context=context)
 
-Gradients of the parameters are then to be summed over the group. All ranks must make the same
-calls; each exchange is one collective, or a message to each rank that the window reaches.
+``out.loss`` is then this piece's part of the loss, and gradients of the parameters are to be summed
+over the group. All ranks must make the same calls; each exchange is one collective, or a message to
+each rank that the window reaches.
 """
 
 from __future__ import annotations

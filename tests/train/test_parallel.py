@@ -1,5 +1,8 @@
 """Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
 
+import platform
+import resource
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from rodimus.errors import InputError
 from rodimus.train import parallel
 from rodimus.train.config import ParallelSection
 from tests.train.conftest import MODEL
-from tests.train.ranks import metrics, train
+from tests.train.ranks import metrics, run_ranks, train
 
 SHORT = ("--train.steps", 3, "--no-export", "--schedule.warmup-steps", 0)
 
@@ -72,6 +75,26 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert parallel.resolve_dtype("auto", cpu) == torch.bfloat16
     assert parallel.resolve_dtype("float32", cpu) == torch.float32
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    def faults(repeats=3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(repeats):
+            blocks = [torch.ones(1 << 20) for _ in range(8)]
+            del blocks
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    def without_and_with():
+        faults()
+        without = faults()
+        parallel.keep_freed_memory()
+        faults()
+        return without, faults()
+
+    ((without, kept),) = run_ranks(1, without_and_with)
+    assert kept < without / 10
 
 
 def test_replicas_must_divide_the_ranks(monkeypatch):
