@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 from transformers.utils import logging
 
 from .errors import InputError
-from .loading import find_device, load_model, load_tokenizer
+from .loading import find_device, load_generator, load_tokenizer
 
 
 class Sampling(NamedTuple):
@@ -246,7 +246,7 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     torch.manual_seed(options.seed)
     logging.disable_progress_bar()
     tokenizer = load_tokenizer(options.model)
-    return load_model(options.model, dtype=options.dtype, device=device), tokenizer
+    return load_generator(options.model, dtype=options.dtype, device=device), tokenizer
 
 
 def _sampling(options: argparse.Namespace) -> Sampling:

@@ -195,6 +195,20 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def load_generator(
+    name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> PreTrainedModel:
+    """As ``load_model``, for a model that writes text.
+
+    Raises:
+        InputError: as ``load_model``, or the model predicts tokens but cannot generate.
+    """
+    model = load_model(name, dtype=dtype, device=device)
+    if not model.can_generate():
+        raise InputError(f"{name}: {type(model).__name__} is trained and evaluated here, not run")
+    return model
+
+
 def _load_released(
     config: PreTrainedConfig, folder: Path, files: list[Path], dtype
 ) -> PreTrainedModel:

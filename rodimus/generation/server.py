@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..loading import load_model, load_tokenizer
+from ..loading import load_generator, load_tokenizer
 from .engine import Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -409,7 +409,7 @@ def _service(options) -> Service:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(options.model)
     try:
-        model = load_model(options.model, dtype=options.dtype, device=device)
+        model = load_generator(options.model, dtype=options.dtype, device=device)
         engine = Engine(
             model,
             tokenizer,

@@ -79,15 +79,19 @@ def finish(config: TrainConfig) -> None:
     folder = export(config.out, Path(config.out) / "export", overwrite=True)
     print(f"exported {folder}", flush=True)
     if config.eval.sample_prompt:
-        text = sample(folder, config.eval.sample_prompt, config.eval.sample_tokens)
+        try:
+            text = sample(folder, config.eval.sample_prompt, config.eval.sample_tokens)
+        except InputError as error:
+            # the run is done and exported all the same
+            text = f"none: {error}"
         print(f"sample:\n{text}", flush=True)
 
 
 def sample(folder: Path, prompt: str, new_tokens: int) -> str:
     """Text of ``prompt`` and its most likely continuation by an exported model."""
-    from ..loading import load_model, load_tokenizer
+    from ..loading import load_generator, load_tokenizer
 
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_generator(folder), load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(
         ids,

@@ -90,6 +90,7 @@ def test_trained_resumed_exported_and_evaluated(kind, config_file, tmp_path, pac
     (tmp_path / "model.json").write_text(json.dumps(fields(kind)))
     run = tmp_path / "run"
     options = ("--train.ac", "full", "--train.steps", 12, "--checkpoint.every", 6)
+    options += ("--eval.sample-prompt", "w1", "--eval.sample-tokens", 2)
     assert train(2, config_file, *options) == [0, 0]
     loss = metrics(run, "loss")
     assert loss[12] < loss[1] - 0.3
@@ -105,6 +106,11 @@ def test_trained_resumed_exported_and_evaluated(kind, config_file, tmp_path, pac
     ids = torch.arange(20)[None]
     expected = states(load_model(run), ids).last_hidden_state
     assert torch.equal(states(load_model(run / "export"), ids).last_hidden_state, expected)
+    assert cli.main(["generate", str(run), "--prompt", "w1", "--max-new-tokens", "2"]) == (
+        0 if kind == "qwen2" else 2
+    )
+    if kind == "gla":
+        assert "is trained and evaluated here, not run" in capsys.readouterr().err
     if kind == "qwen2":
         plain = AutoModelForCausalLM.from_pretrained(run / "export")
         assert type(plain).__module__.startswith("transformers.")
