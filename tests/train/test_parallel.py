@@ -1,7 +1,7 @@
 """Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
 
 import platform
-import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,22 +79,19 @@ def test_auto_dtype_follows_the_hardware(monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
 def test_freed_memory_is_kept():
-    def faults(repeats=3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(repeats):
-            blocks = [torch.ones(1 << 20) for _ in range(8)]
-            del blocks
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    def heap():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        parts = [line.split()[0].split("-") for line in maps if line.endswith("[heap]")]
+        return int(parts[0][0], 16), int(parts[-1][1], 16)
 
-    def without_and_with():
-        faults()
-        without = faults()
+    def allocate_and_free():
         parallel.keep_freed_memory()
-        faults()
-        return without, faults()
+        block = torch.empty(30 << 20, dtype=torch.uint8)
+        (low, high), place = heap(), block.data_ptr()
+        del block
+        return low <= place < high, heap()[1] - high
 
-    ((without, kept),) = run_ranks(1, without_and_with)
-    assert kept < without / 10
+    assert run_ranks(1, allocate_and_free) == [(True, 0)]
 
 
 def test_replicas_must_divide_the_ranks(monkeypatch):
