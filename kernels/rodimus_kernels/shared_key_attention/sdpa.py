@@ -16,6 +16,10 @@ from .heads import expand_heads
 # Shorter bands waste the kernel's tiles; in longer ones most of the scores are masked.
 _MIN_BAND, _MAX_BAND = 128, 1024
 
+# torch's kernel on a CPU cuts a band into tiles: with a window of 129, bands of 129 took 1.3 times
+# as long as bands of 192, forward and backward.
+_TILE = 64
+
 
 def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     """``shared_key_attention`` in bands; the contract is that of
@@ -73,7 +77,7 @@ def _attend(q, k, v, window, scale, documents):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     if documents is None and queries == keys and window >= keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    band = min(max(window, _MIN_BAND), _MAX_BAND)
+    band = min(-(-max(window, _MIN_BAND) // _TILE) * _TILE, _MAX_BAND)
     # the keys before the first query, then one piece a band. Joining pieces rather than slicing
     # keeps the backward pass linear: a slice's gradient is as long as all keys
     pieces = [
