@@ -316,6 +316,9 @@ class TestErrors:
             ({"q": (2, 6, 4, 16)}, {}, "S >= T >= 1, got T = 6 queries and S = 5 keys"),
             ({"q": (2, 0, 4, 16)}, {}, "S >= T >= 1, got T = 0"),
             ({}, {"window_size": 0}, "counts the query itself and must be >= 1, got 0"),
+            ({}, {"window_size": 2.5}, "window_size must be an integer, got 2.5"),
+            ({"k": (2, 5, 0, 16)}, {}, r"at least one head and one channel.*\(2, 5, 0, 16\)"),
+            ({"q": (2, 5, 4, 0), "k": (2, 5, 2, 0)}, {}, "at least one head and one channel"),
             ({}, {"scale": 0.0}, r"scale must be > 0, got 0.0"),
             ({}, {"impl": "fast"}, "unknown impl 'fast'; expected one of 'auto', 'reference'"),
             ({}, {"cu_seqlens": torch.tensor([0, 5])}, "expected B = 1, got B = 2"),
@@ -525,5 +528,5 @@ class TestRope:
             rope(x, cos[:, :4], sin)
         with pytest.raises(ValueError, match=r"sin must have shape \[1, 5, 8\], got \(1, 5, 4\)"):
             rope(x, cos, sin[..., :4])
-        with pytest.raises(ValueError, match=r"cos must be \[1 or 2, 5, at most 8\]"):
+        with pytest.raises(ValueError, match=r"cos must be \[1 or 2, 5, 1 to 8\]"):
             rope(x, *rope_tables(torch.arange(5)[None], 32))

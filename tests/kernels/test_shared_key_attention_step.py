@@ -324,11 +324,18 @@ class TestErrors:
         with pytest.raises(ValueError, match="position must be int64, got torch.float32"):
             shared_key_attention_step(q, k, v, Ring().cache("cpu"), torch.zeros(2), window_size=9)
 
+    def test_cache_is_floating(self):
+        q, k, v = Ring().tokens(1, "cpu")
+        cache, position = torch.zeros(2, 16, 80, dtype=torch.int32), torch.zeros(2).long()
+        with pytest.raises(ValueError, match="cache must be floating point, got torch.int32"):
+            shared_key_attention_step(q, k, v, cache, position, window_size=9)
+
     def test_window_scale_and_impl(self):
         q, k, v = Ring().tokens(1, "cpu")
         cache, position = Ring().cache("cpu"), torch.zeros(2, dtype=torch.int64)
         for options, message in (
             ({"window_size": 0}, "must be >= 1, got 0"),
+            ({"window_size": None}, "window_size must be an integer: a ring holds no more"),
             ({"window_size": 9, "scale": -1.0}, "scale must be > 0, got -1.0"),
             ({"window_size": 9, "impl": "fast"}, "unknown impl 'fast'; expected one of 'auto'"),
         ):

@@ -64,9 +64,9 @@ def rope(
     check_shape("x", x, ("B", "T", "H", "D"))
     check_shape("cos", cos, (cos.shape[0], x.shape[1], "dim / 2"))
     check_shape("sin", sin, tuple(cos.shape))
-    if cos.shape[0] not in (1, x.shape[0]) or 2 * cos.shape[-1] > x.shape[-1]:
+    if cos.shape[0] not in (1, x.shape[0]) or not 0 < 2 * cos.shape[-1] <= x.shape[-1]:
         raise ValueError(
-            f"cos must be [1 or {x.shape[0]}, {x.shape[1]}, at most {x.shape[-1] // 2}],"
+            f"cos must be [1 or {x.shape[0]}, {x.shape[1]}, 1 to {x.shape[-1] // 2}],"
             f" got {tuple(cos.shape)}"
         )
     check_floating(x=x, cos=cos, sin=sin)
@@ -166,6 +166,8 @@ def shared_key_attention_step(
         ValueError: a shape, dtype or device breaks the contract, or the ring is too small.
     """
     _check(q, k, v, window_size, scale)
+    if window_size is None:
+        raise ValueError("window_size must be an integer: a ring holds no more than a window")
     batch, steps, _, dim = q.shape
     if not 1 <= steps <= MAX_STEP or k.shape[1] != steps:
         raise ValueError(
@@ -175,6 +177,7 @@ def shared_key_attention_step(
     check_shape("cache", cache, (batch, "R", row))
     check_shape("position", position, (batch,))
     check_alike("q", q, cache=cache, position=position)
+    check_floating(cache=cache)
     if position.dtype != torch.int64:
         raise ValueError(f"position must be int64, got {position.dtype}")
     if cache.shape[1] < window_size + steps - 1:
@@ -211,11 +214,16 @@ def _check(q, k, v, window_size, scale):
     check_shape("v", v, (batch, k.shape[1], "Hv", "Dv"))
     check_floating(q=q, k=k, v=v)
     check_alike("q", q, k=k, v=v)
+    if 0 in (heads, dim, k.shape[2], v.shape[2]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v need at least one head and one channel, got {shapes}")
     if heads % k.shape[2] or heads % v.shape[2]:
         raise ValueError(
             "query heads must be a multiple of key and value heads,"
             f" got H = {heads}, Hk = {k.shape[2]}, Hv = {v.shape[2]}"
         )
+    if not isinstance(window_size, int | torch.SymInt | None):
+        raise ValueError(f"window_size must be an integer, got {window_size!r}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be >= 1, got {window_size}")
     if scale is not None and not scale > 0:
