@@ -113,6 +113,7 @@ def cases(device: torch.device) -> dict[str, partial]:
     calls = [
         partial(ops.ddts_gates, qk, qk, qk),
         partial(ops.ddts, qk, qk, v, qk),
+        partial(ops.gated_ddts, qk, qk, v, qk, qk),
         partial(ops.ddts_summary, qk, v, qk),
         partial(ops.ddts_scan, state[None], state[None, ..., 0]),
         partial(ops.ddts_step, one[:, None], one[:, None], row[:, None], one[:, None], state),

@@ -47,7 +47,9 @@ try:
         ddts,
         ddts_gates,
         ddts_step,
+        gated_ddts,
         gated_rms_norm,
+        input_gate,
         linear_cross_entropy,
         rms_norm,
         rope,
@@ -59,7 +61,9 @@ except ImportError:
         add_rms_norm,
         ddts_gates,
         ddts_step,
+        gated_ddts,
         gated_rms_norm,
+        input_gate,
         linear_cross_entropy,
         rms_norm,
         rope,
@@ -70,6 +74,9 @@ except ImportError:
 
 # A log-decay that erases the state: set at the first token of a packed document.
 _RESET = -1e30
+
+# A pre-activation of the selection gate at which a token neither writes to the state nor decays it.
+_CLOSED = -1e30
 
 
 # ----------------------------------------------------------------------------------------------
@@ -415,7 +422,17 @@ class RodimusGateLinear(nn.Linear):
     """Linear layer whose bias is added in float32: decays near 1 do not survive bfloat16."""
 
     def forward(self, x):
-        return F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+        return self.add_bias(F.linear(x, self.weight))
+
+    def add_bias(self, y):
+        return y.to(torch.promote_types(y.dtype, torch.float32)) + self.bias
+
+
+def _is_plain(layer, kind):
+    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
+    hooks += (layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and not any(hooks)
 
 
 class RodimusOutLinear(nn.Linear):
@@ -452,22 +469,40 @@ class RodimusInnerMixer(nn.Module):
         state = _recurrent_state(layer)
         shifted = self._convolve(x, layout, past_key_values)
 
-        q, k = self.in_proj(shifted).chunk(2, dim=-1)
-        select, temper = self.mem_gate_proj(shifted).chunk(2, dim=-1)
-        k, log_decay = ddts_gates(k, select, temper, eps=self.normalize_epsilon)
-        v = self.ch_gate_proj(x) * x
+        q, k, select, temper = self._project(shifted)
+        v = self._gate_input(x)
         if tokens is not None:
             # Padding neither writes to the state nor decays it; v is zero with x.
-            k, log_decay = k * tokens[..., None], log_decay * tokens[..., None]
-        if documents is not None:
-            log_decay = log_decay.masked_fill(_document_starts(documents)[..., None], _RESET)
+            select = select.masked_fill(~tokens[..., None], _CLOSED)
+        starts = None if documents is None else _document_starts(documents)
 
-        one_head = (y.unsqueeze(2) for y in (q, k, v, log_decay))
-        if layout["context"] is not None:
-            o = layout["context"].recur(*one_head)
-        else:
-            o = self._recur(*one_head, state, layer, past_key_values)
+        one_head = (y.unsqueeze(2) for y in (q, k, v, select, temper))
+        o = self._recur(*one_head, starts, layout["context"], state, layer, past_key_values)
         return o.squeeze(2), shifted
+
+    def _project(self, x):
+        """Raw q and k, and the pre-activations of both gates, each ``[B, T, K]``."""
+        if self._joins_weights(x):
+            weight = torch.cat((self.in_proj.weight, self.mem_gate_proj.weight))
+            keys, gates = F.linear(x, weight).chunk(2, dim=-1)
+            gates = self.mem_gate_proj.add_bias(gates)
+        else:
+            keys, gates = self.in_proj(x), self.mem_gate_proj(x)
+        return *keys.chunk(2, dim=-1), *gates.chunk(2, dim=-1)
+
+    def _joins_weights(self, x):
+        """Whether one product reads x once for less than it costs to join the weights."""
+        plain = _is_plain(self.in_proj, nn.Linear)
+        plain = plain and _is_plain(self.mem_gate_proj, RodimusGateLinear)
+        # the joined weights are written and read, twice in_proj's size each
+        return plain and x.is_cuda and x.numel() > 4 * self.in_proj.weight.numel()
+
+    def _gate_input(self, x):
+        hidden, out, activation = self.ch_gate_proj
+        plain = _is_plain(self.ch_gate_proj, nn.Sequential)
+        if plain and _is_plain(out, nn.Linear) and _is_plain(activation, nn.Sigmoid):
+            return input_gate(x, hidden(x), out.weight, out.bias)
+        return self.ch_gate_proj(x) * x
 
     def _convolve(self, x, layout, past_key_values):
         conv = self.short_conv["conv1d"]
@@ -493,17 +528,26 @@ class RodimusInnerMixer(nn.Module):
         past, new = taps[..., :-length], taps[..., -length:]
         return conv(new.transpose(1, 2), past=F.pad(past, (width, 0))[..., -width:])
 
-    def _recur(self, q, k, v, log_decay, state, layer, past_key_values):
-        if layer is None:
-            return ddts(q, k, v, log_decay)[0]
-        if layer.record_past:
+    def _recur(self, q, k, v, select, temper, starts, context, state, layer, past_key_values):
+        """The recurrence from raw projections ``[B, T, 1, K]``; where the keys and decays are
+        wanted by themselves, after their gates."""
+        eps, record = self.normalize_epsilon, layer is not None and layer.record_past
+        step = q.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
+        if context is None and not record and not step:
+            options = {"initial_state": state, "output_final_state": layer is not None}
+            o, state = gated_ddts(q, k, v, select, temper, eps=eps, starts=starts, **options)
+            if layer is not None:
+                past_key_values.update_recurrent_state(state, self.layer_idx)
+            return o
+        k, log_decay = ddts_gates(k, select, temper, eps=eps)
+        if starts is not None:
+            log_decay = log_decay.masked_fill(starts[..., None, None], _RESET)
+        if context is not None:
+            return context.recur(q, k, v, log_decay)
+        if record:
             return self._recur_recorded(q, k, v, log_decay, state, layer, past_key_values)
-        if q.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
-            one_token = (x.squeeze(1) for x in (q, k, v, log_decay))
-            return ddts_step(*one_token, state).unsqueeze(1)
-        o, state = ddts(q, k, v, log_decay, initial_state=state, output_final_state=True)
-        past_key_values.update_recurrent_state(state, self.layer_idx)
-        return o
+        one_token = (x.squeeze(1) for x in (q, k, v, log_decay))
+        return ddts_step(*one_token, state).unsqueeze(1)
 
     def _recur_recorded(self, q, k, v, log_decay, state, layer, past_key_values):
         """The recurrence in two parts, so that the newest tokens can be taken back."""
@@ -1070,7 +1114,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             raise ValueError("loss_only needs labels or shift_labels")
         if labels is not None and kwargs.get("context") is not None:
             raise ValueError("context needs shift_labels: the label of the last token is elsewhere")
-        if loss_only and self._head_is_plain():
+        if loss_only and _is_plain(self.lm_head, nn.Linear):
             loss, cross_entropy = self._chunked_loss(hidden_states, labels, z_loss, **kwargs)
         else:
             kept = (
@@ -1089,11 +1133,6 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_entropy=cross_entropy,
         )
-
-    def _head_is_plain(self) -> bool:
-        """Whether the head's weight says all there is: no adapter, quantiser or hook around it."""
-        head = self.lm_head
-        return type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
 
     def _loss(self, logits, labels, z_loss, **kwargs):
         """``(loss, cross-entropy)`` of logits, by the loss function that the model carries."""

@@ -7,7 +7,15 @@ what else an implementation needs is imported when it is chosen.
 import importlib
 
 from .cross_entropy import linear_cross_entropy
-from .ddts import ddts, ddts_gates, ddts_mixer_step, ddts_scan, ddts_step, ddts_summary
+from .ddts import (
+    ddts,
+    ddts_gates,
+    ddts_mixer_step,
+    ddts_scan,
+    ddts_step,
+    ddts_summary,
+    gated_ddts,
+)
 from .input_gate import input_gate
 from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
@@ -27,6 +35,7 @@ __all__ = [
     "ddts_scan",
     "ddts_step",
     "ddts_summary",
+    "gated_ddts",
     "gated_rms_norm",
     "input_gate",
     "linear_cross_entropy",

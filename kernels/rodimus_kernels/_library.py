@@ -21,15 +21,16 @@ torch.library.define(
 )
 torch.library.define(
     "rodimus::ddts_chunk",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state,"
-    " Tensor? resets, Tensor? cu_seqlens, bool save_states)"
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? temper, float eps, float scale,"
+    " Tensor? initial_state, Tensor? resets, Tensor? cu_seqlens, bool save_states)"
     " -> (Tensor o, Tensor final_state, Tensor states)",
 )
 torch.library.define(
     "rodimus::ddts_chunk_backward",
-    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? resets,"
-    " Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dinitial_state)",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? temper, float eps, float scale,"
+    " Tensor? resets, Tensor? cu_seqlens, Tensor states, Tensor do, Tensor? dfinal_state)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dtemper,"
+    " Tensor dinitial_state)",
 )
 
 EAGER_CHUNK = 64
@@ -80,7 +81,7 @@ def tile_dtype(v: torch.Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("rodimus::ddts_chunk")
-def _(q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states):
+def _(q, k, v, log_decay, temper, eps, scale, initial_state, resets, cu_seqlens, save_states):
     batch, length, heads, key_dim = q.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     columns = chunk_columns(batch, length, cu_seqlens) if save_states else 0
@@ -92,11 +93,12 @@ def _(q, k, v, log_decay, scale, initial_state, resets, cu_seqlens, save_states)
 
 
 @torch.library.register_fake("rodimus::ddts_chunk_backward")
-def _(q, k, v, log_decay, scale, resets, cu_seqlens, states, do, dfinal_state):
+def _(q, k, v, log_decay, temper, eps, scale, resets, cu_seqlens, states, do, dfinal_state):
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state_shape = (sequences, q.shape[2], q.shape[3], v.shape[3])
     return (
         *(x.new_empty(x.shape) for x in (q, k, v, log_decay)),
+        v.new_empty(0) if temper is None else temper.new_empty(temper.shape),
         q.new_empty(state_shape, dtype=torch.float32),
     )
 

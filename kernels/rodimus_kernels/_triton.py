@@ -14,6 +14,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Triton 3.10 turns this off by default; kernels are tested with it
 FP_FUSION = {"enable_fp_fusion": True}
 
+# below this ln(1 + e^x) = e^x (1 - e^x / 2 + ...) to fp32, and sigmoid(x) / softplus(x) = 1
+_FAR = tl.constexpr(-20.0)
+
 _assumed_capability: int | None = None
 
 
@@ -87,3 +90,40 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+
+
+@triton.jit
+def softplus_terms(b_x):
+    """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations."""
+    small = tl.exp(-tl.abs(b_x))
+    # log(1 + small) loses the small part: the correction of the rounding restores it
+    one_plus = 1.0 + small
+    lost = one_plus == 1.0
+    ratio = small / tl.where(lost, 1.0, one_plus - 1.0)
+    softplus = tl.maximum(b_x, 0.0) + tl.where(lost, small, tl.log(one_plus) * ratio)
+    sigmoid = tl.sigmoid(b_x)
+    far = b_x < _FAR
+    safe = tl.where(far, 1.0, softplus)
+    log_softplus = tl.where(far, b_x - 0.5 * tl.exp(tl.where(far, b_x, _FAR)), tl.log(safe))
+    return softplus, log_softplus, sigmoid, tl.where(far, 1.0, sigmoid / safe)
+
+
+@triton.jit
+def tempered_gates(b_select, b_temper):
+    """``(softplus(select) ** tau, log_decay)``: how much of a unit key is written, what stays."""
+    softplus, log_softplus, _, _ = softplus_terms(b_select)
+    tau = tl.sigmoid(b_temper)
+    return tl.exp(tau * log_softplus), -softplus * tau
+
+
+@triton.jit
+def tempered_gate_gradients(b_dk, b_dg, b_unit, b_select, b_temper):
+    """Gradients of the unit key, select and temper, from those of the written key and log_decay."""
+    softplus, log_softplus, sigmoid, ratio = softplus_terms(b_select)
+    tau = tl.sigmoid(b_temper)
+    b_dunit = b_dk * tl.exp(tau * log_softplus)
+    through_log = b_dunit * b_unit
+    b_ds = through_log * tau * ratio - b_dg * tau * sigmoid
+    # sigmoid(-x) rather than 1 - tau, which is 0 long before it should be
+    b_dt = (through_log * log_softplus - b_dg * softplus) * tau * tl.sigmoid(-b_temper)
+    return b_dunit, b_ds, b_dt

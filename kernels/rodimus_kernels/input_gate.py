@@ -1,11 +1,13 @@
 """The low-rank input gate of the mixer: what of each channel may enter the state."""
 
 import torch
+import torch.nn.functional as F
 
 from ._dispatch import check_alike, check_floating, check_shape, load, runs_triton
 
 _IMPLEMENTATIONS = {
     "reference": "rodimus_kernels.reference:input_gate",
+    "torch": "rodimus_kernels.input_gate:torch_input_gate",
     "triton": "rodimus_kernels.triton_input_gate:input_gate",
 }
 IMPLS = tuple(_IMPLEMENTATIONS)
@@ -35,7 +37,8 @@ def input_gate(
         impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
 
     Returns:
-        ``[..., D]`` in x's dtype; the gate is computed in float32 or wider.
+        ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with
+        ``impl="torch"``, the automatic choice off a GPU, in the dtypes given.
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
@@ -53,4 +56,9 @@ def input_gate(
 
 def _choose(triton: bool, rank: int, double: bool) -> str:
     """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program."""
-    return "triton" if triton and rank <= _MAX_RANK and not double else "reference"
+    return "triton" if triton and rank <= _MAX_RANK and not double else "torch"
+
+
+def torch_input_gate(x, hidden, weight, bias):
+    """Three torch operations in the dtypes given, as autocast has them."""
+    return (F.linear(hidden, weight, bias).sigmoid() * x).to(x.dtype)

@@ -260,6 +260,31 @@ def ddts_mixer_step(
     )
 
 
+def gated_ddts(
+    q,
+    k,
+    v,
+    select,
+    temper,
+    *,
+    eps=1e-12,
+    scale=None,
+    initial_state=None,
+    output_final_state=False,
+    starts=None,
+):
+    """:func:`ddts_gates` and :func:`ddts_chunk` in one, from raw projections ``[B, T, H, K]``.
+
+    Args:
+        starts: bool ``[B, T]`` or ``[1, T]``, True at the first token of each packed document.
+    """
+    k, log_decay = ddts_gates(k, select, temper, eps=eps)
+    if starts is not None:
+        log_decay = log_decay.masked_fill(starts[..., None, None], RESET)
+    states = {"initial_state": initial_state, "output_final_state": output_final_state}
+    return ddts_chunk(q, k, v, log_decay, scale=scale, **states)
+
+
 def chunk_decays(log_decay):
     """The decays between the positions of a chunk, without a quotient that could overflow.
 

@@ -459,7 +459,7 @@ def test_opcheck_triton(documents):
     inputs = make(DdtsCase(1, 70, 2, 16, 16, documents=documents))
     leaves = [x.requires_grad_() for x in inputs[:4]]
     h0 = inputs.initial_state.requires_grad_()
-    arguments = (*leaves, 0.25, h0, None, inputs.cu_seqlens, True)
+    arguments = (*leaves, None, 0.0, 0.25, h0, None, inputs.cu_seqlens, True)
     torch.library.opcheck(torch.ops.rodimus.ddts_chunk.default, arguments)
 
 

@@ -130,13 +130,7 @@ def ddts(
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
     if impl == "auto":
-        tensors = (q, k, v, log_decay, initial_state)
-        double = any(x is not None and x.dtype == torch.float64 for x in tensors)
-        needs_grad = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in tensors
-        )
-        triton = runs_triton(q.device) and not double
-        impl = _choose(triton, needs_grad, length, key_dim, v.shape[-1])
+        impl = choose_sequence(q, k, v, log_decay, initial_state, value_dim=v.shape[-1])
     function = load("ddts", impl, _SEQUENCE)
     return function(
         *(q, k, v, log_decay),
@@ -145,6 +139,15 @@ def ddts(
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
     )
+
+
+def choose_sequence(q: torch.Tensor, *others: torch.Tensor | None, value_dim: int) -> str:
+    """What ``impl="auto"`` of :func:`ddts` means for these tensors."""
+    given = [x for x in (q, *others) if x is not None]
+    double = any(x.dtype == torch.float64 for x in given)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    triton = runs_triton(q.device) and not double
+    return _choose(triton, needs_grad, q.shape[1], q.shape[-1], value_dim)
 
 
 def _choose(triton: bool, needs_grad: bool, length: int, key_dim: int, value_dim: int) -> str:

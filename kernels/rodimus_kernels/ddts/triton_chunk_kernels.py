@@ -21,11 +21,13 @@ of a document; all three are made on the device, so nothing waits for it.
 import triton
 import triton.language as tl
 
-from .._triton import product
+from .._triton import product, tempered_gate_gradients, tempered_gates
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
 RESET = tl.constexpr(-1.4426950408889634e30)
+# a selection gate that lets nothing in and nothing go
+CLOSED = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -38,13 +40,34 @@ def chunk_tokens(i_c, starts, ends, T, NT, C: tl.constexpr):
 
 
 @triton.jit
-def load_log2_decay(p_g, p_resets, o_i, mask):
-    """Log2 of the decay as fp32; a document's first token erases what was before it."""
-    b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+def key_norms(p_k, o_i, k_t, mask, eps, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """``max(|k|, eps)`` of the rows of a chunk: ``[C]``."""
+    squares = tl.zeros([C], tl.float32)
+    for i_k in range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)[None, :]
+        b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
+        squares += tl.sum(b_k * b_k, 1)
+    return tl.maximum(tl.sqrt(squares), eps)
+
+
+@triton.jit
+def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
+    """The key as written and log2 of the decay, fp32; a document's first token erases what was
+    before it. With ``p_temper``, ``p_k`` and ``p_g`` are a raw key and the pre-activation of the
+    selection gate."""
+    b_k = tl.load(p_k, mask=mask, other=0.0).to(tl.float32)
+    if p_temper is None:
+        b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32)
+    else:
+        b_select = tl.load(p_g, mask=mask, other=CLOSED).to(tl.float32)
+        b_temper = tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
+        b_in, b_g = tempered_gates(b_select, b_temper)
+        b_k = b_k / norms[:, None] * b_in
+    b_g *= LOG2_E
     if p_resets is not None:
         b_reset = tl.load(p_resets + o_i[:, None], mask=mask, other=0)
         b_g = tl.where(b_reset != 0, RESET, b_g)
-    return b_g
+    return b_k, b_g
 
 
 @triton.jit
@@ -60,9 +83,15 @@ def climb(prefix, suffix, o_i, level):
 
 
 @triton.jit
-def pairs_of_level(o_i, level):
-    """Pairs i > j whose highest differing bit is ``level``: ``[C, C]``."""
-    return (((o_i[:, None] ^ o_i[None, :]) >> level) == 1) & (o_i[:, None] > o_i[None, :])
+def pairs_of_level(o_i, level, TRANSPOSED: tl.constexpr):
+    """Pairs i > j whose highest differing bit is ``level``: ``[C, C]``, rows are i."""
+    block = o_i >> level
+    # compared by block: a mask that changes with the level is not kept in registers over the loop
+    before = tl.where((block & 1) == 1, block - 1, -1)
+    if TRANSPOSED:
+        return block[:, None] == before[None, :]
+    else:
+        return before[:, None] == block[None, :]
 
 
 @triton.jit
@@ -83,6 +112,7 @@ def ddts_chunk_prepare_kernel(
     q,
     k,
     g,
+    temper,
     resets,
     starts,
     ends,
@@ -91,6 +121,7 @@ def ddts_chunk_prepare_kernel(
     write,
     keep,
     scale,
+    eps,
     T,
     NT,
     q_b,
@@ -102,13 +133,19 @@ def ddts_chunk_prepare_kernel(
     g_b,
     g_t,
     g_h,
+    temper_b,
+    temper_t,
+    temper_h,
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``."""
+    """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``.
+
+    With ``temper``, k and g are a raw key and the pre-activation of the selection gate.
+    """
     i_c = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     slot = i_h * tl.num_programs(0) + i_c
@@ -119,19 +156,30 @@ def ddts_chunk_prepare_kernel(
     p_k = k + i_b * k_b + i_h * k_h + start * k_t
     p_g = g + i_b * g_b + i_h * g_h + start * g_t
     p_resets = None if resets is None else resets + i_b * T + start
+    norms = None
+    if temper is not None:
+        p_temper = temper + i_b * temper_b + i_h * temper_h + start * temper_t
+        norms = key_norms(p_k, o_i, k_t, mask, eps, K, C, BK)
     b_a = tl.zeros([C, C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
         b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
-        b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
-        prefix = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
+        b_k, prefix = load_gated(
+            p_k + o_i[:, None] * k_t + o_k,
+            p_g + o_i[:, None] * g_t + o_k,
+            None if temper is None else p_temper + o_i[:, None] * temper_t + o_k,
+            p_resets,
+            norms,
+            o_i,
+            mask,
+        )
         suffix = tl.zeros([C, BK], tl.float32)
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
         for level in tl.range(0, LEVELS, num_stages=1):
             b_kd = tl.trans(b_k * tl.exp2(suffix))
             scores = tl.dot(b_q * tl.exp2(prefix), b_kd, input_precision=PRECISION)
-            b_a += tl.where(pairs_of_level(o_i, level), scores, 0.0)
+            b_a += tl.where(pairs_of_level(o_i, level, False), scores, 0.0)
             prefix, suffix = climb(prefix, suffix, o_i, level)
         o_ck = o_i[:, None] * K + o_k
         tl.store(read + slot * C * K + o_ck, (b_q * tl.exp2(prefix)).to(read.dtype.element_ty))
@@ -297,6 +345,9 @@ def ddts_chunk_products_kernel(
     dread,
     dwrite,
     dkeep,
+    a,
+    write,
+    along,
     T,
     NT,
     v_b,
@@ -316,7 +367,9 @@ def ddts_chunk_products_kernel(
 ):
     """Everything of a chunk that sums over V. ``da`` above the diagonal has no meaning.
 
-    Program (column, head, slice of K). Outputs are fp32 in the layouts of prepare.
+    Program (column, head, slice of K). Outputs are fp32 in the layouts of prepare. ``along [slots,
+    slices, C]`` takes what a slice adds to ``sum_K k dk`` of each key as written: the part of its
+    gradient that a normalised key does not feel.
     """
     i_c = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -352,6 +405,67 @@ def ddts_chunk_products_kernel(
     tl.store(dread + slot * C * K + o_ck, b_dread)
     tl.store(dwrite + slot * C * K + o_ck, b_dwrite)
     tl.store(dkeep + slot * K + o_k, b_dkeep)
+    if along is not None:
+        b_along = tl.sum(b_dwrite * tl.load(write + slot * C * K + o_ck).to(tl.float32), 1)
+        if tl.program_id(2) == 0:
+            # the scores above the diagonal are zero, their gradient need not be
+            b_a = tl.load(a + slot * C * C + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
+            lower = o_c[:, None] >= o_c[None, :]
+            b_along += tl.sum(tl.where(lower, b_da * b_a, 0.0), 0)
+        tl.store(along + (slot * tl.num_programs(2) + tl.program_id(2)) * C + o_c, b_along)
+
+
+@triton.jit
+def side_gradients(
+    b_own,
+    b_met,
+    p_da,
+    p_chunk,
+    prefix,
+    suffix,
+    o_i,
+    mask,
+    KEYS: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Gradient of the queries of a chunk, or of its keys, without the diagonal, and what of it went
+    through the log-decays.
+
+    At each level the odd block's queries met the even block's keys. A log-decay entered the prefix
+    of the queries at and after it, and the suffix of the keys before it, inside its own block:
+
+        dlog_decay[t] += sum over i >= t, odd block of t   of q[i] dq_level[i]
+                       + sum over j <  t, even block of t  of k[j] dk_level[j]
+    """
+    o_r = o_i[:, None]
+    o_c = o_i[None, :]
+    if KEYS:
+        own, met = suffix, prefix
+        p_da += o_c * C + o_r
+    else:
+        own, met = prefix, suffix
+        p_da += o_r * C + o_c
+    b_d = tl.zeros(b_own.shape, tl.float32)
+    b_dg = tl.zeros(b_own.shape, tl.float32)
+    for level in tl.range(0, LEVELS, num_stages=1):
+        b_da = tl.load(p_da, mask=pairs_of_level(o_i, level, KEYS), other=0.0)
+        level_d = tl.dot(b_da, b_met * tl.exp2(met), input_precision=PRECISION) * tl.exp2(own)
+        b_d += level_d
+        # rows of the other parity hold zeros
+        block = o_i >> level
+        if KEYS:
+            reach = (o_c < o_r) & (o_c >= (block << level)[:, None])
+            met, own = climb(met, own, o_i, level)
+        else:
+            reach = (o_c >= o_r) & (o_c < ((block + 1) << level)[:, None])
+            own, met = climb(own, met, o_i, level)
+        b_dg = masked_sum(reach, b_own * level_d, b_dg, INTERPRETED)
+    level_d = tl.load(p_chunk, mask=mask, other=0.0) * tl.exp2(own)
+    reach = o_c < o_r if KEYS else o_c >= o_r
+    return b_d + level_d, masked_sum(reach, b_own * level_d, b_dg, INTERPRETED), own + met
 
 
 @triton.jit
@@ -359,6 +473,7 @@ def ddts_chunk_gate_kernel(
     q,
     k,
     g,
+    temper,
     resets,
     starts,
     ends,
@@ -366,10 +481,13 @@ def ddts_chunk_gate_kernel(
     dread,
     dwrite,
     dkeep,
+    along,
     dq,
     dk,
     dg,
+    dtemper,
     scale,
+    eps,
     T,
     NT,
     q_b,
@@ -381,22 +499,20 @@ def ddts_chunk_gate_kernel(
     g_b,
     g_t,
     g_h,
+    temper_b,
+    temper_t,
+    temper_h,
     H: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradients of q, k and log_decay, contiguous ``[B, T, H, K]``.
-
-    At each level the odd block's queries met the even block's keys. A log-decay entered the prefix
-    of the queries at and after it, and the suffix of the keys before it, inside its own block:
-
-        dlog_decay[t] += sum over i >= t, odd block of t   of q[i] dq_level[i]
-                       + sum over j <  t, even block of t  of k[j] dk_level[j]
-    """
+    """Gradients of q, k and log_decay, contiguous ``[B, T, H, K]``; with ``temper``, of q, the raw
+    key, select and temper. Program (column, head, slice of K)."""
     i_c = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
     slot = i_h * tl.num_programs(0) + i_c
@@ -408,43 +524,48 @@ def ddts_chunk_gate_kernel(
     p_k = k + i_b * k_b + i_h * k_h + start * k_t
     p_g = g + i_b * g_b + i_h * g_h + start * g_t
     p_resets = None if resets is None else resets + i_b * T + start
+    o_kt = o_i[:, None] * k_t + o_k
+    o_gt = o_i[:, None] * g_t + o_k
+    norms = None
+    p_temper = None
+    if temper is not None:
+        p_temper = temper + i_b * temper_b + i_h * temper_h + start * temper_t
+        p_temper = p_temper + (o_i[:, None] * temper_t + o_k)
+        norms = key_norms(p_k, o_i, k_t, mask, eps, K, C, BK)
     b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
-    b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
-    prefix = load_log2_decay(p_g + o_i[:, None] * g_t + o_k, p_resets, o_i, mask)
+    b_k, prefix = load_gated(p_k + o_kt, p_g + o_gt, p_temper, p_resets, norms, o_i, mask)
     suffix = tl.zeros([C, BK], tl.float32)
     p_da = da + slot * C * C
-    o_cc = o_i[:, None] * C + o_i[None, :]
-    # the diagonal of the scores carries no gate
-    diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
-    b_dq = diagonal * b_k
-    b_dk = diagonal * b_q
-    b_dg = tl.zeros([C, BK], tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        b_da = tl.load(p_da + o_cc, mask=pairs_of_level(o_i, level), other=0.0)
-        grow = tl.exp2(prefix)
-        shrink = tl.exp2(suffix)
-        level_dq = tl.dot(b_da, b_k * shrink, input_precision=PRECISION) * grow
-        level_dk = tl.dot(tl.trans(b_da), b_q * grow, input_precision=PRECISION) * shrink
-        b_dq += level_dq
-        b_dk += level_dk
-        block = o_i >> level
-        odd = (block & 1) == 1
-        reach = tl.where(odd[None, :], o_i[None, :] >= o_i[:, None], o_i[None, :] < o_i[:, None])
-        reach = reach & (block[:, None] == block[None, :])
-        through = tl.where(odd[:, None], b_q * level_dq, b_k * level_dk)
-        b_dg = masked_sum(reach, through, b_dg, INTERPRETED)
-        prefix, suffix = climb(prefix, suffix, o_i, level)
     o_ck = o_i[:, None] * K + o_k
-    level_dq = tl.load(dread + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(prefix)
-    level_dk = tl.load(dwrite + slot * C * K + o_ck, mask=mask, other=0.0) * tl.exp2(suffix)
-    b_dq += level_dq
-    b_dk += level_dk
-    b_dg = masked_sum(o_i[None, :] >= o_i[:, None], b_q * level_dq, b_dg, INTERPRETED)
-    b_dg = masked_sum(o_i[None, :] < o_i[:, None], b_k * level_dk, b_dg, INTERPRETED)
-    # before and after a position is the whole chunk
-    b_dg += tl.exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
-    tl.store(dq + base + o_out, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
+    # the diagonal of the scores carries no gate
+    diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
+    # one side after the other: both at once spill
+    p_dread = dread + slot * C * K + o_ck
+    b_dq, b_dg, _ = side_gradients(
+        b_q, b_k, p_da, p_dread, prefix, suffix, o_i, mask, False, C, LEVELS, PRECISION, INTERPRETED
+    )
+    b_dq = (b_dq + diagonal * b_k) * scale
+    tl.store(dq + base + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
+    p_dwrite = dwrite + slot * C * K + o_ck
+    b_dk, b_dg_keys, total = side_gradients(
+        b_k, b_q, p_da, p_dwrite, prefix, suffix, o_i, mask, True, C, LEVELS, PRECISION, INTERPRETED
+    )
+    b_dk += diagonal * b_q
+    # before and after a position is the whole chunk
+    b_dg += b_dg_keys + tl.exp2(total) * tl.load(dkeep + slot * K + o_k)
+    if temper is not None:
+        b_unit = tl.load(p_k + o_kt, mask=mask, other=0.0).to(tl.float32) / norms[:, None]
+        b_select = tl.load(p_g + o_gt, mask=mask, other=CLOSED).to(tl.float32)
+        b_temper = tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
+        b_dk, b_dg, b_dt = tempered_gate_gradients(b_dk, b_dg, b_unit, b_select, b_temper)
+        tl.store(dtemper + base + o_out, b_dt.to(dtemper.dtype.element_ty), mask=mask)
+        b_along = tl.zeros([C], tl.float32)
+        for i_s in range(SLICES):
+            b_along += tl.load(along + (slot * SLICES + i_s) * C + o_i)
+        # a norm at eps is a constant
+        b_along = tl.where(norms > eps, b_along, 0.0)[:, None]
+        b_dk = (b_dk - b_unit * b_along) / norms[:, None]
     tl.store(dk + base + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
     tl.store(dg + base + o_out, b_dg.to(dg.dtype.element_ty), mask=mask)

@@ -1,7 +1,5 @@
 """The gates of DDTS in Triton, forward and backward: one pass over the raw projections each way.
-
-Closed forms stable for any finite pre-activation: softplus is never divided by where it underflows,
-and its logarithm there is taken from the series. Nothing is saved but the inputs.
+Nothing is saved but the inputs.
 """
 
 import torch
@@ -9,29 +7,17 @@ import triton
 import triton.language as tl
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from .._triton import (
+    FP_FUSION,
+    check_runs_here,
+    implement,
+    tempered_gate_gradients,
+    tempered_gates,
+    unit_stride,
+)
 
 # elements of a program; a row is the K channels of one head at one token
 _ELEMENTS = 4096
-
-# below this ln(1 + e^x) = e^x (1 - e^x / 2 + ...) to fp32, and sigmoid(x) / softplus(x) = 1
-_FAR = tl.constexpr(-20.0)
-
-
-@triton.jit
-def softplus_terms(b_x):
-    """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations."""
-    small = tl.exp(-tl.abs(b_x))
-    # log(1 + small) loses the small part: the correction of the rounding restores it
-    one_plus = 1.0 + small
-    lost = one_plus == 1.0
-    ratio = small / tl.where(lost, 1.0, one_plus - 1.0)
-    softplus = tl.maximum(b_x, 0.0) + tl.where(lost, small, tl.log(one_plus) * ratio)
-    sigmoid = tl.sigmoid(b_x)
-    far = b_x < _FAR
-    safe = tl.where(far, 1.0, softplus)
-    log_softplus = tl.where(far, b_x - 0.5 * tl.exp(tl.where(far, b_x, _FAR)), tl.log(safe))
-    return softplus, log_softplus, sigmoid, tl.where(far, 1.0, sigmoid / safe)
 
 
 @triton.jit
@@ -74,12 +60,12 @@ def ddts_gates_fwd_kernel(
     mask = (o_r < R)[:, None] & (o_k < K)[None, :]
     b_k = load_row(k, o_r, o_k, mask, T, H, k_b, k_t, k_h)
     b_s = load_row(select, o_r, o_k, mask, T, H, s_b, s_t, s_h)
-    b_tau = tl.sigmoid(load_row(temper, o_r, o_k, mask, T, H, t_b, t_t, t_h))
-    softplus, log_softplus, _, _ = softplus_terms(b_s)
+    b_t = load_row(temper, o_r, o_k, mask, T, H, t_b, t_t, t_h)
+    b_in, b_decay = tempered_gates(b_s, b_t)
     b_k = b_k / tl.maximum(tl.sqrt(tl.sum(b_k * b_k, 1)), eps)[:, None]
     o_rk = o_r[:, None] * K + o_k[None, :]
-    tl.store(written + o_rk, b_k * tl.exp(b_tau * log_softplus), mask=mask)
-    tl.store(log_decay + o_rk, -softplus * b_tau, mask=mask)
+    tl.store(written + o_rk, b_k * b_in, mask=mask)
+    tl.store(log_decay + o_rk, b_decay, mask=mask)
 
 
 @triton.jit
@@ -124,16 +110,9 @@ def ddts_gates_bwd_kernel(
     b_t = load_row(temper, o_r, o_k, mask, T, H, t_b, t_t, t_h)
     b_dw = load_row(dwritten, o_r, o_k, mask, T, H, dw_b, dw_t, dw_h)
     b_dg = load_row(dlog_decay, o_r, o_k, mask, T, H, dg_b, dg_t, dg_h)
-    softplus, log_softplus, sigmoid, ratio = softplus_terms(b_s)
-    b_tau = tl.sigmoid(b_t)
-    b_in = tl.exp(b_tau * log_softplus)
     norm = tl.sqrt(tl.sum(b_k * b_k, 1))[:, None]
     b_unit = b_k / tl.maximum(norm, eps)
-    b_din = b_dw * b_unit * b_in
-    b_ds = b_din * b_tau * ratio - b_dg * b_tau * sigmoid
-    # sigmoid(-x) rather than 1 - tau, which is 0 long before it should be
-    b_dt = (b_din * log_softplus - b_dg * softplus) * b_tau * tl.sigmoid(-b_t)
-    b_dunit = b_dw * b_in
+    b_dunit, b_ds, b_dt = tempered_gate_gradients(b_dw, b_dg, b_unit, b_s, b_t)
     # a norm below eps is a constant
     along = tl.where(norm > eps, tl.sum(b_unit * b_dunit, 1)[:, None], 0.0)
     b_dk = (b_dunit - b_unit * along) / tl.maximum(norm, eps)
