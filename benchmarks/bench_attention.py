@@ -13,14 +13,12 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from rodimus_kernels import shared_key_attention, shared_key_attention_step
 from rodimus_kernels.testing import relative_error
 
-from . import records, timing
-from .bench_ddts import RUNS_IN_A_GRAPH, captured
+from . import operators, timing
 
 HEADS = 16
 # a cache's rows in flight: several times what the last cache level holds
@@ -162,28 +160,6 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def row(name, turns, call, runs, peak) -> dict:
-    """One target of the record: times of a single run, and the floor's share of them."""
-    clock = "device_ms" if turns.device.type == "cuda" else "wall_ms"
-    samples = [sample / (runs * call.runs) for sample in turns.column(name, clock)]
-    summary = timing.summarize(samples)
-    family, engine = name.split("/")
-    return {
-        "target": name,
-        "family": family,
-        "engine": engine,
-        "status": "measured",
-        "clock": clock,
-        "median_ms": summary.median,
-        "p20_ms": summary.p20,
-        "p80_ms": summary.p80,
-        "samples_ms": samples,
-        "floor_ms": call.floor_ms,
-        "floor_share": call.floor_ms / summary.median,
-        "peak_bytes": peak,
-    }
-
-
 def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
     """What is timed at a point, by name, and the error that was found before."""
     what, batch, length, dim, window = point
@@ -210,7 +186,7 @@ def test_attention(bench, benchmark, start, point):
             continue
         try:
             peaks[name] = peak_bytes(call, bench.device)
-            graphs[name] = captured(call, bench.device)
+            graphs[name] = operators.captured(call.function, bench.device)
             timed[name] = call
         except Exception as reason:  # a peer that cannot be captured; ours must
             if not timed:
@@ -219,13 +195,11 @@ def test_attention(bench, benchmark, start, point):
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
     warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
-    runs = RUNS_IN_A_GRAPH if on_gpu else 1
-    rows = [row(name, turns, call, runs, peaks[name]) for name, call in timed.items()]
-    rows += [
-        records.skipped(name, *name.split("/"), reason)
-        for name, reason in calls.items()
-        if isinstance(reason, str)
-    ]
+    rows = operators.skipped(calls)
+    for name, call in timed.items():
+        rows.append(
+            operators.measured(name, turns, call.floor_ms, calls=call.runs, peak_bytes=peaks[name])
+        )
     settings = {
         "batch": batch,
         "context": length,
@@ -238,11 +212,3 @@ def test_attention(bench, benchmark, start, point):
     }
     record = bench.record(f"attention-{what}", case, settings, rows)
     assert any(found["status"] == "measured" for found in record["rows"])
-
-
-@pytest.fixture(autouse=True)
-def _no_kept_memory():
-    """A point's tensors are gigabytes; the next one starts without them."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from rodimus_kernels import ddts, ddts_gates, gated_rms_norm, input_gate, short_conv
@@ -24,10 +23,9 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import records, timing
+from . import operators, timing
 
 KEY_DIM, RANK = 64, 32
-RUNS_IN_A_GRAPH = 5
 
 # what, batch, length, V
 POINTS = {
@@ -127,23 +125,6 @@ def fla_forward(q, k, v, log_decay):
     return chunk_gla(q, k, v, log_decay, scale=q.shape[-1] ** -0.5)
 
 
-def captured(call: Call, device: torch.device) -> Callable[[], None]:
-    """The call as a graph of several runs; on a CPU as it is."""
-    if device.type != "cuda":
-        return call.function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call.function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(RUNS_IN_A_GRAPH):
-            call.function()
-    return graph.replay
-
-
 def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | str]:
     """What is timed at a point, by name; a reason where a peer cannot run."""
     if what == "surroundings":
@@ -165,29 +146,6 @@ def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | st
     return found
 
 
-def row(name: str, turns: timing.RoundRobin, call: Call, runs: int, copy_rate: float) -> dict:
-    """One target of the record: times of a single run, and the floor's share of them."""
-    clock = "device_ms" if turns.device.type == "cuda" else "wall_ms"
-    samples = [sample / runs for sample in turns.column(name, clock)]
-    summary = timing.summarize(samples)
-    floor_ms = call.floor_bytes / copy_rate / 1e6
-    family, engine = name.split("/")
-    return {
-        "target": name,
-        "family": family,
-        "engine": engine,
-        "status": "measured",
-        "clock": clock,
-        "median_ms": summary.median,
-        "p20_ms": summary.p20,
-        "p80_ms": summary.p80,
-        "samples_ms": samples,
-        "floor_bytes": call.floor_bytes,
-        "floor_ms": floor_ms,
-        "floor_share": floor_ms / summary.median,
-    }
-
-
 def test_ddts(bench, benchmark, start, point):
     what, batch, length, width = point
     on_gpu = bench.device.type == "cuda"
@@ -200,17 +158,15 @@ def test_ddts(bench, benchmark, start, point):
         error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
     calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
     timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
-    graphs = {name: captured(call, bench.device) for name, call in timed.items()}
+    graphs = {name: operators.captured(call.function, bench.device) for name, call in timed.items()}
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
     warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
-    runs, copy_rate = RUNS_IN_A_GRAPH if on_gpu else 1, bench.ceilings["copy_GBps"]
-    rows = [row(name, turns, call, runs, copy_rate) for name, call in timed.items()]
-    rows += [
-        records.skipped(name, *name.split("/"), reason)
-        for name, reason in calls.items()
-        if isinstance(reason, str)
-    ]
+    copy_rate = bench.ceilings["copy_GBps"]
+    rows = operators.skipped(calls)
+    for target, call in timed.items():
+        floor_ms = call.floor_bytes / copy_rate / 1e6
+        rows.append(operators.measured(target, turns, floor_ms, floor_bytes=call.floor_bytes))
     settings = {
         "batch": batch,
         "context": length,
@@ -222,11 +178,3 @@ def test_ddts(bench, benchmark, start, point):
     }
     record = bench.record(f"ddts-{what}", name, settings, rows)
     assert any(found["status"] == "measured" for found in record["rows"])
-
-
-@pytest.fixture(autouse=True)
-def _no_kept_memory():
-    """A point's tensors are gigabytes; the next one starts without them."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

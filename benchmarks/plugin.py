@@ -101,3 +101,11 @@ def _scale(config: pytest.Config) -> str:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_kept_memory():
+    """A point's tensors are gigabytes; the next one starts without them."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
