@@ -63,7 +63,7 @@ struct ConvStep {
   int64_t rows, channels, width;
 };
 
-// y = x weight^T + bias for few rows; x, weight and y have the same element type.
+// y = x weight^T + bias for few rows; x and weight have the same element type.
 struct Linear {
   Rows x;        // [M, K]
   Rows weight;   // [N, K]
@@ -93,6 +93,19 @@ struct AttentionStep {
   float* scratch;  // of the size that the implementation states
   int64_t batch, steps, ring, heads, key_heads, value_heads, key_dim, value_dim, window;
   float scale;
+};
+
+// x [B, heads * dim] rotated in place: channel d < half of a head pairs with d + half.
+struct Rope {
+  Rows x;
+  Rows cos, sin;  // [B, half]
+  int64_t rows, heads, dim, half;
+};
+
+// y from two operands, element by element; y may be one of them.
+struct Pairwise {
+  Rows a, b, y;  // [N, D]
+  int64_t rows, dim;
 };
 
 }  // namespace rodimus

@@ -158,8 +158,7 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
     names = {
         "recurrent_states": "recurrent",
         "conv_states": "convolution",
-        "keys": "window",
-        "values": "window",
+        **dict.fromkeys(("keys", "values", "_keys", "_values", "ring"), "window"),
     }
     sizes: dict[str, int] = {}
     for layer in cache.layers:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers import initialization as init
 from transformers.cache_utils import (
     Cache,
@@ -43,7 +44,10 @@ from .configuration_rodimus import RodimusConfig
 
 try:
     from rodimus_kernels import (
+        BlockWeights,
         add_rms_norm,
+        block_step,
+        can_fuse_block,
         ddts,
         ddts_gates,
         ddts_step,
@@ -51,6 +55,7 @@ try:
         gated_rms_norm,
         input_gate,
         linear_cross_entropy,
+        linear_step,
         rms_norm,
         rope,
         rope_tables,
@@ -71,6 +76,8 @@ except ImportError:
         short_conv,
     )
     from .reference_rodimus import ddts_chunk as ddts
+
+    block_step = None
 
 # A log-decay that erases the state: set at the first token of a packed document.
 _RESET = -1e30
@@ -94,11 +101,26 @@ class _RecurrentCacheLayer:
     # More than a draft ever proposes; a longer prompt is recorded only in its last tokens.
     max_rollback = 128
 
-    recorded = checkpoint = None
+    recorded = checkpoint = ring = None
 
     @property
     def is_croppable(self) -> bool:
         return True
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a fused step can take this layer: something was read, and nothing is recorded."""
+        return self.has_previous_state[0] and not self.record_past
+
+    def step_states(self):
+        """``(taps, state, ring, position)`` that a fused step moves on by one token, in place;
+        the token is counted here."""
+        ring, position = self.as_ring()
+        self.cumulative_length += 1
+        return self.conv_states[0], self.recurrent_states[0], ring, position
+
+    def as_ring(self):
+        return None, None
 
     def record(self, state, k, v, log_decay):
         """Remember tokens that start from ``state``; they follow those already recorded."""
@@ -120,7 +142,8 @@ class _RecurrentCacheLayer:
         if self.is_recurrent_states_initialized[0]:
             taps = self.conv_states[0]
             width = self.conv_kernel_size[0]
-            self.conv_states[0] = taps[..., : taps.shape[-1] - removed][..., -width:]
+            kept = taps[..., : taps.shape[-1] - removed][..., -width:]
+            self.conv_states[0] = kept.contiguous()
             if removed:
                 self._rewind(removed)
         self.forget_record()
@@ -151,7 +174,9 @@ class _RecurrentCacheLayer:
             self.conv_states[0] = select(self.conv_states[0])
         if self.is_recurrent_states_initialized[0]:
             self.recurrent_states[0] = select(self.recurrent_states[0])
-        if getattr(self, "keys", None) is not None and self.is_initialized:
+        if self.ring is not None:
+            self.ring = select(self.ring)
+        elif getattr(self, "keys", None) is not None and self.is_initialized:
             self.keys, self.values = select(self.keys), select(self.values)
         if self.recorded is not None:
             self.checkpoint = select(self.checkpoint)
@@ -229,7 +254,56 @@ class _HybridReset:
 class RodimusSlidingLayer(
     _HybridReset, _RecurrentCacheLayer, LinearAttentionAndSlidingWindowAttentionLayer
 ):
-    """Cache of a Rodimus+ block: the state, and the keys and values of the window."""
+    """Cache of a Rodimus+ block: the state, and the keys and values of the window.
+
+    A fused step keeps the window as a ring, token p in row ``p % window``, so that no token moves
+    it; whoever looks at ``keys`` or ``values`` finds them in order, and the ring gone."""
+
+    _keys = _values = None
+
+    def as_ring(self):
+        """``(ring, position)``: ``[B, window, keys and values]`` and int64 ``[B]``."""
+        read = self.cumulative_length
+        if self.ring is None:
+            rows = torch.cat((self._keys, self._values), dim=-1)[:, 0]
+            self._key_row = self._keys.shape[-1]
+            self.ring = rows.new_zeros(rows.shape[0], self.sliding_window, rows.shape[2])
+            self.ring[:, self._places(read - rows.shape[1], read)] = rows
+            self._keys = self._values = None
+        self._end = read + 1
+        return self.ring, torch.full(self.ring.shape[:1], read, device=self.ring.device)
+
+    def _places(self, start, end):
+        """Rows of the ring of the tokens from ``start`` to before ``end``."""
+        return torch.arange(start, end, device=self.ring.device) % self.sliding_window
+
+    def _put_in_order(self):
+        if self.ring is not None:
+            start = max(self._end - self.sliding_window + 1, 0)
+            rows = self.ring[:, None, self._places(start, self._end)]
+            sizes = (self._key_row, rows.shape[-1] - self._key_row)
+            self.ring = None
+            self._keys, self._values = (x.contiguous() for x in rows.split(sizes, dim=-1))
+
+    @property
+    def keys(self):
+        self._put_in_order()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys):
+        self._put_in_order()
+        self._keys = keys
+
+    @property
+    def values(self):
+        self._put_in_order()
+        return self._values
+
+    @values.setter
+    def values(self, values):
+        self._put_in_order()
+        self._values = values
 
     def crop_keys(self, removed):
         DynamicSlidingWindowLayer.crop(self, -removed)
@@ -237,6 +311,8 @@ class RodimusSlidingLayer(
 
 class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFullAttentionLayer):
     """Cache of a Rodimus+ block without a window: the state, and all keys and values."""
+
+    can_step = False
 
     def crop_keys(self, removed):
         DynamicLayer.crop(self, -removed)
@@ -261,7 +337,8 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
             ours = RodimusFullLayer(layer.number_of_states)
         else:
             continue
-        ours.__dict__.update(layer.__dict__)
+        for name, value in vars(layer).items():
+            setattr(ours, name, value)
         cache.layers[i] = ours
     return cache
 
@@ -749,6 +826,79 @@ class RodimusBlock(GradientCheckpointingLayer):
         stream = stream + branch
         return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
 
+    def step_weights(self):
+        """The block's own weights for a fused step, None unless they say all there is: no hook,
+        adapter, quantiser or patched forward anywhere in the block."""
+        if not _is_untouched(self):
+            return None
+        inner = self.mixer.inner_mixer
+        conv, (gate_in, gate_out, _) = inner.short_conv["conv1d"], inner.ch_gate_proj
+        mixer = (self.mixer.fc, inner.in_proj, gate_in, self.mixer.out_proj)
+        attn = ffn = ()
+        if self.is_plus:
+            attn = (self.attn.q_proj, self.attn.k_proj, self.attn.v_proj, self.attn.out_proj)
+            ffn = (self.ffn.fc, self.ffn.out_proj)
+        if any(linear.bias is not None for linear in (*mixer, *attn, *ffn)):
+            return None
+        fc, query_key, gate_in, mixer_out = (linear.weight for linear in mixer)
+        weights = BlockWeights(
+            *(self.mixer_norm.weight, fc, conv.weight.squeeze(1), conv.bias, query_key, gate_in),
+            *(gate_out.weight, gate_out.bias),
+            *(inner.mem_gate_proj.weight, inner.mem_gate_proj.bias),
+            *(inner.residual_weight, self.mixer.act_norm.weight, mixer_out),
+        )
+        if not self.is_plus:
+            return weights
+        query, key, value, attn_out = (linear.weight for linear in attn)
+        return weights._replace(
+            attn_norm=self.attn_norm.weight,
+            query=query,
+            key=key,
+            value=value,
+            attn_out=attn_out,
+            ffn_norm=self.ffn_norm.weight,
+            ffn_in=ffn[0].weight,
+            ffn_out=ffn[1].weight,
+        )
+
+    def step(self, stream, weights, layer, rotary):
+        """One token ``[B, D]`` in one call, on the block's weights and its cache layer."""
+        attn = self.attn if self.is_plus else None
+        taps, state, ring, position = layer.step_states()
+        return block_step(
+            *(stream, weights, taps, state, ring, position, rotary),
+            window_size=attn and (attn.sliding_window or ring.shape[1]),
+            head_dim=attn and attn.head_dim,
+            key_eps=self.mixer.inner_mixer.normalize_epsilon,
+            norm_eps=self.mixer_norm.eps,
+        )
+
+
+_PLAIN = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
+_PLAIN |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
+_PLAIN |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward")
+
+
+def _is_untouched(module) -> bool:
+    """Whether a module and all in it compute what their classes say, and nothing is attached."""
+    found = module.__dict__
+    if type(module) not in _PLAIN or any(found.get(name) for name in _HOOKS):
+        return False
+    return all(map(_is_untouched, found["_modules"].values()))
+
+
+def _is_step(x) -> bool:
+    """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
+    return (
+        block_step is not None
+        and x.shape[1] == 1
+        and not torch.is_grad_enabled()
+        and not is_tracing(x)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+    )
+
 
 class RodimusPreTrainedModel(PreTrainedModel):
     """Weights, initialisation and what transformers may do with the model."""
@@ -894,25 +1044,60 @@ class RodimusModel(RodimusPreTrainedModel):
         position_ids = self._positions(
             embeds, attention_mask, position_ids, past_key_values, documents
         )
-        layout = attention_mask
-        if not isinstance(layout, dict):
-            layout = self.create_masks_for_generate(
-                self.config, embeds, attention_mask, past_key_values, position_ids, documents
-            )
-        layout = {**layout, "documents": documents, "context": context}
-        if documents is not None:
-            kwargs["position_ids"] = position_ids
-
-        stream = self._embed(embeds)
-        rotary = self._rotary(embeds, position_ids, layout["order"])
-        for block in self.layers:
-            stream = block(stream, rotary, layout, past_key_values=past_key_values, **kwargs)
+        stream = self._step(embeds, attention_mask, position_ids, past_key_values)
+        if stream is None:
+            layout = attention_mask
+            if not isinstance(layout, dict):
+                layout = self.create_masks_for_generate(
+                    self.config, embeds, attention_mask, past_key_values, position_ids, documents
+                )
+            layout = {**layout, "documents": documents, "context": context}
+            if documents is not None:
+                kwargs["position_ids"] = position_ids
+            stream = self._embed(embeds)
+            rotary = self._rotary(embeds, position_ids, layout["order"])
+            for block in self.layers:
+                stream = block(stream, rotary, layout, past_key_values=past_key_values, **kwargs)
         hidden_states = self.norm_f(stream)
         self._report_broken_state(hidden_states, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _step(self, embeds, attention_mask, position_ids, past_key_values):
+        """The stream after one token a row through fused blocks, ``[B, 1, D]``; None where the
+        modules have to run: more tokens, a gradient, padding that a query would see, a cache that
+        has read nothing, anything attached to a block, no native operators."""
+        if not _is_step(embeds) or self.training or past_key_values is None:
+            return None
+        layers = past_key_values.layers
+        if not all(getattr(layer, "can_step", False) for layer in layers):
+            return None
+        if not self._sees_whole_window(attention_mask):
+            return None
+        weights = [block.step_weights() for block in self.layers]
+        if any(found is None for found in weights):
+            return None
+        stream = self._embed(embeds).squeeze(1)
+        given = (tensor for found in weights for tensor in found)
+        if not can_fuse_block(stream.shape[0], stream, *given):
+            return None
+        rotary = self._rotary(embeds, position_ids, None)
+        if rotary is not None:
+            rotary = tuple(table.squeeze(1).expand(stream.shape[0], -1) for table in rotary)
+        for block, found, layer in zip(self.layers, weights, layers, strict=True):
+            stream = block.step(stream, found, layer, rotary)
+        return stream.unsqueeze(1)
+
+    def _sees_whole_window(self, attention_mask) -> bool:
+        """Whether attention may take every key in the window, whatever the mask says."""
+        if attention_mask is None or self.config.block_type == "rodimus":
+            return True
+        if isinstance(attention_mask, dict):
+            return attention_mask["attention"] is None
+        window = self.config.sliding_window
+        return attention_mask.dim() == 2 and bool(attention_mask[:, -window:].all())
 
     @staticmethod
     def create_masks_for_generate(
@@ -1124,7 +1309,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = self._logits(hidden_states[:, kept])
             if labels is not None or kwargs.get("shift_labels") is not None:
                 loss, cross_entropy = self._loss(logits, labels, z_loss, **kwargs)
             if loss_only:
@@ -1137,6 +1322,13 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_entropy=cross_entropy,
         )
+
+    def _logits(self, hidden_states):
+        if _is_step(hidden_states) and _is_untouched(self.lm_head) and self.lm_head.bias is None:
+            weight = self.lm_head.weight
+            if type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype:
+                return linear_step(hidden_states.squeeze(1), weight).unsqueeze(1)
+        return self.lm_head(hidden_states)
 
     def _loss(self, logits, labels, z_loss, **kwargs):
         """``(loss, cross-entropy)`` of logits, by the loss function that the model carries."""

@@ -69,7 +69,8 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
         q[g] = Operand<T>::make(source, dim, q_buffer + g * kBlock);
       }
       for (int64_t j = 0; j < count; ++j) {
-        products<T, 1>(rows[j] + key_head * a.key_dim + i, 0, q, group, dim, partial);
+        const T* key = rows[j] + key_head * a.key_dim + i;
+        products<T, 1>(key, key, 0, q, group, dim, partial);
         for (int64_t g = 0; g < group; ++g) scores[g * count + j] += a.scale * partial[0][g];
       }
     }

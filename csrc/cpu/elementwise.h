@@ -1,4 +1,4 @@
-// Convolution of one token, and the norms of a block.
+// Convolution of one token, the norms of a block, rotary embedding, gates and sums.
 #pragma once
 
 #include "numbers.h"
@@ -86,6 +86,49 @@ inline void norm(const Norm& a, int64_t begin, int64_t end) {
       write(a.y, i, first, n, input);
     }
   }
+}
+
+inline void rope(const Rope& a, int64_t begin, int64_t end) {
+  float cos_buffer[kBlock], sin_buffer[kBlock], low[kBlock], high[kBlock];
+  for (int64_t b = begin; b < end; ++b)
+    for (int64_t first = 0; first < a.half; first += kBlock) {
+      int64_t n = at_most(a.half - first, kBlock);
+      const float* cos = read(a.cos, b, first, n, cos_buffer);
+      const float* sin = read(a.sin, b, first, n, sin_buffer);
+      for (int64_t h = 0; h < a.heads; ++h) {
+        int64_t at = h * a.dim + first;
+        const float* x = read(a.x, b, at, n, low);
+        const float* y = read(a.x, b, at + a.half, n, high);
+        float rotated[kBlock], turned[kBlock];
+        for (int64_t j = 0; j < n; ++j) {
+          rotated[j] = x[j] * cos[j] - y[j] * sin[j];
+          turned[j] = x[j] * sin[j] + y[j] * cos[j];
+        }
+        write(a.x, b, at, n, rotated);
+        write(a.x, b, at + a.half, n, turned);
+      }
+    }
+}
+
+template <class Function>
+inline void pairwise(const Pairwise& a, int64_t begin, int64_t end, Function function) {
+  float first_buffer[kBlock], second_buffer[kBlock], y[kBlock];
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t i = task / blocks(a.dim), first = task % blocks(a.dim) * kBlock;
+    int64_t n = at_most(a.dim - first, kBlock);
+    const float* left = read(a.a, i, first, n, first_buffer);
+    const float* right = read(a.b, i, first, n, second_buffer);
+    for (int64_t j = 0; j < n; ++j) y[j] = function(left[j], right[j]);
+    write(a.y, i, first, n, y);
+  }
+}
+
+inline void add(const Pairwise& a, int64_t begin, int64_t end) {
+  pairwise(a, begin, end, [](float x, float y) { return x + y; });
+}
+
+inline void gate(const Pairwise& a, int64_t begin, int64_t end) {
+  pairwise(a, begin, end, [](float x, float y) { return x * silu(y); });
 }
 
 }  // namespace RODIMUS_ISA

@@ -30,6 +30,11 @@ struct Kernels {
   void (*linear)(const Linear&, int64_t begin, int64_t end);
   // Tasks: rows.
   void (*norm)(const Norm&, int64_t begin, int64_t end);
+  // Tasks: rows.
+  void (*rope)(const Rope&, int64_t begin, int64_t end);
+  // Tasks: rows * blocks(dim). a + b, and a * silu(b).
+  void (*add)(const Pairwise&, int64_t begin, int64_t end);
+  void (*gate)(const Pairwise&, int64_t begin, int64_t end);
   // Tasks: batch, batch * splits, batch * steps * heads. Scratch: attention_scratch floats.
   void (*attention_write)(const AttentionStep&, int64_t begin, int64_t end);
   void (*attention_scan)(const AttentionStep&, int64_t splits, int64_t begin, int64_t end);

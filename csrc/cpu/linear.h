@@ -1,11 +1,13 @@
 // y = x weight^T for a few rows of x, at the speed at which the weights can be read.
 //
 // Weights are read in order, each once, a few rows side by side: enough sums in flight to hide the
-// latency of the additions, and few enough streams for the prefetchers. One dot product always adds
-// in the same order, whatever the number of rows, so a row's result does not depend on its neighbours.
+// latency of the additions, and few enough streams for the processor's prefetchers. Those stop at a
+// page's end, so the first two lines of the next rows are asked for ahead, one at a time; asking for
+// every line was measured to be slower. One dot product always adds in the same order, whatever the
+// number of rows, so a row's result does not depend on its neighbours.
 #pragma once
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -29,8 +31,6 @@ constexpr bool kWideGroups = false;
 constexpr int kRowsForOne = kWideGroups ? 8 : 4;
 constexpr int kRowsForMore = 4;
 constexpr int kLanes = kVectorBytes / 4;
-// Weights are asked for this many bytes ahead.
-constexpr int kPrefetch = 1024;
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -47,26 +47,38 @@ inline Bits load_bits(const void* p) {
   return x;
 }
 
+// Halves are added to each other until one number is left, the same way on every instruction set.
 inline float horizontal_sum(Vector x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#else
   float lanes[kLanes];
   memcpy(lanes, &x, sizeof x);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   return lanes[0];
+#endif
 }
 
-// Dot products of R rows of float32 weights, `stride` apart, with M rows of x: out[r][m].
+// In every second step of a dot product over R rows: ask for a line of R rows that come next.
+template <int R, class T>
+inline void prefetch_ahead(const T* next, int64_t stride, int64_t step) {
+  if (step % 2 == 0 && step < 4 * R)
+    __builtin_prefetch(reinterpret_cast<const char*>(next + step / 2 % R * stride) +
+                       64 * (step / 2 / R));
+}
+
+// Dot products of R rows of float32 weights, `stride` apart, with M rows of x: out[r][m]. Rows at
+// `next`, as far apart, will be asked for after these.
 template <int R, int M>
-inline void dots(const float* weight, int64_t stride, const float* const* x, int64_t size,
+inline void dots(const float* weight, const float* next, int64_t stride, const float* const* x, int64_t size,
                  float (*out)[M]) {
   Vector sum[R][M] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
+    prefetch_ahead<R>(next, stride, i / kLanes);
     Vector w[R];
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
-      w[r] = load(weight + r * stride + i);
-    }
+    for (int r = 0; r < R; ++r) w[r] = load(weight + r * stride + i);
     for (int m = 0; m < M; ++m) {
       Vector x_part = load(x[m] + i);
       for (int r = 0; r < R; ++r) sum[r][m] += w[r] * x_part;
@@ -90,18 +102,16 @@ inline __m512bh load_pairs(const BFloat16* p) {
 }
 
 template <int R, int M>
-inline void dots(const BFloat16* weight, int64_t stride, const BFloat16* const* x, int64_t size,
+inline void dots(const BFloat16* weight, const BFloat16* next, int64_t stride, const BFloat16* const* x, int64_t size,
                  float (*out)[M]) {
   __m512 sum[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + kPair <= size; i += kPair) {
+    prefetch_ahead<R>(next, stride, i / kPair);
     __m512bh w[R];
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
-      w[r] = load_pairs(weight + r * stride + i);
-    }
+    for (int r = 0; r < R; ++r) w[r] = load_pairs(weight + r * stride + i);
     for (int m = 0; m < M; ++m) {
       __m512bh x_part = load_pairs(x[m] + i);
       for (int r = 0; r < R; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], x_part);
@@ -120,13 +130,13 @@ inline void dots(const BFloat16* weight, int64_t stride, const BFloat16* const* 
 // x is float32 here, each run of kPair elements as its even ones, then its odd ones: a 32-bit word
 // of weights holds an even element in its low half and an odd one in its high half.
 template <int R, int M>
-inline void dots(const BFloat16* weight, int64_t stride, const float* const* x, int64_t size,
+inline void dots(const BFloat16* weight, const BFloat16* next, int64_t stride, const float* const* x, int64_t size,
                  float (*out)[M]) {
   Vector even[R][M] = {}, odd[R][M] = {};
   int64_t i = 0;
   for (; i + kPair <= size; i += kPair) {
+    prefetch_ahead<R>(next, stride, i / kPair);
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weight + r * stride + i) + kPrefetch);
       Bits w = load_bits(weight + r * stride + i);
       Vector w_even = reinterpret_cast<Vector>(w << 16);
       Vector w_odd = reinterpret_cast<Vector>(w & 0xffff0000u);
@@ -176,7 +186,7 @@ struct Operand<BFloat16> {
 // out[r][m] for R rows of weights and any number of rows of x, in groups whose sums fit the
 // registers; the weights of the second and later groups come from the cache.
 template <class T, int R>
-inline void products(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
+inline void products(const T* weight, const T* next, int64_t stride, const typename Operand<T>::type* const* x,
                      int64_t rows, int64_t size, float (*out)[kMaxRows]) {
   int64_t m = 0;
   [[maybe_unused]] float part4[R][4];
@@ -187,9 +197,9 @@ inline void products(const T* weight, int64_t stride, const typename Operand<T>:
     m += count;
   };
   if constexpr (kWideGroups && R <= kRowsForMore)
-    while (m + 4 <= rows) dots<R, 4>(weight, stride, x + m, size, part4), keep(part4, 4);
-  while (m + 2 <= rows) dots<R, 2>(weight, stride, x + m, size, part2), keep(part2, 2);
-  while (m < rows) dots<R, 1>(weight, stride, x + m, size, part1), keep(part1, 1);
+    while (m + 4 <= rows) dots<R, 4>(weight, next, stride, x + m, size, part4), keep(part4, 4);
+  while (m + 2 <= rows) dots<R, 2>(weight, next, stride, x + m, size, part2), keep(part2, 2);
+  while (m < rows) dots<R, 1>(weight, next, stride, x + m, size, part1), keep(part1, 1);
 }
 
 inline void linear_prepare(const Linear& a) {
@@ -206,15 +216,19 @@ inline void linear_rows(const Linear& a, int64_t begin, int64_t end) {
   float sums[R][kMaxRows], bias_buffer[1];
   for (int64_t n = begin; n < end; n += R) {
     int64_t count = at_most(end - n, R);
+    const T* weight = row<T>(a.weight, n);
+    const T* next = n + 2 * R <= end ? weight + R * a.weight.stride : weight;
     if (count == R)
-      products<T, R>(row<T>(a.weight, n), a.weight.stride, x, a.rows, a.inputs, sums);
+      products<T, R>(weight, next, a.weight.stride, x, a.rows, a.inputs, sums);
     else
       for (int64_t r = 0; r < count; ++r)
-        products<T, 1>(row<T>(a.weight, n + r), 0, x, a.rows, a.inputs, sums + r);
+        products<T, 1>(row<T>(a.weight, n + r), next, 0, x, a.rows, a.inputs, sums + r);
     for (int64_t r = 0; r < count; ++r) {
       float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
-      T* y = static_cast<T*>(a.y.data) + n + r;
-      for (int64_t m = 0; m < a.rows; ++m) narrow(sums[r][m] + bias, y + m * a.y.stride);
+      for (int64_t m = 0; m < a.rows; ++m) {
+        float y = sums[r][m] + bias;
+        write(a.y, m, n + r, 1, &y);
+      }
     }
   }
 }
@@ -244,7 +258,8 @@ inline void narrow_products_of(const Rows& weight, const T* x, int64_t size, int
     int64_t part = at_most(size - i, kBlock);
     const typename Operand<T>::type* ready = Operand<T>::make(x + i, part, buffer);
     for (int64_t j = 0; j < n; ++j) {
-      dots<1, 1>(row<T>(weight, first + j) + i, 0, &ready, part, sum);
+      const T* start = row<T>(weight, first + j) + i;
+      dots<1, 1>(start, start, 0, &ready, part, sum);
       out[j] += sum[0][0];
     }
   }

@@ -1,6 +1,7 @@
 // The operators of torch.ops.rodimus on the CPU: arguments, threads, registration.
 #include "../tensors.h"
 #include "kernels.h"
+#include "threads.h"
 
 // Beside the code it was built from: the loader reads it to refuse a library of other sources.
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cpu_sources[] =
@@ -8,16 +9,6 @@ extern "C" __attribute__((used, visibility("default"))) const char rodimus_cpu_s
 
 namespace rodimus {
 namespace {
-
-using torch::stable::parallel_for;
-
-// Numbers a thread should touch at least; below that, waking it costs more than it helps.
-constexpr int64_t kWorthAThread = 16384;
-
-int64_t grain(int64_t numbers_per_task) {
-  int64_t tasks = kWorthAThread / (numbers_per_task > 0 ? numbers_per_task : 1);
-  return tasks > 1 ? tasks : 1;
-}
 
 // Scratch memory lives until the tensor that is returned dies.
 Tensor scratch(const Tensor& like, int64_t floats) {
@@ -103,9 +94,6 @@ Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight,
   run_norm(a);
   return y;
 }
-
-// Positions of the ring one task reads.
-constexpr int64_t kSplit = 256;
 
 Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor& v,
                                  const Tensor& cache, const Tensor& position, int64_t window_size,

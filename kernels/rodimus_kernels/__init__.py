@@ -6,6 +6,7 @@ what else an implementation needs is imported when it is chosen.
 
 import importlib
 
+from .block import BlockWeights, block_step, can_fuse_block
 from .cross_entropy import linear_cross_entropy
 from .ddts import (
     ddts,
@@ -28,7 +29,10 @@ for _module in ("ddts.eager", "shared_key_attention.sdpa"):
     importlib.import_module(f"{__name__}.{_module}")
 
 __all__ = [
+    "BlockWeights",
     "add_rms_norm",
+    "block_step",
+    "can_fuse_block",
     "ddts",
     "ddts_gates",
     "ddts_mixer_step",

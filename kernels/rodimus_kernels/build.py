@@ -142,8 +142,9 @@ def _build_cpu(folder, scratch, library, mark):
         defines = [f"-DRODIMUS_ISA={name}", f'-DRODIMUS_ISA_NAME="{name}"', *CPU_ISAS[name].split()]
         objects.append(scratch / f"kernels_{name}.o")
         commands.append([*_CXX_FLAGS, *_KERNEL_FLAGS, *defines, "-c", "cpu/kernels.cpp"])
-    objects += [scratch / "operators.o", scratch / "select.o"]
+    objects += [scratch / "operators.o", scratch / "block.o", scratch / "select.o"]
     commands.append([*_CXX_FLAGS, *includes, mark, "-c", "cpu/operators.cpp"])
+    commands.append([*_CXX_FLAGS, *includes, "-c", "cpu/block.cpp"])
     commands.append([*_CXX_FLAGS, *has, "-c", "cpu/select.cpp"])
     _run_all(
         ([cxx, *command, "-o", str(out)] for command, out in zip(commands, objects, strict=True)),

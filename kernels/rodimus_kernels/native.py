@@ -43,6 +43,11 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor position, int window_size,"
         " float scale) -> Tensor"
     ),
+    "block_step": (
+        "(Tensor stream, Tensor[] weights, Tensor(a!) taps, Tensor(b!) state, Tensor(c!)? ring,"
+        " Tensor? position, Tensor? cos, Tensor? sin, int window_size, int head_dim,"
+        " float key_eps, float norm_eps) -> Tensor"
+    ),
 }
 CPU_ISAS = tuple(build.CPU_ISAS)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -91,6 +96,11 @@ def _(x, gate, weight, residual, residual_weight, eps):
 @torch.library.register_fake("rodimus::native_shared_key_attention_step")
 def _(q, k, v, cache, position, window_size, scale):
     return v.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@torch.library.register_fake("rodimus::native_block_step")
+def _(stream, *_):
+    return stream.new_empty(stream.shape)
 
 
 # ------------------------------------------------------------------------------------------ loading

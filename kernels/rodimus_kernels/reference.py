@@ -679,6 +679,69 @@ def linear_step(x, weight, bias=None):
 
 
 # ----------------------------------------------------------------------------------------------
+# A whole block
+# ----------------------------------------------------------------------------------------------
+
+
+def block_step(
+    stream,
+    weights,
+    taps,
+    state,
+    ring=None,
+    position=None,
+    rotary=None,
+    *,
+    window_size=None,
+    head_dim=None,
+    key_eps=1e-12,
+    norm_eps=1e-5,
+):
+    """One token through a block; taps, state and ring are written in place.
+
+    Args:
+        stream: ``[B, D]``. weights: a ``BlockWeights``. taps: ``[B, V, W]``. state: ``[B, 1, K,
+            V]``. ring: ``[B, R, Hk * dim + Hv * dim]``. position: int64 ``[B]``. rotary: tables
+            ``(cos, sin)``, each ``[B, dim // 2]``, or None.
+
+    Returns:
+        the stream after the block ``[B, D]``.
+    """
+    w = weights
+    x, gate = linear_step(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc).chunk(2, -1)
+    shifted = short_conv_step(x, taps, w.conv, w.conv_bias)
+    q, k = linear_step(shifted, w.query_key).chunk(2, -1)
+    gates = linear_step(shifted.to(w.mem_gate_bias.dtype), w.mem_gate, w.mem_gate_bias)
+    y = ddts_mixer_step(
+        *(q, k, *gates.chunk(2, -1), linear_step(x, w.gate_in), x, shifted, gate, state),
+        gate_weight=w.gate_out,
+        gate_bias=w.gate_bias,
+        residual_weight=w.residual_weight,
+        norm_weight=w.act_norm,
+        key_eps=key_eps,
+        norm_eps=norm_eps,
+    )
+    branch = linear_step(y, w.mixer_out)
+    if w.query is not None:
+        x, stream = add_rms_norm(branch, stream, w.attn_norm, eps=norm_eps)
+        # [B, 1, heads, dim]
+        rows = (
+            linear_step(x, p).unflatten(-1, (1, -1, head_dim)) for p in (w.query, w.key, w.value)
+        )
+        q, k, v = rows
+        if rotary is not None:
+            tables = [table.unsqueeze(1) for table in rotary]
+            q, k = rope(q, *tables), rope(k, *tables)
+        o = shared_key_attention_step(q, k, v, ring, position, window_size=window_size)
+        attended = linear_step(o.flatten(1), w.attn_out)
+        x, gate = linear_step(
+            add_rms_norm(attended, stream, w.ffn_norm, eps=norm_eps)[0], w.ffn_in
+        ).chunk(2, -1)
+        branch = linear_step(F.silu(gate) * x, w.ffn_out)
+    return stream + branch
+
+
+# ----------------------------------------------------------------------------------------------
 # Loss
 # ----------------------------------------------------------------------------------------------
 

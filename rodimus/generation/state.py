@@ -209,6 +209,13 @@ class SlotLayer(LinearAttentionLayer):
         self.conv_kernel_size = {0: convolution.shape[-1]}
         self.ring, self.positions, self.window = ring, positions, window
 
+    can_step = True
+
+    def step_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """``(taps, state, ring, position)`` for a fused step; the engine counts the token."""
+        ring = self.ring if self.window else None
+        return self.conv_states[0], self.recurrent_states[0], ring, self.positions
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
         ring."""

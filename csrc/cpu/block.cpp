@@ -1,0 +1,316 @@
+// One token through a whole block of the model: every projection and what stands between them, from
+// one call. A decode step has dozens of operators a block, each shorter than a call from Python.
+#include <vector>
+
+#include "../tensors.h"
+#include "kernels.h"
+#include "threads.h"
+
+namespace rodimus {
+namespace {
+
+// The weights in the order of rodimus_kernels.BlockWeights; Rodimus ends before kAttnNorm.
+enum Weight {
+  kMixerNorm, kFc, kConv, kConvBias, kQueryKey, kGateIn, kGateOut, kGateBias, kMemGate, kMemBias,
+  kResidual, kActNorm, kMixerOut,
+  kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
+};
+constexpr int kCountWithoutAttention = kAttnNorm;
+
+// Rows of intermediate results, carved out of one allocation.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t rows, Type type, int64_t floats)
+      : rows_(rows), type_(type), memory_(output_like(like, {floats}, ScalarType::Float)),
+        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
+
+  // [rows, columns] in the activations' element type, or float32. A line apart from its neighbours.
+  Rows rows(int64_t columns) { return {floats(rows_ * columns), type_, columns}; }
+  Rows wide_rows(int64_t columns) { return {floats(rows_ * columns), Type::kFloat32, columns}; }
+
+  float* floats(int64_t count) {
+    float* here = next_;
+    next_ += (count + 15) / 16 * 16;
+    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
+    return here;
+  }
+
+ private:
+  int64_t rows_;
+  Type type_;
+  Tensor memory_;
+  float *next_, *end_;
+};
+
+Rows columns(const Rows& x, int64_t first) {
+  Rows part = x;
+  int64_t size = x.type == Type::kFloat32 ? 4 : 2;
+  part.data = static_cast<char*>(x.data) + first * size;
+  return part;
+}
+
+// Rotary tables and ring of a block with attention.
+struct Window {
+  const Tensor &ring, &position;
+  Rows cos, sin;
+  int64_t half, head_dim, size;
+};
+
+struct Block {
+  const std::vector<Tensor>& weights;
+  const Tensor& stream;
+  int64_t batch, width;
+  double key_eps, norm_eps;
+  Workspace work;
+  float* converted;  // scratch of the linear layers
+
+  Rows weight(int which) const { return rows_of("weight", weights[which], stream); }
+  int64_t outputs(int which) const { return weights[which].size(0); }
+
+  Linear linear(const Rows& x, int which, const Rows& y, const Rows& bias = {}) const {
+    Linear a;
+    a.x = x, a.weight = weight(which), a.bias = bias, a.y = y, a.scratch = converted;
+    a.rows = batch, a.inputs = weights[which].size(1), a.outputs = outputs(which);
+    return a;
+  }
+
+  // Layers of one input, side by side on the threads.
+  void run(const std::vector<Linear>& layers) const {
+    int64_t total = 0;
+    for (const Linear& layer : layers) total += layer.outputs;
+    const Kernels& table = kernels();
+    table.linear_prepare(layers[0]);
+    parallel_for(0, total, grain(layers[0].inputs * batch), [&](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (const Linear& layer : layers) {
+        int64_t from = begin > first ? begin - first : 0;
+        int64_t to = end - first < layer.outputs ? end - first : layer.outputs;
+        if (from < to) table.linear(layer, from, to);
+        first += layer.outputs;
+      }
+    });
+  }
+
+  void norm(const Rows& x, int which, const Rows& y, const Rows& residual = {},
+            const Rows& sum = {}) const {
+    Norm a;
+    a.x = x, a.weight = weight(which), a.residual = residual, a.sum = sum, a.y = y;
+    a.rows = batch, a.dim = width, a.eps = static_cast<float>(norm_eps);
+    kernels().norm(a, 0, batch);
+  }
+
+  Rows mixer(const Rows& x, const Tensor& taps, const Tensor& state) {
+    int64_t inner = outputs(kGateOut), keys = outputs(kMemGate) / 2, rank = outputs(kGateIn);
+    const Kernels& table = kernels();
+    Rows expanded = work.rows(2 * inner), shifted = work.rows(inner);
+    run({linear(x, kFc, expanded)});
+
+    ConvStep conv;
+    conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
+    conv.state = taps.data_ptr();
+    conv.rows = batch, conv.channels = inner, conv.width = weights[kConv].size(1);
+    parallel_for(0, batch * blocks(inner), grain(conv.width * kBlock),
+                 [&](int64_t begin, int64_t end) { table.conv_step(conv, begin, end); });
+
+    Rows query_key = work.rows(2 * keys), hidden = work.rows(rank), gates = work.wide_rows(2 * keys);
+    // the gates' bias is added in float32: decays near 1 do not survive bfloat16
+    run({linear(shifted, kQueryKey, query_key), linear(shifted, kMemGate, gates, weight(kMemBias))});
+    run({linear(expanded, kGateIn, hidden)});
+
+    MixerStep a;
+    a.q = query_key, a.k = columns(query_key, keys);
+    a.select = gates, a.temper = columns(gates, keys);
+    a.gate_hidden = hidden, a.x = expanded, a.shifted = shifted;
+    a.gate = columns(expanded, inner);
+    a.gate_weight = weight(kGateOut), a.gate_bias = weight(kGateBias);
+    a.residual_weight = weight(kResidual), a.norm_weight = weight(kActNorm);
+    a.y = work.rows(inner);
+    a.state = static_cast<float*>(state.data_ptr());
+    a.rows = batch, a.key_dim = keys, a.value_dim = inner, a.gate_dim = rank;
+    a.scale = 1.0f / sqrtf(static_cast<float>(keys));
+    a.key_eps = static_cast<float>(key_eps), a.norm_eps = static_cast<float>(norm_eps);
+    a.scratch = work.floats(mixer_scratch(a));
+    table.mixer_gates(a, 0, batch);
+    parallel_for(0, batch * blocks(inner), grain(keys * kBlock),
+                 [&](int64_t begin, int64_t end) { table.mixer_step(a, begin, end); });
+    table.mixer_norm(a, 0, batch);
+
+    Rows y = work.rows(width);
+    run({linear(a.y, kMixerOut, y)});
+    return y;
+  }
+
+  Rows attention(const Rows& x, const Window& window) {
+    int64_t head_dim = window.head_dim;
+    Rows q = work.rows(outputs(kQuery)), k = work.rows(outputs(kKey));
+    Rows v = work.rows(outputs(kValue)), y = work.rows(width);
+    run({linear(x, kQuery, q), linear(x, kKey, k), linear(x, kValue, v)});
+    const Kernels& table = kernels();
+
+    AttentionStep a;
+    a.q = q, a.k = k, a.v = v, a.o = work.rows(outputs(kQuery));
+    a.cache = rows_of("ring", window.ring, stream);
+    a.position = static_cast<const int64_t*>(window.position.data_ptr());
+    a.batch = batch, a.steps = 1, a.ring = window.ring.size(1), a.window = window.size;
+    a.heads = outputs(kQuery) / head_dim, a.key_heads = outputs(kKey) / head_dim;
+    a.value_heads = outputs(kValue) / head_dim, a.key_dim = a.value_dim = head_dim;
+    a.scale = 1.0f / sqrtf(static_cast<float>(head_dim));
+    if (window.half) {
+      Rope rope{q, window.cos, window.sin, batch, a.heads, head_dim, window.half};
+      table.rope(rope, 0, batch);
+      rope.x = k, rope.heads = a.key_heads;
+      table.rope(rope, 0, batch);
+    }
+    int64_t splits = (window.size + kSplit - 1) / kSplit;
+    a.scratch = work.floats(attention_scratch(a, splits));
+    table.attention_write(a, 0, batch);
+    parallel_for(0, batch * splits, 1, [&](int64_t begin, int64_t end) {
+      table.attention_scan(a, splits, begin, end);
+    });
+    parallel_for(0, batch * a.heads, grain(splits * head_dim), [&](int64_t begin, int64_t end) {
+      table.attention_merge(a, splits, begin, end);
+    });
+    run({linear(a.o, kAttnOut, y)});
+    return y;
+  }
+
+  Rows mlp(const Rows& x) {
+    int64_t inner = outputs(kFfnIn) / 2;
+    Rows expanded = work.rows(2 * inner), gated = work.rows(inner), y = work.rows(width);
+    run({linear(x, kFfnIn, expanded)});
+    Pairwise a{expanded, columns(expanded, inner), gated, batch, inner};
+    parallel_for(0, batch * blocks(inner), grain(8 * kBlock),
+                 [&](int64_t begin, int64_t end) { kernels().gate(a, begin, end); });
+    run({linear(gated, kFfnOut, y)});
+    return y;
+  }
+};
+
+void check_weights(const std::vector<Tensor>& w, const Tensor& stream, int64_t head_dim) {
+  int64_t count = static_cast<int64_t>(w.size());
+  STD_TORCH_CHECK(count == kCountWithoutAttention || count == kCount, "expected ",
+                  static_cast<int>(kCountWithoutAttention), " or ", static_cast<int>(kCount),
+                  " weights, got ", count);
+  int64_t width = stream.size(1), inner = w[kGateOut].size(0);
+  auto matrix = [&](const char* name, int which, int64_t rows, int64_t size) {
+    check_shape(name, w[which], {rows, size});
+    check_type(name, w[which], w[kFc]);
+  };
+  auto vector = [&](const char* name, int which, int64_t size) {
+    check_shape(name, w[which], {size});
+  };
+  vector("mixer_norm", kMixerNorm, width), matrix("fc", kFc, 2 * inner, width);
+  matrix("conv", kConv, inner, kAny), vector("conv_bias", kConvBias, inner);
+  int64_t gates = w[kMemGate].size(0);
+  matrix("in_proj", kQueryKey, gates, inner), matrix("mem_gate", kMemGate, gates, inner);
+  vector("mem_gate_bias", kMemBias, gates), matrix("gate_in", kGateIn, kAny, inner);
+  matrix("gate_out", kGateOut, inner, w[kGateIn].size(0)), vector("gate_bias", kGateBias, inner);
+  vector("residual_weight", kResidual, inner), vector("act_norm", kActNorm, inner);
+  matrix("mixer_out", kMixerOut, width, inner);
+  if (count == kCountWithoutAttention) return;
+  int64_t attended = w[kQuery].size(0), values = w[kValue].size(0), keys = w[kKey].size(0);
+  vector("attn_norm", kAttnNorm, width), vector("ffn_norm", kFfnNorm, width);
+  matrix("query", kQuery, kAny, width), matrix("key", kKey, kAny, width);
+  matrix("value", kValue, kAny, width), matrix("attn_out", kAttnOut, width, attended);
+  matrix("ffn_in", kFfnIn, kAny, width), matrix("ffn_out", kFfnOut, width, w[kFfnIn].size(0) / 2);
+  STD_TORCH_CHECK(head_dim >= 1 && keys >= head_dim && values >= head_dim &&
+                      attended % keys == 0 && attended % values == 0 && keys % head_dim == 0 &&
+                      values % head_dim == 0,
+                  "heads of ", head_dim, " do not fit ", attended, " query, ", keys, " key and ",
+                  values, " value channels");
+}
+
+int64_t widest_input(const std::vector<Tensor>& w) {
+  int64_t most = 0;
+  for (const Tensor& x : w)
+    if (x.dim() == 2 && x.size(1) > most) most = x.size(1);
+  return most;
+}
+
+// Numbers that the intermediate results take, with room for a line beside each of them.
+int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width, int64_t window) {
+  int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
+  int64_t columns = widest_input(w) + 3 * width + 5 * inner + blocks(inner) + 4 * gates +
+                    w[kGateIn].size(0);
+  if (w.size() == kCount) {
+    int64_t heads = w[kQuery].size(0), splits = (window + kSplit - 1) / kSplit;
+    columns += 4 * width + 2 * heads + w[kKey].size(0) + w[kValue].size(0);
+    // at most two numbers a head beside each part of the values
+    columns += splits * 3 * heads + 2 * w[kFfnIn].size(0);
+  }
+  return batch * columns + 32 * 16;
+}
+
+Window window_of(const std::vector<Tensor>& w, const Tensor& stream, const OptionalTensor& ring,
+                 const OptionalTensor& position, const OptionalTensor& cos,
+                 const OptionalTensor& sin, int64_t size, int64_t head_dim) {
+  int64_t batch = stream.size(0);
+  STD_TORCH_CHECK(ring && position, "a block with attention needs ring and position");
+  check_shape("ring", *ring, {batch, kAny, w[kKey].size(0) + w[kValue].size(0)});
+  check_type("ring", *ring, w[kFc]);
+  STD_TORCH_CHECK(ring->is_contiguous() && size >= 1 && ring->size(1) >= size,
+                  "ring must be contiguous with at least window_size = ", size, " rows, got shape ",
+                  shape_of(*ring));
+  check_shape("position", *position, {batch});
+  STD_TORCH_CHECK(position->scalar_type() == ScalarType::Long && position->is_contiguous(),
+                  "position must be contiguous int64, got scalar type ",
+                  static_cast<int>(position->scalar_type()));
+  const int64_t* places = static_cast<const int64_t*>(position->data_ptr());
+  for (int64_t b = 0; b < batch; ++b)
+    STD_TORCH_CHECK(places[b] >= 0, "position must be >= 0, got ", places[b]);
+  Window window{*ring, *position, {}, {}, cos ? cos->size(1) : 0, head_dim, size};
+  if (window.half) {
+    STD_TORCH_CHECK(sin && 2 * window.half <= head_dim, "rotary tables must fit heads of ", head_dim);
+    check_shape("cos", *cos, {batch, window.half}), check_shape("sin", *sin, {batch, window.half});
+    window.cos = rows_of("cos", *cos, stream), window.sin = rows_of("sin", *sin, stream);
+  }
+  return window;
+}
+
+Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
+                  const Tensor& state, const OptionalTensor& ring, const OptionalTensor& position,
+                  const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
+                  int64_t head_dim, double key_eps, double norm_eps) {
+  check_shape("stream", stream, {kAny, kAny});
+  check_weights(weights, stream, head_dim);
+  int64_t batch = stream.size(0), width = stream.size(1), inner = weights[kGateOut].size(0);
+  STD_TORCH_CHECK(batch >= 1 && batch <= kMaxRows, "stream must have 1 to ", kMaxRows,
+                  " rows, got ", batch);
+  check_shape("taps", taps, {batch, inner, weights[kConv].size(1)});
+  check_shape("state", state, {batch, 1, weights[kMemGate].size(0) / 2, inner});
+  check_type("taps", taps, weights[kFc]), check_device("taps", taps, stream);
+  STD_TORCH_CHECK(taps.is_contiguous(), "taps must be contiguous, got last stride ",
+                  taps.stride(2));
+  state_of(state, stream);
+  std::optional<Window> window;
+  if (weights.size() == kCount)
+    window.emplace(window_of(weights, stream, ring, position, cos, sin, window_size, head_dim));
+
+  Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
+  Rows start = rows_of("stream", stream, stream), sum = output_rows(result);
+  Workspace work(stream, batch, type_of("fc", weights[kFc]),
+                 workspace_size(weights, batch, width, window_size));
+  Block block{weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
+  block.converted = block.work.floats(batch * widest_input(weights));
+  Rows normed = block.work.rows(width);
+  block.norm(start, kMixerNorm, normed);
+  Rows branch = block.mixer(normed, taps, state);
+  if (window) {
+    block.norm(branch, kAttnNorm, normed, start, sum);
+    Rows attended = block.attention(normed, *window);
+    // the sum with what was attended reaches the MLP alone
+    Rows inside = block.work.wide_rows(width);
+    inside.type = sum.type;
+    block.norm(attended, kFfnNorm, normed, sum, inside);
+    branch = block.mlp(normed), start = sum;
+  }
+  kernels().add({start, branch, sum, batch, width}, 0, batch * blocks(width));
+  return result;
+}
+
+}  // namespace
+}  // namespace rodimus
+
+STABLE_TORCH_LIBRARY_IMPL(rodimus, CPU, m) {
+  m.impl("native_block_step", TORCH_BOX(&rodimus::block_step));
+}

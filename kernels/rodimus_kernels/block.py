@@ -1,0 +1,128 @@
+"""One token through a whole block of the model, for decoding."""
+
+from typing import NamedTuple
+
+import torch
+
+from . import native
+from ._dispatch import check_alike, check_shape, load
+
+_IMPLS = {
+    "reference": "rodimus_kernels.reference:block_step",
+    "native": "rodimus_kernels.native_block:step",
+}
+IMPLS = tuple(_IMPLS)
+
+
+class BlockWeights(NamedTuple):
+    """Weights of a block; those of attention and MLP are None in a Rodimus block.
+
+    D d_model, V d_inner, K mem_size, R rank of the input gate, W taps, I width of the MLP. Matrices
+    are ``[outputs, inputs]`` and of one dtype.
+
+    Attributes:
+        mixer_norm: ``[D]``. fc: ``[2V, D]``. conv: ``[V, W]``. conv_bias: ``[V]``.
+        query_key: ``[2K, V]``. gate_in: ``[R, V]``. gate_out: ``[V, R]``. gate_bias: ``[V]``.
+        mem_gate: ``[2K, V]``, selection above temperature. mem_gate_bias: ``[2K]``.
+        residual_weight: ``[V]``. act_norm: ``[V]``. mixer_out: ``[D, V]``.
+        attn_norm: ``[D]``. query: ``[H * dim, D]``. key: ``[Hk * dim, D]``. value: ``[Hv * dim,
+            D]``. attn_out: ``[D, H * dim]``. ffn_norm: ``[D]``. ffn_in: ``[2I, D]``. ffn_out:
+            ``[D, I]``.
+    """
+
+    mixer_norm: torch.Tensor
+    fc: torch.Tensor
+    conv: torch.Tensor
+    conv_bias: torch.Tensor
+    query_key: torch.Tensor
+    gate_in: torch.Tensor
+    gate_out: torch.Tensor
+    gate_bias: torch.Tensor
+    mem_gate: torch.Tensor
+    mem_gate_bias: torch.Tensor
+    residual_weight: torch.Tensor
+    act_norm: torch.Tensor
+    mixer_out: torch.Tensor
+    attn_norm: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    attn_out: torch.Tensor | None = None
+    ffn_norm: torch.Tensor | None = None
+    ffn_in: torch.Tensor | None = None
+    ffn_out: torch.Tensor | None = None
+
+
+def block_step(
+    stream: torch.Tensor,
+    weights: BlockWeights,
+    taps: torch.Tensor,
+    state: torch.Tensor,
+    ring: torch.Tensor | None = None,
+    position: torch.Tensor | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
+    window_size: int | None = None,
+    head_dim: int | None = None,
+    key_eps: float = 1e-12,
+    norm_eps: float = 1e-5,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """One token of each sequence through a block; taps, state and ring are updated in place. Not
+    differentiable.
+
+        rodimus:       h + mixer(norm(h))
+        rodimus_plus:  h' = h + mixer(norm(h));  a = attention(norm(h'));  h' + mlp(norm(h' + a))
+
+    The native form rounds to the weights' dtype where the modules of the model do, but once in the
+    mixer and in the MLP, and where they do not round it does not.
+
+    Args:
+        stream: Residual stream ``[B, D]``; float32 or the weights' dtype. The native form takes
+            B <= 8.
+        weights: The block's own tensors; nothing is copied.
+        taps: The last W inputs of the convolution, oldest first, ``[B, V, W]``.
+        state: float32 ``[B, 1, K, V]``.
+        ring: Keys and values ``[B, R, Hk * dim + Hv * dim]`` as in
+            :func:`shared_key_attention_step`; None without attention.
+        position: int64 ``[B]``: tokens each sequence has seen before this one.
+        rotary: ``(cos, sin)``, each ``[B, n]`` with 2n <= dim, or None.
+        window_size: Keys a query sees, its own position included.
+        head_dim: Channels of a head.
+        key_eps: Lower bound of the key norm.
+        norm_eps: Added to the mean squares.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``[B, D]`` in the stream's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks the contract.
+        ImportError: the chosen implementation cannot be loaded.
+    """
+    check_shape("stream", stream, ("B", weights.fc.shape[1]))
+    check_shape("taps", taps, (stream.shape[0], *weights.conv.shape))
+    check_alike("stream", stream, fc=weights.fc, taps=taps, state=state, ring=ring)
+    if weights.query is not None and None in (window_size, head_dim):
+        raise ValueError("a block with attention needs window_size and head_dim, got None")
+    with torch.no_grad():
+        if impl == "auto":
+            impl = "native" if can_fuse_block(stream.shape[0], stream, *weights) else "reference"
+        return load("block_step", impl, _IMPLS)(
+            *(stream, weights, taps, state, ring, position, rotary),
+            window_size=window_size,
+            head_dim=head_dim,
+            key_eps=key_eps,
+            norm_eps=norm_eps,
+        )
+
+
+def can_fuse_block(rows: int, *tensors: torch.Tensor | None) -> bool:
+    """Whether :func:`block_step` takes so many rows in one native call: plain float32 or bfloat16
+    tensors on a CPU whose native operators are built, and no gradient to record.
+
+    Args:
+        rows: sequences in the batch.
+        tensors: the residual stream and the weights; None for those that a block lacks.
+    """
+    return 1 <= rows <= native.MAX_ROWS and native.fits(*tensors)

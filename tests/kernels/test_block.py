@@ -1,0 +1,139 @@
+"""A whole block in one call: the native form against the reference, states included."""
+
+import pytest
+import torch
+
+from rodimus_kernels import BlockWeights, block_step, native, reference
+from rodimus_kernels.testing import assert_within_budget, relative_error
+
+PROBLEM = native.problem("cpu")
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"native operators: {PROBLEM}")
+DTYPES = [torch.float32, torch.bfloat16]
+NAMED = {"window_size": 5, "head_dim": 6, "key_eps": 1e-5, "norm_eps": 1e-5}
+# float32 against float64, measured at most 6e-7
+LIMIT = 2e-6
+
+
+@pytest.fixture(params=native.CPU_ISAS)
+def isa(request):
+    """Each instruction set in turn; the best one again afterwards."""
+    best = native.cpu_isa()
+    if not native.select_cpu_isa(request.param):
+        pytest.skip(f"this processor or this build lacks {request.param}")
+    yield request.param
+    native.select_cpu_isa(best)
+
+
+def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4):
+    """Lively weights of a small block: three query heads, one key head, three value heads of 6."""
+    matrix = lambda rows, columns: (torch.randn(rows, columns) / columns**0.5).to(dtype)
+    vector = lambda size: (1 + 0.3 * torch.randn(size)).to(dtype)
+    found = [vector(width), matrix(2 * inner, width), matrix(inner, taps), vector(inner)]
+    found += [matrix(2 * keys, inner), matrix(rank, inner), matrix(inner, rank), vector(inner)]
+    found += [matrix(2 * keys, inner), torch.randn(2 * keys), torch.randn(inner), vector(inner)]
+    found += [matrix(width, inner)]
+    if attends:
+        found += [vector(width), matrix(18, width), matrix(6, width), matrix(18, width)]
+        found += [matrix(width, 18), vector(width), matrix(2 * 26, width), matrix(width, 26)]
+    return BlockWeights(*found)
+
+
+def states_of(dtype, batch, attends, inner=22, keys=7, taps=4):
+    """Taps, state, ring, positions of different ages and rotary tables of part of a head."""
+    states = [torch.randn(batch, inner, taps).to(dtype), torch.randn(batch, 1, keys, inner)]
+    if not attends:
+        return [*states, None, None, None]
+    position = 3 * torch.arange(batch)
+    tables = reference.rope_tables(position[:, None], 4)
+    rotary = tuple(table[:, 0].to(dtype) for table in tables)
+    return [*states, torch.randn(batch, 8, 24).to(dtype), position, rotary]
+
+
+def copied(states, dtype=None):
+    convert = lambda x: x.clone() if dtype is None or x.dtype == torch.int64 else x.to(dtype)
+    rotary = states[4] and tuple(map(convert, states[4]))
+    return [*(x if x is None else convert(x) for x in states[:4]), rotary]
+
+
+def steps(function, stream, weights, states, count, **named):
+    """Outputs of several tokens, one after the other; the states move on."""
+    outputs = []
+    for _ in range(count):
+        stream = function(stream, weights, *states, **NAMED, **named)
+        outputs.append(stream)
+        if states[3] is not None:
+            states[3] = states[3] + 1
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_equals_reference(isa, dtype, batch, attends):
+    torch.manual_seed(0)
+    weights, states = weights_of(dtype, attends), states_of(dtype, batch, attends)
+    stream = torch.randn(batch, 18)
+    wide = BlockWeights(*(x if x is None else x.double() for x in weights))
+    runs = {"actual": copied(states), "base": copied(states), "exact": copied(states, torch.double)}
+    actual = steps(block_step, stream, weights, runs["actual"], 3, impl="native")
+    base = steps(reference.block_step, stream, weights, runs["base"], 3)
+    exact = steps(reference.block_step, stream.double(), wide, runs["exact"], 3)
+    compared = {"stream": (actual, exact, base)}
+    for i, name in enumerate(("taps", "state", "ring")[: 3 if attends else 2]):
+        compared[name] = tuple(runs[run][i] for run in ("actual", "exact", "base"))
+    for name, (found, truth, baseline) in compared.items():
+        if dtype == torch.float32:
+            assert relative_error(found, truth) < LIMIT, name
+        else:
+            assert_within_budget(name, found, truth, baseline)
+
+
+def test_stream_in_the_dtype_of_the_weights():
+    torch.manual_seed(0)
+    weights, states = weights_of(torch.bfloat16, True), states_of(torch.bfloat16, 2, True)
+    stream = torch.randn(2, 18).bfloat16()
+    out = block_step(stream, weights, *copied(states), **NAMED, impl="native")
+    base = reference.block_step(stream, weights, *copied(states), **NAMED)
+    assert out.dtype == torch.bfloat16 and relative_error(out, base) < 2e-2
+
+
+def test_a_row_does_not_depend_on_its_neighbours(isa):
+    torch.manual_seed(0)
+    weights, states = weights_of(torch.float32, True), states_of(torch.float32, 5, True)
+    stream = torch.randn(5, 18)
+    together = block_step(stream, weights, *copied(states), **NAMED, impl="native")
+    one = [x[3:4].clone() for x in states[:4]] + [tuple(x[3:4] for x in states[4])]
+    alone = block_step(stream[3:4], weights, *one, **NAMED, impl="native")
+    assert torch.equal(together[3:4], alone)
+
+
+def test_opcheck():
+    weights, states = weights_of(torch.float32, True), states_of(torch.float32, 2, True)
+    named = (NAMED["window_size"], NAMED["head_dim"], 1e-5, 1e-5)
+    arguments = (torch.randn(2, 18), list(weights), *states[:4], *states[4], *named)
+    torch.library.opcheck(torch.ops.rodimus.native_block_step.default, arguments)
+
+
+def test_errors_come_before_any_state_is_touched():
+    weights, states = weights_of(torch.float32, True), states_of(torch.float32, 2, True)
+    stream, kept = torch.randn(2, 18), copied(states)
+
+    def refuses(message, error=RuntimeError, stream=stream, weights=weights, **changed):
+        named = dict(zip(("taps", "state", "ring", "position", "rotary"), states, strict=True))
+        with pytest.raises(error, match=message):
+            block_step(stream, weights, **(named | changed), **NAMED, impl="native")
+
+    refuses(r"taps must have shape \[2, 22, 4\]", ValueError, taps=states[0][:1])
+    refuses("takes 1 to 8 rows, got 9", ValueError, torch.randn(9, 18), taps=torch.zeros(9, 22, 4))
+    refuses(r"state must have shape \[2, 1, 7, 22\]", state=states[1][:, :, :5])
+    refuses("needs ring and position", ring=None)
+    refuses("at least window_size = 5 rows", ring=states[2][:, :4].contiguous())
+    refuses("position must be >= 0, got -1", position=torch.tensor([-1, 0]))
+    refuses(r"key must have shape \[any, 18\]", weights=weights._replace(key=torch.randn(6, 17)))
+    refuses(
+        r"stream must have shape \[B, 17\]",
+        ValueError,
+        weights=weights._replace(fc=torch.randn(4, 17)),
+    )
+    for before, after in zip(kept[:3], states[:3], strict=True):
+        assert torch.equal(before, after)

@@ -1,0 +1,174 @@
+"""The fused decode step: used by itself, equal to the modules, and out of the way of anything
+attached to them."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from rodimus import modeling_rodimus
+from rodimus.generation import Engine, Request
+from rodimus_kernels import native
+from tests.model.golden_data import relative_error
+from tests.model.helpers import random_ids
+from tests.model.ways import BOUND, full, in_pieces
+
+PROBLEM = native.problem("cpu")
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"native operators: {PROBLEM}")
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Counts the blocks that ran as one call."""
+    calls, step = [], modeling_rodimus.block_step
+    count = lambda *args, **named: calls.append(1) or step(*args, **named)
+    monkeypatch.setattr(modeling_rodimus, "block_step", count)
+    return calls
+
+
+def decode(model, ids, cache=None):
+    """Logits of a prompt of 12 tokens, then of one token at a time, past the window."""
+    return in_pieces(model, ids, [12] + [1] * (ids.shape[1] - 12), cache=cache)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_fused_equals_the_forward(model, kind, fused, batch):
+    ids = random_ids(batch, 40)
+    assert relative_error(decode(model, ids), full(model, ids)) < BOUND
+    assert len(fused) == 28 * model.config.n_layer
+
+
+def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
+    ids = random_ids(1, 12)
+    make = lambda: model.generate(ids, max_new_tokens=40, do_sample=False)
+    tokens = make()
+    (generation,) = Engine(model, slots=2).generate([Request(ids[0].tolist(), 40)])
+    assert len(fused) == 2 * 39 * model.config.n_layer
+    monkeypatch.setattr(modeling_rodimus, "block_step", None)
+    assert torch.equal(tokens, make()) and generation.tokens == tokens[0, 12:].tolist()
+
+
+def test_static_cache(model, kind, fused):
+    """Rodimus steps in a static cache; the window of Rodimus+ is shifted there, by the modules."""
+    ids = random_ids(1, 30)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    assert relative_error(decode(model, ids, cache), full(model, ids)) < BOUND
+    assert bool(fused) == (kind == "rodimus")
+
+
+def test_padding_in_the_window_is_left_to_the_modules(model, kind, fused):
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    logits = in_pieces(model, ids, [7] + [1] * 33, mask=mask)
+    assert relative_error(logits[1, 5:], full(model, ids[1:, 5:])[0]) < BOUND
+    # padding stands in the window of 9 keys for the first of them only
+    expected = 33 if kind == "rodimus" else 33 - 6
+    assert len(fused) == expected * model.config.n_layer
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank branch beside it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features))
+        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class Rounded(nn.Linear):
+    """A linear layer whose weight is stored in 8 bits."""
+
+    def forward(self, x):
+        scale = self.weight.abs().amax() / 127
+        return x @ ((self.weight / scale).round() * scale).T
+
+
+def attach_hook(mixer):
+    mixer.inner_mixer.in_proj.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def attach_input_hook(mixer):
+    mixer.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+
+
+def attach_adapter(mixer):
+    mixer.out_proj = Adapter(mixer.out_proj)
+
+
+def attach_quantiser(mixer):
+    mixer.fc.__class__ = Rounded
+
+
+def attach_bias(mixer):
+    mixer.out_proj.bias = nn.Parameter(torch.randn(mixer.out_proj.out_features))
+
+
+def attach_forward(mixer):
+    own = mixer.fc.forward
+    mixer.fc.forward = lambda x: 2 * own(x)
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        attach_hook,
+        attach_input_hook,
+        attach_adapter,
+        attach_quantiser,
+        attach_bias,
+        attach_forward,
+    ],
+)
+def test_what_is_attached_takes_part(model, fused, attach):
+    ids, before = random_ids(1, 30), None
+    cache = DynamicCache(config=model.config)
+    before = in_pieces(model, ids[:, :14], [12, 1, 1], cache=cache)
+    used = len(fused)
+    torch.manual_seed(0)
+    attach(model.model.layers[1].mixer)
+    logits, expected = decode(model, ids), full(model, ids)
+    assert used and len(fused) == used
+    assert relative_error(logits, expected) < BOUND
+    assert relative_error(before, expected[:, :14]) > 1e-3
+
+
+def test_any_head_takes_part(model, fused):
+    """A head with a bias, an adapter, or no weight at all."""
+    ids, head = random_ids(1, 20), model.lm_head
+    biased = nn.Linear(head.in_features, head.out_features)
+    for other in (biased, Adapter(head), nn.Identity()):
+        model.lm_head = other
+        assert relative_error(decode(model, ids), full(model, ids)) < BOUND
+    assert fused
+
+
+def test_changed_weights_are_seen(model, fused):
+    """Nothing is copied: a weight changed between two tokens counts from the next one on."""
+    ids = random_ids(1, 30)
+    decode(model, ids)
+    with torch.no_grad():
+        model.model.layers[0].mixer.fc.weight.mul_(1.5)
+    assert relative_error(decode(model, ids), full(model, ids)) < BOUND and fused
+
+
+def test_gradients_training_and_large_batches_use_the_modules(model, fused):
+    ids = random_ids(9, 14)
+    decode(model, ids)
+    cache = model(ids[:1, :12], use_cache=True).past_key_values
+    out = model(ids[:1, 12:13], past_key_values=cache, use_cache=True)
+    assert out.logits.requires_grad and not fused
+
+
+def test_bf16_is_as_near_to_float32_as_the_modules(model, monkeypatch, fused):
+    ids = random_ids(1, 40)
+    expected = full(model, ids)
+    model = model.to(torch.bfloat16)
+    own = relative_error(decode(model, ids).float(), expected)
+    assert fused
+    monkeypatch.setattr(modeling_rodimus, "block_step", None)
+    assert own < 1.5 * relative_error(decode(model, ids).float(), expected)
