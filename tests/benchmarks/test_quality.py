@@ -111,7 +111,7 @@ def test_the_rodimus_gate_makes_the_models_own_mixer():
     }
     ours.load_state_dict(names)
     x = torch.randn(2, 40, 32)
-    layout = {"tokens": None, "documents": None}
+    layout = {"tokens": None, "documents": None, "context": None}
     expected = theirs(x, layout)
     assert (ours(x) - expected).norm() < 1e-5 * expected.norm()
 

@@ -94,7 +94,8 @@ def test_every_token_equals_recomputing_the_history(impl, ring, device):
 @pytest.mark.parametrize("impl", LONG)
 def test_thousands_of_tokens_past_the_window(impl, device):
     """Errors do not build up: the last tokens are as exact as the first."""
-    length = 2400
+    # a call takes a tenth of a second in the interpreter
+    length = 600 if impl == "triton" and DEVICE == "cpu" else 2400
     ring = Ring(batch=1, heads=2, value_heads=2, window=37, rows=53)
     tokens = ring.tokens(length, device)
     o = decode(ring, tokens, ring.cache(device), [8] * (length // 8), impl=impl)
