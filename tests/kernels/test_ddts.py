@@ -525,7 +525,11 @@ def test_activation_checkpointing_changes_nothing(impl):
     ],
 )
 def test_automatic_choice(triton, needs_grad, length, key_dim, value_dim, expected):
-    assert api._choose(triton, needs_grad, length, key_dim, value_dim) == expected
+    case = (triton, needs_grad, length, key_dim, value_dim)
+    assert api._choose(*case, torch.bfloat16) == expected
+    if expected == "triton_chunk":
+        assert api._choose(*case[:3], 256, value_dim, torch.bfloat16) == "triton_chunk"
+        assert api._choose(*case[:3], 256, value_dim, torch.float32) != "triton_chunk"
 
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch, caplog):

@@ -163,10 +163,11 @@ def test_compiles_without_a_break(impl):
 
 
 def test_automatic_choice():
-    assert _choose("triton_chunk", torch.bfloat16) == "triton_chunk"
-    assert _choose("triton_chunk", torch.float32) == "separate"
-    assert _choose("triton_recurrent", torch.bfloat16) == "separate"
-    assert _choose("eager", torch.bfloat16) == "separate"
+    assert _choose("triton_chunk", torch.bfloat16, 64) == "triton_chunk"
+    assert _choose("triton_chunk", torch.bfloat16, 256) == "separate"
+    assert _choose("triton_chunk", torch.float32, 64) == "separate"
+    assert _choose("triton_recurrent", torch.bfloat16, 64) == "separate"
+    assert _choose("eager", torch.bfloat16, 64) == "separate"
 
 
 def test_bad_input_says_what_was_expected():

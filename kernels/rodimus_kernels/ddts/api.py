@@ -130,7 +130,7 @@ def ddts(
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
     if impl == "auto":
-        impl = choose_sequence(q, k, v, log_decay, initial_state, value_dim=v.shape[-1])
+        impl = choose_sequence(q, k, v, log_decay, initial_state)
     function = load("ddts", impl, _SEQUENCE)
     return function(
         *(q, k, v, log_decay),
@@ -141,20 +141,31 @@ def ddts(
     )
 
 
-def choose_sequence(q: torch.Tensor, *others: torch.Tensor | None, value_dim: int) -> str:
+def choose_sequence(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor | None
+) -> str:
     """What ``impl="auto"`` of :func:`ddts` means for these tensors."""
-    given = [x for x in (q, *others) if x is not None]
+    given = [x for x in (q, k, v, *others) if x is not None]
     double = any(x.dtype == torch.float64 for x in given)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     triton = runs_triton(q.device) and not double
-    return _choose(triton, needs_grad, q.shape[1], q.shape[-1], value_dim)
+    return _choose(triton, needs_grad, q.shape[1], q.shape[-1], v.shape[-1], v.dtype)
 
 
-def _choose(triton: bool, needs_grad: bool, length: int, key_dim: int, value_dim: int) -> str:
+def _choose(
+    triton: bool,
+    needs_grad: bool,
+    length: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+) -> str:
     """What ``impl="auto"`` means, by where it runs, what is asked of it and the shape."""
     if triton and not needs_grad and length <= _ONE_CHUNK:
         return "triton_recurrent"
-    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0:
+    # 256 channels of a state and their float32 operands are more than the registers hold
+    spills = key_dim == 256 and dtype == torch.float32
+    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not spills:
         return "triton_chunk"
     return "eager" if length > _SHORT else "reference"
 

@@ -76,7 +76,7 @@ def gated_ddts(
         _check_starts(starts, batch, length)
     if impl == "auto":
         tensors = (q, k, v, select, temper, initial_state)
-        impl = _choose(choose_sequence(*tensors, value_dim=v.shape[-1]), v.dtype)
+        impl = _choose(choose_sequence(*tensors), v.dtype, key_dim)
     return load("gated_ddts", impl, _IMPLS)(
         *(q, k, v, select, temper),
         eps=eps,
@@ -87,10 +87,10 @@ def gated_ddts(
     )
 
 
-def _choose(sequence: str, dtype: torch.dtype) -> str:
-    """What ``impl="auto"`` means, by what ``ddts`` would choose: with float32 values the gates
-    inside cost the backward more registers than there are."""
-    inside = sequence == "triton_chunk" and dtype != torch.float32
+def _choose(sequence: str, dtype: torch.dtype, key_dim: int) -> str:
+    """What ``impl="auto"`` means, by what ``ddts`` would choose: with float32 values or 256
+    channels the gates inside cost the backward more registers than there are."""
+    inside = sequence == "triton_chunk" and dtype != torch.float32 and key_dim <= 128
     return "triton_chunk" if inside else "separate"
 
 

@@ -511,13 +511,15 @@ def aot_launches(everything: bool):
     if everything:
         others = [(16, 64), (32, 512), (64, 6144), (128, 4096), (256, 4096), (64, 16)]
         cases += [(*shape, torch.bfloat16) for shape in others]
-        wide = [(64, 4096), (128, 4096), (256, 4096)]
+        # not float32 with K = 256: it spills, and the dispatch of ddts does not choose it
+        wide = [(64, 4096), (128, 4096)]
         cases += [(*shape, dtype) for shape in wide for dtype in (torch.float32, torch.float16)]
+        cases += [(256, 4096, torch.float16)]
     for case in cases:
         name = f"K{case[0]} V{case[1]} {str(case[2]).removeprefix('torch.')}"
         yield f"{name} training", functools.partial(_aot_training, *case, gated=False)
-        if case[2] != torch.float32:
-            # float32 spills there: the dispatch of gated_ddts does not choose it
+        if case[2] != torch.float32 and case[0] <= 128:
+            # the others spill, and the dispatch of gated_ddts does not choose them
             yield f"{name} gates inside", functools.partial(_aot_training, *case, gated=True)
     yield "K64 V4096 bfloat16 packed", functools.partial(_aot_packed, 64, 4096, torch.bfloat16)
     yield "K64 V4096 bfloat16 segments", functools.partial(_aot_segments, 64, 4096, torch.bfloat16)
