@@ -124,6 +124,7 @@ def cases(device: torch.device) -> dict[str, partial]:
             *(qk[:, :1], qk[:, :1], v[:, :1], zeros(B, T, K + V), position),
             window_size=K,
         ),
+        partial(ops.rope, qk, qk[:, :, 0, : K // 2], qk[:, :, 0, : K // 2]),
         partial(ops.short_conv, rows, taps),
         partial(ops.short_conv_step, row, zeros(B, V, W), taps),
         partial(ops.rms_norm, rows, weight),
