@@ -110,6 +110,11 @@ def cases(device: torch.device) -> dict[str, partial]:
     position, labels = zeros(B, dtype=torch.int64), zeros(T, dtype=torch.int64)
     mixer = {"gate_weight": zeros(V, K), "gate_bias": weight}
     mixer |= {"residual_weight": weight, "norm_weight": weight}
+    keys, gates = zeros(2 * K, V), zeros(2 * K)
+    block = ops.BlockWeights(
+        *(one[0], zeros(2 * V, K), taps, weight, keys, keys, keys.T, weight),
+        *(keys, gates, weight, weight, zeros(K, V)),
+    )
     calls = [
         partial(ops.ddts_gates, qk, qk, qk),
         partial(ops.ddts, qk, qk, v, qk),
@@ -118,6 +123,7 @@ def cases(device: torch.device) -> dict[str, partial]:
         partial(ops.ddts_scan, state[None], state[None, ..., 0]),
         partial(ops.ddts_step, one[:, None], one[:, None], row[:, None], one[:, None], state),
         partial(ops.ddts_mixer_step, one, one, one, one, one, row, row, row, state, **mixer),
+        partial(ops.block_step, one, block, zeros(B, V, W), state),
         partial(ops.shared_key_attention, qk, qk, v, window_size=K),
         partial(
             ops.shared_key_attention_step,
