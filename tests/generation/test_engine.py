@@ -1,5 +1,7 @@
 """The engine: ``model.generate`` is the truth of its tokens, and nobody's neighbours matter."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -255,3 +257,24 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
 def test_an_engine_needs_at_least_one_of_each(plus, wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         Engine(plus, **wrong)
+
+
+def _live_tensor_bytes() -> int:
+    gc.collect()
+    tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.slow
+def test_nothing_grows_over_a_hundred_thousand_tokens(plus):
+    """One sequence of 100,000 tokens holds the tensors it held after 1,000."""
+    engine = Engine(plus, slots=1)
+    generation = engine.submit(Request(prompts_of(20)[0], 100_000, stop_tokens=()))
+    held = {}
+    while engine.has_work:
+        engine.step()
+        if len(generation.tokens) in (1_000, 50_000, 99_999):
+            tensors = (engine.states.recurrent, engine.states.convolution, engine.states.ring)
+            held[len(generation.tokens)] = _live_tensor_bytes(), *(x.data_ptr() for x in tensors)
+    assert len(generation.tokens) == 100_000 and generation.finish_reason == "length"
+    assert len(set(held.values())) == 1, held
