@@ -14,39 +14,55 @@ class TextStream:
     """Text of a growing list of tokens; what is released is never taken back.
 
     Held back are bytes of an unfinished character, and text that may be the beginning of a stop
-    string.
+    string. Tokens are decoded when somebody looks at the text, all new ones at once; with stop
+    strings as they come.
 
     Attributes:
-        text: What is released so far.
         stopped: Whether a stop string came; the text ends before it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, stop
         self._context: list[int] = []
+        self._new = 0
         self._shown = 0
         self._held = ""
-        self.text = ""
+        self._text = ""
         self.stopped = False
+
+    @property
+    def text(self) -> str:
+        """What is released so far."""
+        if self._new:
+            self._decode_new()
+        return self._text
 
     def push(self, token: int) -> None:
         """Take the next token."""
         self._context.append(token)
+        self._new += 1
+        if self._stop:
+            self._decode_new()
+
+    def finish(self) -> None:
+        """Release what was held back: no token follows."""
+        if self._new:
+            self._decode_new()
+        if self.stopped:
+            return
+        self._release(self._decode()[self._shown :])
+        if not self.stopped:
+            self._text += self._held
+            self._held = ""
+
+    def _decode_new(self):
+        self._new = 0
         decoded = self._decode().removesuffix(_INCOMPLETE)
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
         if len(self._context) > _MOST:
             self._context = self._context[-_CONTEXT:]
             self._shown = len(self._decode().removesuffix(_INCOMPLETE))
-
-    def finish(self) -> None:
-        """Release what was held back: no token follows."""
-        if self.stopped:
-            return
-        self._release(self._decode()[self._shown :])
-        if not self.stopped:
-            self.text += self._held
-            self._held = ""
 
     def _decode(self):
         return self._tokenizer.decode(
@@ -60,10 +76,10 @@ class TextStream:
         found = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True
-            self.text += held[: min(found)]
+            self._text += held[: min(found)]
             return
         kept = max((_overlap(held, stop) for stop in self._stop), default=0)
-        self.text += held[: len(held) - kept]
+        self._text += held[: len(held) - kept]
         self._held = held[len(held) - kept :]
 
 

@@ -88,3 +88,19 @@ def test_an_end_token_is_not_part_of_the_text():
     found = Engine(model, tokenizer).generate([request])[0]
     assert found.tokens == tokens[: tokens.index(tokens[6]) + 1]
     assert found.text == tokenizer.decode(found.tokens[:-1])
+
+
+@pytest.mark.parametrize("every", [3, 50, 1000])
+def test_looking_seldom_gives_the_same_text(every):
+    """Tokens between two looks are decoded together; bytes that are no text among them."""
+    tokenizer = byte_tokenizer()
+    (tokens,) = prompts_of(200, vocab=256)
+    tokens = [*tokenizer(SAMPLES[1]).input_ids, *tokens.tolist()]
+    stream, seen = TextStream(tokenizer), ""
+    for i, token in enumerate(tokens):
+        stream.push(token)
+        if i % every == 0:
+            assert stream.text.startswith(seen)
+            seen = stream.text
+    stream.finish()
+    assert stream.text.startswith(seen) and stream.text == tokenizer.decode(tokens)
