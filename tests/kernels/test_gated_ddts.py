@@ -84,7 +84,7 @@ def test_any_shape(impl, shape):
 @pytest.mark.parametrize("impl", INSIDE)
 def test_short_and_zero_keys_have_the_gradient_of_a_constant_norm(impl):
     case = make(length=20)
-    case[0]["k"][:, 3] *= 1e-8
+    case[0]["k"][:, 3] *= 1e-6
     case[0]["k"][:, 5] = 0
     exact = run(token_loop, case[0], case[2], torch.float64)
     actual = run(gated_ddts, case[0], case[2], impl=impl)
@@ -105,6 +105,25 @@ def test_gradients_at_preactivations_of_plus_minus_100(impl):
     for rows in torch.arange(64, device=DEVICE).view(8, 8):
         names = ("dselect", "dtemper", "dk")
         assert_close(*({n: x[n][:, rows] for n in names} for x in (actual, exact)), 1e-5)
+
+
+@pytest.mark.parametrize("impl", INSIDE)
+def test_gradient_of_a_temperature_that_rounds_to_1(impl):
+    tensors, _, seeds = make(length=20)
+    # sigmoid(15) has two digits left of its distance from 1 in float32
+    tensors["temper"] = torch.full_like(tensors["temper"], 15.0)
+    exact = run(token_loop, tensors, seeds, torch.float64)["dtemper"]
+    actual = run(gated_ddts, tensors, seeds, impl=impl)["dtemper"]
+    assert_close({"dtemper": actual}, {"dtemper": exact}, LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_row_of_starts_serves_all(impl):
+    tensors, starts, seeds = make("reset", batch=2)
+    every = run(gated_ddts, tensors, seeds, impl=impl, starts=starts)
+    # what follows the row in memory is something else
+    shared = torch.stack((starts[0], ~starts[0]))[:1]
+    assert_close(run(gated_ddts, tensors, seeds, impl=impl, starts=shared), every, 1e-7)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
