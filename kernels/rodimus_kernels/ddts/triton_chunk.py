@@ -61,7 +61,11 @@ def walk_tile(key_dim: int, value_dim: int, dtype: torch.dtype, tma: bool, arch:
         limit //= 4
     width = divisor_tile(value_dim, max(min(limit, 128), 16))
     warps = 4 if tma and key_dim <= 128 and dtype == torch.bfloat16 else 8
-    return Tile(width, warps, 2 if arch >= 90 else 3)
+    stages = 2 if arch >= 90 else 3
+    if dtype == torch.float32 and arch < 90:
+        # read and write are 64 * K float32 a stage, of 163 KiB
+        stages = max(min(stages, 256 // key_dim), 1)
+    return Tile(width, warps, stages)
 
 
 def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tile:
