@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from . import native
 from ._dispatch import check_alike, check_shape, choose_compiled, load
 
 _IMPLS = {
@@ -11,10 +12,6 @@ _IMPLS = {
     "native": "rodimus_kernels.native_linear:step",
 }
 IMPLS = tuple(_IMPLS)
-
-# Rows up to which the native form was measured to be the faster one. With more rows of bfloat16 the
-# two are equal within 15%, and torch's is kept.
-_NATIVE_ROWS = {torch.float32: 8, torch.bfloat16: 1}
 
 
 def linear_step(
@@ -48,7 +45,7 @@ def linear_step(
     check_alike("x", x, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":
-            small = 1 <= x.shape[0] <= _NATIVE_ROWS.get(x.dtype, 0)
+            small = 1 <= x.shape[0] <= native.MAX_ROWS
             impl = choose_compiled("torch", x, weight, bias) if small else "torch"
         return load("linear_step", impl, _IMPLS)(x, weight, bias)
 
