@@ -134,13 +134,15 @@ def attention_mask_of(
 
 def _boundaries(batch, length, mask_function, padding, device):
     """Where documents begin in the rows laid end to end: a token that does not see the one before
-    it, and either end of padding. A window of one key makes every token a document, as it is."""
+    it, and all padding, so that what is computed there does not depend on how much there is. A
+    window of one key makes every token a document, as it is."""
     rows = torch.arange(batch, device=device)[:, None]
     tokens = torch.arange(length, device=device)[None]
     starts = ~mask_function(rows, 0, tokens, (tokens - 1).clamp_min(0)).expand(batch, length)
     starts = starts | (tokens == 0)
     if padding is not None:
-        starts = starts | (padding != padding.roll(1, dims=1))
+        padding = padding.bool()
+        starts = starts | ~padding | ~padding.roll(1, dims=1)
     starts = starts.flatten()
     total = batch * length
     if starts.device.type == "cpu" and not is_tracing(starts):

@@ -83,6 +83,16 @@ def test_same_padded_prompt(pads, no_square_mask):
     assert_same("rodimus_plus", run)
 
 
+@torch.no_grad()
+def test_logits_of_padding_do_not_depend_on_how_much_there_is():
+    model = build(config_of("rodimus_plus"))
+    ids, mask = torch.randint(0, 64, (2, 12)), torch.ones(2, 12, dtype=torch.long).tril()
+    more = [torch.cat((x.new_zeros(2, 9), x), dim=1) for x in (ids, mask)]
+    less = model(ids, attention_mask=mask, use_cache=False).logits
+    same = model(more[0], attention_mask=more[1], use_cache=False).logits[:, 9:]
+    torch.testing.assert_close(same, less, rtol=1e-5, atol=1e-5)
+
+
 def test_same_generation_past_the_window(no_square_mask):
     ids = torch.randint(0, 64, (2, 13))
     run = lambda model: model.generate(ids, max_new_tokens=20, do_sample=False).float()
