@@ -162,17 +162,19 @@ def test_stats_name_rates_and_bytes(checkpoint, capsys):
 
 
 def test_bytes_of_the_cache_are_counted_and_do_not_grow(model, tokenizer):
-    """State 8 x 64 in fp32, four inputs of the convolution, 8 keys and values of the window."""
+    """State 8 x 64 in fp32, four inputs of the convolution, 8 keys and values of the window; the
+    ring of the native step holds the token's own, too."""
     ids = tokenizer("hello world " * 10, return_tensors="pt").input_ids[0]
     sizes = []
     for new_tokens in (10, 40):
         done = generate_text(model, tokenizer, ids, Sampling(new_tokens))
         sizes.append(cache_bytes(done.cache))
     assert sizes[0] == sizes[1]
-    layers, width, window = 2, 32, 8
+    layers, width = 2, 32
     assert sizes[0]["recurrent"] == layers * 8 * 2 * width * 4
     assert sizes[0]["convolution"] == layers * 2 * width * 4 * 4
-    assert sizes[0]["window"] == layers * window * (width // 4 + width) * 4
+    token = layers * (width // 4 + width) * 4
+    assert sizes[0]["window"] in (8 * token, 9 * token)
 
 
 def test_conversation_reads_nothing_twice(model, tokenizer):

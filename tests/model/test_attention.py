@@ -132,7 +132,7 @@ def test_boundaries_without_waiting_for_the_device_are_the_same(monkeypatch):
     assert short.tolist() == [0, 1, 2, 6, 12, 15, 16, 17, 18]
     monkeypatch.setattr(attention, "is_tracing", lambda tensor: True)
     long = attention._boundaries(3, 6, window, padding, "cpu")
-    assert long.tolist() == [*short.tolist(), *[18] * 13]
+    assert long.tolist() == [*short.tolist(), *[18] * 10]
 
 
 def test_shared_heads_are_read_once(monkeypatch):

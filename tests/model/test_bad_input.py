@@ -119,7 +119,9 @@ def test_configuration_that_is_not_json(folder):
 
 def test_configuration_of_another_model(folder):
     change_config(folder, model_type="llama")
-    with pytest.raises(ValueError, match="model_type must be one of rodimus, gla, qwen2, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="model_type must be one of rodimus, gla, qwen2, got 'llama'"
+    ):
         load_model(folder)
 
 
