@@ -54,8 +54,12 @@ def _draw(axes: Any, points: Points, **style: Any) -> None:
 
 def _finish(axes: Any, title: str, x: str, y: str, *, log_y: bool = True) -> None:
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if log_y:
         axes.set_yscale("log")
+        if axes.get_ylim()[1] < 10 * axes.get_ylim()[0]:
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
