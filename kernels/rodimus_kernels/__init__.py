@@ -25,7 +25,11 @@ from .shared_key_attention import rope, shared_key_attention, shared_key_attenti
 from .short_conv import short_conv, short_conv_step
 
 # these need torch alone, and torch.compile cannot import while it traces a first call
-for _module in ("ddts.eager", "shared_key_attention.sdpa"):
+for _module in (
+    *("ddts.eager", "ddts.gated", "ddts.native_mixer", "ddts.native_step"),
+    *("native_block", "native_conv", "native_linear", "native_norm"),
+    *("shared_key_attention.native_step", "shared_key_attention.sdpa"),
+):
     importlib.import_module(f"{__name__}.{_module}")
 
 __all__ = [

@@ -106,14 +106,23 @@ attn = {"num_heads": 2, "num_heads_v": 2, "window_size": 8}
 config = RodimusConfig("rodimus_plus", 32, 1, 20, mixer_cfg={"mem_size": 8}, attn_cfg=attn)
 model = RodimusForCausalLM(config)
 ids = torch.arange(12)[None]
-torch.compile(model, backend="eager", fullgraph=True)(ids, labels=ids).loss.backward()
+compiled = torch.compile(model, backend="eager", fullgraph=True)
+"""
+FIRST_STEP = """
+from transformers import StaticCache
+cache = StaticCache(config=model.config, max_cache_len=16)
+with torch.no_grad():
+    model(ids, past_key_values=cache)
+    compiled(ids[:, :1], past_key_values=cache)
 """
 
 
 @pytest.mark.slow
-def test_first_call_of_a_process_is_compiled():
+@pytest.mark.parametrize("call", ["compiled(ids, labels=ids).loss.backward()", FIRST_STEP])
+def test_first_call_of_a_process_is_compiled(call):
     """Nothing is imported while tracing: a fresh process needs no eager call before."""
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True)
+    command = [sys.executable, "-c", FIRST_CALL + call]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
