@@ -1,7 +1,7 @@
 // The operators of torch.ops.rodimus on CUDA: arguments, stream, launch check, registration.
 //
-// A torch built for the CPU lacks three functions used here. They are weak, so the library loads
-// there too, and its registration can be checked on a machine without a GPU.
+// A torch built for the CPU lacks one function used here. It is weak, so the library loads there
+// too, and its registration can be checked on a machine without a GPU.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,8 +10,6 @@
 #include "kernels.h"
 
 #pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
 
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_sources[] =
     "RODIMUS-SOURCES:" RODIMUS_SOURCES;
@@ -26,7 +24,9 @@ void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, 
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   kernel(a, static_cast<cudaStream_t>(stream));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  // torch has a macro for this, but not in every release the library is built with
+  cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
 }
 
 void check_keys(int64_t keys) {
