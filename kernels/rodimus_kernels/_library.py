@@ -282,3 +282,29 @@ def _(x, hidden, weight, bias):
 @torch.library.register_fake("rodimus::input_gate_backward")
 def _(x, hidden, weight, bias, dy):
     return tuple(t.new_empty(t.shape) for t in (x, hidden, weight, bias))
+
+
+torch.library.define("rodimus::swiglu", "(Tensor projection) -> Tensor")
+torch.library.define("rodimus::swiglu_backward", "(Tensor projection, Tensor dy) -> Tensor")
+
+
+@torch.library.register_fake("rodimus::swiglu")
+def _(projection):
+    return projection.new_empty((*projection.shape[:-1], projection.shape[-1] // 2))
+
+
+@torch.library.register_fake("rodimus::swiglu_backward")
+def _(projection, dy):
+    return projection.new_empty(projection.shape)
+
+
+torch.library.define(
+    "rodimus::cross_entropy_rows",
+    "(Tensor(a!) logits, Tensor labels, float z_loss, int ignore_index, bool write_gradient)"
+    " -> Tensor",
+)
+
+
+@torch.library.register_fake("rodimus::cross_entropy_rows")
+def _(logits, labels, z_loss, ignore_index, write_gradient):
+    return logits.new_empty((logits.shape[0], 2), dtype=torch.float32)

@@ -2,15 +2,19 @@
 
 import torch
 
-from . import reference
-from ._dispatch import check_alike, check_shape
+from ._dispatch import check_alike, check_shape, load, runs_triton
 
-IMPLS = ("reference", "eager")
+_IMPLEMENTATIONS = {
+    "reference": "rodimus_kernels.reference:linear_cross_entropy",
+    "eager": "rodimus_kernels.cross_entropy:torch_rows",
+    "triton": "rodimus_kernels.triton_cross_entropy:rows",
+}
+IMPLS = tuple(_IMPLEMENTATIONS)
 
-# Logits held at once, in elements. On a CPU 8 MiB of them stay in cache between the passes (with
-# 4096 classes, 2^21 beat 2^18 .. 2^24 there); a GPU wants whole waves of work instead.
-_LOGITS_AT_ONCE_CPU = 1 << 21
-_LOGITS_AT_ONCE = 1 << 27
+# Bytes of logits held at once. On a CPU 8 MiB of them stay in cache between the passes (with 4096
+# classes, it beat 1 MiB .. 64 MiB there); a GPU wants whole waves of work instead.
+_BYTES_AT_ONCE_CPU = 1 << 23
+_BYTES_AT_ONCE = 1 << 30
 # The weight gradient is rewritten once per chunk, so a large vocabulary must not shrink it further.
 _MIN_ROWS = 256
 
@@ -30,7 +34,8 @@ def linear_cross_entropy(
         loss_n = lse_n - logit_n[label_n] + z_loss * lse_n^2
 
     Gradients are computed in the forward, while a chunk's logits exist, so nothing of size N x
-    vocabulary is saved. Logits are float32 whatever the input dtype.
+    vocabulary is saved. What is computed from the logits is float32 whatever the input dtype; a
+    product of half-precision inputs rounds the logits themselves to it.
 
     Args:
         hidden: ``[N, D]``.
@@ -39,7 +44,7 @@ def linear_cross_entropy(
         z_loss: Weight of the squared log-partition term.
         ignore_index: Label that counts for nothing.
         reduction: ``"sum"``, or ``"mean"`` over the labels that count.
-        impl: ``"auto"``, ``"eager"`` (chunked) or ``"reference"``.
+        impl: ``"auto"``, ``"triton"`` or ``"eager"`` (chunked), or ``"reference"``.
 
     Returns:
         ``(loss, cross_entropy)``: scalars in float32 (float64 for float64 inputs). The second
@@ -57,8 +62,10 @@ def linear_cross_entropy(
     check_alike("hidden", hidden, weight=weight, labels=labels)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-    if impl not in ("auto", *IMPLS):
-        raise ValueError(f"linear_cross_entropy: unknown impl {impl!r}; expected one of {IMPLS}")
+    if impl == "auto":
+        double = hidden.dtype == torch.float64
+        impl = "triton" if runs_triton(hidden.device) and not double else "eager"
+    function = load("linear_cross_entropy", impl, _IMPLEMENTATIONS)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels):
         worst = torch.where(labels == ignore_index, 0, labels)
         if worst.min() < 0 or worst.max() >= weight.shape[0]:
@@ -67,51 +74,82 @@ def linear_cross_entropy(
                 f" {int(worst.min())} .. {int(worst.max())}"
             )
     if impl == "reference":
-        return reference.linear_cross_entropy(
+        return function(
             *(hidden, weight, labels), z_loss=z_loss, ignore_index=ignore_index, reduction=reduction
         )
-    loss, cross_entropy = _ChunkedCrossEntropy.apply(hidden, weight, labels, z_loss, ignore_index)
+    losses = _ChunkedCrossEntropy.apply(hidden, weight, labels, z_loss, ignore_index, function)
+    loss, cross_entropy = losses
     if reduction == "mean":
         count = (labels != ignore_index).sum()
         loss, cross_entropy = loss / count, cross_entropy / count
     return loss, cross_entropy
 
 
+def torch_rows(logits, labels, z_loss, ignore_index, write_gradient):
+    """Losses of rows of logits, which become their gradient in place.
+
+    Args:
+        logits: ``[N, vocabulary]``, float32 or float64; overwritten.
+        labels: int64 ``[N]``. z_loss, ignore_index: as in :func:`linear_cross_entropy`.
+        write_gradient: Without it the logits' memory holds nothing of use afterwards.
+
+    Returns:
+        ``[N, 2]`` in float32 or wider: with the z term, whose gradient is written, and without.
+    """
+    valid, target = (labels != ignore_index).to(logits.dtype), labels.clamp_min(0)[:, None]
+    top, target_logit = logits.amax(-1, keepdim=True), logits.gather(-1, target)[:, 0]
+    # One exponential per logit, in the logits' own memory, serves loss and gradient.
+    odds = logits.sub_(top).exp_()
+    total = odds.sum(-1, keepdim=True)
+    lse = (total.log() + top)[:, 0]
+    cross_entropy = (lse - target_logit) * valid
+    if write_gradient:
+        # d loss / d logits = (1 + 2 z lse) softmax - onehot
+        odds.mul_((valid * (1 + 2 * z_loss * lse))[:, None] / total)
+        odds.scatter_add_(-1, target, -valid[:, None])
+    return torch.stack((cross_entropy + z_loss * lse.square() * valid, cross_entropy), dim=1)
+
+
+def _chunk_rows(logit_bytes: int, vocabulary: int, device: torch.device) -> int:
+    """Rows whose logits are held at once; a multiple of ``_MIN_ROWS`` fills product tiles."""
+    at_once = _BYTES_AT_ONCE_CPU if device.type == "cpu" else _BYTES_AT_ONCE
+    rows = at_once // (logit_bytes * vocabulary)
+    return max(rows // _MIN_ROWS, 1) * _MIN_ROWS
+
+
+def _add_product(total, a, b):
+    """``total += a @ b`` in total's dtype; on a GPU the product itself adds, and is not rounded."""
+    if total.is_cuda and total.dtype != a.dtype and not torch.compiler.is_compiling():
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses; the gradients are taken in the forward and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, z_loss, ignore_index):
+    def forward(ctx, hidden, weight, labels, z_loss, ignore_index, losses_of_rows):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        totals = hidden.new_zeros(2, dtype=wide)
+        # the kernel widens in registers
+        dtype = wide if losses_of_rows is torch_rows else hidden.dtype
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        totals = hidden.new_zeros(2, dtype=wide)
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        at_once = _LOGITS_AT_ONCE_CPU if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
-        rows = max(at_once // weight.shape[0], _MIN_ROWS)
+        rows = _chunk_rows(dtype.itemsize, weight.shape[0], hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
-                x, y = hidden[chunk], labels[chunk]
-                valid, target = (y != ignore_index).to(wide)[:, None], y.clamp_min(0)[:, None]
-                logits = (x @ weight.t()).to(wide)
-                top, target_logit = logits.amax(-1, keepdim=True), logits.gather(-1, target)
-                # One exponential per logit, in the logits' own memory, serves loss and gradient.
-                odds = logits.sub_(top).exp_()
-                total = odds.sum(-1, keepdim=True)
-                lse = total.log() + top
-                cross_entropy = ((lse - target_logit) * valid).sum()
-                totals[0] += cross_entropy + z_loss * (lse.square() * valid).sum()
-                totals[1] += cross_entropy
-                if not (need_hidden or need_weight):
-                    continue
-                # d loss / d logits = (1 + 2 z lse) softmax - onehot
-                dlogits = odds.mul_(valid * (1 + 2 * z_loss * lse) / total)
-                dlogits = dlogits.scatter_add_(-1, target, -valid).to(hidden.dtype)
+                x = hidden[chunk]
+                logits = (x @ weight.t()).to(dtype)
+                options = (z_loss, ignore_index, need_hidden or need_weight)
+                totals += losses_of_rows(logits, labels[chunk], *options).sum(0)
+                dlogits = logits.to(hidden.dtype)
                 if need_hidden:
                     dhidden[chunk] = dlogits @ weight
                 if need_weight:
-                    dweight += dlogits.t() @ x
+                    _add_product(dweight, dlogits.t(), x)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         loss, cross_entropy = totals.clone().unbind()
         ctx.mark_non_differentiable(cross_entropy)
@@ -122,4 +160,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         dhidden = None if dhidden is None else dhidden * dloss.to(dhidden.dtype)
         dweight = None if dweight is None else dweight * dloss.to(dweight.dtype)
-        return dhidden, dweight, None, None, None
+        return dhidden, dweight, None, None, None, None

@@ -6,15 +6,17 @@ import torch.nn.functional as F
 
 from rodimus_kernels import cross_entropy, linear_cross_entropy
 from rodimus_kernels.testing import assert_close, relative_error
+from tests.kernels.device import DEVICE, TRITON_MARKS
 
 VOCABULARY = 37
+IMPLS = ["reference", "eager", pytest.param("triton", marks=TRITON_MARKS)]
 
 
 def make(tokens=23, dtype=torch.float32):
     labels = torch.randint(VOCABULARY, (tokens,))
     labels[::5] = -100
     hidden, weight = torch.randn(tokens, 16), torch.randn(VOCABULARY, 16)
-    return hidden.to(dtype), weight.to(dtype), labels
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), labels.to(DEVICE)
 
 
 def run(function, hidden, weight, labels, dtype, **options):
@@ -35,13 +37,21 @@ def exact(hidden, weight, labels, *, z_loss=0.0, ignore_index=-100, reduction="s
     return plain + z_loss * penalty, plain.detach()
 
 
-# logits held at once: all, two chunks, one token at a time
-@pytest.fixture(params=[1 << 24, 12 * VOCABULARY, 1], ids=["whole", "halves", "tokens"])
+# tokens at once
+@pytest.fixture(params=[256, 12, 1], ids=["whole", "halves", "tokens"])
 def chunks(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_LOGITS_AT_ONCE", request.param)
+    monkeypatch.setattr(cross_entropy, "_chunk_rows", lambda *shape: request.param)
 
 
-@pytest.mark.parametrize("impl", cross_entropy.IMPLS)
+# logits of a row at once: several blocks with a rest
+@pytest.fixture
+def blocks(monkeypatch):
+    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    monkeypatch.setattr(module, "_LOGITS", 16)
+    monkeypatch.setattr(module, "_WARPS", 1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
 def test_matches_full_logits_with_gradients(chunks, impl, reduction, z_loss):
@@ -50,7 +60,14 @@ def test_matches_full_logits_with_gradients(chunks, impl, reduction, z_loss):
     assert_close(actual, run(exact, *inputs, torch.float64, **options), 2e-6)
 
 
-@pytest.mark.parametrize("impl", cross_entropy.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS[2:])
+def test_a_row_in_several_blocks(blocks, impl):
+    inputs = make()
+    actual = run(linear_cross_entropy, *inputs, torch.float32, impl=impl, z_loss=0.3)
+    assert_close(actual, run(exact, *inputs, torch.float64, z_loss=0.3), 2e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_another_ignore_index(impl):
     hidden, weight, labels = make()
     labels[labels == -100] = 3
@@ -65,6 +82,49 @@ def test_half_precision_keeps_float32_logits():
     truth, _ = exact(inputs[0].double(), inputs[1].double(), inputs[2])
     # the CPU product rounds logits to 8 bits; their errors average out over the tokens
     assert loss.dtype == torch.float32 and relative_error(loss, truth) < 2e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS[2:])
+def test_half_precision_gradients(blocks, chunks, impl):
+    inputs = make(23, torch.bfloat16)
+    actual = run(linear_cross_entropy, *inputs, torch.bfloat16, impl=impl, z_loss=0.1)
+    # logits and their gradient are rounded to 8 bits, and on a CPU every chunk's weight gradient
+    assert_close(actual, run(exact, *inputs, torch.float64, z_loss=0.1), 2e-2)
+
+
+@pytest.mark.parametrize("impl", IMPLS[2:])
+def test_huge_and_masked_logits_stay_finite(blocks, impl):
+    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    logits = torch.randn(3, VOCABULARY, device=DEVICE) * 1e4
+    logits[0, 20:] = -float("inf")
+    logits[1, :17] = -float("inf")
+    labels = torch.tensor([4, 30, -100], device=DEVICE)
+    truth = logits.double().requires_grad_()
+    loss = F.cross_entropy(truth, labels, reduction="none")
+    loss.sum().backward()
+    losses = module.rows(logits, labels, 0.0, -100, True)
+    torch.testing.assert_close(losses[:, 1].double(), loss.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), truth.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    hidden, weight, labels = make()
+    with torch.no_grad():
+        plain = linear_cross_entropy(hidden, weight, labels, z_loss=0.1)
+    graded = linear_cross_entropy(hidden.requires_grad_(), weight, labels, z_loss=0.1)
+    assert plain[0] == graded[0] and plain[1] == graded[1]
+
+
+def test_opcheck():
+    pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    arguments = (torch.randn(4, VOCABULARY, device=DEVICE), make(4)[2], 0.1, -100, True)
+    torch.library.opcheck(torch.ops.rodimus.cross_entropy_rows.default, arguments)
+
+
+def test_chunks_hold_the_bytes_they_may_in_whole_tiles_of_rows():
+    rows = lambda *shape: cross_entropy._chunk_rows(*shape, torch.device("cuda"))
+    assert rows(2, 126464) == 4096 and rows(4, 126464) == 2048
+    assert rows(2, 1 << 24) == 256
 
 
 def test_frozen_head_gets_no_gradient():
