@@ -36,6 +36,7 @@ MODULES = (
     "rodimus_kernels.triton_norm",
     "rodimus_kernels.triton_conv",
     "rodimus_kernels.triton_input_gate",
+    "rodimus_kernels.triton_swiglu",
     "rodimus_kernels.triton_cross_entropy",
     "rodimus_kernels.shared_key_attention.triton_attention",
     "rodimus_kernels.shared_key_attention.triton_rope",

@@ -137,6 +137,7 @@ def cases(device: torch.device) -> dict[str, partial]:
         partial(ops.add_rms_norm, rows, rows, weight),
         partial(ops.gated_rms_norm, rows, rows, weight),
         partial(ops.input_gate, rows, zeros(B, T, K), zeros(V, K), weight),
+        partial(ops.swiglu, rows),
         partial(ops.linear_step, row, zeros(K, V)),
         partial(ops.linear_cross_entropy, rows[0], zeros(8, V), labels),
     ]

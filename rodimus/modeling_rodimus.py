@@ -60,6 +60,7 @@ try:
         rope,
         rope_tables,
         short_conv,
+        swiglu,
     )
 except ImportError:
     from .reference_rodimus import (
@@ -74,6 +75,7 @@ except ImportError:
         rope,
         rope_tables,
         short_conv,
+        swiglu,
     )
     from .reference_rodimus import ddts_chunk as ddts
 
@@ -783,8 +785,7 @@ class RodimusMLP(nn.Module):
         self.out_proj = RodimusOutLinear(config.intermediate_size, config.d_model, bias=False)
 
     def forward(self, hidden_states):
-        x, gate = self.fc(hidden_states).chunk(2, dim=-1)
-        y = F.dropout(F.silu(gate) * x, self.activation_dropout, self.training)
+        y = F.dropout(swiglu(self.fc(hidden_states)), self.activation_dropout, self.training)
         return F.dropout(self.out_proj(y), self.dropout, self.training)
 
 

@@ -23,6 +23,7 @@ from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import rope_tables
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
 from .short_conv import short_conv, short_conv_step
+from .swiglu import swiglu
 
 # these need torch alone, and torch.compile cannot import while it traces a first call
 for _module in (
@@ -55,4 +56,5 @@ __all__ = [
     "shared_key_attention_step",
     "short_conv",
     "short_conv_step",
+    "swiglu",
 ]

@@ -106,6 +106,19 @@ def input_gate(x, hidden, weight, bias):
     return (x.to(dtype) * gate).to(x.dtype)
 
 
+def swiglu(projection):
+    """Gated activation of the MLP, ``silu(gate) * x``.
+
+    Args:
+        projection: x and gate beside each other, ``[..., 2 D]``.
+
+    Returns:
+        ``[..., D]`` in the projection's dtype.
+    """
+    x, gate = projection.to(accumulation_dtype(projection)).chunk(2, dim=-1)
+    return (F.silu(gate) * x).to(projection.dtype)
+
+
 # ----------------------------------------------------------------------------------------------
 # DDTS: the recurrence, one token at a time and one chunk at a time
 # ----------------------------------------------------------------------------------------------

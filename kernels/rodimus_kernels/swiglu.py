@@ -1,0 +1,45 @@
+"""The gated activation of the MLP."""
+
+import torch
+import torch.nn.functional as F
+
+from ._dispatch import check_floating, load, runs_triton
+
+_IMPLEMENTATIONS = {
+    "reference": "rodimus_kernels.reference:swiglu",
+    "torch": "rodimus_kernels.swiglu:torch_swiglu",
+    "triton": "rodimus_kernels.triton_swiglu:swiglu",
+}
+IMPLS = tuple(_IMPLEMENTATIONS)
+
+
+def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
+    """``silu(gate) * x`` of the halves ``x, gate`` of one projection; differentiable.
+
+    GLU variants (arXiv 2002.05202). It takes the projection whole, so that in Triton one kernel
+    writes its gradient, which halves of their own would be copied into.
+
+    Args:
+        projection: ``[..., 2 D]``: x in the first D channels, its gate in the others.
+        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+
+    Returns:
+        ``[..., D]`` in the projection's dtype, computed in float32 or wider; with
+        ``impl="torch"``, the automatic choice off a GPU, in the dtype given.
+
+    Raises:
+        ValueError: the width is odd, or the dtype or device breaks the contract.
+    """
+    if projection.dim() == 0 or projection.shape[-1] % 2:
+        raise ValueError(f"projection must have shape [..., 2 D], got {tuple(projection.shape)}")
+    check_floating(projection=projection)
+    if impl == "auto":
+        double = projection.dtype == torch.float64
+        impl = "triton" if runs_triton(projection.device) and not double else "torch"
+    return load("swiglu", impl, _IMPLEMENTATIONS)(projection)
+
+
+def torch_swiglu(projection):
+    """Two torch operations in the dtype given."""
+    x, gate = projection.chunk(2, dim=-1)
+    return F.silu(gate) * x

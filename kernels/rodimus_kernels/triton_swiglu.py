@@ -1,0 +1,95 @@
+"""The gated activation in Triton: both halves' gradient is written into one tensor."""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _library  # noqa: F401  (the schemas come first)
+from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
+
+# channels of a program
+_CHANNELS = 2048
+
+
+@triton.jit
+def swiglu_fwd_kernel(xg, y, xg_t, D, BD: tl.constexpr):
+    """``y [T, D]`` contiguous, of the halves of ``xg [T, 2 D]``; program (token, channels)."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    mask = o_d < D
+    b_x = tl.load(xg + i_t * xg_t + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_y = b_x * b_g * tl.sigmoid(b_g)
+    tl.store(y + i_t * D + o_d, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def swiglu_bwd_kernel(xg, dy, dxg, xg_t, dy_t, D, BD: tl.constexpr):
+    """``dxg [T, 2 D]`` contiguous; program (token, channels)."""
+    i_t = tl.program_id(0).to(tl.int64)
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
+    mask = o_d < D
+    b_x = tl.load(xg + i_t * xg_t + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_sigmoid = tl.sigmoid(b_g)
+    b_dg = b_dy * b_x * b_sigmoid * (1.0 + b_g * (1.0 - b_sigmoid))
+    p_dx = dxg + i_t * 2 * D + o_d
+    tl.store(p_dx, (b_dy * b_g * b_sigmoid).to(dxg.dtype.element_ty), mask=mask)
+    tl.store(p_dx + D, b_dg.to(dxg.dtype.element_ty), mask=mask)
+
+
+def swiglu(projection):
+    """The contract is that of :func:`rodimus_kernels.swiglu`."""
+    check_runs_here("swiglu", projection)
+    return torch.ops.rodimus.swiglu(projection)
+
+
+def _rows(x):
+    """``x`` as rows of unit stride; a slice of a projection is not copied."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def _launch(kernel, rows, *args):
+    length, width = rows.shape[0], rows.shape[1] // 2
+    block = min(_CHANNELS, triton.next_power_of_2(width))
+    options = {"BD": block, "num_warps": max(block // 512, 1), **FP_FUSION}
+    kernel[(length, triton.cdiv(width, block))](rows, *args, width, **options)
+
+
+@implement("swiglu")
+def _forward(projection):
+    rows = _rows(projection)
+    y = projection.new_empty((*projection.shape[:-1], projection.shape[-1] // 2))
+    _launch(swiglu_fwd_kernel, rows, y, rows.stride(0))
+    return y
+
+
+@implement("swiglu_backward")
+def _backward(projection, dy):
+    rows, dys = _rows(projection), _rows(dy)
+    dprojection = projection.new_empty(projection.shape)
+    _launch(swiglu_bwd_kernel, rows, dys, dprojection, rows.stride(0), dys.stride(0))
+    return dprojection
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx, dy):
+    return torch.ops.rodimus.swiglu_backward(*ctx.saved_tensors, dy)
+
+
+torch.library.register_autograd("rodimus::swiglu", _autograd, setup_context=_setup_context)
+
+
+def aot_launches(everything: bool):
+    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
+    for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+        yield str(dtype).removeprefix("torch."), lambda dtype=dtype: _aot(dtype)
+
+
+def _aot(dtype):
+    projection = torch.empty(16, 2 * 5632, dtype=dtype)
+    torch.ops.rodimus.swiglu_backward(projection, torch.ops.rodimus.swiglu(projection))
