@@ -1,9 +1,13 @@
-"""The short convolution in Triton, forward and backward: one pass each way, taps from the cache.
+"""The short convolution in Triton, forward and backward: one walk over time each way.
+
+Channels are independent. A program takes a block of channels and a run of tokens and walks over
+it: the last ``W - 1`` inputs stay in registers, backward also the unfinished sums of as many tokens
+of dx, so that each tensor is read or written once. ``W - 1`` tokens before a run are read again,
+and after it in the backward. Gradients of weight and bias are summed per program and then over
+programs in a fixed order, without atomics.
 
 Packed rows come with ``documents`` and ``starts [B, T]``: the document of each token and its first
-token. A tap that reaches behind it reads the document's initial state, or zero. A backward program
-computes what it needs of the tokens after its own again; gradients of weight and bias are summed
-per program and then over programs in a fixed order, without atomics.
+token. A tap that reaches behind it reads the document's initial state, or zero.
 """
 
 import torch
@@ -13,63 +17,104 @@ import triton.language as tl
 from . import _library  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
-# tokens and channels of a tile; tokens of a backward program, which has a partial sum of its own
-_TOKENS, _CHANNELS, _BACKWARD_TOKENS = 16, 128, 256
-# the backward keeps twice as much
-_FORWARD_WARPS, _BACKWARD_WARPS = 4, 8
+# channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
+_CHANNELS, _WARPS = 512, 4
+# tokens of a run; backward a run has sums of its own, which are written and read once more
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 64, 256
+# tokens whose loads are in flight together; divides both runs
+_AHEAD = 4
 
 
 @triton.jit
-def document_at(documents, starts, i_b, T, o_t, valid):
-    """``(document, first token)`` of tokens; rows that are not packed hold one document each."""
+def mask_if(mask, condition):
+    """``mask`` where the scalar holds; the interpreter broadcasts a bool to an int."""
+    return (mask & condition) != 0
+
+
+@triton.jit
+def document_at(documents, starts, i_b, t, T):
+    """``(document, first token)`` of token ``t``; rows not packed hold one document each."""
     if documents is None:
-        return o_t * 0 + i_b, o_t * 0
+        return i_b, t * 0
     else:
-        b_n = tl.load(documents + i_b * T + o_t, mask=valid, other=-1).to(tl.int64)
-        return b_n, tl.load(starts + i_b * T + o_t, mask=valid, other=0).to(tl.int64)
+        i_n = tl.load(documents + i_b * T + t, mask=t < T, other=0).to(tl.int64)
+        return i_n, tl.load(starts + i_b * T + t, mask=t < T, other=0).to(tl.int64)
 
 
 @triton.jit
-def load_inputs(p_x, h0, o_t, b_n, b_start, valid, o_d, x_t, D, W: tl.constexpr):
-    """Inputs at tokens ``o_t`` of documents ``b_n``, fp32 ``[tokens, BD]``.
+def load_tokens(p, t, stride, T, mask, COUNT: tl.constexpr):
+    """``COUNT`` rows from token ``t`` on, of the tensor's dtype; zero from T on."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        rows += (tl.load(p + (t + i) * stride, mask=mask_if(mask, t + i < T), other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_taps(weight, bias, o_d, mask, W: tl.constexpr):
+    """``(taps, bias)`` in fp32, oldest tap first."""
+    taps = ()
+    for tap in tl.static_range(W):
+        taps += (tl.load(weight + o_d * W + tap, mask=mask, other=0.0).to(tl.float32),)
+    b_b = tl.zeros(o_d.shape, tl.float32)
+    if bias is not None:
+        b_b += tl.load(bias + o_d, mask=mask, other=0.0).to(tl.float32)
+    return taps, b_b
+
+
+@triton.jit
+def past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W: tl.constexpr):
+    """The ``W - 1`` inputs before token ``t``, oldest first, in fp32.
 
     Before the first token are the columns of the state ``h0 [N, D, W]``: token -1 is its last.
     """
-    mask_d = (o_d < D)[None, :]
-    inside = (valid & (o_t >= b_start))[:, None] & mask_d
-    b_x = tl.load(p_x + o_t[:, None] * x_t + o_d[None, :], mask=inside, other=0.0).to(tl.float32)
-    if h0 is not None:
-        column = W + o_t - b_start
-        before = (valid & (o_t < b_start) & (column >= 0))[:, None] & mask_d
-        p_h0 = h0 + (b_n[:, None] * D + o_d[None, :]) * W + column[:, None]
-        b_x += tl.load(p_h0, mask=before, other=0.0).to(tl.float32)
-    return b_x
+    past = ()
+    for i in tl.static_range(W - 1):
+        before = t - (W - 1) + i
+        inside = mask_if(mask, before >= start)
+        b_x = tl.load(p_x + before * x_t, mask=inside, other=0.0).to(tl.float32)
+        if h0 is not None:
+            p_h0 = h0 + (i_n * D + o_d) * W + (W + before - start)
+            b_x += tl.load(p_h0, mask=mask_if(mask, before < start), other=0.0).to(tl.float32)
+        past += (b_x,)
+    return past
 
 
 @triton.jit
-def preactivation(p_x, h0, weight, bias, o_t, b_n, b_start, valid, o_d, x_t, D, W: tl.constexpr):
-    """The convolution before silu at tokens ``o_t``: fp32 ``[tokens, BD]``."""
-    mask_d = o_d < D
-    b_y = tl.zeros([o_t.shape[0], o_d.shape[0]], tl.float32)
-    if bias is not None:
-        b_y += tl.load(bias + o_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    for tap in tl.static_range(W):
-        b_w = tl.load(weight + o_d * W + tap, mask=mask_d, other=0.0).to(tl.float32)
-        o_tap = o_t - (W - 1 - tap)
-        b_y += load_inputs(p_x, h0, o_tap, b_n, b_start, valid, o_d, x_t, D, W) * b_w[None, :]
+def preactivation(inputs, taps, b_b):
+    """The convolution before silu, of the last ``W`` inputs."""
+    b_y = b_b
+    for tap in tl.static_range(len(taps)):
+        b_y += inputs[tap] * taps[tap]
     return b_y
 
 
 @triton.jit
-def dpreactivation(
-    p_x, h0, weight, bias, p_dy, o_t, b_n, b_start, valid, o_d, x_t, dy_t, D, W: tl.constexpr
-):
-    """Gradient at :func:`preactivation`, through silu."""
-    b_y = preactivation(p_x, h0, weight, bias, o_t, b_n, b_start, valid, o_d, x_t, D, W)
-    mask = valid[:, None] & (o_d < D)[None, :]
-    b_dy = tl.load(p_dy + o_t[:, None] * dy_t + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+def backward_step(inputs, taps, b_b, b_dy, pending, t, start, PACKED: tl.constexpr):
+    """``(dp, pending)``: the gradient before silu at token ``t``, and its part in dx.
+
+    ``pending`` comes with the sums of the ``W - 1`` tokens before ``t`` and goes with that of ``t``
+    as well; what is first is finished.
+    """
+    b_y = preactivation(inputs, taps, b_b)
     b_sigmoid = tl.sigmoid(b_y)
-    return b_dy * b_sigmoid * (1.0 + b_y * (1.0 - b_sigmoid))
+    b_dp = b_dy.to(tl.float32) * b_sigmoid * (1.0 + b_y * (1.0 - b_sigmoid))
+    sums = ()
+    for tap in tl.static_range(len(pending)):
+        b_dx = b_dp * taps[tap]
+        if PACKED:
+            b_dx = tl.where(t - len(pending) + tap >= start, b_dx, 0.0)
+        sums += (pending[tap] + b_dx,)
+    return b_dp, sums + (b_dp * taps[len(pending)],)
+
+
+@triton.jit
+def zeros(like, COUNT: tl.constexpr):
+    """A tuple of fp32 zeros."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros(like.shape, tl.float32),)
+    return sums
 
 
 @triton.jit
@@ -86,20 +131,33 @@ def short_conv_fwd_kernel(
     x_b,
     x_t,
     W: tl.constexpr,
-    BT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``y = silu(bias + taps)``, contiguous ``[B, T, D]``; program (channels, tokens, row)."""
+    """``y = silu(bias + taps)``, contiguous ``[B, T, D]``; program (channels, run, row)."""
     i_b = tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    o_t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
-    valid = o_t < T
-    b_n, b_start = document_at(documents, starts, i_b, T, o_t, valid)
-    p_x = x + i_b * x_b
-    b_y = preactivation(p_x, h0, weight, bias, o_t, b_n, b_start, valid, o_d, x_t, D, W)
-    p_y = y + (i_b * T + o_t[:, None]) * D + o_d[None, :]
-    b_y = b_y * tl.sigmoid(b_y)
-    tl.store(p_y, b_y.to(y.dtype.element_ty), mask=valid[:, None] & (o_d < D)[None, :])
+    mask = o_d < D
+    first = tl.program_id(1).to(tl.int64) * TOKENS
+    p_x = x + i_b * x_b + o_d
+    p_y = y + i_b * T * D + o_d
+    taps, b_b = load_taps(weight, bias, o_d, mask, W)
+    i_n, start = document_at(documents, starts, i_b, first, T)
+    past = past_inputs(p_x, h0, i_n, first, start, o_d, x_t, D, mask, W)
+    for i_t in range(0, min(TOKENS, T - first), AHEAD):
+        rows = load_tokens(p_x, first + i_t, x_t, T, mask, AHEAD)
+        for i in tl.static_range(AHEAD):
+            t = first + i_t + i
+            if documents is not None:
+                i_n, start = document_at(documents, starts, i_b, t, T)
+                if t == start:
+                    past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+            inputs = past + (rows[i].to(tl.float32),)
+            b_y = preactivation(inputs, taps, b_b)
+            b_y = b_y * tl.sigmoid(b_y)
+            tl.store(p_y + t * D, b_y.to(y.dtype.element_ty), mask=mask_if(mask, t < T))
+            past = inputs[1:]
 
 
 @triton.jit
@@ -122,47 +180,66 @@ def short_conv_bwd_kernel(
     dy_t,
     W: tl.constexpr,
     TOKENS: tl.constexpr,
-    BT: tl.constexpr,
+    AHEAD: tl.constexpr,
     BD: tl.constexpr,
 ):
     """``dx`` contiguous ``[B, T, D]``; ``dweight [programs, W, D]``, ``dbias [programs, D]``."""
+    PACKED: tl.constexpr = documents is not None
     i_b = tl.program_id(2).to(tl.int64)
-    part = i_b * tl.num_programs(1) + tl.program_id(1)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    mask_d = o_d < D
-    p_x = x + i_b * x_b
-    p_dy = dy + i_b * dy_b
-    b_db = tl.zeros([BD], tl.float32)
+    mask = o_d < D
     first = tl.program_id(1).to(tl.int64) * TOKENS
-    for i_t in range(0, min(TOKENS, T - first), BT):
-        o_t = first + i_t + tl.arange(0, BT)
-        valid = o_t < T
-        b_n, b_start = document_at(documents, starts, i_b, T, o_t, valid)
-        b_dx = tl.zeros([BT, BD], tl.float32)
-        for back in tl.static_range(W):
-            o_later = o_t + back
-            later = o_later < T
-            b_n_later, b_start_later = document_at(documents, starts, i_b, T, o_later, later)
-            same = later & (b_n_later == b_n)
-            b_dp = dpreactivation(
-                *(p_x, h0, weight, bias, p_dy, o_later, b_n_later, b_start_later, same),
-                *(o_d, x_t, dy_t, D, W),
-            )
-            p_w = weight + o_d * W + (W - 1 - back)
-            b_dx += b_dp * tl.load(p_w, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-            if back == 0:
-                b_own = b_dp
-        b_db += tl.sum(b_own, 0)
-        for tap in tl.static_range(W):
-            o_tap = o_t - (W - 1 - tap)
-            b_x = load_inputs(p_x, h0, o_tap, b_n, b_start, valid, o_d, x_t, D, W)
-            p_dw = dweight + (part * W + tap) * D + o_d
-            # a program adds to its own sums only
-            b_dw = tl.sum(b_own * b_x, 0) + tl.load(p_dw, mask=mask_d, other=0.0)
-            tl.store(p_dw, b_dw, mask=mask_d)
-        p_dx = dx + (i_b * T + o_t[:, None]) * D + o_d[None, :]
-        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=valid[:, None] & mask_d[None, :])
-    tl.store(dbias + part * D + o_d, b_db, mask=mask_d)
+    p_x = x + i_b * x_b + o_d
+    p_dy = dy + i_b * dy_b + o_d
+    p_dx = dx + i_b * T * D + o_d
+    taps, b_b = load_taps(weight, bias, o_d, mask, W)
+    i_n, start = document_at(documents, starts, i_b, first, T)
+    past = past_inputs(p_x, h0, i_n, first, start, o_d, x_t, D, mask, W)
+    pending = zeros(o_d, W - 1)
+    sums = zeros(o_d, W)
+    b_db = tl.zeros([BD], tl.float32)
+    for i_t in range(0, min(TOKENS, T - first), AHEAD):
+        rows = load_tokens(p_x, first + i_t, x_t, T, mask, AHEAD)
+        drows = load_tokens(p_dy, first + i_t, dy_t, T, mask, AHEAD)
+        for i in tl.static_range(AHEAD):
+            t = first + i_t + i
+            if PACKED:
+                i_n, start = document_at(documents, starts, i_b, t, T)
+                if t == start:
+                    past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+            inputs = past + (rows[i].to(tl.float32),)
+            b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, t, start, PACKED)
+            done = t - (W - 1)
+            mask_done = mask_if(mask, (done >= first) & (done < T))
+            tl.store(p_dx + done * D, pending[0].to(dx.dtype.element_ty), mask=mask_done)
+            b_db += b_dp
+            added = ()
+            for tap in tl.static_range(W):
+                added += (sums[tap] + b_dp * inputs[tap],)
+            sums = added
+            past = inputs[1:]
+            pending = pending[1:]
+    # what the tokens after the run add to its last ones
+    after = first + tl.cdiv(min(TOKENS, T - first), AHEAD) * AHEAD
+    rows = load_tokens(p_x, after, x_t, T, mask, W - 1)
+    drows = load_tokens(p_dy, after, dy_t, T, mask, W - 1)
+    for i in tl.static_range(W - 1):
+        t = after + i
+        if PACKED:
+            i_n, start = document_at(documents, starts, i_b, t, T)
+            if t == start:
+                past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+        inputs = past + (rows[i].to(tl.float32),)
+        b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, t, start, PACKED)
+        done = t - (W - 1)
+        mask_done = mask_if(mask, (done >= first) & (done < T))
+        tl.store(p_dx + done * D, pending[0].to(dx.dtype.element_ty), mask=mask_done)
+        past = inputs[1:]
+        pending = pending[1:]
+    part = i_b * tl.num_programs(1) + tl.program_id(1)
+    for tap in tl.static_range(W):
+        tl.store(dweight + (part * W + tap) * D + o_d, sums[tap], mask=mask)
+    tl.store(dbias + part * D + o_d, b_db, mask=mask)
 
 
 @triton.jit
@@ -181,13 +258,16 @@ def short_conv_dstate_kernel(
     dy_b,
     dy_t,
     W: tl.constexpr,
-    BW: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``dh0 [N, D, W]``; program (channels, document). ``bounds [N + 1]`` of packed documents."""
+    """``dh0 [N, D, W]``; program (channels, document). ``bounds [N + 1]`` of packed documents.
+
+    The first ``W - 1`` tokens finish the sums of the state's columns instead of dx's; no token
+    reads the oldest column.
+    """
     i_n = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    o_w = tl.arange(0, BW)
+    mask = o_d < D
     if bounds is None:
         i_b = i_n
         start = i_n * 0
@@ -196,21 +276,20 @@ def short_conv_dstate_kernel(
         i_b = i_n * 0
         start = tl.load(bounds + i_n).to(tl.int64)
         end = tl.load(bounds + i_n + 1).to(tl.int64)
-    b_n = o_w * 0 + i_n
-    b_start = o_w * 0 + start
-    b_dh0 = tl.zeros([BW, BD], tl.float32)
-    for back in tl.static_range(1, W):
-        o_t = start + o_w - W + back
-        valid = (o_t >= start) & (o_t < end) & (o_w < W)
-        b_dp = dpreactivation(
-            *(x + i_b * x_b, h0, weight, bias, dy + i_b * dy_b, o_t, b_n, b_start, valid),
-            *(o_d, x_t, dy_t, D, W),
-        )
-        p_w = weight + o_d * W + (W - 1 - back)
-        b_dh0 += b_dp * tl.load(p_w, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
-    p_dh0 = dh0 + (i_n * D + o_d[None, :]) * W + o_w[:, None]
-    mask = (o_w < W)[:, None] & (o_d < D)[None, :]
-    tl.store(p_dh0, b_dh0.to(dh0.dtype.element_ty), mask=mask)
+    p_x = x + i_b * x_b + o_d
+    taps, b_b = load_taps(weight, bias, o_d, mask, W)
+    past = past_inputs(p_x, h0, i_n, start, start, o_d, x_t, D, mask, W)
+    rows = load_tokens(p_x, start, x_t, end, mask, W - 1)
+    drows = load_tokens(dy + i_b * dy_b + o_d, start, dy_t, end, mask, W - 1)
+    pending = zeros(o_d, W - 1)
+    p_dh0 = dh0 + (i_n * D + o_d) * W
+    tl.store(p_dh0, tl.zeros([BD], dh0.dtype.element_ty), mask=mask)
+    for i in tl.static_range(W - 1):
+        inputs = past + (rows[i].to(tl.float32),)
+        _, pending = backward_step(inputs, taps, b_b, drows[i], pending, start + i, start, False)
+        tl.store(p_dh0 + i + 1, pending[0].to(dh0.dtype.element_ty), mask=mask)
+        past = inputs[1:]
+        pending = pending[1:]
 
 
 def forward(
@@ -273,14 +352,15 @@ def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
     x, weight, y = unit_stride(x), weight.contiguous(), x.new_empty(x.shape)
     batch, length, channels = x.shape
     h0 = None if initial_state is None else initial_state.contiguous()
-    grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _TOKENS), batch)
+    grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _FORWARD_TOKENS), batch)
     short_conv_fwd_kernel[grid](
         *(x, h0, weight, bias, *_packing(x, cu_seqlens, seq_idx), y),
         *(length, channels, *x.stride()[:2]),
         W=weight.shape[1],
-        BT=_TOKENS,
+        TOKENS=_FORWARD_TOKENS,
+        AHEAD=_AHEAD,
         BD=_CHANNELS,
-        num_warps=_FORWARD_WARPS,
+        num_warps=_WARPS,
         **FP_FUSION,
     )
     return y
@@ -294,7 +374,7 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
     h0 = None if initial_state is None else initial_state.contiguous()
     blocks = triton.cdiv(length, _BACKWARD_TOKENS)
     dx = x.new_empty(x.shape)
-    dweight = x.new_zeros((batch * blocks, width, channels), dtype=torch.float32)
+    dweight = x.new_empty((batch * blocks, width, channels), dtype=torch.float32)
     dbias = x.new_empty((batch * blocks, channels), dtype=torch.float32)
     strides = (*x.stride()[:2], *dy.stride()[:2])
     tiles = triton.cdiv(channels, _CHANNELS)
@@ -303,9 +383,9 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
         *(length, channels, *strides),
         W=width,
         TOKENS=_BACKWARD_TOKENS,
-        BT=_TOKENS,
+        AHEAD=_AHEAD,
         BD=_CHANNELS,
-        num_warps=_BACKWARD_WARPS,
+        num_warps=_WARPS,
         **FP_FUSION,
     )
     dh0 = x.new_empty(0)
@@ -314,8 +394,8 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
         short_conv_dstate_kernel[(tiles, h0.shape[0])](
             *(x, h0, weight, bias, cu_seqlens, dy, dh0, length, channels, *strides),
             W=width,
-            BW=triton.next_power_of_2(width),
             BD=_CHANNELS,
+            num_warps=_WARPS,
             **FP_FUSION,
         )
     dbias = x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype)

@@ -39,7 +39,7 @@ def double(tensors):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 11, 70])
 def test_matches_conv1d_with_all_gradients(impl, width, length):
     x, weight, bias, past = make(length=length, width=width)
@@ -167,6 +167,29 @@ def test_gradients_of_packed_documents_with_states(impl):
     def separate(x, weight, bias, past):
         pieces = (slice(0, 2), past[:1]), (slice(2, 11), past[2:])
         return torch.cat([exact_conv(x[:, part], weight, bias, h0) for part, h0 in pieces], dim=1)
+
+    assert_close(run(ours, tensors, seed), run(separate, double(tensors), seed), LIMIT)
+
+
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=TRITON_MARKS)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_runs_of_few_tokens_join(impl, packed, monkeypatch):
+    module = pytest.importorskip("rodimus_kernels.triton_conv")
+    for name in ("_FORWARD_TOKENS", "_BACKWARD_TOKENS"):
+        monkeypatch.setattr(module, name, module._AHEAD)
+    # documents that begin at, before and after the edge of a run, shorter and longer than the taps
+    bounds = torch.tensor([0, 3, 4, 5, 6, 15, 16, 23] if packed else [0, 23], device=DEVICE)
+    x, weight, bias, past = make(batch=1, length=23, sequences=len(bounds) - 1)
+    tensors, seed = {"x": x, "weight": weight, "bias": bias, "past": past}, torch.randn_like(x)
+    options = {"cu_seqlens": bounds} if packed else {}
+    ours = lambda x, weight, bias, past: short_conv(
+        x, weight, bias, initial_state=past, impl=impl, **options
+    )[0]
+
+    def separate(x, weight, bias, past):
+        documents = x.split(bounds.diff().tolist(), dim=1)
+        pairs = zip(documents, past.split(1), strict=True)
+        return torch.cat([exact_conv(x, weight, bias, h0) for x, h0 in pairs], dim=1)
 
     assert_close(run(ours, tensors, seed), run(separate, double(tensors), seed), LIMIT)
 
