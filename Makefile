@@ -71,6 +71,7 @@ bench: $(VENV)/.bench
 		benchmarks/bench_prefill.py --bench-scale full --bench-models "$(MODELS)"
 	$(BIN)/python -m benchmarks.report
 
+# RODIMUS_GPU_PARTS="tests operators" runs a part; .ci/gpu names them all
 gpu:
 	@sh .ci/gpu $(PYTHON)
 

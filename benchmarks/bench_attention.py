@@ -18,7 +18,7 @@ import torch
 from rodimus_kernels import shared_key_attention, shared_key_attention_step
 from rodimus_kernels.testing import relative_error
 
-from . import operators, timing
+from . import operators, peers, timing
 
 HEADS = 16
 # a cache's rows in flight: several times what the last cache level holds
@@ -115,15 +115,16 @@ def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call | st
     found: dict[str, Call | str] = {}
     for name in (impl, *(peer for peer in PEERS if peer != impl)):
         function = functools.partial(attend, impl=name)
+        if name == impl:
+            found[f"{name}/expanded"] = sequence_call(what, function, tensors, floor_ms)
+            continue
         try:
             for suffix, one in (("expanded", function), ("repeated", repeated(function))):
                 call = sequence_call(what, one, tensors, floor_ms)
-                if name != impl:
-                    call.function()
-                if name != impl or suffix == "expanded":
-                    found[f"{name}/{suffix}"] = call
-        except Exception as reason:  # a peer may fail in any way; the record says how
-            found[f"{name}/any"] = f"{type(reason).__name__}: {reason}"
+                peers.guarded(call.function, operators.PEER_LIMIT_SECONDS)
+                found[f"{name}/{suffix}"] = call
+        except peers.Unavailable as reason:
+            found[f"{name}/any"] = str(reason)
     return found
 
 
@@ -146,18 +147,6 @@ def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> di
     assert relative_error(calls(impl)()[0], exact.double()) <= LIMITS[dtype]
     names = dict.fromkeys((impl, "reference"))
     return {f"step/{name}": Call(calls(name), count, floor_ms) for name in names}
-
-
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Most bytes a run allocates beyond its inputs; None without a GPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call.function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
@@ -185,7 +174,7 @@ def test_attention(bench, benchmark, start, point):
         if isinstance(call, str):
             continue
         try:
-            peaks[name] = peak_bytes(call, bench.device)
+            peaks[name] = operators.peak_bytes(call.function, bench.device)
             graphs[name] = operators.captured(call.function, bench.device)
             timed[name] = call
         except Exception as reason:  # a peer that cannot be captured; ours must
@@ -193,8 +182,8 @@ def test_attention(bench, benchmark, start, point):
                 raise
             calls[name] = f"{type(reason).__name__}: {reason}"
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
-    warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
-    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
+    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
     rows = operators.skipped(calls)
     for name, call in timed.items():
         rows.append(
@@ -206,7 +195,7 @@ def test_attention(bench, benchmark, start, point):
         "heads": HEADS,
         "head_dim": dim,
         "window": window,
-        "rounds": bench.rounds,
+        "rounds": rounds,
         "warm_up_rounds": warm_up,
         "largest_error": error,
     }

@@ -23,7 +23,7 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import operators, timing
+from . import operators, peers, timing
 
 KEY_DIM, RANK = 64, 32
 
@@ -137,12 +137,12 @@ def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | st
     impl, timed = "triton_chunk" if on_gpu else "eager", {"forward": forward, "training": training}
     ours = functools.partial(ddts, impl=impl)
     found: dict[str, Call | str] = {f"ddts/{impl}": timed[what](inputs, ours)}
+    peer = timed[what](inputs, fla_forward)
     try:
-        peer = timed[what](inputs, fla_forward)
-        peer.function()
+        peers.guarded(peer.function, operators.PEER_LIMIT_SECONDS)
         found["chunk_gla/fla"] = peer
-    except Exception as reason:  # a peer may fail in any way; the record says how
-        found["chunk_gla/fla"] = f"{type(reason).__name__}: {reason}"
+    except peers.Unavailable as reason:
+        found["chunk_gla/fla"] = str(reason)
     return found
 
 
@@ -160,8 +160,8 @@ def test_ddts(bench, benchmark, start, point):
     timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
     graphs = {name: operators.captured(call.function, bench.device) for name, call in timed.items()}
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
-    warm_up = turns.warm_up(batch=max(bench.rounds // 3, 1), most=2 * bench.rounds)
-    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=bench.rounds)
+    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
     copy_rate = bench.ceilings["copy_GBps"]
     rows = operators.skipped(calls)
     for target, call in timed.items():
@@ -172,7 +172,7 @@ def test_ddts(bench, benchmark, start, point):
         "context": length,
         "key_dim": KEY_DIM,
         "value_dim": width,
-        "rounds": bench.rounds,
+        "rounds": rounds,
         "warm_up_rounds": warm_up,
         "largest_error": error,
     }

@@ -11,11 +11,11 @@ POINTS = {
     "tiny": [(1, 48), (2, 96)],
     "cpu": [(1, 128), (1, 1024), (1, 4096), (1, 16384)],
     "cuda": [
-        *((1, context) for context in (128, 1024, 4096, 32768, 131072)),
-        *((batch, context) for context in (4096, 32768) for batch in (8, 32)),
-        *((batch, 1024) for batch in (64, 256)),
+        *((1, context) for context in (4096, 1024, 32768, 131072, 128)),
+        *((8, 4096), (64, 1024), (32, 32768), (256, 1024), (32, 4096), (8, 32768)),
     ],
 }
+LAST = [point for point in POINTS["cuda"] if point[0] > 1]
 STEPS = 8
 """Tokens of one timed call on a GPU, so that a call is long against its synchronisation."""
 
@@ -42,8 +42,14 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
     return Target(f"{model.name}/{engine}", model, engine, call, facts)
 
 
-def engines_of(batch: int):
-    """All engines for one sequence; for a batch the plain one and the one meant for speed."""
+def engines_of(device: torch.device, batch: int, context: int):
+    """All engines for one sequence; for a batch the plain one and the one meant for speed.
+
+    On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
+    others are left to the engines meant for speed.
+    """
+    if device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
+        return lambda model: model.engines[-1:]
     ends = lambda model: tuple(dict.fromkeys((model.engines[0], model.engines[-1])))
     return (lambda model: model.engines) if batch == 1 else ends
 
@@ -56,7 +62,7 @@ def test_decode(bench, benchmark, start, point):
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, context),
-            engines_of(batch),
+            engines_of(bench.device, batch, context),
         )
         steps = STEPS if bench.device.type == "cuda" else 1
         record = bench.interleave(

@@ -10,8 +10,9 @@ from .harness import Bench, Target
 POINTS = {
     "tiny": [(1, 64)],
     "cpu": [(1, 512)],
-    "cuda": [(1, length) for length in (512, 2048, 8192, 32768, 131072)],
+    "cuda": [(1, length) for length in (8192, 2048, 32768, 512, 131072)],
 }
+LAST = [(1, 131072)]
 
 
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:

@@ -24,8 +24,11 @@ MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
 
 
-CALL_LIMIT_SECONDS = 30.0
+CALL_LIMIT_SECONDS = {"cpu": 30.0, "cuda": 10.0}
 """A target whose single call takes longer is skipped: a round would take the whole run."""
+
+PREPARE_LIMIT_SECONDS = {"cpu": None, "cuda": 60.0}
+"""A target that takes longer to be made, checked and compiled is skipped."""
 
 
 @dataclasses.dataclass
@@ -74,6 +77,7 @@ class Bench:
         rounds: Timed rounds of a case, and of a batch of warm-up.
         load: Load average before the run.
         deadline: ``time.monotonic()`` after which no further case starts.
+        case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
         again: Measure cases that have a record.
     """
 
@@ -86,6 +90,7 @@ class Bench:
     load: float
     kept: Path | None = None
     deadline: float = float("inf")
+    case_seconds: float = float("inf")
     again: bool = False
     seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
@@ -159,25 +164,34 @@ class Bench:
             for engine in engines(model):
                 label = f"{name}/{engine}"
                 try:
-                    self._check(model, engine)
-                    target = peers.guarded(lambda m=model, e=engine: prepare(m, e))
-                    self._try(target)
-                    ready.append(target)
+                    ready.append(
+                        peers.guarded(
+                            lambda m=model, e=engine: self._prepared(prepare, m, e),
+                            PREPARE_LIMIT_SECONDS[self.device.type],
+                        )
+                    )
                 except peers.Unavailable as reason:
+                    # a check that was interrupted would be interrupted again
+                    self.checked.setdefault(label, str(reason))
                     rows.append(records.skipped(label, family, engine, str(reason)))
         return ready, rows
 
-    def _try(self, target: Target) -> None:
-        """Call a target once; Unavailable if it fails or takes too long."""
-        before = time.monotonic()
-        peers.guarded(target.call)
-        if self.device.type == "cuda":
-            peers.guarded(torch.cuda.synchronize)
-        seconds = time.monotonic() - before
-        if seconds > CALL_LIMIT_SECONDS:
-            raise peers.Unavailable(
-                f"too slow: one call took {seconds:.0f} s, limit {CALL_LIMIT_SECONDS:.0f} s"
-            )
+    def _prepared(
+        self, prepare: Callable[[peers.Model, str], Target], model: peers.Model, engine: str
+    ) -> Target:
+        """A target that is right and fast enough; on a GPU its first call compiles."""
+        self._check(model, engine)
+        target = prepare(model, engine)
+        limit = CALL_LIMIT_SECONDS[self.device.type]
+        for _ in range(2 if self.device.type == "cuda" else 1):
+            before = time.monotonic()
+            target.call()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - before
+            if seconds <= limit:
+                return target
+        raise peers.Unavailable(f"too slow: one call took {seconds:.0f} s, limit {limit:.0f} s")
 
     def _check(self, model: peers.Model, engine: str) -> None:
         """Raise Unavailable unless the engine decodes what it prefills, on the same tokens."""
@@ -248,9 +262,7 @@ class Bench:
             return skipped, {"rounds": 0, "warm_up_rounds": 0}
         calls = {target.name: target.call for target in targets}
         turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
-        # clocks and caches of a GPU settle slowly, and its rounds are short
-        most = 2 * rounds if self.device.type == "cuda" else rounds
-        warm_up = turns.warm_up(batch=max(rounds // 3, 1), most=most)
+        rounds, warm_up = turns.settle(rounds, self.case_seconds)
         gc.collect()
         gc.disable()
         try:

@@ -4,10 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from . import records, timing
 
 RUNS_IN_A_GRAPH = 5
+
+PEER_LIMIT_SECONDS = 90.0
+"""A peer that takes longer to compile and choose among its kernels is skipped."""
 
 
 def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -25,6 +29,35 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
         for _ in range(RUNS_IN_A_GRAPH):
             function()
     return graph.replay
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """Most bytes a run allocates beyond what is there before; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def kernels(call: Callable[[], object], top: int = 10) -> list[dict[str, Any]]:
+    """The kernels of one run that take longest together: name, launches, ms, share of all."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    total = sum(map(sum, times.values()))
+    longest = sorted(times.items(), key=lambda item: -sum(item[1]))[:top]
+    return [
+        {"name": name, "launches": len(found), "ms": sum(found), "share": sum(found) / total}
+        for name, found in longest
+    ]
 
 
 def measured(

@@ -7,9 +7,12 @@ keeps. Weights are random and never zero: a processor can be faster on zeros tha
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import signal
 import tempfile
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import machine
 from .sizes import StateBytes, config_of, sequence_flops, state_bytes
@@ -168,13 +172,14 @@ class HuggingFaceModel(Model):
         if engine not in self.engines:
             raise Unavailable(f"{self.name} has the engines {self.engines}, not {engine!r}")
         if engine == "graph":
-            return GraphSession(HuggingFaceSession(self, "static", batch, room))
+            below = "own" if "own" in self.engines else "static"
+            return GraphSession(HuggingFaceSession(self, below, batch, room))
         kind = EngineSession if engine == "engine" else HuggingFaceSession
         return kind(self, engine, batch, room)
 
 
 class HuggingFaceSession(Session):
-    """A cache of transformers (``dynamic``, ``static``), or the model's own (``own``)."""
+    """A cache of transformers (``static``, else a growing one), or the model's own (``own``)."""
 
     def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
         self.owner, self.engine, self.batch, self.room = owner, engine, batch, room
@@ -206,7 +211,9 @@ class HuggingFaceSession(Session):
         return output.logits[:, -1]
 
     def fill(self, context: int) -> None:
-        prompt = min(context, 8) if self.engine != "own" else context
+        # only keys and values grow: a state is as long after 8 tokens as after 8000
+        whole = self.engine == "own" and self.owner.family == "rodimus_plus"
+        prompt = context if whole else min(context, 8)
         self.prefill(random_tokens(self.batch, prompt, self.owner))
         for layer in self.cache.layers if context > prompt else ():
             _extend(layer, context - prompt)
@@ -214,14 +221,28 @@ class HuggingFaceSession(Session):
     def state_bytes(self) -> StateBytes:
         recurrent = cached = 0
         for layer in getattr(self.cache, "layers", ()):
-            for kind in ("recurrent_states", "conv_states"):
-                states = getattr(layer, kind, {})
-                recurrent += sum(map(_bytes, states.values()))
-            if getattr(layer, "keys", None) is not None:
-                cached += _bytes(layer.keys) + _bytes(layer.values)
+            states, keys = _tensors(layer)
+            recurrent += sum(map(_bytes, states))
+            cached += sum(map(_bytes, keys))
         if recurrent + cached == 0:
             raise Unavailable(f"the cache of {self.owner.name} does not show its tensors")
         return StateBytes(recurrent, cached)
+
+
+def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a layer of a cache keeps: states and taps, keys and values."""
+    states = [
+        tensor
+        for kind in ("recurrent_states", "conv_states")
+        for tensor in getattr(layer, kind, {}).values()
+    ]
+    keys = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
+    # flash-linear-attention's names
+    for kind, found in (getattr(layer, "state", None) or {}).items():
+        several = found if isinstance(found, (tuple, list)) else [found]
+        tensors = [tensor for tensor in several if isinstance(tensor, torch.Tensor)]
+        (keys if kind == "attn_state" else states).extend(tensors)
+    return states, keys
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -287,11 +308,16 @@ class EngineSession(HuggingFaceSession):
 
 
 class GraphSession(Session):
-    """A session whose step is recorded once in a CUDA graph and replayed."""
+    """A session whose step is recorded once in a CUDA graph and replayed.
+
+    Where a step replaces the cache's tensors, the graph ends by copying the new into the old ones.
+    """
 
     def __init__(self, session: HuggingFaceSession):
         self.session, self.token = session, session.token
         self.graph: torch.cuda.CUDAGraph | None = None
+        # the graph reads them at fixed addresses
+        self.kept: tuple[Any, ...] = ()
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         self.graph = None
@@ -313,16 +339,47 @@ class GraphSession(Session):
         self.graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
+        constants, graph = HostConstants(), torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), constants:
             for _ in range(3):
                 self.session.step()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        before = self._replaced()
+        with torch.cuda.graph(graph), constants:
             self.session.step()
+            for old, new in zip(before, self._replaced(), strict=True):
+                old.copy_(new)
+        self.kept = (constants, before)
         return graph
+
+    def _replaced(self) -> list[torch.Tensor]:
+        """Tensors that a step replaces: a static cache writes in place."""
+        if self.session.engine == "static":
+            return []
+        return [x for layer in self.session.cache.layers for part in _tensors(layer) for x in part]
+
+
+class HostConstants(TorchFunctionMode):
+    """``torch.tensor`` of the same Python numbers is made once.
+
+    transformers makes the index -1 in each step of a full static window. A graph cannot record the
+    copy from the host, but it reads a tensor that was there before.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not torch.tensor:
+            return function(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self.made:
+            self.made[key] = function(*args, **kwargs)
+        return self.made[key]
 
 
 def _build(
@@ -344,7 +401,8 @@ def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
         config = rodimus.RodimusConfig(**fields)
         return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph, "engine")
     if "fla" in entry.source:
-        return *_fla_classes(entry, fields), ("own",)
+        # the attention of its Rodimus+ appends to keys and values: no two steps are alike
+        return *_fla_classes(entry, fields), ("own", *(graph if entry.family == "rwkv6" else ()))
     if entry.family == "qwen2":
         # transformers' own, which can also be trained with our loss
         from rodimus.peers import PEERS
@@ -356,7 +414,10 @@ def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 
     name = {"qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}[entry.family]
     config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=None, eos_token_id=None)
-    return getattr(transformers, f"{name}ForCausalLM"), config, ("dynamic",)
+    # without its package transformers computes the recurrence by torch: a row says so
+    package = {"qwen3_next": "fla", "mamba2": "mamba_ssm"}[entry.family]
+    engine = "dynamic" if importlib.util.find_spec(package) else "torch"
+    return getattr(transformers, f"{name}ForCausalLM"), config, (engine,)
 
 
 def _fla_classes(entry: Entry, fields: dict[str, Any]) -> tuple[Any, Any]:
@@ -602,16 +663,48 @@ def disagreement(session: Session, ids: torch.Tensor) -> float:
     return ((stepped - whole).norm() / whole.norm()).item()
 
 
-def guarded(call: Callable[[], Any]) -> Any:
+class _Late(BaseException):
+    """Raised by the alarm; no ``except Exception`` of a peer may swallow it."""
+
+
+def guarded(call: Callable[[], Any], limit: float | None = None) -> Any:
     """Run a peer's code; what it raises becomes the reason why it was skipped.
 
     A peer is third-party code on a machine it may not know: whatever goes wrong in it is part of
     the result, and must not take the other peers' results with it.
+
+    Args:
+        call: What to run.
+        limit: Seconds after which it is interrupted, between two of Python's instructions; needs
+            the main thread.
     """
     try:
-        return call()
+        with _alarm(limit):
+            return call()
     except Unavailable:
         raise
+    except _Late:
+        if limit is None:
+            raise
+        raise Unavailable(f"too slow: not done after {limit:g} s") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise Unavailable(f"{type(error).__name__}: {lines[0]}") from error
+
+
+@contextlib.contextmanager
+def _alarm(limit: float | None) -> Iterator[None]:
+    if limit is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: Any) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

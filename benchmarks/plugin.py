@@ -18,9 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import machine, peers
+from . import machine, peers, warm
 from .harness import Bench
 from .sizes import SCALES
+
+# in the order of their worth, should the seconds not suffice for all
+MODULES = ("ddts", "attention", "decode", "train", "prefill", "memory", "engine")
+GPU_CASE_SECONDS = 20.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -36,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
     seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
     add("--bench-seconds", type=float, default=seconds, help="start no case after this time")
+    add(
+        *("--bench-case-seconds",),
+        type=float,
+        default=0.0,
+        help="fewer rounds where a case would be timed for longer; 0: 20 on a GPU, else no limit",
+    )
     add("--bench-threads", type=int, default=0, help="of torch; 0: one tiny, every core full")
     add("--bench-again", action="store_true", help="measure cases that have a record, too")
 
@@ -48,6 +58,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kind = "tiny" if scale == "tiny" else _device().type
     points = metafunc.module.POINTS[kind]
     metafunc.parametrize("point", points, ids=["-".join(map(str, p)) for p in points])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is worth most runs first; a module's ``LAST`` points run after all other modules."""
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        module, call = item.module, getattr(item, "callspec", None)
+        point = call.params.get("point") if call else None
+        name = module.__name__.rpartition("bench_")[2]
+        place = MODULES.index(name) if name in MODULES else len(MODULES)
+        return point in getattr(module, "LAST", ()), place
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +89,11 @@ def bench(request: pytest.FixtureRequest):
     threads = torch.get_num_threads()
     every = os.cpu_count() or 1
     torch.set_num_threads(option("--bench-threads") or (1 if scale == "tiny" else every))
+    if device.type == "cuda" and scale == "full":
+        warm.shorten_trials()
     for message in machine.disturbances(load) if scale == "full" else ():
         warnings.warn(message, stacklevel=1)
+    limit = GPU_CASE_SECONDS if device.type == "cuda" and scale == "full" else float("inf")
     yield Bench(
         scale=scale,
         device=device,
@@ -77,22 +104,31 @@ def bench(request: pytest.FixtureRequest):
         load=load,
         kept=kept,
         deadline=time.monotonic() + seconds if seconds else float("inf"),
+        case_seconds=option("--bench-case-seconds") or limit,
         again=option("--bench-again"),
     )
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def start(bench: Bench):
-    """Ask with group and case before a case is measured: skips it if that is done or too late."""
+def start(bench: Bench, request: pytest.FixtureRequest):
+    """Ask with group and case before a case is measured: skips it if that is done or too late.
+
+    At full scale the seconds of each case are printed when it is done.
+    """
+    begun: list[tuple[str, float]] = []
 
     def ask(group: str, case: str) -> None:
         if bench.done(group, case):
             pytest.skip(f"{group} {case}: recorded for this commit")
         if bench.out_of_time():
             pytest.skip(f"{group} {case}: the run's seconds are spent; run again to continue")
+        begun.append((f"{group} {case}", time.monotonic()))
 
-    return ask
+    yield ask
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    for name, before in begun if terminal and bench.scale == "full" else ():
+        terminal.write_line(f" {name}: {time.monotonic() - before:.1f} s")
 
 
 def _scale(config: pytest.Config) -> str:

@@ -309,6 +309,24 @@ def _timed_section(title: str, unit: str, found: list[Record]) -> Iterator[str]:
         head += [f"faster than {name}" for name in peers.BASELINES]
         head += ["of the ceiling"]
         yield from table(head, rows)
+        for row in measured(record):
+            yield from _kernels(row)
+
+
+def _kernels(row: Row) -> Iterator[str]:
+    """Where the time of one call goes, and the bytes it needs besides the weights."""
+    if "step_bytes" in row:
+        yield f"{row['target']} allocates {size(row['step_bytes'])} in a step, gradients included."
+        yield ""
+    if "kernels" not in row:
+        return
+    yield from table(
+        [f"kernels of {row['target']}", "launches", "ms", "of all kernels"],
+        [
+            [f"`{k['name'][:60]}`", str(k["launches"]), f"{k['ms']:.3g}", f"{k['share']:.0%}"]
+            for k in row["kernels"]
+        ],
+    )
 
 
 def _ms(row: Row, name: str, steps: int) -> str:

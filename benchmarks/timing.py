@@ -23,6 +23,10 @@ AGREEMENT = 0.02
 """Warm-up ends when the medians of two successive batches of rounds differ by less."""
 
 
+FEWEST_ROUNDS = 6
+"""The fewest whose range encloses the median at 95 %."""
+
+
 class Sample(NamedTuple):
     """One call, in milliseconds; ``device_ms`` is None without a GPU."""
 
@@ -182,6 +186,27 @@ class RoundRobin:
             before = medians
         self.clear()
         return done
+
+    def settle(self, rounds: int, seconds: float = math.inf) -> tuple[int, int]:
+        """Warm up for timed rounds.
+
+        Args:
+            rounds: That are wanted.
+            seconds: Where warm-up and all rounds would take longer than this, there are fewer, but
+                no fewer than ``FEWEST_ROUNDS``.
+
+        Returns:
+            The rounds to time, and those that were run.
+        """
+        # clocks and caches of a GPU settle slowly, and its rounds are short
+        most, done = (2 if self.device.type == "cuda" else 1) * rounds, 0
+        if seconds < math.inf:
+            before, done = time.monotonic(), 1
+            self.round()
+            affordable = int(seconds / (time.monotonic() - before))
+            most = min(most, affordable // 3)
+            rounds = max(min(rounds, 2 * affordable // 3), min(rounds, FEWEST_ROUNDS))
+        return rounds, done + self.warm_up(batch=max(rounds // 3, 1), most=most)
 
     def clear(self) -> None:
         """Forget the samples."""

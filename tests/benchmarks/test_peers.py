@@ -1,6 +1,9 @@
 """Every model of the comparison runs, decodes what it prefills, and keeps the bytes it should."""
 
+import contextlib
 import functools
+import time
+import types
 
 import pytest
 import torch
@@ -113,3 +116,40 @@ def test_a_model_that_does_not_fit_is_not_built(monkeypatch):
 def test_random_weights_have_no_zero_matrix():
     weights = dict(load("qwen2-1.5b").model.named_parameters())
     assert all(w.float().std() > 0 for name, w in weights.items() if w.dim() > 1)
+
+
+def test_a_call_that_takes_too_long_is_interrupted_whatever_it_catches():
+    def hangs():
+        with contextlib.suppress(Exception):
+            while True:
+                time.sleep(0.01)
+
+    with pytest.raises(peers.Unavailable, match=r"too slow: not done after 0\.1 s"):
+        peers.guarded(hangs, 0.1)
+    # the alarm is gone, and one inside another leaves the interruption to it
+    time.sleep(0.15)
+    with pytest.raises(peers.Unavailable, match="too slow"):
+        peers.guarded(lambda: peers.guarded(hangs), 0.1)
+
+
+def test_constants_of_the_host_are_made_once_in_a_recorded_step():
+    with peers.HostConstants():
+        first, again, other = (torch.tensor([x], dtype=int) for x in (-1, -1, 2))
+        narrow = torch.tensor([-1], dtype=torch.int32)
+    assert first is again and other.item() == 2 and narrow.dtype == torch.int32
+    assert torch.tensor([-1], dtype=int) is not first
+
+
+def test_tensors_of_a_cache_are_found_under_the_names_of_flash_linear_attention():
+    state, taps, keys, values = (torch.zeros(n) for n in (2, 3, 4, 5))
+    layer = types.SimpleNamespace(
+        keys=None,
+        state={
+            "recurrent_state": state,
+            "attn_state": (keys, values),
+            "conv_state": taps,
+            "ffn_state": None,
+        },
+    )
+    states, cached = peers._tensors(layer)
+    assert states == [state, taps] and cached == [keys, values]

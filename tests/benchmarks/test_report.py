@@ -190,3 +190,13 @@ def test_committed_report_is_what_the_committed_records_say():
     if not (report.HERE / "RESULTS.md").exists():
         pytest.skip("no report in this checkout yet")
     assert report.main(["--check"]) == 0
+
+
+def test_a_training_step_tells_its_longest_kernels_and_its_memory():
+    kernels = [{"name": "gemm" * 40, "launches": 24, "ms": 12.345, "share": 0.5}]
+    trained = row("rodimus-plus-1.6b/dynamic", PEER, kernels=kernels, step_bytes=40_000_000_000)
+    settings = {"batch": 4, "context": 4096, "dtype": "bfloat16"}
+    record = records.make("train", "b4", settings=settings, machine=MACHINE, rows=[trained])
+    text = report.render([record])
+    assert "rodimus-plus-1.6b/dynamic allocates 40 GB in a step" in text
+    assert f"| `{'gemm' * 15}` | 24 | 12.3 | 50% |" in text

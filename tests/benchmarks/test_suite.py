@@ -100,7 +100,7 @@ def test_memory_equals_the_formula_and_does_not_grow_for_recurrent_models(found)
 
 
 def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
-    monkeypatch.setattr(harness, "CALL_LIMIT_SECONDS", -1.0)
+    monkeypatch.setitem(harness.CALL_LIMIT_SECONDS, "cpu", -1.0)
     cpu, names = torch.device("cpu"), ("qwen2-1.5b",)
     bench = harness.Bench("tiny", cpu, torch.float32, names, folder=None, rounds=1, load=0.0)
     slow = lambda model, engine: harness.Target(f"{model.name}/{engine}", model, engine, int)

@@ -1,5 +1,7 @@
 """Statistics of interleaved timings, on numbers whose answers are known."""
 
+import time
+
 import pytest
 import torch
 
@@ -70,3 +72,16 @@ def test_warm_up_leaves_no_samples():
 def test_unknown_focus_is_refused():
     with pytest.raises(ValueError, match="focus must be one of"):
         timing.RoundRobin({"a": lambda: None}, CPU, focus="b")
+
+
+def test_slow_targets_get_fewer_rounds_but_enough_for_an_interval():
+    calls = {"one": lambda: time.sleep(0.01), "two": int}
+    turns = timing.RoundRobin(calls, CPU, focus="one")
+    assert turns.settle(15, 0.01) == (timing.FEWEST_ROUNDS, 1)
+    # fewer are not made more, and plenty of time changes nothing
+    assert turns.settle(3, 0.01)[0] == 3
+    assert turns.settle(15, 60.0)[0] == turns.settle(15)[0] == 15
+    assert turns.settle(3)[1] <= 3
+    assert not turns.samples["one"]
+    assert timing.median_interval([0.0] * timing.FEWEST_ROUNDS)[2] > 0.95
+    assert timing.median_interval([0.0] * (timing.FEWEST_ROUNDS - 1))[2] < 0.95
