@@ -1,8 +1,9 @@
 """The norms in Triton, forward and backward: one pass over the rows each way.
 
-A program keeps a row in registers and walks over rows ``id, id + programs, ...``; the gradients of
-weights are summed per program and then over programs in a fixed order, without atomics. Nothing is
-saved but the inputs: the backward computes the row's mean square again.
+A program keeps a row in registers. Backward it walks over rows ``id, id + programs, ...``, with the
+next ones on their way; the gradients of weights are summed per program and then over programs in a
+fixed order, without atomics. Nothing is saved but the inputs: the backward computes the row's mean
+square again.
 """
 
 import torch
@@ -15,9 +16,11 @@ from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
 # a row is one block of registers
 MAX_WIDTH = 16384
 
-# programs of a backward pass: enough to fill a GPU of 132 multiprocessors twice, few enough that
-# their partial sums stay small
-_PROGRAMS = 264
+# programs of a backward pass: enough to fill a GPU of 132 multiprocessors, few enough that their
+# partial sums stay small; rows of each that are in flight or in registers
+_PROGRAMS, _ROWS = 528, 2
+# elements a thread holds of a row of up to 4096; the backward keeps a row five times and the sums
+_FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 16, 8
 
 
 @triton.jit
@@ -28,9 +31,10 @@ def normalized(b_x, D: tl.constexpr, eps):
 
 
 @triton.jit
-def normalized_backward(b_dn, b_n, r_rms, D: tl.constexpr):
+def normalized_backward(b_dn, b_x, b_n, r_rms, D: tl.constexpr):
     """Gradient of the row that was normalised, from that of the result."""
-    return r_rms * (b_dn - b_n * (tl.sum(b_dn * b_n, 0) / D))
+    # the sum with x rather than n does not wait for r_rms
+    return r_rms * (b_dn - b_n * (r_rms * (tl.sum(b_dn * b_x, 0) / D)))
 
 
 @triton.jit
@@ -66,18 +70,20 @@ def rms_norm_bwd_kernel(
     dstream_t,
     D: tl.constexpr,
     BD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own."""
     o_d = tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dw = tl.zeros([BD], tl.float32)
-    for i_t in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
+    first = tl.program_id(0).to(tl.int64)
+    for i_t in tl.range(first, T, tl.num_programs(0), num_stages=ROWS):
         b_x = tl.load(stream + i_t * stream_t + o_d, mask=mask, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
         b_n, r_rms = normalized(b_x, D, eps)
         b_dw += b_dy * b_n
-        b_dx = normalized_backward(b_dy * b_w, b_n, r_rms, D)
+        b_dx = normalized_backward(b_dy * b_w, b_x, b_n, r_rms, D)
         if dstream is not None:
             b_dx += tl.load(dstream + i_t * dstream_t + o_d, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=mask)
@@ -148,6 +154,7 @@ def gated_rms_norm_bwd_kernel(
     dy_t,
     D: tl.constexpr,
     BD: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights by program."""
     o_d = tl.arange(0, BD)
@@ -158,7 +165,8 @@ def gated_rms_norm_bwd_kernel(
     if residual is not None:
         b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
         b_drw = tl.zeros([BD], tl.float32)
-    for i_t in range(tl.program_id(0).to(tl.int64), T, tl.num_programs(0)):
+    first = tl.program_id(0).to(tl.int64)
+    for i_t in tl.range(first, T, tl.num_programs(0), num_stages=ROWS):
         p_residual = None
         if residual is not None:
             p_residual = residual + i_t * residual_t + o_d
@@ -166,10 +174,11 @@ def gated_rms_norm_bwd_kernel(
         b_z, b_gate, b_residual = gated_row(x + i_t * x_t + o_d, p_gate, p_residual, b_rw, mask)
         b_sigmoid = tl.sigmoid(b_gate)
         b_silu = b_gate * b_sigmoid
-        b_n, r_rms = normalized(b_z * b_silu, D, eps)
+        b_h = b_z * b_silu
+        b_n, r_rms = normalized(b_h, D, eps)
         b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
         b_dw += b_dy * b_n
-        b_dh = normalized_backward(b_dy * b_w, b_n, r_rms, D)
+        b_dh = normalized_backward(b_dy * b_w, b_h, b_n, r_rms, D)
         b_dz = b_dh * b_silu
         b_dgate = b_dh * b_z * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
         tl.store(dx + i_t * D + o_d, b_dz.to(dx.dtype.element_ty), mask=mask)
@@ -215,10 +224,10 @@ def _rows(x):
     return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
 
 
-def _tile(width):
-    """One row a program; 16 elements a thread up to 4096, twice that beyond."""
+def _tile(width, elements):
+    """One row in a program's registers, ``elements`` a thread as far as warps allow."""
     block = triton.next_power_of_2(width)
-    warps = max(1, min(block // 512, 16))
+    warps = max(1, min(block // (32 * elements), 16))
     return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
 
 
@@ -238,7 +247,8 @@ def _partial_sums(rows, width, like):
 def _rms_norm(x, weight, eps):
     rows, y = _rows(x), _like(x, weight.dtype)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
-        *(rows, None, weight, y, None, eps, rows.stride(0), 0), **_tile(x.shape[-1])
+        *(rows, None, weight, y, None, eps, rows.stride(0), 0),
+        **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y
 
@@ -249,7 +259,7 @@ def _add_rms_norm(x, residual, weight, eps):
     y, stream = _like(x, weight.dtype), _like(residual)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
         *(rows, streams, weight, y, stream, eps, rows.stride(0), streams.stride(0)),
-        **_tile(x.shape[-1]),
+        **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y, stream
 
@@ -261,7 +271,8 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream):
     rms_norm_bwd_kernel[(dweight.shape[0],)](
         *(rows, weight, dys, dstreams, dx, dweight, eps, rows.shape[0]),
         *(rows.stride(0), dys.stride(0), _row_stride(dstreams)),
-        **_tile(stream.shape[-1]),
+        **_tile(stream.shape[-1], _BACKWARD_ELEMENTS),
+        ROWS=_ROWS,
     )
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -272,7 +283,7 @@ def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
     gated_rms_norm_fwd_kernel[(rows.shape[0],)](
         *(rows, gates, weight, residuals, residual_weight, y, eps),
         *(rows.stride(0), gates.stride(0), _row_stride(residuals)),
-        **_tile(x.shape[-1]),
+        **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y
 
@@ -288,7 +299,8 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
         *(rows, gates, weight, residuals, residual_weight, dys),
         *(dx, dgate, dresidual, dweight, dresidual_weight, eps, rows.shape[0]),
         *(rows.stride(0), gates.stride(0), _row_stride(residuals), dys.stride(0)),
-        **_tile(x.shape[-1]),
+        **_tile(x.shape[-1], _BACKWARD_ELEMENTS),
+        ROWS=_ROWS,
     )
     if residual is not None:
         dresidual_weight = dresidual_weight.sum(0).to(residual_weight.dtype)

@@ -70,6 +70,18 @@ def test_gated_rms_norm(impl, residual):
     assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
 
 
+@pytest.mark.parametrize("exact", [exact_add_rms_norm, exact_gated_rms_norm])
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_gradients_where_a_program_walks_over_rows(impl, exact, monkeypatch):
+    module = pytest.importorskip("rodimus_kernels.triton_norm")
+    monkeypatch.setattr(module, "_PROGRAMS", 4)
+    gated = exact is exact_gated_rms_norm
+    operator = gated_rms_norm if gated else add_rms_norm
+    tensors = make("x", "residual", "weight", *(["gate", "residual_weight"] if gated else []))
+    ours = lambda **t: operator(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact, tensors, torch.float64), LIMIT)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_half_precision_branch_on_a_float32_stream(impl):
     t = make("x", "residual", "weight")
