@@ -156,6 +156,8 @@ def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
     if what == "decode":
         copy_rate = rates["copy_GBps"]
         return decode_calls(batch, length, dim, window, impl, device, dtype, copy_rate), None
+    # torch compiles FlexAttention for each shape, and gives up on a function after eight
+    torch.compiler.reset()
     error = check(impl, dim, window, device, dtype)
     tensors = make_inputs(batch, length, dim, device, dtype)
     floor_ms = flops(what, batch, length, dim, window) / rates["gemm_TFLOPs"] / 1e9

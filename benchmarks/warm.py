@@ -26,6 +26,9 @@ TRIAL_MS = {"warmup": 5, "rep": 25}
 """Time of one configuration while it is chosen: Triton's 125 ms would add a minute to the run."""
 
 
+DEVICE = torch.device("cuda")
+
+
 class Job(NamedTuple):
     """One process: the call that it runs, and its share of each kernel's configurations."""
 
@@ -105,8 +108,10 @@ def model_jobs() -> Iterator[Job]:
     """Every model with few layers: prefill, decode and a training step."""
     from . import peers
 
-    for entry in peers.CATALOGUE:
-        shares = {"rwkv6": 6, "qwen3_next": 6}.get(entry.family, 1)
+    # those first that take longest
+    shared = {"rwkv6": 6, "qwen3_next": 6}
+    for entry in sorted(peers.CATALOGUE, key=lambda entry: entry.family not in shared):
+        shares = shared.get(entry.family, 1)
         for share in range(shares):
             yield Job("model", entry.name, share, shares)
 
@@ -139,7 +144,7 @@ def _ddts_calls(what: str, batch: int, length: int, width: int) -> tuple[dict, A
     case = bench_ddts.DdtsCase(
         batch, length, 1, bench_ddts.KEY_DIM, width, states=False, dtype=torch.bfloat16
     )
-    inputs = bench_ddts.make_inputs(case, torch.device("cuda"))
+    inputs = bench_ddts.make_inputs(case, DEVICE)
     if what == "surroundings":
         return bench_ddts.surroundings(inputs, "triton"), inputs
     bench_ddts.check(
@@ -158,13 +163,13 @@ def run_attention(index: int, impl: str) -> None:
     from . import bench_attention as bench
 
     what, batch, length, dim, window = bench.POINTS["cuda"][index]
-    device, dtype = torch.device("cuda"), torch.bfloat16
+    dtype = torch.bfloat16
     if what == "decode":
-        calls = bench.decode_calls(batch, length, dim, window, "triton", device, dtype, 1.0)
+        calls = bench.decode_calls(batch, length, dim, window, impl, DEVICE, dtype, 1.0)
         for call in calls.values():
             call.function()
         return
-    tensors = bench.make_inputs(batch, length, dim, device, dtype)
+    tensors = bench.make_inputs(batch, length, dim, DEVICE, dtype)
     attend = functools.partial(shared_key_attention, window_size=window, impl=impl)
     bench.sequence_call(what, attend, tensors, 1.0).function()
     if impl != "triton":
@@ -183,8 +188,7 @@ def run_model(name: str) -> None:
     sizes._FULL[family] = {**sizes._FULL[family], layers: count}
     if family == "qwen3_next":
         sizes._FULL[family]["mlp_only_layers"] = list(range(count))
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    bench = Bench("full", device, dtype, (name,), None, rounds=1, load=0.0)
+    bench = Bench("full", DEVICE, torch.bfloat16, (name,), None, rounds=1, load=0.0)
     model = bench.model(name)
     with torch.inference_mode():
         for engine in dict.fromkeys((model.engines[0], model.engines[-1])):
@@ -198,7 +202,6 @@ def run_model(name: str) -> None:
         # peers without a chunked loss hold all logits, and several processes do this at once
         length = length if name in peers.OURS else 1024
         bench_train.prepare(bench, model, model.engines[0], batch, length).call()
-    torch.cuda.synchronize()
 
 
 RUN: dict[str, Callable[..., None]] = {
@@ -263,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         if int(shares) > 1:
             take_share(int(share), int(shares))
         RUN[kind](given)
+        torch.cuda.synchronize()
         return 0
     jobs = [job for group in options.groups for job in JOBS[group]()]
     begun = time.monotonic()
