@@ -18,6 +18,9 @@ namespace rodimus {
 // Rows of x that a linear step takes, and tokens of an attention step.
 constexpr int kMaxRows = 8;
 
+// Channels of a head that the attention step takes on CUDA.
+constexpr int kMaxHeadDim = 256;
+
 enum class Type : int { kFloat32, kBFloat16 };
 
 struct Rows {

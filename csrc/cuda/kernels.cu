@@ -1,6 +1,7 @@
 // Grids, blocks and template choices of the CUDA kernels. Compiled by nvcc without torch.
 #include "kernels.h"
 
+#include "attention.cuh"
 #include "ddts_step.cuh"
 #include "elementwise.cuh"
 #include "linear.cuh"
@@ -50,6 +51,46 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
+template <class T, int KEYS, int STAGES, int BLOCKS>
+void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t stream) {
+  auto* kernel = attention_staged_kernel<T, KEYS, STAGES, BLOCKS>;
+  int bytes = static_cast<int>(attention_bytes<T, KEYS, STAGES>(a.value_heads));
+  // said each time: every device has to hear it
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream>>>(a);
+}
+
+template <class T>
+bool attention_fits_staged(const AttentionStep& a) {
+  bool aligned = true;
+  for (const Rows* x : {&a.q, &a.k, &a.v, &a.cache, &a.o})
+    aligned = aligned && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
+  return aligned && a.key_heads == 1 && a.key_dim == kHeadDim && a.value_dim == kHeadDim &&
+         a.heads % 2 == 0 && a.heads <= kMaxHeads;
+}
+
+template <class T>
+void launch_attention_of(const AttentionStep& a, cudaStream_t stream) {
+  unsigned tokens = static_cast<unsigned>(a.batch * a.steps);
+  int parts = static_cast<int>(attention_parts(a));
+  dim3 grid(parts, tokens);
+  if (!attention_fits_staged<T>(a)) {
+    attention_any_kernel<T><<<grid, kAnyThreads, 0, stream>>>(a);
+  } else if constexpr (sizeof(T) == 4) {
+    launch_attention_staged<T, 4, 2, 2>(a, grid, stream);
+  } else {
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    attention_bytes<T, 8, 3>(a.value_heads) <= most
+        ? launch_attention_staged<T, 8, 3, 2>(a, grid, stream)
+        : launch_attention_staged<T, 8, 2, 3>(a, grid, stream);
+  }
+  if (parts > 1)
+    attention_join_kernel<<<dim3(static_cast<unsigned>(a.heads), tokens), kJoinThreads, 0, stream>>>(
+        a, parts);
+}
+
 }  // namespace
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
@@ -77,6 +118,11 @@ void launch_conv_step(const ConvStep& a, cudaStream_t stream) {
 }
 
 void launch_linear(const Linear& a, cudaStream_t stream) { launch_linear_rows<1>(a, stream); }
+
+void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {
+  a.cache.type == Type::kFloat32 ? launch_attention_of<float>(a, stream)
+                                 : launch_attention_of<__nv_bfloat16>(a, stream);
+}
 
 void launch_norm(const Norm& a, cudaStream_t stream) {
   norm_kernel<<<static_cast<unsigned>(a.rows), kRowThreads, 0, stream>>>(a);

@@ -19,10 +19,31 @@ inline int64_t mixer_scratch(const MixerStep& a) {
   return a.rows * (a.value_dim + (a.value_dim + columns - 1) / columns);
 }
 
+// Blocks of an attention step that fill a GPU, and keys of a part: the fewest while parts have to
+// fill it, and those of many more blocks, which end at different times, when sequences do.
+constexpr int64_t kAttentionBlocks = 264, kShortPart = 16, kLongPart = 256;
+
+// Parts of the window, the same for sequences of any age: a captured graph stays valid.
+inline int64_t attention_parts(const AttentionStep& a) {
+  auto lesser = [](int64_t x, int64_t y) { return x < y ? x : y; };
+  int64_t tokens = a.batch * a.steps > 0 ? a.batch * a.steps : 1;
+  int64_t fill = lesser(kAttentionBlocks / tokens, (a.window + kShortPart - 1) / kShortPart);
+  int64_t more = lesser(8 * kAttentionBlocks / tokens, a.window / kLongPart);
+  int64_t parts = fill > more ? fill : more;
+  return parts > 1 ? parts : 1;
+}
+
+// Floats of scratch memory for an attention step.
+inline int64_t attention_scratch(const AttentionStep& a) {
+  int64_t parts = attention_parts(a);
+  return parts == 1 ? 0 : parts * a.batch * a.steps * a.heads * (a.value_dim + 2);
+}
+
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);
 void launch_mixer_step(const MixerStep& a, cudaStream_t stream);
 void launch_conv_step(const ConvStep& a, cudaStream_t stream);
 void launch_linear(const Linear& a, cudaStream_t stream);
+void launch_attention_step(const AttentionStep& a, cudaStream_t stream);
 void launch_norm(const Norm& a, cudaStream_t stream);
 
 }  // namespace rodimus

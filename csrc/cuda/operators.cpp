@@ -92,6 +92,19 @@ Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight,
   return y;
 }
 
+Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& cache, const Tensor& position, int64_t window_size,
+                                 double scale) {
+  auto [a, o] = attention_step_arguments(q, k, v, cache, position, window_size, scale);
+  STD_TORCH_CHECK(a.key_dim <= kMaxHeadDim && a.value_dim <= kMaxHeadDim,
+                  "D and Dv must be at most ", kMaxHeadDim, ", got ", a.key_dim, " and ",
+                  a.value_dim);
+  Tensor memory = output_like(q, {attention_scratch(a)}, ScalarType::Float);
+  a.scratch = static_cast<float*>(memory.data_ptr());
+  launch(launch_attention_step, a, q);
+  return o;
+}
+
 }  // namespace
 }  // namespace rodimus
 
@@ -103,4 +116,5 @@ STABLE_TORCH_LIBRARY_IMPL(rodimus, CUDA, m) {
   m.impl("native_rms_norm", TORCH_BOX(&rodimus::rms_norm));
   m.impl("native_add_rms_norm", TORCH_BOX(&rodimus::add_rms_norm));
   m.impl("native_gated_rms_norm", TORCH_BOX(&rodimus::gated_rms_norm));
+  m.impl("native_shared_key_attention_step", TORCH_BOX(&rodimus::shared_key_attention_step));
 }

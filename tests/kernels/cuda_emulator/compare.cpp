@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "cuda/attention.cuh"
 #include "cuda/ddts_step.cuh"
 #include "cuda/elementwise.cuh"
 #include "cuda/linear.cuh"
@@ -185,6 +186,65 @@ void norm_case(Type type, int kind, int64_t rows, int64_t dim) {
   if (kind == 1) report.add(cpu.sum, cuda.sum, rows * dim);
 }
 
+struct Heads {
+  int64_t query, key, value, key_dim, value_dim;
+};
+
+// Sequences of different ages against rings that hold numbers everywhere: a row of no token would
+// be seen. One part, and several, of which the youngest sequence leaves some empty.
+template <class T, class Launch>
+void attention_case(const char* name, Type type, Heads heads, int64_t steps, int64_t window,
+                    int64_t ring, int64_t parts, std::vector<int64_t> ages, const Launch& kernel) {
+  AttentionStep cpu;
+  cpu.batch = static_cast<int64_t>(ages.size()), cpu.steps = steps, cpu.ring = ring;
+  cpu.heads = heads.query, cpu.key_heads = heads.key, cpu.value_heads = heads.value;
+  cpu.key_dim = heads.key_dim, cpu.value_dim = heads.value_dim;
+  cpu.window = window, cpu.scale = 0.11f, cpu.position = ages.data();
+  int64_t tokens = cpu.batch * steps, size = heads.query * heads.value_dim;
+  int64_t row = heads.key * heads.key_dim + heads.value * heads.value_dim;
+  cpu.q = random_rows(type, tokens, heads.query * heads.key_dim);
+  cpu.k = random_rows(type, tokens, heads.key * heads.key_dim);
+  cpu.v = random_rows(type, tokens, heads.value * heads.value_dim);
+  cpu.o = random_rows(type, tokens, size), cpu.cache = random_rows(type, cpu.batch * ring, row);
+  cpu.scratch = random_floats(attention_scratch(cpu, 3));
+  AttentionStep cuda = cpu;
+  cuda.o = random_rows(type, tokens, size), cuda.cache = random_rows(type, cpu.batch * ring, row);
+  memcpy(cuda.cache.data, cpu.cache.data, cpu.batch * ring * row * sizeof(T));
+  cuda.scratch = random_floats(parts * tokens * cpu.heads * (cpu.value_dim + 2));
+  kernels().attention_write(cpu, 0, cpu.batch);
+  kernels().attention_scan(cpu, 3, 0, cpu.batch * 3);
+  kernels().attention_merge(cpu, 3, 0, tokens * cpu.heads);
+  kernel(cuda, dim3(parts, tokens));
+  if (parts > 1)
+    emulator::launch(dim3(cpu.heads, tokens), kJoinThreads,
+                     [&] { attention_join_kernel(cuda, static_cast<int>(parts)); });
+  Report report{label(name, type, {heads.query, heads.value, steps, window, ring, parts})};
+  report.add(cpu.o, cuda.o, tokens * size);
+  report.add(cpu.cache, cuda.cache, cpu.batch * ring * row);
+}
+
+template <class T, int KEYS, int STAGES>
+void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_t steps,
+                           int64_t window, int64_t ring, int64_t parts,
+                           std::vector<int64_t> ages) {
+  Heads all = {heads, 1, value_heads, kHeadDim, kHeadDim};
+  attention_case<T>("attention_staged", type, all, steps, window, ring, parts, ages,
+                    [&](AttentionStep& a, dim3 grid) {
+                      memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
+                      emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
+                                       [&] { attention_staged_kernel<T, KEYS, STAGES, 1>(a); });
+                    });
+}
+
+template <class T>
+void attention_any_case(Type type, Heads heads, int64_t steps, int64_t window, int64_t ring,
+                        int64_t parts, std::vector<int64_t> ages) {
+  attention_case<T>("attention_any", type, heads, steps, window, ring, parts, ages,
+                    [&](AttentionStep& a, dim3 grid) {
+                      emulator::launch(grid, kAnyThreads, [&] { attention_any_kernel<T>(a); });
+                    });
+}
+
 template <class T>
 void cases_of(Type type) {
   ddts_step_case<64, 32>(type, 2, 64, 300);
@@ -201,6 +261,12 @@ void cases_of(Type type) {
   linear_case<T, 4, true>(type, 3, 5, 72);
   linear_case<T, 8, true>(type, 8, 6, 264);
   linear_case<T, 8, false>(type, 5, 7, 131);
+  attention_staged_case<T, 8, 3>(type, 16, 16, 1, 37, 41, 1, {0, 5, 40, 41, 100});
+  attention_staged_case<T, 8, 3>(type, 16, 16, 2, 37, 38, 5, {0, 5, 37, 38, 70});
+  attention_staged_case<T, 8, 2>(type, 4, 2, 8, 9, 16, 3, {3, 13, 31});
+  attention_staged_case<T, 4, 4>(type, 2, 1, 1, 30, 32, 1, {29, 64});
+  attention_any_case<T>(type, {6, 2, 3, 33, 256}, 3, 21, 23, 1, {0, 11, 22, 60});
+  attention_any_case<T>(type, {3, 1, 3, 200, 7}, 1, 21, 21, 4, {1, 20, 43});
   for (int kind : {0, 1, 2}) norm_case(type, kind, 3, 300), norm_case(type, kind, 1, 7);
 }
 

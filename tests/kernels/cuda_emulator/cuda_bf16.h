@@ -9,16 +9,28 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <vector>
 
 #define __global__
 #define __device__
+#define __host__
 #define __launch_bounds__(...)
 #define __shared__ static
+// shared memory whose size the launch states
+#define RODIMUS_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::dynamic_shared)
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 
 struct __nv_bfloat16 {
@@ -38,12 +50,27 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 static dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace emulator {
 
+alignas(16) static char dynamic_shared[1 << 18];
+
 constexpr int kStack = 64 * 1024;
 constexpr unsigned kWarp = 32;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+  unsigned group;
+};
 
 struct Fiber {
   ucontext_t context;
@@ -52,6 +79,11 @@ struct Fiber {
   // barriers passed: a thread may pass the next one when no thread is behind it
   unsigned block_barriers, warp_barriers;
   float lane_value;
+  // operands of the lane's part of a product
+  __nv_bfloat16 left[8], right[4];
+  // asynchronous copies under way, and the groups of them that were committed
+  std::deque<Copy> copies;
+  unsigned groups;
 };
 
 static std::vector<Fiber> fibers;
@@ -86,7 +118,8 @@ inline void run_block() {
     Fiber& fiber = fibers[t];
     fiber.stack.resize(kStack);
     fiber.done = false;
-    fiber.block_barriers = fiber.warp_barriers = 0;
+    fiber.block_barriers = fiber.warp_barriers = fiber.groups = 0;
+    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = kStack;
@@ -119,12 +152,50 @@ void launch(dim3 grid, unsigned threads, const Call& call) {
 
 inline void __syncthreads() { emulator::wait(&emulator::Fiber::block_barriers, 0, blockDim.x); }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
-  unsigned me = threadIdx.x, first = me / emulator::kWarp * emulator::kWarp;
-  emulator::fibers[me].lane_value = x;
-  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
-  float other = emulator::fibers[me ^ mask].lane_value;
+namespace emulator {
+
+// What the thread of that number within the warp offers.
+inline float exchange(float x, unsigned lane) {
+  unsigned me = threadIdx.x, first = me / kWarp * kWarp;
+  fibers[me].lane_value = x;
+  wait(&Fiber::warp_barriers, first, first + kWarp);
+  float other = fibers[first + lane].lane_value;
   // nobody may offer the next value before all have read this one
-  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
+  wait(&Fiber::warp_barriers, first, first + kWarp);
   return other;
+}
+
+}  // namespace emulator
+
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  return emulator::exchange(x, (threadIdx.x ^ mask) % emulator::kWarp);
+}
+
+// From a lane of the thread's own section of `width` lanes.
+inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWarp) {
+  unsigned first = threadIdx.x % emulator::kWarp / width * width;
+  return emulator::exchange(x, first + lane % width);
+}
+
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+
+// mma.sync.m16n8k16, as common.cuh describes it.
+inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                             uint32_t b0, uint32_t b1) {
+  unsigned me = threadIdx.x, first = me / emulator::kWarp * emulator::kWarp, lane = me - first;
+  const uint32_t left[4] = {a0, a1, a2, a3}, right[2] = {b0, b1};
+  memcpy(emulator::fibers[me].left, left, sizeof left);
+  memcpy(emulator::fibers[me].right, right, sizeof right);
+  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
+  for (int i = 0; i < 4; ++i) {
+    unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      unsigned quad = k % 8 / 2, odd = k % 2, upper = k / 8;
+      const auto& a = emulator::fibers[first + row % 8 * 4 + quad].left;
+      const auto& b = emulator::fibers[first + column * 4 + quad].right;
+      sum[i] += __bfloat162float(a[4 * upper + 2 * (row / 8) + odd]) *
+                __bfloat162float(b[2 * upper + odd]);
+    }
+  }
+  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
 }

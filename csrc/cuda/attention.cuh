@@ -1,0 +1,370 @@
+// Sliding-window shared-key attention of a few new tokens against the ring cache.
+//
+// A block takes one token of one sequence and one part of its window, a second kernel joins the
+// parts. New tokens are read from the arguments and written to their rows by the way: a row that is
+// overwritten holds a token that no query sees any more, so one launch may do both.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "common.cuh"
+
+namespace rodimus {
+
+#ifndef RODIMUS_DYNAMIC_SHARED
+// Memory whose size the launch states; aligned for 16-byte pieces.
+#define RODIMUS_DYNAMIC_SHARED(T, name)                  \
+  extern __shared__ __align__(16) char dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared)
+#endif
+
+// Softmax in powers of two: the scale of the scores carries the factor.
+constexpr float kLog2E = 1.44269504f;
+
+// Channels of a key and of a value head that the staged form takes; half a warp holds a head.
+constexpr int kHeadDim = 128;
+constexpr int kHeadLanes = kWarp / 2;
+constexpr int kMaxHeads = 16;
+constexpr int kStagedThreads = kMaxHeads * kHeadLanes;
+constexpr int kAnyThreads = 128;
+constexpr int kJoinThreads = 256;
+
+__device__ inline float warp_max(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2)
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// Neighbouring channels of one thread.
+template <class T>
+struct alignas(16) Eight {
+  T value[8];
+};
+
+__device__ inline void widen_eight(const Eight<float>& x, float* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = x.value[i];
+}
+
+// A bfloat16 is the upper half of a float: one operation an element where both halves are at hand.
+__device__ inline void widen_eight(const Eight<__nv_bfloat16>& x, float* out) {
+  const auto* pairs = reinterpret_cast<const uint32_t*>(x.value);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(pairs[i] << 16);
+    out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+  }
+}
+
+// The keys of part blockIdx.x of gridDim.x of a token's window, numbered from the part's first.
+template <class T>
+struct WindowPart {
+  const T *ring, *k, *v;
+  int width, key_width, value_width, rows;
+  // keys of the part, the number of the first new token, ring rows of the first key and the token
+  int count, fresh, first_row, newest_row;
+
+  __device__ WindowPart(const AttentionStep& a, int b, int t) {
+    int64_t last = a.position[b] + t;
+    int visible = static_cast<int>(last < a.window ? last + 1 : a.window);
+    int parts = static_cast<int>(gridDim.x), i = static_cast<int>(blockIdx.x);
+    // parts differ by one key at most; the last has one, the token itself, if others have none
+    int share = visible / parts, shorter = parts - visible % parts;
+    int begin = i * share + (i > shorter ? i - shorter : 0);
+    count = share + (i >= shorter), fresh = visible - 1 - t - begin;
+    key_width = static_cast<int>(a.key_heads * a.key_dim);
+    value_width = static_cast<int>(a.value_heads * a.value_dim);
+    width = key_width + value_width, rows = static_cast<int>(a.ring);
+    newest_row = static_cast<int>(last % a.ring);
+    first_row = newest_row - (visible - 1 - begin);
+    first_row += first_row < 0 ? rows : 0;
+    ring = static_cast<const T*>(a.cache.data) + b * a.ring * width;
+    k = static_cast<const T*>(a.k.data) + b * a.steps * key_width;
+    v = static_cast<const T*>(a.v.data) + b * a.steps * value_width;
+  }
+
+  // A part is no longer than the ring, so it passes the ring's end at most once.
+  __device__ const T* row(int n) const {
+    int row = first_row + n;
+    return ring + static_cast<int64_t>(row < rows ? row : row - rows) * width;
+  }
+  __device__ const T* key(int n) const { return n < fresh ? row(n) : k + (n - fresh) * key_width; }
+  __device__ const T* values(int n) const {
+    return n < fresh ? row(n) + key_width : v + (n - fresh) * value_width;
+  }
+  // Whether keys n .. n + keys are neighbours in the ring.
+  __device__ bool is_run(int n, int keys) const {
+    int end = n + keys, turn = rows - first_row;
+    return end <= count && end <= fresh && (end <= turn || n >= turn);
+  }
+  __device__ T* newest() const { return const_cast<T*>(ring) + static_cast<int64_t>(newest_row) * width; }
+};
+
+// What a part leaves of one head in the scratch: its sum of values, and {largest score, sum of
+// weights} behind the values of all parts.
+struct PartResult {
+  float *values, *weights;
+
+  __device__ PartResult(const AttentionStep& a, int64_t parts, int64_t part, int64_t bt, int64_t h) {
+    int64_t tokens = a.batch * a.steps, index = (part * tokens + bt) * a.heads + h;
+    values = a.scratch + index * a.value_dim;
+    weights = a.scratch + parts * tokens * a.heads * a.value_dim + 2 * index;
+  }
+};
+
+template <class T>
+__device__ inline void copy_async(T* to, const T* from) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 16 / sizeof(T)) __pipeline_memcpy_async(to + i, from + i, 16);
+}
+
+template <class T>
+__device__ inline void copy_if(bool there, T* to, const T* from) {
+  if (there)
+    copy_async(to, from);
+  else
+    *reinterpret_cast<Eight<T>*>(to) = {};
+}
+
+// From the scores of KEYS keys, of which each lane of half a warp has the part of its channels, to
+// the whole score of one key: that of number lane / (16 / KEYS).
+template <int KEYS>
+__device__ inline float transpose_sum(float* score, int lane) {
+  int mask = kHeadLanes / 2;
+#pragma unroll
+  for (int width = KEYS / 2; width > 0; width /= 2, mask /= 2) {
+    bool upper = lane & mask;
+#pragma unroll
+    for (int j = 0; j < width; ++j) {
+      float sent = upper ? score[j] : score[j + width];
+      score[j] = (upper ? score[j + width] : score[j]) + __shfl_xor_sync(0xffffffffu, sent, mask);
+    }
+  }
+  for (; mask > 0; mask /= 2) score[0] += __shfl_xor_sync(0xffffffffu, score[0], mask);
+  return score[0];
+}
+
+// Bytes of shared memory of the staged form.
+template <class T, int KEYS, int STAGES>
+constexpr int64_t attention_bytes(int64_t value_heads) {
+  return STAGES * KEYS * (1 + value_heads) * kHeadDim * static_cast<int64_t>(sizeof(T));
+}
+
+// One key head, heads of kHeadDim channels, up to kMaxHeads of them and an even number. A tile is
+// KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
+// each lane eight channels of it: the softmax of a head needs no other thread.
+// Grid: (parts, B * T), of 16 threads a head.
+template <class T, int KEYS, int STAGES, int BLOCKS>
+__global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kernel(AttentionStep a) {
+  RODIMUS_DYNAMIC_SHARED(T, tiles);
+  constexpr int kShare = kHeadLanes / KEYS;
+  int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
+  WindowPart<T> part(a, bt / steps, bt % steps);
+  int h = threadIdx.x / kHeadLanes, lane = threadIdx.x % kHeadLanes;
+  int value_width = part.value_width, tile_size = KEYS * (kHeadDim + value_width);
+  bool has_values = h < a.value_heads;
+
+  auto copy_tile = [&](int n, int stage) {
+    T* keys = tiles + stage * tile_size;
+    T* values = keys + KEYS * kHeadDim + threadIdx.x * 8;
+    if (part.is_run(n, KEYS)) {
+      const T* first = part.row(n);
+      for (int i = threadIdx.x; i < KEYS * kHeadLanes; i += blockDim.x)
+        copy_async(keys + i * 8, first + i / kHeadLanes * part.width + i % kHeadLanes * 8);
+      first += kHeadDim + threadIdx.x * 8;
+#pragma unroll
+      for (int j = 0; j < KEYS; ++j, first += part.width)
+        if (has_values) copy_async(values + j * value_width, first);
+    } else {
+      // 0 for a key beyond the last: its weight is 0, and 0 times what stood there may be NaN
+#pragma unroll 1
+      for (int i = threadIdx.x; i < KEYS * kHeadLanes; i += blockDim.x)
+        copy_if(n + i / kHeadLanes < part.count, keys + i * 8,
+                part.key(n + i / kHeadLanes) + i % kHeadLanes * 8);
+#pragma unroll 1
+      for (int j = 0; j < KEYS; ++j)
+        if (has_values)
+          copy_if(n + j < part.count, values + j * value_width,
+                  part.values(n + j) + threadIdx.x * 8);
+    }
+    // also behind the last tile: the number of groups under way is constant
+    __pipeline_commit();
+  };
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) copy_tile(s * KEYS, s);
+
+  float q[8], acc[8] = {}, top = -INFINITY, total = 0.0f;
+  const T* query = static_cast<const T*>(a.q.data) + bt * a.q.stride + threadIdx.x * 8;
+  widen_eight(*reinterpret_cast<const Eight<T>*>(query), q);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) q[i] *= a.scale * kLog2E;
+  int value_offset = h % static_cast<int>(a.value_heads) * kHeadDim + lane * 8;
+
+  int stage = 0, next = STAGES - 1;
+  for (int n = 0; n < part.count; n += KEYS) {
+    __pipeline_wait_prior(STAGES - 2);
+    // the tile is there for all threads, and none of them uses the one that is overwritten next
+    __syncthreads();
+    copy_tile(n + (STAGES - 1) * KEYS, next);
+    const T* keys = tiles + stage * tile_size;
+    const T* values = keys + KEYS * kHeadDim + value_offset;
+    float score[KEYS];
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) {
+      float key[8];
+      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * kHeadDim + lane * 8), key);
+      score[j] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score[j] += q[i] * key[i];
+    }
+    float mine = transpose_sum<KEYS>(score, lane);
+    // every tile begins with a key, so the maximum is finite
+    mine = n + lane / kShare < part.count ? mine : -INFINITY;
+    float highest = fmaxf(top, mine);
+#pragma unroll
+    for (int mask = kShare; mask < kHeadLanes; mask *= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
+    float fade = exp2f(top - highest), weight = exp2f(mine - highest);
+    top = highest, total = total * fade + weight;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i] *= fade;
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) {
+      float p = __shfl_sync(0xffffffffu, weight, j * kShare, kHeadLanes);
+      float value[8];
+      widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), value);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] += p * value[i];
+    }
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    next = next + 1 == STAGES ? 0 : next + 1;
+  }
+#pragma unroll
+  for (int mask = kShare; mask < kHeadLanes; mask *= 2)
+    total += __shfl_xor_sync(0xffffffffu, total, mask);
+
+  if (gridDim.x == 1) {
+    Eight<T> out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) narrow(acc[i] / total, out.value + i);
+    *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.o.data) + bt * a.o.stride + threadIdx.x * 8) =
+        out;
+  } else {
+    PartResult result(a, gridDim.x, blockIdx.x, bt, h);
+    Eight<float> out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.value[i] = acc[i];
+    *reinterpret_cast<Eight<float>*>(result.values + lane * 8) = out;
+    if (lane == 0) result.weights[0] = top, result.weights[1] = total;
+  }
+  // the token itself is the last key of the last part, and stands in the last tile
+  if (blockIdx.x + 1 == gridDim.x) {
+    int last = part.count - 1;
+    const T* keys = tiles + last / KEYS % STAGES * tile_size;
+    const T* values = keys + KEYS * kHeadDim + last % KEYS * value_width;
+    auto* row = reinterpret_cast<Eight<T>*>(part.newest());
+    if (h == 0) row[lane] = *reinterpret_cast<const Eight<T>*>(keys + last % KEYS * kHeadDim + lane * 8);
+    if (has_values)
+      row[kHeadLanes + threadIdx.x] = *reinterpret_cast<const Eight<T>*>(values + threadIdx.x * 8);
+  }
+}
+
+// Any heads of up to kMaxHeadDim channels: a warp takes a head, each lane every 32nd channel.
+// Grid: (parts, B * T).
+template <class T>
+__global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(AttentionStep a) {
+  constexpr int kPieces = kMaxHeadDim / kWarp, kTogether = 4;
+  int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
+  WindowPart<T> part(a, bt / steps, bt % steps);
+  int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.key_dim);
+  int value_dim = static_cast<int>(a.value_dim);
+  for (int64_t h = threadIdx.x / kWarp; h < a.heads; h += kAnyThreads / kWarp) {
+    float q[kPieces], acc[kPieces] = {}, top = -INFINITY, total = 0.0f;
+    int64_t key_offset = h % a.key_heads * dim, value_offset = h % a.value_heads * value_dim;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      int d = lane + i * kWarp;
+      q[i] = d < dim ? element(a.q, bt, h * dim + d) * (a.scale * kLog2E) : 0.0f;
+    }
+    for (int n = 0; n < part.count; n += kTogether) {
+      float score[kTogether], highest = top;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        // a key beyond the last repeats it and weighs nothing
+        bool there = n + j < part.count;
+        const T* key = part.key(there ? n + j : n) + key_offset;
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i)
+          if (lane + i * kWarp < dim) sum += q[i] * widen(key[lane + i * kWarp]);
+        score[j] = there ? warp_sum(sum) : -INFINITY;
+        highest = fmaxf(highest, score[j]);
+      }
+      float fade = exp2f(top - highest);
+      top = highest, total *= fade;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) acc[i] *= fade;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        float p = exp2f(score[j] - highest);
+        const T* value = part.values(n + j < part.count ? n + j : n) + value_offset;
+        total += p;
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i)
+          if (lane + i * kWarp < value_dim) acc[i] += p * widen(value[lane + i * kWarp]);
+      }
+    }
+    PartResult result(a, gridDim.x, blockIdx.x, bt, h);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      int d = lane + i * kWarp;
+      if (d >= value_dim) continue;
+      if (gridDim.x == 1)
+        set_element(a.o, bt, h * value_dim + d, acc[i] / total);
+      else
+        result.values[d] = acc[i];
+    }
+    if (gridDim.x > 1 && lane == 0) result.weights[0] = top, result.weights[1] = total;
+  }
+  if (blockIdx.x > 0) return;
+  int64_t new_row = bt % steps;
+  for (int i = threadIdx.x; i < part.width; i += kAnyThreads)
+    part.newest()[i] = i < part.key_width ? part.k[new_row * part.key_width + i]
+                                          : part.v[new_row * part.value_width + i - part.key_width];
+}
+
+// The parts of one head in one. Every warp takes each eighth part. Grid: (H, B * T).
+__global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionStep a, int parts) {
+  constexpr int kPieces = kMaxHeadDim / kWarp, kWarps = kJoinThreads / kWarp;
+  __shared__ float sums[kWarps][kMaxHeadDim];
+  int64_t h = blockIdx.x, bt = blockIdx.y;
+  int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.value_dim);
+  float top = -INFINITY, total = 0.0f, acc[kPieces] = {};
+  for (int p = lane; p < parts; p += kWarp)
+    top = fmaxf(top, PartResult(a, parts, p, bt, h).weights[0]);
+  top = warp_max(top);
+  for (int p = lane; p < parts; p += kWarp) {
+    const float* weights = PartResult(a, parts, p, bt, h).weights;
+    total += weights[1] * exp2f(weights[0] - top);
+  }
+  total = warp_sum(total);
+#pragma unroll 4
+  for (int p = threadIdx.x / kWarp; p < parts; p += kWarps) {
+    PartResult part(a, parts, p, bt, h);
+    // a part without keys has weight 0
+    float weight = exp2f(part.weights[0] - top);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (lane + i * kWarp < dim) acc[i] += weight * part.values[lane + i * kWarp];
+  }
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) sums[threadIdx.x / kWarp][lane + i * kWarp] = acc[i];
+  __syncthreads();
+  int d = threadIdx.x;
+  if (d >= dim) return;
+  float sum = 0.0f;
+  for (int w = 0; w < kWarps; ++w) sum += sums[w][d];
+  set_element(a.o, bt, h * dim + d, sum / total);
+}
+
+}  // namespace rodimus
