@@ -194,7 +194,8 @@ class Bench:
         raise peers.Unavailable(f"too slow: one call took {seconds:.0f} s, limit {limit:.0f} s")
 
     def _check(self, model: peers.Model, engine: str) -> None:
-        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens."""
+        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens, and a
+        recorded step does what the step does."""
         label = f"{model.name}/{engine}"
         if label not in self.checked:
             try:
@@ -202,6 +203,8 @@ class Bench:
                 self.checked[label] = peers.guarded(
                     lambda: peers.disagreement(model.session(engine, 1, 32), ids)
                 )
+                if engine == "graph":
+                    peers.guarded(lambda: peers.require_replay(model, ids))
             except peers.Unavailable as reason:
                 self.checked[label] = str(reason)
         error = self.checked[label]

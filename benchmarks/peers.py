@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from . import machine
 from .sizes import StateBytes, config_of, sequence_flops, state_bytes
@@ -50,6 +49,9 @@ CATALOGUE = (
 )
 OURS = ("rodimus-plus-1.6b", "rodimus-1.4b")
 BASELINES = ("qwen2-1.5b", "rwkv6-1.6b")
+
+WARM_UP_STEPS = 3
+"""Steps before one is recorded: kernels are compiled and chosen in them."""
 
 
 def entry(name: str) -> Entry:
@@ -317,7 +319,7 @@ class GraphSession(Session):
         self.session, self.token = session, session.token
         self.graph: torch.cuda.CUDAGraph | None = None
         # the graph reads them at fixed addresses
-        self.kept: tuple[Any, ...] = ()
+        self.kept: list[torch.Tensor] = []
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         self.graph = None
@@ -339,19 +341,22 @@ class GraphSession(Session):
         self.graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        constants, graph = HostConstants(), torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        if any(getattr(layer, "is_sliding", False) for layer in self.session.cache.layers):
+            raise Unavailable(
+                "transformers' static window counts its tokens on the host: a recorded step would"
+                " repeat its position"
+            )
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), constants:
-            for _ in range(3):
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_STEPS):
                 self.session.step()
         torch.cuda.current_stream().wait_stream(stream)
-        before = self._replaced()
-        with torch.cuda.graph(graph), constants:
+        self.kept = self._replaced()
+        with torch.cuda.graph(graph):
             self.session.step()
-            for old, new in zip(before, self._replaced(), strict=True):
+            for old, new in zip(self.kept, self._replaced(), strict=True):
                 old.copy_(new)
-        self.kept = (constants, before)
         return graph
 
     def _replaced(self) -> list[torch.Tensor]:
@@ -361,25 +366,26 @@ class GraphSession(Session):
         return [x for layer in self.session.cache.layers for part in _tensors(layer) for x in part]
 
 
-class HostConstants(TorchFunctionMode):
-    """``torch.tensor`` of the same Python numbers is made once.
+def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
+    """Raise Unavailable unless replays of a recorded step give the tokens of the step itself.
 
-    transformers makes the index -1 in each step of a full static window. A graph cannot record the
-    copy from the host, but it reads a tensor that was there before.
+    A step that counts on the host, or reads what another step replaced, is recorded without an
+    error and repeats itself.
+
+    Args:
+        model: Has the engine ``graph``.
+        ids: The prompt ``[B, T]``.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[str, torch.Tensor] = {}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not torch.tensor:
-            return function(*args, **kwargs)
-        key = repr((args, sorted(kwargs.items())))
-        if key not in self.made:
-            self.made[key] = function(*args, **kwargs)
-        return self.made[key]
+    replayed = model.session("graph", ids.shape[0], ids.shape[1] + 16)
+    plain = model.session(replayed.session.engine, ids.shape[0], ids.shape[1] + 16)
+    for session in (plain, replayed):
+        session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
+    for _ in range(4):
+        replayed.step()
+    for _ in range(WARM_UP_STEPS + 4):
+        plain.step()
+    if not torch.equal(plain.token, replayed.token):
+        raise Unavailable("wrong: a recorded step gives other tokens than the step itself")
 
 
 def _build(

@@ -132,12 +132,42 @@ def test_a_call_that_takes_too_long_is_interrupted_whatever_it_catches():
         peers.guarded(lambda: peers.guarded(hangs), 0.1)
 
 
-def test_constants_of_the_host_are_made_once_in_a_recorded_step():
-    with peers.HostConstants():
-        first, again, other = (torch.tensor([x], dtype=int) for x in (-1, -1, 2))
-        narrow = torch.tensor([-1], dtype=torch.int32)
-    assert first is again and other.item() == 2 and narrow.dtype == torch.int32
-    assert torch.tensor([-1], dtype=int) is not first
+class Recorded(peers.GraphSession):
+    """Replays on the CPU: the step itself, or what a stale recording would do."""
+
+    def __init__(self, session, stale):
+        super().__init__(session)
+        self.stale, self.steps = stale, 0
+
+    def step(self):
+        for _ in range(1 if self.steps else peers.WARM_UP_STEPS + 1):
+            self.session.step()
+        self.steps += 1
+        if self.stale and self.steps > 1:
+            self.session.token.zero_()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("stale", [False, True])
+def test_replays_that_do_not_give_the_tokens_of_the_step_are_refused(monkeypatch, stale):
+    model = load("rodimus-1.4b")
+    plain = model.session
+    graph = lambda engine, *size: (
+        Recorded(plain("static", *size), stale) if engine == "graph" else plain(engine, *size)
+    )
+    monkeypatch.setattr(model, "session", graph)
+    raises = pytest.raises(peers.Unavailable, match="other tokens than the step")
+    with raises if stale else contextlib.nullcontext():
+        peers.require_replay(model, peers.random_tokens(1, 20, model))
+
+
+@torch.inference_mode()
+def test_a_window_that_counts_on_the_host_is_not_recorded():
+    session = load("rodimus-plus-1.6b").session("static", 1, CONTEXT)
+    recorded = peers.GraphSession(session)
+    recorded.prefill(peers.random_tokens(1, 20, session.owner))
+    with pytest.raises(peers.Unavailable, match="counts its tokens on the host"):
+        recorded.step()
 
 
 def test_tensors_of_a_cache_are_found_under_the_names_of_flash_linear_attention():
