@@ -11,11 +11,11 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
 
+_INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # Triton 3.10 turns this off by default; kernels are tested with it
 FP_FUSION = {"enable_fp_fusion": True}
-
-# below this ln(1 + e^x) = e^x (1 - e^x / 2 + ...) to fp32, and sigmoid(x) / softplus(x) = 1
-_FAR = tl.constexpr(-20.0)
 
 _assumed_capability: int | None = None
 
@@ -93,37 +93,79 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def exp2(x):
+    """``2 ** x`` of fp32, zero below 2 ** -126: one instruction, where keeping denormal results
+    takes four."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x`` of fp32 within 1 ulp, for x between 2 ** -126 and 2 ** 126."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def softplus_terms(b_x):
-    """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations."""
-    small = tl.exp(-tl.abs(b_x))
-    # log(1 + small) loses the small part: the correction of the rounding restores it
-    one_plus = 1.0 + small
-    lost = one_plus == 1.0
-    ratio = small / tl.where(lost, 1.0, one_plus - 1.0)
-    softplus = tl.maximum(b_x, 0.0) + tl.where(lost, small, tl.log(one_plus) * ratio)
-    sigmoid = tl.sigmoid(b_x)
-    far = b_x < _FAR
-    safe = tl.where(far, 1.0, softplus)
-    log_softplus = tl.where(far, b_x - 0.5 * tl.exp(tl.where(far, b_x, _FAR)), tl.log(safe))
-    return softplus, log_softplus, sigmoid, tl.where(far, 1.0, sigmoid / safe)
+    """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations.
+
+    With s = exp(-|x|), softplus(x) = max(x, 0) + s r with r = log(1 + s) / s, from 1 down to ln 2.
+    All four follow from r without a difference or a quotient that underflows, however far x is.
+    """
+    small = exp2(-tl.abs(b_x) * LOG2_E)
+    # log(1 + s) = 2 atanh(z) with z = s / (2 + s) <= 1/3: the next term is below 2e-8 of the sum
+    half = reciprocal(2.0 + small)
+    w = small * half
+    w *= w
+    series = 1.0 / 13.0 + w * (1.0 / 15.0)
+    series = 1.0 / 11.0 + w * series
+    series = 1.0 / 9.0 + w * series
+    series = 1.0 / 7.0 + w * series
+    series = 1.0 / 5.0 + w * series
+    series = 1.0 / 3.0 + w * series
+    r = 2.0 * half * (1.0 + w * series)
+    negative = b_x < 0
+    softplus = tl.maximum(b_x, 0.0) + small * r
+    # r where x < 0, else softplus: never below ln 2
+    whole = tl.where(negative, r, softplus)
+    log_softplus = tl.minimum(b_x, 0.0) + tl.log(whole)
+    inverse = reciprocal(1.0 + small)
+    sigmoid = tl.where(negative, small * inverse, inverse)
+    return softplus, log_softplus, sigmoid, inverse * reciprocal(whole)
+
+
+@triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))`` of fp32: where exp(-x) overflows, zero."""
+    return reciprocal(1.0 + exp2(tl.minimum(-x * LOG2_E, 126.0)))
 
 
 @triton.jit
 def tempered_gates(b_select, b_temper):
     """``(softplus(select) ** tau, log_decay)``: how much of a unit key is written, what stays."""
     softplus, log_softplus, _, _ = softplus_terms(b_select)
-    tau = tl.sigmoid(b_temper)
-    return tl.exp(tau * log_softplus), -softplus * tau
+    tau = sigmoid(b_temper)
+    return exp2(tau * log_softplus * LOG2_E), -softplus * tau
 
 
 @triton.jit
 def tempered_gate_gradients(b_dk, b_dg, b_unit, b_select, b_temper):
     """Gradients of the unit key, select and temper, from those of the written key and log_decay."""
-    softplus, log_softplus, sigmoid, ratio = softplus_terms(b_select)
-    tau = tl.sigmoid(b_temper)
-    b_dunit = b_dk * tl.exp(tau * log_softplus)
+    softplus, log_softplus, slope, ratio = softplus_terms(b_select)
+    tau = sigmoid(b_temper)
+    b_dunit = b_dk * exp2(tau * log_softplus * LOG2_E)
     through_log = b_dunit * b_unit
-    b_ds = through_log * tau * ratio - b_dg * tau * sigmoid
+    b_ds = through_log * tau * ratio - b_dg * tau * slope
     # sigmoid(-x) rather than 1 - tau, which is 0 long before it should be
-    b_dt = (through_log * log_softplus - b_dg * softplus) * tau * tl.sigmoid(-b_temper)
+    b_dt = (through_log * log_softplus - b_dg * softplus) * tau * sigmoid(-b_temper)
     return b_dunit, b_ds, b_dt

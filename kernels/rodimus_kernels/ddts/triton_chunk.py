@@ -176,6 +176,11 @@ def _precision(v):
     return "tf32x3" if v.dtype == torch.float32 else "tf32"
 
 
+def _round(v):
+    """bfloat16 needs no rounding of fp32 operands, and three products hold all of them."""
+    return v.dtype == torch.float16
+
+
 def _upcast(v):
     return INTERPRETED and v.dtype == torch.bfloat16
 
@@ -227,6 +232,7 @@ def _prepare(keys, v, columns):
         BK=tile.width,
         LEVELS=_LEVELS,
         PRECISION=_precision(v),
+        ROUND=_round(v),
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -306,6 +312,7 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
             TMA=tma,
             STAGES=tile.num_stages,
             PRECISION=_precision(x),
+            ROUND=_round(x),
             UPCAST=_upcast(x),
             num_warps=tile.num_warps,
             **FP_FUSION,
@@ -476,6 +483,7 @@ def _gate(keys, v, columns, products):
         SLICES=1 if products.along is None else products.along.shape[1],
         LEVELS=_LEVELS,
         PRECISION=_precision(v),
+        ROUND=_round(v),
         INTERPRETED=INTERPRETED,
         num_warps=tile.num_warps,
         **FP_FUSION,

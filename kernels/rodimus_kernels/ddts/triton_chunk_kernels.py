@@ -21,13 +21,22 @@ of a document; all three are made on the device, so nothing waits for it.
 import triton
 import triton.language as tl
 
-from .._triton import product, tempered_gate_gradients, tempered_gates
+from .._triton import LOG2_E, exp2, product, reciprocal, tempered_gate_gradients, tempered_gates
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 # reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
 RESET = tl.constexpr(-1.4426950408889634e30)
 # a selection gate that lets nothing in and nothing go
 CLOSED = tl.constexpr(-1e30)
+
+
+@triton.jit
+def operand(x, ROUND: tl.constexpr):
+    """fp32 as it enters a product. Tensor cores cut off what tf32 does not hold, which would make
+    every product smaller; with ROUND it is rounded to nearest before."""
+    if ROUND:
+        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return x
 
 
 @triton.jit
@@ -62,7 +71,7 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
         b_select = tl.load(p_g, mask=mask, other=CLOSED).to(tl.float32)
         b_temper = tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
         b_in, b_g = tempered_gates(b_select, b_temper)
-        b_k = b_k / norms[:, None] * b_in
+        b_k *= reciprocal(norms)[:, None] * b_in
     b_g *= LOG2_E
     if p_resets is not None:
         b_reset = tl.load(p_resets + o_i[:, None], mask=mask, other=0)
@@ -83,28 +92,28 @@ def climb(prefix, suffix, o_i, level):
 
 
 @triton.jit
-def pairs_of_level(o_i, level, TRANSPOSED: tl.constexpr):
-    """Pairs i > j whose highest differing bit is ``level``: ``[C, C]``, rows are i."""
-    block = o_i >> level
-    # compared by block: a mask that changes with the level is not kept in registers over the loop
-    before = tl.where((block & 1) == 1, block - 1, -1)
-    if TRANSPOSED:
-        return block[:, None] == before[None, :]
-    else:
-        return before[:, None] == block[None, :]
+def decay_to_boundary(prefix, suffix, o_i, level):
+    """``(odd, decay)`` of a level, where blocks of ``1 << level`` positions meet in pairs: rows of
+    the odd block are queries and fade from its start, those of the even block are keys and fade to
+    its end. A row is one or the other, so each takes a single exponential."""
+    odd = ((o_i >> level) & 1)[:, None] == 1
+    return odd, exp2(tl.where(odd, prefix, suffix))
 
 
 @triton.jit
-def masked_sum(mask, x, acc, UPCAST: tl.constexpr):
-    """acc + mask x for a bool mask, exact: an fp32 x is the sum of three bf16 values."""
+def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + mask x for a bool mask: an fp32 x is the sum of three bf16 values, of which two are
+    more than products of ``tf32`` hold."""
     mask = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     acc = product(mask, high, acc, "tf32", UPCAST)
     acc = product(mask, middle, acc, "tf32", UPCAST)
-    return product(mask, low, acc, "tf32", UPCAST)
+    if PRECISION != "tf32":
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = product(mask, low, acc, "tf32", UPCAST)
+    return acc
 
 
 @triton.jit
@@ -141,6 +150,7 @@ def ddts_chunk_prepare_kernel(
     BK: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``.
 
@@ -177,16 +187,22 @@ def ddts_chunk_prepare_kernel(
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
         for level in tl.range(0, LEVELS, num_stages=1):
-            b_kd = tl.trans(b_k * tl.exp2(suffix))
-            scores = tl.dot(b_q * tl.exp2(prefix), b_kd, input_precision=PRECISION)
-            b_a += tl.where(pairs_of_level(o_i, level, False), scores, 0.0)
+            odd, decay = decay_to_boundary(prefix, suffix, o_i, level)
+            b_queries = operand(tl.where(odd, b_q * decay, 0.0), ROUND)
+            b_keys = operand(tl.where(odd, 0.0, b_k * decay), ROUND)
+            scores = tl.dot(b_queries, tl.trans(b_keys), input_precision=PRECISION)
+            # inside a pair of blocks queries meet keys only: the other entries are zero
+            pair = o_i >> (level + 1)
+            b_a += tl.where(pair[:, None] == pair[None, :], scores, 0.0)
             prefix, suffix = climb(prefix, suffix, o_i, level)
         o_ck = o_i[:, None] * K + o_k
-        tl.store(read + slot * C * K + o_ck, (b_q * tl.exp2(prefix)).to(read.dtype.element_ty))
-        tl.store(write + slot * C * K + o_ck, (b_k * tl.exp2(suffix)).to(write.dtype.element_ty))
+        dtype = read.dtype.element_ty
+        tl.store(read + slot * C * K + o_ck, operand(b_q * exp2(prefix), ROUND).to(dtype))
+        tl.store(write + slot * C * K + o_ck, operand(b_k * exp2(suffix), ROUND).to(dtype))
         p_keep = keep + slot * K + o_k + tl.zeros([C, BK], tl.int32)
-        tl.store(p_keep, tl.exp2(prefix), mask=o_i[:, None] == C - 1)
-    tl.store(a + slot * C * C + o_i[:, None] * C + o_i[None, :], b_a.to(a.dtype.element_ty))
+        tl.store(p_keep, exp2(prefix), mask=o_i[:, None] == C - 1)
+    p_a = a + slot * C * C + o_i[:, None] * C + o_i[None, :]
+    tl.store(p_a, operand(b_a, ROUND).to(a.dtype.element_ty))
 
 
 @triton.jit
@@ -223,6 +239,7 @@ def ddts_chunk_walk_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Walk the chunks of one segment of one sequence with the state in registers.
@@ -278,7 +295,7 @@ def ddts_chunk_walk_kernel(
         # TMA has no dtype conversion; without it x (fp16) becomes the products' dtype here
         b_x = tl.trans(b_x).to(b_write.dtype)
         if y is not None:
-            b_state = state.to(b_write.dtype)
+            b_state = operand(state, ROUND).to(b_write.dtype)
             if TMA:
                 b_read = read.load([row, 0])
                 b_a = a.load([row, 0])
@@ -416,56 +433,50 @@ def ddts_chunk_products_kernel(
 
 
 @triton.jit
-def side_gradients(
-    b_own,
-    b_met,
+def gradients_in_chunk(
+    b_q,
+    b_k,
     p_da,
-    p_chunk,
     prefix,
     suffix,
     o_i,
-    mask,
-    KEYS: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradient of the queries of a chunk, or of its keys, without the diagonal, and what of it went
-    through the log-decays.
+    """Gradients of queries and keys through the scores of a chunk, without the diagonal, what of
+    them went through the log-decays, and the sums that reach over the whole chunk.
 
-    At each level the odd block's queries met the even block's keys. A log-decay entered the prefix
-    of the queries at and after it, and the suffix of the keys before it, inside its own block:
+    At each level the odd block's queries met the even block's keys, so one product with the
+    symmetric ``da`` gives both. A log-decay entered the prefix of the queries at and after it, and
+    the suffix of the keys before it, inside its own block:
 
         dlog_decay[t] += sum over i >= t, odd block of t   of q[i] dq_level[i]
                        + sum over j <  t, even block of t  of k[j] dk_level[j]
     """
     o_r = o_i[:, None]
     o_c = o_i[None, :]
-    if KEYS:
-        own, met = suffix, prefix
-        p_da += o_c * C + o_r
-    else:
-        own, met = prefix, suffix
-        p_da += o_r * C + o_c
-    b_d = tl.zeros(b_own.shape, tl.float32)
-    b_dg = tl.zeros(b_own.shape, tl.float32)
+    b_da = operand(tl.load(p_da + tl.maximum(o_r, o_c) * C + tl.minimum(o_r, o_c)), ROUND)
+    b_dq = tl.zeros(b_q.shape, tl.float32)
+    b_dk = tl.zeros(b_q.shape, tl.float32)
+    b_dg = tl.zeros(b_q.shape, tl.float32)
     for level in tl.range(0, LEVELS, num_stages=1):
-        b_da = tl.load(p_da, mask=pairs_of_level(o_i, level, KEYS), other=0.0)
-        level_d = tl.dot(b_da, b_met * tl.exp2(met), input_precision=PRECISION) * tl.exp2(own)
-        b_d += level_d
-        # rows of the other parity hold zeros
+        odd, decay = decay_to_boundary(prefix, suffix, o_i, level)
+        b_own = tl.where(odd, b_q, b_k)
         block = o_i >> level
-        if KEYS:
-            reach = (o_c < o_r) & (o_c >= (block << level)[:, None])
-            met, own = climb(met, own, o_i, level)
-        else:
-            reach = (o_c >= o_r) & (o_c < ((block + 1) << level)[:, None])
-            own, met = climb(own, met, o_i, level)
-        b_dg = masked_sum(reach, b_own * level_d, b_dg, INTERPRETED)
-    level_d = tl.load(p_chunk, mask=mask, other=0.0) * tl.exp2(own)
-    reach = o_c < o_r if KEYS else o_c >= o_r
-    return b_d + level_d, masked_sum(reach, b_own * level_d, b_dg, INTERPRETED), own + met
+        siblings = (block[:, None] ^ block[None, :]) == 1
+        b_met = tl.where(siblings, b_da, 0.0)
+        b_faded = operand(b_own * decay, ROUND)
+        level_d = tl.dot(b_met, b_faded, input_precision=PRECISION) * decay
+        b_dq += tl.where(odd, level_d, 0.0)
+        b_dk += tl.where(odd, 0.0, level_d)
+        # within a block all rows have its parity
+        reach = (block[:, None] == block[None, :]) & (odd == (o_c >= o_r))
+        b_dg = masked_sum(reach, b_own * level_d, b_dg, PRECISION, INTERPRETED)
+        prefix, suffix = climb(prefix, suffix, o_i, level)
+    return b_dq, b_dk, b_dg, prefix, suffix
 
 
 @triton.jit
@@ -509,6 +520,7 @@ def ddts_chunk_gate_kernel(
     SLICES: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Gradients of q, k and log_decay, contiguous ``[B, T, H, K]``; with ``temper``, of q, the raw
@@ -539,22 +551,24 @@ def ddts_chunk_gate_kernel(
     o_ck = o_i[:, None] * K + o_k
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
+    b_dq, b_dk, b_dg, prefix, suffix = gradients_in_chunk(
+        b_q, b_k, p_da, prefix, suffix, o_i, C, LEVELS, PRECISION, ROUND, INTERPRETED
+    )
+    # what came from before the chunk, and what goes behind it
+    level_d = tl.load(dread + slot * C * K + o_ck) * exp2(prefix)
+    before = o_i[None, :] < o_i[:, None]
+    b_dg = masked_sum(~before, b_q * level_d, b_dg, PRECISION, INTERPRETED)
+    b_dq += level_d
+    level_d = tl.load(dwrite + slot * C * K + o_ck) * exp2(suffix)
+    b_dg = masked_sum(before, b_k * level_d, b_dg, PRECISION, INTERPRETED)
+    b_dk += level_d
+    # before and after a position is the whole chunk
+    b_dg += exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
     # the diagonal of the scores carries no gate
     diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
-    # one side after the other: both at once spill
-    p_dread = dread + slot * C * K + o_ck
-    b_dq, b_dg, _ = side_gradients(
-        b_q, b_k, p_da, p_dread, prefix, suffix, o_i, mask, False, C, LEVELS, PRECISION, INTERPRETED
-    )
     b_dq = (b_dq + diagonal * b_k) * scale
-    tl.store(dq + base + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
-    p_dwrite = dwrite + slot * C * K + o_ck
-    b_dk, b_dg_keys, total = side_gradients(
-        b_k, b_q, p_da, p_dwrite, prefix, suffix, o_i, mask, True, C, LEVELS, PRECISION, INTERPRETED
-    )
     b_dk += diagonal * b_q
-    # before and after a position is the whole chunk
-    b_dg += b_dg_keys + tl.exp2(total) * tl.load(dkeep + slot * K + o_k)
+    tl.store(dq + base + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
     if temper is not None:
         b_unit = tl.load(p_k + o_kt, mask=mask, other=0.0).to(tl.float32) / norms[:, None]
         b_select = tl.load(p_g + o_gt, mask=mask, other=CLOSED).to(tl.float32)
