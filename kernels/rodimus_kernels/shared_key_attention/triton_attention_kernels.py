@@ -19,6 +19,8 @@ pointers, or by Hopper's copy engine from a descriptor of ``[B, H, T, D]`` (TMA)
 import triton
 import triton.language as tl
 
+from .._triton import exp2
+
 
 @triton.jit
 def load_tile(
@@ -170,8 +172,8 @@ def attend(
             highest = tl.maximum(top, tl.max(b_s, 1) * scale)
             base = highest
             b_s = b_s * scale
-        b_p = tl.exp2(b_s - base[:, None])
-        fade = tl.exp2(top - base)
+        b_p = exp2(b_s - base[:, None])
+        fade = exp2(top - base)
         b_v = load_tile(v, i_b, i_hv, n, S, v_b, v_t, v_h, BN, DV, BDV, MASK, TMA)
         acc = product(b_p, b_v, acc * fade[:, None], PRECISION, UPCAST)
         total = total * fade + tl.sum(b_p, 1)
@@ -294,7 +296,7 @@ def query_gradient(
     for n in tl.range(begin, stop, BN, num_stages=STAGES):
         b_k = load_tile(k, i_b, i_hk, n, S, k_b, k_t, k_h, BN, D, BD, MASK, TMA)
         b_s = product(b_q, tl.trans(b_k), None, PRECISION, UPCAST)
-        b_p = tl.exp2(b_s * scale - b_lse[:, None])
+        b_p = exp2(b_s * scale - b_lse[:, None])
         if MASK:
             keys = n + tl.arange(0, BN)
             seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= first[:, None])
@@ -441,7 +443,7 @@ def key_gradients(
         rows = tl.minimum(row + tl.arange(0, BM), T - 1)
         b_lse = tl.load(p_lse + rows)
         b_delta = tl.load(p_delta + rows)
-        b_p = tl.exp2(b_s * scale - b_lse[None, :])
+        b_p = exp2(b_s * scale - b_lse[None, :])
         if (m < whole) | (m >= edge):
             queries = (m + tl.arange(0, BM))[None, :]
             b_p = tl.where((queries >= keys[:, None]) & (queries < ends[:, None]), b_p, 0.0)
