@@ -60,7 +60,7 @@ def take_share(share: int, shares: int) -> None:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         configs = self.prune_configs(kwargs)
-        mine = configs[share % len(configs) :: shares]
+        mine = configs[share::shares]
         result, has_run = None, False
         # one that cannot be compiled is not chosen later, but what follows needs some result
         for place, config in enumerate([*mine, *configs]):
