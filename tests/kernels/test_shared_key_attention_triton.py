@@ -119,6 +119,23 @@ def test_tiles_by_the_copy_engine(tiling, triton_attention, monkeypatch):
     check(Case(1, 5, 37, 2, 1, 2, window=17))
 
 
+def test_a_head_of_an_expanded_key_is_copied_by_the_engine(triton_attention, monkeypatch):
+    """A model spreads its key over the heads and hands one of them on: its stride is 0."""
+    seen = []
+
+    def refuse_zero(*tensors):
+        seen.extend(x.stride() for x in tensors)
+        return False
+
+    monkeypatch.setattr(triton_attention, "use_tma", refuse_zero)
+    (q, k, v, do), _ = Case(1, 20, 20, 2, 1, 2).inputs(DEVICE)
+    head = k.transpose(1, 2).expand(-1, 2, -1, -1)[:, :1].transpose(1, 2)
+    assert 0 in head.stride()
+    actual = run(shared_key_attention, q, head, v, do, impl="triton")
+    assert seen and all(min(strides) > 0 for strides in seen)
+    assert_close(actual, truth((q, k, v, do)), 2e-6)
+
+
 def test_heads_split_over_programs(tiling, triton_attention, monkeypatch):
     """dk is then a sum of partial sums."""
     monkeypatch.setattr(triton_attention, "head_groups", lambda *sizes: 2)

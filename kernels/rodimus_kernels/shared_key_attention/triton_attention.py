@@ -103,6 +103,14 @@ def use_tma(*tensors: torch.Tensor) -> bool:
     )
 
 
+def _with_strides(x):
+    """``x`` with a dense last dimension, and a stride that the copy engine takes where it does not
+    matter: one head of a key that was expanded over all heads has stride 0."""
+    x = unit_stride(x)
+    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, [*strides[:-1], 1])
+
+
 def _multiprocessors(device):
     """1 in the interpreter: nothing runs side by side."""
     if device.type != "cuda":
@@ -224,7 +232,7 @@ def _operands(kernel: int, by_query, by_key):
 
 @implement("shared_key_attention")
 def _forward(q, k, v, window_size, scale, cu_seqlens):
-    q, k, v = (unit_stride(x) for x in (q, k, v))
+    q, k, v = (_with_strides(x) for x in (q, k, v))
     batch, queries, heads, dim = q.shape
     launch = _launch(q, k, v, window_size, scale, cu_seqlens)
     o = v.new_empty((batch, queries, heads, v.shape[-1]))
@@ -242,7 +250,7 @@ def _forward(q, k, v, window_size, scale, cu_seqlens):
 
 @implement("shared_key_attention_backward")
 def _backward(q, k, v, window_size, scale, cu_seqlens, o, lse, do):
-    q, k, v, do = (unit_stride(x) for x in (q, k, v, do))
+    q, k, v, do = (_with_strides(x) for x in (q, k, v, do))
     launch = _launch(q, k, v, window_size, scale, cu_seqlens)
     dq, delta = _dq(q, k, v, o.contiguous(), lse, do, launch)
     dk, dv = _dkv(q, k, v, lse, delta, do, launch)
