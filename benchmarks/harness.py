@@ -263,9 +263,7 @@ class Bench:
         rounds = rounds or self.rounds
         if not targets:
             return skipped, {"rounds": 0, "warm_up_rounds": 0}
-        calls = {target.name: target.call for target in targets}
-        turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
-        rounds, warm_up = turns.settle(rounds, self.case_seconds)
+        turns, rounds, warm_up = self._settled(targets, skipped, rounds)
         gc.collect()
         gc.disable()
         try:
@@ -277,6 +275,29 @@ class Bench:
         for row in rows:
             self._add_floor(row)
         return rows + skipped, {"rounds": rounds, "warm_up_rounds": warm_up}
+
+    def _settled(
+        self, targets: list[Target], skipped: list[dict[str, Any]], rounds: int
+    ) -> tuple[timing.RoundRobin, int, int]:
+        """The turns after warm-up, the rounds to time and those that were run.
+
+        Each target ran alone before; the last ones are skipped where memory does not suffice for
+        all of them side by side.
+        """
+        while True:
+            calls = {target.name: target.call for target in targets}
+            turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
+            try:
+                return turns, *turns.settle(rounds, self.case_seconds)
+            except torch.OutOfMemoryError:
+                if len(targets) == 1:
+                    raise
+            last = targets.pop()
+            reason = f"out of memory beside {', '.join(target.name for target in targets)}"
+            skipped.append(records.skipped(last.name, last.model.family, last.engine, reason))
+            del calls, turns, last
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _add_floor(self, row: dict[str, Any]) -> None:
         """How near a row comes to this machine's memory or matrix rate, whichever it counts."""

@@ -108,6 +108,30 @@ def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
     assert not ready and all(row["reason"].startswith("too slow: one call took") for row in rows)
 
 
+def test_the_last_target_is_skipped_where_memory_does_not_suffice_for_all():
+    cpu, names = torch.device("cpu"), ("rodimus-plus-1.6b", "qwen2-1.5b", "rodimus-1.4b")
+    bench = harness.Bench("tiny", cpu, torch.float32, names, folder=None, rounds=2, load=0.0)
+    resident = []
+
+    def needs_memory(name):
+        if name not in resident:
+            resident.append(name)
+        if len(resident) > 2:
+            resident.clear()
+            raise torch.OutOfMemoryError
+
+    make = lambda model, engine: harness.Target(
+        f"{model.name}/{engine}", model, engine, lambda: needs_memory(model.name)
+    )
+    targets = [make(bench.model(name), "dynamic") for name in names]
+    skipped = []
+    turns, rounds, _ = bench._settled(targets, skipped, 2)
+    assert rounds == 2 and list(turns.targets) == [f"{name}/dynamic" for name in names[:2]]
+    (row,) = skipped
+    assert row["target"] == "rodimus-1.4b/dynamic"
+    assert row["reason"] == "out of memory beside rodimus-plus-1.6b/dynamic, qwen2-1.5b/dynamic"
+
+
 def test_a_second_run_measures_nothing_again(folder, found):
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     output = run(folder)
