@@ -98,6 +98,36 @@ struct AttentionStep {
   float scale;
 };
 
+// Up to three linear layers of one step, with what stands before and after them in a block. bfloat16
+// weights; every input is [rows, inputs].
+struct StepLinear {
+  struct Layer {
+    Rows x, weight, bias, y;
+    int64_t outputs;
+  };
+  static constexpr int kMaxLayers = 3;
+  Layer layers[kMaxLayers];
+  int64_t count = 1, rows, inputs;
+
+  // Before: x / sqrt(mean(x^2) + eps) * norm_weight, rounded to bfloat16. The sums of squares of a
+  // row stand in `parts` pieces, or are computed from it where `squares` is null.
+  Rows norm_weight;
+  const float* squares = nullptr;
+  int64_t squares_stride = 0, parts = 0;
+  float eps = 0.0f;
+
+  // After, for the only layer: sum = residual + y, and for each tile of outputs its sum of squares.
+  Rows residual, sum;
+  float* sum_squares = nullptr;  // [rows, tiles]
+  // After, for the only layer: y = silu(second half) * first half.
+  bool gated = false;
+  // After, for the first `rotated` layers: the rotary embedding of heads of head_dim.
+  Rows cos, sin;  // [rows, half]
+  int64_t rotated = 0, head_dim = 0, half = 0;
+  // After, for the first conv.channels outputs of the only layer: the convolution of one token.
+  ConvStep conv = {};
+};
+
 // x [B, heads * dim] rotated in place: channel d < half of a head pairs with d + half.
 struct Rope {
   Rows x;

@@ -1,21 +1,11 @@
 // One token through a whole block of the model: every projection and what stands between them, from
 // one call. A decode step has dozens of operators a block, each shorter than a call from Python.
-#include <vector>
-
-#include "../tensors.h"
+#include "../block.h"
 #include "kernels.h"
 #include "threads.h"
 
 namespace rodimus {
 namespace {
-
-// The weights in the order of rodimus_kernels.BlockWeights; Rodimus ends before kAttnNorm.
-enum Weight {
-  kMixerNorm, kFc, kConv, kConvBias, kQueryKey, kGateIn, kGateOut, kGateBias, kMemGate, kMemBias,
-  kResidual, kActNorm, kMixerOut,
-  kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
-};
-constexpr int kCountWithoutAttention = kAttnNorm;
 
 // Rows of intermediate results, carved out of one allocation.
 class Workspace {
@@ -40,20 +30,6 @@ class Workspace {
   Type type_;
   Tensor memory_;
   float *next_, *end_;
-};
-
-Rows columns(const Rows& x, int64_t first) {
-  Rows part = x;
-  int64_t size = x.type == Type::kFloat32 ? 4 : 2;
-  part.data = static_cast<char*>(x.data) + first * size;
-  return part;
-}
-
-// Rotary tables and ring of a block with attention.
-struct Window {
-  const Tensor &ring, &position;
-  Rows cos, sin;
-  int64_t half, head_dim, size;
 };
 
 struct Block {
@@ -149,9 +125,8 @@ struct Block {
 
     AttentionStep a;
     a.q = q, a.k = k, a.v = v, a.o = work.rows(outputs(kQuery));
-    a.cache = rows_of("ring", window.ring, stream);
-    a.position = static_cast<const int64_t*>(window.position.data_ptr());
-    a.batch = batch, a.steps = 1, a.ring = window.ring.size(1), a.window = window.size;
+    a.cache = window.ring, a.position = window.position;
+    a.batch = batch, a.steps = 1, a.ring = window.rows, a.window = window.size;
     a.heads = outputs(kQuery) / head_dim, a.key_heads = outputs(kKey) / head_dim;
     a.value_heads = outputs(kValue) / head_dim, a.key_dim = a.value_dim = head_dim;
     a.scale = 1.0f / sqrtf(static_cast<float>(head_dim));
@@ -186,40 +161,6 @@ struct Block {
   }
 };
 
-void check_weights(const std::vector<Tensor>& w, const Tensor& stream, int64_t head_dim) {
-  int64_t count = static_cast<int64_t>(w.size());
-  STD_TORCH_CHECK(count == kCountWithoutAttention || count == kCount, "expected ",
-                  static_cast<int>(kCountWithoutAttention), " or ", static_cast<int>(kCount),
-                  " weights, got ", count);
-  int64_t width = stream.size(1), inner = w[kGateOut].size(0);
-  auto matrix = [&](const char* name, int which, int64_t rows, int64_t size) {
-    check_shape(name, w[which], {rows, size});
-    check_type(name, w[which], w[kFc]);
-  };
-  auto vector = [&](const char* name, int which, int64_t size) {
-    check_shape(name, w[which], {size});
-  };
-  vector("mixer_norm", kMixerNorm, width), matrix("fc", kFc, 2 * inner, width);
-  matrix("conv", kConv, inner, kAny), vector("conv_bias", kConvBias, inner);
-  int64_t gates = w[kMemGate].size(0);
-  matrix("in_proj", kQueryKey, gates, inner), matrix("mem_gate", kMemGate, gates, inner);
-  vector("mem_gate_bias", kMemBias, gates), matrix("gate_in", kGateIn, kAny, inner);
-  matrix("gate_out", kGateOut, inner, w[kGateIn].size(0)), vector("gate_bias", kGateBias, inner);
-  vector("residual_weight", kResidual, inner), vector("act_norm", kActNorm, inner);
-  matrix("mixer_out", kMixerOut, width, inner);
-  if (count == kCountWithoutAttention) return;
-  int64_t attended = w[kQuery].size(0), values = w[kValue].size(0), keys = w[kKey].size(0);
-  vector("attn_norm", kAttnNorm, width), vector("ffn_norm", kFfnNorm, width);
-  matrix("query", kQuery, kAny, width), matrix("key", kKey, kAny, width);
-  matrix("value", kValue, kAny, width), matrix("attn_out", kAttnOut, width, attended);
-  matrix("ffn_in", kFfnIn, kAny, width), matrix("ffn_out", kFfnOut, width, w[kFfnIn].size(0) / 2);
-  STD_TORCH_CHECK(head_dim >= 1 && keys >= head_dim && values >= head_dim &&
-                      attended % keys == 0 && attended % values == 0 && keys % head_dim == 0 &&
-                      values % head_dim == 0,
-                  "heads of ", head_dim, " do not fit ", attended, " query, ", keys, " key and ",
-                  values, " value channels");
-}
-
 int64_t widest_input(const std::vector<Tensor>& w) {
   int64_t most = 0;
   for (const Tensor& x : w)
@@ -241,50 +182,15 @@ int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t widt
   return batch * columns + 32 * 16;
 }
 
-Window window_of(const std::vector<Tensor>& w, const Tensor& stream, const OptionalTensor& ring,
-                 const OptionalTensor& position, const OptionalTensor& cos,
-                 const OptionalTensor& sin, int64_t size, int64_t head_dim) {
-  int64_t batch = stream.size(0);
-  STD_TORCH_CHECK(ring && position, "a block with attention needs ring and position");
-  check_shape("ring", *ring, {batch, kAny, w[kKey].size(0) + w[kValue].size(0)});
-  check_type("ring", *ring, w[kFc]);
-  STD_TORCH_CHECK(ring->is_contiguous() && size >= 1 && ring->size(1) >= size,
-                  "ring must be contiguous with at least window_size = ", size, " rows, got shape ",
-                  shape_of(*ring));
-  check_shape("position", *position, {batch});
-  STD_TORCH_CHECK(position->scalar_type() == ScalarType::Long && position->is_contiguous(),
-                  "position must be contiguous int64, got scalar type ",
-                  static_cast<int>(position->scalar_type()));
-  const int64_t* places = static_cast<const int64_t*>(position->data_ptr());
-  for (int64_t b = 0; b < batch; ++b)
-    STD_TORCH_CHECK(places[b] >= 0, "position must be >= 0, got ", places[b]);
-  Window window{*ring, *position, {}, {}, cos ? cos->size(1) : 0, head_dim, size};
-  if (window.half) {
-    STD_TORCH_CHECK(sin && 2 * window.half <= head_dim, "rotary tables must fit heads of ", head_dim);
-    check_shape("cos", *cos, {batch, window.half}), check_shape("sin", *sin, {batch, window.half});
-    window.cos = rows_of("cos", *cos, stream), window.sin = rows_of("sin", *sin, stream);
-  }
-  return window;
-}
-
 Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
                   const Tensor& state, const OptionalTensor& ring, const OptionalTensor& position,
                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
                   int64_t head_dim, double key_eps, double norm_eps) {
-  check_shape("stream", stream, {kAny, kAny});
-  check_weights(weights, stream, head_dim);
-  int64_t batch = stream.size(0), width = stream.size(1), inner = weights[kGateOut].size(0);
-  STD_TORCH_CHECK(batch >= 1 && batch <= kMaxRows, "stream must have 1 to ", kMaxRows,
-                  " rows, got ", batch);
-  check_shape("taps", taps, {batch, inner, weights[kConv].size(1)});
-  check_shape("state", state, {batch, 1, weights[kMemGate].size(0) / 2, inner});
-  check_type("taps", taps, weights[kFc]), check_device("taps", taps, stream);
-  STD_TORCH_CHECK(taps.is_contiguous(), "taps must be contiguous, got last stride ",
-                  taps.stride(2));
-  state_of(state, stream);
-  std::optional<Window> window;
-  if (weights.size() == kCount)
-    window.emplace(window_of(weights, stream, ring, position, cos, sin, window_size, head_dim));
+  std::optional<Window> window = block_window(stream, weights, taps, state, ring, position, cos, sin,
+                                              window_size, head_dim);
+  int64_t batch = stream.size(0), width = stream.size(1);
+  for (int64_t b = 0; window && b < batch; ++b)
+    STD_TORCH_CHECK(window->position[b] >= 0, "position must be >= 0, got ", window->position[b]);
 
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   Rows start = rows_of("stream", stream, stream), sum = output_rows(result);

@@ -11,6 +11,42 @@ namespace rodimus {
 
 constexpr int kWarp = 32;
 
+// Sixteen bytes of consecutive elements.
+template <class T>
+struct alignas(16) Piece {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+#if defined(__CUDACC__)
+// Memory whose size the launch states; aligned for 16-byte pieces.
+#define RODIMUS_DYNAMIC_SHARED(T, name)               \
+  extern __shared__ __align__(16) char dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared)
+
+// Sixteen bytes that no other block reads: the first cache is left to what is shared.
+__device__ inline uint4 load_once(const void* from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
+// sum += A B on tensor cores, bfloat16 with sums in float32: A [16, 16], B [16, 8], a warp together.
+// Lane 4 g + q holds A of rows g and g + 8 (a0 and a2; a1 and a3), columns 2q, 2q + 1 (a0, a1) and
+// 2q + 8, 2q + 9 (a2, a3), B of those rows and column g, and sums of rows g (0, 1) and g + 8 (2, 3),
+// columns 2q and 2q + 1.
+__device__ inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                        uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline void narrow(float x, float* out) { *out = x; }

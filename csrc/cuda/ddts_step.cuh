@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "sizes.h"
 
 namespace rodimus {
 
@@ -19,16 +20,30 @@ struct StateTile {
   static constexpr int kColumns = BV / kWarp;
   float value[kRows][kColumns];
 
+  // Whether four neighbours of every row can be accessed at once.
+  static __device__ bool is_wide(const float* state, int64_t stride, int columns) {
+    return kColumns == 4 && columns == BV && stride % 4 == 0 &&
+           reinterpret_cast<uintptr_t>(state) % 16 == 0;
+  }
+
   // `state` points at the block's first column; rows and columns beyond the sizes read as zero.
   __device__ void load(const float* state, int keys, int64_t stride, int columns) {
     int warp = threadIdx.x / kWarp, first = threadIdx.x % kWarp * kColumns;
+    bool wide = is_wide(state, stride, columns);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       int key = i * kStepWarps + warp;
+      const float* row = state + key * stride + first;
+      if (wide) {
+        float4 four = {};
+        if (key < keys) four = *reinterpret_cast<const float4*>(row);
+        value[i][0] = four.x, value[i][1 % kColumns] = four.y;
+        value[i][2 % kColumns] = four.z, value[i][3 % kColumns] = four.w;
+        continue;
+      }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        value[i][j] =
-            key < keys && first + j < columns ? state[key * stride + first + j] : 0.0f;
+        value[i][j] = key < keys && first + j < columns ? row[j] : 0.0f;
     }
   }
 
@@ -36,16 +51,27 @@ struct StateTile {
   __device__ void update(const float* decay, const float* k, const float* q, const float* v,
                          float* state, int keys, int64_t stride, int columns, float* partial) {
     int warp = threadIdx.x / kWarp, first = threadIdx.x % kWarp * kColumns;
+    bool wide = is_wide(state, stride, columns);
     float sum[kColumns] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       int key = i * kStepWarps + warp;
+      float updated[kColumns], *row = state + key * stride + first;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        float updated = decay[key] * value[i][j] + k[key] * v[first + j];
-        sum[j] += q[key] * updated;
-        if (key < keys && first + j < columns) state[key * stride + first + j] = updated;
+        updated[j] = decay[key] * value[i][j] + k[key] * v[first + j];
+        sum[j] += q[key] * updated[j];
       }
+      if (key >= keys) continue;
+      if (wide) {
+        float4 four = {updated[0], updated[1 % kColumns], updated[2 % kColumns],
+                       updated[3 % kColumns]};
+        *reinterpret_cast<float4*>(row) = four;
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        if (first + j < columns) row[j] = updated[j];
     }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) partial[warp * BV + first + j] = sum[j];
@@ -85,7 +111,7 @@ __global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
 }
 
 // Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares a
-// block.
+// block, as sizes.h lays them out.
 template <int KEYS, int BV>
 __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
   __shared__ float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[kStepWarps * BV];
@@ -111,19 +137,27 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
     k[i] = k[i] / norm * expf(tau * log_softplus(select));
     q[i] = inside ? a.scale * element(a.q, b, i) : 0.0f;
   }
-  for (int j = threadIdx.x; j < BV; j += kStepThreads) {
-    v[j] = 0.0f;
-    if (j >= columns) continue;
-    float sum = element(a.gate_bias, 0, first + j);
-    for (int r = 0; r < static_cast<int>(a.gate_dim); ++r)
-      sum += element(a.gate_weight, first + j, r) * element(a.gate_hidden, b, r);
-    v[j] = sigmoid(sum) * element(a.x, b, first + j);
+  // four threads a column: a column's weights are neighbours, whole or in four runs
+  constexpr int kShare = 4;
+  int share = threadIdx.x % kShare, ranks = static_cast<int>(a.gate_dim);
+  int run = (ranks + kShare - 1) / kShare;
+  for (int j = threadIdx.x / kShare; j < BV; j += kStepThreads / kShare) {
+    float sum = 0.0f;
+    if (j < columns)
+      for (int r = share * run; r < ranks && r < (share + 1) * run; ++r)
+        sum += element(a.gate_weight, first + j, r) * element(a.gate_hidden, b, r);
+    for (int distance = kShare / 2; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (share == 0)
+      v[j] = j < columns
+                 ? sigmoid(sum + element(a.gate_bias, 0, first + j)) * element(a.x, b, first + j)
+                 : 0.0f;
   }
   __syncthreads();
   tile.update(decay, k, q, v, state, keys, a.value_dim, columns, partial);
   __syncthreads();
 
-  float* gated = a.scratch + b * (a.value_dim + gridDim.x);
+  float* gated = a.scratch + b * mixer_row(a.value_dim, gridDim.x);
   squares = 0.0f;
   for (int j = threadIdx.x; j < columns; j += kStepThreads) {
     int64_t column = first + j;
@@ -134,16 +168,16 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
     squares += o * o;
   }
   squares = block_sum(squares, warps);
-  if (threadIdx.x == 0) gated[a.value_dim + blockIdx.x] = squares;
+  if (threadIdx.x == 0) gated[mixer_values(a.value_dim) + blockIdx.x] = squares;
 }
 
 // The norm that the blocks of mixer_step_kernel could not finish alone. Grid: (ceil(V / 128), B).
 __global__ void __launch_bounds__(kStepThreads) mixer_norm_kernel(MixerStep a, int parts) {
   int64_t b = blockIdx.y, column = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
-  const float* gated = a.scratch + b * (a.value_dim + parts);
+  const float* gated = a.scratch + b * mixer_row(a.value_dim, parts);
   // every block adds the parts in the same order: the same factor for the whole row
   float squares = 0.0f;
-  for (int part = 0; part < parts; ++part) squares += gated[a.value_dim + part];
+  for (int part = 0; part < parts; ++part) squares += gated[mixer_values(a.value_dim) + part];
   float factor = 1.0f / sqrtf(squares / static_cast<float>(a.value_dim) + a.norm_eps);
   if (column < a.value_dim)
     set_element(a.y, b, column, gated[column] * factor * element(a.norm_weight, 0, column));

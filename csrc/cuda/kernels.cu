@@ -5,6 +5,7 @@
 #include "ddts_step.cuh"
 #include "elementwise.cuh"
 #include "linear.cuh"
+#include "step_linear.cuh"
 
 namespace rodimus {
 namespace {
@@ -49,6 +50,21 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   } else if constexpr (M < kMaxRows) {
     launch_linear_rows<2 * M>(a, stream);
   }
+}
+
+// Inputs from which on a block of a linear step has 16 warps.
+constexpr int64_t kDeepInputs = 2560;
+
+template <int WARPS, int DEPTH, int BLOCKS, bool NORM>
+void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
+  auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, NORM>;
+  // beyond 48 KiB only for who asks; said again each time: every device has to hear it
+  if (staged_bytes(a) > 48 * 1024)
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(kMaxStaged));
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
+  kernel<<<static_cast<unsigned>(tiles), WARPS * kWarp, staged_bytes(a), stream>>>(a);
 }
 
 template <class T, int KEYS, int STAGES, int BLOCKS>
@@ -100,13 +116,18 @@ void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
   });
 }
 
-void launch_mixer_step(const MixerStep& a, cudaStream_t stream) {
+void launch_mixer_state(const MixerStep& a, cudaStream_t stream) {
   with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
     dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
     mixer_step_kernel<keys, columns><<<grid, kStepThreads, 0, stream>>>(a);
-    dim3 norm_grid(blocks_for(a.value_dim, kStepThreads), static_cast<unsigned>(a.rows));
-    mixer_norm_kernel<<<norm_grid, kStepThreads, 0, stream>>>(a, static_cast<int>(grid.x));
   });
+}
+
+void launch_mixer_step(const MixerStep& a, cudaStream_t stream) {
+  launch_mixer_state(a, stream);
+  unsigned parts = blocks_for(a.value_dim, step_columns(a.rows));
+  dim3 grid(blocks_for(a.value_dim, kStepThreads), static_cast<unsigned>(a.rows));
+  mixer_norm_kernel<<<grid, kStepThreads, 0, stream>>>(a, static_cast<int>(parts));
 }
 
 void launch_conv_step(const ConvStep& a, cudaStream_t stream) {
@@ -117,7 +138,23 @@ void launch_conv_step(const ConvStep& a, cudaStream_t stream) {
     conv_step_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(a);
 }
 
-void launch_linear(const Linear& a, cudaStream_t stream) { launch_linear_rows<1>(a, stream); }
+void launch_linear(const Linear& a, cudaStream_t stream) {
+  StepLinear step;
+  step.layers[0] = {a.x, a.weight, a.bias, a.y, a.outputs};
+  step.rows = a.rows, step.inputs = a.inputs;
+  fits_step_linear(step) ? launch_step_linear(step, stream) : launch_linear_rows<1>(a, stream);
+}
+
+void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
+  // enough loads under way for the bandwidth: many small blocks, or one large one a processor
+  bool deep = a.inputs > kDeepInputs;
+  if (a.norm_weight)
+    deep ? launch_step_linear_of<16, 4, 1, true>(a, stream)
+         : launch_step_linear_of<8, 2, 3, true>(a, stream);
+  else
+    deep ? launch_step_linear_of<16, 4, 1, false>(a, stream)
+         : launch_step_linear_of<8, 2, 3, false>(a, stream);
+}
 
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {
   a.cache.type == Type::kFloat32 ? launch_attention_of<float>(a, stream)

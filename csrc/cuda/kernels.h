@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../arguments.h"
+#include "sizes.h"
 
 namespace rodimus {
 
@@ -16,7 +16,26 @@ inline int64_t step_columns(int64_t rows) { return rows <= 4 ? 32 : 128; }
 // Floats of scratch memory for a mixer step.
 inline int64_t mixer_scratch(const MixerStep& a) {
   int64_t columns = step_columns(a.rows);
-  return a.rows * (a.value_dim + (a.value_dim + columns - 1) / columns);
+  return a.rows * mixer_row(a.value_dim, (a.value_dim + columns - 1) / columns);
+}
+
+// Shared memory that a linear step may take for x: what every supported GPU can give two blocks of.
+constexpr int64_t kMaxStaged = 96 * 1024;
+
+// Whether a pointer and the distance between rows suit accesses of 16 bytes.
+inline bool in_pieces(const Rows& a) {
+  int64_t size = a.type == Type::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.stride * size % 16 == 0;
+}
+
+// Whether launch_step_linear takes these layers.
+inline bool fits_step_linear(const StepLinear& a) {
+  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows && staged_bytes(a) <= kMaxStaged;
+  for (int64_t i = 0; i < a.count; ++i)
+    fits = fits && a.layers[i].weight.type == Type::kBFloat16 && in_pieces(a.layers[i].weight) &&
+           in_pieces(a.layers[i].x);
+  return fits && (!a.norm_weight || in_pieces(a.norm_weight)) &&
+         (a.norm_weight || a.layers[0].x.type == Type::kBFloat16);
 }
 
 // Blocks of an attention step that fill a GPU, and keys of a part: the fewest while parts have to
@@ -41,8 +60,11 @@ inline int64_t attention_scratch(const AttentionStep& a) {
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);
 void launch_mixer_step(const MixerStep& a, cudaStream_t stream);
+// The mixer step without its norm: what goes into it stays in the scratch memory.
+void launch_mixer_state(const MixerStep& a, cudaStream_t stream);
 void launch_conv_step(const ConvStep& a, cudaStream_t stream);
 void launch_linear(const Linear& a, cudaStream_t stream);
+void launch_step_linear(const StepLinear& a, cudaStream_t stream);
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream);
 void launch_norm(const Norm& a, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// y = x weight^T + bias for up to eight rows of x: one warp an output, weights read once in 16-byte
-// pieces, x from the cache.
+// y = x weight^T + bias for up to eight rows of x in float32, or that do not start on 16 bytes: one
+// warp an output, weights read once, x from the cache. step_linear.cuh has the rest.
 #pragma once
 
 #include "common.cuh"
@@ -7,13 +7,6 @@
 namespace rodimus {
 
 constexpr int kLinearWarps = 4;
-
-// Sixteen bytes of consecutive elements.
-template <class T>
-struct alignas(16) Piece {
-  static constexpr int kSize = 16 / sizeof(T);
-  T value[kSize];
-};
 
 // Grid: ceil(outputs / 4). M: rows of x, rounded up; a row beyond the last repeats it and is not
 // written. ALIGNED: rows start on 16 bytes and hold whole pieces.

@@ -1,37 +1,11 @@
-// The operators of torch.ops.rodimus on CUDA: arguments, stream, launch check, registration.
-//
-// A torch built for the CPU lacks one function used here. It is weak, so the library loads there
-// too, and its registration can be checked on a machine without a GPU.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include "../tensors.h"
-#include "kernels.h"
-
-#pragma weak aoti_torch_get_current_cuda_stream
+// The operators of torch.ops.rodimus on CUDA: arguments and registration.
+#include "launch.h"
 
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_sources[] =
     "RODIMUS-SOURCES:" RODIMUS_SOURCES;
 
 namespace rodimus {
 namespace {
-
-// Launch on the current stream of the tensors' device, and report a launch that failed.
-template <class Arguments>
-void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, const Tensor& like) {
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-  kernel(a, static_cast<cudaStream_t>(stream));
-  // torch has a macro for this, but not in every release the library is built with
-  cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
-}
-
-void check_keys(int64_t keys) {
-  STD_TORCH_CHECK(keys <= kMaxKeys, "K must be at most ", kMaxKeys, ", got ", keys);
-}
 
 Tensor ddts_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                  const Tensor& state, double scale) {

@@ -79,7 +79,7 @@ def block_step(
 
     Args:
         stream: Residual stream ``[B, D]``; float32 or the weights' dtype. The native form takes
-            B <= 8.
+            B <= 8 on a CPU.
         weights: The block's own tensors; nothing is copied.
         taps: The last W inputs of the convolution, oldest first, ``[B, V, W]``.
         state: float32 ``[B, 1, K, V]``.
@@ -118,11 +118,12 @@ def block_step(
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | None) -> bool:
-    """Whether :func:`block_step` takes so many rows in one native call: plain float32 or bfloat16
-    tensors on a CPU whose native operators are built, and no gradient to record.
+    """Whether :func:`block_step` takes so many rows natively, at most eight on a CPU: plain float32
+    or bfloat16 tensors on a device whose native operators are built, and no gradient to record.
 
     Args:
         rows: sequences in the batch.
         tensors: the residual stream and the weights; None for those that a block lacks.
     """
-    return 1 <= rows <= native.MAX_ROWS and native.fits(*tensors)
+    few = rows <= native.MAX_ROWS or tensors[0].device.type != "cpu"
+    return rows >= 1 and few and native.fits(*tensors)

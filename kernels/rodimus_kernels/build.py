@@ -155,13 +155,14 @@ def _build_cpu(folder, scratch, library, mark):
 
 def _build_cuda(folder, scratch, library, mark):
     nvcc, cxx, torch = _nvcc(), _cxx(), _torch()
-    objects = [scratch / "kernels.o", scratch / "operators.o"]
+    objects = [scratch / f"{name}.o" for name in ("kernels", "operators", "block")]
     include = [f"-I{torch / 'include'}", f"-I{nvcc.parent.parent / 'include'}"]
+    host = [cxx, *_CXX_FLAGS, *include, _TARGET, "-DUSE_CUDA", mark]
     _run_all(
         [
             [str(nvcc), *nvcc_flags(nvcc), "-c", "cuda/kernels.cu", "-o", str(objects[0])],
-            [cxx, *_CXX_FLAGS, *include, _TARGET, "-DUSE_CUDA", mark]
-            + ["-c", "cuda/operators.cpp", "-o", str(objects[1])],
+            [*host, "-c", "cuda/operators.cpp", "-o", str(objects[1])],
+            [*host, "-c", "cuda/block.cpp", "-o", str(objects[2])],
         ],
         folder,
     )

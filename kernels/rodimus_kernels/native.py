@@ -53,6 +53,8 @@ CPU_ISAS = tuple(build.CPU_ISAS)
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear_step` takes."""
+MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
+"""Keys of a state, and channels of a head, that the operators take on a GPU."""
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rodimus::native_{_name}", _schema)
@@ -165,8 +167,7 @@ def select_cpu_isa(name: str) -> bool:
 
 def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors on the CPU, its operators built, and no gradient to record. On a GPU the native
-    form is chosen by name, until a measurement there says where it is the faster one.
+    bfloat16 tensors, the operators of their device built, and no gradient to record.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
@@ -180,7 +181,8 @@ def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
         return False
     if one_dtype and any(x.dtype != given[0].dtype for x in given):
         return False
-    return given[0].device.type == "cpu" and is_available("cpu")
+    kind = given[0].device.type
+    return kind in build.LIBRARIES and is_available(kind)
 
 
 def check(operator: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> None:

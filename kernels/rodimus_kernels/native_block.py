@@ -1,8 +1,19 @@
-"""One token through a block by the library of ``csrc/``: one call instead of dozens."""
+"""One token through a whole block of the model by the library of ``csrc/``: one call instead of
+dozens, or on a GPU, where it does not take the shape, torch's products and the fused operators
+between them."""
 
 import torch
+import torch.nn.functional as F
 
 from . import native
+from .ddts.mixer import ddts_mixer_step
+from .norm import add_rms_norm, rms_norm
+from .shared_key_attention import rope, shared_key_attention_step
+from .short_conv import short_conv_step
+from .swiglu import swiglu
+
+# as kMaxStaged in csrc/cuda/kernels.h, with what lies beside a row of x there
+_STAGED_BYTES, _STAGED_GAP = 96 * 1024, 96
 
 
 def step(
@@ -19,15 +30,91 @@ def step(
     key_eps,
     norm_eps,
 ):
-    """:func:`rodimus_kernels.block_step`, for up to eight rows on a CPU."""
+    """:func:`rodimus_kernels.block_step`, for up to eight rows on a CPU and any number on a GPU."""
     given = [x for x in weights if x is not None]
     native.check("block_step", stream, *given, taps, state, ring)
-    if not 1 <= stream.shape[0] <= native.MAX_ROWS:
-        raise ValueError(
-            f"block_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {stream.shape[0]}"
-        )
+    on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
+    if rows < 1 or (on_cpu and rows > native.MAX_ROWS):
+        raise ValueError(f"block_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}")
     cos, sin = (None, None) if rotary is None else rotary
-    return torch.ops.rodimus.native_block_step(
-        *(stream, given, taps, state, ring, position, cos, sin),
-        *(window_size or 0, head_dim or 0, key_eps, norm_eps),
+    if on_cpu or _is_one_call(rows, weights, given, cos, head_dim):
+        return torch.ops.rodimus.native_block_step(
+            *(stream, given, taps, state, ring, position, cos, sin),
+            *(window_size or 0, head_dim or 0, key_eps, norm_eps),
+        )
+    return compose(
+        *(stream, weights, taps, state, ring, position, rotary),
+        window_size=window_size,
+        head_dim=head_dim,
+        key_eps=key_eps,
+        norm_eps=norm_eps,
     )
+
+
+def _is_one_call(rows, weights, given, cos, head_dim) -> bool:
+    """Whether the GPU's kernels take a block whole: few rows, and weights in 16-byte pieces."""
+    matrices = [x for x in given if x.dim() == 2 and x is not weights.conv]
+    # the second layer of the input gate is no product of its own
+    streamed = [x for x in matrices if x is not weights.gate_out]
+    widest = max(x.shape[1] for x in streamed)
+    return (
+        rows <= native.MAX_ROWS
+        and 2 * rows * (widest + _STAGED_GAP) <= _STAGED_BYTES
+        and weights.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
+        and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in matrices)
+        and all(x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in streamed)
+        and (head_dim is None or head_dim <= native.MAX_CUDA_HEAD_DIM)
+        and (cos is None or (cos.shape[1] % 8 == 0 and head_dim % 16 == 0))
+    )
+
+
+def compose(
+    stream,
+    weights,
+    taps,
+    state,
+    ring,
+    position,
+    rotary,
+    *,
+    window_size,
+    head_dim,
+    key_eps,
+    norm_eps,
+):
+    """The block from torch's products, which read each weight once for many rows."""
+    w = weights
+    expanded = F.linear(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc)
+    x, gate = expanded.chunk(2, -1)
+    shifted = short_conv_step(x, taps, w.conv, w.conv_bias)
+    q, k = F.linear(shifted, w.query_key).chunk(2, -1)
+    select, temper = _wide_linear(shifted, w.mem_gate, w.mem_gate_bias).chunk(2, -1)
+    y = ddts_mixer_step(
+        *(q, k, select, temper, F.linear(x, w.gate_in), x, shifted, gate, state),
+        gate_weight=w.gate_out,
+        gate_bias=w.gate_bias,
+        residual_weight=w.residual_weight,
+        norm_weight=w.act_norm,
+        key_eps=key_eps,
+        norm_eps=norm_eps,
+    )
+    branch = F.linear(y, w.mixer_out)
+    if w.query is not None:
+        x, stream = add_rms_norm(branch, stream, w.attn_norm, eps=norm_eps)
+        q, k, v = (
+            F.linear(x, p).unflatten(-1, (1, -1, head_dim)) for p in (w.query, w.key, w.value)
+        )
+        if rotary is not None:
+            tables = [table.unsqueeze(1) for table in rotary]
+            q, k = rope(q, *tables), rope(k, *tables)
+        o = shared_key_attention_step(q, k, v, ring, position, window_size=window_size)
+        x, _ = add_rms_norm(F.linear(o.flatten(1), w.attn_out), stream, w.ffn_norm, eps=norm_eps)
+        branch = F.linear(swiglu(F.linear(x, w.ffn_in)), w.ffn_out)
+    return stream + branch
+
+
+def _wide_linear(x, weight, bias):
+    """A product whose float32 sums are kept: decays near 1 do not survive bfloat16."""
+    if x.dtype == torch.float32 or x.device.type != "cuda":
+        return F.linear(x.float(), weight.float(), bias.float())
+    return torch.mm(x, weight.t(), out_dtype=torch.float32) + bias

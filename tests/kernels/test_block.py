@@ -1,9 +1,11 @@
 """A whole block in one call: the native form against the reference, states included."""
 
+import functools
+
 import pytest
 import torch
 
-from rodimus_kernels import BlockWeights, block_step, native, reference
+from rodimus_kernels import BlockWeights, block_step, native, native_block, reference
 from rodimus_kernels.testing import assert_within_budget, relative_error
 
 PROBLEM = native.problem("cpu")
@@ -24,8 +26,8 @@ def isa(request):
     native.select_cpu_isa(best)
 
 
-def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4):
-    """Lively weights of a small block: three query heads, one key head, three value heads of 6."""
+def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4, dim=6, mlp=26):
+    """Lively weights of a small block: as many query and value heads as fit, one key head."""
     matrix = lambda rows, columns: (torch.randn(rows, columns) / columns**0.5).to(dtype)
     vector = lambda size: (1 + 0.3 * torch.randn(size)).to(dtype)
     found = [vector(width), matrix(2 * inner, width), matrix(inner, taps), vector(inner)]
@@ -33,20 +35,20 @@ def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4):
     found += [matrix(2 * keys, inner), torch.randn(2 * keys), torch.randn(inner), vector(inner)]
     found += [matrix(width, inner)]
     if attends:
-        found += [vector(width), matrix(18, width), matrix(6, width), matrix(18, width)]
-        found += [matrix(width, 18), vector(width), matrix(2 * 26, width), matrix(width, 26)]
+        found += [vector(width), matrix(width, width), matrix(dim, width), matrix(width, width)]
+        found += [matrix(width, width), vector(width), matrix(2 * mlp, width), matrix(width, mlp)]
     return BlockWeights(*found)
 
 
-def states_of(dtype, batch, attends, inner=22, keys=7, taps=4):
+def states_of(dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, turned=4):
     """Taps, state, ring, positions of different ages and rotary tables of part of a head."""
     states = [torch.randn(batch, inner, taps).to(dtype), torch.randn(batch, 1, keys, inner)]
     if not attends:
         return [*states, None, None, None]
     position = 3 * torch.arange(batch)
-    tables = reference.rope_tables(position[:, None], 4)
+    tables = reference.rope_tables(position[:, None], turned)
     rotary = tuple(table[:, 0].to(dtype) for table in tables)
-    return [*states, torch.randn(batch, 8, 24).to(dtype), position, rotary]
+    return [*states, torch.randn(batch, 8, dim + width).to(dtype), position, rotary]
 
 
 def copied(states, dtype=None):
@@ -59,11 +61,36 @@ def steps(function, stream, weights, states, count, **named):
     """Outputs of several tokens, one after the other; the states move on."""
     outputs = []
     for _ in range(count):
-        stream = function(stream, weights, *states, **NAMED, **named)
+        stream = function(stream, weights, *states, **(NAMED | named))
         outputs.append(stream)
         if states[3] is not None:
             states[3] = states[3] + 1
     return torch.stack(outputs)
+
+
+def assert_equals_reference(function, weights, states, device="cpu", **named):
+    """Three tokens: the stream and all states against float64, in bfloat16 with the reference's
+    error as the budget."""
+    dtype, batch = weights.fc.dtype, states[0].shape[0]
+    stream = torch.randn(batch, weights.fc.shape[1])
+    wide = BlockWeights(*(x if x is None else x.double() for x in weights))
+    base_states, exact_states = copied(states), copied(states, torch.double)
+    base = steps(reference.block_step, stream, weights, base_states, 3, **named)
+    exact = steps(reference.block_step, stream.double(), wide, exact_states, 3, **named)
+    there = lambda x: None if x is None else x.to(device, copy=True)
+    rotary = states[4] and tuple(map(there, states[4]))
+    actual_states = [*map(there, states[:4]), rotary]
+    moved = BlockWeights(*map(there, weights))
+    actual = steps(function, stream.to(device), moved, actual_states, 3, **named)
+    compared = {"stream": (actual, exact, base)}
+    for i, name in enumerate(("taps", "state", "ring")):
+        if states[i] is not None:
+            compared[name] = (actual_states[i], exact_states[i], base_states[i])
+    for name, (found, truth, baseline) in compared.items():
+        if dtype == torch.float32:
+            assert relative_error(found.cpu(), truth) < LIMIT, name
+        else:
+            assert_within_budget(name, found.cpu(), truth, baseline)
 
 
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
@@ -72,20 +99,17 @@ def steps(function, stream, weights, states, count, **named):
 def test_native_equals_reference(isa, dtype, batch, attends):
     torch.manual_seed(0)
     weights, states = weights_of(dtype, attends), states_of(dtype, batch, attends)
-    stream = torch.randn(batch, 18)
-    wide = BlockWeights(*(x if x is None else x.double() for x in weights))
-    runs = {"actual": copied(states), "base": copied(states), "exact": copied(states, torch.double)}
-    actual = steps(block_step, stream, weights, runs["actual"], 3, impl="native")
-    base = steps(reference.block_step, stream, weights, runs["base"], 3)
-    exact = steps(reference.block_step, stream.double(), wide, runs["exact"], 3)
-    compared = {"stream": (actual, exact, base)}
-    for i, name in enumerate(("taps", "state", "ring")[: 3 if attends else 2]):
-        compared[name] = tuple(runs[run][i] for run in ("actual", "exact", "base"))
-    for name, (found, truth, baseline) in compared.items():
-        if dtype == torch.float32:
-            assert relative_error(found, truth) < LIMIT, name
-        else:
-            assert_within_budget(name, found, truth, baseline)
+    assert_equals_reference(functools.partial(block_step, impl="native"), weights, states)
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("batch", [1, 12])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_composed_equals_reference(dtype, batch, attends):
+    """What a GPU runs for shapes that its kernels do not take whole."""
+    torch.manual_seed(0)
+    weights, states = weights_of(dtype, attends), states_of(dtype, batch, attends)
+    assert_equals_reference(native_block.compose, weights, states)
 
 
 def test_stream_in_the_dtype_of_the_weights():

@@ -1,6 +1,7 @@
 """The CUDA operators without a GPU: their kernels run emulated on the CPU, their library loads, and
 what nvcc made of them fits the registers."""
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rodimus_kernels import build, native
+from rodimus_kernels import block_step, build, linear_step, native
+from rodimus_kernels.testing import relative_error
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 
@@ -41,6 +43,14 @@ def test_emulated_kernels_equal_the_cpu(differences, kernel):
         found = {n: x for n, x in differences.items() if n.startswith(f"{kernel}-{dtype}")}
         assert len(found) >= 2
         assert all(x <= limit for x in found.values()), found
+
+
+@pytest.mark.parametrize("kind", ["norm", "add", "squares", "gate", "conv"])
+def test_emulated_linear_steps_equal_the_cpu(differences, kind):
+    """bfloat16 throughout; the CPU rounds where they do, so a sum may fall on the other side."""
+    found = {n: x for n, x in differences.items() if n.startswith(f"step_linear_{kind}-")}
+    assert len(found) >= 2
+    assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
 
 
 @pytest.mark.skipif(
@@ -79,9 +89,45 @@ def test_cuda_equals_the_cpu():
                 assert cpu.relative_error(x.cpu(), y) < (1e-5 if x.dtype == torch.float32 else 1e-2)
 
 
+# what the kernels take whole, and what they leave to torch's products
+WHOLE = {"width": 64, "inner": 128, "keys": 16, "dim": 32}
+SHAPES = {"whole": WHOLE, "odd": {}}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("batch", [1, 3, 8, 64])
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
+    from tests.kernels import test_block as block
+
+    native.require("test", "cuda")
+    torch.manual_seed(0)
+    sizes = SHAPES[shape]
+    more = {"rank": 8, "mlp": 72} if sizes else {}
+    weights = block.weights_of(dtype, attends, **sizes, **more)
+    turned = {"turned": sizes["dim"]} if sizes else {}
+    states = block.states_of(dtype, batch, attends, **sizes, **turned)
+    head_dim = sizes.get("dim", block.NAMED["head_dim"])
+    block.assert_equals_reference(
+        functools.partial(block_step, impl="native"), weights, states, "cuda", head_dim=head_dim
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+def test_linear_step_on_cuda(batch):
+    native.require("test", "cuda")
+    torch.manual_seed(0)
+    for outputs, inputs in ((130, 2048), (7, 4096), (33, 100)):
+        x, weight = torch.randn(batch, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
+        exact = x.double() @ weight.double().t()
+        error = relative_error(linear_step(x.cuda(), weight.cuda()).cpu(), exact)
+        assert error < 4e-3, (outputs, inputs)
+
+
 def test_launchers_cover_every_registered_operator():
-    text = (build.sources() / "cuda/operators.cpp").read_text()
-    registered = set(re.findall(r'm\.impl\("native_(\w+)"', text))
-    # this one has no CUDA form yet: impl="native" says so there
-    without = {"block_step"}
-    assert registered == set(native._SCHEMAS) - without
+    files = ("cuda/operators.cpp", "cuda/block.cpp")
+    text = "".join((build.sources() / file).read_text() for file in files)
+    assert set(re.findall(r'm\.impl\("native_(\w+)"', text)) == set(native._SCHEMAS)

@@ -3,6 +3,7 @@ dispatch."""
 
 import torch
 
+from .. import native
 from .._dispatch import (
     check_alike,
     check_cu_seqlens,
@@ -211,8 +212,12 @@ def ddts_step(
     scale = key_dim**-0.5 if scale is None else scale
     with torch.no_grad():
         if impl == "auto":
-            triton = runs_triton(q.device) and state.dtype != torch.float64
-            impl = choose_compiled("triton" if triton else "eager", q, k, v, log_decay, state)
+            if runs_triton(q.device) and state.dtype != torch.float64:
+                impl = "triton"
+            else:
+                fits = q.device.type == "cpu" or key_dim <= native.MAX_CUDA_KEYS
+                tensors = (q, k, v, log_decay, state)
+                impl = choose_compiled("eager", *tensors) if fits else "eager"
         return load("ddts_step", impl, _STEP)(q, k, v, log_decay, state, scale=scale)
 
 

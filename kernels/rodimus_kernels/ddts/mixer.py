@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import native
 from .._dispatch import check_alike, check_floating, check_shape, choose_compiled, load
 
 _IMPLS = {
@@ -89,8 +90,9 @@ def ddts_mixer_step(
     with torch.no_grad():
         if impl == "auto":
             alike = gate_weight.dtype == gate_hidden.dtype and state.dtype == torch.float32
+            fits = alike and (q.device.type == "cpu" or q.shape[1] <= native.MAX_CUDA_KEYS)
             tensors = (q, *rows.values(), state)
-            impl = choose_compiled("reference", *tensors) if alike else "reference"
+            impl = choose_compiled("reference", *tensors) if fits else "reference"
         return load("ddts_mixer_step", impl, _IMPLS)(
             *(q, k, select, temper, gate_hidden, x, shifted, gate, state),
             gate_weight=gate_weight,

@@ -11,6 +11,7 @@
 #include "cuda/ddts_step.cuh"
 #include "cuda/elementwise.cuh"
 #include "cuda/linear.cuh"
+#include "cuda/step_linear.cuh"
 
 using namespace rodimus;
 
@@ -115,7 +116,7 @@ void mixer_step_case(Type type, int64_t rows, int64_t keys, int64_t values, int6
   cuda.state = random_floats(rows * keys * values);
   std::copy_n(cpu.state, rows * keys * values, cuda.state);
   dim3 grid(blocks_for(values, BV), rows);
-  cuda.scratch = random_floats(rows * (values + grid.x));
+  cuda.scratch = random_floats(rows * mixer_row(values, grid.x));
   kernels().mixer_gates(cpu, 0, rows);
   kernels().mixer_step(cpu, 0, rows * blocks(values));
   kernels().mixer_norm(cpu, 0, rows);
@@ -163,6 +164,124 @@ void linear_case(Type type, int64_t rows, int64_t outputs, int64_t inputs) {
                    [&] { linear_kernel<T, M, ALIGNED>(cuda); });
   Report report{label("linear", type, {M, ALIGNED, rows, outputs, inputs})};
   report.add(cpu.y, cuda.y, rows * outputs);
+}
+
+template <int WARPS, int DEPTH, bool NORM>
+void run_step_linear(const StepLinear& a) {
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
+  emulator::launch(dim3(tiles), WARPS * kWarp,
+                   [&] { step_linear_kernel<WARPS, DEPTH, 1, NORM>(a); });
+}
+
+void run_linear(const Rows& x, const Rows& weight, const Rows& bias, const Rows& y, int64_t rows,
+                int64_t inputs, int64_t outputs) {
+  Linear a;
+  a.x = x, a.weight = weight, a.bias = bias, a.y = y;
+  a.rows = rows, a.inputs = inputs, a.outputs = outputs;
+  a.scratch = random_floats(linear_scratch(a));
+  kernels().linear_prepare(a);
+  kernels().linear(a, 0, outputs);
+}
+
+constexpr Type kHalf = Type::kBFloat16, kFull = Type::kFloat32;
+
+// Three layers, of which two turn their heads, after a norm that computes its sums or is given them.
+void project_case(Type stream, int64_t rows, int64_t inputs, bool given) {
+  const int64_t dim = 48, half = 16, outputs[] = {3 * dim, dim, 37};
+  StepLinear a;
+  a.count = 3, a.rows = rows, a.inputs = inputs, a.eps = 1e-3f;
+  Rows x = random_rows(stream, rows, inputs, 8), normed = random_rows(kHalf, rows, inputs);
+  Norm norm;
+  norm.x = x, norm.weight = a.norm_weight = random_rows(kHalf, 1, inputs), norm.y = normed;
+  norm.rows = rows, norm.dim = inputs, norm.eps = a.eps;
+  kernels().norm(norm, 0, rows);
+  if (given) {
+    float* squares = random_floats(rows * 40);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = 0; i < 40; ++i) {
+        squares[m * 40 + i] = 0.0f;
+        for (int64_t j = i; j < inputs; j += 40)
+          squares[m * 40 + i] += powf(get(x, m * x.stride + j), 2);
+      }
+    a.squares = squares, a.squares_stride = a.parts = 40;
+  }
+  a.cos = random_rows(kHalf, rows, half), a.sin = random_rows(kHalf, rows, half);
+  a.rotated = 2, a.head_dim = dim, a.half = half;
+  Report report{label("step_linear_norm", stream, {rows, inputs, given})};
+  Rows expected[3];
+  for (int i = 0; i < 3; ++i) {
+    a.layers[i] = {x, random_rows(kHalf, outputs[i], inputs, 8), {},
+                   random_rows(kHalf, rows, outputs[i]), outputs[i]};
+    expected[i] = random_rows(kHalf, rows, outputs[i]);
+    run_linear(normed, a.layers[i].weight, {}, expected[i], rows, inputs, outputs[i]);
+    if (i < 2) kernels().rope({expected[i], a.cos, a.sin, rows, outputs[i] / dim, dim, half}, 0, rows);
+  }
+  run_step_linear<8, 2, true>(a);
+  for (int i = 0; i < 3; ++i) report.add(expected[i], a.layers[i].y, rows * outputs[i]);
+}
+
+// The sum with the stream and its squares; the layer's input needs no norm.
+void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
+  StepLinear a;
+  a.rows = rows, a.inputs = inputs;
+  Rows branch = random_rows(kHalf, rows, outputs), expected = random_rows(stream, rows, outputs);
+  a.layers[0] = {random_rows(kHalf, rows, inputs), random_rows(kHalf, outputs, inputs), {}, {},
+                 outputs};
+  a.residual = random_rows(stream, rows, outputs), a.sum = random_rows(stream, rows, outputs);
+  int64_t tiles = step_linear_tiles(a, 0);
+  a.sum_squares = random_floats(rows * tiles);
+  run_linear(a.layers[0].x, a.layers[0].weight, {}, branch, rows, inputs, outputs);
+  kernels().add({a.residual, branch, expected, rows, outputs}, 0, rows * blocks(outputs));
+  run_step_linear<16, 4, false>(a);
+  Report report{label("step_linear_add", stream, {rows, inputs, outputs})};
+  report.add(expected, a.sum, rows * outputs);
+  Report squares{label("step_linear_squares", stream, {rows, inputs, outputs})};
+  for (int64_t m = 0; m < rows; ++m) {
+    float wanted = 0.0f, found = 0.0f;
+    for (int64_t n = 0; n < outputs; ++n) wanted += powf(get(a.sum, m * outputs + n), 2);
+    for (int64_t t = 0; t < tiles; ++t) found += a.sum_squares[m * tiles + t];
+    squares.add(wanted, found);
+  }
+}
+
+// The MLP's gate, and the mixer's convolution.
+void gate_case(int64_t rows, int64_t inputs, int64_t inner) {
+  StepLinear a;
+  a.rows = rows, a.inputs = inputs, a.gated = true;
+  Rows expanded = random_rows(kHalf, rows, 2 * inner), expected = random_rows(kHalf, rows, inner);
+  a.layers[0] = {random_rows(kHalf, rows, inputs), random_rows(kHalf, 2 * inner, inputs), {},
+                 random_rows(kHalf, rows, inner), 2 * inner};
+  run_linear(a.layers[0].x, a.layers[0].weight, {}, expanded, rows, inputs, 2 * inner);
+  Rows gate = expanded;
+  gate.data = static_cast<__nv_bfloat16*>(expanded.data) + inner;
+  kernels().gate({expanded, gate, expected, rows, inner}, 0, rows * blocks(inner));
+  run_step_linear<8, 2, false>(a);
+  Report report{label("step_linear_gate", kHalf, {rows, inputs, inner})};
+  report.add(expected, a.layers[0].y, rows * inner);
+}
+
+void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width) {
+  StepLinear a;
+  a.rows = rows, a.inputs = inputs;
+  Rows expanded = random_rows(kHalf, rows, 2 * inner);
+  a.layers[0] = {random_rows(kHalf, rows, inputs), random_rows(kHalf, 2 * inner, inputs),
+                 random_rows(kFull, 1, 2 * inner), random_rows(kHalf, rows, 2 * inner), 2 * inner};
+  ConvStep conv;
+  conv.x = expanded, conv.y = random_rows(kHalf, rows, inner);
+  conv.weight = random_rows(kHalf, inner, width), conv.bias = random_rows(kHalf, 1, inner);
+  Rows taps = random_rows(kHalf, rows * inner, width), other = taps;
+  other.data = random_floats(rows * inner * width);
+  memcpy(other.data, taps.data, rows * inner * width * 2);
+  conv.state = taps.data, conv.rows = rows, conv.channels = inner, conv.width = width;
+  a.conv = conv, a.conv.state = other.data, a.conv.y = random_rows(kHalf, rows, inner);
+  run_linear(a.layers[0].x, a.layers[0].weight, a.layers[0].bias, expanded, rows, inputs, 2 * inner);
+  kernels().conv_step(conv, 0, rows * blocks(inner));
+  run_step_linear<16, 4, false>(a);
+  Report report{label("step_linear_conv", kHalf, {rows, inputs, inner, width})};
+  report.add(expanded, a.layers[0].y, rows * 2 * inner);
+  report.add(conv.y, a.conv.y, rows * inner);
+  report.add(taps, other, rows * inner * width);
 }
 
 void norm_case(Type type, int kind, int64_t rows, int64_t dim) {
@@ -275,4 +394,14 @@ void cases_of(Type type) {
 int main() {
   cases_of<float>(Type::kFloat32);
   cases_of<__nv_bfloat16>(Type::kBFloat16);
+  for (Type stream : kBoth) {
+    project_case(stream, 1, 2048, false);
+    project_case(stream, 3, 72, true);
+    project_case(stream, 8, 264, false);
+    add_case(stream, 1, 4096, 24);
+    add_case(stream, 8, 136, 100);
+    add_case(stream, 5, 8, 7);
+  }
+  gate_case(1, 2048, 16), gate_case(6, 200, 21);
+  conv_case(1, 2048, 16, 4), conv_case(8, 136, 20, 3);
 }

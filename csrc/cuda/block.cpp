@@ -1,0 +1,217 @@
+// One token through a whole block of the model: ten kernels, with what stands between the linear
+// layers at their ends. For up to eight rows of bfloat16 weights; torch's own products take more.
+#include "../block.h"
+#include "launch.h"
+
+namespace rodimus {
+namespace {
+
+// Intermediate results, carved out of one allocation; each starts on a line.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t rows, int64_t floats)
+      : rows_(rows), memory_(output_like(like, {floats}, ScalarType::Float)),
+        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
+
+  Rows rows(int64_t columns, Type type = Type::kBFloat16) {
+    return {floats(rows_ * columns), type, columns};
+  }
+
+  float* floats(int64_t count) {
+    float* here = next_;
+    next_ += (count + 31) / 32 * 32;
+    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
+    return here;
+  }
+
+ private:
+  int64_t rows_;
+  Tensor memory_;
+  float *next_, *end_;
+};
+
+// The residual stream, and the sums of squares that whoever wrote it has left.
+struct Stream {
+  Rows rows;
+  float* squares = nullptr;
+  int64_t parts = 0;
+};
+
+struct Block {
+  const std::vector<Tensor>& weights;
+  const Tensor& like;
+  int64_t batch, width;
+  float key_eps, norm_eps;
+  Workspace work;
+  cudaStream_t queue;
+
+  Rows weight(int which) const { return rows_of("weight", weights[which], like); }
+  int64_t outputs(int which) const { return weights[which].size(0); }
+
+  StepLinear::Layer layer(const Rows& x, int which, const Rows& y = {}, const Rows& bias = {}) const {
+    return {x, weight(which), bias, y, outputs(which)};
+  }
+
+  // A step of one layer or of the first of several.
+  StepLinear step(const StepLinear::Layer& first, int which) const {
+    StepLinear a;
+    a.layers[0] = first;
+    a.rows = batch, a.inputs = weights[which].size(1), a.eps = norm_eps;
+    return a;
+  }
+
+  void norm(StepLinear& a, const Stream& stream, int which) const {
+    a.norm_weight = weight(which);
+    a.squares = stream.squares, a.squares_stride = a.parts = stream.parts;
+  }
+
+  void run(const StepLinear& a) const {
+    STD_TORCH_CHECK(fits_step_linear(a), "block_step(impl='native') on CUDA takes bfloat16 weights"
+                    " whose rows start on 16 bytes and hold whole ones; got ", a.inputs,
+                    " inputs and ", a.layers[0].outputs, " outputs");
+    launch_step_linear(a, queue);
+  }
+
+  // residual + branch, the squares of the sum beside it.
+  Stream add(StepLinear a, const Stream& residual, const Rows& sum) {
+    a.residual = residual.rows, a.sum = sum;
+    Stream result{sum, nullptr, step_linear_tiles(a, 0)};
+    a.sum_squares = result.squares = work.floats(batch * result.parts);
+    run(a);
+    return result;
+  }
+
+  StepLinear mixer(const Stream& stream, const Tensor& taps, const Tensor& state) {
+    int64_t inner = outputs(kGateOut), keys = outputs(kMemGate) / 2, rank = outputs(kGateIn);
+    Rows expanded = work.rows(2 * inner), shifted = work.rows(inner);
+    StepLinear expand = step(layer(stream.rows, kFc, expanded), kFc);
+    norm(expand, stream, kMixerNorm);
+    ConvStep& conv = expand.conv;
+    conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
+    conv.state = taps.data_ptr();
+    conv.rows = batch, conv.channels = inner, conv.width = weights[kConv].size(1);
+    run(expand);
+
+    Rows query_key = work.rows(2 * keys), gates = work.rows(2 * keys, Type::kFloat32);
+    Rows hidden = work.rows(rank);
+    StepLinear project = step(layer(shifted, kQueryKey, query_key), kQueryKey);
+    // the gates' bias is added in float32: decays near 1 do not survive bfloat16
+    project.layers[1] = layer(shifted, kMemGate, gates, weight(kMemBias));
+    project.layers[2] = layer(expanded, kGateIn, hidden);
+    project.count = 3;
+    run(project);
+
+    MixerStep a;
+    a.q = query_key, a.k = columns(query_key, keys);
+    a.select = gates, a.temper = columns(gates, keys);
+    a.gate_hidden = hidden, a.x = expanded, a.shifted = shifted;
+    a.gate = columns(expanded, inner);
+    a.gate_weight = weight(kGateOut), a.gate_bias = weight(kGateBias);
+    a.residual_weight = weight(kResidual), a.norm_weight = weight(kActNorm);
+    a.state = static_cast<float*>(state.data_ptr());
+    a.rows = batch, a.key_dim = keys, a.value_dim = inner, a.gate_dim = rank;
+    a.scale = 1.0f / sqrtf(static_cast<float>(keys));
+    a.key_eps = key_eps, a.norm_eps = norm_eps;
+    a.scratch = work.floats(mixer_scratch(a));
+    launch_mixer_state(a, queue);
+
+    // its norm is the next product's
+    int64_t row = mixer_scratch(a) / batch, columns = step_columns(batch);
+    StepLinear contract = step(layer({a.scratch, Type::kFloat32, row}, kMixerOut), kMixerOut);
+    contract.norm_weight = a.norm_weight;
+    contract.squares = a.scratch + mixer_values(inner), contract.squares_stride = row;
+    contract.parts = (inner + columns - 1) / columns;
+    return contract;
+  }
+
+  StepLinear attention(const Stream& stream, const Window& window) {
+    int64_t head_dim = window.head_dim;
+    AttentionStep a;
+    a.q = work.rows(outputs(kQuery)), a.k = work.rows(outputs(kKey));
+    a.v = work.rows(outputs(kValue)), a.o = work.rows(outputs(kQuery));
+    StepLinear project = step(layer(stream.rows, kQuery, a.q), kQuery);
+    project.layers[1] = layer(stream.rows, kKey, a.k);
+    project.layers[2] = layer(stream.rows, kValue, a.v);
+    project.count = 3;
+    norm(project, stream, kAttnNorm);
+    if (window.half) {
+      STD_TORCH_CHECK(window.half % kHalfTile == 0 && head_dim % kTile == 0,
+                      "rotary tables of a multiple of ", kHalfTile, " and heads of a multiple of ",
+                      kTile, " are expected, got ", window.half, " and ", head_dim);
+      project.cos = window.cos, project.sin = window.sin;
+      project.rotated = 2, project.head_dim = head_dim, project.half = window.half;
+    }
+    run(project);
+
+    a.cache = window.ring, a.position = window.position;
+    a.batch = batch, a.steps = 1, a.ring = window.rows, a.window = window.size;
+    a.heads = outputs(kQuery) / head_dim, a.key_heads = outputs(kKey) / head_dim;
+    a.value_heads = outputs(kValue) / head_dim, a.key_dim = a.value_dim = head_dim;
+    a.scale = 1.0f / sqrtf(static_cast<float>(head_dim));
+    a.scratch = work.floats(attention_scratch(a));
+    launch_attention_step(a, queue);
+    return step(layer(a.o, kAttnOut), kAttnOut);
+  }
+
+  StepLinear mlp(const Stream& stream) {
+    int64_t inner = outputs(kFfnIn) / 2;
+    Rows gated = work.rows(inner);
+    StepLinear expand = step(layer(stream.rows, kFfnIn, gated), kFfnIn);
+    expand.gated = true;
+    norm(expand, stream, kFfnNorm);
+    run(expand);
+    return step(layer(gated, kFfnOut), kFfnOut);
+  }
+};
+
+// Numbers that the intermediate results take, with room for a line beside each of them.
+int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width) {
+  int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
+  int64_t columns = 5 * inner + 2 * gates + w[kGateIn].size(0) + width;
+  if (w.size() == kCount)
+    columns += 2 * w[kQuery].size(0) + w[kKey].size(0) + w[kValue].size(0) + 2 * width +
+               w[kFfnIn].size(0);
+  return batch * columns + 32 * 32;
+}
+
+Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
+                  const Tensor& state, const OptionalTensor& ring, const OptionalTensor& position,
+                  const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
+                  int64_t head_dim, double key_eps, double norm_eps) {
+  std::optional<Window> window = block_window(stream, weights, taps, state, ring, position, cos, sin,
+                                              window_size, head_dim);
+  check_keys(weights[kMemGate].size(0) / 2);
+  int64_t batch = stream.size(0), width = stream.size(1);
+  int64_t floats = workspace_size(weights, batch, width);
+  if (window) {
+    AttentionStep a;
+    a.batch = batch, a.steps = 1, a.ring = window->rows, a.window = window_size;
+    a.heads = weights[kQuery].size(0) / head_dim, a.key_heads = weights[kKey].size(0) / head_dim;
+    a.value_heads = weights[kValue].size(0) / head_dim, a.key_dim = a.value_dim = head_dim;
+    floats += attention_scratch(a);
+  }
+  Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
+  on_stream(stream, [&](cudaStream_t queue) {
+    Block block{weights, stream, batch, width, static_cast<float>(key_eps),
+                static_cast<float>(norm_eps), Workspace(stream, batch, floats), queue};
+    Stream start{rows_of("stream", stream, stream)};
+    Rows sum = output_rows(result);
+    StepLinear branch = block.mixer(start, taps, state);
+    if (window) {
+      start = block.add(branch, start, sum);
+      // the sum with what was attended reaches the MLP alone
+      Stream inside = block.add(block.attention(start, *window), start,
+                                block.work.rows(width, sum.type));
+      branch = block.mlp(inside);
+    }
+    block.add(branch, start, sum);
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace rodimus
+
+STABLE_TORCH_LIBRARY_IMPL(rodimus, CUDA, m) {
+  m.impl("native_block_step", TORCH_BOX(&rodimus::block_step));
+}

@@ -1,0 +1,232 @@
+// The linear layers of a decode step on tensor cores: up to eight rows of x against bfloat16 weights,
+// with the norm before them and whatever follows them elementwise in the same kernel.
+//
+// A block makes a tile of 16 outputs: 8 neighbours and 8 more, which lie half a head or half a
+// projection further where the two are combined. Its warps share the inputs among them in units of 64
+// columns. The weights are the left operand of mma.m16n8k16 and the rows of x the eight columns of
+// the right one. A sum does not ask for an order, so a lane takes 16 neighbouring bytes of both for
+// what the instruction regards as columns apart: no shared memory for the weights, and no shuffle.
+#pragma once
+
+#include "common.cuh"
+#include "elementwise.cuh"
+#include "sizes.h"
+
+namespace rodimus {
+
+constexpr int kPiece = 8;
+
+// Which outputs a tile has: `first` to first + 7, and as many `apart`. `channel` is the first one's
+// place in the rotary tables, or -1.
+struct Tile {
+  int64_t first, apart, channel;
+};
+
+__device__ inline Tile tile_of(const StepLinear& a, int layer, int64_t tile) {
+  if (a.gated) return {tile * kHalfTile, a.layers[layer].outputs / 2, -1};
+  if (layer >= a.rotated) return {tile * kTile, kHalfTile, -1};
+  int64_t tiles = a.head_dim / kTile, turned = a.half / kHalfTile;
+  int64_t head = tile / tiles * a.head_dim, within = tile % tiles;
+  if (within < turned) return {head + within * kHalfTile, a.half, within * kHalfTile};
+  return {head + 2 * a.half + (within - turned) * kTile, kHalfTile, -1};
+}
+
+__device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, float* out) {
+  int64_t i = row * x.stride + column;
+  if (x.type == Type::kFloat32) {
+    const float4* data = reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + i);
+    float4 low = data[0], high = data[1];
+    out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
+    out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+  } else {
+    Piece<__nv_bfloat16> piece = *reinterpret_cast<const Piece<__nv_bfloat16>*>(
+        static_cast<const __nv_bfloat16*>(x.data) + i);
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) out[e] = widen(piece.value[e]);
+  }
+}
+
+// The factor of the norm of each row, the same in every block: sums in a fixed order.
+template <int THREADS>
+__device__ inline void norm_factors(const StepLinear& a, const Rows& x, float* warps,
+                                    float* factors) {
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  if (a.squares != nullptr) {
+    if (warp < a.rows) {
+      const float* parts = a.squares + warp * a.squares_stride;
+      float sum = 0.0f;
+      for (int64_t part = lane; part < a.parts; part += kWarp) sum += parts[part];
+      sum = warp_sum(sum);
+      if (lane == 0) factors[warp] = 1.0f / sqrtf(sum / static_cast<float>(a.inputs) + a.eps);
+    }
+  } else {
+    for (int m = 0; m < static_cast<int>(a.rows); ++m) {
+      float sum = 0.0f, piece[kPiece];
+      for (int64_t i = threadIdx.x * kPiece; i < a.inputs; i += THREADS * kPiece) {
+        load_piece(x, m, i, piece);
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e) sum += piece[e] * piece[e];
+      }
+      sum = block_sum(sum, warps);
+      if (threadIdx.x == 0)
+        factors[m] = 1.0f / sqrtf(sum / static_cast<float>(a.inputs) + a.eps);
+    }
+  }
+  __syncthreads();
+}
+
+// Rows of x as the products take them, in shared memory; zeros to the end of the last unit.
+template <int THREADS, bool NORM>
+__device__ inline void stage(const StepLinear& a, const Rows& x, const float* factors,
+                             __nv_bfloat16* staged) {
+  int stride = static_cast<int>(staged_stride(a.inputs)), pieces = (stride - kUnit / 2) / kPiece;
+  for (int i = threadIdx.x; i < static_cast<int>(a.rows) * pieces; i += THREADS) {
+    int m = i / pieces, column = i % pieces * kPiece;
+    Piece<__nv_bfloat16> piece = {};
+    if (column < a.inputs) {
+      if (NORM) {
+        float value[kPiece], weight[kPiece];
+        load_piece(x, m, column, value);
+        load_piece(a.norm_weight, 0, column, weight);
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e)
+          piece.value[e] = __float2bfloat16(value[e] * factors[m] * weight[e]);
+      } else {
+        piece = *reinterpret_cast<const Piece<__nv_bfloat16>*>(
+            static_cast<const __nv_bfloat16*>(x.data) + m * x.stride + column);
+      }
+    }
+    *reinterpret_cast<Piece<__nv_bfloat16>*>(staged + m * stride + column) = piece;
+  }
+}
+
+__device__ inline float rounded(float x) { return widen(__float2bfloat16(x)); }
+
+// What follows the products, for output `first` of a tile and the one `apart`: one thread a pair.
+__device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer& layer,
+                                   const Tile& tile, int64_t m, int64_t offset, float one,
+                                   float other, float* squares) {
+  int64_t n = tile.first + offset, far = n + tile.apart;
+  bool inside = n < layer.outputs, both = far < layer.outputs;
+  if (layer.bias) {
+    if (inside) one += element(layer.bias, 0, n);
+    if (both) other += element(layer.bias, 0, far);
+  }
+  if (a.gated) {
+    if (both) set_element(layer.y, m, n, silu(rounded(other)) * rounded(one));
+    return;
+  }
+  if (tile.channel >= 0) {
+    float cos = element(a.cos, m, tile.channel + offset);
+    float sin = element(a.sin, m, tile.channel + offset);
+    float x = rounded(one), y = rounded(other);
+    one = x * cos - y * sin, other = y * cos + x * sin;
+  }
+  if (a.residual) {
+    bool half = a.sum.type == Type::kBFloat16;
+    *squares = 0.0f;
+    if (inside) {
+      one = element(a.residual, m, n) + rounded(one);
+      set_element(a.sum, m, n, one);
+      if (half) one = rounded(one);
+      *squares += one * one;
+    }
+    if (both) {
+      other = element(a.residual, m, far) + rounded(other);
+      set_element(a.sum, m, far, other);
+      if (half) other = rounded(other);
+      *squares += other * other;
+    }
+    return;
+  }
+  if (inside) set_element(layer.y, m, n, one);
+  if (both) set_element(layer.y, m, far, other);
+  if (a.conv.state != nullptr) {
+    if (n < a.conv.channels) conv_channel<__nv_bfloat16>(a.conv, m, n, __float2bfloat16(one));
+    if (far < a.conv.channels) conv_channel<__nv_bfloat16>(a.conv, m, far, __float2bfloat16(other));
+  }
+}
+
+// Grid: tiles of all layers. Dynamic shared memory: rows of x, staged_stride(inputs) apart. A warp
+// has 4 * DEPTH loads of 16 bytes a lane on their way.
+template <int WARPS, int DEPTH, int BLOCKS, bool NORM>
+__global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepLinear a) {
+  constexpr int kThreads = WARPS * kWarp;
+  RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
+  __shared__ float sums[WARPS * kTile * kMaxRows], warps[WARPS], factors[kMaxRows];
+  int which = 0;
+  int64_t index = blockIdx.x;
+  while (which + 1 < a.count && index >= step_linear_tiles(a, which))
+    index -= step_linear_tiles(a, which++);
+  const StepLinear::Layer& layer = a.layers[which];
+  Tile tile = tile_of(a, which, index);
+
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
+  // rows beyond the last repeat it and are not written
+  int64_t last = layer.outputs - 1, n = tile.first + group, far = n + tile.apart;
+  const __nv_bfloat16* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);
+  const __nv_bfloat16* near_row = weight + (n < last ? n : last) * layer.weight.stride;
+  const __nv_bfloat16* far_row = weight + (far < last ? far : last) * layer.weight.stride;
+  int inputs = static_cast<int>(a.inputs), units = (inputs + kUnit - 1) / kUnit;
+  uint4 w[DEPTH][4];
+  auto load = [&](uint4(&to)[4], int unit) {
+    int column = unit * kUnit + quad * kPiece;
+    // beyond the inputs x is zero, whatever finite weight it meets
+    int near_column = column < inputs ? column : 0;
+    int far_column = column + kUnit / 2 < inputs ? column + kUnit / 2 : 0;
+    to[0] = load_once(near_row + near_column), to[1] = load_once(far_row + near_column);
+    to[2] = load_once(near_row + far_column), to[3] = load_once(far_row + far_column);
+  };
+  // on their way before x is looked at
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (warp + d * WARPS < units) load(w[d], warp + d * WARPS);
+
+  if (NORM) norm_factors<kThreads>(a, layer.x, warps, factors);
+  stage<kThreads, NORM>(a, layer.x, factors, staged);
+  __syncthreads();
+
+  float sum[4] = {};
+  const __nv_bfloat16* x = staged + group * staged_stride(inputs) + quad * kPiece;
+  bool present = group < a.rows;
+  for (int first = warp; first < units; first += DEPTH * WARPS) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      int unit = first + d * WARPS;
+      if (unit >= units) break;
+      uint4 low = {}, high = {};
+      if (present) {
+        low = *reinterpret_cast<const uint4*>(x + unit * kUnit);
+        high = *reinterpret_cast<const uint4*>(x + unit * kUnit + kUnit / 2);
+      }
+      multiply_16x8x16(sum, w[d][0].x, w[d][1].x, w[d][0].y, w[d][1].y, low.x, low.y);
+      multiply_16x8x16(sum, w[d][0].z, w[d][1].z, w[d][0].w, w[d][1].w, low.z, low.w);
+      multiply_16x8x16(sum, w[d][2].x, w[d][3].x, w[d][2].y, w[d][3].y, high.x, high.y);
+      multiply_16x8x16(sum, w[d][2].z, w[d][3].z, w[d][2].w, w[d][3].w, high.z, high.w);
+      if (unit + DEPTH * WARPS < units) load(w[d], unit + DEPTH * WARPS);
+    }
+  }
+
+  // the parts of all warps, [output of the tile][row of x]
+  float* part = sums + warp * kTile * kMaxRows + group * kMaxRows + 2 * quad;
+  part[0] = sum[0], part[1] = sum[1];
+  part[kHalfTile * kMaxRows] = sum[2], part[kHalfTile * kMaxRows + 1] = sum[3];
+  __syncthreads();
+  if (threadIdx.x >= kHalfTile * kMaxRows) return;
+  int m = threadIdx.x / kHalfTile, offset = threadIdx.x % kHalfTile;
+  float one = 0.0f, other = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    one += sums[(i * kTile + offset) * kMaxRows + m];
+    other += sums[(i * kTile + kHalfTile + offset) * kMaxRows + m];
+  }
+  if (m < a.rows && (!a.gated || tile.first + offset < layer.outputs / 2))
+    finish_pair(a, layer, tile, m, offset, one, other, &squares);
+  if (a.sum_squares == nullptr) return;
+#pragma unroll
+  for (int distance = kHalfTile / 2; distance > 0; distance /= 2)
+    squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+  if (offset == 0 && m < a.rows) a.sum_squares[m * gridDim.x + blockIdx.x] = squares;
+}
+
+}  // namespace rodimus
