@@ -69,8 +69,10 @@ def test_memory(bench, start, point):
     for name in bench.names:
         try:
             model = bench.model(name)
+            run = lambda m=model: measure(bench, m, batch, context)
             with torch.inference_mode():
-                rows.append(measure(bench, model, batch, context))
+                # what is wrong with a peer is its row; what is wrong with ours fails
+                rows.append(run() if name in peers.OURS else peers.guarded(run))
         except peers.Unavailable as reason:
             family = peers.entry(name).family
             rows.append(records.skipped(name, family, "any", str(reason)))
