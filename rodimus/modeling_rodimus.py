@@ -263,6 +263,24 @@ class RodimusSlidingLayer(
 
     _keys = _values = None
 
+    def lazy_initialization(self, *args, **kwargs):
+        if not args:
+            return super().lazy_initialization(**kwargs)
+        # transformers copies the window's size to the device and waits for all that is queued there
+        DynamicLayer.lazy_initialization(self, *args)
+        size = self._sliding_window_tensor
+        self._sliding_window_tensor = size.to(self.device, non_blocking=True)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """As in transformers, but what is read first is kept, not copied to the end of nothing."""
+        if self.is_initialized or self.record_past:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.cumulative_length += key_states.shape[-2]
+        newest = slice(-self.sliding_window + 1, None)
+        self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
+        return key_states, value_states
+
     def as_ring(self):
         """``(ring, position)``: ``[B, window, keys and values]`` and int64 ``[B]``."""
         read = self.cumulative_length

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
+from rodimus.modeling_rodimus import RodimusSlidingLayer
 from tests.model.golden_data import relative_error
 from tests.model.helpers import enliven, model_of, random_ids
 from tests.model.ways import (
@@ -24,6 +26,27 @@ PROMPTS = [2, 7, 30]
 def prefill(model, ids, cache=None):
     with torch.no_grad():
         return model(ids, past_key_values=cache, use_cache=True).past_key_values
+
+
+# ----------------------------------------------------------------------------- keys of a window
+
+
+@pytest.mark.parametrize("sizes", [(5, 1, 20), (20, 1, 1), (1, 1, 9), (8, 8)], ids=str)
+def test_window_of_keys_is_that_of_transformers(sizes):
+    ours, theirs = RodimusSlidingLayer(8), LinearAttentionAndSlidingWindowAttentionLayer(8)
+    for size in sizes:
+        k, v = torch.randn(2, 1, size, 3), torch.randn(2, 1, size, 6)
+        assert all(map(torch.equal, ours.update(k, v), theirs.update(k, v)))
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+    assert torch.equal(ours._sliding_window_tensor, theirs._sliding_window_tensor)
+
+
+def test_a_prompt_is_not_copied_into_the_window():
+    layer, k, v = RodimusSlidingLayer(8), torch.randn(1, 1, 20, 3), torch.randn(1, 1, 20, 6)
+    assert all(x is y for x, y in zip(layer.update(k, v), (k, v), strict=True))
+    assert layer.keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
 
 # ----------------------------------------------------------------------------- forks and reordering
