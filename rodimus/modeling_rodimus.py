@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as module_hooks
 from transformers import initialization as init
 from transformers.cache_utils import (
@@ -532,6 +533,59 @@ def _is_plain(layer, kind):
     return type(layer) is kind and not any(hooks)
 
 
+class _Products(torch.autograd.Function):
+    """Products of one input with several weights, whose sum of gradients is taken in the products
+    instead of in passes over memory, and in their float32."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        dys, rows, dx = [dy.flatten(0, -2) for dy in dys], x.flatten(0, -2), None
+        if needs_x:
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                torch.addmm(dx, dy, weight, out=dx)
+            dx = dx.view_as(x)
+        return dx, *(dy.t() @ rows if need else None for dy, need in zip(dys, needs, strict=True))
+
+
+def _project(x, *layers):
+    """What each layer makes of x."""
+    if _sums_in_products(x, *layers):
+        return _Products.apply(x, *(layer.weight for layer in layers))
+    return tuple(layer(x) for layer in layers)
+
+
+def _project_to_halves(x, layer):
+    """The halves of what a layer makes of x. Their gradients are not joined where they can be two
+    products' own."""
+    if _sums_in_products(x, layer):
+        return _Products.apply(x, *layer.weight.chunk(2))
+    return layer(x).chunk(2, dim=-1)
+
+
+def _sums_in_products(x, *layers):
+    """Whether gradients of x through the layers meet in :class:`_Products`. On a CPU they are
+    small beside the products."""
+    differentiated = x.is_cuda and torch.is_grad_enabled() and not is_tracing(x)
+    return differentiated and _are_products(x, *layers)
+
+
+def _are_products(x, *layers):
+    """Whether the layers are products with x and nothing else, in its dtype."""
+    if not all(_is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
+        return False
+    same_dtype = all(layer.weight.dtype == x.dtype for layer in layers)
+    return same_dtype and not torch.is_autocast_enabled(x.device.type)
+
+
 class RodimusOutLinear(nn.Linear):
     """A projection back to the stream: initialised smaller the more branches add to it.
 
@@ -681,7 +735,7 @@ class RodimusMixer(nn.Module):
         self.out_proj = RodimusOutLinear(config.d_inner, config.d_model, bias=False)
 
     def forward(self, hidden_states, layout, past_key_values=None):
-        x, gate = self.fc(hidden_states).chunk(2, dim=-1)
+        x, gate = _project_to_halves(hidden_states, self.fc)
         o, shifted = self.inner_mixer(x, layout, past_key_values)
         y = self.act_norm(o, gate, shifted, self.inner_mixer.residual_weight)
         y = F.dropout(y, self.activation_dropout, self.training)
@@ -739,10 +793,8 @@ class RodimusAttention(nn.Module):
 
     def forward(self, hidden_states, rotary, layout, past_key_values=None, **kwargs):
         batch, length, _ = hidden_states.shape
-        q, k, v = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = _project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]

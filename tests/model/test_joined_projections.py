@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusInnerMixer
 from tests.model.helpers import model_of
 
@@ -79,3 +81,77 @@ class Doubled(nn.Module):
 
     def forward(self, x):
         return 2 * self.layer(x)
+
+
+# what meets in one gradient of the layer's input
+SUMMED = ("mixer.fc", "attn.q_proj", "attn.k_proj", "attn.v_proj")
+
+
+@pytest.fixture
+def plus():
+    return model_of("rodimus_plus").train()
+
+
+def sum_in_products(monkeypatch):
+    monkeypatch.setattr(modeling_rodimus, "_sums_in_products", modeling_rodimus._are_products)
+
+
+def test_gradients_summed_in_products_are_the_same(plus, monkeypatch):
+    loss, grads = loss_and_gradients(plus)
+    sum_in_products(monkeypatch)
+    calls = []
+    monkeypatch.setattr(nn.Linear, "forward", _counting(nn.Linear.forward, calls))
+    summed_loss, summed = loss_and_gradients(plus)
+    block = plus.model.layers[0]
+    assert not any(layer is block.get_submodule(name) for layer in calls for name in SUMMED)
+    torch.testing.assert_close(summed_loss, loss)
+    torch.testing.assert_close(summed, grads, rtol=1e-4, atol=1e-6)
+
+
+def test_summed_products_are_counted(plus, monkeypatch):
+    counted = []
+    for change in (lambda monkeypatch: None, sum_in_products):
+        change(monkeypatch)
+        with FlopCounterMode(display=False) as counter:
+            loss_and_gradients(plus)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
+
+
+def test_a_frozen_projection_gets_no_gradient(plus, monkeypatch):
+    sum_in_products(monkeypatch)
+    attention = plus.model.layers[1].attn
+    attention.k_proj.requires_grad_(False)
+    tokens = torch.arange(20).view(1, 20)
+    plus(tokens, labels=tokens).loss.backward()
+    assert attention.k_proj.weight.grad is None and attention.q_proj.weight.grad is not None
+
+
+def test_products_under_autocast_are_left_to_it(plus, monkeypatch):
+    sum_in_products(monkeypatch)
+    tokens = torch.arange(20).view(1, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = plus(tokens, labels=tokens).loss
+    loss.backward()
+    assert all(torch.isfinite(x.grad).all() for x in plus.parameters())
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_hook_on_a_summed_projection_is_called(plus, monkeypatch, name):
+    sum_in_products(monkeypatch)
+    plain, _ = loss_and_gradients(plus)
+    layer = plus.model.layers[0].get_submodule(name)
+    handle = layer.register_forward_hook(lambda module, args, y: 2 * y)
+    hooked, _ = loss_and_gradients(plus)
+    handle.remove()
+    assert hooked != plain
+    assert loss_and_gradients(plus)[0] == plain
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_replaced_summed_projection_is_called(plus, monkeypatch, name):
+    sum_in_products(monkeypatch)
+    plain, _ = loss_and_gradients(plus)
+    block = plus.model.layers[0]
+    block.set_submodule(name, Doubled(block.get_submodule(name)))
+    assert loss_and_gradients(plus)[0] != plain
