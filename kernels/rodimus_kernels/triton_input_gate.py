@@ -1,7 +1,7 @@
 """The low-rank input gate in Triton: the gate exists in registers only, forward and backward.
 
-Backward is two passes over x and dy: one by tokens for dx and dhidden, one by channels for dweight
-and dbias, whose sums over blocks of tokens are added in a fixed order, without atomics.
+Backward is one pass over x and dy: a program has a block of tokens and walks over channels. Its
+sums over tokens, dweight and dbias, are added to those of others in a fixed order, without atomics.
 """
 
 import torch
@@ -11,10 +11,12 @@ import triton.language as tl
 from . import _library  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, INTERPRETED, check_runs_here, implement, product, unit_stride
 
-# of a tile; a backward program holds three tiles of channels at once
-_TOKENS, _CHANNELS, _BACKWARD_CHANNELS = 64, 128, 64
-# tokens of a program that sums over them
-_SUMMED_TOKENS = 2048
+# of a tile
+_TOKENS, _CHANNELS, _WARPS = 64, 128, 8
+# of a tile of the backward: the more tokens a program sums over, the fewer sums are written
+_SUMMED_TOKENS, _BACKWARD_CHANNELS, _BACKWARD_WARPS = 128, 32, 8
+# tiles of the backward in flight or in registers
+_STAGES = 2
 
 
 @triton.jit
@@ -64,7 +66,7 @@ def input_gate_fwd_kernel(
 
 
 @triton.jit
-def input_gate_bwd_tokens_kernel(
+def input_gate_bwd_kernel(
     x,
     hidden,
     weight,
@@ -72,46 +74,6 @@ def input_gate_bwd_tokens_kernel(
     dy,
     dx,
     dhidden,
-    T,
-    D,
-    x_t,
-    hidden_t,
-    dy_t,
-    R: tl.constexpr,
-    BR: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """``dx [T, D]`` and ``dhidden [T, R]``, contiguous; program: tokens."""
-    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    o_r = tl.arange(0, BR)
-    b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
-    b_dh = tl.zeros([BT, BR], tl.float32)
-    for i_d in range(0, D, BD):
-        o_d = i_d + tl.arange(0, BD)
-        b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
-        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
-        b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
-        b_dx = b_dy * b_gate
-        mask = (o_t < T)[:, None] & (o_d < D)[None, :]
-        p_dx = dx + o_t[:, None] * D + o_d[None, :]
-        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
-        b_dgate = b_dx * load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32) * (1.0 - b_gate)
-        b_dh = product(b_dgate.to(b_h.dtype), b_w, b_dh, PRECISION, UPCAST)
-    p_dh = dhidden + o_t[:, None] * R + o_r[None, :]
-    mask = (o_t < T)[:, None] & (o_r < R)[None, :]
-    tl.store(p_dh, b_dh.to(dhidden.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def input_gate_bwd_channels_kernel(
-    x,
-    hidden,
-    weight,
-    bias,
-    dy,
     dweight,
     dbias,
     T,
@@ -123,29 +85,39 @@ def input_gate_bwd_channels_kernel(
     BR: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
-    TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """``dweight [blocks, D, R]``, ``dbias [blocks, D]`` fp32; program (channels, block)."""
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    i_p = tl.program_id(1).to(tl.int64)
+    """``dx [T, D]``, ``dhidden [T, R]``, contiguous; program: tokens, whose sums are
+    ``dweight [programs, D, R]`` and ``dbias [programs, D]``, fp32.
+    """
+    i_p = tl.program_id(0).to(tl.int64)
+    o_t = i_p * BT + tl.arange(0, BT)
     o_r = tl.arange(0, BR)
-    b_dw = tl.zeros([BD, BR], tl.float32)
-    b_db = tl.zeros([BD], tl.float32)
-    for i_t in range(0, min(TOKENS, T - i_p * TOKENS), BT):
-        o_t = i_p * TOKENS + i_t + tl.arange(0, BT)
-        b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
-        b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
-        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+    b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
+    b_dh = tl.zeros([BT, BR], tl.float32)
+    for i_d in tl.range(0, D, BD, num_stages=STAGES):
+        o_d = i_d + tl.arange(0, BD)
         b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
         b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
-        b_dgate = b_dy * b_x * b_gate * (1.0 - b_gate)
-        b_db += tl.sum(b_dgate, 0)
-        b_dw = product(tl.trans(b_dgate).to(b_h.dtype), b_h, b_dw, PRECISION, UPCAST)
-    mask = (o_d < D)[:, None] & (o_r < R)[None, :]
-    tl.store(dweight + (i_p * D + o_d[:, None]) * R + o_r[None, :], b_dw, mask=mask)
-    tl.store(dbias + i_p * D + o_d, b_db, mask=o_d < D)
+        b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
+        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+        b_dx = b_dy * b_gate
+        mask = (o_t < T)[:, None] & (o_d < D)[None, :]
+        p_dx = dx + o_t[:, None] * D + o_d[None, :]
+        tl.store(p_dx, b_dx.to(dx.dtype.element_ty), mask=mask)
+        b_dgate = b_dx * b_x * (1.0 - b_gate)
+        tl.store(dbias + i_p * D + o_d, tl.sum(b_dgate, 0), mask=o_d < D)
+        b_dgate = b_dgate.to(b_h.dtype)
+        b_dh = product(b_dgate, b_w, b_dh, PRECISION, UPCAST)
+        b_dw = tl.zeros([BD, BR], tl.float32)
+        b_dw = product(tl.trans(b_dgate), b_h, b_dw, PRECISION, UPCAST)
+        mask = (o_d < D)[:, None] & (o_r < R)[None, :]
+        tl.store(dweight + (i_p * D + o_d[:, None]) * R + o_r[None, :], b_dw, mask=mask)
+    p_dh = dhidden + o_t[:, None] * R + o_r[None, :]
+    mask = (o_t < T)[:, None] & (o_r < R)[None, :]
+    tl.store(p_dh, b_dh.to(dhidden.dtype.element_ty), mask=mask)
 
 
 def input_gate(x, hidden, weight, bias):
@@ -159,16 +131,16 @@ def _rows(x):
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
-def _tile(hidden, channels):
+def _tile(hidden, tokens, channels, warps):
     rank = hidden.shape[-1]
     return {
         "R": rank,
         "BR": max(triton.next_power_of_2(rank), 16),
-        "BT": _TOKENS,
+        "BT": tokens,
         "BD": channels,
         "PRECISION": "tf32x3" if hidden.dtype == torch.float32 else "tf32",
         "UPCAST": INTERPRETED and hidden.dtype == torch.bfloat16,
-        "num_warps": 8,
+        "num_warps": warps,
         **FP_FUSION,
     }
 
@@ -180,7 +152,7 @@ def _forward(x, hidden, weight, bias):
     input_gate_fwd_kernel[(triton.cdiv(width, _CHANNELS), triton.cdiv(length, _TOKENS))](
         *(rows, hiddens, weight.contiguous(), bias, y, length, width),
         *(rows.stride(0), hiddens.stride(0)),
-        **_tile(hidden, _CHANNELS),
+        **_tile(hidden, _TOKENS, _CHANNELS, _WARPS),
     )
     return y
 
@@ -189,19 +161,19 @@ def _forward(x, hidden, weight, bias):
 def _backward(x, hidden, weight, bias, dy):
     rows, hiddens, dys, weight = _rows(x), _rows(hidden), _rows(dy), weight.contiguous()
     length, width = rows.shape
-    blocks = triton.cdiv(length, _SUMMED_TOKENS)
+    tokens, stages = _SUMMED_TOKENS, _STAGES
+    if hidden.dtype == torch.float32:
+        # tiles of twice the bytes, products of three
+        tokens, stages = tokens // 2, 1
+    blocks = triton.cdiv(length, tokens)
     dx, dhidden = x.new_empty(x.shape), hidden.new_empty(hidden.shape)
     dweight = weight.new_empty((blocks, *weight.shape), dtype=torch.float32)
     dbias = weight.new_empty((blocks, width), dtype=torch.float32)
-    shape = (length, width, rows.stride(0), hiddens.stride(0), dys.stride(0))
-    input_gate_bwd_tokens_kernel[(triton.cdiv(length, _TOKENS),)](
-        *(rows, hiddens, weight, bias, dys, dx, dhidden, *shape),
-        **_tile(hidden, _BACKWARD_CHANNELS),
-    )
-    input_gate_bwd_channels_kernel[(triton.cdiv(width, _BACKWARD_CHANNELS), blocks)](
-        *(rows, hiddens, weight, bias, dys, dweight, dbias, *shape),
-        TOKENS=_SUMMED_TOKENS,
-        **_tile(hidden, _BACKWARD_CHANNELS),
+    input_gate_bwd_kernel[(blocks,)](
+        *(rows, hiddens, weight, bias, dys, dx, dhidden, dweight, dbias, length, width),
+        *(rows.stride(0), hiddens.stride(0), dys.stride(0)),
+        STAGES=stages,
+        **_tile(hidden, tokens, _BACKWARD_CHANNELS, _BACKWARD_WARPS),
     )
     return dx, dhidden, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
