@@ -11,13 +11,6 @@
 
 namespace rodimus {
 
-#ifndef RODIMUS_DYNAMIC_SHARED
-// Memory whose size the launch states; aligned for 16-byte pieces.
-#define RODIMUS_DYNAMIC_SHARED(T, name)                  \
-  extern __shared__ __align__(16) char dynamic_shared[]; \
-  T* name = reinterpret_cast<T*>(dynamic_shared)
-#endif
-
 // Softmax in powers of two: the scale of the scores carries the factor.
 constexpr float kLog2E = 1.44269504f;
 
@@ -97,7 +90,9 @@ struct WindowPart {
     int end = n + keys, turn = rows - first_row;
     return end <= count && end <= fresh && (end <= turn || n >= turn);
   }
-  __device__ T* newest() const { return const_cast<T*>(ring) + static_cast<int64_t>(newest_row) * width; }
+  __device__ T* newest() const {
+    return const_cast<T*>(ring) + static_cast<int64_t>(newest_row) * width;
+  }
 };
 
 // What a part leaves of one head in the scratch: its sum of values, and {largest score, sum of
@@ -105,7 +100,8 @@ struct WindowPart {
 struct PartResult {
   float *values, *weights;
 
-  __device__ PartResult(const AttentionStep& a, int64_t parts, int64_t part, int64_t bt, int64_t h) {
+  __device__ PartResult(const AttentionStep& a, int64_t parts, int64_t part, int64_t bt,
+                        int64_t h) {
     int64_t tokens = a.batch * a.steps, index = (part * tokens + bt) * a.heads + h;
     values = a.scratch + index * a.value_dim;
     weights = a.scratch + parts * tokens * a.heads * a.value_dim + 2 * index;
@@ -263,9 +259,10 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
     const T* keys = tiles + last / KEYS % STAGES * tile_size;
     const T* values = keys + KEYS * kHeadDim + last % KEYS * value_width;
     auto* row = reinterpret_cast<Eight<T>*>(part.newest());
-    if (h == 0) row[lane] = *reinterpret_cast<const Eight<T>*>(keys + last % KEYS * kHeadDim + lane * 8);
+    keys += last % KEYS * kHeadDim;
+    if (h == 0) row[lane] = reinterpret_cast<const Eight<T>*>(keys)[lane];
     if (has_values)
-      row[kHeadLanes + threadIdx.x] = *reinterpret_cast<const Eight<T>*>(values + threadIdx.x * 8);
+      row[kHeadLanes + threadIdx.x] = reinterpret_cast<const Eight<T>*>(values)[threadIdx.x];
   }
 }
 
