@@ -23,6 +23,11 @@ constexpr int kMaxHeadDim = 256;
 
 enum class Type : int { kFloat32, kBFloat16 };
 
+// When a CUDA kernel of a step may start: after the launch before it, under its end without reading
+// anything yet, or under its end with the weights read ahead. The last is for kernels that follow
+// another of the same step: what that one has waited for, weights among it, is in memory.
+enum class Start : int { kAfter, kUnder, kAhead };
+
 struct Rows {
   void* data = nullptr;
   Type type = Type::kFloat32;
@@ -54,6 +59,7 @@ struct MixerStep {
   float* scratch;  // of the size that the implementation states
   int64_t rows, key_dim, value_dim, gate_dim;
   float scale, key_eps, norm_eps;
+  Start start = Start::kAfter;
 };
 
 // Convolution of one token; state [B, D, W] holds the last W inputs, oldest first. All tensors have
@@ -108,6 +114,7 @@ struct StepLinear {
   static constexpr int kMaxLayers = 3;
   Layer layers[kMaxLayers];
   int64_t count = 1, rows, inputs;
+  Start start = Start::kAfter;
 
   // Before: x / sqrt(mean(x^2) + eps) * norm_weight, rounded to bfloat16. The sums of squares of a
   // row stand in `parts` pieces, or are computed from it where `squares` is null.

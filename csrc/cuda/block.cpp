@@ -57,6 +57,7 @@ struct Block {
     StepLinear a;
     a.layers[0] = first;
     a.rows = batch, a.inputs = weights[which].size(1), a.eps = norm_eps;
+    a.start = Start::kAhead;
     return a;
   }
 
@@ -86,6 +87,7 @@ struct Block {
     Rows expanded = work.rows(2 * inner), shifted = work.rows(inner);
     StepLinear expand = step(layer(stream.rows, kFc, expanded), kFc);
     norm(expand, stream, kMixerNorm);
+    expand.start = Start::kUnder;
     ConvStep& conv = expand.conv;
     conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
     conv.state = taps.data_ptr();
@@ -113,6 +115,7 @@ struct Block {
     a.scale = 1.0f / sqrtf(static_cast<float>(keys));
     a.key_eps = key_eps, a.norm_eps = norm_eps;
     a.scratch = work.floats(mixer_scratch(a));
+    a.start = Start::kAhead;
     launch_mixer_state(a, queue);
 
     // its norm is the next product's

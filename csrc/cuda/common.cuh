@@ -19,6 +19,15 @@ struct alignas(16) Piece {
 };
 
 #if defined(__CUDACC__)
+// Wait for the kernel before this one, if this one was started under its end; then let the next one
+// be started under the end of this.
+__device__ inline void take_turn() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Memory whose size the launch states; aligned for 16-byte pieces.
 #define RODIMUS_DYNAMIC_SHARED(T, name)               \
   extern __shared__ __align__(16) char dynamic_shared[]; \

@@ -121,7 +121,9 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
   int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
   float* state = a.state + b * a.key_dim * a.value_dim + first;
   StateTile<KEYS, BV> tile;
+  // the token before is more than one kernel away
   tile.load(state, keys, a.value_dim, columns);
+  take_turn();
 
   float squares = 0.0f;
   for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {

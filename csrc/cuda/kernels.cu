@@ -14,6 +14,27 @@ unsigned blocks_for(int64_t size, int64_t per_block) {
   return static_cast<unsigned>((size + per_block - 1) / per_block);
 }
 
+// Whether a kernel on this device can start under the end of the one before it.
+bool starts_under() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9;
+}
+
+template <class Arguments>
+void launch_started(void (*kernel)(Arguments), const Arguments& a, dim3 grid, unsigned threads,
+                    int64_t shared, cudaStream_t stream) {
+  cudaLaunchAttribute under;
+  under.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  under.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared), config.stream = stream;
+  config.attrs = &under, config.numAttrs = a.start != Start::kAfter && starts_under();
+  cudaLaunchKernelEx(&config, kernel, a);
+}
+
 // Call `run` with the smallest compiled number of keys and the columns of a block as constants.
 template <class Run>
 void with_tile(int64_t keys, int64_t rows, const Run& run) {
@@ -64,7 +85,8 @@ void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
                          static_cast<int>(kMaxStaged));
   int64_t tiles = 0;
   for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
-  kernel<<<static_cast<unsigned>(tiles), WARPS * kWarp, staged_bytes(a), stream>>>(a);
+  launch_started(kernel, a, dim3(static_cast<unsigned>(tiles)), WARPS * kWarp, staged_bytes(a),
+                 stream);
 }
 
 template <class T, int KEYS, int STAGES, int BLOCKS>
@@ -119,7 +141,7 @@ void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
 void launch_mixer_state(const MixerStep& a, cudaStream_t stream) {
   with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
     dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
-    mixer_step_kernel<keys, columns><<<grid, kStepThreads, 0, stream>>>(a);
+    launch_started<MixerStep>(mixer_step_kernel<keys, columns>, a, grid, kStepThreads, 0, stream);
   });
 }
 

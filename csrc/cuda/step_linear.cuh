@@ -177,10 +177,15 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     to[0] = load_once(near_row + near_column), to[1] = load_once(far_row + near_column);
     to[2] = load_once(near_row + far_column), to[3] = load_once(far_row + far_column);
   };
-  // on their way before x is looked at
+  auto load_first = [&] {
 #pragma unroll
-  for (int d = 0; d < DEPTH; ++d)
-    if (warp + d * WARPS < units) load(w[d], warp + d * WARPS);
+    for (int d = 0; d < DEPTH; ++d)
+      if (warp + d * WARPS < units) load(w[d], warp + d * WARPS);
+  };
+  // on their way before x is looked at, or even there
+  if (a.start != Start::kUnder) load_first();
+  take_turn();
+  if (a.start == Start::kUnder) load_first();
 
   if (NORM) norm_factors<kThreads>(a, layer.x, warps, factors);
   stage<kThreads, NORM>(a, layer.x, factors, staged);

@@ -177,6 +177,8 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
   return emulator::exchange(x, first + lane % width);
 }
 
+inline void take_turn() {}
+
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 // mma.sync.m16n8k16, as common.cuh describes it.
