@@ -127,6 +127,25 @@ def test_linear_step_on_cuda(batch):
         assert error < 4e-3, (outputs, inputs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_engine_on_cuda_generates_what_the_model_does(dtype, kind):
+    """From captured graphs, against a dynamic cache without them, across the end of the window."""
+    from rodimus.generation import Engine, Request
+    from tests.generation.helpers import greedy, prompts_of
+    from tests.model.helpers import model_of
+
+    native.require("test", "cuda")
+    model = model_of(kind).to("cuda", dtype)
+    prompts = prompts_of(3, 20) if dtype == torch.float32 else prompts_of(5)
+    found = Engine(model, slots=len(prompts)).generate(
+        [Request(prompt=prompt.tolist(), max_new_tokens=24) for prompt in prompts]
+    )
+    for generation, prompt in zip(found, prompts, strict=True):
+        assert generation.tokens == greedy(model, prompt.cuda(), 24)
+
+
 def test_launchers_cover_every_registered_operator():
     files = ("cuda/operators.cpp", "cuda/block.cpp")
     text = "".join((build.sources() / file).read_text() for file in files)
