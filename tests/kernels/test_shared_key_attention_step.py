@@ -240,7 +240,8 @@ def test_the_window_is_split_to_fill_the_gpu():
     for programs in (1, 2, 16, 256):
         parts, part = triton_step.split_window(2049, programs, 132)
         assert (parts - 1) * part < 2049 <= parts * part
-    assert triton_step.split_window(2049, 1, 132)[0] == 33
+    # every multiprocessor but three, with the fewest keys that are worth a part
+    assert triton_step.split_window(2049, 1, 132) == (129, 16)
     assert triton_step.split_window(2049, 256, 132)[0] == 1
     assert triton_step.split_window(10, 1, 132) == (1, 16)
 
@@ -291,6 +292,23 @@ def test_automatic_choice():
     assert api._choose_step(True, 128, (row, row.bfloat16())) == "reference"
     assert api._choose_step(True, 128, (row.double(), row.double())) == "sdpa"
     assert api._choose_step(True, 128, (row, row.transpose(1, 2))) == "sdpa"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_compiled_step_is_chosen_for_the_shapes_it_is_written_for(device):
+    """A tensor that is not on the CPU stands for one on a GPU."""
+
+    def fits(heads=16, key_heads=1, dim=128, value_dim=128):
+        q = torch.empty(1, 1, heads, dim, device=device)
+        k = torch.empty(1, 1, key_heads, dim, device=device)
+        v = torch.empty(1, 1, heads, value_dim, device=device)
+        cache = torch.empty(1, 9, key_heads * dim + heads * value_dim, device=device)
+        assert not api._fits_compiled_step(q, k, v, cache.expand(2, 9, -1))
+        return api._fits_compiled_step(q, k, v, cache)
+
+    assert fits() and fits(heads=8)
+    others = fits(heads=3), fits(heads=32), fits(key_heads=2), fits(dim=64), fits(value_dim=256)
+    assert set(others) == {device == "cpu"}
 
 
 class TestErrors:

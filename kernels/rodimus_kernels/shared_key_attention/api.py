@@ -190,6 +190,8 @@ def shared_key_attention_step(
             tensors = (q, k, v, cache)
             fallback = _choose_step(runs_triton(q.device), max(dim, v.shape[-1]), tensors)
             impl = choose_compiled(fallback, *tensors, one_dtype=True)
+            if impl == "native" and not _fits_compiled_step(*tensors):
+                impl = fallback
         return load("shared_key_attention_step", impl, _STEP)(
             *(q, k, v, cache, position),
             window_size=window_size,
@@ -205,6 +207,14 @@ def _choose_step(triton: bool, dim: int, tensors: tuple[torch.Tensor, ...]) -> s
         return "reference"
     fits = torch.float64 not in dtypes and tensors[-1].stride(-1) == 1
     return "triton" if triton and fits and dim <= _TRITON_MAX_DIM else "sdpa"
+
+
+def _fits_compiled_step(q, k, v, cache) -> bool:
+    """Whether the compiled step takes this ring and, on a GPU, has more than a plain loop for these
+    heads: its kernel is written for one key head and heads of 128 channels, as the models have."""
+    heads, dim = q.shape[2:]
+    staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 16 and dim == v.shape[3] == 128
+    return cache.is_contiguous() and (q.device.type == "cpu" or staged)
 
 
 def _check(q, k, v, window_size, scale):

@@ -2,9 +2,9 @@
 
 A program takes one token of one sequence, the query heads of a key head (at most 16), and a part
 of the window: keys are read once for all these heads, each value once, and nothing that is not
-visible. The parts are joined by a second, small kernel. New tokens are read from the inputs and
-written to their rows by the way: a row that is overwritten holds a token that no query sees any
-more, so one launch may do both.
+visible. The parts are joined by a second, small kernel. The program that sees new tokens writes
+their rows first: a row that is overwritten holds a token that no query sees any more, so one launch
+may do both.
 """
 
 import functools
@@ -15,70 +15,18 @@ import triton
 import triton.language as tl
 
 from .. import _library  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, INTERPRETED, check_runs_here, implement, unit_stride
+from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 MAX_DIM = 256
-# as many query heads as a tensor core's tile has columns
+# query heads of a program: 16 threads hold a head of 128 channels, so these are 8 warps
 _HEADS = 16
-# keys of a tile: all their values stand in registers
-_KEYS = 16
+# keys of a tile: their keys and values are under way together, into registers
+_KEYS = 8
 # a part shorter than this costs more to join than it saves
-_MIN_KEYS_PER_PART = 64
+_MIN_KEYS_PER_PART = 16
 _PROGRAMS_PER_SM = 2
-
-
-@triton.jit
-def _attend_rows(
-    acc,
-    top,
-    total,
-    b_q,
-    p_k,
-    p_v,
-    row_stride_k,
-    row_stride_v,
-    begin,
-    stop,
-    first,
-    R,
-    heads_mask,
-    scale,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BN: tl.constexpr,
-    RING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Keys ``begin .. stop`` through the online softmax.
-
-    ``p_k`` points at row 0 of the key head, ``p_v [1, BH, BDV]`` at row 0 of the value heads; a
-    key stands in row ``key % R`` of a ring, else in row ``key - first``.
-    """
-    o_d = tl.arange(0, BD)
-    for n in tl.range(begin, stop, BN, num_stages=2):
-        keys = n + tl.arange(0, BN)
-        rows = keys % R if RING else keys - first
-        seen = keys < stop
-        p_rows = p_k + rows[:, None] * row_stride_k + o_d[None, :]
-        b_k = tl.load(p_rows, mask=seen[:, None] & (o_d < D)[None, :], other=0.0)
-        b_qt = tl.trans(b_q)
-        if UPCAST:
-            b_k = b_k.to(tl.float32)
-            b_qt = b_qt.to(tl.float32)
-        b_s = tl.dot(b_k, b_qt, input_precision=PRECISION) * scale
-        b_s = tl.where(seen[:, None], b_s, float("-inf"))
-        # every tile begins with a visible key, so the maximum is finite
-        highest = tl.maximum(top, tl.max(b_s, 0))
-        b_p = tl.exp2(b_s - highest[None, :])
-        fade = tl.exp2(top - highest)
-        p_values = p_v + rows[:, None, None] * row_stride_v
-        b_v = tl.load(p_values, mask=seen[:, None, None] & heads_mask, other=0.0)
-        acc = acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v.to(tl.float32), 0)
-        total = total * fade + tl.sum(b_p, 0)
-        top = highest
-    return acc, top, total
+# parts that the second kernel reads together
+_JOINED = 16
 
 
 @triton.jit
@@ -115,68 +63,87 @@ def ring_attention_kernel(
     BD: tl.constexpr,
     BDV: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """``o [parts, B * T, H, DV]`` and ``lse [parts, B * T, H]`` of each part of the window, and the
-    new rows of the cache. Grid: parts, key heads times blocks of their query heads, B * T."""
+    new rows of the cache. Grid: parts, key heads times blocks of their query heads, B * T.
+
+    Keys and values are tiles ``[BN, BH * BD]`` of one layout, a key repeated for all heads: a score
+    is a sum over the threads of a head, and nothing changes threads through shared memory.
+    """
     i_p = tl.program_id(0)
     i_hk = tl.program_id(1) % HK
     i_block = tl.program_id(1) // HK
     i_bt = tl.program_id(2).to(tl.int64)
     i_b = i_bt // T
-    i_t = i_bt % T
+    i_t = (i_bt % T).to(tl.int32)
     # tokens the sequence has seen before this call; the newest visible key is the token itself
     new = tl.load(position + i_b)
     last = new + i_t
-    begin = tl.maximum(last - W + 1, 0) + i_p * PART
-    stop = tl.minimum(begin + PART, last + 1)
+    first = tl.maximum(last - W + 1, 0) + i_p * PART
+    count = tl.minimum(last + 1 - first, PART).to(tl.int32)
+    # row of the part's first key; the part is no longer than the ring and passes its end once
+    first_row = (first % R).to(tl.int32)
 
+    o_n = tl.arange(0, BN)
     o_j = i_block * BH + tl.arange(0, BH)
     heads = i_hk + HK * o_j
-    o_d = tl.arange(0, BD)
-    o_v = tl.arange(0, BDV)
     is_head = o_j < H // HK
-    p_q = q + i_b * q_b + i_t * q_t + heads[:, None] * q_h + o_d[None, :]
-    b_q = tl.load(p_q, mask=is_head[:, None] & (o_d < D)[None, :], other=0.0)
-    values_mask = is_head[:, None] & (o_v < DV)[None, :]
+    o_v = tl.arange(0, BDV)
+    # heads and their channels in one dimension: a thread's channels are contiguous in every layout
+    o_hd, o_hv = tl.arange(0, BH * BD), tl.arange(0, BH * BDV)
+    o_d, o_hv_d = o_hd % BD, o_hv % BDV
+    heads_d = i_hk + HK * (i_block * BH + o_hd // BD)
+    heads_v = i_hk + HK * (i_block * BH + o_hv // BDV)
+    keys_mask = (heads_d < H) & (o_d < D)
+    values_mask = (heads_v < H) & (o_hv_d < DV)
+    p_q = q + i_b * q_b + i_t * q_t + heads_d * q_h + o_d
+    b_q = tl.load(p_q, mask=keys_mask, other=0.0).to(tl.float32) * scale
+
+    c_row = cache + i_b * c_b
+    key_columns = i_hk * D + o_d
+    value_columns = tl.max_contiguous(
+        tl.multiple_of(HK * D + (heads_v % HV) * DV + o_hv_d, VECTOR), VECTOR
+    )
+    # this part's new tokens, written before they are read; another program may write the same
+    if first + count > new:
+        p_k = k + i_b * k_b + i_hk * k_h + o_d
+        p_v = v + i_b * v_b + (heads_v % HV) * v_h + o_hv_d
+        for t in range(tl.maximum(first - new, 0).to(tl.int32), i_t + 1):
+            p_row = c_row + ((new + t) % R) * c_t
+            b_k = tl.load(p_k + t * k_t, mask=keys_mask, other=0.0)
+            tl.store(p_row + key_columns, b_k, mask=keys_mask)
+            b_v = tl.load(p_v + t * v_t, mask=values_mask, other=0.0)
+            tl.store(p_row + value_columns, b_v, mask=values_mask)
+        tl.debug_barrier()
+
     acc = tl.zeros([BH, BDV], tl.float32)
     top = tl.full([BH], float("-inf"), tl.float32)
     total = tl.zeros([BH], tl.float32)
-
-    c_row = cache + i_b * c_b
-    o_values = (heads % HV)[None, :, None]
-    # fmt: off
-    acc, top, total = _attend_rows(
-        acc, top, total, b_q, c_row + i_hk * D, c_row + HK * D + o_values * DV + o_v[None, None, :],
-        c_t, c_t, begin, tl.minimum(stop, new), new, R, values_mask[None, :, :], scale,
-        D, DV, BD, BN, True, PRECISION, UPCAST,
-    )
-    acc, top, total = _attend_rows(
-        acc, top, total, b_q, k + i_b * k_b + i_hk * k_h,
-        v + i_b * v_b + o_values * v_h + o_v[None, None, :],
-        k_t, v_t, tl.maximum(begin, new), stop, new, R, values_mask[None, :, :], scale,
-        D, DV, BD, BN, False, PRECISION, UPCAST,
-    )
-    # fmt: on
+    for n in tl.range(0, count, BN, num_stages=1):
+        seen = n + o_n < count
+        rows = first_row + n + o_n
+        rows = tl.where(rows < R, rows, rows - R)
+        p_rows = c_row + rows.to(tl.int64)[:, None] * c_t
+        b_k = tl.load(p_rows + key_columns, mask=seen[:, None] & keys_mask, other=0.0)
+        b_v = tl.load(p_rows + value_columns, mask=seen[:, None] & values_mask, other=0.0)
+        b_s = tl.sum(tl.reshape(b_q * b_k.to(tl.float32), (BN, BH, BD)), 2)
+        b_s = tl.where(seen[:, None], b_s, float("-inf"))
+        # every tile begins with a visible key, so the maximum is finite
+        highest = tl.maximum(top, tl.max(b_s, 0))
+        b_p = tl.exp2(b_s - highest[None, :])
+        fade = tl.exp2(top - highest)
+        b_v = tl.reshape(b_v.to(tl.float32), (BN, BH, BDV))
+        acc = acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v, 0)
+        total = total * fade + tl.sum(b_p, 0)
+        top = highest
 
     o_rows = (i_p * tl.num_programs(2).to(tl.int64) + i_bt) * H + heads
     # a part behind the newest key is empty: weight 0
     b_o = acc / tl.where(total > 0, total, 1.0)[:, None]
     p_o = o + o_rows[:, None] * DV + o_v[None, :]
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=values_mask)
+    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=is_head[:, None] & (o_v < DV)[None, :])
     tl.store(lse + o_rows, top + tl.log2(total), mask=is_head)
-
-    if i_p == 0:
-        p_row = c_row + (last % R) * c_t
-        if i_block == 0:
-            b_k = tl.load(k + i_b * k_b + i_t * k_t + i_hk * k_h + o_d, mask=o_d < D, other=0.0)
-            tl.store(p_row + i_hk * D + o_d, b_k, mask=o_d < D)
-        # every value head is once the number of a query head
-        owned = values_mask & (heads < HV)[:, None]
-        p_v = v + i_b * v_b + i_t * v_t + heads[:, None] * v_h + o_v[None, :]
-        p_values = p_row + HK * D + heads[:, None] * DV + o_v[None, :]
-        tl.store(p_values, tl.load(p_v, mask=owned, other=0.0), mask=owned)
 
 
 @triton.jit
@@ -189,21 +156,29 @@ def join_parts_kernel(
     DV: tl.constexpr,
     BDV: tl.constexpr,
     BP: tl.constexpr,
+    BN: tl.constexpr,
 ):
     """``o [B * T, H, DV]`` from the parts, weighted by their sums of exponentials. Grid: heads,
     B * T."""
     i_h = tl.program_id(0)
     i_bt = tl.program_id(1).to(tl.int64)
+    tokens = tl.num_programs(1).to(tl.int64)
     o_p = tl.arange(0, BP)
     o_v = tl.arange(0, BDV)
-    rows = (o_p * tl.num_programs(1).to(tl.int64) + i_bt) * H + i_h
-    b_lse = tl.load(lse + rows, mask=o_p < PARTS, other=float("-inf"))
-    weight = tl.exp2(b_lse - tl.max(b_lse, 0))
-    mask = (o_p < PARTS)[:, None] & (o_v < DV)[None, :]
-    b_o = tl.load(parts + rows[:, None] * DV + o_v[None, :], mask=mask, other=0.0)
-    b_o = tl.sum(b_o * (weight / tl.sum(weight, 0))[:, None], 0)
+    p_lse = lse + (o_p * tokens + i_bt) * H + i_h
+    b_lse = tl.load(p_lse, mask=o_p < PARTS, other=float("-inf"))
+    top = tl.max(b_lse, 0)
+    total = tl.sum(tl.exp2(b_lse - top), 0)
+    b_o = tl.zeros([BDV], tl.float32)
+    for first in tl.range(0, PARTS, BN, num_stages=1):
+        o_n = first + tl.arange(0, BN)
+        rows = (o_n * tokens + i_bt) * H + i_h
+        weight = tl.exp2(tl.load(lse + rows, mask=o_n < PARTS, other=float("-inf")) - top)
+        mask = (o_n < PARTS)[:, None] & (o_v < DV)[None, :]
+        b_part = tl.load(parts + rows[:, None] * DV + o_v[None, :], mask=mask, other=0.0)
+        b_o += tl.sum(b_part * weight[:, None], 0)
     p_o = o + (i_bt * H + i_h) * DV + o_v
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=o_v < DV)
+    tl.store(p_o, (b_o / total).to(o.dtype.element_ty), mask=o_v < DV)
 
 
 def split_window(window: int, programs: int, multiprocessors: int) -> tuple[int, int]:
@@ -273,8 +248,7 @@ def _step(q, k, v, cache, position, window_size, scale):
         BD=block_dim(dim),
         BDV=block_dim(value_dim),
         BN=_KEYS,
-        PRECISION="tf32x3" if v.dtype == torch.float32 else "tf32",
-        UPCAST=INTERPRETED and v.dtype == torch.bfloat16,
+        VECTOR=math.gcd(16, value_dim, dim * key_heads),
         num_warps=8,
         **FP_FUSION,
     )
@@ -285,6 +259,7 @@ def _step(q, k, v, cache, position, window_size, scale):
             DV=value_dim,
             BDV=block_dim(value_dim),
             BP=triton.next_power_of_2(parts),
+            BN=_JOINED,
             num_warps=4,
             **FP_FUSION,
         )
@@ -309,7 +284,14 @@ def _aot_step(dim, dtype):
     q, k, v = (torch.empty(1, 1, heads, dim, dtype=dtype) for heads in (16, 1, 16))
     cache = torch.empty(1, 2112, 17 * dim, dtype=dtype)
     torch.ops.rodimus.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
-    parts = torch.empty(4, *v.shape)
+    parts, lse = torch.empty(129, *v.shape), torch.empty(129, 1, 16)
     join_parts_kernel[(16, 1)](
-        *(parts, torch.empty(4, 1, 16), v, 4), H=16, DV=dim, BDV=dim, BP=4, num_warps=4, **FP_FUSION
+        *(parts, lse, v, 129),
+        H=16,
+        DV=dim,
+        BDV=dim,
+        BP=256,
+        BN=_JOINED,
+        num_warps=4,
+        **FP_FUSION,
     )
