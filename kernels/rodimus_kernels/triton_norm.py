@@ -91,15 +91,9 @@ def rms_norm_bwd_kernel(
 
 
 @triton.jit
-def gated_row(p_x, p_gate, p_residual, b_rw, mask):
-    """``(z, gate, residual)`` in fp32; z is the sum with the weighted residual, rounded as x is."""
-    b_z = tl.load(p_x, mask=mask, other=0.0)
-    b_residual = None
-    if p_residual is not None:
-        b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
-        b_z = (b_z.to(tl.float32) + b_residual * b_rw).to(b_z.dtype)
-    b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
-    return b_z.to(tl.float32), b_gate, b_residual
+def rounded_sum(b_x, b_residual, b_rw):
+    """``x + residual * residual_weight`` in fp32, rounded as x is."""
+    return (b_x.to(tl.float32) + b_residual * b_rw).to(b_x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -121,13 +115,14 @@ def gated_rms_norm_fwd_kernel(
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     mask = o_d < D
-    p_residual = None
-    b_rw = None
+    b_x = tl.load(x + i_t * x_t + o_d, mask=mask, other=0.0)
+    b_gate = tl.load(gate + i_t * gate_t + o_d, mask=mask, other=0.0).to(tl.float32)
+    b_z = b_x.to(tl.float32)
     if residual is not None:
-        p_residual = residual + i_t * residual_t + o_d
         b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
-    p_gate = gate + i_t * gate_t + o_d
-    b_z, b_gate, _ = gated_row(x + i_t * x_t + o_d, p_gate, p_residual, b_rw, mask)
+        p_residual = residual + i_t * residual_t + o_d
+        b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
+        b_z = rounded_sum(b_x, b_residual, b_rw)
     b_n, _ = normalized(b_z * b_gate * tl.sigmoid(b_gate), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
@@ -161,17 +156,18 @@ def gated_rms_norm_bwd_kernel(
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dw = tl.zeros([BD], tl.float32)
-    b_rw = None
     if residual is not None:
         b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
         b_drw = tl.zeros([BD], tl.float32)
     first = tl.program_id(0).to(tl.int64)
     for i_t in tl.range(first, T, tl.num_programs(0), num_stages=ROWS):
-        p_residual = None
+        b_x = tl.load(x + i_t * x_t + o_d, mask=mask, other=0.0)
+        b_gate = tl.load(gate + i_t * gate_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_z = b_x.to(tl.float32)
         if residual is not None:
             p_residual = residual + i_t * residual_t + o_d
-        p_gate = gate + i_t * gate_t + o_d
-        b_z, b_gate, b_residual = gated_row(x + i_t * x_t + o_d, p_gate, p_residual, b_rw, mask)
+            b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
+            b_z = rounded_sum(b_x, b_residual, b_rw)
         b_sigmoid = tl.sigmoid(b_gate)
         b_silu = b_gate * b_sigmoid
         b_h = b_z * b_silu
@@ -356,13 +352,22 @@ for _name, _setup, _formula in (
 
 def aot_launches(everything: bool):
     """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    for width in (2048, 4096, 6144) if everything else (4096,):
-        yield f"D{width} bfloat16", lambda width=width: _aot(width)
+    cases = [(4096, True)]
+    if everything:
+        cases += [(2048, True), (6144, True), (4096, False)]
+    for width, residual in cases:
+        name = f"D{width} bfloat16" + ("" if residual else " without residual")
+        yield name, lambda case=(width, residual): _aot(*case)
 
 
-def _aot(width):
+def _aot(width, residual):
     x, weight = torch.empty(16, width, dtype=torch.bfloat16), torch.empty(width)
-    y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
-    torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream)
-    y = torch.ops.rodimus.gated_rms_norm_rows(x, x, weight, 1e-5, x, weight)
-    torch.ops.rodimus.gated_rms_norm_rows_backward(x, x, weight, 1e-5, x, weight, y)
+    if residual:
+        y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
+        torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream)
+    else:
+        y = torch.ops.rodimus.rms_norm_rows(x, weight, 1e-5)
+        torch.ops.rodimus.rms_norm_rows_backward(x, weight, 1e-5, y, None)
+    extra = (x, weight) if residual else (None, None)
+    y = torch.ops.rodimus.gated_rms_norm_rows(x, x, weight, 1e-5, *extra)
+    torch.ops.rodimus.gated_rms_norm_rows_backward(x, x, weight, 1e-5, *extra, y)
