@@ -102,6 +102,9 @@ struct AttentionStep {
   float* scratch;  // of the size that the implementation states
   int64_t batch, steps, ring, heads, key_heads, value_heads, key_dim, value_dim, window;
   float scale;
+  // CUDA: parts that the window is cut into
+  int64_t parts = 1;
+  Start start = Start::kAfter;
 };
 
 // Up to three linear layers of one step, with what stands before and after them in a block. bfloat16

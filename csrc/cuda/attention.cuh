@@ -155,7 +155,11 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   RODIMUS_DYNAMIC_SHARED(T, tiles);
   constexpr int kShare = kHeadLanes / KEYS;
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
+  if (a.start != Start::kAhead) take_turn();
   WindowPart<T> part(a, bt / steps, bt % steps);
+  // what is in the ring is there before the new tokens are
+  bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
+  if (a.start == Start::kAhead && !ahead) take_turn();
   int h = threadIdx.x / kHeadLanes, lane = threadIdx.x % kHeadLanes;
   int value_width = part.value_width, tile_size = KEYS * (kHeadDim + value_width);
   bool has_values = h < a.value_heads;
@@ -188,6 +192,7 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   };
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) copy_tile(s * KEYS, s);
+  if (ahead) take_turn();
 
   float q[8], acc[8] = {}, top = -INFINITY, total = 0.0f;
   const T* query = static_cast<const T*>(a.q.data) + bt * a.q.stride + threadIdx.x * 8;
@@ -272,6 +277,7 @@ template <class T>
 __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(AttentionStep a) {
   constexpr int kPieces = kMaxHeadDim / kWarp, kTogether = 4;
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
+  take_turn();
   WindowPart<T> part(a, bt / steps, bt % steps);
   int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.key_dim);
   int value_dim = static_cast<int>(a.value_dim);
@@ -331,12 +337,14 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
 }
 
 // The parts of one head in one. Every warp takes each eighth part. Grid: (H, B * T).
-__global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionStep a, int parts) {
+__global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionStep a) {
   constexpr int kPieces = kMaxHeadDim / kWarp, kWarps = kJoinThreads / kWarp;
   __shared__ float sums[kWarps][kMaxHeadDim];
   int64_t h = blockIdx.x, bt = blockIdx.y;
+  int parts = static_cast<int>(a.parts);
   int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.value_dim);
   float top = -INFINITY, total = 0.0f, acc[kPieces] = {};
+  take_turn();
   for (int p = lane; p < parts; p += kWarp)
     top = fmaxf(top, PartResult(a, parts, p, bt, h).weights[0]);
   top = warp_max(top);

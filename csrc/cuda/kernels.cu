@@ -95,7 +95,7 @@ void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t str
   int bytes = static_cast<int>(attention_bytes<T, KEYS, STAGES>(a.value_heads));
   // said each time: every device has to hear it
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream>>>(a);
+  launch_started(kernel, a, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream);
 }
 
 template <class T>
@@ -108,12 +108,11 @@ bool attention_fits_staged(const AttentionStep& a) {
 }
 
 template <class T>
-void launch_attention_of(const AttentionStep& a, cudaStream_t stream) {
-  unsigned tokens = static_cast<unsigned>(a.batch * a.steps);
-  int parts = static_cast<int>(attention_parts(a));
-  dim3 grid(parts, tokens);
+void launch_attention_of(AttentionStep a, cudaStream_t stream) {
+  a.parts = attention_parts(a);
+  dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(a.batch * a.steps));
   if (!attention_fits_staged<T>(a)) {
-    attention_any_kernel<T><<<grid, kAnyThreads, 0, stream>>>(a);
+    launch_started(attention_any_kernel<T>, a, grid, kAnyThreads, 0, stream);
   } else if constexpr (sizeof(T) == 4) {
     launch_attention_staged<T, 4, 2, 2>(a, grid, stream);
   } else {
@@ -124,9 +123,10 @@ void launch_attention_of(const AttentionStep& a, cudaStream_t stream) {
         ? launch_attention_staged<T, 8, 3, 2>(a, grid, stream)
         : launch_attention_staged<T, 8, 2, 3>(a, grid, stream);
   }
-  if (parts > 1)
-    attention_join_kernel<<<dim3(static_cast<unsigned>(a.heads), tokens), kJoinThreads, 0, stream>>>(
-        a, parts);
+  if (a.parts == 1) return;
+  a.start = Start::kUnder;
+  launch_started(attention_join_kernel, a, dim3(static_cast<unsigned>(a.heads), grid.y), kJoinThreads,
+                 0, stream);
 }
 
 }  // namespace

@@ -330,13 +330,14 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
   cuda.o = random_rows(type, tokens, size), cuda.cache = random_rows(type, cpu.batch * ring, row);
   memcpy(cuda.cache.data, cpu.cache.data, cpu.batch * ring * row * sizeof(T));
   cuda.scratch = random_floats(parts * tokens * cpu.heads * (cpu.value_dim + 2));
+  cuda.parts = parts;
   kernels().attention_write(cpu, 0, cpu.batch);
   kernels().attention_scan(cpu, 3, 0, cpu.batch * 3);
   kernels().attention_merge(cpu, 3, 0, tokens * cpu.heads);
   kernel(cuda, dim3(parts, tokens));
   if (parts > 1)
     emulator::launch(dim3(cpu.heads, tokens), kJoinThreads,
-                     [&] { attention_join_kernel(cuda, static_cast<int>(parts)); });
+                     [&] { attention_join_kernel(cuda); });
   Report report{label(name, type, {heads.query, heads.value, steps, window, ring, parts})};
   report.add(cpu.o, cuda.o, tokens * size);
   report.add(cpu.cache, cuda.cache, cpu.batch * ring * row);
@@ -350,6 +351,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
   attention_case<T>("attention_staged", type, all, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
                       memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
+                      a.start = steps == 1 ? Start::kAhead : Start::kAfter;
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
                                        [&] { attention_staged_kernel<T, KEYS, STAGES, 1>(a); });
                     });
