@@ -23,9 +23,10 @@ constexpr int kMaxHeadDim = 256;
 
 enum class Type : int { kFloat32, kBFloat16 };
 
-// When a CUDA kernel of a step may start: after the launch before it, under its end without reading
-// anything yet, or under its end with the weights read ahead. The last is for kernels that follow
-// another of the same step: what that one has waited for, weights among it, is in memory.
+// When a CUDA kernel of a step may start: after the launch before it, under its end with the weights
+// brought no nearer than the cache that all share, or under its end with the weights read ahead. The
+// last is for kernels that follow another of the same step: what that one has waited for, weights
+// among it, is in memory.
 enum class Start : int { kAfter, kUnder, kAhead };
 
 struct Rows {

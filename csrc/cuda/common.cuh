@@ -42,6 +42,11 @@ __device__ inline uint4 load_once(const void* from) {
   return x;
 }
 
+// Bring what will be read into the cache that all multiprocessors share: it cannot be stale there.
+__device__ inline void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // sum += A B on tensor cores, bfloat16 with sums in float32: A [16, 16], B [16, 8], a warp together.
 // Lane 4 g + q holds A of rows g and g + 8 (a0 and a2; a1 and a3), columns 2q, 2q + 1 (a0, a1) and
 // 2q + 8, 2q + 9 (a2, a3), B of those rows and column g, and sums of rows g (0, 1) and g + 8 (2, 3),

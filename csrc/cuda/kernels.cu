@@ -73,8 +73,14 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
-// Inputs from which on a block of a linear step has 16 warps.
-constexpr int64_t kDeepInputs = 2560;
+// Tiles up to which a block of a linear step has 16 warps: not much more than multiprocessors.
+constexpr int64_t kFewTiles = 200;
+
+int64_t all_tiles(const StepLinear& a) {
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
+  return tiles;
+}
 
 template <int WARPS, int DEPTH, int BLOCKS, bool NORM>
 void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
@@ -83,10 +89,8 @@ void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
   if (staged_bytes(a) > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(kMaxStaged));
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
-  launch_started(kernel, a, dim3(static_cast<unsigned>(tiles)), WARPS * kWarp, staged_bytes(a),
-                 stream);
+  launch_started(kernel, a, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp,
+                 staged_bytes(a), stream);
 }
 
 template <class T, int KEYS, int STAGES, int BLOCKS>
@@ -169,13 +173,13 @@ void launch_linear(const Linear& a, cudaStream_t stream) {
 
 void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
   // enough loads under way for the bandwidth: many small blocks, or one large one a processor
-  bool deep = a.inputs > kDeepInputs;
+  bool few = all_tiles(a) <= kFewTiles;
   if (a.norm_weight)
-    deep ? launch_step_linear_of<16, 4, 1, true>(a, stream)
-         : launch_step_linear_of<8, 2, 3, true>(a, stream);
+    few ? launch_step_linear_of<16, 3, 1, true>(a, stream)
+        : launch_step_linear_of<8, 2, 3, true>(a, stream);
   else
-    deep ? launch_step_linear_of<16, 4, 1, false>(a, stream)
-         : launch_step_linear_of<8, 2, 3, false>(a, stream);
+    few ? launch_step_linear_of<16, 3, 1, false>(a, stream)
+        : launch_step_linear_of<8, 2, 4, false>(a, stream);
 }
 
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {

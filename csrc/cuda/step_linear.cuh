@@ -19,16 +19,16 @@ constexpr int kPiece = 8;
 // Which outputs a tile has: `first` to first + 7, and as many `apart`. `channel` is the first one's
 // place in the rotary tables, or -1.
 struct Tile {
-  int64_t first, apart, channel;
+  int first, apart, channel;
 };
 
-__device__ inline Tile tile_of(const StepLinear& a, int layer, int64_t tile) {
-  if (a.gated) return {tile * kHalfTile, a.layers[layer].outputs / 2, -1};
+__device__ inline Tile tile_of(const StepLinear& a, int layer, int tile) {
+  if (a.gated) return {tile * kHalfTile, static_cast<int>(a.layers[layer].outputs / 2), -1};
   if (layer >= a.rotated) return {tile * kTile, kHalfTile, -1};
-  int64_t tiles = a.head_dim / kTile, turned = a.half / kHalfTile;
-  int64_t head = tile / tiles * a.head_dim, within = tile % tiles;
-  if (within < turned) return {head + within * kHalfTile, a.half, within * kHalfTile};
-  return {head + 2 * a.half + (within - turned) * kTile, kHalfTile, -1};
+  int dim = static_cast<int>(a.head_dim), half = static_cast<int>(a.half);
+  int head = tile / (dim / kTile) * dim, within = tile % (dim / kTile), turned = half / kHalfTile;
+  if (within < turned) return {head + within * kHalfTile, half, within * kHalfTile};
+  return {head + 2 * half + (within - turned) * kTile, kHalfTile, -1};
 }
 
 __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, float* out) {
@@ -55,14 +55,17 @@ __device__ inline void norm_factors(const StepLinear& a, const Rows& x, float* w
     if (warp < a.rows) {
       const float* parts = a.squares + warp * a.squares_stride;
       float sum = 0.0f;
-      for (int64_t part = lane; part < a.parts; part += kWarp) sum += parts[part];
+#pragma unroll 4
+      for (int part = lane; part < static_cast<int>(a.parts); part += kWarp) sum += parts[part];
       sum = warp_sum(sum);
       if (lane == 0) factors[warp] = 1.0f / sqrtf(sum / static_cast<float>(a.inputs) + a.eps);
     }
   } else {
+#pragma unroll 1
     for (int m = 0; m < static_cast<int>(a.rows); ++m) {
       float sum = 0.0f, piece[kPiece];
-      for (int64_t i = threadIdx.x * kPiece; i < a.inputs; i += THREADS * kPiece) {
+#pragma unroll 1
+      for (int i = threadIdx.x * kPiece; i < static_cast<int>(a.inputs); i += THREADS * kPiece) {
         load_piece(x, m, i, piece);
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) sum += piece[e] * piece[e];
@@ -80,6 +83,8 @@ template <int THREADS, bool NORM>
 __device__ inline void stage(const StepLinear& a, const Rows& x, const float* factors,
                              __nv_bfloat16* staged) {
   int stride = static_cast<int>(staged_stride(a.inputs)), pieces = (stride - kUnit / 2) / kPiece;
+  // not unrolled: the registers hold weights by now
+#pragma unroll 1
   for (int i = threadIdx.x; i < static_cast<int>(a.rows) * pieces; i += THREADS) {
     int m = i / pieces, column = i % pieces * kPiece;
     Piece<__nv_bfloat16> piece = {};
@@ -154,16 +159,15 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   constexpr int kThreads = WARPS * kWarp;
   RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
   __shared__ float sums[WARPS * kTile * kMaxRows], warps[WARPS], factors[kMaxRows];
-  int which = 0;
-  int64_t index = blockIdx.x;
+  int which = 0, index = static_cast<int>(blockIdx.x);
   while (which + 1 < a.count && index >= step_linear_tiles(a, which))
-    index -= step_linear_tiles(a, which++);
+    index -= static_cast<int>(step_linear_tiles(a, which++));
   const StepLinear::Layer& layer = a.layers[which];
   Tile tile = tile_of(a, which, index);
 
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
   // rows beyond the last repeat it and are not written
-  int64_t last = layer.outputs - 1, n = tile.first + group, far = n + tile.apart;
+  int last = static_cast<int>(layer.outputs) - 1, n = tile.first + group, far = n + tile.apart;
   const __nv_bfloat16* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);
   const __nv_bfloat16* near_row = weight + (n < last ? n : last) * layer.weight.stride;
   const __nv_bfloat16* far_row = weight + (far < last ? far : last) * layer.weight.stride;
@@ -183,9 +187,16 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
       if (warp + d * WARPS < units) load(w[d], warp + d * WARPS);
   };
   // on their way before x is looked at, or even there
-  if (a.start != Start::kUnder) load_first();
-  take_turn();
-  if (a.start == Start::kUnder) load_first();
+  if (a.start != Start::kUnder) {
+    load_first();
+    take_turn();
+  } else {
+    // a lane of the first two has a row's cache lines
+    for (int unit = warp; quad < 2 && unit < units && unit < (DEPTH + 1) * WARPS; unit += WARPS)
+      prefetch((quad == 0 ? near_row : far_row) + unit * kUnit);
+    take_turn();
+    load_first();
+  }
 
   if (NORM) norm_factors<kThreads>(a, layer.x, warps, factors);
   stage<kThreads, NORM>(a, layer.x, factors, staged);
@@ -194,6 +205,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   float sum[4] = {};
   const __nv_bfloat16* x = staged + group * staged_stride(inputs) + quad * kPiece;
   bool present = group < a.rows;
+#pragma unroll 1
   for (int first = warp; first < units; first += DEPTH * WARPS) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {

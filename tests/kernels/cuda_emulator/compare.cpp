@@ -233,7 +233,7 @@ void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
   a.sum_squares = random_floats(rows * tiles);
   run_linear(a.layers[0].x, a.layers[0].weight, {}, branch, rows, inputs, outputs);
   kernels().add({a.residual, branch, expected, rows, outputs}, 0, rows * blocks(outputs));
-  run_step_linear<16, 4, false>(a);
+  run_step_linear<16, 3, false>(a);
   Report report{label("step_linear_add", stream, {rows, inputs, outputs})};
   report.add(expected, a.sum, rows * outputs);
   Report squares{label("step_linear_squares", stream, {rows, inputs, outputs})};
@@ -277,7 +277,7 @@ void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width) {
   a.conv = conv, a.conv.state = other.data, a.conv.y = random_rows(kHalf, rows, inner);
   run_linear(a.layers[0].x, a.layers[0].weight, a.layers[0].bias, expanded, rows, inputs, 2 * inner);
   kernels().conv_step(conv, 0, rows * blocks(inner));
-  run_step_linear<16, 4, false>(a);
+  run_step_linear<16, 3, false>(a);
   Report report{label("step_linear_conv", kHalf, {rows, inputs, inner, width})};
   report.add(expanded, a.layers[0].y, rows * 2 * inner);
   report.add(conv.y, a.conv.y, rows * inner);

@@ -178,6 +178,7 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
 }
 
 inline void take_turn() {}
+inline void prefetch(const void*) {}
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
