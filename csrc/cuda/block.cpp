@@ -152,6 +152,8 @@ struct Block {
     a.value_heads = outputs(kValue) / head_dim, a.key_dim = a.value_dim = head_dim;
     a.scale = 1.0f / sqrtf(static_cast<float>(head_dim));
     a.scratch = work.floats(attention_scratch(a));
+    // the ring but for its newest row is as old as the token before
+    a.start = Start::kAhead;
     launch_attention_step(a, queue);
     return step(layer(a.o, kAttnOut), kAttnOut);
   }
