@@ -1,26 +1,39 @@
 // Launches from torch's operators: device, stream, and the report of a launch that failed.
-//
-// A torch built for the CPU lacks one function used here. It is weak, so the library loads there
-// too, and its registration can be checked on a machine without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../tensors.h"
 #include "kernels.h"
 
-#pragma weak aoti_torch_get_current_cuda_stream
-
 namespace rodimus {
+
+// torch's function for the current stream of a device. Looked up when first needed: it stands in
+// the part of torch for GPUs, which Python loads out of sight of other libraries. Without it this
+// library still loads, so its registration can be checked where torch has no such part.
+inline auto current_stream_function() {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    void* function = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    STD_TORCH_CHECK(function != nullptr, "the CUDA operators need a torch built for CUDA: ",
+                    library ? "libtorch_cuda.so lacks aoti_torch_get_current_cuda_stream"
+                            : "libtorch_cuda.so is not loaded");
+    return reinterpret_cast<Function>(function);
+  }();
+  return found;
+}
 
 // Call `run` with the current stream of the tensors' device.
 template <class Run>
 void on_stream(const Tensor& like, const Run& run) {
+  auto current_stream = current_stream_function();
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
   run(static_cast<cudaStream_t>(stream));
   // torch has a macro for this, but not in every release the library is built with
   cudaError_t error = cudaGetLastError();

@@ -11,7 +11,6 @@ None of them is differentiable: the public functions choose them without gradien
 import ctypes
 import functools
 import logging
-import sys
 
 import torch
 
@@ -214,15 +213,3 @@ def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """A matrix whose rows are dense, as the operators take it: a half of a wider projection is one
     as it stands; anything else is copied."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def main() -> None:
-    """Print what is available and why."""
-    for device_type in build.LIBRARIES:
-        reason = problem(device_type)
-        isa = f" ({cpu_isa()})" if device_type == "cpu" and reason is None else ""
-        print(f"native operators, {device_type}: {reason or 'loaded'}{isa}", file=sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,3 +117,12 @@ def test_what_is_up_to_date_is_not_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
     monkeypatch.setattr(build, "_build_cpu", None)
     assert build.build(tmp_path)["cpu"] == "up to date"
+
+
+def test_what_is_loaded_is_printed():
+    """In a process of its own, as a user would ask."""
+    command = [sys.executable, "-m", "rodimus_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    devices = [line.partition(": ")[0] for line in lines]
+    assert devices == [f"native operators, {kind}" for kind in build.LIBRARIES]

@@ -3,6 +3,7 @@ what nvcc made of them fits the registers."""
 
 import functools
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -53,15 +54,39 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
 
 
-@pytest.mark.skipif(
-    not (build.PACKAGE / build.LIBRARIES["cuda"]).is_file(),
-    reason="the CUDA library is not built: it needs nvcc",
+LIBRARY = build.PACKAGE / build.LIBRARIES["cuda"]
+built = pytest.mark.skipif(
+    not LIBRARY.is_file(), reason="the CUDA library is not built: it needs nvcc"
 )
+
+
+@built
 def test_library_loads_on_any_torch_and_registers():
     assert native.problem("cuda") is None
     names = ("ddts_step", "ddts_mixer_step", "short_conv_step", "linear_step", "rms_norm")
     for name in (*names, "shared_key_attention_step"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rodimus::native_{name}", "CUDA")
+
+
+@built
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_no_symbol_of_torch_may_be_absent():
+    """A weak symbol that is not found loads as null, and crashes when it is called."""
+    command = ["nm", "-D", "--undefined-only", str(LIBRARY)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    symbols = [line.split()[-2:] for line in lines]
+    assert symbols
+    assert not [name for kind, name in symbols if kind in "wv" and not name.startswith("_")]
+
+
+@built
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the stream")
+def test_an_operator_without_a_stream_raises():
+    native.require("test", "cuda")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    operator = torch.ops.rodimus.native_rms_norm.default
+    with pytest.raises(RuntimeError, match=r"libtorch_cuda\.so is not loaded"):
+        operator.redispatch(keys, torch.ones(2, 8), torch.ones(8), 1e-5)
 
 
 @pytest.mark.slow
