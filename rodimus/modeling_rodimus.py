@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
+from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rodimus import RodimusConfig
@@ -979,7 +979,8 @@ def _is_step(x) -> bool:
         block_step is not None
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
-        and not is_tracing(x)
+        # a CUDA graph replays whatever is launched: fused operators too
+        and (is_cuda_stream_capturing() or not is_tracing(x))
         and not torch.is_autocast_enabled(x.device.type)
         and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
     )

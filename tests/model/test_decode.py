@@ -48,6 +48,17 @@ def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
     assert torch.equal(tokens, make()) and generation.tokens == tokens[0, 12:].tolist()
 
 
+def test_a_recorded_step_is_fused(model, monkeypatch, fused):
+    """While a CUDA graph is recorded, transformers calls it tracing: the engine's graphs would
+    otherwise hold the modules."""
+    ids, cache = random_ids(1, 13), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        model(ids[:, 12:], past_key_values=cache)
+    assert len(fused) == model.config.n_layer
+
+
 def test_static_cache(model, kind, fused):
     """Rodimus steps in a static cache; the window of Rodimus+ is shifted there, by the modules."""
     ids = random_ids(1, 30)
