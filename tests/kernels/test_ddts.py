@@ -302,7 +302,7 @@ def test_segments_fill_the_machine_and_no_more():
         (384, 64): 1,
         (32, 1): 1,
     }
-    assert {case: segments(*case, 132) for case in table} == table
+    assert {case: segments(*case, 264) for case in table} == table
 
 
 @pytest.mark.parametrize("impl", CHUNKED)
