@@ -20,11 +20,12 @@ from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 MAX_DIM = 256
 # query heads of a program: 16 threads hold a head of 128 channels, so these are 8 warps
 _HEADS = 16
-# keys of a tile: their keys and values are under way together, into registers
-_KEYS = 8
+# keys of a tile: their keys and values are under way together, into registers. With few of them
+# many programs share a multiprocessor: 564 us with 4, 848 us with 8 (H200, 256 sequences).
+_KEYS = 4
 # a part shorter than this costs more to join than it saves
 _MIN_KEYS_PER_PART = 16
-_PROGRAMS_PER_SM = 2
+_PROGRAMS_PER_SM = 8
 # parts that the second kernel reads together
 _JOINED = 16
 
