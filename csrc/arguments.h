@@ -52,6 +52,7 @@ struct MixerStep {
   Rows q, k, select, temper;           // [B, K], raw projections
   Rows gate_hidden;                     // [B, R], hidden layer of the input gate
   Rows x, shifted, gate;               // [B, V]
+  Rows scaled;                         // [B, V] or empty; CUDA: y but for the norm's factor
   Rows gate_weight;                    // [V, R]
   Rows gate_bias;                      // [V]
   Rows residual_weight, norm_weight;   // [V]
@@ -120,21 +121,29 @@ struct StepLinear {
   int64_t count = 1, rows, inputs;
   Start start = Start::kAfter;
 
-  // Before: x / sqrt(mean(x^2) + eps) * norm_weight, rounded to bfloat16. The sums of squares of a
-  // row stand in `parts` pieces, or are computed from it where `squares` is null.
+  // Before: x * norm_weight / sqrt(mean(x^2) + eps), the factor after the product. With norm_weight,
+  // x is as it stands, and its squares are summed here; otherwise x has been multiplied by whoever
+  // wrote it, who left the sums of squares of a row in `parts` pieces.
   Rows norm_weight;
   const float* squares = nullptr;
   int64_t squares_stride = 0, parts = 0;
   float eps = 0.0f;
 
-  // After, for the only layer: sum = residual + y, and for each tile of outputs its sum of squares.
-  Rows residual, sum;
+  // After, for the only layer: sum = residual + y, for each tile of outputs its sum of squares, and
+  // for the norm that follows, if one does, scaled = sum * scaled_weight.
+  Rows residual, sum, scaled, scaled_weight;
   float* sum_squares = nullptr;  // [rows, tiles]
   // After, for the only layer: y = silu(second half) * first half.
   bool gated = false;
   // After, for the first `rotated` layers: the rotary embedding of heads of head_dim.
   Rows cos, sin;  // [rows, half]
   int64_t rotated = 0, head_dim = 0, half = 0;
+  // Weights of what follows, brought into the cache that all share while this step ends.
+  struct Bytes {
+    const void* data = nullptr;
+    int64_t size = 0;
+  };
+  Bytes nearer[kMaxLayers];
   // After, for the first conv.channels outputs of the only layer: the convolution of one token.
   ConvStep conv = {};
 };

@@ -30,9 +30,13 @@ class Workspace {
   float *next_, *end_;
 };
 
-// The residual stream, and the sums of squares that whoever wrote it has left.
+// Weights that a step brings nearer for what follows it: of the shared caches of today's GPUs a part.
+constexpr int64_t kNearerBytes = int64_t{16} << 20;
+
+// The residual stream, and for the norm that follows what whoever wrote it has left: its product
+// with the weight, and sums of squares.
 struct Stream {
-  Rows rows;
+  Rows rows, scaled;
   float* squares = nullptr;
   int64_t parts = 0;
 };
@@ -61,9 +65,21 @@ struct Block {
     return a;
   }
 
-  void norm(StepLinear& a, const Stream& stream, int which) const {
-    a.norm_weight = weight(which);
+  // The norm of a stream before a step of it.
+  void norm(StepLinear& a, const Stream& stream) const {
+    for (StepLinear::Layer& layer : a.layers) layer.x = stream.scaled;
     a.squares = stream.squares, a.squares_stride = a.parts = stream.parts;
+  }
+
+  // Weights that the kernel after this step reads.
+  void nearer(StepLinear& a, std::initializer_list<int> which) const {
+    StepLinear::Bytes* next = a.nearer;
+    int64_t room = kNearerBytes;
+    for (int i : which) {
+      int64_t size = outputs(i) * weights[i].size(1) * 2 / 16 * 16;
+      *next = {weights[i].data_ptr(), size < room ? size : room};
+      room -= next++->size;
+    }
   }
 
   void run(const StepLinear& a) const {
@@ -73,11 +89,15 @@ struct Block {
     launch_step_linear(a, queue);
   }
 
-  // residual + branch, the squares of the sum beside it.
-  Stream add(StepLinear a, const Stream& residual, const Rows& sum) {
+  // residual + branch, and what the norm of that weight takes from it; -1 for no norm.
+  Stream add(StepLinear a, const Stream& residual, const Rows& sum, int norm_weight = -1) {
     a.residual = residual.rows, a.sum = sum;
-    Stream result{sum, nullptr, step_linear_tiles(a, 0)};
-    a.sum_squares = result.squares = work.floats(batch * result.parts);
+    Stream result{sum};
+    if (norm_weight >= 0) {
+      result.parts = step_linear_tiles(a, 0);
+      a.sum_squares = result.squares = work.floats(batch * result.parts);
+      a.scaled = result.scaled = work.rows(width), a.scaled_weight = weight(norm_weight);
+    }
     run(a);
     return result;
   }
@@ -86,7 +106,8 @@ struct Block {
     int64_t inner = outputs(kGateOut), keys = outputs(kMemGate) / 2, rank = outputs(kGateIn);
     Rows expanded = work.rows(2 * inner), shifted = work.rows(inner);
     StepLinear expand = step(layer(stream.rows, kFc, expanded), kFc);
-    norm(expand, stream, kMixerNorm);
+    expand.norm_weight = weight(kMixerNorm);
+    nearer(expand, {kQueryKey, kMemGate, kGateIn});
     expand.start = Start::kUnder;
     ConvStep& conv = expand.conv;
     conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
@@ -101,6 +122,7 @@ struct Block {
     project.layers[1] = layer(shifted, kMemGate, gates, weight(kMemBias));
     project.layers[2] = layer(expanded, kGateIn, hidden);
     project.count = 3;
+    nearer(project, {kMixerOut});
     run(project);
 
     MixerStep a;
@@ -116,14 +138,15 @@ struct Block {
     a.key_eps = key_eps, a.norm_eps = norm_eps;
     a.scratch = work.floats(mixer_scratch(a));
     a.start = Start::kAhead;
+    // its norm's factor is the next product's
+    a.scaled = work.rows(inner);
     launch_mixer_state(a, queue);
 
-    // its norm is the next product's
     int64_t row = mixer_scratch(a) / batch, columns = step_columns(batch);
-    StepLinear contract = step(layer({a.scratch, Type::kFloat32, row}, kMixerOut), kMixerOut);
-    contract.norm_weight = a.norm_weight;
+    StepLinear contract = step(layer(a.scaled, kMixerOut), kMixerOut);
     contract.squares = a.scratch + mixer_values(inner), contract.squares_stride = row;
     contract.parts = (inner + columns - 1) / columns;
+    if (weights.size() == kCount) nearer(contract, {kQuery, kKey, kValue});
     return contract;
   }
 
@@ -136,7 +159,8 @@ struct Block {
     project.layers[1] = layer(stream.rows, kKey, a.k);
     project.layers[2] = layer(stream.rows, kValue, a.v);
     project.count = 3;
-    norm(project, stream, kAttnNorm);
+    norm(project, stream);
+    nearer(project, {kAttnOut, kFfnIn});
     if (window.half) {
       STD_TORCH_CHECK(window.half % kHalfTile == 0 && head_dim % kTile == 0,
                       "rotary tables of a multiple of ", kHalfTile, " and heads of a multiple of ",
@@ -155,7 +179,9 @@ struct Block {
     // the ring but for its newest row is as old as the token before
     a.start = Start::kAhead;
     launch_attention_step(a, queue);
-    return step(layer(a.o, kAttnOut), kAttnOut);
+    StepLinear contract = step(layer(a.o, kAttnOut), kAttnOut);
+    nearer(contract, {kFfnIn});
+    return contract;
   }
 
   StepLinear mlp(const Stream& stream) {
@@ -163,7 +189,8 @@ struct Block {
     Rows gated = work.rows(inner);
     StepLinear expand = step(layer(stream.rows, kFfnIn, gated), kFfnIn);
     expand.gated = true;
-    norm(expand, stream, kFfnNorm);
+    norm(expand, stream);
+    nearer(expand, {kFfnOut});
     run(expand);
     return step(layer(gated, kFfnOut), kFfnOut);
   }
@@ -172,9 +199,9 @@ struct Block {
 // Numbers that the intermediate results take, with room for a line beside each of them.
 int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width) {
   int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
-  int64_t columns = 5 * inner + 2 * gates + w[kGateIn].size(0) + width;
+  int64_t columns = 6 * inner + 2 * gates + w[kGateIn].size(0) + width;
   if (w.size() == kCount)
-    columns += 2 * w[kQuery].size(0) + w[kKey].size(0) + w[kValue].size(0) + 2 * width +
+    columns += 2 * w[kQuery].size(0) + w[kKey].size(0) + w[kValue].size(0) + 4 * width +
                w[kFfnIn].size(0);
   return batch * columns + 32 * 32;
 }
@@ -203,10 +230,10 @@ Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, cons
     Rows sum = output_rows(result);
     StepLinear branch = block.mixer(start, taps, state);
     if (window) {
-      start = block.add(branch, start, sum);
+      start = block.add(branch, start, sum, kAttnNorm);
       // the sum with what was attended reaches the MLP alone
       Stream inside = block.add(block.attention(start, *window), start,
-                                block.work.rows(width, sum.type));
+                                block.work.rows(width, sum.type), kFfnNorm);
       branch = block.mlp(inside);
     }
     block.add(branch, start, sum);

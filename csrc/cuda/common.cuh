@@ -43,8 +43,11 @@ __device__ inline uint4 load_once(const void* from) {
 }
 
 // Bring what will be read into the cache that all multiprocessors share: it cannot be stale there.
-__device__ inline void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+// Whole pieces of 16 bytes.
+__device__ inline void prefetch(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 
 // sum += A B on tensor cores, bfloat16 with sums in float32: A [16, 16], B [16, 8], a warp together.

@@ -166,7 +166,10 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
     float o = sum_of_warps(partial, BV, j) +
               element(a.residual_weight, 0, column) * element(a.shifted, b, column);
     o *= silu(element(a.gate, b, column));
-    gated[column] = o;
+    if (a.scaled)
+      set_element(a.scaled, b, column, o * element(a.norm_weight, 0, column));
+    else
+      gated[column] = o;
     squares += o * o;
   }
   squares = block_sum(squares, warps);

@@ -73,18 +73,15 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
-// Tiles up to which a block of a linear step has 16 warps: not much more than multiprocessors.
-constexpr int64_t kFewTiles = 200;
-
 int64_t all_tiles(const StepLinear& a) {
   int64_t tiles = 0;
   for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
   return tiles;
 }
 
-template <int WARPS, int DEPTH, int BLOCKS, bool NORM>
+template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
 void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
-  auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, NORM>;
+  auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, SCALED>;
   // beyond 48 KiB only for who asks; said again each time: every device has to hear it
   if (staged_bytes(a) > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -172,14 +169,22 @@ void launch_linear(const Linear& a, cudaStream_t stream) {
 }
 
 void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
-  // enough loads under way for the bandwidth: many small blocks, or one large one a processor
-  bool few = all_tiles(a) <= kFewTiles;
+  // as many blocks together on a multiprocessor as it is given, with as much under way as it holds
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  int64_t each = (all_tiles(a) + processors - 1) / processors;
   if (a.norm_weight)
-    few ? launch_step_linear_of<16, 3, 1, true>(a, stream)
-        : launch_step_linear_of<8, 2, 3, true>(a, stream);
+    a.rows == 1 ? launch_step_linear_of<8, 2, 4, 1>(a, stream)
+                : launch_step_linear_of<8, 2, 4, kMaxRows>(a, stream);
+  else if (each == 1 && a.inputs > 3 * 16 * kUnit)
+    launch_step_linear_of<16, 4, 1, 0>(a, stream);
+  else if (each == 1)
+    launch_step_linear_of<16, 2, 2, 0>(a, stream);
+  else if (each == 2)
+    launch_step_linear_of<8, 4, 2, 0>(a, stream);
   else
-    few ? launch_step_linear_of<16, 3, 1, false>(a, stream)
-        : launch_step_linear_of<8, 2, 4, false>(a, stream);
+    launch_step_linear_of<8, 2, 4, 0>(a, stream);
 }
 
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {

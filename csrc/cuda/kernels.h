@@ -34,7 +34,8 @@ inline bool fits_step_linear(const StepLinear& a) {
   for (int64_t i = 0; i < a.count; ++i)
     fits = fits && a.layers[i].weight.type == Type::kBFloat16 && in_pieces(a.layers[i].weight) &&
            in_pieces(a.layers[i].x);
-  return fits && (!a.norm_weight || in_pieces(a.norm_weight)) &&
+  return fits && (!a.norm_weight || (in_pieces(a.norm_weight) && a.squares == nullptr &&
+                                    a.norm_weight.type == Type::kBFloat16)) &&
          (a.norm_weight || a.layers[0].x.type == Type::kBFloat16);
 }
 

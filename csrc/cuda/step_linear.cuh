@@ -8,6 +8,8 @@
 // what the instruction regards as columns apart: no shared memory for the weights, and no shuffle.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "common.cuh"
 #include "elementwise.cuh"
 #include "sizes.h"
@@ -46,62 +48,98 @@ __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, fl
   }
 }
 
-// The factor of the norm of each row, the same in every block: sums in a fixed order.
-template <int THREADS>
-__device__ inline void norm_factors(const StepLinear& a, const Rows& x, float* warps,
-                                    float* factors) {
+// The units of x that a warp multiplies, in shared memory; zeros to the end of the last unit. Only
+// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait.
+template <int WARPS>
+__device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (a.squares != nullptr) {
-    if (warp < a.rows) {
-      const float* parts = a.squares + warp * a.squares_stride;
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int part = lane; part < static_cast<int>(a.parts); part += kWarp) sum += parts[part];
-      sum = warp_sum(sum);
-      if (lane == 0) factors[warp] = 1.0f / sqrtf(sum / static_cast<float>(a.inputs) + a.eps);
-    }
-  } else {
+  int inputs = static_cast<int>(a.inputs), stride = static_cast<int>(staged_stride(a.inputs));
+  int rows = static_cast<int>(a.rows), units = (inputs + kUnit - 1) / kUnit;
+  const __nv_bfloat16* data = static_cast<const __nv_bfloat16*>(x.data);
 #pragma unroll 1
-    for (int m = 0; m < static_cast<int>(a.rows); ++m) {
-      float sum = 0.0f, piece[kPiece];
+  for (int unit = warp; unit < units; unit += WARPS) {
 #pragma unroll 1
-      for (int i = threadIdx.x * kPiece; i < static_cast<int>(a.inputs); i += THREADS * kPiece) {
-        load_piece(x, m, i, piece);
-#pragma unroll
-        for (int e = 0; e < kPiece; ++e) sum += piece[e] * piece[e];
-      }
-      sum = block_sum(sum, warps);
-      if (threadIdx.x == 0)
-        factors[m] = 1.0f / sqrtf(sum / static_cast<float>(a.inputs) + a.eps);
+    for (int i = lane; i < rows * (kUnit / kPiece); i += kWarp) {
+      int m = i / (kUnit / kPiece), column = unit * kUnit + i % (kUnit / kPiece) * kPiece;
+      __nv_bfloat16* to = staged + m * stride + column;
+      if (column < inputs)
+        __pipeline_memcpy_async(to, data + m * x.stride + column, sizeof(uint4));
+      else
+        *reinterpret_cast<uint4*>(to) = uint4{};
     }
   }
-  __syncthreads();
+  __pipeline_commit();
 }
 
-// Rows of x as the products take them, in shared memory; zeros to the end of the last unit.
-template <int THREADS, bool NORM>
-__device__ inline void stage(const StepLinear& a, const Rows& x, const float* factors,
-                             __nv_bfloat16* staged) {
-  int stride = static_cast<int>(staged_stride(a.inputs)), pieces = (stride - kUnit / 2) / kPiece;
-  // not unrolled: the registers hold weights by now
+// The same of x times the weight of its norm, TOGETHER rows on their way; `squares` has the sums of
+// squares of these units.
+template <int WARPS, int TOGETHER>
+__device__ inline void stage_scaled(const StepLinear& a, const Rows& x, __nv_bfloat16* staged,
+                                    float* squares) {
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int inputs = static_cast<int>(a.inputs), stride = static_cast<int>(staged_stride(a.inputs));
+  int rows = static_cast<int>(a.rows), units = (inputs + kUnit - 1) / kUnit;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < static_cast<int>(a.rows) * pieces; i += THREADS) {
-    int m = i / pieces, column = i % pieces * kPiece;
-    Piece<__nv_bfloat16> piece = {};
-    if (column < a.inputs) {
-      if (NORM) {
-        float value[kPiece], weight[kPiece];
-        load_piece(x, m, column, value);
-        load_piece(a.norm_weight, 0, column, weight);
+  for (int m = 0; m < rows; m += TOGETHER) {
+    float sum[TOGETHER] = {};
+#pragma unroll 1
+    for (int i = lane;; i += kWarp) {
+      int unit = warp + i / (kUnit / kPiece) * WARPS;
+      if (unit >= units) break;
+      int column = unit * kUnit + i % (kUnit / kPiece) * kPiece;
+      bool inside = column < inputs;
+      float value[TOGETHER][kPiece] = {};
+      Piece<__nv_bfloat16> weight = {};
 #pragma unroll
-        for (int e = 0; e < kPiece; ++e)
-          piece.value[e] = __float2bfloat16(value[e] * factors[m] * weight[e]);
-      } else {
-        piece = *reinterpret_cast<const Piece<__nv_bfloat16>*>(
-            static_cast<const __nv_bfloat16*>(x.data) + m * x.stride + column);
+      for (int t = 0; t < TOGETHER; ++t)
+        if (inside && m + t < rows) load_piece(x, m + t, column, value[t]);
+      if (inside)
+        weight = *reinterpret_cast<const Piece<__nv_bfloat16>*>(
+            static_cast<const __nv_bfloat16*>(a.norm_weight.data) + column);
+#pragma unroll
+      for (int t = 0; t < TOGETHER; ++t) {
+        Piece<__nv_bfloat16> piece;
+#pragma unroll
+        for (int e = 0; e < kPiece; ++e) {
+          sum[t] += value[t][e] * value[t][e];
+          piece.value[e] = __float2bfloat16(value[t][e] * widen(weight.value[e]));
+        }
+        if (m + t < rows)
+          *reinterpret_cast<Piece<__nv_bfloat16>*>(staged + (m + t) * stride + column) = piece;
       }
     }
-    *reinterpret_cast<Piece<__nv_bfloat16>*>(staged + m * stride + column) = piece;
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t) {
+      float total = warp_sum(sum[t]);
+      if (lane == 0) squares[warp * kMaxRows + m + t] = total;
+    }
+  }
+  __syncwarp();
+}
+
+// Sums of squares that stand in pieces, a warp a row, in a fixed order.
+template <int WARPS>
+__device__ inline void add_squares(const StepLinear& a, float* squares) {
+  int lane = threadIdx.x % kWarp;
+  for (int m = threadIdx.x / kWarp; m < static_cast<int>(a.rows); m += WARPS) {
+    const float* parts = a.squares + m * a.squares_stride;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int part = lane; part < static_cast<int>(a.parts); part += kWarp) sum += parts[part];
+    sum = warp_sum(sum);
+    if (lane == 0) squares[m] = sum;
+  }
+}
+
+// A block's share of what the next steps read.
+__device__ inline void bring_nearer(const StepLinear& a) {
+#pragma unroll
+  for (int i = 0; i < StepLinear::kMaxLayers; ++i) {
+    uint32_t size = static_cast<uint32_t>(a.nearer[i].size);
+    uint32_t share = (size / gridDim.x + 128) / 128 * 128, first = share * blockIdx.x;
+    if (first >= size) continue;
+    uint32_t left = size - first;
+    prefetch(static_cast<const char*>(a.nearer[i].data) + first, left < share ? left : share);
   }
 }
 
@@ -134,12 +172,14 @@ __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer&
       one = element(a.residual, m, n) + rounded(one);
       set_element(a.sum, m, n, one);
       if (half) one = rounded(one);
+      if (a.scaled) set_element(a.scaled, m, n, one * element(a.scaled_weight, 0, n));
       *squares += one * one;
     }
     if (both) {
       other = element(a.residual, m, far) + rounded(other);
       set_element(a.sum, m, far, other);
       if (half) other = rounded(other);
+      if (a.scaled) set_element(a.scaled, m, far, other * element(a.scaled_weight, 0, far));
       *squares += other * other;
     }
     return;
@@ -153,12 +193,13 @@ __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer&
 }
 
 // Grid: tiles of all layers. Dynamic shared memory: rows of x, staged_stride(inputs) apart. A warp
-// has 4 * DEPTH loads of 16 bytes a lane on their way.
-template <int WARPS, int DEPTH, int BLOCKS, bool NORM>
+// has 4 * DEPTH loads of 16 bytes a lane on their way. SCALED: rows of x, at most, that the kernel
+// multiplies by the weight of their norm; 0 where that has been done.
+template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
 __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepLinear a) {
-  constexpr int kThreads = WARPS * kWarp;
   RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
-  __shared__ float sums[WARPS * kTile * kMaxRows], warps[WARPS], factors[kMaxRows];
+  // squares: of a warp's units, or of all in the first warp's place
+  __shared__ float sums[WARPS * kTile * kMaxRows], squares_of[WARPS * kMaxRows];
   int which = 0, index = static_cast<int>(blockIdx.x);
   while (which + 1 < a.count && index >= step_linear_tiles(a, which))
     index -= static_cast<int>(step_linear_tiles(a, which++));
@@ -181,26 +222,35 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     to[0] = load_once(near_row + near_column), to[1] = load_once(far_row + near_column);
     to[2] = load_once(near_row + far_column), to[3] = load_once(far_row + far_column);
   };
-  auto load_first = [&] {
+  auto load_some = [&](int first, int end) {
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d)
-      if (warp + d * WARPS < units) load(w[d], warp + d * WARPS);
+      if (d >= first && d < end && warp + d * WARPS < units) load(w[d], warp + d * WARPS);
   };
-  // on their way before x is looked at, or even there
+  // on their way before x is looked at, or even there, as far as registers hold both
+  constexpr int kEarly = SCALED == 0 ? DEPTH : SCALED == 1 ? DEPTH / 2 : 0;
   if (a.start != Start::kUnder) {
-    load_first();
+    load_some(0, kEarly);
     take_turn();
   } else {
-    // a lane of the first two has a row's cache lines
-    for (int unit = warp; quad < 2 && unit < units && unit < (DEPTH + 1) * WARPS; unit += WARPS)
-      prefetch((quad == 0 ? near_row : far_row) + unit * kUnit);
+    if (warp == 0 && lane < kTile) {
+      int row = tile.first + lane % kHalfTile + (lane < kHalfTile ? 0 : tile.apart);
+      prefetch(weight + (row < last ? row : last) * layer.weight.stride,
+               static_cast<uint32_t>(inputs * sizeof(__nv_bfloat16)));
+    }
     take_turn();
-    load_first();
+    load_some(0, kEarly);
   }
 
-  if (NORM) norm_factors<kThreads>(a, layer.x, warps, factors);
-  stage<kThreads, NORM>(a, layer.x, factors, staged);
-  __syncthreads();
+  if (SCALED > 0) {
+    stage_scaled<WARPS, SCALED == 1 ? 1 : 4>(a, layer.x, staged, squares_of);
+    load_some(kEarly, DEPTH);
+  } else {
+    stage<WARPS>(a, layer.x, staged);
+    if (a.squares != nullptr) add_squares<WARPS>(a, squares_of);
+    __pipeline_wait_prior(0);
+    __syncwarp();
+  }
 
   float sum[4] = {};
   const __nv_bfloat16* x = staged + group * staged_stride(inputs) + quad * kPiece;
@@ -224,6 +274,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     }
   }
 
+  if (threadIdx.x == 0) bring_nearer(a);
+
   // the parts of all warps, [output of the tile][row of x]
   float* part = sums + warp * kTile * kMaxRows + group * kMaxRows + 2 * quad;
   part[0] = sum[0], part[1] = sum[1];
@@ -236,6 +288,13 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   for (int i = 0; i < WARPS; ++i) {
     one += sums[(i * kTile + offset) * kMaxRows + m];
     other += sums[(i * kTile + kHalfTile + offset) * kMaxRows + m];
+  }
+  if (SCALED || a.squares != nullptr) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < (SCALED ? WARPS : 1); ++i) total += squares_of[i * kMaxRows + m];
+    float factor = 1.0f / sqrtf(total / static_cast<float>(inputs) + a.eps);
+    one *= factor, other *= factor;
   }
   if (m < a.rows && (!a.gated || tile.first + offset < layer.outputs / 2))
     finish_pair(a, layer, tile, m, offset, one, other, &squares);

@@ -46,7 +46,13 @@ def test_emulated_kernels_equal_the_cpu(differences, kernel):
         assert all(x <= limit for x in found.values()), found
 
 
-@pytest.mark.parametrize("kind", ["norm", "add", "squares", "gate", "conv"])
+def test_emulated_mixer_leaves_the_factor_of_its_norm(differences):
+    found = {n: x for n, x in differences.items() if n.startswith("mixer_scaled-")}
+    assert len(found) >= 2
+    assert all(x <= 2**-7 for x in found.values()), found
+
+
+@pytest.mark.parametrize("kind", ["norm", "add", "scaled", "squares", "gate", "conv"])
 def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     """bfloat16 throughout; the CPU rounds where they do, so a sum may fall on the other side."""
     found = {n: x for n, x in differences.items() if n.startswith(f"step_linear_{kind}-")}

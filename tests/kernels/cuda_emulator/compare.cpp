@@ -115,7 +115,12 @@ void mixer_step_case(Type type, int64_t rows, int64_t keys, int64_t values, int6
   cuda.y = random_rows(type, rows, values);
   cuda.state = random_floats(rows * keys * values);
   std::copy_n(cpu.state, rows * keys * values, cuda.state);
+  MixerStep part = cuda;
+  part.scaled = random_rows(Type::kBFloat16, rows, values);
+  part.state = random_floats(rows * keys * values);
+  std::copy_n(cpu.state, rows * keys * values, part.state);
   dim3 grid(blocks_for(values, BV), rows);
+  part.scratch = random_floats(rows * mixer_row(values, grid.x));
   cuda.scratch = random_floats(rows * mixer_row(values, grid.x));
   kernels().mixer_gates(cpu, 0, rows);
   kernels().mixer_step(cpu, 0, rows * blocks(values));
@@ -123,6 +128,16 @@ void mixer_step_case(Type type, int64_t rows, int64_t keys, int64_t values, int6
   emulator::launch(grid, kStepThreads, [&] { mixer_step_kernel<KEYS, BV>(cuda); });
   emulator::launch(dim3(blocks_for(values, kStepThreads), rows), kStepThreads,
                    [&] { mixer_norm_kernel(cuda, grid.x); });
+  emulator::launch(grid, kStepThreads, [&] { mixer_step_kernel<KEYS, BV>(part); });
+  Report scaled{label("mixer_scaled", type, {KEYS, BV, rows, keys, values, rank})};
+  for (int64_t m = 0; m < rows; ++m) {
+    const float* parts = part.scratch + m * mixer_row(values, grid.x) + mixer_values(values);
+    float squares = 0.0f;
+    for (unsigned i = 0; i < grid.x; ++i) squares += parts[i];
+    float factor = 1.0f / sqrtf(squares / values + part.norm_eps);
+    for (int64_t j = 0; j < values; ++j)
+      scaled.add(get(cpu.y, m * values + j), factor * get(part.scaled, m * values + j));
+  }
   Report report{label("mixer_step", type, {KEYS, BV, rows, keys, values, rank})};
   report.add(cpu.y, cuda.y, rows * values);
   for (int64_t i = 0; i < rows * keys * values; ++i) report.add(cpu.state[i], cuda.state[i]);
@@ -166,12 +181,12 @@ void linear_case(Type type, int64_t rows, int64_t outputs, int64_t inputs) {
   report.add(cpu.y, cuda.y, rows * outputs);
 }
 
-template <int WARPS, int DEPTH, bool NORM>
+template <int WARPS, int DEPTH, int SCALED>
 void run_step_linear(const StepLinear& a) {
   int64_t tiles = 0;
   for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
   emulator::launch(dim3(tiles), WARPS * kWarp,
-                   [&] { step_linear_kernel<WARPS, DEPTH, 1, NORM>(a); });
+                   [&] { step_linear_kernel<WARPS, DEPTH, 1, SCALED>(a); });
 }
 
 void run_linear(const Rows& x, const Rows& weight, const Rows& bias, const Rows& y, int64_t rows,
@@ -205,6 +220,13 @@ void project_case(Type stream, int64_t rows, int64_t inputs, bool given) {
           squares[m * 40 + i] += powf(get(x, m * x.stride + j), 2);
       }
     a.squares = squares, a.squares_stride = a.parts = 40;
+    // whoever wrote the stream has multiplied it
+    Rows scaled = random_rows(kHalf, rows, inputs, 8);
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t i = 0; i < inputs; ++i)
+        static_cast<__nv_bfloat16*>(scaled.data)[m * scaled.stride + i] =
+            __float2bfloat16(get(x, m * x.stride + i) * get(a.norm_weight, i));
+    x = scaled, a.norm_weight = {};
   }
   a.cos = random_rows(kHalf, rows, half), a.sin = random_rows(kHalf, rows, half);
   a.rotated = 2, a.head_dim = dim, a.half = half;
@@ -217,7 +239,10 @@ void project_case(Type stream, int64_t rows, int64_t inputs, bool given) {
     run_linear(normed, a.layers[i].weight, {}, expected[i], rows, inputs, outputs[i]);
     if (i < 2) kernels().rope({expected[i], a.cos, a.sin, rows, outputs[i] / dim, dim, half}, 0, rows);
   }
-  run_step_linear<8, 2, true>(a);
+  if (given)
+    run_step_linear<8, 2, 0>(a);
+  else
+    rows == 1 ? run_step_linear<8, 2, 1>(a) : run_step_linear<8, 2, kMaxRows>(a);
   for (int i = 0; i < 3; ++i) report.add(expected[i], a.layers[i].y, rows * outputs[i]);
 }
 
@@ -233,7 +258,13 @@ void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
   a.sum_squares = random_floats(rows * tiles);
   run_linear(a.layers[0].x, a.layers[0].weight, {}, branch, rows, inputs, outputs);
   kernels().add({a.residual, branch, expected, rows, outputs}, 0, rows * blocks(outputs));
-  run_step_linear<16, 3, false>(a);
+  a.scaled = random_rows(kHalf, rows, outputs), a.scaled_weight = random_rows(kHalf, 1, outputs);
+  run_step_linear<16, 3, 0>(a);
+  Report scaled{label("step_linear_scaled", stream, {rows, inputs, outputs})};
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < outputs; ++n)
+      scaled.add(get(a.sum, m * outputs + n) * get(a.scaled_weight, n),
+                 get(a.scaled, m * outputs + n));
   Report report{label("step_linear_add", stream, {rows, inputs, outputs})};
   report.add(expected, a.sum, rows * outputs);
   Report squares{label("step_linear_squares", stream, {rows, inputs, outputs})};
@@ -256,7 +287,7 @@ void gate_case(int64_t rows, int64_t inputs, int64_t inner) {
   Rows gate = expanded;
   gate.data = static_cast<__nv_bfloat16*>(expanded.data) + inner;
   kernels().gate({expanded, gate, expected, rows, inner}, 0, rows * blocks(inner));
-  run_step_linear<8, 2, false>(a);
+  run_step_linear<8, 2, 0>(a);
   Report report{label("step_linear_gate", kHalf, {rows, inputs, inner})};
   report.add(expected, a.layers[0].y, rows * inner);
 }
@@ -277,7 +308,7 @@ void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width) {
   a.conv = conv, a.conv.state = other.data, a.conv.y = random_rows(kHalf, rows, inner);
   run_linear(a.layers[0].x, a.layers[0].weight, a.layers[0].bias, expanded, rows, inputs, 2 * inner);
   kernels().conv_step(conv, 0, rows * blocks(inner));
-  run_step_linear<16, 3, false>(a);
+  run_step_linear<16, 3, 0>(a);
   Report report{label("step_linear_conv", kHalf, {rows, inputs, inner, width})};
   report.add(expanded, a.layers[0].y, rows * 2 * inner);
   report.add(conv.y, a.conv.y, rows * inner);

@@ -152,6 +152,11 @@ void launch(dim3 grid, unsigned threads, const Call& call) {
 
 inline void __syncthreads() { emulator::wait(&emulator::Fiber::block_barriers, 0, blockDim.x); }
 
+inline void __syncwarp() {
+  unsigned first = threadIdx.x / emulator::kWarp * emulator::kWarp;
+  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
+}
+
 namespace emulator {
 
 // What the thread of that number within the warp offers.
@@ -178,7 +183,7 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
 }
 
 inline void take_turn() {}
-inline void prefetch(const void*) {}
+inline void prefetch(const void*, uint32_t) {}
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
