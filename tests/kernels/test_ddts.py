@@ -216,7 +216,8 @@ def test_segments_equal_the_whole_walk(documents, monkeypatch):
     chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
     inputs = make(DdtsCase(1, 160, 2, 16, 16, "mixed", documents=documents))
     asked = []
-    count = lambda x, programs, columns: asked.append(columns) or (2 if documents is None else 1)
+    number = 2 if documents is None else 1
+    count = lambda x, programs, columns, tile: asked.append(columns) or number
     monkeypatch.setattr(chunk, "_segments", count)
     assert_close(run_ddts(ddts, inputs, impl="triton_chunk"), truth(inputs), LIMIT)
     assert len(asked) == 2
