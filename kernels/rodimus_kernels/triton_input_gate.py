@@ -1,7 +1,8 @@
 """The low-rank input gate in Triton: the gate exists in registers only, forward and backward.
 
-Backward is one pass over x and dy: a program has a block of tokens and walks over channels. Its
-sums over tokens, dweight and dbias, are added to those of others in a fixed order, without atomics.
+Backward is one pass over x and dy: a program has a block of tokens and walks over a group of the
+channels. Its sums, over tokens and over channels, are added to those of others in a fixed order,
+without atomics.
 """
 
 import torch
@@ -9,14 +10,26 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, INTERPRETED, check_runs_here, implement, product, unit_stride
+from ._triton import (
+    FP_FUSION,
+    INTERPRETED,
+    check_runs_here,
+    implement,
+    product,
+    sigmoid,
+    unit_stride,
+)
 
 # of a tile
 _TOKENS, _CHANNELS, _WARPS = 64, 128, 8
 # of a tile of the backward: the more tokens a program sums over, the fewer sums are written
-_SUMMED_TOKENS, _BACKWARD_CHANNELS, _BACKWARD_WARPS = 128, 32, 8
+_SUMMED_TOKENS, _BACKWARD_CHANNELS, _BACKWARD_WARPS = 128, 64, 8
 # tiles of the backward in flight or in registers
 _STAGES = 2
+# programs of the backward: where blocks of tokens are fewer, groups of channels make up for it
+_PROGRAMS = 132
+# registers a thread of the backward may have
+_REGISTERS = 255
 
 
 @triton.jit
@@ -31,7 +44,7 @@ def gate_of(b_h, b_w, bias, o_d, D, PRECISION: tl.constexpr, UPCAST: tl.constexp
     """``sigmoid(hidden weight^T + bias)``: fp32 ``[tokens, channels]``."""
     b_b = tl.load(bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_gate = tl.zeros([b_h.shape[0], b_w.shape[0]], tl.float32) + b_b[None, :]
-    return tl.sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION, UPCAST))
+    return sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION, UPCAST))
 
 
 @triton.jit
@@ -78,6 +91,7 @@ def input_gate_bwd_kernel(
     dbias,
     T,
     D,
+    GROUP,
     x_t,
     hidden_t,
     dy_t,
@@ -89,15 +103,17 @@ def input_gate_bwd_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``dx [T, D]``, ``dhidden [T, R]``, contiguous; program: tokens, whose sums are
-    ``dweight [programs, D, R]`` and ``dbias [programs, D]``, fp32.
+    """``dx [T, D]``; program (channel group, tokens), whose sums are ``dhidden [groups, T, R]``,
+    ``dweight [blocks, D, R]`` and ``dbias [blocks, D]``, contiguous fp32.
     """
-    i_p = tl.program_id(0).to(tl.int64)
+    i_g = tl.program_id(0).to(tl.int64)
+    i_p = tl.program_id(1).to(tl.int64)
     o_t = i_p * BT + tl.arange(0, BT)
     o_r = tl.arange(0, BR)
     b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
     b_dh = tl.zeros([BT, BR], tl.float32)
-    for i_d in tl.range(0, D, BD, num_stages=STAGES):
+    first = tl.program_id(0) * GROUP
+    for i_d in tl.range(first, min(first + GROUP, D), BD, num_stages=STAGES):
         o_d = i_d + tl.arange(0, BD)
         b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
         b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
@@ -115,9 +131,8 @@ def input_gate_bwd_kernel(
         b_dw = product(tl.trans(b_dgate), b_h, b_dw, PRECISION, UPCAST)
         mask = (o_d < D)[:, None] & (o_r < R)[None, :]
         tl.store(dweight + (i_p * D + o_d[:, None]) * R + o_r[None, :], b_dw, mask=mask)
-    p_dh = dhidden + o_t[:, None] * R + o_r[None, :]
-    mask = (o_t < T)[:, None] & (o_r < R)[None, :]
-    tl.store(p_dh, b_dh.to(dhidden.dtype.element_ty), mask=mask)
+    p_dh = dhidden + (i_g * T + o_t[:, None]) * R + o_r[None, :]
+    tl.store(p_dh, b_dh, mask=(o_t < T)[:, None] & (o_r < R)[None, :])
 
 
 def input_gate(x, hidden, weight, bias):
@@ -161,20 +176,26 @@ def _forward(x, hidden, weight, bias):
 def _backward(x, hidden, weight, bias, dy):
     rows, hiddens, dys, weight = _rows(x), _rows(hidden), _rows(dy), weight.contiguous()
     length, width = rows.shape
-    tokens, stages = _SUMMED_TOKENS, _STAGES
+    tokens, channels, stages = _SUMMED_TOKENS, _BACKWARD_CHANNELS, _STAGES
     if hidden.dtype == torch.float32:
         # tiles of twice the bytes, products of three
-        tokens, stages = tokens // 2, 1
+        tokens, channels, stages = tokens // 2, max(channels // 2, 16), 1
     blocks = triton.cdiv(length, tokens)
-    dx, dhidden = x.new_empty(x.shape), hidden.new_empty(hidden.shape)
+    tiles = triton.cdiv(width, channels)
+    group = triton.cdiv(tiles, min(triton.cdiv(_PROGRAMS, blocks), tiles)) * channels
+    groups = triton.cdiv(width, group)
+    dx = x.new_empty(x.shape)
+    dhidden = hidden.new_empty((groups, *hiddens.shape), dtype=torch.float32)
     dweight = weight.new_empty((blocks, *weight.shape), dtype=torch.float32)
     dbias = weight.new_empty((blocks, width), dtype=torch.float32)
-    input_gate_bwd_kernel[(blocks,)](
-        *(rows, hiddens, weight, bias, dys, dx, dhidden, dweight, dbias, length, width),
+    input_gate_bwd_kernel[(groups, blocks)](
+        *(rows, hiddens, weight, bias, dys, dx, dhidden, dweight, dbias, length, width, group),
         *(rows.stride(0), hiddens.stride(0), dys.stride(0)),
         STAGES=stages,
-        **_tile(hidden, tokens, _BACKWARD_CHANNELS, _BACKWARD_WARPS),
+        maxnreg=_REGISTERS,
+        **_tile(hidden, tokens, channels, _BACKWARD_WARPS),
     )
+    dhidden = dhidden.sum(0).to(hidden.dtype).view(hidden.shape)
     return dx, dhidden, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(bias.dtype)
 
 

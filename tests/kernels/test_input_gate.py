@@ -40,11 +40,14 @@ def test_matches_the_formula_with_all_gradients(impl, tokens):
     assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
 
 
+@pytest.mark.parametrize("programs", [1, 6], ids="programs {}".format)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_sums_over_blocks_of_tokens(impl, monkeypatch):
+def test_sums_over_blocks_of_tokens_and_groups_of_channels(impl, programs, monkeypatch):
     if impl == "triton":
         module = pytest.importorskip("rodimus_kernels.triton_input_gate")
         monkeypatch.setattr(module, "_SUMMED_TOKENS", 64)
+        monkeypatch.setattr(module, "_BACKWARD_CHANNELS", 32)
+        monkeypatch.setattr(module, "_PROGRAMS", programs)
     tensors = make((150,))
     ours = lambda **t: input_gate(**t, impl=impl)
     assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
