@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # a row is one block of registers
 MAX_WIDTH = 16384
 
-# programs of a backward pass: enough to fill a GPU of 132 multiprocessors, few enough that their
-# partial sums stay small; rows of each that are in flight or in registers
-_PROGRAMS, _ROWS = 528, 2
+# programs of a backward pass and rows of each in flight or in registers: of one to three rows, four
+# to sixteen elements and 132 to 1056 programs nearly the best on an H200 for 32768 rows of 4096
+# (gated) and of 2048
+_PROGRAMS, _ROWS = 264, 3
 # elements a thread holds of a row of up to 4096; the backward keeps a row five times and the sums
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 16, 8
+# rows of more have fewer warps, of all registers, and less shared memory for what is in flight
+_WIDE, _WIDE_ELEMENTS = 4096, 32
 
 
 @triton.jit
@@ -123,7 +126,7 @@ def gated_rms_norm_fwd_kernel(
         p_residual = residual + i_t * residual_t + o_d
         b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
         b_z = rounded_sum(b_x, b_residual, b_rw)
-    b_n, _ = normalized(b_z * b_gate * tl.sigmoid(b_gate), D, eps)
+    b_n, _ = normalized(b_z * b_gate * sigmoid(b_gate), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
 
@@ -168,7 +171,7 @@ def gated_rms_norm_bwd_kernel(
             p_residual = residual + i_t * residual_t + o_d
             b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
             b_z = rounded_sum(b_x, b_residual, b_rw)
-        b_sigmoid = tl.sigmoid(b_gate)
+        b_sigmoid = sigmoid(b_gate)
         b_silu = b_gate * b_sigmoid
         b_h = b_z * b_silu
         b_n, r_rms = normalized(b_h, D, eps)
@@ -227,6 +230,14 @@ def _tile(width, elements):
     return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
 
 
+def _backward_tile(width):
+    """As :func:`_tile`, with the rows in flight."""
+    tile = _tile(width, _WIDE_ELEMENTS if width > _WIDE else _BACKWARD_ELEMENTS)
+    # of MAX_WIDTH, four float32 rows take 256 KiB, which no multiprocessor has: one at a time
+    rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1)
+    return {**tile, "ROWS": rows}
+
+
 def _like(x, dtype=None):
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
@@ -267,8 +278,7 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream):
     rms_norm_bwd_kernel[(dweight.shape[0],)](
         *(rows, weight, dys, dstreams, dx, dweight, eps, rows.shape[0]),
         *(rows.stride(0), dys.stride(0), _row_stride(dstreams)),
-        **_tile(stream.shape[-1], _BACKWARD_ELEMENTS),
-        ROWS=_ROWS,
+        **_backward_tile(stream.shape[-1]),
     )
     return dx, dweight.sum(0).to(weight.dtype)
 
@@ -295,8 +305,7 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
         *(rows, gates, weight, residuals, residual_weight, dys),
         *(dx, dgate, dresidual, dweight, dresidual_weight, eps, rows.shape[0]),
         *(rows.stride(0), gates.stride(0), _row_stride(residuals), dys.stride(0)),
-        **_tile(x.shape[-1], _BACKWARD_ELEMENTS),
-        ROWS=_ROWS,
+        **_backward_tile(x.shape[-1]),
     )
     if residual is not None:
         dresidual_weight = dresidual_weight.sum(0).to(residual_weight.dtype)
@@ -352,16 +361,18 @@ for _name, _setup, _formula in (
 
 def aot_launches(everything: bool):
     """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    cases = [(4096, True)]
+    cases = [(4096, True, torch.bfloat16)]
     if everything:
-        cases += [(2048, True), (6144, True), (4096, False)]
-    for width, residual in cases:
-        name = f"D{width} bfloat16" + ("" if residual else " without residual")
-        yield name, lambda case=(width, residual): _aot(*case)
+        cases += [(2048, True, torch.bfloat16), (6144, True, torch.bfloat16)]
+        cases += [(4096, False, torch.bfloat16), (4096, True, torch.float32)]
+    for width, residual, dtype in cases:
+        name = f"D{width} {str(dtype).removeprefix('torch.')}"
+        name += "" if residual else " without residual"
+        yield name, lambda case=(width, residual, dtype): _aot(*case)
 
 
-def _aot(width, residual):
-    x, weight = torch.empty(16, width, dtype=torch.bfloat16), torch.empty(width)
+def _aot(width, residual, dtype):
+    x, weight = torch.empty(16, width, dtype=dtype), torch.empty(width)
     if residual:
         y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
         torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream)
