@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
 _CHANNELS, _WARPS = 512, 4
@@ -97,7 +97,7 @@ def backward_step(inputs, taps, b_b, b_dy, pending, t, start, PACKED: tl.constex
     as well; what is first is finished.
     """
     b_y = preactivation(inputs, taps, b_b)
-    b_sigmoid = tl.sigmoid(b_y)
+    b_sigmoid = sigmoid(b_y)
     b_dp = b_dy.to(tl.float32) * b_sigmoid * (1.0 + b_y * (1.0 - b_sigmoid))
     sums = ()
     for tap in tl.static_range(len(pending)):
@@ -155,7 +155,7 @@ def short_conv_fwd_kernel(
                     past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
             inputs = past + (rows[i].to(tl.float32),)
             b_y = preactivation(inputs, taps, b_b)
-            b_y = b_y * tl.sigmoid(b_y)
+            b_y = b_y * sigmoid(b_y)
             tl.store(p_y + t * D, b_y.to(y.dtype.element_ty), mask=mask_if(mask, t < T))
             past = inputs[1:]
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from ._triton import FP_FUSION, LOG2_E, check_runs_here, exp2, implement, unit_stride
 
 # logits of a row held at once by a program, and its warps
 _LOGITS, _WARPS = 8192, 16
@@ -43,7 +43,7 @@ def cross_entropy_rows_kernel(
         b_x = tl.load(p_x + i_v + o_v, mask=i_v + o_v < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(top, tl.max(b_x, 0))
         # exponents never exceed 0
-        b_sum = b_sum * tl.exp(top - higher) + tl.exp(b_x - higher)
+        b_sum = b_sum * tl.exp(top - higher) + exp2((b_x - higher) * LOG2_E)
         top = higher
     lse = tl.log(tl.sum(b_sum, 0)) + top
     cross_entropy = tl.where(valid, lse - target, 0.0)
@@ -57,7 +57,7 @@ def cross_entropy_rows_kernel(
         for i_v in range(0, V, BV):
             p_v, mask = p_x + i_v + o_v, i_v + o_v < V
             b_x = tl.load(p_v, mask=mask, other=-float("inf")).to(tl.float32)
-            b_d = scale * tl.exp(b_x - lse) - tl.where(i_v + o_v == hot, 1.0, 0.0)
+            b_d = scale * exp2((b_x - lse) * LOG2_E) - tl.where(i_v + o_v == hot, 1.0, 0.0)
             tl.store(p_v, b_d.to(logits.dtype.element_ty), mask=mask)
 
 

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from . import _library  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
-# channels of a program
-_CHANNELS = 2048
+# channels of a program: of 512 to 4096 the best on an H200 for 5632 channels
+_CHANNELS = 4096
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def swiglu_fwd_kernel(xg, y, xg_t, D, BD: tl.constexpr):
     mask = o_d < D
     b_x = tl.load(xg + i_t * xg_t + o_d, mask=mask, other=0.0).to(tl.float32)
     b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_y = b_x * b_g * tl.sigmoid(b_g)
+    b_y = b_x * b_g * sigmoid(b_g)
     tl.store(y + i_t * D + o_d, b_y.to(y.dtype.element_ty), mask=mask)
 
 
@@ -32,7 +32,7 @@ def swiglu_bwd_kernel(xg, dy, dxg, xg_t, dy_t, D, BD: tl.constexpr):
     b_x = tl.load(xg + i_t * xg_t + o_d, mask=mask, other=0.0).to(tl.float32)
     b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_sigmoid = tl.sigmoid(b_g)
+    b_sigmoid = sigmoid(b_g)
     b_dg = b_dy * b_x * b_sigmoid * (1.0 + b_g * (1.0 - b_sigmoid))
     p_dx = dxg + i_t * 2 * D + o_d
     tl.store(p_dx, (b_dy * b_g * b_sigmoid).to(dxg.dtype.element_ty), mask=mask)
