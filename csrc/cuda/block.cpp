@@ -76,6 +76,8 @@ struct Block {
     StepLinear::Bytes* next = a.nearer;
     int64_t room = kNearerBytes;
     for (int i : which) {
+      // one whose rows lie apart is left where it is
+      if (!weights[i].is_contiguous() || !in_pieces(weight(i))) continue;
       int64_t size = outputs(i) * weights[i].size(1) * 2 / 16 * 16;
       *next = {weights[i].data_ptr(), size < room ? size : room};
       room -= next++->size;
