@@ -24,9 +24,9 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     ids = peers.random_tokens(batch, length, model, seed=bench.seed)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
-        # the chunked loss, which never holds all logits; targets do not matter for the time
-        positions = torch.arange(length, device=ids.device).expand(batch, -1)
-        arguments = {"shift_labels": ids, "position_ids": positions, "use_cache": False}
+        # the chunked loss, which never holds all logits; targets do not matter for the time. No
+        # positions: looking for packed documents in them would wait for the device
+        arguments = {"shift_labels": ids, "use_cache": False}
         arguments |= {"num_items_in_batch": ids.numel(), "loss_only": True}
 
     def call() -> None:
