@@ -21,6 +21,7 @@ constexpr int kMaxHeads = 16;
 constexpr int kStagedThreads = kMaxHeads * kHeadLanes;
 constexpr int kAnyThreads = 128;
 constexpr int kJoinThreads = 256;
+constexpr int kJoinedParts = 64;
 
 __device__ inline float warp_max(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2)
@@ -336,39 +337,57 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
                                           : part.v[new_row * part.value_width + i - part.key_width];
 }
 
-// The parts of one head in one. Every warp takes each eighth part. Grid: (H, B * T).
+// The parts of one head in one. Every warp takes each eighth part, and all of up to kJoinedParts are
+// on their way before the first is used. Grid: (H, B * T).
 __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionStep a) {
   constexpr int kPieces = kMaxHeadDim / kWarp, kWarps = kJoinThreads / kWarp;
-  __shared__ float sums[kWarps][kMaxHeadDim];
+  constexpr int kTogether = kJoinedParts / kWarps;
+  __shared__ float sums[kWarps][kMaxHeadDim], tops[kWarps], totals[kWarps];
   int64_t h = blockIdx.x, bt = blockIdx.y;
-  int parts = static_cast<int>(a.parts);
+  int parts = static_cast<int>(a.parts), warp = threadIdx.x / kWarp;
   int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.value_dim);
   float top = -INFINITY, total = 0.0f, acc[kPieces] = {};
   take_turn();
-  for (int p = lane; p < parts; p += kWarp)
-    top = fmaxf(top, PartResult(a, parts, p, bt, h).weights[0]);
-  top = warp_max(top);
-  for (int p = lane; p < parts; p += kWarp) {
-    const float* weights = PartResult(a, parts, p, bt, h).weights;
-    total += weights[1] * exp2f(weights[0] - top);
-  }
-  total = warp_sum(total);
-#pragma unroll 4
-  for (int p = threadIdx.x / kWarp; p < parts; p += kWarps) {
-    PartResult part(a, parts, p, bt, h);
-    // a part without keys has weight 0
-    float weight = exp2f(part.weights[0] - top);
+  for (int first = warp; first < parts; first += kJoinedParts) {
+    float tops_of[kTogether], totals_of[kTogether], values[kTogether][kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      if (lane + i * kWarp < dim) acc[i] += weight * part.values[lane + i * kWarp];
-  }
+    for (int j = 0; j < kTogether; ++j) {
+      bool there = first + j * kWarps < parts;
+      PartResult part(a, parts, there ? first + j * kWarps : first, bt, h);
+      tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) sums[threadIdx.x / kWarp][lane + i * kWarp] = acc[i];
+      for (int i = 0; i < kPieces; ++i)
+        values[j][i] = lane + i * kWarp < dim ? part.values[lane + i * kWarp] : 0.0f;
+    }
+    float highest = top;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) highest = fmaxf(highest, tops_of[j]);
+    // parts without keys so far: weights of 0 relative to anything finite
+    float base = highest == -INFINITY ? 0.0f : highest, fade = exp2f(top - base);
+    top = highest, total *= fade;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) acc[i] *= fade;
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      float weight = exp2f(tops_of[j] - base);
+      total += weight * totals_of[j];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) acc[i] += weight * values[j][i];
+    }
+  }
+  if (lane == 0) tops[warp] = top, totals[warp] = total;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) sums[warp][lane + i * kWarp] = acc[i];
   __syncthreads();
   int d = threadIdx.x;
   if (d >= dim) return;
-  float sum = 0.0f;
-  for (int w = 0; w < kWarps; ++w) sum += sums[w][d];
+  float highest = tops[0], sum = 0.0f;
+  total = 0.0f;
+  for (int w = 1; w < kWarps; ++w) highest = fmaxf(highest, tops[w]);
+  for (int w = 0; w < kWarps; ++w) {
+    float weight = exp2f(tops[w] - highest);
+    sum += weight * sums[w][d], total += weight * totals[w];
+  }
   set_element(a.o, bt, h * dim + d, sum / total);
 }
 

@@ -117,12 +117,8 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
   } else if constexpr (sizeof(T) == 4) {
     launch_attention_staged<T, 4, 2, 2>(a, grid, stream);
   } else {
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    attention_bytes<T, 8, 3>(a.value_heads) <= most
-        ? launch_attention_staged<T, 8, 3, 2>(a, grid, stream)
-        : launch_attention_staged<T, 8, 2, 3>(a, grid, stream);
+    // three blocks of two stages each keep more on its way than two of three
+    launch_attention_staged<T, 8, 2, 3>(a, grid, stream);
   }
   if (a.parts == 1) return;
   a.start = Start::kUnder;

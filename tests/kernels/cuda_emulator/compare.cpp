@@ -419,6 +419,8 @@ void cases_of(Type type) {
   attention_staged_case<T, 4, 4>(type, 2, 1, 1, 30, 32, 1, {29, 64});
   attention_any_case<T>(type, {6, 2, 3, 33, 256}, 3, 21, 23, 1, {0, 11, 22, 60});
   attention_any_case<T>(type, {3, 1, 3, 200, 7}, 1, 21, 21, 4, {1, 20, 43});
+  // more parts than are joined in one round, most of them without keys
+  attention_any_case<T>(type, {2, 1, 2, 16, 40}, 1, 150, 160, 70, {0, 66, 149, 400});
   for (int kind : {0, 1, 2}) norm_case(type, kind, 3, 300), norm_case(type, kind, 1, 7);
 }
 
