@@ -25,7 +25,7 @@ _HEADS = 16
 _KEYS = 4
 # a part shorter than this costs more to join than it saves
 _MIN_KEYS_PER_PART = 16
-_PROGRAMS_PER_SM = 8
+_PROGRAMS_PER_SM = 4
 # parts that the second kernel reads together
 _JOINED = 16
 
