@@ -138,12 +138,6 @@ struct StepLinear {
   // After, for the first `rotated` layers: the rotary embedding of heads of head_dim.
   Rows cos, sin;  // [rows, half]
   int64_t rotated = 0, head_dim = 0, half = 0;
-  // Weights of what follows, brought into the cache that all share while this step ends.
-  struct Bytes {
-    const void* data = nullptr;
-    int64_t size = 0;
-  };
-  Bytes nearer[kMaxLayers];
   // After, for the first conv.channels outputs of the only layer: the convolution of one token.
   ConvStep conv = {};
 };

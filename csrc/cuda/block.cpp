@@ -30,9 +30,6 @@ class Workspace {
   float *next_, *end_;
 };
 
-// Weights that a step brings nearer for what follows it: of the shared caches of today's GPUs a part.
-constexpr int64_t kNearerBytes = int64_t{16} << 20;
-
 // The residual stream, and for the norm that follows what whoever wrote it has left: its product
 // with the weight, and sums of squares.
 struct Stream {
@@ -71,19 +68,6 @@ struct Block {
     a.squares = stream.squares, a.squares_stride = a.parts = stream.parts;
   }
 
-  // Weights that the kernel after this step reads.
-  void nearer(StepLinear& a, std::initializer_list<int> which) const {
-    StepLinear::Bytes* next = a.nearer;
-    int64_t room = kNearerBytes;
-    for (int i : which) {
-      // one whose rows lie apart is left where it is
-      if (!weights[i].is_contiguous() || !in_pieces(weight(i))) continue;
-      int64_t size = outputs(i) * weights[i].size(1) * 2 / 16 * 16;
-      *next = {weights[i].data_ptr(), size < room ? size : room};
-      room -= next++->size;
-    }
-  }
-
   void run(const StepLinear& a) const {
     STD_TORCH_CHECK(fits_step_linear(a), "block_step(impl='native') on CUDA takes bfloat16 weights"
                     " whose rows start on 16 bytes and hold whole ones; got ", a.inputs,
@@ -109,7 +93,6 @@ struct Block {
     Rows expanded = work.rows(2 * inner), shifted = work.rows(inner);
     StepLinear expand = step(layer(stream.rows, kFc, expanded), kFc);
     expand.norm_weight = weight(kMixerNorm);
-    nearer(expand, {kQueryKey, kMemGate, kGateIn});
     expand.start = Start::kUnder;
     ConvStep& conv = expand.conv;
     conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
@@ -124,7 +107,6 @@ struct Block {
     project.layers[1] = layer(shifted, kMemGate, gates, weight(kMemBias));
     project.layers[2] = layer(expanded, kGateIn, hidden);
     project.count = 3;
-    nearer(project, {kMixerOut});
     run(project);
 
     MixerStep a;
@@ -148,7 +130,6 @@ struct Block {
     StepLinear contract = step(layer(a.scaled, kMixerOut), kMixerOut);
     contract.squares = a.scratch + mixer_values(inner), contract.squares_stride = row;
     contract.parts = (inner + columns - 1) / columns;
-    if (weights.size() == kCount) nearer(contract, {kQuery, kKey, kValue});
     return contract;
   }
 
@@ -162,7 +143,6 @@ struct Block {
     project.layers[2] = layer(stream.rows, kValue, a.v);
     project.count = 3;
     norm(project, stream);
-    nearer(project, {kAttnOut, kFfnIn});
     if (window.half) {
       STD_TORCH_CHECK(window.half % kHalfTile == 0 && head_dim % kTile == 0,
                       "rotary tables of a multiple of ", kHalfTile, " and heads of a multiple of ",
@@ -181,9 +161,7 @@ struct Block {
     // the ring but for its newest row is as old as the token before
     a.start = Start::kAhead;
     launch_attention_step(a, queue);
-    StepLinear contract = step(layer(a.o, kAttnOut), kAttnOut);
-    nearer(contract, {kFfnIn});
-    return contract;
+    return step(layer(a.o, kAttnOut), kAttnOut);
   }
 
   StepLinear mlp(const Stream& stream) {
@@ -192,7 +170,6 @@ struct Block {
     StepLinear expand = step(layer(stream.rows, kFfnIn, gated), kFfnIn);
     expand.gated = true;
     norm(expand, stream);
-    nearer(expand, {kFfnOut});
     run(expand);
     return step(layer(gated, kFfnOut), kFfnOut);
   }

@@ -131,18 +131,6 @@ __device__ inline void add_squares(const StepLinear& a, float* squares) {
   }
 }
 
-// A block's share of what the next steps read.
-__device__ inline void bring_nearer(const StepLinear& a) {
-#pragma unroll
-  for (int i = 0; i < StepLinear::kMaxLayers; ++i) {
-    uint32_t size = static_cast<uint32_t>(a.nearer[i].size);
-    uint32_t share = (size / gridDim.x + 128) / 128 * 128, first = share * blockIdx.x;
-    if (first >= size) continue;
-    uint32_t left = size - first;
-    prefetch(static_cast<const char*>(a.nearer[i].data) + first, left < share ? left : share);
-  }
-}
-
 __device__ inline float rounded(float x) { return widen(__float2bfloat16(x)); }
 
 // What follows the products, for output `first` of a tile and the one `apart`: one thread a pair.
@@ -273,8 +261,6 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
       if (unit + DEPTH * WARPS < units) load(w[d], unit + DEPTH * WARPS);
     }
   }
-
-  if (threadIdx.x == 0) bring_nearer(a);
 
   // the parts of all warps, [output of the tile][row of x]
   float* part = sums + warp * kTile * kMaxRows + group * kMaxRows + 2 * quad;
