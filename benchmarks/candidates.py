@@ -246,7 +246,7 @@ KERNELS = {
     # heads and keys of a tile, in registers, and how finely the window is cut
     "ring": Kernel(
         *(triton_step, "_HEADS _KEYS _PROGRAMS_PER_SM"),
-        "16x4x8 16x8x8 16x16x8 16x4x2 16x8x2 16x8x4",
+        "16x4x4 16x4x2 16x4x8 16x8x4 16x8x2 16x16x2",
         operator("ring_attention", _ring),
     ),
     # elements of a program
@@ -269,7 +269,7 @@ KERNELS = {
     # more tokens of a program leave fewer sums to write, fewer tokens more programs
     "input-gate-backward": Kernel(
         *(triton_input_gate, "_SUMMED_TOKENS _BACKWARD_CHANNELS _BACKWARD_WARPS _STAGES"),
-        "128x32x8x2 128x32x8x1 128x32x8x3 256x32x16x2 128x64x8x2 128x64x16x2 64x64x4x2 64x64x8x2",
+        "128x32x4x3 128x16x2x3 128x16x4x3 256x16x4x3 128x32x8x2 128x64x8x2 64x64x4x2",
         operator("input_gate_backward", _input_gate, _value),
     ),
     # elements a thread: few warps share a row's sum sooner, many hold it in fewer registers
