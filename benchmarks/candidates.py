@@ -147,6 +147,10 @@ def _value(case: Case) -> torch.Tensor:
     return case.tokens(VALUE_DIM)
 
 
+def _dtype(case: Case) -> torch.dtype:
+    return _branch(case).dtype
+
+
 def _half(case: Case) -> torch.Tensor:
     """The first half of a projection's rows, as a layer has it."""
     return case.tokens(2 * VALUE_DIM)[..., :VALUE_DIM]
@@ -286,7 +290,7 @@ KERNELS = {
     ),
     "norm-backward": Kernel(
         *(triton_norm, _NORM_NAMES, _NORM_BACKWARD),
-        operator("rms_norm_rows_backward", _stream, _weight, _branch, _stream),
+        operator("rms_norm_rows_backward", _stream, _weight, _branch, _stream, _dtype),
     ),
     # channels of a program: a row is few large programs or many small ones
     "swiglu": Kernel(triton_swiglu, "_CHANNELS", "1024 2048 4096 8192", operator("swiglu", _ffn)),

@@ -136,8 +136,8 @@ torch.library.define(
 )
 torch.library.define(
     "rodimus::rms_norm_rows_backward",
-    "(Tensor stream, Tensor weight, float eps, Tensor dy, Tensor? dstream)"
-    " -> (Tensor dx, Tensor dweight)",
+    "(Tensor stream, Tensor weight, float eps, Tensor dy, Tensor? dstream, ScalarType? branch)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbranch)",
 )
 torch.library.define(
     "rodimus::gated_rms_norm_rows",
@@ -163,8 +163,9 @@ def _(x, residual, weight, eps):
 
 
 @torch.library.register_fake("rodimus::rms_norm_rows_backward")
-def _(stream, weight, eps, dy, dstream):
-    return stream.new_empty(stream.shape), weight.new_empty(weight.shape)
+def _(stream, weight, eps, dy, dstream, branch):
+    dbranch = stream.new_empty(0 if branch is None else stream.shape, dtype=branch)
+    return stream.new_empty(stream.shape), weight.new_empty(weight.shape), dbranch
 
 
 @torch.library.register_fake("rodimus::gated_rms_norm_rows")

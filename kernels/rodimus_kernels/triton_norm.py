@@ -65,6 +65,7 @@ def rms_norm_bwd_kernel(
     dy,
     dstream,
     dx,
+    dbranch,
     dweight,
     eps,
     T,
@@ -75,7 +76,8 @@ def rms_norm_bwd_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own."""
+    """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own; the same in
+    the dtype of a branch that was added to it."""
     o_d = tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
@@ -90,6 +92,8 @@ def rms_norm_bwd_kernel(
         if dstream is not None:
             b_dx += tl.load(dstream + i_t * dstream_t + o_d, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=mask)
+        if dbranch is not None:
+            tl.store(dbranch + i_t * D + o_d, b_dx.to(dbranch.dtype.element_ty), mask=mask)
     tl.store(dweight + tl.program_id(0) * D + o_d, b_dw, mask=mask)
 
 
@@ -272,15 +276,17 @@ def _add_rms_norm(x, residual, weight, eps):
 
 
 @implement("rms_norm_rows_backward")
-def _rms_norm_backward(stream, weight, eps, dy, dstream):
+def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
     rows, dys, dstreams = _rows(stream), _rows(dy), _rows(dstream)
     dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
+    dbranch = None if branch is None else _like(stream, branch)
     rms_norm_bwd_kernel[(dweight.shape[0],)](
-        *(rows, weight, dys, dstreams, dx, dweight, eps, rows.shape[0]),
+        *(rows, weight, dys, dstreams, dx, dbranch, dweight, eps, rows.shape[0]),
         *(rows.stride(0), dys.stride(0), _row_stride(dstreams)),
         **_backward_tile(stream.shape[-1]),
     )
-    return dx, dweight.sum(0).to(weight.dtype)
+    dbranch = stream.new_empty(0) if dbranch is None else dbranch
+    return dx, dweight.sum(0).to(weight.dtype), dbranch
 
 
 @implement("gated_rms_norm_rows")
@@ -319,7 +325,8 @@ def _setup_rms_norm(ctx, inputs, output):
 
 def _autograd_rms_norm(ctx, dy):
     x, weight = ctx.saved_tensors
-    return *torch.ops.rodimus.rms_norm_rows_backward(x, weight, ctx.eps, dy, None), None
+    gradients = torch.ops.rodimus.rms_norm_rows_backward(x, weight, ctx.eps, dy, None, None)
+    return *gradients[:2], None
 
 
 def _setup_add_rms_norm(ctx, inputs, output):
@@ -333,8 +340,12 @@ def _autograd_add_rms_norm(ctx, dy, dstream):
     stream, weight = ctx.saved_tensors
     if dy is None:
         return (None if dstream is None else dstream.to(ctx.x_dtype)), dstream, None, None
-    dx, dweight = torch.ops.rodimus.rms_norm_rows_backward(stream, weight, ctx.eps, dy, dstream)
-    return dx.to(ctx.x_dtype), dx, dweight, None
+    # a branch of the stream's own dtype has its very gradient
+    branch = None if ctx.x_dtype == stream.dtype else ctx.x_dtype
+    dstream, dweight, dx = torch.ops.rodimus.rms_norm_rows_backward(
+        stream, weight, ctx.eps, dy, dstream, branch
+    )
+    return (dstream if branch is None else dx), dstream, dweight, None
 
 
 def _setup_gated_rms_norm(ctx, inputs, output):
@@ -375,10 +386,10 @@ def _aot(width, residual, dtype):
     x, weight = torch.empty(16, width, dtype=dtype), torch.empty(width)
     if residual:
         y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
-        torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream)
+        torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream, x.dtype)
     else:
         y = torch.ops.rodimus.rms_norm_rows(x, weight, 1e-5)
-        torch.ops.rodimus.rms_norm_rows_backward(x, weight, 1e-5, y, None)
+        torch.ops.rodimus.rms_norm_rows_backward(x, weight, 1e-5, y, None, None)
     extra = (x, weight) if residual else (None, None)
     y = torch.ops.rodimus.gated_rms_norm_rows(x, x, weight, 1e-5, *extra)
     torch.ops.rodimus.gated_rms_norm_rows_backward(x, x, weight, 1e-5, *extra, y)

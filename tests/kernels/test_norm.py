@@ -94,6 +94,22 @@ def test_half_precision_branch_on_a_float32_stream(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_a_half_precision_branch_on_a_float32_stream(impl):
+    t = make("x", "residual", "weight")
+    half = {"x": t["x"].bfloat16(), "residual": t["residual"], "weight": t["weight"].bfloat16()}
+    leaves = {name: x.clone().requires_grad_() for name, x in half.items()}
+    outputs = add_rms_norm(**leaves, impl=impl)
+    seeds = [torch.randn(o.shape).to(o) for o in outputs]
+    torch.autograd.backward(outputs, seeds)
+    exact = {name: x.double().requires_grad_() for name, x in half.items()}
+    torch.autograd.backward(exact_add_rms_norm(**exact), [x.double() for x in seeds])
+    assert leaves["x"].grad.dtype == torch.bfloat16
+    limits = {"x": HALF_LIMIT, "residual": LIMIT, "weight": HALF_LIMIT}
+    for name, limit in limits.items():
+        assert relative_error(leaves[name].grad, exact[name].grad) < limit, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_gated_norm_rounds_the_weighted_sum_to_the_dtype_of_x(impl):
     t = make("x", "gate", "weight", "residual", "residual_weight")
     t = {n: x if n == "residual_weight" else x.bfloat16() for n, x in t.items()}
