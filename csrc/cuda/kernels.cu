@@ -73,21 +73,15 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
-int64_t all_tiles(const StepLinear& a) {
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
-  return tiles;
-}
-
 template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
-void launch_step_linear_of(const StepLinear& a, cudaStream_t stream) {
+void launch_step_linear_of(const StepLinear& a, const StepLinearLaunch& how, cudaStream_t stream) {
   auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, SCALED>;
-  // beyond 48 KiB only for who asks; said again each time: every device has to hear it
-  if (staged_bytes(a) > 48 * 1024)
+  // said again each time: every device has to hear it
+  if (how.asks())
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(kMaxStaged));
-  launch_started(kernel, a, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp,
-                 staged_bytes(a), stream);
+                         static_cast<int>(how.staged));
+  launch_started(kernel, a, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp, how.staged,
+                 stream);
 }
 
 template <class T, int KEYS, int STAGES, int BLOCKS>
@@ -165,22 +159,19 @@ void launch_linear(const Linear& a, cudaStream_t stream) {
 }
 
 void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
-  // as many blocks together on a multiprocessor as it is given, with as much under way as it holds
   int device = 0, processors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  int64_t each = (all_tiles(a) + processors - 1) / processors;
-  if (a.norm_weight)
-    a.rows == 1 ? launch_step_linear_of<8, 2, 4, 1>(a, stream)
-                : launch_step_linear_of<8, 2, 4, kMaxRows>(a, stream);
-  else if (each == 1 && a.inputs > 3 * 16 * kUnit)
-    launch_step_linear_of<16, 4, 1, 0>(a, stream);
-  else if (each == 1)
-    launch_step_linear_of<16, 2, 2, 0>(a, stream);
-  else if (each == 2)
-    launch_step_linear_of<8, 4, 2, 0>(a, stream);
+  StepLinearLaunch how = step_linear_launch(a, processors);
+  if (how.scaled)
+    how.scaled == 1 ? launch_step_linear_of<8, 2, 4, 1>(a, how, stream)
+                    : launch_step_linear_of<8, 2, 4, kMaxRows>(a, how, stream);
+  else if (how.warps == 16)
+    how.blocks == 1 ? launch_step_linear_of<16, 4, 1, 0>(a, how, stream)
+                    : launch_step_linear_of<16, 2, 2, 0>(a, how, stream);
   else
-    launch_step_linear_of<8, 2, 4, 0>(a, stream);
+    how.blocks == 2 ? launch_step_linear_of<8, 4, 2, 0>(a, how, stream)
+                    : launch_step_linear_of<8, 2, 4, 0>(a, how, stream);
 }
 
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {

@@ -19,9 +19,6 @@ inline int64_t mixer_scratch(const MixerStep& a) {
   return a.rows * mixer_row(a.value_dim, (a.value_dim + columns - 1) / columns);
 }
 
-// Shared memory that a linear step may take for x: what every supported GPU can give two blocks of.
-constexpr int64_t kMaxStaged = 96 * 1024;
-
 // Whether a pointer and the distance between rows suit accesses of 16 bytes.
 inline bool in_pieces(const Rows& a) {
   int64_t size = a.type == Type::kFloat32 ? 4 : 2;
@@ -30,7 +27,9 @@ inline bool in_pieces(const Rows& a) {
 
 // Whether launch_step_linear takes these layers.
 inline bool fits_step_linear(const StepLinear& a) {
-  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows && staged_bytes(a) <= kMaxStaged;
+  // the kernel with the most warps, which many processors get, needs the most memory
+  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows &&
+              step_linear_launch(a, int64_t{1} << 40).fits();
   for (int64_t i = 0; i < a.count; ++i)
     fits = fits && a.layers[i].weight.type == Type::kBFloat16 && in_pieces(a.layers[i].weight) &&
            in_pieces(a.layers[i].x);

@@ -25,8 +25,41 @@ RODIMUS_EVERYWHERE inline int64_t staged_stride(int64_t inputs) {
   return (inputs + kUnit - 1) / kUnit * kUnit + kUnit / 2;
 }
 
-RODIMUS_EVERYWHERE inline int64_t staged_bytes(const StepLinear& a) {
-  return a.rows * staged_stride(a.inputs) * 2;
+inline int64_t all_tiles(const StepLinear& a) {
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
+  return tiles;
+}
+
+// Shared memory of a block: what every GPU of compute capability 8.0 and above gives to a kernel that
+// asks for it (8.6, 8.9 and 12.0 have the least), and what one gets that does not ask.
+constexpr int64_t kMostShared = 99 * 1024, kUnaskedShared = 48 * 1024;
+
+// Floats of a warp of a linear step beside x: its sums of a tile, and squares of the rows.
+constexpr int kWarpSums = kTile * kMaxRows, kWarpSquares = kMaxRows;
+
+// Which kernel a linear step is, and the shared memory of its blocks: `fixed` bytes that the kernel
+// declares and `staged` for the rows of x.
+struct StepLinearLaunch {
+  int warps, depth, blocks, scaled;
+  int64_t fixed, staged;
+
+  // what a kernel declares counts as well
+  bool asks() const { return fixed + staged > kUnaskedShared; }
+  bool fits() const { return fixed + staged <= kMostShared; }
+};
+
+inline StepLinearLaunch step_linear_launch(const StepLinear& a, int64_t processors) {
+  auto launch = [&](int warps, int depth, int blocks, int scaled) {
+    int64_t fixed = 4 * warps * (kWarpSums + kWarpSquares);
+    return StepLinearLaunch{warps, depth, blocks, scaled, fixed, a.rows * staged_stride(a.inputs) * 2};
+  };
+  if (a.norm_weight) return launch(8, 2, 4, a.rows == 1 ? 1 : kMaxRows);
+  // as many blocks together on a multiprocessor as it is given, with as much under way as it holds
+  int64_t each = (all_tiles(a) + processors - 1) / processors;
+  if (each == 1 && a.inputs > 3 * 16 * kUnit) return launch(16, 4, 1, 0);
+  if (each == 1) return launch(16, 2, 2, 0);
+  return each == 2 ? launch(8, 4, 2, 0) : launch(8, 2, 4, 0);
 }
 
 }  // namespace rodimus

@@ -187,7 +187,7 @@ template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
 __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepLinear a) {
   RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
   // squares: of a warp's units, or of all in the first warp's place
-  __shared__ float sums[WARPS * kTile * kMaxRows], squares_of[WARPS * kMaxRows];
+  __shared__ float sums[WARPS * kWarpSums], squares_of[WARPS * kWarpSquares];
   int which = 0, index = static_cast<int>(blockIdx.x);
   while (which + 1 < a.count && index >= step_linear_tiles(a, which))
     index -= static_cast<int>(step_linear_tiles(a, which++));

@@ -259,13 +259,15 @@ def _run(command, folder):
 
 
 class Usage(NamedTuple):
-    """What nvcc made of one kernel: registers a thread, bytes of stack and of spills to it."""
+    """What nvcc made of one kernel: registers a thread, bytes of stack and of spills to it, and the
+    bytes of shared memory that it declares."""
 
     kernel: str
     arch: str
     registers: int
     stack: int
     spills: int
+    shared: int
 
 
 def report() -> list[Usage]:
@@ -281,13 +283,13 @@ def report() -> list[Usage]:
         text = _run([*command, "-o", str(Path(scratch) / "kernels.o")], folder)
     pattern = (
         r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
-        r".*?Used (\d+) registers"
+        r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?"
     )
     found = re.findall(pattern, text, re.DOTALL)
     names = _demangled([name for name, *_ in found])
     return [
-        Usage(name, arch, int(registers), int(stack), int(spills))
-        for name, (_, arch, stack, spills, registers) in zip(names, found, strict=True)
+        Usage(name, arch, int(registers), int(stack), int(spills), int(shared or 0))
+        for name, (_, arch, stack, spills, registers, shared) in zip(names, found, strict=True)
     ]
 
 

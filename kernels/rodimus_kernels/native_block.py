@@ -12,8 +12,8 @@ from .shared_key_attention import rope, shared_key_attention_step
 from .short_conv import short_conv_step
 from .swiglu import swiglu
 
-# as kMaxStaged in csrc/cuda/kernels.h, with what lies beside a row of x there
-_STAGED_BYTES, _STAGED_GAP = 96 * 1024, 96
+# as StepLinearLaunch in csrc/cuda/sizes.h: a block's shared memory, and what is not for rows of x
+_MOST_SHARED, _MOST_FIXED = 99 * 1024, 4 * 16 * (16 * native.MAX_ROWS + native.MAX_ROWS)
 
 
 def step(
@@ -58,14 +58,18 @@ def _is_one_call(rows, weights, given, cos, head_dim) -> bool:
     streamed = [x for x in matrices if x is not weights.gate_out]
     widest = max(x.shape[1] for x in streamed)
     return (
-        rows <= native.MAX_ROWS
-        and 2 * rows * (widest + _STAGED_GAP) <= _STAGED_BYTES
+        _fits_shared(rows, widest)
         and weights.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
         and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in matrices)
         and all(x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in streamed)
         and (head_dim is None or head_dim <= native.MAX_CUDA_HEAD_DIM)
         and (cos is None or (cos.shape[1] % 8 == 0 and head_dim % 16 == 0))
     )
+
+
+def _fits_shared(rows, inputs) -> bool:
+    staged = 2 * rows * (-(-inputs // 64) * 64 + 32)
+    return rows <= native.MAX_ROWS and _MOST_FIXED + staged <= _MOST_SHARED
 
 
 def compose(

@@ -2,32 +2,42 @@
 what nvcc made of them fits the registers."""
 
 import functools
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from rodimus_kernels import block_step, build, linear_step, native
+from rodimus_kernels import block_step, build, linear_step, native, native_block
 from rodimus_kernels.testing import relative_error
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
+CONFIGS = Path(__file__).parents[2] / "configs/model"
+
+
+def compiled(folder, name, *flags, files=()):
+    """A program of the emulator."""
+    try:
+        cxx = build._cxx()
+    except build.Unavailable as reason:
+        pytest.skip(f"the emulator cannot be built: {reason}")
+    includes = [f"-I{EMULATOR}", f"-I{build.sources()}"]
+    files = [EMULATOR / f"{name}.cpp", *(build.sources() / file for file in files)]
+    command = [cxx, "-std=c++17", "-O1", "-w", *includes, *flags, *map(str, files)]
+    subprocess.run([*command, "-o", str(folder / name)], check=True)
+    return folder / name
 
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory):
     """Case to the largest difference between the emulated CUDA kernel and the CPU kernel."""
-    try:
-        cxx = build._cxx()
-    except build.Unavailable as reason:
-        pytest.skip(f"the emulator cannot be built: {reason}")
-    folder, program = build.sources(), tmp_path_factory.mktemp("emulator") / "compare"
-    flags = ["-std=c++17", "-O1", "-w", f"-I{EMULATOR}", f"-I{folder}"]
     isa = ["-DRODIMUS_ISA=portable", '-DRODIMUS_ISA_NAME="portable"', "-DRODIMUS_HAS_portable"]
-    files = [EMULATOR / "compare.cpp", folder / "cpu/kernels.cpp", folder / "cpu/select.cpp"]
-    subprocess.run([cxx, *flags, *isa, *map(str, files), "-o", str(program)], check=True)
+    files = ("cpu/kernels.cpp", "cpu/select.cpp")
+    program = compiled(tmp_path_factory.mktemp("emulator"), "compare", *isa, files=files)
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split("\n")
     return {name: float(value) for name, value in (line.split() for line in lines if line)}
 
@@ -58,6 +68,91 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     found = {n: x for n, x in differences.items() if n.startswith(f"step_linear_{kind}-")}
     assert len(found) >= 2
     assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
+
+
+class Launch(NamedTuple):
+    """A linear step: what is asked for, and how it would be launched."""
+
+    processors: int
+    rows: int
+    inputs: int
+    norm: bool
+    outputs: tuple[int, ...]
+    kernel: str
+    threads: int
+    blocks: int
+    fixed: int
+    shared: int
+    asks: bool
+    taken: bool
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    """Launches of the products of every model in ``configs/model``, and of other sizes, on GPUs
+    with few and many multiprocessors."""
+    layers = {(inputs, norm, 0, (48,)) for inputs in range(8, 9000, 40) for norm in (0, 1)}
+    for path in CONFIGS.glob("rodimus*.json"):
+        layers |= products_of(json.loads(path.read_text()))
+    asked = [
+        (processors, rows, inputs, norm, gated, outputs)
+        for processors in (1, 40, 108, 132, 148, 10**6)
+        for rows in range(1, native.MAX_ROWS + 1)
+        for inputs, norm, gated, outputs in sorted(layers)
+    ]
+    text = "".join(" ".join(map(str, (*step, *outputs))) + "\n" for *step, outputs in asked)
+    program = compiled(tmp_path_factory.mktemp("launches"), "launches")
+    done = subprocess.run([program], input=text, check=True, capture_output=True, text=True)
+    found = []
+    for (*step, _, outputs), line in zip(asked, done.stdout.splitlines(), strict=True):
+        warps, depth, blocks, scaled, fixed, staged, asks, taken = map(int, line.split())
+        kernel = f"step_linear_kernel<{warps}, {depth}, {blocks}, {scaled}>"
+        sizes = (32 * warps, blocks, fixed, fixed + staged, bool(asks), bool(taken))
+        found.append(Launch(*step, outputs, kernel, *sizes))
+    return found
+
+
+def products_of(config):
+    """``(inputs, norm, gated, outputs)`` of the steps of a block and of the head."""
+    from rodimus import RodimusConfig, RodimusForCausalLM
+
+    with torch.device("meta"):
+        model = RodimusForCausalLM(RodimusConfig.from_dict(config | {"n_layer": 1}))
+    w = model.model.layers[0].step_weights()
+    steps = [(1, 0, w.fc), (0, 0, w.query_key, w.mem_gate, w.gate_in), (0, 0, w.mixer_out)]
+    if w.query is not None:
+        steps += [(0, 0, w.query, w.key, w.value), (0, 0, w.attn_out)]
+        steps += [(0, 1, w.ffn_in), (0, 0, w.ffn_out)]
+    steps.append((0, 0, model.lm_head.weight))
+    return {
+        (first.shape[1], norm, gated, tuple(x.shape[0] for x in (first, *more)))
+        for norm, gated, first, *more in steps
+    }
+
+
+# of a block, in every GPU of compute capability 8.0 and above
+UNASKED_SHARED, MOST_SHARED = 48 * 1024, 99 * 1024
+
+
+def test_linear_steps_have_the_shared_memory_they_need(launches):
+    """Beyond it a launch is an invalid argument."""
+    taken = [x for x in launches if x.taken]
+    assert {x.rows for x in taken} == set(range(1, 9)) and len({x.kernel for x in taken}) == 6
+    assert not [x for x in taken if x.shared > UNASKED_SHARED and not x.asks]
+    assert not [x for x in taken if x.shared > MOST_SHARED]
+
+
+def test_models_up_to_the_4b_are_taken_whole(launches):
+    """The 4B model has up to 6144 inputs, too many for eight rows: those are composed."""
+    assert all(x.taken for x in launches if x.inputs <= 5120 or (x.inputs <= 6144 and x.rows <= 7))
+
+
+def test_blocks_agree_with_their_kernels_on_what_fits(launches):
+    """Otherwise a block would be sent to kernels that refuse it."""
+    for x in launches:
+        fits = native_block._fits_shared(x.rows, x.inputs)
+        # after a norm of its own a step declares less memory
+        assert fits <= x.taken and (fits == x.taken or x.norm), x
 
 
 LIBRARY = build.PACKAGE / build.LIBRARIES["cuda"]
@@ -96,13 +191,21 @@ def test_an_operator_without_a_stream_raises():
 
 
 @pytest.mark.slow
-def test_kernels_keep_their_numbers_in_registers():
+def test_kernels_keep_their_numbers_in_registers(launches):
     try:
         usages = build.report()
     except build.Unavailable as reason:
         pytest.skip(str(reason))
     assert len({usage.arch for usage in usages}) >= 2 and len(usages) > 40
     assert not [usage for usage in usages if usage.registers > 255 or usage.spills > 0]
+    # 65536 registers a multiprocessor, given to warps in units of 8 a thread
+    steps = {(x.kernel.partition("(")[0], x.threads, x.blocks, x.fixed) for x in launches}
+    for kernel, threads, blocks, fixed in steps:
+        found = [usage for usage in usages if usage.kernel.startswith(kernel)]
+        assert len(found) >= 2, kernel
+        for usage in found:
+            assert usage.shared == fixed, usage
+            assert -(-usage.registers // 8) * 8 * threads * blocks <= 65536, usage
 
 
 @pytest.mark.gpu
