@@ -128,14 +128,18 @@ def run(function, case, convert=torch.clone, **options):
 
 
 def check(case):
-    """float32 results to ``LIMIT`` of the float64 truth, bfloat16 ones within the errors that the
+    check_results(run(case[0], case, impl="native"), case)
+
+
+def check_results(results, case, limit=LIMIT):
+    """float32 results to ``limit`` of the float64 truth, bfloat16 ones within the errors that the
     reference itself makes on the same inputs."""
     exact = run(case[1], case, torch.Tensor.double)
     baseline = run(case[1], case)
-    for i, x in enumerate(run(case[0], case, impl="native")):
+    for i, x in enumerate(results):
         assert x.shape == exact[i].shape and x.dtype == baseline[i].dtype
         if x.dtype == torch.float32:
-            assert relative_error(x, exact[i]) <= LIMIT, f"result {i}"
+            assert relative_error(x, exact[i]) <= limit, f"result {i}"
         else:
             assert_within_budget(f"result {i}", x, exact[i], baseline[i])
 

@@ -56,6 +56,12 @@ def test_emulated_kernels_equal_the_cpu(differences, kernel):
         assert all(x <= limit for x in found.values()), found
 
 
+def test_emulated_mixer_keeps_its_state_in_float32(differences):
+    found = {n: x for n, x in differences.items() if n.startswith("mixer_state-")}
+    assert len(found) >= 4
+    assert all(x <= 2e-6 for x in found.values()), found
+
+
 def test_emulated_mixer_leaves_the_factor_of_its_norm(differences):
     found = {n: x for n, x in differences.items() if n.startswith("mixer_scaled-")}
     assert len(found) >= 2
@@ -210,17 +216,18 @@ def test_kernels_keep_their_numbers_in_registers(launches):
 
 @pytest.mark.gpu
 def test_cuda_equals_the_cpu():
+    """Against float64, as the CPU is. The reference is no measure of a float32 state: from bfloat16
+    inputs it rounds gates and keys on their way to it, which neither of the two does."""
     from tests.kernels import test_native as cpu
 
     native.require("test", "cuda")
     makers = (cpu.ddts_step, cpu.mixer_step, cpu.conv_step, cpu.linear_step, cpu.rms_norm)
     for maker in (*makers, cpu.attention_step):
         for dtype in cpu.DTYPES:
+            torch.manual_seed(0)
             case = maker(dtype)
-            expected = cpu.run(case[0], case, impl="reference")
             actual = cpu.run(case[0], case, lambda x: x.cuda(), impl="native")
-            for x, y in zip(actual, expected, strict=True):
-                assert cpu.relative_error(x.cpu(), y) < (1e-5 if x.dtype == torch.float32 else 1e-2)
+            cpu.check_results([x.cpu() for x in actual], case, limit=1e-5)
 
 
 # what the kernels take whole, and what they leave to torch's products

@@ -140,7 +140,9 @@ void mixer_step_case(Type type, int64_t rows, int64_t keys, int64_t values, int6
   }
   Report report{label("mixer_step", type, {KEYS, BV, rows, keys, values, rank})};
   report.add(cpu.y, cuda.y, rows * values);
-  for (int64_t i = 0; i < rows * keys * values; ++i) report.add(cpu.state[i], cuda.state[i]);
+  // before anything is rounded
+  Report state{label("mixer_state", type, {KEYS, BV, rows, keys, values, rank})};
+  for (int64_t i = 0; i < rows * keys * values; ++i) state.add(cpu.state[i], cuda.state[i]);
 }
 
 template <class T>
