@@ -261,7 +261,8 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
 def test_linear_step_on_cuda(batch):
     native.require("test", "cuda")
     torch.manual_seed(0)
-    for outputs, inputs in ((130, 2048), (7, 4096), (33, 100)):
+    sizes = [(2048, 2816), (130, 2048), (7, 4096), (3072, 4096), (300, 6144), (33, 100)]
+    for outputs, inputs in sizes:
         x, weight = torch.randn(batch, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
         exact = x.double() @ weight.double().t()
         error = relative_error(linear_step(x.cuda(), weight.cuda()).cpu(), exact)
