@@ -183,12 +183,19 @@ void linear_case(Type type, int64_t rows, int64_t outputs, int64_t inputs) {
   report.add(cpu.y, cuda.y, rows * outputs);
 }
 
-template <int WARPS, int DEPTH, int SCALED>
-void run_step_linear(const StepLinear& a) {
-  int64_t tiles = 0;
-  for (int64_t i = 0; i < a.count; ++i) tiles += step_linear_tiles(a, i);
-  emulator::launch(dim3(tiles), WARPS * kWarp,
-                   [&] { step_linear_kernel<WARPS, DEPTH, 1, SCALED>(a); });
+// The kernel that a GPU of so many multiprocessors would launch, its shared memory full of NaN.
+void run_step_linear(const StepLinear& a, int64_t processors) {
+  StepLinearLaunch how = step_linear_launch(a, processors);
+  memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
+  auto run = [&](void (*kernel)(StepLinear)) {
+    emulator::launch(dim3(all_tiles(a)), how.warps * kWarp, [&] { kernel(a); });
+  };
+  if (how.scaled)
+    run(how.scaled == 1 ? step_linear_kernel<8, 2, 4, 1> : step_linear_kernel<8, 2, 4, kMaxRows>);
+  else if (how.warps == 16)
+    run(how.blocks == 1 ? step_linear_kernel<16, 4, 1, 0> : step_linear_kernel<16, 2, 2, 0>);
+  else
+    run(how.blocks == 2 ? step_linear_kernel<8, 4, 2, 0> : step_linear_kernel<8, 2, 4, 0>);
 }
 
 void run_linear(const Rows& x, const Rows& weight, const Rows& bias, const Rows& y, int64_t rows,
@@ -204,7 +211,7 @@ void run_linear(const Rows& x, const Rows& weight, const Rows& bias, const Rows&
 constexpr Type kHalf = Type::kBFloat16, kFull = Type::kFloat32;
 
 // Three layers, of which two turn their heads, after a norm that computes its sums or is given them.
-void project_case(Type stream, int64_t rows, int64_t inputs, bool given) {
+void project_case(Type stream, int64_t rows, int64_t inputs, bool given, int64_t processors) {
   const int64_t dim = 48, half = 16, outputs[] = {3 * dim, dim, 37};
   StepLinear a;
   a.count = 3, a.rows = rows, a.inputs = inputs, a.eps = 1e-3f;
@@ -241,15 +248,12 @@ void project_case(Type stream, int64_t rows, int64_t inputs, bool given) {
     run_linear(normed, a.layers[i].weight, {}, expected[i], rows, inputs, outputs[i]);
     if (i < 2) kernels().rope({expected[i], a.cos, a.sin, rows, outputs[i] / dim, dim, half}, 0, rows);
   }
-  if (given)
-    run_step_linear<8, 2, 0>(a);
-  else
-    rows == 1 ? run_step_linear<8, 2, 1>(a) : run_step_linear<8, 2, kMaxRows>(a);
+  run_step_linear(a, processors);
   for (int i = 0; i < 3; ++i) report.add(expected[i], a.layers[i].y, rows * outputs[i]);
 }
 
 // The sum with the stream and its squares; the layer's input needs no norm.
-void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
+void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs, int64_t processors) {
   StepLinear a;
   a.rows = rows, a.inputs = inputs;
   Rows branch = random_rows(kHalf, rows, outputs), expected = random_rows(stream, rows, outputs);
@@ -261,7 +265,7 @@ void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
   run_linear(a.layers[0].x, a.layers[0].weight, {}, branch, rows, inputs, outputs);
   kernels().add({a.residual, branch, expected, rows, outputs}, 0, rows * blocks(outputs));
   a.scaled = random_rows(kHalf, rows, outputs), a.scaled_weight = random_rows(kHalf, 1, outputs);
-  run_step_linear<16, 3, 0>(a);
+  run_step_linear(a, processors);
   Report scaled{label("step_linear_scaled", stream, {rows, inputs, outputs})};
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < outputs; ++n)
@@ -279,7 +283,7 @@ void add_case(Type stream, int64_t rows, int64_t inputs, int64_t outputs) {
 }
 
 // The MLP's gate, and the mixer's convolution.
-void gate_case(int64_t rows, int64_t inputs, int64_t inner) {
+void gate_case(int64_t rows, int64_t inputs, int64_t inner, int64_t processors) {
   StepLinear a;
   a.rows = rows, a.inputs = inputs, a.gated = true;
   Rows expanded = random_rows(kHalf, rows, 2 * inner), expected = random_rows(kHalf, rows, inner);
@@ -289,12 +293,12 @@ void gate_case(int64_t rows, int64_t inputs, int64_t inner) {
   Rows gate = expanded;
   gate.data = static_cast<__nv_bfloat16*>(expanded.data) + inner;
   kernels().gate({expanded, gate, expected, rows, inner}, 0, rows * blocks(inner));
-  run_step_linear<8, 2, 0>(a);
+  run_step_linear(a, processors);
   Report report{label("step_linear_gate", kHalf, {rows, inputs, inner})};
   report.add(expected, a.layers[0].y, rows * inner);
 }
 
-void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width) {
+void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width, int64_t processors) {
   StepLinear a;
   a.rows = rows, a.inputs = inputs;
   Rows expanded = random_rows(kHalf, rows, 2 * inner);
@@ -310,7 +314,7 @@ void conv_case(int64_t rows, int64_t inputs, int64_t inner, int64_t width) {
   a.conv = conv, a.conv.state = other.data, a.conv.y = random_rows(kHalf, rows, inner);
   run_linear(a.layers[0].x, a.layers[0].weight, a.layers[0].bias, expanded, rows, inputs, 2 * inner);
   kernels().conv_step(conv, 0, rows * blocks(inner));
-  run_step_linear<16, 3, 0>(a);
+  run_step_linear(a, processors);
   Report report{label("step_linear_conv", kHalf, {rows, inputs, inner, width})};
   report.add(expanded, a.layers[0].y, rows * 2 * inner);
   report.add(conv.y, a.conv.y, rows * inner);
@@ -432,13 +436,20 @@ int main() {
   cases_of<float>(Type::kFloat32);
   cases_of<__nv_bfloat16>(Type::kBFloat16);
   for (Type stream : kBoth) {
-    project_case(stream, 1, 2048, false);
-    project_case(stream, 3, 72, true);
-    project_case(stream, 8, 264, false);
-    add_case(stream, 1, 4096, 24);
-    add_case(stream, 8, 136, 100);
-    add_case(stream, 5, 8, 7);
+    // one, two and more tiles for each multiprocessor; rows as wide as the models'
+    project_case(stream, 1, 2048, false, 132);
+    project_case(stream, 8, 2048, false, 132);
+    project_case(stream, 8, 264, false, 132);
+    project_case(stream, 3, 72, true, 8);
+    project_case(stream, 8, 2048, true, 8);
+    project_case(stream, 7, 520, true, 2);
+    add_case(stream, 1, 4096, 24, 132);
+    add_case(stream, 8, 4096, 40, 132);
+    add_case(stream, 8, 2816, 40, 132);
+    add_case(stream, 7, 6144, 24, 1);
+    add_case(stream, 8, 136, 100, 4);
+    add_case(stream, 5, 8, 7, 132);
   }
-  gate_case(1, 2048, 16), gate_case(6, 200, 21);
-  conv_case(1, 2048, 16, 4), conv_case(8, 136, 20, 3);
+  gate_case(1, 2048, 16, 132), gate_case(6, 200, 21, 1), gate_case(8, 2048, 21, 1);
+  conv_case(1, 2048, 16, 4, 132), conv_case(8, 136, 20, 3, 2);
 }
