@@ -973,14 +973,19 @@ def _is_untouched(module) -> bool:
     return all(map(_is_untouched, found["_modules"].values()))
 
 
+def _is_recorded() -> bool:
+    """Whether a CUDA graph is being recorded by hand: it replays whatever is launched, fused
+    operators too, though transformers calls this tracing. A compiler may not even ask."""
+    return not torch.compiler.is_compiling() and is_cuda_stream_capturing()
+
+
 def _is_step(x) -> bool:
     """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
     return (
         block_step is not None
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
-        # a CUDA graph replays whatever is launched: fused operators too
-        and (is_cuda_stream_capturing() or not is_tracing(x))
+        and (not is_tracing(x) or _is_recorded())
         and not torch.is_autocast_enabled(x.device.type)
         and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
     )
