@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from rodimus_kernels import shared_key_attention, shared_key_attention_step
+from rodimus_kernels import native, shared_key_attention, shared_key_attention_step
 from rodimus_kernels.testing import relative_error
 
 from . import operators, peers, timing
@@ -143,9 +143,11 @@ def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> di
         step = functools.partial(shared_key_attention_step, window_size=window, impl=name)
         return lambda: [step(q, k, v, cache, position) for cache in caches]
 
-    exact = calls("reference")()[0]
-    assert relative_error(calls(impl)()[0], exact.double()) <= LIMITS[dtype]
-    names = dict.fromkeys((impl, "reference"))
+    exact = calls("reference")()[0].double()
+    compiled = device.type == "cuda" and native.is_available("cuda")
+    names = dict.fromkeys((impl, *(("native",) if compiled else ()), "reference"))
+    for name in names:
+        assert relative_error(calls(name)()[0], exact) <= LIMITS[dtype], name
     return {f"step/{name}": Call(calls(name), count, floor_ms) for name in names}
 
 

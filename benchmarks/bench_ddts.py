@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 import torch
 
-from rodimus_kernels import ddts, ddts_gates, gated_rms_norm, input_gate, short_conv
+from rodimus_kernels import (
+    ddts,
+    ddts_gates,
+    ddts_step,
+    gated_rms_norm,
+    input_gate,
+    native,
+    short_conv,
+)
 from rodimus_kernels.testing import (
     DdtsCase,
     DdtsInputs,
@@ -29,7 +37,10 @@ KEY_DIM, RANK = 64, 32
 
 # what, batch, length, V
 POINTS = {
-    "tiny": [("forward", 1, 70, 32), ("training", 1, 70, 32), ("surroundings", 1, 20, 32)],
+    "tiny": [
+        *(("forward", 1, 70, 32), ("training", 1, 70, 32)),
+        *(("surroundings", 1, 20, 32), ("step", 2, 1, 32)),
+    ],
     # the kernels are for GPUs; on a CPU the torch forms run
     "cpu": [],
     "cuda": [
@@ -38,6 +49,7 @@ POINTS = {
         *(("training", 8, 4096, width) for width in (4096, 6144)),
         ("training", 1, 32768, 4096),
         ("surroundings", 8, 4096, 4096),
+        *(("step", batch, 1, 4096) for batch in (1, 256)),
     ],
 }
 
@@ -45,11 +57,16 @@ POINTS = {
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
+# states of a step in flight: several times what the last cache level holds
+ROTATED_BYTES = 2**28
+
+
 class Call(NamedTuple):
-    """A function to time and the bytes it cannot avoid."""
+    """A function to time, the bytes that one run of the operator cannot avoid, and its runs."""
 
     function: Callable[[], object]
     floor_bytes: int
+    runs: int = 1
 
 
 def size(*tensors: torch.Tensor) -> int:
@@ -118,6 +135,31 @@ def surroundings(inputs: DdtsInputs, impl: str) -> dict[str, Call]:
     }
 
 
+def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], float]:
+    """One token of each sequence, by implementation; states take turns. With the largest error of
+    any of them against float64."""
+    q, k, v, log_decay = (x[:, 0] for x in ddts_inputs(case, device=device)[:4])
+    shape = (case.batch, 1, case.key_dim, case.value_dim)
+    one = torch.randn(shape, device=device)
+    count = max(1, min(ROTATED_BYTES // size(one), 64))
+    states = [torch.randn_like(one) for _ in range(count)]
+    impls = ("triton", "native") if device.type == "cuda" else ("eager", "native")
+    impls = [impl for impl in impls if impl != "native" or native.is_available(device.type)]
+    exact = one.double()
+    o = ddts_step(*(x.double() for x in (q, k, v, log_decay)), exact, impl="reference")
+    calls, error = {}, 0.0
+    for impl in impls:
+        state = one.clone()
+        found = ddts_step(q, k, v, log_decay, state, impl=impl)
+        assert relative_error(state, exact) <= LIMITS[torch.float32], impl
+        error = max(error, relative_error(found, o))
+        step = functools.partial(ddts_step, q, k, v, log_decay, impl=impl)
+        call = lambda step=step: [step(state) for state in states]
+        calls[f"ddts_step/{impl}"] = Call(call, 2 * size(one) + size(q, k, v, log_decay, v), count)
+    assert error <= LIMITS[case.dtype], error
+    return calls, error
+
+
 def fla_forward(q, k, v, log_decay):
     """``chunk_gla`` of the flash-linear-attention that is installed."""
     from fla.ops.gla import chunk_gla
@@ -153,10 +195,13 @@ def test_ddts(bench, benchmark, start, point):
     start(f"ddts-{what}", name)
     case = DdtsCase(batch, length, 1, KEY_DIM, width, states=False, dtype=bench.dtype)
     error = None
-    if what != "surroundings":
-        narrow = DdtsCase(**{**vars(case), "value_dim": min(width, 64)})
-        error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
-    calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
+    if what == "step":
+        calls, error = step_calls(case, bench.device)
+    else:
+        if what != "surroundings":
+            narrow = DdtsCase(**{**vars(case), "value_dim": min(width, 64)})
+            error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
+        calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
     timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
     graphs = {name: operators.captured(call.function, bench.device) for name, call in timed.items()}
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
@@ -166,7 +211,8 @@ def test_ddts(bench, benchmark, start, point):
     rows = operators.skipped(calls)
     for target, call in timed.items():
         floor_ms = call.floor_bytes / copy_rate / 1e6
-        rows.append(operators.measured(target, turns, floor_ms, floor_bytes=call.floor_bytes))
+        facts = {"calls": call.runs, "floor_bytes": call.floor_bytes}
+        rows.append(operators.measured(target, turns, floor_ms, **facts))
     settings = {
         "batch": batch,
         "context": length,

@@ -144,6 +144,8 @@ def _ddts_calls(what: str, batch: int, length: int, width: int) -> tuple[dict, A
     case = bench_ddts.DdtsCase(
         batch, length, 1, bench_ddts.KEY_DIM, width, states=False, dtype=torch.bfloat16
     )
+    if what == "step":
+        return bench_ddts.step_calls(case, DEVICE)[0], None
     inputs = bench_ddts.make_inputs(case, DEVICE)
     if what == "surroundings":
         return bench_ddts.surroundings(inputs, "triton"), inputs
