@@ -24,10 +24,13 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     ids = peers.random_tokens(batch, length, model, seed=bench.seed)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
-        # the chunked loss, which never holds all logits; targets do not matter for the time. No
-        # positions: looking for packed documents in them would wait for the device
+        # the chunked loss, which never holds all logits; targets do not matter for the time
         arguments = {"shift_labels": ids, "use_cache": False}
         arguments |= {"num_items_in_batch": ids.numel(), "loss_only": True}
+    if model.family == "qwen2":
+        # its loss needs positions; ours would look for packed documents in them and wait
+        positions = torch.arange(length, device=ids.device).expand(batch, -1)
+        arguments["position_ids"] = positions
 
     def call() -> None:
         network(ids, **arguments).loss.backward()

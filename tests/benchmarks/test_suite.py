@@ -60,6 +60,15 @@ def test_every_model_is_measured_or_skipped_with_a_reason(found):
         assert all(row["status"] == "measured" for row in ours), ours
 
 
+def test_the_peers_of_transformers_need_nothing_that_is_not_here(found):
+    """A call that our own code makes wrongly would read as a reason of theirs."""
+    theirs = tuple(entry.name for entry in peers.CATALOGUE if entry.source == "transformers")
+    for group in ("decode", "prefill", "train"):
+        (record, *_) = (r for (g, _), r in found.items() if g == group)
+        measured = {r["target"].partition("/")[0] for r in record["rows"] if "median_ms" in r}
+        assert measured >= set(theirs), record["rows"]
+
+
 def test_timed_rows_hold_raw_samples_and_ratios_to_the_baselines(found):
     for (group, _), record in found.items():
         rows = [row for row in record["rows"] if row["status"] == "measured"]
