@@ -113,9 +113,12 @@ RESULTS = lambda x: x if isinstance(x, tuple) else (x,)
 
 
 def cast(value, convert):
-    return (
-        convert(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-    )
+    """Numbers converted; positions only moved to where the numbers are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.is_floating_point():
+        return convert(value)
+    return value.to(convert(torch.empty(0)).device)
 
 
 def run(function, case, convert=torch.clone, **options):
