@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import peers, sizes
+from .machine import folder_name
 from .quality.protocols import HARDEST_RECALL, PAPER_MQAR
 
 Record = Mapping[str, Any]
@@ -169,25 +170,43 @@ PLOTS: dict[str, tuple[str, str, Callable[[list[Record], Any], None]]] = {
 }
 
 
-def names(found: list[Record]) -> dict[str, str]:
-    """Title and path of every picture that the records give and that says more than a point."""
+class Picture(NamedTuple):
+    """A plot of one machine's records: its title, its path and how it is drawn."""
+
+    title: str
+    path: str
+    records: list[Record]
+    draw: Callable[[list[Record], Any], None]
+
+
+def pictures(found: list[Record]) -> Iterator[Picture]:
+    """Every picture that the records give and that says more than a point. Machines never share
+    one: a line from one to the other would mean nothing."""
+    for machine in sorted({record["machine"]["name"] for record in found}):
+        mine = [record for record in found if record["machine"]["name"] == machine]
+        for name, (title, group, draw) in PLOTS.items():
+            if _says_more_than_a_point(name, group, mine):
+                path = f"plots/{folder_name(machine)}/{name}.png"
+                yield Picture(f"{title}, {machine}", path, mine, draw)
+
+
+def _says_more_than_a_point(name: str, group: str, found: list[Record]) -> bool:
+    if name == "recall":
+        return len(_recall_records(found)) > 1
     axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
-    chosen = {}
-    for name, (title, group, _) in PLOTS.items():
-        if name == "recall":
-            if len(_recall_records(found)) > 1:
-                chosen[title] = f"plots/{name}.png"
-            continue
-        axis, fixed = axes.get(name, ("context", {"batch": 1}))
-        places = {
-            record["settings"][axis]
-            for record in found
-            if record["group"] == group
-            and all(record["settings"].get(key) == value for key, value in fixed.items())
-        }
-        if len(places) > 1 or name == "state_memory" and places:
-            chosen[title] = f"plots/{name}.png"
-    return chosen
+    axis, fixed = axes.get(name, ("context", {"batch": 1}))
+    places = {
+        record["settings"][axis]
+        for record in found
+        if record["group"] == group
+        and all(record["settings"].get(key) == value for key, value in fixed.items())
+    }
+    return len(places) > 1 or name == "state_memory" and bool(places)
+
+
+def names(found: list[Record]) -> dict[str, str]:
+    """Title and path of every picture."""
+    return {picture.title: picture.path for picture in pictures(found)}
 
 
 def draw_all(found: list[Record], folder: Path) -> dict[str, str]:
@@ -197,13 +216,12 @@ def draw_all(found: list[Record], folder: Path) -> dict[str, str]:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    chosen = names(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in chosen.values():
-        _, _, draw = PLOTS[Path(path).stem]
+    for picture in pictures(found):
+        path = folder.parent / picture.path
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-        draw(found, axes)
+        picture.draw(picture.records, axes)
         # without the version of matplotlib the same records give the same bytes
-        figure.savefig(folder / Path(path).name, dpi=130, metadata={"Software": None})
+        figure.savefig(path, dpi=130, metadata={"Software": None})
         pyplot.close(figure)
-    return chosen
+    return names(found)

@@ -220,10 +220,14 @@ def _machines(found: list[Record]) -> Iterator[str]:
         )
     head = ["machine", "threads", "versions", "commit", "dates", "load", "records"]
     yield from table(head, rows)
+    disturbed: dict[tuple[str, str], list[str]] = {}
     for record in found:
         for warning in record["warnings"]:
-            yield f"- {record['group']} {record['case']}: {warning}"
-    if any(record["warnings"] for record in found):
+            cases = disturbed.setdefault((record["machine"]["name"], warning), [])
+            cases.append(f"{record['group']} {record['case']}")
+    for (machine, warning), cases in disturbed.items():
+        yield f"- {machine}: {warning}: {', '.join(cases)}"
+    if disturbed:
         yield ""
 
 

@@ -83,8 +83,9 @@ def test_skipped_models_are_listed_with_their_reason(found):
 
 
 def test_warnings_of_a_busy_machine_are_shown(found):
-    busy = {**found[0], "warnings": ["machine busy: load average 7.0 on 2 cores"]}
-    assert "- decode lost: machine busy: load average 7.0" in report.render([busy])
+    warning = "machine busy: load average 7.0 on 2 cores"
+    busy = [{**record, "warnings": [warning]} for record in found[:2]]
+    assert f"- Test CPU: {warning}: decode lost, decode even\n" in report.render(busy)
 
 
 def test_memory_losses_are_exact():
@@ -154,9 +155,20 @@ def test_quality_shows_the_mean_and_range_of_the_seeds():
 def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
     pytest.importorskip("matplotlib")
     assert plots.names([recall(16)]) == {}
-    chosen = plots.draw_all([recall(16), recall(64)], tmp_path)
-    assert list(chosen.values()) == ["plots/recall.png"]
-    assert (tmp_path / "recall.png").stat().st_size > 10_000
+    chosen = plots.draw_all([recall(16), recall(64)], tmp_path / "plots")
+    assert list(chosen.values()) == ["plots/Test_CPU/recall.png"]
+    assert (tmp_path / "plots/Test_CPU/recall.png").stat().st_size > 10_000
+
+
+def test_machines_do_not_share_a_picture(found):
+    elsewhere = [{**r, "machine": {**r["machine"], "name": "Other GPU"}} for r in found]
+    drawn = list(plots.pictures(found + elsewhere))
+    assert [p.path for p in drawn] == [
+        "plots/Other_GPU/decode_latency.png",
+        "plots/Test_CPU/decode_latency.png",
+    ]
+    for picture in drawn:
+        assert len({record["machine"]["name"] for record in picture.records}) == 1
 
 
 def test_no_records_is_an_error_that_says_what_to_run(tmp_path, capsys):
