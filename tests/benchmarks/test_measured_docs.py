@@ -1,0 +1,364 @@
+"""Measured tables in docs/: what the committed records of a GPU say, rounded.
+
+A table stands below ``<!-- measured: NAME -->``. ``TABLES`` computes its rows from the records of
+``benchmarks/results/NVIDIA_H200``, and a failing test prints them.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_attention
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results" / "NVIDIA_H200"
+MARKER = re.compile(r"<!-- measured: (\S+) -->\n((?:\|.*\n)+)")
+
+LAYERS = 24
+SHAPES = {"b8-t4096": "8 x 4,096 tokens", "b1-t32768": "1 x 32,768 tokens"}
+PASSES = {"forward": "forward", "training": "forward and backward"}
+DECODE = (("b1", "t1024"), ("b1", "t4096"), ("b1", "t32768"), ("b1", "t131072"), ("b8", "t4096"))
+DECODE += (("b64", "t1024"), ("b256", "t1024"))
+
+
+def record(name):
+    """A record by the name of its file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def measured(name):
+    """Measured rows of a record by target."""
+    return {row["target"]: row for row in record(name)["rows"] if row["status"] == "measured"}
+
+
+def line(*cells):
+    return ("| " + " | ".join(cells) + " |").replace("|  |", "| |")
+
+
+def us(milliseconds):
+    value = milliseconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def percent(share):
+    return f"{share:.0%}"
+
+
+def megabytes(count):
+    return f"{count / 1e6:,.0f}"
+
+
+def ddts():
+    for what, title in PASSES.items():
+        for shape, tokens in SHAPES.items():
+            rows = measured(f"ddts-{what}-{shape}-bfloat16-v4096")
+            ours, peer = rows["ddts/triton_chunk"], rows["chunk_gla/fla"]
+            ratio = peer["median_ms"] / ours["median_ms"]
+            times = us(ours["floor_ms"]), us(ours["median_ms"]), percent(ours["floor_share"])
+            yield line(f"{title}, {tokens}", *times, us(peer["median_ms"]), f"{ratio:.2f}")
+
+
+def verdict(time, *targets):
+    """Of times in microseconds that were aimed at."""
+    said = (
+        "met" if time * 1e3 <= target else f"missed by {time * 1e3 / target - 1:.1%}"
+        for target in targets
+    )
+    return ", ".join(said)
+
+
+def aim(*targets):
+    return ", then ".join(f"{target:,}" for target in targets)
+
+
+def against(title, time, target):
+    return line(title, aim(target), us(time), verdict(time, target))
+
+
+def ddts_targets():
+    time = {}
+    for what, shape in (
+        ("forward", "b8-t4096"),
+        ("forward", "b1-t32768"),
+        ("training", "b8-t4096"),
+    ):
+        rows = measured(f"ddts-{what}-{shape}-bfloat16-v4096")
+        time[what, shape] = (
+            rows["ddts/triton_chunk"]["median_ms"],
+            rows["chunk_gla/fla"]["median_ms"],
+        )
+    for (what, shape), target in zip(time, (165, 215, 700), strict=True):
+        yield against(f"{PASSES[what]}, {SHAPES[shape]}", time[what, shape][0], target)
+    for (what, shape), (ours, peer) in time.items():
+        times = 3 if what == "forward" else 2
+        target = round(peer * 1e3 / times)
+        yield against(f"{PASSES[what]}, {SHAPES[shape]}, fla / {times}", ours, target)
+    rows = measured("ddts-surroundings-b8-t4096-bfloat16-v4096").values()
+    together = sum(row["median_ms"] for row in rows if row["engine"] == "triton")
+    yield against("what surrounds it, forward", together, 640)
+
+
+def surroundings():
+    rows = measured("ddts-surroundings-b8-t4096-bfloat16-v4096")
+    names = [row["family"] for row in rows.values() if row["engine"] == "triton"]
+    for name in names:
+        ours, torch = rows[f"{name}/triton"], rows[f"{name}/reference"]
+        times = us(ours["floor_ms"]), us(ours["median_ms"]), us(torch["median_ms"])
+        yield line(f"`{name}`", *times)
+    total = lambda key, engine: us(sum(rows[f"{name}/{engine}"][key] for name in names))
+    floor, ours = total("floor_ms", "triton"), total("median_ms", "triton")
+    yield line("together", floor, ours, total("median_ms", "reference"))
+
+
+def steps():
+    """One token in one layer, by form."""
+    for batch in (1, 256):
+        rows = measured(f"ddts-step-b{batch}-t1-bfloat16-v4096")
+        forms = [rows[f"ddts_step/{form}"] for form in ("native", "triton")]
+        times = [us(row["median_ms"]) for row in forms]
+        yield line(f"`ddts_step`, {batch}", us(forms[0]["floor_ms"]), *times)
+    for batch in (1, 8, 64, 256):
+        rows = measured(f"attention-decode-b{batch}-t2112-bfloat16")
+        forms = [rows[f"step/{form}"] for form in ("native", "triton")]
+        times = [us(row["median_ms"]) for row in forms]
+        yield line(f"`shared_key_attention_step`, {batch}", us(forms[0]["floor_ms"]), *times)
+
+
+ATTENTION = ("triton/expanded", "flex/expanded", "flex/repeated", "sdpa/expanded", "sdpa/repeated")
+
+
+def attention():
+    for what, title in PASSES.items():
+        for shape, tokens in SHAPES.items():
+            rows = measured(f"attention-{what}-{shape}-bfloat16")
+            ours = rows[ATTENTION[0]]
+            times = [us(rows[name]["median_ms"]) for name in ATTENTION]
+            share = percent(ours["floor_share"])
+            yield line(f"{title}, {tokens}", us(ours["floor_ms"]), times[0], share, *times[1:])
+
+
+def attention_bytes():
+    for what, title in PASSES.items():
+        rows = measured(f"attention-{what}-b8-t4096-bfloat16")
+        yield line(title, *(megabytes(rows[name]["peak_bytes"]) for name in ATTENTION))
+
+
+def attention_targets():
+    targets = {"forward": (1000, 800), "backward": (3200, 2600)}
+    for what in ("forward", "backward"):
+        for shape, tokens in SHAPES.items():
+            forward, training = (
+                measured(f"attention-{name}-{shape}-bfloat16")["triton/expanded"] for name in PASSES
+            )
+            floor, time = forward["floor_ms"], forward["median_ms"]
+            if what == "backward":
+                floor, time = training["floor_ms"] - floor, training["median_ms"] - time
+            aimed = targets[what] if shape == "b8-t4096" else ()
+            times = us(floor), aim(*aimed), us(time), verdict(time, *aimed)
+            yield line(f"{what}, {tokens}", *times)
+    for batch, aimed in ((1, (5,)), (8, ()), (64, ()), (256, (620,))):
+        row = measured(f"attention-decode-b{batch}-t2112-bfloat16")["step/native"]
+        title = f"step at a full window, {batch} sequence{'s' if batch > 1 else ''}"
+        time = row["median_ms"]
+        yield line(title, us(row["floor_ms"]), aim(*aimed), us(time), verdict(time, *aimed))
+
+
+def tokens_of(name):
+    return f"{int(name[1:]):,}"
+
+
+def decode():
+    """Milliseconds a token of every sequence."""
+    models = "rodimus-1.4b/engine", "rwkv6-1.6b/graph", "qwen2-1.5b/graph"
+    for batch, context in DECODE:
+        name = f"decode-{batch}-{context}-bfloat16"
+        rows, count = measured(name), record(name)["settings"]["steps"]
+        ours = rows["rodimus-plus-1.6b/engine"]
+        each = lambda value, count=count: f"{value / count:.2f}"
+        times = each(ours["floor_ms"]), each(ours["median_ms"]), f"{ours['tokens_per_s']:,.0f}"
+        peers = [each(rows[model]["median_ms"]) for model in models]
+        yield line(batch[1:], tokens_of(context), *times, *peers)
+
+
+def caches():
+    """Milliseconds a token by what keeps the state; a star where samples lie far apart."""
+    name = "decode-b1-t4096-bfloat16"
+    rows, count = measured(name), record(name)["settings"]["steps"]
+    engines = {
+        "dynamic": "growing cache",
+        "static": "static cache",
+        "graph": "static cache, step recorded in a graph",
+        "engine": "engine",
+    }
+
+    def cell(model, engine):
+        row = rows.get(f"{model}/{engine}")
+        star = " *" if row and row["noisy"] else ""
+        return f"{row['median_ms'] / count:.2f}{star}" if row else "-"
+
+    for engine, title in engines.items():
+        models = "rodimus-plus-1.6b", "rodimus-1.4b", "qwen2-1.5b"
+        yield line(title, *(cell(model, engine) for model in models))
+
+
+TRAINED = {
+    "rodimus-plus-1.6b/dynamic": "Rodimus+ 1.6B",
+    "rodimus-1.4b/dynamic": "Rodimus 1.4B",
+    "rwkv6-1.6b/own": "RWKV6 1.6B",
+    "qwen2-1.5b/dynamic": "Qwen2 1.5B",
+}
+
+
+def train():
+    for case, tokens in (("b4-t4096", "4 x 4,096"), ("b1-t16384", "1 x 16,384")):
+        rows = measured(f"train-{case}-bfloat16")
+        for target, title in TRAINED.items():
+            if target not in rows:
+                yield line(tokens, title, *["not measured"] * 5)
+                continue
+            row = rows[target]
+            spread = f"{row['median_ms']:.0f} ({row['p20_ms']:.0f} to {row['p80_ms']:.0f})"
+            rates = f"{row['tokens_per_s']:,.0f}", f"{row['TFLOPs']:.0f}"
+            memory = f"{row['step_bytes'] / 1e9:.1f}"
+            yield line(tokens, title, spread, *rates, percent(row["share_of_gemm"]), memory)
+
+
+def train_kernels():
+    for kernel in measured("train-b4-t4096-bfloat16")["rodimus-plus-1.6b/dynamic"]["kernels"]:
+        name, time = f"`{kernel['name']}`", f"{kernel['ms']:.1f}"
+        yield line(name, str(kernel["launches"]), time, f"{kernel['share']:.1%}")
+
+
+# by document
+TABLES = {
+    "kernels/ddts.md": (ddts, ddts_targets, surroundings),
+    "kernels/shared_key_attention.md": (attention_targets, attention, attention_bytes),
+    "kernels/decode.md": (decode, steps),
+    "generation.md": (caches,),
+    "training.md": (train, train_kernels),
+}
+SOURCES = {
+    "kernels/ddts.md": ("ddts-forward", "ddts-training", "ddts-surroundings"),
+    "kernels/shared_key_attention.md": (
+        *("attention-forward", "attention-training", "attention-decode"),
+    ),
+    "kernels/decode.md": ("decode", "ddts-step", "attention-decode"),
+    "generation.md": ("decode-b1-t4096",),
+    "training.md": ("train",),
+}
+
+
+def text_of(document):
+    return (DOCS / document).read_text(encoding="utf-8")
+
+
+def flat(document):
+    return " ".join(text_of(document).split())
+
+
+def training_row(case="b4-t4096"):
+    return measured(f"train-{case}-bfloat16")["rodimus-plus-1.6b/dynamic"]
+
+
+def kernel_sum(row):
+    """Milliseconds of all kernels of the step that was profiled."""
+    return row["kernels"][0]["ms"] / row["kernels"][0]["share"]
+
+
+def of_matrix_rate(kernel, products):
+    """Share of the matrix rate at which a kernel of the step makes its products of visible
+    pairs."""
+    (found,) = [k for k in training_row()["kernels"] if k["name"] == kernel]
+    forward = bench_attention.flops("forward", 4, 4096, 128, 2049)
+    rate = record("train-b4-t4096-bfloat16")["ceilings"]["gemm_TFLOPs"]
+    least_ms = products / 2 * forward / rate / 1e9
+    return found["ms"] / found["launches"], least_ms * found["launches"] / found["ms"]
+
+
+CASES = [(document, table) for document, tables in TABLES.items() for table in tables]
+
+
+@pytest.mark.parametrize(("document", "table"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_a_table_is_what_the_records_say(document, table):
+    found = dict(MARKER.findall(text_of(document)))
+    expected = list(table())
+    rows = found[table.__name__].splitlines()[2:]
+    assert rows == expected, "expected\n" + "\n".join(expected)
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_every_marked_table_is_computed(document):
+    marked = {name for name, _ in MARKER.findall(text_of(document))}
+    assert marked == {table.__name__ for table in TABLES[document]}
+    assert text_of(document).count("<!-- measured:") == len(marked)
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_machine_date_and_versions_stand_with_the_tables(document):
+    for group in SOURCES[document]:
+        assert f"`{group}" in text_of(document), f"{group} is not named"
+        for path in sorted(RESULTS.glob(f"{group}*.json")):
+            one = json.loads(path.read_text(encoding="utf-8"))
+            versions = one["machine"]["versions"]
+            said = f"{one['machine']['name']}, {one['date'][:10]}, torch {versions['torch']},"
+            said += f" Triton {versions['triton']}"
+            assert said in flat(document), f"{path.name}: expected {said!r}"
+
+
+def test_what_is_said_of_attention_follows_from_the_records():
+    text = flat("kernels/shared_key_attention.md")
+    forward, training = (
+        measured(f"attention-{name}-b8-t4096-bfloat16")["triton/expanded"] for name in PASSES
+    )
+    # seven of two products each
+    least = 3.5 * forward["floor_ms"]
+    share = least / (training["median_ms"] - forward["median_ms"])
+    assert f"makes them at {percent(share)} of the matrix rate" in text
+    dkv, dq = (
+        of_matrix_rate(f"shared_key_attention_{name}_kernel", products)[1]
+        for name, products in (("dkv", 4), ("dq", 3))
+    )
+    assert f"its four products at {percent(dkv)} of the matrix rate, dq its three at" in text
+    assert f"dq its three at {percent(dq)}" in text
+
+
+def test_what_is_said_of_decoding_follows_from_the_records():
+    text = flat("kernels/decode.md")
+    name = "decode-b1-{}-bfloat16".format
+    times = [
+        measured(name(context))["rodimus-plus-1.6b/engine"]["median_ms"]
+        / record(name(context))["settings"]["steps"]
+        for context in ("t4096", "t131072")
+    ]
+    assert f"{times[0]:.2f} ms at 4,096 tokens miss it by {times[0] / 1.1 - 1:.0%}" in text
+    assert f"131,072 tokens cost {times[1] / times[0] - 1:.1%} more than 4,096" in text
+    step = measured("attention-decode-b1-t2112-bfloat16")["step/native"]
+    assert f"alone {us(step['median_ms'])} us, is {LAYERS * step['median_ms']:.2f} ms" in text
+    assert f"for bytes of {LAYERS * step['floor_ms']:.2f}" in text
+    rest = times[0] - LAYERS * (0.0438 + step["median_ms"])
+    assert f"The rest, {rest:.2f} ms," in text
+    for batch, faster in (("b8-t4096", False), ("b64-t1024", True), ("b256-t1024", True)):
+        rows = measured(f"decode-{batch}-bfloat16")
+        rwkv = rows["rwkv6-1.6b/graph"]["median_ms"]
+        ours = [rows[f"rodimus-{x}/engine"]["median_ms"] for x in ("plus-1.6b", "1.4b")]
+        assert (rwkv < min(ours)) == faster
+
+
+def test_what_is_said_of_training_follows_from_the_records():
+    text, row = flat("training.md"), training_row()
+    rate, total, median = row["tokens_per_s"], kernel_sum(row), row["median_ms"]
+    assert f"{rate:,.0f} miss that by {1 - rate / 46_000:.0%}" in text
+    alone = 4 * 4096 / total * 1e3
+    assert f"sum to {total:.0f} ms, which would be {alone:,.0f} tokens/s" in text
+    walls = row["samples"]["wall_ms"]
+    assert f"the other {median - total:.0f} ms of the median are gaps" in text
+    assert f"({min(walls):.0f} to {max(walls):.0f} ms)" in text
+    backward = ("shared_key_attention_dkv_kernel", "shared_key_attention_dq_kernel")
+    dkv, dq = (of_matrix_rate(name, n)[1] for name, n in zip(backward, (4, 3), strict=True))
+    spent = sum(kernel["ms"] for kernel in row["kernels"] if kernel["name"] in backward)
+    assert f"{spent:.0f} ms, at {percent(dkv)} (dkv) and {percent(dq)} (dq)" in text
+    outside = 1 - sum(kernel["share"] for kernel in row["kernels"])
+    assert f"outside these ten lie {percent(outside)} of the time" in text
