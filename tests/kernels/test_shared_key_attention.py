@@ -2,9 +2,12 @@
 definition in float64, values and gradients."""
 
 import dataclasses
+import importlib
+import inspect
 import math
 import sys
 import types
+import typing
 
 import pytest
 import torch
@@ -394,80 +397,235 @@ def test_flex_has_no_gradient_on_the_cpu():
         shared_key_attention(q.requires_grad_(), k, v, impl="flex")
 
 
+class FlashLibrary(types.ModuleType):
+    """A stand-in for flash-attn on the CPU: the parameters of the version in their order, its
+    window, its heads (i // n), its output; what a call does not know is a TypeError."""
+
+    # flash_attn 2.8 and flash-attn-4 4.0.0b36
+    DENSE: typing.ClassVar = {
+        2: "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic"
+        " return_attn_probs",
+        4: "q k v qv gather_kv_indices softmax_scale causal window_size learnable_sink softcap"
+        " num_splits pack_gqa deterministic score_mod score_mod_bwd mask_mod aux_tensors"
+        " aux_scalars block_sparse_tensors block_sparse_tensors_bwd return_lse"
+        " gather_bwd_recompute_p gather_bwd_token_chunk",
+    }
+    PACKED: typing.ClassVar = {
+        2: "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale"
+        " causal window_size softcap alibi_slopes deterministic return_attn_probs block_table",
+        4: "q k v qv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k min_seqlen_k seqused_q"
+        " seqused_k gather_kv_indices page_table softmax_scale causal window_size learnable_sink"
+        " softcap num_splits pack_gqa deterministic score_mod score_mod_bwd mask_mod"
+        " block_sparse_tensors aux_tensors aux_scalars return_lse scheduler_metadata"
+        " seqlen_k_per_split disable_scheduler_metadata gather_bwd_recompute_p"
+        " gather_bwd_token_chunk",
+    }
+    READ: typing.ClassVar = {"softmax_scale", "causal", "window_size"}
+    BOUNDS: typing.ClassVar = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+
+    def __init__(self, version):
+        super().__init__({2: "flash_attn", 4: "flash_attn.cute"}[version])
+        self.version, self.calls = version, []
+
+    def flash_attn_func(self, *args, **options):
+        given = self._bind(self.DENSE, self.READ, args, options)
+        return self._result(*self._attend(*(given[name] for name in "qkv"), given))
+
+    def flash_attn_varlen_func(self, *args, **options):
+        given = self._bind(self.PACKED, self.READ | self.BOUNDS, args, options)
+        starts = [given["cu_seqlens_q"], given["cu_seqlens_k"]]
+        assert all(x.dtype == torch.int32 and x.is_contiguous() for x in starts)
+        if self.version == 2:
+            most = given["max_seqlen_q"], given["max_seqlen_k"]
+            assert all(x.diff().max() <= n for x, n in zip(starts, most, strict=True))
+        q, k, v = (given[name] for name in "qkv")
+        o, lse = [], []
+        for n in range(len(starts[0]) - 1):
+            mine, keys = (slice(*x[n : n + 2].tolist()) for x in starts)
+            row = self._attend(q[mine][None], k[keys][None], v[keys][None], given)
+            o.append(row[0][0])
+            lse.append(row[1][0])
+        return self._result(torch.cat(o), torch.cat(lse, dim=1))
+
+    def _bind(self, names, read, args, options):
+        names = names[self.version].split()
+        signature = inspect.Signature(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None)
+            for name in names
+        )
+        given = signature.bind(*args, **options).arguments
+        assert set(given) <= {"q", "k", "v"} | read
+        self.calls.append(given)
+        return given
+
+    def _attend(self, q, k, v, given):
+        # as many key as value heads, and one dtype: both versions check it
+        assert k.shape == v.shape and q.shape[-1] == k.shape[-1]
+        assert q.dtype == k.dtype == v.dtype and all(x.stride(-1) == 1 for x in (q, k, v))
+        before, after = given["window_size"]
+        if self.version == 2:
+            before, after = (None if x < 0 else x for x in (before, after))
+        elif None not in (before, after) and before < 0 and after < 0:
+            before = after = None
+        i = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        j = torch.arange(k.shape[1])[None]
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        seen &= (j <= i) if given["causal"] else True
+        seen &= (j >= i - before) if before is not None else True
+        seen &= (j <= i + after) if after is not None else True
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2).float() for x in (k, v))
+        scores = given["softmax_scale"] * torch.einsum("bthd,bshd->bhts", q.float(), k)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        # rows that see nothing are zeros
+        weights = scores.softmax(-1).nan_to_num()
+        o = torch.einsum("bhts,bshd->bthd", weights, v).to(q.dtype)
+        return o, scores.logsumexp(-1)
+
+    def _result(self, o, lse):
+        return o if self.version == 2 else (o, lse)
+
+
 class TestFlash:
-    """The adapter, over a stand-in with flash-attn's conventions: heads i // n, left and right
-    window."""
+    """The adapter, over stand-ins for both versions of the library."""
 
     @pytest.fixture
-    def flash_attn(self, monkeypatch):
-        module = types.ModuleType("flash_attn")
-        module.calls = []
-
-        def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size):
-            module.calls.append((q, k, v, window_size))
-            assert causal and window_size[1] == 0 and k.shape[2] == v.shape[2]
-            spread = lambda x: x.repeat_interleave(q.shape[2] // x.shape[2], dim=2)
-            return reference.shared_key_attention(
-                *(q, spread(k), spread(v)),
-                window_size=None if window_size[0] < 0 else window_size[0] + 1,
-                scale=softmax_scale,
-            )
-
-        def flash_attn_varlen_func(q, k, v, q_bounds, k_bounds, q_most, k_most, **options):
-            assert (q_most, k_most) == (q.shape[0], k.shape[0])
-            outputs = []
-            for n in range(len(q_bounds) - 1):
-                mine, keys = (slice(*x[n : n + 2].tolist()) for x in (q_bounds, k_bounds))
-                if mine.start < mine.stop:
-                    row = (x[None] for x in (q[mine], k[keys], v[keys]))
-                    outputs.append(flash_attn_func(*row, **options)[0])
-            return torch.cat(outputs)
-
-        module.flash_attn_func = flash_attn_func
-        module.flash_attn_varlen_func = flash_attn_varlen_func
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
+    def install(self, monkeypatch):
+        """Makes these versions the installed ones, on a device of this compute capability."""
         home = "rodimus_kernels.shared_key_attention.flash"
-        monkeypatch.delitem(sys.modules, home, raising=False)
-        yield module
+
+        def install(*versions, major=9):
+            found = {version: FlashLibrary(version) for version in versions}
+            # version 4 alone is a folder flash_attn without functions
+            package = found.get(2) or (types.ModuleType("flash_attn") if found else None)
+            monkeypatch.setitem(sys.modules, "flash_attn", package)
+            monkeypatch.setitem(sys.modules, "flash_attn.cute", found.get(4))
+            monkeypatch.delitem(sys.modules, home, raising=False)
+            if found:
+                flash = importlib.import_module(home)
+                monkeypatch.setattr(flash, "_capability", lambda device: major)
+            return found
+
+        yield install
         sys.modules.pop(home, None)
 
     @pytest.mark.parametrize(
         "case",
         [
             Case(),
+            Case(window=1),
             Case(window=None),
             Case(queries=5),
+            Case(queries=21, window=None),
             Case(heads=6, key_heads=3, value_heads=2),
+            Case(value_heads=1),
             packed(9, 0, 28),
+            packed(1, 1, 1, 40, window=None),
             Case(1, 21, 53, documents=(10, 5, 20, 0, 18)),
+            Case(1, 21, 53, window=8, documents=(10, 5, 20, 18)),
         ],
         ids=str,
     )
-    def test_matches_the_definition(self, flash_attn, case):
+    @pytest.mark.parametrize("version", [2, 4])
+    def test_matches_the_definition(self, install, version, case):
+        library = install(version)[version]
         tensors, cu_seqlens = dataclasses.replace(case, dtype=torch.float16).inputs()
+        options = {"window_size": case.window, "scale": 0.3, "cu_seqlens": cu_seqlens}
+        actual = run(shared_key_attention, *tensors, impl="flash", **options)
+        assert len(library.calls) == 1 and actual["o"].shape == tensors[3].shape
+        # the stand-in computes in float32 and rounds to float16 what it returns
+        assert_close(actual, truth(tensors, **options), 1e-3)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize(
+        "case",
+        [
+            Case(2, 300, 300, 4, 1, 4, 128, 128, window=130),
+            Case(1, 70, 300, 4, 1, 4, 128, 128, window=None),
+            packed(90, 0, 210, window=130, dim=64, value_dim=64),
+            Case(1, 90, 300, 4, 1, 4, 128, 128, window=130, documents=(100, 60, 0, 140)),
+        ],
+        ids=str,
+    )
+    def test_the_installed_library_matches_the_definition(self, case, device):
+        tensors, cu_seqlens = dataclasses.replace(case, dtype=torch.bfloat16).inputs(device)
         options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
-        o = shared_key_attention(*tensors[:3], impl="flash", **options)
-        assert relative_error(o, truth(tensors, **options)["o"]) < 1e-3
+        try:
+            actual = run(shared_key_attention, *tensors, impl="flash", **options)
+        except ImportError as error:
+            pytest.skip(str(error))
+        assert_close(actual, truth(tensors, **options), 1e-2)
 
-    def test_one_key_head_is_expanded_without_a_copy(self, flash_attn):
+    @pytest.mark.parametrize("version", [2, 4])
+    def test_one_key_head_is_expanded_without_a_copy(self, install, version):
+        library = install(version)[version]
+        q, k, v = (x.half() for x in packed(9, 28).inputs()[0][:3])
+        for cu_seqlens in (None, boundaries((9, 28))):
+            shared_key_attention(q, k, v, cu_seqlens=cu_seqlens, impl="flash")
+            given = library.calls[-1]["k"]
+            assert given.shape[-2] == q.shape[2] and given.stride(-2) == 0
+            assert given.data_ptr() == k.data_ptr()
+
+    @pytest.mark.parametrize("version", [2, 4])
+    def test_boundaries_of_any_integer_and_stride(self, install, version):
+        install(version)
+        q, k, v = (x.half() for x in packed(9, 28).inputs()[0][:3])
+        bounds = torch.tensor([[0, 1], [9, 1], [37, 1]], dtype=torch.int32)[:, 0]
+        expected = shared_key_attention(q, k, v, cu_seqlens=bounds.clone(), impl="flash")
+        for given in (bounds, bounds.long()):
+            o = shared_key_attention(q, k, v, cu_seqlens=given, impl="flash")
+            assert torch.equal(o, expected)
+
+    @pytest.mark.parametrize(
+        ("versions", "major", "dim", "expected"),
+        [
+            ((2, 4), 9, 128, 4),
+            ((2, 4), 9, 256, 4),
+            ((2, 4), 9, 264, 2),
+            ((2, 4), 9, 20, 2),
+            ((2, 4), 10, 128, 4),
+            # no window in the backward pass
+            ((2, 4), 10, 256, 2),
+            ((2, 4), 11, 64, 4),
+            ((2, 4), 8, 128, 2),
+            ((2, 4), 12, 128, 2),
+            ((2, 4), 0, 128, 2),
+            ((2,), 9, 128, 2),
+            ((4,), 9, 128, 4),
+        ],
+    )
+    def test_version_4_where_it_takes_the_device_and_the_head(
+        self, install, versions, major, dim, expected
+    ):
+        found = install(*versions, major=major)
+        case = Case(1, 3, 3, 2, 1, 2, dim, dim, dtype=torch.bfloat16)
+        shared_key_attention(*case.inputs()[0][:3], impl="flash")
+        called = [version for version, library in found.items() if library.calls]
+        assert called == [expected]
+
+    @pytest.mark.parametrize(
+        ("major", "where"), [(8, "compute capability 8"), (0, "no GPU")], ids=str
+    )
+    def test_version_4_alone_says_what_it_does_not_take(self, install, major, where):
+        install(4, major=major)
         q, k, v = (x.half() for x in Case().inputs()[0][:3])
-        shared_key_attention(q, k, v, impl="flash")
-        given = flash_attn.calls[0][1]
-        assert given.shape[2] == q.shape[2] and given.stride(2) == 0
-        assert given.data_ptr() == k.data_ptr()
+        message = f"flash-attn 4 does not take D = 16 on {where}.*flash-attn for version 2"
+        with pytest.raises(ImportError, match=message):
+            shared_key_attention(q, k, v, impl="flash")
 
-    def test_messages(self, flash_attn):
+    def test_messages(self, install):
+        install(2)
         q, k, v = Case(value_dim=8).inputs()[0][:3]
         with pytest.raises(ValueError, match="expected float16 or bfloat16 and D = Dv, got"):
             shared_key_attention(q, k, v, impl="flash")
 
-    def test_absence_is_said(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "flash_attn", None)
-        monkeypatch.delitem(
-            sys.modules, "rodimus_kernels.shared_key_attention.flash", raising=False
-        )
+    def test_absence_is_said(self, install):
+        install()
         q, k, v = (x.half() for x in Case().inputs()[0][:3])
-        with pytest.raises(ImportError, match=r"\(impl='flash'\) cannot be loaded.*flash_attn"):
+        message = (
+            r"\(impl='flash'\) cannot be loaded.*flash_attn is not installed"
+            r" \(pip install flash-attn-4, or flash-attn for version 2"
+        )
+        with pytest.raises(ImportError, match=message):
             shared_key_attention(q, k, v, impl="flash")
 
 

@@ -1,16 +1,34 @@
-"""Sliding-window shared-key attention through flash-attn, where that is installed.
+"""Sliding-window shared-key attention through flash-attn, where that is installed: version 4
+(``flash_attn.cute``) on the GPUs and heads it has both passes for, else version 2 (``flash_attn``).
 
-flash-attn wants as many key as value heads: one key head is expanded with stride 0, never copied.
+Both want as many key as value heads: one key head is expanded with stride 0, never copied.
 """
+
+import importlib
 
 import torch
 
 from .heads import expand_heads
 
-try:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-except ImportError as error:
-    raise ImportError("flash_attn is not installed (pip install flash-attn)") from error
+_missing = []
+
+
+def _import(name):
+    try:
+        module = importlib.import_module(name)
+        # version 4 alone leaves flash_attn a folder without functions
+        if not hasattr(module, "flash_attn_varlen_func"):
+            raise ImportError(f"{name} has no flash_attn_varlen_func")
+    except ImportError as error:
+        _missing.append(str(error))
+        return None
+    return module
+
+
+_version_4, _version_2 = _import("flash_attn.cute"), _import("flash_attn")
+_HELP = f"pip install flash-attn-4, or flash-attn for version 2: {'; '.join(_missing)}"
+if _version_4 is None and _version_2 is None:
+    raise ImportError(f"flash_attn is not installed ({_HELP})")
 
 
 def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
@@ -19,27 +37,50 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
 
     Raises:
         ValueError: v is not float16 or bfloat16, or D and Dv differ.
+        ImportError: version 4 does not take this head on this device, and version 2 is not there.
     """
     if v.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
         raise ValueError(
             "shared_key_attention(impl='flash'): expected float16 or bfloat16 and D = Dv,"
             f" got {v.dtype}, D = {q.shape[-1]}, Dv = {v.shape[-1]}"
         )
+    library = _choose(_capability(v.device), v.shape[-1])
     length, heads, keys = *q.shape[1:3], k.shape[1]
     q, k = q.to(v.dtype), k.to(v.dtype)
     # flash-attn gives query head i the key head i // (H / Hk): all H are spelled out
     k, v = (expand_heads(x, heads).transpose(1, 2) for x in (k, v))
-    # it counts the keys before the query, and -1 is all of them
-    window = (-1 if window_size is None else window_size - 1, 0)
+    # it counts the keys before the query; all of them are None in version 4 and -1 in version 2
+    every = None if library is _version_4 else -1
+    window = (every if window_size is None else window_size - 1, 0)
     options = {"softmax_scale": scale, "causal": True, "window_size": window}
     if cu_seqlens is None:
-        return flash_attn_func(q, k, v, **options)
-    bounds = cu_seqlens.to(torch.int32)
+        return _output(library.flash_attn_func(q, k, v, **options))
+    bounds = cu_seqlens.to(torch.int32).contiguous()
     # the queries are the last of the keys: of a document that ends before them there is none
-    q_bounds = (bounds - (keys - length)).clamp_min(0)
-    # the longest document is not known on the host; all tokens bound it
-    o = flash_attn_varlen_func(
-        *(q[0], k[0], v[0], q_bounds, bounds, length, keys),
-        **options,
-    )
-    return o[None]
+    options["cu_seqlens_q"] = (bounds - (keys - length)).clamp_min(0)
+    options["cu_seqlens_k"] = bounds
+    if library is _version_2:
+        # the longest document is not known on the host; all tokens bound it, as version 4 assumes
+        options.update(max_seqlen_q=length, max_seqlen_k=keys)
+    return _output(library.flash_attn_varlen_func(q[0], k[0], v[0], **options))[None]
+
+
+def _output(result):
+    """Version 4 returns ``(o, lse)``, version 2 o alone."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def _capability(device):
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
+def _choose(major, dim):
+    """The library for a device of this compute capability and heads of ``dim`` channels. Version 4
+    has 256 channels on Blackwell too, but no window in their backward pass."""
+    most = {9: 256, 10: 128, 11: 128}.get(major, 0)
+    if _version_4 is not None and dim <= most and dim % 8 == 0:
+        return _version_4
+    if _version_2 is None:
+        where = f"compute capability {major}" if major else "no GPU"
+        raise ImportError(f"flash-attn 4 does not take D = {dim} on {where} ({_HELP})")
+    return _version_2
