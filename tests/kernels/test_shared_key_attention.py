@@ -2,7 +2,7 @@
 definition in float64, values and gradients."""
 
 import dataclasses
-import importlib
+import importlib.metadata
 import inspect
 import math
 import sys
@@ -401,7 +401,7 @@ class FlashLibrary(types.ModuleType):
     """A stand-in for flash-attn on the CPU: the parameters of the version in their order, its
     window, its heads (i // n), its output; what a call does not know is a TypeError."""
 
-    # flash_attn 2.8 and flash-attn-4 4.0.0b36
+    # flash-attn 2.8.3 and flash-attn-4 4.0.0b36
     DENSE: typing.ClassVar = {
         2: "q k v dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic"
         " return_attn_probs",
@@ -497,8 +497,16 @@ class TestFlash:
             found = {version: FlashLibrary(version) for version in versions}
             # version 4 alone is a folder flash_attn without functions
             package = found.get(2) or (types.ModuleType("flash_attn") if found else None)
+            # version 2 brings a flash_attn.cute of its own, without what is asked of version 4
+            cute = found.get(4) or (types.ModuleType("flash_attn.cute") if found else None)
             monkeypatch.setitem(sys.modules, "flash_attn", package)
-            monkeypatch.setitem(sys.modules, "flash_attn.cute", found.get(4))
+            monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+
+            def version(name):
+                if {"flash-attn": 2, "flash-attn-4": 4}[name] not in found:
+                    raise importlib.metadata.PackageNotFoundError(name)
+
+            monkeypatch.setattr(importlib.metadata, "version", version)
             monkeypatch.delitem(sys.modules, home, raising=False)
             if found:
                 flash = importlib.import_module(home)

@@ -4,7 +4,7 @@
 Both want as many key as value heads: one key head is expanded with stride 0, never copied.
 """
 
-import importlib
+import importlib.metadata
 
 import torch
 
@@ -13,19 +13,19 @@ from .heads import expand_heads
 _missing = []
 
 
-def _import(name):
+def _import(name, distribution):
+    """The module of this distribution, or None: flash-attn 2 brings an early flash_attn.cute, which
+    has other parameters, and flash-attn 4 alone leaves flash_attn a folder without functions."""
     try:
-        module = importlib.import_module(name)
-        # version 4 alone leaves flash_attn a folder without functions
-        if not hasattr(module, "flash_attn_varlen_func"):
-            raise ImportError(f"{name} has no flash_attn_varlen_func")
+        importlib.metadata.version(distribution)
+        return importlib.import_module(name)
     except ImportError as error:
         _missing.append(str(error))
         return None
-    return module
 
 
-_version_4, _version_2 = _import("flash_attn.cute"), _import("flash_attn")
+_version_4 = _import("flash_attn.cute", "flash-attn-4")
+_version_2 = _import("flash_attn", "flash-attn")
 _HELP = f"pip install flash-attn-4, or flash-attn for version 2: {'; '.join(_missing)}"
 if _version_4 is None and _version_2 is None:
     raise ImportError(f"flash_attn is not installed ({_HELP})")
