@@ -228,7 +228,8 @@ KERNELS = {
     "walk-states": Kernel(triton_chunk, "walk_tile", _WALK, partial(_ddts, "walk-states")),
     # width, warps, stages: wide tiles need fewer products, narrow ones load further ahead
     "products": Kernel(
-        *(triton_chunk, "products_tile", "64x4x3 128x4x2 128x8x3"), partial(_ddts, "products")
+        *(triton_chunk, "products_tile", "128x4x2 64x4x3 32x4x3 128x8x3"),
+        partial(_ddts, "products"),
     ),
     # width of K, warps; 32 channels on 16 warps ended in an illegal access on an H200
     "gate": Kernel(triton_chunk, "gate_tile", "16x4x1 32x8x1", partial(_ddts, "gate")),

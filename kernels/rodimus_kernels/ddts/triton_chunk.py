@@ -50,7 +50,7 @@ def prepare_tile(key_dim: int, dtype: torch.dtype) -> Tile:
     leave room for a second program: 45 us against 55 us on eight (H200, B = 8, T = 4096, K = 64).
     """
     if dtype == torch.bfloat16:
-        return Tile(min(key_dim, 64), 4, 1)
+        return Tile(min(key_dim, 64), 4 if key_dim <= 64 else 8, 1)
     return Tile(min(key_dim, 32), 8, 1)
 
 
@@ -80,20 +80,23 @@ def walk_tile(
     return Tile(width, warps, stages)
 
 
-def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype) -> Tile:
+def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """Accumulators are C * C + 2 C * K fp32; V streams through shared memory. For K = 64 on an H200
-    (B = 8, T = 4096, V = 4096) 208 us with 128 columns and two stages, 225 with 64 and three."""
+    (B = 8, T = 4096, V = 4096) 208 us with 128 columns and two stages, 225 with 64 and three;
+    before sm_90 more than 32 columns spill registers in Triton 3.6."""
     if dtype == torch.float32:
         return Tile(16, 8, 3)
-    if key_dim <= 64:
-        width = divisor_tile(value_dim, 128)
-        return Tile(width, 4, 2 if width == 128 else 3)
-    return Tile(divisor_tile(value_dim, 64), 8, 3)
+    if key_dim > 64:
+        return Tile(divisor_tile(value_dim, 64), 8, 3)
+    width = divisor_tile(value_dim, 128 if arch >= 90 else 32)
+    return Tile(width, 4, 2 if width == 128 else 3)
 
 
-def gate_tile(key_dim: int) -> Tile:
-    """Slices of K: six ``[C, width]`` fp32 values live across the levels."""
-    return Tile(min(key_dim, 16), 4, 1)
+def gate_tile(key_dim: int, dtype: torch.dtype) -> Tile:
+    """Slices of K: seven ``[C, width]`` fp32 values and dA live across the levels. The parts of
+    three products take more registers than four warps have; eight keep 176 bytes of stack on sm_90
+    and none to speak of elsewhere."""
+    return Tile(min(key_dim, 16), 8 if dtype == torch.float32 else 4, 1)
 
 
 def forward(
@@ -466,7 +469,8 @@ class _Products(NamedTuple):
 def _products(v, do, states, dstates, columns, normalised):
     """``normalised``: the tiles of prepare, where a gradient of normalised keys is wanted."""
     heads, value_dim, key_dim = states.shape[0], states.shape[2], states.shape[3]
-    slots, tile = heads * columns.count, products_tile(key_dim, value_dim, states.dtype)
+    tile = products_tile(key_dim, value_dim, states.dtype, capability(v))
+    slots = heads * columns.count
     block, square = min(key_dim, 128), (TRITON_CHUNK, key_dim)
     shapes = [(TRITON_CHUNK, TRITON_CHUNK), square, square, (key_dim,)]
     shapes += [] if normalised is None else [(key_dim // block, TRITON_CHUNK)]
@@ -494,7 +498,7 @@ def _gate(keys, v, columns, products):
     """``(dq, dk, dg, dtemper or None)`` from the products."""
     heads, key_dim = keys.q.shape[2:]
     new = lambda x: None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grads, tile = [new(x) for x in keys[:4]], gate_tile(key_dim)
+    grads, tile = [new(x) for x in keys[:4]], gate_tile(key_dim, v.dtype)
     ddts_chunk_gate_kernel[(columns.count, heads, key_dim // tile.width)](
         *(*keys[:4], keys.resets, columns.starts, columns.ends, *products, *grads),
         *(keys.scale, keys.eps, keys.q.shape[1], columns.per_row, *_key_strides(keys)),
