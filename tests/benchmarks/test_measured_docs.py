@@ -232,8 +232,46 @@ def train_kernels():
         yield line(name, str(kernel["launches"]), time, f"{kernel['share']:.1%}")
 
 
-# by document
+LATENCY_MODELS = (
+    *("rodimus-plus-1.6b/engine", "rodimus-1.4b/engine"),
+    *("qwen2-1.5b/graph", "rwkv6-1.6b/graph"),
+)
+
+
+def readme_latency():
+    for context in ("t1024", "t4096", "t32768", "t131072"):
+        name = f"decode-b1-{context}-bfloat16"
+        rows, count = measured(name), record(name)["settings"]["steps"]
+        times = (f"{rows[model]['median_ms'] / count:.2f}" for model in LATENCY_MODELS)
+        yield line(tokens_of(context), *times)
+
+
+def readme_throughput():
+    for batch, context in DECODE[4:]:
+        rows = measured(f"decode-{batch}-{context}-bfloat16")
+        rates = (f"{rows[model]['tokens_per_s']:,.0f}" for model in LATENCY_MODELS)
+        yield line(f"{batch[1:]}, {tokens_of(context)}", *rates)
+
+
+def readme_operators():
+    peers = {
+        "ddts": ("DDTS", "ddts/triton_chunk", "chunk_gla/fla", "-v4096"),
+        "attention": ("shared-key attention", "triton/expanded", "flex/expanded", ""),
+    }
+    notes = {
+        "ddts": ", `chunk_gla` of flash-linear-attention",
+        "attention": ", FlexAttention, key expanded without a copy",
+    }
+    for group, (title, ours, peer, case) in peers.items():
+        for what, passes in PASSES.items():
+            rows = measured(f"{group}-{what}-b8-t4096-bfloat16{case}")
+            theirs = us(rows[peer]["median_ms"]) + notes.pop(group, "")
+            yield line(f"{title}, {passes}", us(rows[ours]["median_ms"]), theirs)
+
+
+# by document, from docs/
 TABLES = {
+    "../README.md": (readme_latency, readme_throughput, readme_operators),
     "kernels/ddts.md": (ddts, ddts_targets, surroundings),
     "kernels/shared_key_attention.md": (attention_targets, attention, attention_bytes),
     "kernels/decode.md": (decode, steps),
@@ -241,6 +279,7 @@ TABLES = {
     "training.md": (train, train_kernels),
 }
 SOURCES = {
+    "../README.md": (),
     "kernels/ddts.md": ("ddts-forward", "ddts-training", "ddts-surroundings"),
     "kernels/shared_key_attention.md": (
         *("attention-forward", "attention-training", "attention-decode"),
@@ -306,6 +345,37 @@ def test_machine_date_and_versions_stand_with_the_tables(document):
             said = f"{one['machine']['name']}, {one['date'][:10]}, torch {versions['torch']},"
             said += f" Triton {versions['triton']}"
             assert said in flat(document), f"{path.name}: expected {said!r}"
+
+
+def test_what_the_readme_says_follows_from_the_records():
+    text = flat("../README.md")
+    latency = [
+        {
+            model: measured(f"decode-b1-{context}-bfloat16")[model]["median_ms"]
+            / record(f"decode-b1-{context}-bfloat16")["settings"]["steps"]
+            for model in LATENCY_MODELS
+        }
+        for context in ("t4096", "t131072")
+    ]
+    plus, plain, qwen, rwkv = LATENCY_MODELS
+    both = [" / ".join(f"{x[model]:.2f}" for x in latency) for model in (plain, plus)]
+    assert line("ms a token, batch 1, 4,096 tokens of context / 131,072", *both) in text
+    assert f"at 4,096 | | {latency[0][qwen]:.2f} / {latency[0][rwkv]:.2f} |" in text
+    rows = measured("train-b4-t4096-bfloat16")
+    rates = [
+        f"{rows[f'{name}/dynamic']['tokens_per_s']:,.0f}"
+        for name in ("rodimus-1.4b", "rodimus-plus-1.6b")
+    ]
+    assert line("tokens/s of a training step, 4 rows of 4,096", *rates) in text
+    row = training_row()
+    assert (
+        f"A training step reaches {row['TFLOPs']:.0f} TFLOP/s, {row['share_of_gemm']:.0%}".replace(
+            "%", " %"
+        )
+        in text
+    )
+    floor = measured("decode-b1-t4096-bfloat16")[plus]["floor_ms"] / 8
+    assert f"Reading the weights and the window once takes {floor:.2f} ms" in text
 
 
 def test_what_is_said_of_attention_follows_from_the_records():
