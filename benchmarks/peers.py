@@ -645,8 +645,19 @@ def _require(found: Entry, device: torch.device) -> None:
 
 
 def _require_package(module: str, distribution: str) -> None:
-    if importlib.util.find_spec(module) is None:
+    if not is_installed(module):
         raise Unavailable(f"{distribution} is not installed")
+
+
+def is_installed(module: str) -> bool:
+    """Whether there is a package of that name, and not just a folder that others put things into,
+    as flash-attn 4 alone leaves ``flash_attn``."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        # of a parent
+        return False
+    return found is not None and found.origin is not None
 
 
 def random_tokens(batch: int, length: int, model: Model, seed: int = 0) -> torch.Tensor:

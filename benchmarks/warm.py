@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from .peers import is_installed
 
 TRIAL_MS = {"warmup": 5, "rep": 25}
 """Time of one configuration while it is chosen: Triton's 125 ms would add a minute to the run."""
@@ -98,9 +99,9 @@ def operator_jobs() -> Iterator[Job]:
             for share in range(8):
                 yield Job("chunk_gla", str(index), share, 8)
     for index, (what, *_) in enumerate(bench_attention.POINTS["cuda"]):
-        found = importlib.util.find_spec("flash_attn")
-        peers = ("flex", *(("flash",) if found else ())) if what != "decode" else ()
-        for impl in ("triton", *peers):
+        flash = is_installed("flash_attn") or is_installed("flash_attn.cute")
+        others = ("flex", *(("flash",) if flash else ())) if what != "decode" else ()
+        for impl in ("triton", *others):
             yield Job("attention", f"{index},{impl}")
 
 

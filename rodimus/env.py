@@ -27,6 +27,7 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 OPTIONAL = {
     "triton": "GPU kernels",
     "flash-attn": "shared_key_attention(impl='flash') on a GPU",
+    "flash-attn-4": "the same on Hopper and Blackwell",
     "uvicorn": "rodimus serve, with starlette",
     "matplotlib": "the loss curve as a picture",
     "rich": "the progress display of training",

@@ -107,6 +107,14 @@ def test_what_cannot_run_here_says_why():
         peers.load("gpt-5", "tiny", torch.float32, CPU)
 
 
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "flash_thing/cute").mkdir(parents=True)
+    (tmp_path / "flash_thing/cute/__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not peers.is_installed("flash_thing") and peers.is_installed("flash_thing.cute")
+    assert not peers.is_installed("no_such.thing") and peers.is_installed("torch")
+
+
 def test_a_model_that_does_not_fit_is_not_built(monkeypatch):
     monkeypatch.setattr(machine, "memory_bytes", lambda device: 10**9)
     with pytest.raises(peers.Unavailable, match=r"needs 3\.4 GB, 1\.0 GB are free"):
