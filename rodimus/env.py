@@ -113,7 +113,7 @@ def cases(device: torch.device) -> dict[str, partial]:
     mixer |= {"residual_weight": weight, "norm_weight": weight}
     keys, gates = zeros(2 * K, V), zeros(2 * K)
     block = ops.BlockWeights(
-        *(one[0], zeros(2 * V, K), taps, weight, keys, keys, keys.T, weight),
+        *(one[0], zeros(2 * V, K), taps, weight, keys, keys, zeros(V, 2 * K), weight),
         *(keys, gates, weight, weight, zeros(K, V)),
     )
     calls = [

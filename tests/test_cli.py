@@ -243,6 +243,11 @@ def test_env_names_versions_and_every_operator(capsys):
     assert "[reference" in text
 
 
+def test_env_calls_every_operator_as_it_wants_to_be():
+    for name, call in env.cases(torch.device("cpu")).items():
+        assert not env.observe(call).startswith("fails"), name
+
+
 def test_env_tests_every_public_operator():
     import rodimus_kernels
 
