@@ -1,4 +1,4 @@
-// What a block step needs to know of its arguments, the same for CPU and CUDA.
+// Arguments and workspace of a block step, the same for CPU and CUDA.
 #pragma once
 
 #include <vector>
@@ -21,6 +21,35 @@ inline Rows columns(const Rows& x, int64_t first) {
   part.data = static_cast<char*>(x.data) + first * size;
   return part;
 }
+
+// Intermediate results, carved out of one allocation of float32; each starts on a line.
+class Workspace {
+ public:
+  // Rows are of `type`, that of the activations, where rows() is not told another.
+  Workspace(const Tensor& like, int64_t rows, Type type, int64_t floats)
+      : rows_(rows), type_(type), memory_(output_like(like, {floats}, ScalarType::Float)),
+        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
+
+  Rows rows(int64_t columns) { return rows(columns, type_); }
+  Rows rows(int64_t columns, Type type) { return {floats(rows_ * columns), type, columns}; }
+
+  float* floats(int64_t count) {
+    float* here = next_;
+    next_ += (count + kLine - 1) / kLine * kLine;
+    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
+    return here;
+  }
+
+  // What `results` intermediate results take at most beyond their own numbers.
+  static constexpr int64_t padding(int64_t results) { return results * kLine; }
+
+ private:
+  static constexpr int64_t kLine = 32;
+  int64_t rows_;
+  Type type_;
+  Tensor memory_;
+  float *next_, *end_;
+};
 
 // Rotary tables and ring of a block with attention.
 struct Window {

@@ -7,31 +7,6 @@
 namespace rodimus {
 namespace {
 
-// Rows of intermediate results, carved out of one allocation.
-class Workspace {
- public:
-  Workspace(const Tensor& like, int64_t rows, Type type, int64_t floats)
-      : rows_(rows), type_(type), memory_(output_like(like, {floats}, ScalarType::Float)),
-        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
-
-  // [rows, columns] in the activations' element type, or float32. A line apart from its neighbours.
-  Rows rows(int64_t columns) { return {floats(rows_ * columns), type_, columns}; }
-  Rows wide_rows(int64_t columns) { return {floats(rows_ * columns), Type::kFloat32, columns}; }
-
-  float* floats(int64_t count) {
-    float* here = next_;
-    next_ += (count + 15) / 16 * 16;
-    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
-    return here;
-  }
-
- private:
-  int64_t rows_;
-  Type type_;
-  Tensor memory_;
-  float *next_, *end_;
-};
-
 struct Block {
   const std::vector<Tensor>& weights;
   const Tensor& stream;
@@ -88,7 +63,8 @@ struct Block {
     parallel_for(0, batch * blocks(inner), grain(conv.width * kBlock),
                  [&](int64_t begin, int64_t end) { table.conv_step(conv, begin, end); });
 
-    Rows query_key = work.rows(2 * keys), hidden = work.rows(rank), gates = work.wide_rows(2 * keys);
+    Rows query_key = work.rows(2 * keys), gates = work.rows(2 * keys, Type::kFloat32);
+    Rows hidden = work.rows(rank);
     // the gates' bias is added in float32: decays near 1 do not survive bfloat16
     run({linear(shifted, kQueryKey, query_key), linear(shifted, kMemGate, gates, weight(kMemBias))});
     run({linear(expanded, kGateIn, hidden)});
@@ -179,7 +155,7 @@ int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t widt
     // at most two numbers a head beside each part of the values
     columns += splits * 3 * heads + 2 * w[kFfnIn].size(0);
   }
-  return batch * columns + 32 * 16;
+  return batch * columns + Workspace::padding(32);
 }
 
 Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
@@ -205,8 +181,7 @@ Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, cons
     block.norm(branch, kAttnNorm, normed, start, sum);
     Rows attended = block.attention(normed, *window);
     // the sum with what was attended reaches the MLP alone
-    Rows inside = block.work.wide_rows(width);
-    inside.type = sum.type;
+    Rows inside = block.work.rows(width, sum.type);
     block.norm(attended, kFfnNorm, normed, sum, inside);
     branch = block.mlp(normed), start = sum;
   }

@@ -6,30 +6,6 @@
 namespace rodimus {
 namespace {
 
-// Intermediate results, carved out of one allocation; each starts on a line.
-class Workspace {
- public:
-  Workspace(const Tensor& like, int64_t rows, int64_t floats)
-      : rows_(rows), memory_(output_like(like, {floats}, ScalarType::Float)),
-        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
-
-  Rows rows(int64_t columns, Type type = Type::kBFloat16) {
-    return {floats(rows_ * columns), type, columns};
-  }
-
-  float* floats(int64_t count) {
-    float* here = next_;
-    next_ += (count + 31) / 32 * 32;
-    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
-    return here;
-  }
-
- private:
-  int64_t rows_;
-  Tensor memory_;
-  float *next_, *end_;
-};
-
 // The residual stream, and for the norm that follows what whoever wrote it has left: its product
 // with the weight, and sums of squares.
 struct Stream {
@@ -182,7 +158,7 @@ int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t widt
   if (w.size() == kCount)
     columns += 2 * w[kQuery].size(0) + w[kKey].size(0) + w[kValue].size(0) + 4 * width +
                w[kFfnIn].size(0);
-  return batch * columns + 32 * 32;
+  return batch * columns + Workspace::padding(32);
 }
 
 Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
@@ -204,7 +180,8 @@ Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, cons
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   on_stream(stream, [&](cudaStream_t queue) {
     Block block{weights, stream, batch, width, static_cast<float>(key_eps),
-                static_cast<float>(norm_eps), Workspace(stream, batch, floats), queue};
+                static_cast<float>(norm_eps),
+                Workspace(stream, batch, Type::kBFloat16, floats), queue};
     Stream start{rows_of("stream", stream, stream)};
     Rows sum = output_rows(result);
     StepLinear branch = block.mixer(start, taps, state);
