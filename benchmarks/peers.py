@@ -217,8 +217,7 @@ class HuggingFaceSession(Session):
         whole = self.engine == "own" and self.owner.family == "rodimus_plus"
         prompt = context if whole else min(context, 8)
         self.prefill(random_tokens(self.batch, prompt, self.owner))
-        for layer in self.cache.layers if context > prompt else ():
-            _extend(layer, context - prompt)
+        _extend(self.cache, context - prompt)
 
     def state_bytes(self) -> StateBytes:
         recurrent = cached = 0
@@ -239,6 +238,8 @@ def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for tensor in getattr(layer, kind, {}).values()
     ]
     keys = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
+    if hasattr(layer, "read") and layer.ring is not None:
+        keys = [layer.ring]
     # flash-linear-attention's names
     for kind, found in (getattr(layer, "state", None) or {}).items():
         several = found if isinstance(found, (tuple, list)) else [found]
@@ -251,18 +252,26 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _extend(layer: Any, tokens: int) -> None:
-    """Append random keys and values to a cache layer, or count tokens where there are none."""
-    if getattr(layer, "keys", None) is None:
-        # the state of a recurrent layer is as long after 8 tokens as after 8000
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length += tokens
+def _extend(cache: Any, tokens: int) -> None:
+    """Append random keys and values to a cache, or count tokens where there are none."""
+    if not tokens:
         return
-    keys, values = (
-        torch.randn(*x.shape[:2], tokens, x.shape[-1], dtype=x.dtype, device=x.device)
-        for x in (layer.keys, layer.values)
-    )
-    layer.update(keys, values)
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            keys, values = (
+                torch.randn(*x.shape[:2], tokens, x.shape[-1], dtype=x.dtype, device=x.device)
+                for x in (layer.keys, layer.values)
+            )
+            layer.update(keys, values)
+        elif hasattr(layer, "read"):
+            # our static layers: one count for all, and a ring that is as long from the start
+            if layer.ring is not None:
+                layer.ring.normal_()
+            if layer is layer.read.owner:
+                layer.read.count(tokens, tokens)
+        elif hasattr(layer, "cumulative_length"):
+            # the state of a recurrent layer is as long after 8 tokens as after 8000
+            layer.cumulative_length += tokens
 
 
 class EngineSession(HuggingFaceSession):
@@ -299,8 +308,7 @@ class EngineSession(HuggingFaceSession):
     def fill(self, context: int) -> None:
         prompt = min(context, 8)
         super().prefill(random_tokens(1, prompt, self.owner))
-        for layer in self.cache.layers if context > prompt else ():
-            _extend(layer, context - prompt)
+        _extend(self.cache, context - prompt)
         for slot in range(self.batch):
             self._enter(slot, context)
 
@@ -341,11 +349,6 @@ class GraphSession(Session):
         self.graph.replay()
 
     def _record(self) -> torch.cuda.CUDAGraph:
-        if any(getattr(layer, "is_sliding", False) for layer in self.session.cache.layers):
-            raise Unavailable(
-                "transformers' static window counts its tokens on the host: a recorded step would"
-                " repeat its position"
-            )
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticCache,
 )
@@ -60,6 +61,7 @@ try:
         rms_norm,
         rope,
         rope_tables,
+        shared_key_attention_step,
         short_conv,
         swiglu,
     )
@@ -75,6 +77,7 @@ except ImportError:
         rms_norm,
         rope,
         rope_tables,
+        shared_key_attention_step,
         short_conv,
         swiglu,
     )
@@ -84,6 +87,9 @@ except ImportError:
 
 # A log-decay that erases the state: set at the first token of a packed document.
 _RESET = -1e30
+
+# A static window has a multiple of this many places: whole tiles for the attention kernels.
+_RING_TILE = 64
 
 # A pre-activation of the selection gate at which a token neither writes to the state nor decays it.
 _CLOSED = -1e30
@@ -194,12 +200,9 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
     """Cache of a Rodimus block: convolution taps, state, and how many tokens they hold.
 
     transformers' linear layer does not count tokens, so ``generate`` cannot ask a cache of such
-    layers for its length. The count is a Python integer, and a tensor in a static cache, where an
-    integer would recompile every step.
-    """
+    layers for its length."""
 
     is_sliding = False
-    counts_in_tensor = False
 
     def __init__(self, number_of_states: int = 1):
         CacheLayerMixin.__init__(self)
@@ -208,11 +211,6 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
         self.cumulative_length = 0
 
     def update_conv_state(self, conv_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if self.counts_in_tensor and isinstance(self.cumulative_length, int):
-            count = torch.zeros((), dtype=torch.long, device=conv_states.device)
-            self.cumulative_length = count + self.cumulative_length
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.cumulative_length)
         self.cumulative_length += conv_states.shape[-1]
         return super().update_conv_state(conv_states, *args, **kwargs)
 
@@ -243,6 +241,164 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
         self.cumulative_length = 0
 
 
+class _TokensRead:
+    """How much a static cache has read: int64 on the device, where a recorded or compiled step
+    counts too. One for all layers; the model counts, after the last block.
+
+    Attributes:
+        places: 0-dimensional; places of a row, padding included. None before the first.
+        tokens: ``[B]``; those of them that are tokens.
+        owner: The layer that reorders and crops them.
+    """
+
+    places = tokens = owner = None
+
+    def start(self, batch: int, device: torch.device) -> None:
+        """Make both, zero, unless they are there."""
+        if self.tokens is None:
+            self.places = torch.zeros((), dtype=torch.long, device=device)
+            self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.places)
+                torch._dynamo.mark_static_address(self.tokens)
+
+    def count(self, places: int, tokens: torch.Tensor | int) -> None:
+        self.places += places
+        self.tokens += tokens
+
+    def reset(self) -> None:
+        if self.tokens is not None:
+            self.places.zero_()
+            self.tokens.zero_()
+
+
+class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMixin):
+    """Layer of a static cache, for steps that a CUDA graph or a compiler records: nothing in a step
+    depends on a number of the host, and no tensor is replaced.
+
+    In a Rodimus+ block the window is a ring, token p of a row in place ``p % R`` as ``[keys |
+    values]``. Padding is not in it, so rows of one batch may have different ages."""
+
+    def __init__(self, read: _TokensRead, window: int | None, number_of_states: int = 1):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.read, self.window = read, window
+        if read.owner is None:
+            read.owner = self
+        self.is_sliding, self.is_initialized = window is not None, True
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        self.read.start(conv_states.shape[0], conv_states.device)
+        return super().update_conv_state(conv_states, *args, **kwargs)
+
+    # -- the window ----------------------------------------------------------------------------
+
+    def _start_ring(self, new):
+        """Room for the window, in whole tiles of the kernels; new: ``[B, T, keys and values]``."""
+        places = -(-self.window // _RING_TILE) * _RING_TILE
+        self.ring = new.new_zeros(new.shape[0], places, new.shape[2])
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.ring)
+
+    @property
+    def can_step(self) -> bool:
+        return super().can_step and (self.ring is not None or not self.is_sliding)
+
+    def step_states(self):
+        return self.conv_states[0], self.recurrent_states[0], self.ring, self.read.tokens
+
+    def attend(self, q, k, v, *, scale):
+        """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
+        ring."""
+        if self.ring is None:
+            self._start_ring(torch.cat((k.flatten(2), v.flatten(2)), dim=-1))
+        read = self.read.tokens
+        return shared_key_attention_step(
+            *(q, k, v, self.ring, read), window_size=self.window, scale=scale
+        )
+
+    def update(self, key_states, value_states, *args, tokens=None, **kwargs):
+        """Write several tokens a row, and return what they attend to: the window before them, in
+        order, and themselves.
+
+        Args:
+            key_states, value_states: ``[B, 1, T, *]``.
+            tokens: bool ``[B, T]``, False for padding, which heads a row's first tokens; None
+                where there is none.
+        """
+        if not self.is_sliding:
+            raise TypeError("a Rodimus block has no keys and values to cache, it has a state")
+        new = torch.cat((key_states, value_states), dim=-1)[:, 0]
+        if self.ring is None:
+            self._start_ring(new)
+        length, room = new.shape[1], self.ring.shape[1]
+        kept = self._kept()
+        past = self._rows(torch.arange(-kept, 0, device=new.device))
+        seen = torch.cat((self.ring.gather(1, past), new), dim=1)[:, None]
+        written = min(length, room)
+        places = torch.arange(length - written, length, device=new.device)
+        if tokens is not None:
+            # padding lands before position 0, where no query looks
+            places = places - (~tokens).sum(1, keepdim=True)
+        self.ring.scatter_(1, self._rows(places), new[:, -written:])
+        return seen.split((key_states.shape[-1], value_states.shape[-1]), dim=-1)
+
+    def _kept(self) -> int:
+        """How many places before the next token it may still see."""
+        read = 0 if self.read.places is None else int(self.read.places)
+        return min(read, self.window - 1)
+
+    def _rows(self, places):
+        """Index ``[B, n, row]`` of the ring's tokens at ``places`` counted from the next one."""
+        rows = (self.read.tokens[:, None] + places) % self.ring.shape[1]
+        return rows[..., None].expand(*rows.shape, self.ring.shape[2])
+
+    # -- what transformers asks ----------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        return not self.is_sliding
+
+    def crop_keys(self, removed):
+        if self.is_sliding and removed:
+            raise RuntimeError("a static window cannot be rolled back: use DynamicCache")
+        if self.read.owner is self:
+            self.read.count(-removed, -removed)
+
+    def batch_select(self, select):
+        super().batch_select(select)
+        if self.read.owner is self and self.read.tokens is not None:
+            self.read.tokens = select(self.read.tokens)
+
+    def get_seq_length(self):
+        return 0 if self.read.places is None else self.read.places
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        read = int(self.get_seq_length())
+        kept = read if self.ring is None else self._kept()
+        return kept + query_length, read - kept
+
+    def get_max_length(self) -> int:
+        return self.window if self.is_sliding else -1
+
+    def offload(self):
+        LinearAttentionLayer.offload(self)
+        if self.ring is not None:
+            self.ring = self.ring.to("cpu", non_blocking=True)
+
+    def prefetch(self):
+        LinearAttentionLayer.prefetch(self)
+        if self.ring is not None:
+            self.ring = self.ring.to(self.device, non_blocking=True)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        self.forget_record()
+        self.read.reset()
+        if self.ring is not None:
+            self.ring.zero_()
+
+
 class _HybridReset:
     """Drop the keys on reset: transformers 5.17 zeroes them and keeps their length."""
 
@@ -263,6 +419,11 @@ class RodimusSlidingLayer(
     it; whoever looks at ``keys`` or ``values`` finds them in order, and the ring gone."""
 
     _keys = _values = None
+
+    @property
+    def window(self) -> int:
+        """Keys that a query sees, itself included."""
+        return self.sliding_window
 
     def lazy_initialization(self, *args, **kwargs):
         if not args:
@@ -348,10 +509,18 @@ def _recurrent_state(layer):
 
 def adopt_cache(cache: Cache | None) -> Cache | None:
     """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept."""
+    read = _TokensRead()
     for i, layer in enumerate(cache.layers if isinstance(cache, Cache) else ()):
-        if type(layer) is LinearAttentionLayer:
+        if type(layer) is LinearAttentionLayer and isinstance(cache, StaticCache):
+            ours = RodimusStaticLayer(read, None, layer.number_of_states)
+        elif type(layer) is LinearAttentionAndStaticSlidingWindowAttentionLayer:
+            if layer.is_initialized:
+                continue
+            # transformers keeps the shorter of the window and what the cache may hold
+            cache.layers[i] = RodimusStaticLayer(read, layer.max_cache_len, layer.number_of_states)
+            continue
+        elif type(layer) is LinearAttentionLayer:
             ours = RodimusStateLayer(number_of_states=layer.number_of_states)
-            ours.counts_in_tensor = isinstance(cache, StaticCache)
         elif type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
             ours = RodimusSlidingLayer(layer.sliding_window, layer.number_of_states)
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
@@ -362,6 +531,12 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
             setattr(ours, name, value)
         cache.layers[i] = ours
     return cache
+
+
+def _has_rings(cache) -> bool:
+    """Whether one token a row attends to the cache's own rings, which know what is padding."""
+    layers = getattr(cache, "layers", ())
+    return any(isinstance(layer, RodimusStaticLayer) and layer.is_sliding for layer in layers)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -798,8 +973,8 @@ class RodimusAttention(nn.Module):
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if hasattr(layer, "attend"):
-            # the engine's ring caches attend by themselves: their rows have different ages
+        if hasattr(layer, "attend") and length == 1 and layout["attention"] is None:
+            # rings attend by themselves: their rows have different ages
             o, weights = layer.attend(q, k, v, scale=self.scaling), None
         elif layout["context"] is not None:
             window = self.sliding_window
@@ -812,7 +987,7 @@ class RodimusAttention(nn.Module):
 
     def _attend(self, q, k, v, layout, past_key_values, **kwargs):
         if past_key_values is not None:
-            k, v = self._cache(k, v, layout["pads"], past_key_values)
+            k, v = self._cache(k, v, layout, past_key_values)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -828,11 +1003,10 @@ class RodimusAttention(nn.Module):
             **kwargs,
         )
 
-    def _cache(self, k, v, pads, past_key_values):
-        length = k.shape[1]
-        keys, values = past_key_values.update(
-            k.flatten(2)[:, None], v.flatten(2)[:, None], self.layer_idx
-        )
+    def _cache(self, k, v, layout, past_key_values):
+        length, pads = k.shape[1], layout["pads"]
+        new = (x.flatten(2)[:, None] for x in (k, v))
+        keys, values = past_key_values.update(*new, self.layer_idx, tokens=layout["tokens"])
         if self.sliding_window is not None and past_key_values.layers[self.layer_idx].record_past:
             # transformers 5.17 returns all that is recorded, more than its own mask counts
             visible = self.sliding_window - 1 + length
@@ -944,7 +1118,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         taps, state, ring, position = layer.step_states()
         return block_step(
             *(stream, weights, taps, state, ring, position, rotary),
-            window_size=attn and (attn.sliding_window or ring.shape[1]),
+            window_size=attn and layer.window,
             head_dim=attn and attn.head_dim,
             key_eps=self.mixer.inner_mixer.normalize_epsilon,
             norm_eps=self.mixer_norm.eps,
@@ -1136,6 +1310,7 @@ class RodimusModel(RodimusPreTrainedModel):
             embeds, attention_mask, position_ids, past_key_values, documents
         )
         stream, branch = self._step(embeds, attention_mask, position_ids, past_key_values), None
+        new = embeds.shape[1]
         if stream is None:
             layout = attention_mask
             if not isinstance(layout, dict):
@@ -1154,6 +1329,9 @@ class RodimusModel(RodimusPreTrainedModel):
                     stream, branch = block.leave_sum(stream, branch, rotary, layout, **given)
                 else:
                     stream = block(stream, rotary, layout, **given)
+            new = new if layout["tokens"] is None else layout["tokens"].sum(1)
+        if past_key_values is not None and hasattr(past_key_values.layers[0], "read"):
+            past_key_values.layers[0].read.count(embeds.shape[1], new)
         hidden_states, _ = _norm_of_sum(self.norm_f, stream, branch)
         self._report_broken_state(hidden_states, past_key_values)
         return BaseModelOutputWithPast(
@@ -1170,7 +1348,7 @@ class RodimusModel(RodimusPreTrainedModel):
         layers = past_key_values.layers
         if not all(getattr(layer, "can_step", False) for layer in layers):
             return None
-        if not self._sees_whole_window(attention_mask):
+        if not (_has_rings(past_key_values) or self._sees_whole_window(attention_mask)):
             return None
         weights = [block.step_weights() for block in self.layers]
         if any(found is None for found in weights):
@@ -1234,7 +1412,12 @@ class RodimusModel(RodimusPreTrainedModel):
         else:
             layout = _padding_layout(None, 0, False)
         layout["attention"] = None
-        if config.block_type == "rodimus_plus":
+        one_token = inputs_embeds.shape[1] == 1
+        one_token = one_token and (attention_mask is None or attention_mask.dim() == 2)
+        # eager attention is asked for where somebody looks at its weights
+        looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
+        by_ring = one_token and _has_rings(past_key_values) and not looked_at
+        if config.block_type == "rodimus_plus" and not by_ring:
             windowed = config.sliding_window is not None
             create = create_sliding_window_causal_mask if windowed else create_causal_mask
             layout["attention"] = create(
@@ -1314,16 +1497,15 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, n_layer
         raise ValueError("expected at least one token, got a sequence of length 0")
     if is_tracing(embeds):
         return
-    past = 0
     if past_key_values is not None:
         _check_cache(past_key_values, batch, n_layer)
-        past = int(past_key_values.get_seq_length())
     if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
         )
     if attention_mask is None or isinstance(attention_mask, dict):
         return
+    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     if attention_mask.dim() == 2 and tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"

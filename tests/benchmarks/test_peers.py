@@ -156,9 +156,10 @@ class Recorded(peers.GraphSession):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["rodimus-1.4b", "rodimus-plus-1.6b"])
 @pytest.mark.parametrize("stale", [False, True])
-def test_replays_that_do_not_give_the_tokens_of_the_step_are_refused(monkeypatch, stale):
-    model = load("rodimus-1.4b")
+def test_replays_that_do_not_give_the_tokens_of_the_step_are_refused(monkeypatch, stale, name):
+    model = load(name)
     plain = model.session
     graph = lambda engine, *size: (
         Recorded(plain("static", *size), stale) if engine == "graph" else plain(engine, *size)
@@ -170,12 +171,15 @@ def test_replays_that_do_not_give_the_tokens_of_the_step_are_refused(monkeypatch
 
 
 @torch.inference_mode()
-def test_a_window_that_counts_on_the_host_is_not_recorded():
-    session = load("rodimus-plus-1.6b").session("static", 1, CONTEXT)
-    recorded = peers.GraphSession(session)
-    recorded.prefill(peers.random_tokens(1, 20, session.owner))
-    with pytest.raises(peers.Unavailable, match="counts its tokens on the host"):
-        recorded.step()
+def test_a_filled_static_cache_is_as_long_and_as_large_as_a_read_one():
+    model = load("rodimus-plus-1.6b")
+    filled, read = (model.session("static", 1, CONTEXT) for _ in range(2))
+    filled.fill(CONTEXT - 4)
+    read.prefill(peers.random_tokens(1, CONTEXT - 4, model))
+    assert filled.state_bytes() == read.state_bytes()
+    for session in (filled, read):
+        session.step()
+        assert session.cache.get_seq_length() == CONTEXT - 3
 
 
 def test_tensors_of_a_cache_are_found_under_the_names_of_flash_linear_attention():

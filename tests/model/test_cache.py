@@ -1,12 +1,15 @@
 """Caches that are forked, reordered, rolled back, reset or static, and what generate() does."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
 
+from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusSlidingLayer
 from tests.model.golden_data import relative_error
 from tests.model.helpers import enliven, model_of, random_ids
@@ -177,20 +180,78 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
 @pytest.mark.parametrize(
     "sizes", [[1] * 40, [30] + [1] * 10, [7] + [1] * 33, [5, 20, 1, 1, 13]], ids=str
 )
-def test_static_cache(model, kind, sizes, measure):
-    """Prompts shorter and longer than the window, then steps and pieces past it."""
+@pytest.mark.parametrize("tile", [1, 64])
+def test_static_cache(model, kind, sizes, tile, measure, monkeypatch):
+    """Prompts shorter and longer than the window, then steps and pieces past it; in a ring that
+    wraps at once and in one that does not."""
+    monkeypatch.setattr(modeling_rodimus, "_RING_TILE", tile)
     ids = random_ids(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=64)
     error = relative_error(in_pieces(model, ids, sizes, cache=cache), full(model, ids))
     measure(TABLE, "static cache", kind, error, BOUND)
 
 
-def test_static_cache_after_left_padding(model, kind, measure):
+@pytest.mark.parametrize(
+    "sizes", [[24] + [1] * 8, [2, 3, 19, 5, 1, 1, 1], [12, 14, 1, 1, 4]], ids=str
+)
+def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatch):
+    """Rows of different ages, also where a row's first pieces are padding alone."""
+    monkeypatch.setattr(modeling_rodimus, "_RING_TILE", 1)
     ids, mask = padded_batch("left", tail=8)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    logits = in_pieces(model, ids, [24] + [1] * 8, cache=cache, mask=mask)
+    logits = in_pieces(model, ids, sizes, cache=cache, mask=mask)
     error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, "static cache, left padding", kind, error, BOUND)
+
+
+def contents(cache):
+    """``(addresses of all tensors, everything else)`` that the layers of a cache hold."""
+    tensors, others = [], []
+    for layer in cache.layers:
+        for name, value in sorted({**vars(layer), **vars(layer.read)}.items()):
+            for found in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(found, torch.Tensor):
+                    tensors.append(found.data_ptr())
+                elif not hasattr(found, "__dict__"):
+                    others.append((name, found))
+    return tensors, others
+
+
+class NothingAsked(TorchDispatchMode):
+    """Fails where a value of a tensor is brought to the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "asked for a value"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["fused", "modules"])
+def test_a_static_step_can_be_recorded(model, monkeypatch, native):
+    """What a CUDA graph replays is all there is: no tensor is replaced, nothing is counted or
+    asked on the host, so a step while a graph is recorded goes on from the one before it."""
+    if not native:
+        monkeypatch.setattr(modeling_rodimus, "block_step", None)
+    ids = random_ids(2, 40)
+    cache = prefill(model, ids[:, :12], StaticCache(config=model.config, max_cache_len=64))
+    logits = [in_pieces(model, ids[:, 12:13], [1], cache=cache)]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = contents(cache)
+    with NothingAsked():
+        logits += [in_pieces(model, ids[:, i : i + 1], [1], cache=cache) for i in range(13, 40)]
+    assert contents(cache) == before and len(before[0]) > 3 * model.config.n_layer
+    error = relative_error(torch.cat(logits, 1), full(model, ids)[:, 12:])
+    assert error < BOUND
+
+
+def test_a_static_window_is_not_rolled_back(model):
+    cache = prefill(model, random_ids(1, 12), StaticCache(config=model.config, max_cache_len=64))
+    has_window = cache.layers[0].is_sliding
+    assert cache.is_croppable != has_window
+    with pytest.raises(RuntimeError) if has_window else contextlib.nullcontext():
+        cache.activate_past_recording()
+        prefill(model, random_ids(1, 3), cache)
+        cache.crop(-2)
+        assert cache.get_seq_length() == 13
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -284,7 +345,8 @@ def test_generate_on_a_left_padded_batch(model, kind, measure):
 
 
 @pytest.mark.parametrize("length", PROMPTS)
-def test_beam_search(model, kind, length, measure):
+@pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
+def test_beam_search(model, kind, length, cache, measure):
     """With a cache, and so with reordering, beams and scores are those without one."""
     ids = random_ids(2, length)
     beams = [
@@ -295,11 +357,11 @@ def test_beam_search(model, kind, length, measure):
             num_beams=4,
             num_return_sequences=4,
             do_sample=False,
-            use_cache=use_cache,
+            **options,
             return_dict_in_generate=True,
             output_scores=True,
         )
-        for use_cache in (True, False)
+        for options in ({"cache_implementation": cache}, {"use_cache": False})
     ]
     assert torch.equal(beams[0].sequences, beams[1].sequences)
     assert (beams[0].beam_indices[:, :-1] != beams[0].beam_indices[:, 1:]).any()

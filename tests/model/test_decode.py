@@ -59,22 +59,24 @@ def test_a_recorded_step_is_fused(model, monkeypatch, fused):
     assert len(fused) == model.config.n_layer
 
 
-def test_static_cache(model, kind, fused):
-    """Rodimus steps in a static cache; the window of Rodimus+ is shifted there, by the modules."""
+def test_fused_in_a_static_cache(model, fused):
     ids = random_ids(1, 30)
     cache = StaticCache(config=model.config, max_cache_len=64)
     assert relative_error(decode(model, ids, cache), full(model, ids)) < BOUND
-    assert bool(fused) == (kind == "rodimus")
+    assert len(fused) == 18 * model.config.n_layer
 
 
-def test_padding_in_the_window_is_left_to_the_modules(model, kind, fused):
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_padding_in_the_window_is_left_to_the_modules(model, kind, static, fused):
+    """It is not in a static cache's ring."""
     ids = random_ids(2, 40)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    logits = in_pieces(model, ids, [7] + [1] * 33, mask=mask)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    logits = in_pieces(model, ids, [7] + [1] * 33, mask=mask, cache=cache)
     assert relative_error(logits[1, 5:], full(model, ids[1:, 5:])[0]) < BOUND
     # padding stands in the window of 9 keys for the first of them only
-    expected = 33 if kind == "rodimus" else 33 - 6
+    expected = 33 if static or kind == "rodimus" else 33 - 6
     assert len(fused) == expected * model.config.n_layer
 
 
