@@ -1,5 +1,7 @@
 """Training step: forward, backward and AdamW; tokens a second and the share of the matrix rate."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -15,12 +17,19 @@ POINTS = {
 }
 
 
+def engines(model: peers.Model, device: torch.device) -> tuple[str, ...]:
+    """How a step is launched: from Python as it stands, and on a GPU from compiled blocks and as
+    one recorded graph too, for ours and for peers alike."""
+    return (*model.engines[:1], *(("compiled", "graph") if device.type == "cuda" else ()))
+
+
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:
     """One optimizer step on random tokens; the weights stay in the benchmark's dtype."""
     if not isinstance(model, peers.HuggingFaceModel):
         raise peers.Unavailable(f"{model.name} by its package has no backward")
     network = model.model.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    on_gpu = bench.device.type == "cuda"
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True, capturable=on_gpu)
     ids = peers.random_tokens(batch, length, model, seed=bench.seed)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
@@ -32,14 +41,57 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
         positions = torch.arange(length, device=ids.device).expand(batch, -1)
         arguments["position_ids"] = positions
 
-    def call() -> None:
+    def step() -> None:
         network(ids, **arguments).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    call = {"compiled": compiled, "graph": recorded}.get(engine, lambda step, network: step)
     # backward is twice forward
     facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-    return Target(f"{model.name}/{engine}", model, engine, call, facts)
+    return Target(f"{model.name}/{engine}", model, engine, call(step, network), facts)
+
+
+def compiled(
+    step: Callable[[], None], network: torch.nn.Module, backend: str = "inductor"
+) -> Callable[[], None]:
+    """The step with every block compiled, as ``train.compile`` does; the other targets of the model
+    take turns with it, so its blocks are as they were in between."""
+    names = network._no_split_modules or ()
+    blocks = [block for block in network.modules() if type(block).__name__ in names]
+    if not blocks:
+        raise peers.Unavailable("the model does not name its blocks")
+    for block in blocks:
+        block.compile(backend=backend)
+    calls = [block._compiled_call_impl for block in blocks]
+
+    def run() -> None:
+        try:
+            for block, call in zip(blocks, calls, strict=True):
+                block._compiled_call_impl = call
+            step()
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
+
+    for block in blocks:
+        block._compiled_call_impl = None
+    return run
+
+
+def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[], None]:
+    """The whole step as one CUDA graph: forward, backward and the update of the weights."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    # a recording has memory of its own
+    torch.cuda.empty_cache()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -49,7 +101,7 @@ def test_train(bench, benchmark, start, point):
     start("train", case)
     targets, skipped = bench.targets(
         lambda model, engine: prepare(bench, model, engine, batch, length),
-        lambda model: model.engines[:1],
+        lambda model: engines(model, bench.device),
     )
     rows, used = bench.time_targets(
         benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
@@ -59,7 +111,7 @@ def test_train(bench, benchmark, start, point):
         # not timed: a step alone, for what it allocates and where its time goes
         timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
         if target.model.name in peers.OURS:
-            timed[target.name]["kernels"] = operators.kernels(target.call)
+            timed[target.name] |= operators.kernels(target.call)
     for target in targets:
         target.model.model.eval().requires_grad_(False)
     settings = {"batch": batch, "context": length, **used}

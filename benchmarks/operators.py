@@ -43,21 +43,40 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def kernels(call: Callable[[], object], top: int = 10) -> list[dict[str, Any]]:
-    """The kernels of one run that take longest together: name, launches, ms, share of all."""
+def kernels(call: Callable[[], object], top: int = 10) -> dict[str, Any]:
+    """Where the device's time goes in one run.
+
+    Returns:
+        ``kernels``: those that take longest together (name, launches, ms, share of all);
+        ``kernels_ms``: all of them; ``idle_ms``: between the first and the last of them, the time
+        that none covers.
+    """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
+    spans = [
+        (event.name, event.time_range.start / 1e3, event.time_range.end / 1e3)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return busy(spans, top)
+
+
+def busy(spans: list[tuple[str, float, float]], top: int) -> dict[str, Any]:
+    """What :func:`kernels` returns, from ``(name, start, end)`` of each launch in ms."""
     times: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    idle, reached = 0.0, min(start for _, start, _ in spans)
+    for name, start, end in sorted(spans, key=lambda span: span[1]):
+        times.setdefault(name, []).append(end - start)
+        idle += max(start - reached, 0.0)
+        reached = max(reached, end)
     total = sum(map(sum, times.values()))
     longest = sorted(times.items(), key=lambda item: -sum(item[1]))[:top]
-    return [
+    rows = [
         {"name": name, "launches": len(found), "ms": sum(found), "share": sum(found) / total}
         for name, found in longest
     ]
+    return {"kernels": rows, "kernels_ms": total, "idle_ms": idle}
 
 
 def measured(

@@ -324,6 +324,12 @@ def _kernels(row: Row) -> Iterator[str]:
         yield ""
     if "kernels" not in row:
         return
+    if "idle_ms" in row:
+        yield (
+            f"Its kernels take {row['kernels_ms']:.4g} ms; the device waits {row['idle_ms']:.3g} ms"
+            " between the first and the last."
+        )
+        yield ""
     yield from table(
         [f"kernels of {row['target']}", "launches", "ms", "of all kernels"],
         [

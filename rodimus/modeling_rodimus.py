@@ -749,7 +749,7 @@ def _project_to_halves(x, layer):
 def _sums_in_products(x, *layers):
     """Whether gradients of x through the layers meet in :class:`_Products`. On a CPU they are
     small beside the products."""
-    differentiated = x.is_cuda and torch.is_grad_enabled() and not is_tracing(x)
+    differentiated = x.is_cuda and torch.is_grad_enabled() and not _is_compiled(x)
     return differentiated and _are_products(x, *layers)
 
 
@@ -1147,10 +1147,11 @@ def _is_untouched(module) -> bool:
     return all(map(_is_untouched, found["_modules"].values()))
 
 
-def _is_recorded() -> bool:
-    """Whether a CUDA graph is being recorded by hand: it replays whatever is launched, fused
-    operators too, though transformers calls this tracing. A compiler may not even ask."""
-    return not torch.compiler.is_compiling() and is_cuda_stream_capturing()
+def _is_compiled(x) -> bool:
+    """Whether a compiler traces the call. A CUDA graph that is recorded by hand replays whatever is
+    launched, fused operators too, though transformers calls this tracing; a compiler may not even
+    ask for it."""
+    return is_tracing(x) and (torch.compiler.is_compiling() or not is_cuda_stream_capturing())
 
 
 def _is_step(x) -> bool:
@@ -1159,7 +1160,7 @@ def _is_step(x) -> bool:
         block_step is not None
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
-        and (not is_tracing(x) or _is_recorded())
+        and not _is_compiled(x)
         and not torch.is_autocast_enabled(x.device.type)
         and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
     )
@@ -1374,7 +1375,7 @@ class RodimusModel(RodimusPreTrainedModel):
         hooks = hooks or module_hooks._global_backward_hooks
         hooks = hooks or module_hooks._global_backward_pre_hooks
         checkpoints = self.training and any(x.gradient_checkpointing for x in self.layers)
-        if hooks or checkpoints or is_tracing(stream):
+        if hooks or checkpoints or _is_compiled(stream):
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)

@@ -206,7 +206,8 @@ def test_committed_report_is_what_the_committed_records_say():
 
 def test_a_training_step_tells_its_longest_kernels_and_its_memory():
     kernels = [{"name": "gemm" * 40, "launches": 24, "ms": 12.345, "share": 0.5}]
-    trained = row("rodimus-plus-1.6b/dynamic", PEER, kernels=kernels, step_bytes=40_000_000_000)
+    found = {"kernels": kernels, "kernels_ms": 24.69, "idle_ms": 4.5}
+    trained = row("rodimus-plus-1.6b/dynamic", PEER, **found, step_bytes=40_000_000_000)
     settings = {"batch": 4, "context": 4096, "dtype": "bfloat16"}
     record = records.make("train", "b4", settings=settings, machine=MACHINE, rows=[trained])
     text = report.render([record])
