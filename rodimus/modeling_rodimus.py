@@ -10,6 +10,8 @@ Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys,
 
 import math
 from dataclasses import dataclass
+from itertools import repeat, starmap
+from operator import is_
 
 import torch
 import torch.nn.functional as F
@@ -1047,6 +1049,8 @@ class RodimusBlock(GradientCheckpointingLayer):
     The attention output reaches the stream through the MLP alone, as in the released models.
     """
 
+    _inspected = None
+
     def __init__(self, config: RodimusConfig, layer_idx: int):
         super().__init__()
         self.mixer_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
@@ -1077,11 +1081,32 @@ class RodimusBlock(GradientCheckpointingLayer):
             branch = self.ffn(self.ffn_norm(attended, stream)[0])
         return stream, branch
 
+    def __getstate__(self):
+        """A copy inspects itself."""
+        return {name: value for name, value in vars(self).items() if name != "_inspected"}
+
+    def is_untouched(self) -> bool:
+        """Whether the block and all in it compute what their classes say: no hook, adapter,
+        quantiser or patched forward."""
+        if self._inspected is None or not self._inspected.stands():
+            self._inspected = None
+            if not _is_untouched(self):
+                return False
+            self._inspected = _Inspection(self)
+        return True
+
     def step_weights(self):
-        """The block's own weights for a fused step, None unless they say all there is: no hook,
-        adapter, quantiser or patched forward anywhere in the block."""
-        if not _is_untouched(self):
+        """The block's own weights for a fused step, None where they do not say all there is, or are
+        no plain tensors."""
+        if not self.is_untouched():
             return None
+        found = self._inspected
+        if not found.is_searched:
+            weights, found.is_searched = self._find_step_weights(), True
+            found.weights = weights if weights and can_fuse_block(1, *weights) else None
+        return found.weights
+
+    def _find_step_weights(self):
         inner = self.mixer.inner_mixer
         conv, (gate_in, gate_out, _) = inner.short_conv["conv1d"], inner.ch_gate_proj
         mixer = (self.mixer.fc, inner.in_proj, gate_in, self.mixer.out_proj)
@@ -1135,16 +1160,51 @@ def _norm_of_sum(norm, stream, branch):
 _PLAIN = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
 _PLAIN |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
 _PLAIN |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl", "forward")
-_HOOKS += ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALLS = ("_compiled_call_impl", "forward")
 
 
 def _is_untouched(module) -> bool:
     """Whether a module and all in it compute what their classes say, and nothing is attached."""
     found = module.__dict__
-    if type(module) not in _PLAIN or any(found.get(name) for name in _HOOKS):
+    if type(module) not in _PLAIN or any(found.get(name) for name in (*_HOOKS, *_CALLS)):
         return False
     return all(map(_is_untouched, found["_modules"].values()))
+
+
+class _Inspection:
+    """What was found in an untouched module, and in a few microseconds whether it still stands:
+    before every token each block is asked.
+
+    Attributes:
+        weights: Of the block's step, once they are searched for."""
+
+    weights, is_searched = None, False
+
+    def __init__(self, module: nn.Module):
+        self.parts = list(module.modules())
+        self.kinds = list(map(type, self.parts))
+        self.names = list(map(vars, self.parts))
+        self.hooks = [names[hook] for names in self.names for hook in _HOOKS]
+        # a forward or a compiled call of its own would be one name more
+        self.counts = list(map(len, self.names))
+        tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
+        self.places = [(table, key) for table in tables for key in table]
+        self.held = [table[key] for table, key in self.places]
+        # wrappers of other tensors have no address; they are never replaced in place
+        self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def stands(self) -> bool:
+        """Whether all parts and parameters are the same, where they were, and still alone."""
+        return (
+            not any(self.hooks)
+            and list(map(len, self.names)) == self.counts
+            and list(map(type, self.parts)) == self.kinds
+            and not any(map(dict.get, self.names, repeat("_compiled_call_impl")))
+            and all(map(is_, starmap(dict.get, self.places), self.held))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+        )
 
 
 def _is_compiled(x) -> bool:
@@ -1355,8 +1415,7 @@ class RodimusModel(RodimusPreTrainedModel):
         if any(found is None for found in weights):
             return None
         stream = self._embed(embeds).squeeze(1)
-        given = (tensor for found in weights for tensor in found)
-        if not can_fuse_block(stream.shape[0], stream, *given):
+        if not can_fuse_block(stream.shape[0], stream):
             return None
         rotary = self._rotary(embeds, position_ids, None)
         if rotary is not None:
@@ -1379,7 +1438,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
-        return same and all(map(_is_untouched, (*self.layers, self.norm_f)))
+        return same and _is_untouched(self.norm_f) and all(x.is_untouched() for x in self.layers)
 
     def _sees_whole_window(self, attention_mask) -> bool:
         """Whether attention may take every key in the window, whatever the mask says."""

@@ -1,6 +1,9 @@
 """The fused decode step: used by itself, equal to the modules, and out of the way of anything
 attached to them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -126,9 +129,15 @@ def attach_forward(mixer):
     mixer.fc.forward = lambda x: 2 * own(x)
 
 
+def attach_compiled_call(mixer):
+    own = mixer.fc.forward
+    mixer.fc._compiled_call_impl = lambda x: 2 * own(x)
+
+
 @pytest.mark.parametrize(
     "attach",
     [
+        attach_compiled_call,
         attach_hook,
         attach_input_hook,
         attach_adapter,
@@ -140,6 +149,8 @@ def attach_forward(mixer):
 def test_what_is_attached_takes_part(model, fused, attach):
     ids, before = random_ids(1, 30), None
     cache = DynamicCache(config=model.config)
+    # as after a compiled call was taken back
+    model.model.layers[1].mixer.fc._compiled_call_impl = None
     before = in_pieces(model, ids[:, :14], [12, 1, 1], cache=cache)
     used = len(fused)
     torch.manual_seed(0)
@@ -167,6 +178,49 @@ def test_changed_weights_are_seen(model, fused):
     with torch.no_grad():
         model.model.layers[0].mixer.fc.weight.mul_(1.5)
     assert relative_error(decode(model, ids), full(model, ids)) < BOUND and fused
+
+
+def replace_parameter(linear):
+    linear.weight = nn.Parameter(1.5 * linear.weight)
+
+
+def replace_data(linear):
+    linear.weight.data = 1.5 * linear.weight.data
+
+
+def replace_layer(linear):
+    linear.weight.data = 1.5 * linear.weight.data.double()
+    linear.float()
+
+
+@pytest.mark.parametrize("replace", [replace_parameter, replace_data, replace_layer])
+def test_replaced_weights_are_seen(model, fused, replace):
+    ids = random_ids(1, 30)
+    before = decode(model, ids)
+    mixer, used = model.model.layers[1].mixer, len(fused)
+    replace(mixer.fc)
+    replace(mixer.inner_mixer.short_conv["conv1d"])
+    logits = decode(model, ids)
+    assert relative_error(logits, full(model, ids)) < BOUND < relative_error(before, logits)
+    assert len(fused) == 2 * used > 0
+
+
+def test_a_weight_that_a_step_cannot_take_is_left_to_the_modules(model, fused):
+    ids = random_ids(1, 30)
+    decode(model, ids)
+    used = len(fused)
+    model.double()
+    assert relative_error(decode(model, ids), full(model, ids)) < BOUND and len(fused) == used > 0
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_model_steps_with_its_own_weights(model, fused, copy_of):
+    ids = random_ids(1, 30)
+    expected = decode(model, ids)
+    other, used = copy_of(model), len(fused)
+    with torch.no_grad():
+        model.model.layers[0].mixer.fc.weight.mul_(1.5)
+    assert torch.equal(decode(other, ids), expected) and len(fused) == 2 * used > 0
 
 
 def test_gradients_training_and_large_batches_use_the_modules(model, fused):
