@@ -123,15 +123,20 @@ class _RecurrentCacheLayer:
         """Whether a fused step can take this layer: something was read, and nothing is recorded."""
         return self.has_previous_state[0] and not self.record_past
 
+    def step_position(self):
+        """int64 ``[B]``: tokens that each row has read before a fused step, of all layers alike;
+        None without a ring."""
+        return None
+
     def step_states(self):
-        """``(taps, state, ring, position)`` that a fused step moves on by one token, in place;
-        the token is counted here."""
-        ring, position = self.as_ring()
+        """``(taps, state, ring)`` that a fused step moves on by one token, in place; the token is
+        counted here."""
+        ring = self.as_ring()
         self.cumulative_length += 1
-        return self.conv_states[0], self.recurrent_states[0], ring, position
+        return self.conv_states[0], self.recurrent_states[0], ring
 
     def as_ring(self):
-        return None, None
+        return None
 
     def record(self, state, k, v, log_decay):
         """Remember tokens that start from ``state``; they follow those already recorded."""
@@ -306,8 +311,11 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
     def can_step(self) -> bool:
         return super().can_step and (self.ring is not None or not self.is_sliding)
 
+    def step_position(self):
+        return self.read.tokens if self.is_sliding else None
+
     def step_states(self):
-        return self.conv_states[0], self.recurrent_states[0], self.ring, self.read.tokens
+        return self.conv_states[0], self.recurrent_states[0], self.ring
 
     def attend(self, q, k, v, *, scale):
         """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
@@ -445,8 +453,12 @@ class RodimusSlidingLayer(
         self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
         return key_states, value_states
 
+    def step_position(self):
+        taps = self.conv_states[0]
+        return torch.full(taps.shape[:1], self.cumulative_length, device=taps.device)
+
     def as_ring(self):
-        """``(ring, position)``: ``[B, window, keys and values]`` and int64 ``[B]``."""
+        """``[B, window, keys and values]``."""
         read = self.cumulative_length
         if self.ring is None:
             rows = torch.cat((self._keys, self._values), dim=-1)[:, 0]
@@ -455,7 +467,7 @@ class RodimusSlidingLayer(
             self.ring[:, self._places(read - rows.shape[1], read)] = rows
             self._keys = self._values = None
         self._end = read + 1
-        return self.ring, torch.full(self.ring.shape[:1], read, device=self.ring.device)
+        return self.ring
 
     def _places(self, start, end):
         """Rows of the ring of the tokens from ``start`` to before ``end``."""
@@ -1137,10 +1149,10 @@ class RodimusBlock(GradientCheckpointingLayer):
             ffn_out=ffn[1].weight,
         )
 
-    def step(self, stream, weights, layer, rotary):
+    def step(self, stream, weights, layer, position, rotary):
         """One token ``[B, D]`` in one call, on the block's weights and its cache layer."""
         attn = self.attn if self.is_plus else None
-        taps, state, ring, position = layer.step_states()
+        taps, state, ring = layer.step_states()
         return block_step(
             *(stream, weights, taps, state, ring, position, rotary),
             window_size=attn and layer.window,
@@ -1420,8 +1432,9 @@ class RodimusModel(RodimusPreTrainedModel):
         rotary = self._rotary(embeds, position_ids, None)
         if rotary is not None:
             rotary = tuple(table.squeeze(1).expand(stream.shape[0], -1) for table in rotary)
+        position = layers[0].step_position()
         for block, found, layer in zip(self.layers, weights, layers, strict=True):
-            stream = block.step(stream, found, layer, rotary)
+            stream = block.step(stream, found, layer, position, rotary)
         return stream.unsqueeze(1)
 
     def _leaves_sums(self, stream, layout) -> bool:

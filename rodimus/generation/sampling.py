@@ -189,6 +189,8 @@ class Sampler:
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu"):
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.params: list[SamplingParams] = [SamplingParams()] * rows
+        # looked at for every token of every row
+        self.draws, self.penalises = [False] * rows, [False] * rows
         self.seeds = torch.zeros(rows, dtype=torch.long, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
@@ -196,9 +198,10 @@ class Sampler:
     def place(self, row: int, params: SamplingParams, prompt: Tensor) -> None:
         """Give a row to a new sequence; ``prompt`` int64 ``[T]`` counts as seen."""
         self.params[row] = params
+        self.draws[row], self.penalises[row] = not params.is_greedy, params.repetition_penalty != 1
         self.seeds[row] = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         self.drawn[row] = 0
-        if params.repetition_penalty != 1:
+        if self.penalises[row]:
             if self.seen is None:
                 shape = (len(self.params), self.vocab_size)
                 self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
@@ -207,8 +210,8 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of one row go on in another."""
-        self.params[target] = self.params[source]
-        for rows in (self.seeds, self.drawn, self.seen):
+        lists, tensors = (self.params, self.draws, self.penalises), (self.seeds, self.drawn)
+        for rows in (*lists, *tensors, self.seen):
             if rows is not None:
                 rows[target] = rows[source]
 
@@ -222,30 +225,24 @@ class Sampler:
             int64 ``[B]``; -1 where a row's logits hold NaN or infinity.
         """
         rows = slice(first_row, first_row + logits.shape[0])
-        params = self.params[rows]
-        scores = self._penalised(logits.float(), rows, params)
+        scores, penalises = logits.float(), any(self.penalises[rows])
+        if penalises:
+            scores = self._penalised(scores, rows)
         peak, tokens = scores.max(-1)
-        drawing = [i for i, p in enumerate(params) if not p.is_greedy]
+        drawing = [i for i, draws in enumerate(self.draws[rows]) if draws]
         if drawing:
             index = torch.tensor(drawing, device=self.device)
             at = index + first_row
             numbers = uniform(self.seeds[at], self.drawn[at])
-            tokens[index] = draw(
-                self.filtered(scores[index], [params[i] for i in drawing]), numbers
-            )
+            params = [self.params[first_row + i] for i in drawing]
+            tokens[index] = draw(self.filtered(scores[index], params), numbers)
             self.drawn[at] += 1
-        if self._penalises(params):
+        if penalises:
             self.seen[rows].scatter_(1, tokens[:, None], True)
         return tokens.masked_fill(~peak.isfinite(), -1)
 
-    @staticmethod
-    def _penalises(params):
-        return any(p.repetition_penalty != 1 for p in params)
-
-    def _penalised(self, scores, rows, params):
-        if not self._penalises(params):
-            return scores
-        penalty = [p.repetition_penalty for p in params]
+    def _penalised(self, scores, rows):
+        penalty = [p.repetition_penalty for p in self.params[rows]]
         # rows without a penalty keep what others left in the table: dividing by 1 changes nothing
         penalty = torch.tensor(penalty, dtype=scores.dtype, device=self.device)
         return penalise_repetition(scores, self.seen[rows], penalty)

@@ -211,10 +211,13 @@ class SlotLayer(LinearAttentionLayer):
 
     can_step = True
 
-    def step_states(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """``(taps, state, ring, position)`` for a fused step; the engine counts the token."""
-        ring = self.ring if self.window else None
-        return self.conv_states[0], self.recurrent_states[0], ring, self.positions
+    def step_position(self) -> Tensor:
+        """int64 ``[B]``: tokens that each slot has read before a fused step."""
+        return self.positions
+
+    def step_states(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(taps, state, ring)`` for a fused step; the engine counts the token."""
+        return self.conv_states[0], self.recurrent_states[0], self.ring if self.window else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the

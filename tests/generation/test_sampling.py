@@ -53,7 +53,7 @@ def test_filters_equal_transformers_for_mixed_rows_in_one_batch():
     sampler = Sampler(len(GRID), VOCAB)
     for row, params in enumerate(GRID):
         sampler.place(row, params, prompts[row])
-    penalised = sampler._penalised(logits, slice(None), sampler.params)
+    penalised = sampler._penalised(logits, slice(None))
     actual = sampler.filtered(penalised, sampler.params).softmax(-1)
     for row, params in enumerate(GRID):
         expected = processors(params)(prompts[row : row + 1], logits[row : row + 1]).softmax(-1)
