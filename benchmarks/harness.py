@@ -79,6 +79,8 @@ class Bench:
         deadline: ``time.monotonic()`` after which no further case starts.
         case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
         again: Measure cases that have a record.
+        sittings: A case whose record has fewer is timed again, and its rounds are added: each run
+            is one sitting.
     """
 
     scale: str
@@ -92,6 +94,7 @@ class Bench:
     deadline: float = float("inf")
     case_seconds: float = float("inf")
     again: bool = False
+    sittings: int = 1
     seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -132,15 +135,21 @@ class Bench:
         return found
 
     def done(self, group: str, case: str) -> bool:
-        """Whether the case has a record of this commit already."""
+        """Whether the case has a record of this commit already, and no sitting is missing."""
+        found = [record["settings"].get("sittings") for record in self._recorded(group, case)]
+        return any(sittings is None or len(sittings) >= self.sittings for sittings in found)
+
+    def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
+        """Records of this commit; none where everything is measured again."""
         here = machine.commit()["commit"]
         folders = {self.folder, self.kept} if not self.again else set()
-        return any(
-            (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here)
+        return [
+            r
             for folder in folders
             if folder is not None and folder.is_dir()
             for r in records.read(folder)
-        )
+            if (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here)
+        ]
 
     def targets(
         self,
@@ -235,8 +244,12 @@ class Bench:
             benchmark: The fixture of pytest-benchmark; it times the focus of each round.
             group, case, settings: As in ``records.make``.
         """
-        rows, used = self.time_targets(benchmark, **options)
-        record = self.record(group, case, {**used, **settings}, rows)
+        earlier = None
+        if self.sittings > 1:
+            found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
+            earlier = next(found, None)
+        rows, used = self.time_targets(benchmark, earlier=earlier, **options)
+        record = self.record(group, case, {**used, **settings}, rows, earlier)
         benchmark.group = f"{group} {case}"
         benchmark.extra_info.update(
             schema=records.SCHEMA,
@@ -252,7 +265,8 @@ class Bench:
         *,
         tokens: int,
         rounds: int | None = None,
-    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        earlier: dict[str, Any] | None = None,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of all targets, and the rounds that were run.
 
         Args:
@@ -260,6 +274,7 @@ class Bench:
             targets, skipped: From ``targets``; the first target is the focus.
             tokens: That one call consumes or produces.
             rounds: Timed rounds; by default those of the run.
+            earlier: Record of earlier sittings; another choice of targets starts anew.
         """
         rounds = rounds or self.rounds
         if not targets:
@@ -271,11 +286,15 @@ class Bench:
             benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
         finally:
             gc.enable()
+        used = {"rounds": rounds, "warm_up_rounds": warm_up}
+        if self.sittings > 1:
+            earlier = _join(turns, earlier)
+            used["sittings"] = turns.sittings
         references = _best_baselines(targets, turns)
         rows = [_timed_row(target, turns, references, tokens) for target in targets]
         for row in rows:
-            self._add_floor(row)
-        return rows + skipped, {"rounds": rounds, "warm_up_rounds": warm_up}
+            self._add_floor(row, self._rates(earlier))
+        return rows + skipped, used
 
     def _settled(
         self, targets: list[Target], skipped: list[dict[str, Any]], rounds: int
@@ -300,21 +319,38 @@ class Bench:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _add_floor(self, row: dict[str, Any]) -> None:
+    def _rates(self, earlier: dict[str, Any] | None) -> dict[str, float]:
+        """The machine's ceilings; the means over the sittings, where there are earlier ones."""
+        if earlier is None:
+            return self.ceilings
+        count = len(earlier["settings"]["sittings"])
+        before = earlier["ceilings"]
+        return {k: (count * before[k] + v) / (count + 1) for k, v in self.ceilings.items()}
+
+    def _add_floor(self, row: dict[str, Any], rates: Mapping[str, float]) -> None:
         """How near a row comes to this machine's memory or matrix rate, whichever it counts."""
         seconds = row["median_ms"] / 1e3
         if "moved_bytes" in row:
-            rate = self.ceilings["read_GBps" if self.device.type == "cpu" else "copy_GBps"]
+            rate = rates["read_GBps" if self.device.type == "cpu" else "copy_GBps"]
             row["floor_ms"] = row["moved_bytes"] / rate / 1e6
             row["floor_share"] = row["floor_ms"] / row["median_ms"]
         if "flops" in row:
             row["TFLOPs"] = row["flops"] / seconds / 1e12
-            row["share_of_gemm"] = row["TFLOPs"] / self.ceilings["gemm_TFLOPs"]
+            row["share_of_gemm"] = row["TFLOPs"] / rates["gemm_TFLOPs"]
 
     def record(
-        self, group: str, case: str, settings: Mapping[str, Any], rows: list[dict[str, Any]]
+        self,
+        group: str,
+        case: str,
+        settings: Mapping[str, Any],
+        rows: list[dict[str, Any]],
+        earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a record of this run and write it, if the run has a folder."""
+        """Make a record of this run and of the sittings before it; write it, if the run has a
+        folder."""
+        warnings = machine.disturbances(self.load)
+        if earlier is not None:
+            warnings = list(dict.fromkeys((*earlier["warnings"], *warnings)))
         record = records.make(
             group,
             case,
@@ -325,9 +361,9 @@ class Bench:
                 **settings,
             },
             machine=machine.describe(self.device),
-            ceilings=self.ceilings,
+            ceilings=self._rates(earlier),
             load=(self.load, timing.load_average()),
-            warnings=machine.disturbances(self.load),
+            warnings=warnings,
             rows=rows,
         )
         if self.folder is not None:
@@ -342,6 +378,27 @@ class Bench:
     def out_of_time(self) -> bool:
         """Whether the run's seconds are spent."""
         return time.monotonic() > self.deadline
+
+
+def _join(turns: timing.RoundRobin, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Put the samples of earlier sittings before those just taken; the record, or None where it has
+    other targets and this sitting is the first."""
+    found = {row["target"]: row for row in (earlier or {"rows": []})["rows"] if "samples" in row}
+    if set(found) != set(turns.samples):
+        turns.add_earlier([], dict.fromkeys(turns.samples, []))
+        return None
+    samples = {
+        name: [timing.Sample(*times) for times in zip(*_columns(row), strict=True)]
+        for name, row in found.items()
+    }
+    turns.add_earlier(earlier["settings"]["sittings"], samples)
+    return earlier
+
+
+def _columns(row: dict[str, Any]) -> list[list[float | None]]:
+    """The samples of a row by clock; None where the machine lacks one."""
+    count = len(row["samples"]["wall_ms"])
+    return [row["samples"].get(clock, [None] * count) for clock in timing.Sample._fields]
 
 
 def _best_baselines(targets: list[Target], turns: timing.RoundRobin) -> dict[str, str]:
@@ -361,7 +418,9 @@ def _timed_row(
     wall = turns.summary(target.name)
     ratios = {
         f"{kind}ratio_to_{name}": list(
-            timing.ratio(turns.column(label, clock), turns.column(target.name, clock))
+            timing.ratio(
+                turns.column(label, clock), turns.column(target.name, clock), turns.sittings
+            )
         )
         for name, label in references.items()
         for kind, clock in (("", "wall_ms"), ("cpu_", "cpu_ms"))

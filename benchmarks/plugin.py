@@ -47,6 +47,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="fewer rounds where a case would be timed for longer; 0: 20 on a GPU, else no limit",
     )
     add("--bench-threads", type=int, default=0, help="of torch; 0: one tiny, every core full")
+    add(
+        *("--bench-sittings",),
+        type=int,
+        default=1,
+        help="time a case in so many runs of the same command, and say how far they lie apart",
+    )
     add("--bench-again", action="store_true", help="measure cases that have a record, too")
 
 
@@ -106,6 +112,7 @@ def bench(request: pytest.FixtureRequest):
         deadline=time.monotonic() + seconds if seconds else float("inf"),
         case_seconds=option("--bench-case-seconds") or limit,
         again=option("--bench-again"),
+        sittings=option("--bench-sittings"),
     )
     torch.set_num_threads(threads)
 

@@ -7,6 +7,7 @@ device's own events. A target is synchronised with the device before and after, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -48,8 +49,16 @@ class Summary(NamedTuple):
         return self.p80 - self.p20 > NOISE_LIMIT * self.median
 
 
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+"""Two-sided 95 % quantile of Student's t for so many sittings; 2 for more."""
+
+
 class Ratio(NamedTuple):
-    """Median of per-round ratios with the interval that covers it at ``coverage``."""
+    """Ratio of two targets with an interval.
+
+    Of one sitting: the median of per-round ratios, and what encloses it at ``coverage``. Of
+    several: the geometric mean of their medians, and what encloses another sitting's median.
+    """
 
     median: float
     low: float
@@ -91,8 +100,14 @@ def median_interval(values: Sequence[float], coverage: float = 0.95) -> tuple[fl
     return ordered[best - 1], ordered[count - best], max(reached, 0.0)
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+def ratio(
+    numerators: Sequence[float], denominators: Sequence[float], sittings: Sequence[int] = ()
+) -> Ratio:
     """Ratio of two targets that were timed in the same rounds.
+
+    Args:
+        numerators, denominators: In order of rounds.
+        sittings: Rounds of each sitting, where there were several.
 
     Raises:
         ValueError: the two were not timed in the same rounds.
@@ -103,7 +118,22 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
             f" {len(denominators)}"
         )
     rounds = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    if len(sittings) > 1:
+        return _another_sitting(rounds, sittings)
     return Ratio(statistics.median(rounds), *median_interval(rounds))
+
+
+def _another_sitting(rounds: Sequence[float], sittings: Sequence[int]) -> Ratio:
+    """Between sittings a shared machine changes more than within one: its logarithms are taken to
+    scatter normally around a mean, and the interval is that of one more of them."""
+    if sum(sittings) != len(rounds):
+        raise ValueError(f"expected {sum(sittings)} rounds of the sittings, got {len(rounds)}")
+    ends = list(itertools.accumulate(sittings))
+    parts = [rounds[end - count : end] for end, count in zip(ends, sittings, strict=True)]
+    logs = [math.log(statistics.median(part)) for part in parts]
+    middle, count = statistics.fmean(logs), len(logs)
+    half = STUDENT.get(count, 2.0) * statistics.stdev(logs) * math.sqrt(1 + 1 / count)
+    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), 0.95)
 
 
 class RoundRobin:
@@ -121,7 +151,8 @@ class RoundRobin:
         if focus not in targets:
             raise ValueError(f"focus must be one of {sorted(targets)}, got {focus!r}")
         self.targets, self.device, self.focus = dict(targets), device, focus
-        self.samples: dict[str, list[Sample]] = {name: [] for name in targets}
+        self.samples: dict[str, list[Sample]] = {}
+        self.clear()
         self._turn = 0
 
     def time(self, name: str) -> Sample:
@@ -211,6 +242,17 @@ class RoundRobin:
     def clear(self) -> None:
         """Forget the samples."""
         self.samples = {name: [] for name in self.targets}
+        self.sittings: list[int] = []
+
+    def add_earlier(self, sittings: list[int], samples: Mapping[str, list[Sample]]) -> None:
+        """Put earlier sittings' samples of the same targets before those of this one.
+
+        Args:
+            sittings: Rounds of each.
+            samples: Of every target, in order of rounds.
+        """
+        self.sittings = [*sittings, len(self.samples[self.focus])]
+        self.samples = {name: [*samples[name], *new] for name, new in self.samples.items()}
 
     def column(self, name: str, clock: str = "wall_ms") -> list[float]:
         """The samples of one target by one clock, in order of rounds."""

@@ -152,3 +152,20 @@ def test_a_run_without_seconds_left_starts_nothing(tmp_path):
     output = run(tmp_path, "--bench-seconds", "1e-9")
     assert "run again to continue" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_second_sitting_is_added_to_the_first(tmp_path):
+    options = ("--bench-sittings", "2", "--bench-models", "rodimus-1.4b,qwen2-1.5b", "-k", "decode")
+    found = []
+    for _ in range(2):
+        run(tmp_path, *options)
+        found.append({r["case"]: r for r in records.read(tmp_path)})
+    first, second = (next(iter(each.values())) for each in found)
+    assert (first["settings"]["sittings"], second["settings"]["sittings"]) == ([2], [2, 2])
+    for before, after in zip(first["rows"], second["rows"], strict=True):
+        assert after["samples"]["wall_ms"][:2] == before["samples"]["wall_ms"]
+        assert len(after["samples"]["wall_ms"]) == 4
+        low, high = after["ratio_to_qwen2-1.5b"][1:3]
+        # the baseline's own ratio is 1 in every round
+        assert low < high or after["target"].startswith("qwen2")
+    assert "recorded for this commit" in run(tmp_path, *options)

@@ -43,6 +43,24 @@ def test_ratio_of_rounds_is_untouched_by_a_common_slowdown():
     assert found.median == found.low == found.high == 1.5
 
 
+def test_interval_of_several_sittings_covers_one_more_as_often_as_it_says():
+    torch.manual_seed(0)
+    draws = (0.3 * torch.randn(4000, 4)).exp().tolist()
+    covered = 0
+    for *sittings, another in draws:
+        # five rounds each, alike but for one
+        rounds = [x for ratio in sittings for x in (ratio, ratio, ratio, ratio, 9.0)]
+        found = timing.ratio(rounds, [1.0] * 15, [5, 5, 5])
+        covered += found.low <= another <= found.high
+    assert covered / len(draws) == pytest.approx(found.coverage, abs=0.01)
+    assert found.coverage == 0.95
+
+
+def test_rounds_must_be_those_of_the_sittings():
+    with pytest.raises(ValueError, match="expected 4 rounds of the sittings, got 3"):
+        timing.ratio([1.0] * 3, [1.0] * 3, [2, 2])
+
+
 def test_ratio_refuses_targets_of_different_rounds():
     with pytest.raises(ValueError, match="as many rounds of both targets, got 1 and 2"):
         timing.ratio([1.0], [1.0, 2.0])
