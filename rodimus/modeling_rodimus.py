@@ -716,10 +716,11 @@ class RodimusGateLinear(nn.Linear):
 
 
 def _is_plain(layer, kind):
-    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks)
-    hooks += (layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and not any(hooks)
+    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it, and
+    no forward of its own, by which accelerate brings offloaded parameters."""
+    attached = (layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer))
+    attached += (layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and not any(attached)
 
 
 class _Products(torch.autograd.Function):
@@ -800,7 +801,8 @@ class RodimusInnerMixer(nn.Module):
         self.mem_gate_proj = RodimusGateLinear(width, 2 * keys)
 
     def forward(self, x, layout, past_key_values=None):
-        """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike."""
+        """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike, and
+        the weight ``[d_inner]`` of the latter: where it is offloaded, it is here for now only."""
         tokens, documents = layout["tokens"], layout["documents"]
         if tokens is not None:
             x = x * tokens[..., None]
@@ -818,7 +820,7 @@ class RodimusInnerMixer(nn.Module):
 
         one_head = (y.unsqueeze(2) for y in (q, k, v, select, temper))
         o = self._recur(*one_head, starts, layout["context"], state, layer, past_key_values)
-        return o.squeeze(2), shifted
+        return o.squeeze(2), shifted, self.residual_weight
 
     def _project(self, x):
         """Raw q and k, and the pre-activations of both gates, each ``[B, T, K]``."""
@@ -925,8 +927,8 @@ class RodimusMixer(nn.Module):
 
     def forward(self, hidden_states, layout, past_key_values=None):
         x, gate = _project_to_halves(hidden_states, self.fc)
-        o, shifted = self.inner_mixer(x, layout, past_key_values)
-        y = self.act_norm(o, gate, shifted, self.inner_mixer.residual_weight)
+        o, shifted, residual_weight = self.inner_mixer(x, layout, past_key_values)
+        y = self.act_norm(o, gate, shifted, residual_weight)
         y = F.dropout(y, self.activation_dropout, self.training)
         return F.dropout(self.out_proj(y), self.dropout, self.training)
 

@@ -125,6 +125,25 @@ def test_blocks_are_named_for_sharding(model):
     assert names == {type(layer).__name__ for layer in model.model.layers}
 
 
+def test_blocks_on_disk(model, tmp_path):
+    """accelerate brings each module's own parameters for its forward alone."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model.save_pretrained(tmp_path)
+    blocks = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(model.config.n_layer)}
+    others = {f"model.{name}": "cpu" for name, _ in model.model.named_children()}
+    places = {**others, **blocks, "lm_head": "cpu"}
+    del places["model.layers"]
+    offloaded = type(model).from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert any(p.is_meta for p in offloaded.parameters())
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(offloaded.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_deep_copy_and_pickle(model, tmp_path):
     ids = random_ids(1, 9)
     torch.save(model, tmp_path / "model.pt")
