@@ -10,7 +10,7 @@ Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys,
 
 import math
 from dataclasses import dataclass
-from itertools import repeat, starmap
+from itertools import chain, repeat, starmap
 from operator import is_
 
 import torch
@@ -1174,14 +1174,18 @@ def _norm_of_sum(norm, stream, branch):
 _PLAIN = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
 _PLAIN |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
 _PLAIN |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = ("_compiled_call_impl", "forward")
 
 
 def _is_untouched(module) -> bool:
-    """Whether a module and all in it compute what their classes say, and nothing is attached."""
+    """Whether a module and all in it compute what their classes say, and nothing is attached but
+    what transformers captures outputs with: it stays, idle, when they were asked for once."""
     found = module.__dict__
     if type(module) not in _PLAIN or any(found.get(name) for name in (*_HOOKS, *_CALLS)):
+        return False
+    hooks = found["_forward_hooks"].values()
+    if any(hook.__module__ != capture_outputs.__module__ for hook in hooks):
         return False
     return all(map(_is_untouched, found["_modules"].values()))
 
@@ -1200,6 +1204,9 @@ class _Inspection:
         self.kinds = list(map(type, self.parts))
         self.names = list(map(vars, self.parts))
         self.hooks = [names[hook] for names in self.names for hook in _HOOKS]
+        self.captures = [names["_forward_hooks"] for names in self.names]
+        # each hook ever registered has a number of its own
+        self.captured = list(chain.from_iterable(self.captures))
         # a forward or a compiled call of its own would be one name more
         self.counts = list(map(len, self.names))
         tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
@@ -1213,6 +1220,7 @@ class _Inspection:
         """Whether all parts and parameters are the same, where they were, and still alone."""
         return (
             not any(self.hooks)
+            and list(chain.from_iterable(self.captures)) == self.captured
             and list(map(len, self.names)) == self.counts
             and list(map(type, self.parts)) == self.kinds
             and not any(map(dict.get, self.names, repeat("_compiled_call_impl")))
@@ -1384,7 +1392,10 @@ class RodimusModel(RodimusPreTrainedModel):
         position_ids = self._positions(
             embeds, attention_mask, position_ids, past_key_values, documents
         )
-        stream, branch = self._step(embeds, attention_mask, position_ids, past_key_values), None
+        captured = self._is_captured(kwargs)
+        stream = branch = None
+        if not captured:
+            stream = self._step(embeds, attention_mask, position_ids, past_key_values)
         new = embeds.shape[1]
         if stream is None:
             layout = attention_mask
@@ -1397,7 +1408,7 @@ class RodimusModel(RodimusPreTrainedModel):
                 kwargs["position_ids"] = position_ids
             stream = self._embed(embeds)
             rotary = self._rotary(embeds, position_ids, layout["order"])
-            leave_sums = self._leaves_sums(stream, layout)
+            leave_sums = not captured and self._leaves_sums(stream, layout)
             given = {"past_key_values": past_key_values, **kwargs}
             for block in self.layers:
                 if leave_sums:
@@ -1413,6 +1424,12 @@ class RodimusModel(RodimusPreTrainedModel):
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def _is_captured(self, kwargs) -> bool:
+        """Whether somebody asks for what the blocks return between them, as transformers reads
+        it."""
+        asked = (f"output_{name}" for name in self._can_record_outputs)
+        return any(kwargs.get(name, getattr(self.config, name, False)) for name in asked)
 
     def _step(self, embeds, attention_mask, position_ids, past_key_values):
         """The stream after one token a row through fused blocks, ``[B, 1, D]``; None where the

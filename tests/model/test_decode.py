@@ -62,6 +62,17 @@ def test_a_recorded_step_is_fused(model, monkeypatch, fused):
     assert len(fused) == model.config.n_layer
 
 
+def test_outputs_captured_once_leave_later_steps_fused(model, fused):
+    """transformers' hooks stay on the blocks, idle, once a hidden state was asked for."""
+    ids, cache = random_ids(1, 14), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        seen = model(ids[:, 12:13], past_key_values=cache, output_hidden_states=True)
+        assert len(seen.hidden_states) == model.config.n_layer + 1 and not fused
+        model(ids[:, 13:], past_key_values=cache)
+    assert len(fused) == model.config.n_layer
+
+
 def test_fused_in_a_static_cache(model, fused):
     ids = random_ids(1, 30)
     cache = StaticCache(config=model.config, max_cache_len=64)
