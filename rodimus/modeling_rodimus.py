@@ -1380,7 +1380,7 @@ class RodimusModel(RodimusPreTrainedModel):
             position_ids, use_cache = context.position_ids, False
             attention_mask = {**_padding_layout(None, 0, False), "attention": None}
         past_key_values = adopt_cache(past_key_values)
-        _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config.n_layer)
+        _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         documents = self._packed_documents(
             embeds, attention_mask, position_ids, past_key_values, cu_seqlens
@@ -1583,14 +1583,14 @@ class RodimusModel(RodimusPreTrainedModel):
                 )
 
 
-def _check_inputs(embeds, attention_mask, position_ids, past_key_values, n_layer):
+def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config):
     batch, length = embeds.shape[:2]
     if length == 0:
         raise ValueError("expected at least one token, got a sequence of length 0")
     if is_tracing(embeds):
         return
     if past_key_values is not None:
-        _check_cache(past_key_values, batch, n_layer)
+        _check_cache(past_key_values, batch, length, config)
     if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
@@ -1609,17 +1609,31 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, n_layer
         )
 
 
-def _check_cache(cache, batch, n_layer):
-    layers = cache.layers
+def _check_cache(cache, batch, length, config):
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values must be a cache, got {type(cache).__name__};"
+            " make one with DynamicCache(config=model.config)"
+        )
+    layers, n_layer = cache.layers, config.n_layer
     if len(layers) != n_layer or not all(hasattr(layer, "recurrent_states") for layer in layers):
         raise ValueError(
             f"the cache must hold {n_layer} recurrent layers, got {len(layers)} layers of"
             f" {sorted({type(layer).__name__ for layer in layers})};"
             " make one with DynamicCache(config=model.config)"
         )
-    state = _recurrent_state(layers[0])
+    # also after a reset, which keeps the tensors
+    state = layers[0].recurrent_states.get(0)
     if state is not None and state.shape[0] != batch:
         raise ValueError(f"the cache holds a batch of {state.shape[0]}, got a batch of {batch}")
+    if _has_rings(cache) and layers[0].window < config.sliding_window:
+        room, tokens = layers[0].window, int(cache.get_seq_length()) + length
+        if tokens > room:
+            raise ValueError(
+                f"the static cache has room for {room} tokens, less than the window of"
+                f" {config.sliding_window}, and is to read {tokens}: make it with a larger"
+                " max_cache_len"
+            )
 
 
 @dataclass

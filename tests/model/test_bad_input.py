@@ -1,5 +1,6 @@
 """Bad input is refused before work starts, with what was expected and what came."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.loading import load_model
@@ -250,6 +251,40 @@ def test_cache_of_another_batch(model):
     cache = model(random_ids(2, 7), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cache.*2.*3"):
         model(random_ids(3, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind_of_cache", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_reset_cache_of_another_batch(model, batch, kind_of_cache):
+    """A reset keeps the tensors; one row would be broadcast over them."""
+    room = {"max_cache_len": 64} if kind_of_cache is StaticCache else {}
+    cache = kind_of_cache(config=model.config, **room)
+    model(random_ids(2, 7), past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match=f"cache.*2.*{batch}"):
+        model(random_ids(batch, 7), past_key_values=cache)
+    again = model(random_ids(2, 7), past_key_values=cache).logits
+    assert relative_error(again, full(model, random_ids(2, 7))) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[12], [6, 1], [3, 4]], ids=str)
+@torch.no_grad()
+def test_static_cache_with_too_little_room(model, kind, sizes):
+    """Only a window needs room; tokens it should see would be missing in silence."""
+    cache = StaticCache(config=model.config, max_cache_len=6)
+    *before, last = (random_ids(2, size) for size in sizes)
+    for ids in before:
+        model(ids, past_key_values=cache)
+    refused = pytest.raises(ValueError, match=f"room for 6 tokens.*{sum(sizes)}.*max_cache_len")
+    with contextlib.nullcontext() if kind == "rodimus" else refused:
+        model(last, past_key_values=cache)
+
+
+@pytest.mark.parametrize("cache", [(), ((torch.zeros(1), torch.zeros(1)),)], ids=["empty", "pair"])
+def test_keys_and_values_in_a_tuple(model, cache):
+    with pytest.raises(ValueError, match="cache.*tuple.*DynamicCache"):
+        model(random_ids(1, 3), past_key_values=cache)
 
 
 def test_cache_of_another_model(model, kind):
