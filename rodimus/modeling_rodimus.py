@@ -39,7 +39,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -86,6 +86,8 @@ except ImportError:
     from .reference_rodimus import ddts_chunk as ddts
 
     block_step = None
+
+logger = logging.get_logger(__name__)
 
 # A log-decay that erases the state: set at the first token of a packed document.
 _RESET = -1e30
@@ -522,7 +524,10 @@ def _recurrent_state(layer):
 
 
 def adopt_cache(cache: Cache | None) -> Cache | None:
-    """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept."""
+    """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept.
+
+    Layers that do not grow are not offloaded: transformers brings back those that attend to every
+    token, and fails where there are none."""
     read = _TokensRead()
     for i, layer in enumerate(cache.layers if isinstance(cache, Cache) else ()):
         if type(layer) is LinearAttentionLayer and isinstance(cache, StaticCache):
@@ -544,6 +549,9 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
         for name, value in vars(layer).items():
             setattr(ours, name, value)
         cache.layers[i] = ours
+    if getattr(cache, "offloading", False) and all(cache.is_linear):
+        logger.warning_once("The cache does not grow with the tokens: it stays on the device.")
+        cache.offloading = False
     return cache
 
 

@@ -344,6 +344,15 @@ def test_generate_on_a_left_padded_batch(model, kind, measure):
         measure(TABLE, "generate, left-padded batch", kind, error, BOUND)
 
 
+@pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
+def test_generate_with_an_offloaded_cache(model, name):
+    """There is nothing to offload; transformers looks for a layer to bring back, and finds none."""
+    ids = random_ids(2, 12)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation=name, **options), expected)
+
+
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("cache", [None, "static"], ids=["dynamic", "static"])
 def test_beam_search(model, kind, length, cache, measure):
