@@ -383,7 +383,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
             self.read.tokens = select(self.read.tokens)
 
     def get_seq_length(self):
-        return 0 if self.read.places is None else self.read.places
+        return 0 if self.read.places is None else self.read.places.clone()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         read = int(self.get_seq_length())

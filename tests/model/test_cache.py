@@ -243,6 +243,13 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
     assert error < BOUND
 
 
+def test_a_length_asked_for_stays_what_it_was(model):
+    cache = prefill(model, random_ids(1, 12), StaticCache(config=model.config, max_cache_len=64))
+    before = cache.get_seq_length()
+    prefill(model, random_ids(1, 3), cache)
+    assert (before, cache.get_seq_length()) == (12, 15)
+
+
 def test_a_static_window_is_not_rolled_back(model):
     cache = prefill(model, random_ids(1, 12), StaticCache(config=model.config, max_cache_len=64))
     has_window = cache.layers[0].is_sliding
