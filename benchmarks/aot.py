@@ -55,6 +55,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 

@@ -252,6 +252,7 @@ def test_env_tests_every_public_operator():
     import rodimus_kernels
 
     no_operators = {"BlockWeights", "can_fuse_block", "rope_tables"}
+    no_operators |= {"int8_row_bytes", "ring_parts", "read_ring", "write_ring"}
     public = set(rodimus_kernels.__all__) - no_operators
     assert set(env.cases(torch.device("cpu"))) == public
 

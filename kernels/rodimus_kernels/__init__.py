@@ -20,7 +20,7 @@ from .ddts import (
 from .input_gate import input_gate
 from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
-from .reference import rope_tables
+from .reference import int8_row_bytes, read_ring, ring_parts, rope_tables, write_ring
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
 from .short_conv import short_conv, short_conv_step
 from .swiglu import swiglu
@@ -47,8 +47,11 @@ __all__ = [
     "gated_ddts",
     "gated_rms_norm",
     "input_gate",
+    "int8_row_bytes",
     "linear_cross_entropy",
     "linear_step",
+    "read_ring",
+    "ring_parts",
     "rms_norm",
     "rope",
     "rope_tables",
@@ -57,4 +60,5 @@ __all__ = [
     "short_conv",
     "short_conv_step",
     "swiglu",
+    "write_ring",
 ]

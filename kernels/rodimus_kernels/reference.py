@@ -510,17 +510,118 @@ def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=No
     return torch.einsum("bhts,bshd->bthd", weights, v_wide).to(v.dtype)
 
 
+# Values of a window may be kept in a byte each. 127 steps either side of zero, so that a scale that
+# is rounded to nearest never asks for more: amax / scale <= 127 * 257 / 256 < 127.5.
+_STEPS = 127
+
+
+def quantize_values(v):
+    """Values in 8 bits, with one scale a token and head: ``v ~ values * scale``.
+
+        scale = bfloat16(max |v| / 127)        values = round(v / scale), ties to even
+
+    No value is off by more than half a scale, and the largest becomes 127 or -127. A head that
+    holds NaN or infinity gets the scale NaN, so whatever attends to it is NaN; one whose scale is
+    below 2 ** -126, the smallest normal number, becomes zeros with scale 0.
+
+    Quantising what :func:`dequantize_values` gives in v's own dtype (float32, bfloat16, float16)
+    leads back to the same bytes. Rounding a product to that dtype moves it by less than 127 / 257
+    of a scale, so it keeps its step. The largest, ``127 * scale``, also leads back to its scale:
+    only for a scale with the significand 1.5 does it not in bfloat16, and no bfloat16 value has
+    such a scale.
+
+    Args:
+        v: ``[..., Hv, Dv]``, any floating dtype.
+
+    Returns:
+        ``(values, scales)``: int8 shaped like v and bfloat16 ``[..., Hv]``.
+    """
+    wide = v.to(torch.float32)
+    largest = wide.abs().amax(-1)
+    scale = largest * (1.0 / _STEPS)
+    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 0.0)
+    scale = scale.masked_fill(~largest.isfinite(), torch.nan).to(torch.bfloat16)
+    usable = (scale > 0)[..., None]
+    steps = wide / torch.where(usable, scale[..., None], 1.0).to(torch.float32)
+    return torch.where(usable, steps, 0.0).round().to(torch.int8), scale
+
+
+def dequantize_values(values, scales, dtype):
+    """``values * scale`` of :func:`quantize_values`, rounded once to ``dtype``.
+
+    Args:
+        values: int8 ``[..., Hv, Dv]``. scales: bfloat16 ``[..., Hv]``.
+
+    Returns:
+        ``[..., Hv, Dv]``.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return (values.to(wide) * scales[..., None].to(wide)).to(dtype)
+
+
+def int8_row_bytes(key_heads, dim, value_heads, value_dim, dtype):
+    """Bytes of a token in a window with 8-bit values: keys in ``dtype``, values, one bfloat16 scale
+    a value head on an even byte, and what is missing to a multiple of 16."""
+    scales_at = key_heads * dim * dtype.itemsize + value_heads * value_dim
+    return -(-(scales_at + scales_at % 2 + 2 * value_heads) // 16) * 16
+
+
+def ring_parts(cache, key_heads, dim, value_heads, value_dim, dtype):
+    """What a ring holds, as views of it: keys, values, scales of the values or None.
+
+    A floating-point ring has rows ``[keys | values]``. A ring of bytes has 8-bit values: rows of
+    :func:`int8_row_bytes` with the keys in ``dtype``, then int8 values, then bfloat16 scales.
+
+    Args:
+        cache: ``[..., row]``; a ring of bytes has dense rows that start on 16 bytes.
+
+    Returns:
+        ``(keys [..., Hk, D], values [..., Hv, Dv], scales [..., Hv] or None)``.
+    """
+    key_row, value_row = key_heads * dim, value_heads * value_dim
+    keys_shape, values_shape = (key_heads, dim), (value_heads, value_dim)
+    if cache.dtype != torch.uint8:
+        keys, values = cache.split((key_row, value_row), dim=-1)
+        return keys.unflatten(-1, keys_shape), values.unflatten(-1, values_shape), None
+    values_at = key_row * dtype.itemsize
+    scales_at = values_at + value_row + (values_at + value_row) % 2
+    keys = cache[..., :values_at].view(dtype).unflatten(-1, keys_shape)
+    values = cache[..., values_at : values_at + value_row].view(torch.int8)
+    scales = cache[..., scales_at : scales_at + 2 * value_heads].view(torch.bfloat16)
+    return keys, values.unflatten(-1, values_shape), scales
+
+
+def write_ring(parts, index, k, v):
+    """Put keys ``[..., Hk, D]`` and values ``[..., Hv, Dv]`` into the rows ``index`` of
+    :func:`ring_parts`."""
+    keys, values, scales = parts
+    keys[index] = k.to(keys.dtype)
+    if scales is None:
+        values[index] = v.to(values.dtype)
+    else:
+        values[index], scales[index] = quantize_values(v)
+
+
+def read_ring(parts, dtype):
+    """Keys and values of :func:`ring_parts` in ``dtype``."""
+    keys, values, scales = parts
+    if scales is not None:
+        values = dequantize_values(values, scales, dtype)
+    return keys.to(dtype), values.to(dtype)
+
+
 @_outside_autocast
 def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=None):
     """A few new tokens against a ring cache; the cache is written in place.
 
     Token p of a sequence lives in row ``p % R`` of its ring as ``[keys of Hk heads | values of Hv
-    heads]``.
+    heads]``. A ring of bytes holds its values, those of the new tokens too, in 8 bits.
 
     Args:
         q: ``[B, T, H, D]``. k: ``[B, T, Hk, D]``. v: ``[B, T, Hv, Dv]``, all after rotary
             embedding.
-        cache: ``[B, R, Hk * D + Hv * Dv]``, R >= window_size + T - 1.
+        cache: ``[B, R, Hk * D + Hv * Dv]``, or uint8 ``[B, R, int8_row_bytes]`` with keys in the
+            dtype of k; R >= window_size + T - 1.
         position: int64 ``[B]``, tokens already in each sequence.
         window_size: visible keys, the query's own position included.
 
@@ -530,8 +631,8 @@ def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=No
     batch, steps, key_heads, dim = k.shape
     ring = cache.shape[1]
     new_positions = position[:, None] + torch.arange(steps, device=q.device)
-    rows = torch.cat((k.flatten(2), v.flatten(2)), dim=-1).to(cache.dtype)
-    cache[torch.arange(batch, device=q.device)[:, None], new_positions % ring] = rows
+    parts = ring_parts(cache, key_heads, dim, *v.shape[2:], k.dtype)
+    write_ring(parts, (torch.arange(batch, device=q.device)[:, None], new_positions % ring), k, v)
 
     # Row r holds the newest position p <= last with p % R = r; a negative one is still empty.
     last = new_positions[:, -1:]
@@ -540,8 +641,7 @@ def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=No
     visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
 
     dtype = accumulation_dtype(q, k, v)
-    keys = cache[..., : key_heads * dim].unflatten(-1, (key_heads, dim)).to(dtype)
-    values = cache[..., key_heads * dim :].unflatten(-1, (v.shape[2], v.shape[3])).to(dtype)
+    keys, values = read_ring(parts, dtype)
     heads = torch.arange(q.shape[2], device=q.device)
     scale = dim**-0.5 if scale is None else scale
     scores = torch.einsum("bthd,brhd->bhtr", q.to(dtype) * scale, keys[:, :, heads % key_heads])

@@ -7,7 +7,13 @@ import importlib
 import pytest
 import torch
 
-from rodimus_kernels import reference, shared_key_attention_step
+from rodimus_kernels import (
+    int8_row_bytes,
+    reference,
+    ring_parts,
+    shared_key_attention_step,
+    write_ring,
+)
 from rodimus_kernels.shared_key_attention import api
 from rodimus_kernels.testing import relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
@@ -33,10 +39,17 @@ class Ring:
     value_dim: int = 16
     window: int = 9
     rows: int = 16
+    int8: bool = False
 
     def __str__(self):
         heads = f"H{self.heads}-{self.key_heads}-{self.value_heads}"
-        return f"B{self.batch}{heads}D{self.dim}-{self.value_dim}W{self.window}R{self.rows}"
+        shape = f"B{self.batch}{heads}D{self.dim}-{self.value_dim}W{self.window}R{self.rows}"
+        return shape + "-int8" * self.int8
+
+    @property
+    def row(self):
+        """Heads and channels of keys and values, as :func:`rodimus_kernels.ring_parts` wants."""
+        return self.key_heads, self.dim, self.value_heads, self.value_dim
 
     def tokens(self, length, device, dtype=torch.float32):
         """``(q, k, v)`` of a history."""
@@ -49,9 +62,21 @@ class Ring:
 
     def cache(self, device, dtype=torch.float32):
         """A ring in which nothing has been written: NaN, which no result may show."""
+        if self.int8:
+            # in every floating dtype the bits of a NaN
+            shape = (self.batch, self.rows, int8_row_bytes(*self.row, dtype))
+            return torch.full(shape, 255, device=device, dtype=torch.uint8)
         width = self.key_heads * self.dim + self.value_heads * self.value_dim
         shape = (self.batch, self.rows, width)
         return torch.full(shape, float("nan"), device=device, dtype=dtype)
+
+    def filled(self, device, dtype=torch.float32):
+        """A ring that holds numbers everywhere."""
+        cache = self.cache(device, dtype)
+        draw = lambda *shape: torch.randn(*cache.shape[:2], *shape).to(device, dtype)
+        k, v = draw(self.key_heads, self.dim), draw(self.value_heads, self.value_dim)
+        write_ring(ring_parts(cache, *self.row, dtype), ..., k, v)
+        return cache
 
 
 RINGS = [
@@ -62,6 +87,10 @@ RINGS = [
     Ring(heads=3, key_heads=3, value_heads=1),
     Ring(window=40, rows=64),
 ]
+# the same with values in 8 bits: rows with and without padding, scales behind an odd byte
+RINGS += [dataclasses.replace(ring, int8=True) for ring in (RINGS[0], RINGS[2], RINGS[3])]
+RINGS += [Ring(heads=3, key_heads=3, value_heads=1, value_dim=7, int8=True)]
+FORMATS = pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])
 
 
 def decode(ring, tokens, cache, lengths, *, start=0, impl):
@@ -77,9 +106,12 @@ def decode(ring, tokens, cache, lengths, *, start=0, impl):
     return torch.cat(outputs, 1)
 
 
-def recompute(tokens, window):
-    """The same tokens in one float64 attention."""
-    return reference.shared_key_attention(*(x.double() for x in tokens), window_size=window)
+def recompute(tokens, ring):
+    """The same tokens in one float64 attention, over the values that the ring holds."""
+    q, k, v = (x.double() for x in tokens)
+    if ring.int8:
+        v = reference.dequantize_values(*reference.quantize_values(tokens[2]), torch.float64)
+    return reference.shared_key_attention(q, k, v, window_size=ring.window)
 
 
 @pytest.mark.parametrize("ring", RINGS, ids=str)
@@ -88,30 +120,32 @@ def test_every_token_equals_recomputing_the_history(impl, ring, device):
     length = 3 * ring.rows + 2
     tokens = ring.tokens(length, device)
     o = decode(ring, tokens, ring.cache(device), [1] * length, impl=impl)
-    assert relative_error(o, recompute(tokens, ring.window)) < LIMIT
+    assert relative_error(o, recompute(tokens, ring)) < LIMIT
 
 
+@FORMATS
 @pytest.mark.parametrize("impl", LONG)
-def test_thousands_of_tokens_past_the_window(impl, device):
+def test_thousands_of_tokens_past_the_window(impl, int8, device):
     """Errors do not build up: the last tokens are as exact as the first."""
     # a call takes a tenth of a second in the interpreter
     length = 600 if impl == "triton" and DEVICE == "cpu" else 2400
-    ring = Ring(batch=1, heads=2, value_heads=2, window=37, rows=53)
+    ring = Ring(batch=1, heads=2, value_heads=2, window=37, rows=53, int8=int8)
     tokens = ring.tokens(length, device)
     o = decode(ring, tokens, ring.cache(device), [8] * (length // 8), impl=impl)
-    exact = recompute(tokens, ring.window)
+    exact = recompute(tokens, ring)
     for part in (slice(0, 100), slice(length - 100, length)):
         assert relative_error(o[:, part], exact[:, part]) < LIMIT
 
 
+@FORMATS
 @pytest.mark.parametrize("steps", range(1, 9))
 @pytest.mark.parametrize("impl", LONG)
-def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, device):
+def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, int8, device):
     """A call that begins at every row of the ring, so that its tokens straddle the end at each."""
-    ring = Ring(batch=1, heads=2, value_heads=2, window=5, rows=5 + steps - 1)
+    ring = Ring(batch=1, heads=2, value_heads=2, window=5, rows=5 + steps - 1, int8=int8)
     length = ring.rows + 2 * steps
     tokens = ring.tokens(length, device)
-    exact = recompute(tokens, ring.window)
+    exact = recompute(tokens, ring)
     for offset in range(ring.rows):
         cache = ring.cache(device)
         lengths = [1] * offset + [steps] * ((length - offset) // steps)
@@ -120,14 +154,19 @@ def test_several_tokens_a_call_wrap_around_at_every_offset(impl, steps, device):
 
 
 @pytest.mark.parametrize(
-    "ring", [Ring(1, 2, 1, 2, rows=10), Ring(1, 6, 2, 3, 32, 24, rows=9)], ids=str
+    "ring",
+    [
+        *(Ring(1, 2, 1, 2, rows=10), Ring(1, 6, 2, 3, 32, 24, rows=9)),
+        *(Ring(1, 2, 1, 2, rows=10, int8=True), Ring(1, 6, 2, 3, 32, 25, rows=9, int8=True)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_call_at_every_offset(impl, ring, device):
     """The history by the definition, then one call: it may begin at any row of the ring."""
     steps = ring.rows - ring.window + 1
     tokens = ring.tokens(2 * ring.rows + steps, device)
-    exact = recompute(tokens, ring.window)
+    exact = recompute(tokens, ring)
     cache = ring.cache(device)
     for age in range(2 * ring.rows):
         if age in (0, 1, ring.window - 1) or age >= ring.rows:
@@ -141,9 +180,10 @@ def test_one_call_at_every_offset(impl, ring, device):
         decode(ring, [x[:, age : age + 1] for x in tokens], cache, [1], start=age, impl="reference")
 
 
+@FORMATS
 @pytest.mark.parametrize("impl", LONG)
-def test_tokens_together_equal_tokens_one_by_one(impl, device):
-    ring = Ring(batch=3, rows=20)
+def test_tokens_together_equal_tokens_one_by_one(impl, int8, device):
+    ring = Ring(batch=3, rows=20, int8=int8)
     tokens = ring.tokens(48, device)
     alone, together = ring.cache(device), ring.cache(device)
     one_by_one = decode(ring, tokens, alone, [1] * 48, impl=impl)
@@ -152,9 +192,10 @@ def test_tokens_together_equal_tokens_one_by_one(impl, device):
     assert torch.equal(alone, together)
 
 
+@FORMATS
 @pytest.mark.parametrize("impl", IMPLS)
-def test_sequences_of_different_ages_in_one_batch(impl, device):
-    ring = Ring(batch=5, rows=12)
+def test_sequences_of_different_ages_in_one_batch(impl, int8, device):
+    ring = Ring(batch=5, rows=12, int8=int8)
     ages = [0, 1, 8, 12, 31]
     tokens = ring.tokens(max(ages) + 3, device)
     cache = ring.cache(device)
@@ -166,58 +207,66 @@ def test_sequences_of_different_ages_in_one_batch(impl, device):
     position = torch.tensor(ages, device=device)
     new = [torch.stack([x[b, age : age + 3] for b, age in enumerate(ages)]) for x in tokens]
     o = shared_key_attention_step(*new, cache, position, window_size=ring.window, impl=impl)
-    exact = recompute(tokens, ring.window)
+    exact = recompute(tokens, ring)
     expected = torch.stack([exact[b, age : age + 3] for b, age in enumerate(ages)])
     assert relative_error(o, expected) < LIMIT
 
 
+@pytest.mark.parametrize(
+    "ring",
+    [Ring(rows=11), Ring(rows=11, int8=True), Ring(2, 6, 2, 3, 32, 25, rows=11, int8=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_writes_the_rows_of_its_tokens_and_no_other(impl, device):
-    ring = Ring(batch=2, rows=11)
-    cache = torch.randn_like(ring.cache(device))
-    before = cache.clone()
+def test_writes_the_rows_of_its_tokens_and_no_other(impl, ring, device):
+    """And of a row of bytes only what is not padding, to the bit."""
+    cache = ring.filled(device)
+    expected = cache.clone()
     q, k, v = ring.tokens(3, device)
     position = torch.tensor([10, 24], device=device)
     shared_key_attention_step(q, k, v, cache, position, window_size=9, impl=impl)
     rows = (position[:, None] + torch.arange(3, device=device)) % 11
-    for b in range(2):
-        assert torch.equal(cache[b, rows[b]], torch.cat((k[b].flatten(1), v[b].flatten(1)), -1))
-        others = [r for r in range(11) if r not in rows[b].tolist()]
-        assert torch.equal(cache[b, others], before[b, others])
+    sequences = torch.arange(2, device=device)[:, None]
+    write_ring(ring_parts(expected, *ring.row, k.dtype), (sequences, rows), k, v)
+    assert torch.equal(cache, expected)
 
 
+@FORMATS
 @pytest.mark.parametrize("impl", IMPLS)
-def test_strided_inputs_and_a_cache_that_is_part_of_a_larger_one(impl, device):
-    ring = Ring(batch=2, value_heads=2, value_dim=24)
+def test_strided_inputs_and_a_cache_that_is_part_of_a_larger_one(impl, int8, device):
+    ring = Ring(batch=2, value_heads=2, value_dim=24, int8=int8)
     pool = ring.cache(device).repeat(1, 1, 2)
+    untouched = pool[..., pool.shape[-1] // 2 :].clone()
     cache = pool[..., : pool.shape[-1] // 2]
     q, k, v = ring.tokens(20, device)
     row = torch.cat((k.flatten(2), v.flatten(2)), dim=-1)
     k_view, v_view = row[..., :16].unflatten(-1, (1, 16)), row[..., 16:].unflatten(-1, (2, 24))
     o = decode(ring, (q, k_view, v_view), cache, [4] * 5, impl=impl)
-    assert relative_error(o, recompute((q, k, v), ring.window)) < LIMIT
-    assert pool[..., cache.shape[-1] :].isnan().all()
+    assert relative_error(o, recompute((q, k, v), ring)) < LIMIT
+    rest = pool[..., cache.shape[-1] :]
+    assert torch.equal(rest.contiguous().view(torch.uint8), untouched.view(torch.uint8))
 
 
+@FORMATS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_half_precision(impl, dtype, device):
-    ring = Ring(window=12, rows=16)
+def test_half_precision(impl, dtype, int8, device):
+    ring = Ring(window=12, rows=16, int8=int8)
     tokens, cache = ring.tokens(40, device, dtype), ring.cache(device, dtype)
     decode(ring, [x[:, :36] for x in tokens], cache, [4] * 9, impl="reference")
     o = decode(ring, [x[:, 36:] for x in tokens], cache, [4], start=36, impl=impl)
     assert o.dtype == dtype
     # one rounding of the output, which the interpreter truncates
-    assert relative_error(o, recompute(tokens, ring.window)[:, 36:]) < torch.finfo(dtype).eps
+    assert relative_error(o, recompute(tokens, ring)[:, 36:]) < torch.finfo(dtype).eps
 
 
 @needs_triton
-@pytest.mark.parametrize("part", [16, 32, 48])
-def test_parts_of_the_window_are_joined(part, device, monkeypatch):
+@pytest.mark.parametrize("part, int8", [(16, False), (32, False), (48, False), (32, True)])
+def test_parts_of_the_window_are_joined(part, int8, device, monkeypatch):
     """The last part may be short, or behind the newest key and empty."""
     triton_step = importlib.import_module("rodimus_kernels.shared_key_attention.triton_step")
     monkeypatch.setattr(triton_step, "split_window", lambda window, *_: (-(-window // part), part))
-    ring = Ring(batch=3, heads=2, value_heads=2, window=77, rows=80)
+    ring = Ring(batch=3, heads=2, value_heads=2, window=77, rows=80, int8=int8)
     ages = [3, 70, 200]
     tokens = ring.tokens(204, device)
     cache = ring.cache(device)
@@ -229,7 +278,7 @@ def test_parts_of_the_window_are_joined(part, device, monkeypatch):
     new = [torch.stack([x[b, age : age + 2] for b, age in enumerate(ages)]) for x in tokens]
     position = torch.tensor(ages, device=device)
     o = shared_key_attention_step(*new, cache, position, window_size=77, impl="triton")
-    exact = recompute(tokens, 77)
+    exact = recompute(tokens, ring)
     expected = torch.stack([exact[b, age : age + 2] for b, age in enumerate(ages)])
     assert relative_error(o, expected) < LIMIT
 
@@ -248,12 +297,13 @@ def test_the_window_is_split_to_fill_the_gpu():
 
 
 @needs_triton
-def test_registration(device):
-    ring = Ring(batch=1, heads=1, value_heads=1)
+@FORMATS
+def test_registration(int8, device):
+    ring = Ring(batch=1, heads=1, value_heads=1, int8=int8)
     q, k, v = ring.tokens(1, device)
     position = torch.tensor([20], device=device)
     operator = torch.ops.rodimus.ring_attention.default
-    cache = torch.randn_like(ring.cache(device))
+    cache = ring.filled(device)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, (q, k, v, cache, position, 9, 0.25), test_utils=checks)
 
@@ -270,12 +320,13 @@ def test_keeps_no_graph(impl, device):
     assert not o.requires_grad and not cache.requires_grad
 
 
+@FORMATS
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiles_without_a_graph_break(impl, device):
-    ring = Ring()
+def test_compiles_without_a_graph_break(impl, int8, device):
+    ring = Ring(int8=int8)
     tokens = ring.tokens(2, device)
     position = torch.tensor([3, 30], device=device)
-    cache = torch.randn_like(ring.cache(device))
+    cache = ring.filled(device)
     function = lambda cache, position: shared_key_attention_step(
         *tokens, cache, position, window_size=9, impl=impl
     )
@@ -287,12 +338,13 @@ def test_compiles_without_a_graph_break(impl, device):
 
 def test_automatic_choice():
     row = torch.zeros(2, 16, 80)
-    assert api._choose_step(True, 128, (row, row)) == "triton"
-    assert api._choose_step(False, 128, (row, row)) == "sdpa"
-    assert api._choose_step(True, 264, (row, row)) == "sdpa"
-    assert api._choose_step(True, 128, (row, row.bfloat16())) == "reference"
-    assert api._choose_step(True, 128, (row.double(), row.double())) == "sdpa"
-    assert api._choose_step(True, 128, (row, row.transpose(1, 2))) == "sdpa"
+    assert api._choose_step(True, 128, row, (row, row)) == "triton"
+    assert api._choose_step(False, 128, row, (row, row)) == "sdpa"
+    assert api._choose_step(True, 264, row, (row, row)) == "sdpa"
+    assert api._choose_step(True, 128, row, (row, row.bfloat16())) == "reference"
+    assert api._choose_step(True, 128, row.double(), (row.double(), row.double())) == "sdpa"
+    assert api._choose_step(True, 128, row.transpose(1, 2), (row, row)) == "sdpa"
+    assert api._choose_step(True, 128, row.byte(), (row, row)) == "triton"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -338,6 +390,22 @@ class TestErrors:
         tensors["position"] = tensors["position"].long()
         with pytest.raises(ValueError, match=message):
             shared_key_attention_step(**tensors, window_size=9)
+
+    @pytest.mark.parametrize(
+        ("shape", "view", "message"),
+        [
+            ((2, 16, 80), lambda x: x, r"shape \[2, R, 144\], got \(2, 16, 80\)"),
+            ((2, 144, 16), lambda x: x.transpose(1, 2), r"of 16 bytes, got strides \(2304, 1, 16"),
+            ((2, 16, 152), lambda x: x[..., :144], r"got strides \(2432, 152, 1\) and offset 0"),
+            ((2, 16, 160), lambda x: x[..., 8:152], r"strides \(2560, 160, 1\) and offset 8"),
+        ],
+    )
+    def test_a_ring_of_bytes(self, shape, view, message):
+        q, k, v = Ring().tokens(1, "cpu")
+        cache = view(torch.zeros(shape, dtype=torch.uint8))
+        position = torch.zeros(2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=message):
+            shared_key_attention_step(q, k, v, cache, position, window_size=9)
 
     def test_position_is_integer(self):
         q, k, v = Ring().tokens(1, "cpu")

@@ -3,6 +3,7 @@ dispatch."""
 
 import torch
 
+from .. import reference
 from .._dispatch import (
     check_alike,
     check_cu_seqlens,
@@ -149,11 +150,18 @@ def shared_key_attention_step(
     token, no shift and no copy when the window is full. Sequences of one batch may have different
     ages.
 
+    A ring of dtype uint8 keeps values in 8 bits, about half the bytes: a row is the Hk * D keys in
+    their dtype, Hv * Dv int8 values, and from the next even byte Hv scales in bfloat16, together
+    :func:`rodimus_kernels.int8_row_bytes`. Values of the new tokens are quantised, as
+    :func:`rodimus_kernels.reference.quantize_values` says, before any query sees them; a head that
+    holds NaN or infinity makes what attends to it NaN.
+
     Args:
         q: Queries ``[B, T, H, D]`` after rotary embedding, 1 <= T <= 8.
         k: Keys of the same tokens ``[B, T, Hk, D]``, after rotary embedding.
         v: Values of the same tokens ``[B, T, Hv, Dv]``.
-        cache: ``[B, R, Hk * D + Hv * Dv]`` with R >= window_size + T - 1; overwritten.
+        cache: ``[B, R, Hk * D + Hv * Dv]`` with R >= window_size + T - 1; overwritten. Or uint8
+            ``[B, R, int8_row_bytes]``, rows dense and starting on multiples of 16 bytes.
         position: int64 ``[B]``: tokens each sequence has seen before these.
         window_size: Keys a query sees, its own position included.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
@@ -173,11 +181,9 @@ def shared_key_attention_step(
         raise ValueError(
             f"expected 1 <= T <= {MAX_STEP} tokens in q, k and v, got {steps} and {k.shape[1]}"
         )
-    row = k.shape[2] * dim + v.shape[2] * v.shape[3]
-    check_shape("cache", cache, (batch, "R", row))
+    _check_ring(cache, k, v)
     check_shape("position", position, (batch,))
     check_alike("q", q, cache=cache, position=position)
-    check_floating(cache=cache)
     if position.dtype != torch.int64:
         raise ValueError(f"position must be int64, got {position.dtype}")
     if cache.shape[1] < window_size + steps - 1:
@@ -187,10 +193,11 @@ def shared_key_attention_step(
         )
     with torch.no_grad():
         if impl == "auto":
-            tensors = (q, k, v, cache)
-            fallback = _choose_step(runs_triton(q.device), max(dim, v.shape[-1]), tensors)
+            # a ring of bytes has its keys in the dtype of k
+            tensors = (q, k, v) if cache.dtype == torch.uint8 else (q, k, v, cache)
+            fallback = _choose_step(runs_triton(q.device), max(dim, v.shape[-1]), cache, tensors)
             impl = choose_compiled(fallback, *tensors, one_dtype=True)
-            if impl == "native" and not _fits_compiled_step(*tensors):
+            if impl == "native" and not _fits_compiled_step(q, k, v, cache):
                 impl = fallback
         return load("shared_key_attention_step", impl, _STEP)(
             *(q, k, v, cache, position),
@@ -199,13 +206,31 @@ def shared_key_attention_step(
         )
 
 
-def _choose_step(triton: bool, dim: int, tensors: tuple[torch.Tensor, ...]) -> str:
+def _check_ring(cache, k, v):
+    heads = (*k.shape[2:], *v.shape[2:])
+    if cache.dtype != torch.uint8:
+        check_shape("cache", cache, (k.shape[0], "R", heads[0] * heads[1] + heads[2] * heads[3]))
+        check_floating(cache=cache)
+        return
+    check_shape("cache", cache, (k.shape[0], "R", reference.int8_row_bytes(*heads, k.dtype)))
+    # torch.compile cannot ask for the offset
+    offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()
+    if cache.stride(2) != 1 or any(place % 16 for place in (*cache.stride()[:2], offset)):
+        raise ValueError(
+            "a uint8 cache needs dense rows that start on multiples of 16 bytes,"
+            f" got strides {cache.stride()} and offset {offset}"
+        )
+
+
+def _choose_step(
+    triton: bool, dim: int, cache: torch.Tensor, tensors: tuple[torch.Tensor, ...]
+) -> str:
     """As :func:`_choose`, for the step: mixed dtypes are the reference's, and Triton wants a cache
     with dense rows."""
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1:
         return "reference"
-    fits = torch.float64 not in dtypes and tensors[-1].stride(-1) == 1
+    fits = torch.float64 not in dtypes and cache.stride(-1) == 1
     return "triton" if triton and fits and dim <= _TRITON_MAX_DIM else "sdpa"
 
 
@@ -214,7 +239,8 @@ def _fits_compiled_step(q, k, v, cache) -> bool:
     heads: its kernel is written for one key head and heads of 128 channels, as the models have."""
     heads, dim = q.shape[2:]
     staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 16 and dim == v.shape[3] == 128
-    return cache.is_contiguous() and (q.device.type == "cpu" or staged)
+    plain = cache.dtype != torch.uint8 and cache.is_contiguous()
+    return plain and (q.device.type == "cpu" or staged)
 
 
 def _check(q, k, v, window_size, scale):

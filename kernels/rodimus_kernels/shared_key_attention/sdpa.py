@@ -45,8 +45,9 @@ def step(q, k, v, cache, position, *, window_size, scale):
     batch, steps, key_heads, dim = k.shape
     ring = cache.shape[1]
     new = position[:, None] + torch.arange(steps, device=q.device)
-    rows = torch.cat((k.flatten(2), v.flatten(2)), dim=-1).to(cache.dtype)
-    cache[torch.arange(batch, device=q.device)[:, None], new % ring] = rows
+    shape = (key_heads, dim, *v.shape[2:], k.dtype)
+    index = (torch.arange(batch, device=q.device)[:, None], new % ring)
+    reference.write_ring(reference.ring_parts(cache, *shape), index, k, v)
 
     last = new[:, -1:]
     # on a GPU a look at positions would stop the stream, in compilation it breaks the graph
@@ -58,13 +59,16 @@ def step(q, k, v, cache, position, *, window_size, scale):
     held = last - (last - torch.arange(cache.shape[1], device=q.device)) % ring
     age = new[:, :, None] - held[:, None, :]
     visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
-    keys, values = cache.split((key_heads * dim, cache.shape[2] - key_heads * dim), dim=-1)
+    # 8-bit values times their scales have more bits than bfloat16
+    dtype = (
+        torch.promote_types(k.dtype, torch.float32) if cache.dtype == torch.uint8 else cache.dtype
+    )
+    keys, values = reference.read_ring(reference.ring_parts(cache, *shape), dtype)
     if not may_look or (held < 0).any():
         # an empty row can hold anything, and zero times NaN is NaN
-        keys, values = (x.masked_fill((held < 0)[..., None], 0) for x in (keys, values))
-    keys = expand_heads(keys.unflatten(-1, (key_heads, dim)), q.shape[2])
-    values = expand_heads(values.unflatten(-1, v.shape[2:]), q.shape[2])
-    q = q.to(cache.dtype).transpose(1, 2)
+        keys, values = (x.masked_fill((held < 0)[..., None, None], 0) for x in (keys, values))
+    keys, values = (expand_heads(x, q.shape[2]) for x in (keys, values))
+    q = q.to(dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
     return o.transpose(1, 2).to(v.dtype)

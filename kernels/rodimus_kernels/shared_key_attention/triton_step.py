@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library  # noqa: F401  (the schemas come first)
+from .. import _library, reference  # noqa: F401  (the schemas come first)
 from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 MAX_DIM = 256
@@ -31,11 +31,33 @@ _JOINED = 16
 
 
 @triton.jit
+def quantize_values(b_v):
+    """Steps ``[BH, BDV]`` and scale ``[BH]`` of values in fp32, both in fp32, as
+    :func:`rodimus_kernels.reference.quantize_values` has them, to the bit."""
+    # magnitudes in the order of their bits, NaN above infinity above all numbers
+    largest = tl.max(b_v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    scale = largest.to(tl.float32, bitcast=True) * (1.0 / 127.0)
+    scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
+    # to bfloat16, ties to even, by hand: the interpreter cuts off
+    bits = scale.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+    bits = tl.where(largest < 0x7F800000, bits, 0x7FC00000)
+    scale = bits.to(tl.float32, bitcast=True)
+    usable = scale > 0
+    b_steps = tl.div_rn(b_v, tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], b_v.shape))
+    # adding 1.5 * 2 ** 23 rounds to an integer, ties to even
+    b_steps = tl.where(usable[:, None], b_steps, 0.0) + 12582912.0
+    return b_steps - 12582912.0, scale
+
+
+@triton.jit
 def ring_attention_kernel(
     q,
     k,
     v,
     cache,
+    values,
+    scales,
     position,
     o,
     lse,
@@ -65,9 +87,14 @@ def ring_attention_kernel(
     BDV: tl.constexpr,
     BN: tl.constexpr,
     VECTOR: tl.constexpr,
+    KEY_BYTES: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     """``o [parts, B * T, H, DV]`` and ``lse [parts, B * T, H]`` of each part of the window, and the
     new rows of the cache. Grid: parts, key heads times blocks of their query heads, B * T.
+
+    INT8: ``cache`` are the keys of a ring of bytes, ``values`` and ``scales`` its other parts; all
+    are strided by rows of c_t keys of KEY_BYTES.
 
     Keys and values are tiles ``[BN, BH * BD]`` of one layout, a key repeated for all heads: a score
     is a sum over the threads of a head, and nothing changes threads through shared memory.
@@ -103,8 +130,10 @@ def ring_attention_kernel(
 
     c_row = cache + i_b * c_b
     key_columns = i_hk * D + o_d
+    # 8-bit values have a pointer of their own
+    before: tl.constexpr = 0 if INT8 else HK * D
     value_columns = tl.max_contiguous(
-        tl.multiple_of(HK * D + (heads_v % HV) * DV + o_hv_d, VECTOR), VECTOR
+        tl.multiple_of(before + (heads_v % HV) * DV + o_hv_d, VECTOR), VECTOR
     )
     # this part's new tokens, written before they are read; another program may write the same
     if first + count > new:
@@ -115,7 +144,17 @@ def ring_attention_kernel(
             b_k = tl.load(p_k + t * k_t, mask=keys_mask, other=0.0)
             tl.store(p_row + key_columns, b_k, mask=keys_mask)
             b_v = tl.load(p_v + t * v_t, mask=values_mask, other=0.0)
-            tl.store(p_row + value_columns, b_v, mask=values_mask)
+            if INT8:
+                at = i_b * c_b + ((new + t) % R) * c_t
+                b_v = tl.reshape(b_v.to(tl.float32), (BH, BDV))
+                b_steps, b_scale = quantize_values(b_v)
+                p_steps = values + at * KEY_BYTES + value_columns
+                b_steps = tl.reshape(b_steps, (BH * BDV,))
+                tl.store(p_steps, b_steps.to(tl.int8), mask=values_mask)
+                p_scale = scales + at * (KEY_BYTES // 2) + heads % HV
+                tl.store(p_scale, b_scale.to(scales.dtype.element_ty), mask=is_head)
+            else:
+                tl.store(p_row + value_columns, b_v, mask=values_mask)
         tl.debug_barrier()
 
     acc = tl.zeros([BH, BDV], tl.float32)
@@ -127,7 +166,14 @@ def ring_attention_kernel(
         rows = tl.where(rows < R, rows, rows - R)
         p_rows = c_row + rows.to(tl.int64)[:, None] * c_t
         b_k = tl.load(p_rows + key_columns, mask=seen[:, None] & keys_mask, other=0.0)
-        b_v = tl.load(p_rows + value_columns, mask=seen[:, None] & values_mask, other=0.0)
+        if INT8:
+            at = i_b * c_b + rows.to(tl.int64)[:, None] * c_t
+            p_values = values + at * KEY_BYTES + value_columns
+            b_v = tl.load(p_values, mask=seen[:, None] & values_mask, other=0)
+            p_scales = scales + at * (KEY_BYTES // 2) + (heads % HV)[None, :]
+            b_scales = tl.load(p_scales, mask=seen[:, None] & is_head[None, :], other=0.0)
+        else:
+            b_v = tl.load(p_rows + value_columns, mask=seen[:, None] & values_mask, other=0.0)
         b_s = tl.sum(tl.reshape(b_q * b_k.to(tl.float32), (BN, BH, BD)), 2)
         b_s = tl.where(seen[:, None], b_s, float("-inf"))
         # every tile begins with a visible key, so the maximum is finite
@@ -135,8 +181,10 @@ def ring_attention_kernel(
         b_p = tl.exp2(b_s - highest[None, :])
         fade = tl.exp2(top - highest)
         b_v = tl.reshape(b_v.to(tl.float32), (BN, BH, BDV))
-        acc = acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v, 0)
         total = total * fade + tl.sum(b_p, 0)
+        if INT8:
+            b_p *= b_scales.to(tl.float32)
+        acc = acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v, 0)
         top = highest
 
     o_rows = (i_p * tl.num_programs(2).to(tl.int64) + i_bt) * H + heads
@@ -198,12 +246,13 @@ def step(q, k, v, cache, position, *, window_size, scale):
         ValueError: D or Dv is above ``MAX_DIM``, dtypes differ or are not float32, bfloat16 or
             float16, the cache's rows are not dense, or the tensors are not where Triton runs.
     """
-    check_runs_here("shared_key_attention_step", q, k, v, cache)
-    dtypes = [x.dtype for x in (q, k, v, cache)]
+    alike = (q, k, v) if cache.dtype == torch.uint8 else (q, k, v, cache)
+    check_runs_here("shared_key_attention_step", *alike)
+    dtypes = [x.dtype for x in alike]
     if len(set(dtypes)) > 1:
         raise ValueError(
             "shared_key_attention_step(impl='triton'): expected q, k, v and cache of one dtype,"
-            f" got {dtypes}"
+            f" or a cache of bytes, got {[x.dtype for x in (q, k, v, cache)]}"
         )
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
         raise ValueError(
@@ -235,11 +284,14 @@ def _step(q, k, v, cache, position, window_size, scale):
     if parts > 1:
         partial = v.new_empty((parts, *o.shape), dtype=torch.float32)
     lse = q.new_empty((parts, tokens, heads), dtype=torch.float32)
+    rows, int8 = (cache, cache, cache), cache.dtype == torch.uint8
+    if int8:
+        rows = reference.ring_parts(cache, key_heads, dim, value_heads, value_dim, k.dtype)
     block_dim = lambda size: max(triton.next_power_of_2(size), 16)
     ring_attention_kernel[(parts, groups, tokens)](
-        *(q, k, v, cache, position, partial, lse, scale * math.log2(math.e)),
+        *(q, k, v, *rows, position, partial, lse, scale * math.log2(math.e)),
         *(steps, window_size, cache.shape[1], part),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache.stride()[:2]),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rows[0].stride()[:2]),
         H=heads,
         HK=key_heads,
         HV=value_heads,
@@ -249,7 +301,9 @@ def _step(q, k, v, cache, position, window_size, scale):
         BD=block_dim(dim),
         BDV=block_dim(value_dim),
         BN=_KEYS,
-        VECTOR=math.gcd(16, value_dim, dim * key_heads),
+        VECTOR=math.gcd(16, value_dim) if int8 else math.gcd(16, value_dim, dim * key_heads),
+        KEY_BYTES=k.dtype.itemsize,
+        INT8=int8,
         num_warps=8,
         **FP_FUSION,
     )
@@ -273,17 +327,21 @@ def aot_launches(everything: bool):
     Args:
         everything: other head dimensions and dtypes, not only the models' own.
     """
-    cases = [(128, torch.bfloat16)]
+    cases = [(128, torch.bfloat16, False), (128, torch.bfloat16, True)]
     if everything:
-        cases += [(64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)]
-    for dim, dtype in cases:
-        name = f"D{dim} {str(dtype).removeprefix('torch.')}"
-        yield name, functools.partial(_aot_step, dim, dtype)
+        dims = ((64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32))
+        cases += [(*case, int8) for case in dims for int8 in (False, True)]
+    for dim, dtype, int8 in cases:
+        name = f"D{dim} {str(dtype).removeprefix('torch.')}" + " int8" * int8
+        yield name, functools.partial(_aot_step, dim, dtype, int8)
 
 
-def _aot_step(dim, dtype):
+def _aot_step(dim, dtype, int8):
     q, k, v = (torch.empty(1, 1, heads, dim, dtype=dtype) for heads in (16, 1, 16))
     cache = torch.empty(1, 2112, 17 * dim, dtype=dtype)
+    if int8:
+        row = reference.int8_row_bytes(1, dim, 16, dim, dtype)
+        cache = torch.empty(1, 2112, row, dtype=torch.uint8)
     torch.ops.rodimus.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
     parts, lse = torch.empty(129, *v.shape), torch.empty(129, 1, 16)
     join_parts_kernel[(16, 1)](

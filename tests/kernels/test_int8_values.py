@@ -1,0 +1,111 @@
+"""The 8-bit values of a window: what quantising costs at most, and that it may be repeated."""
+
+import pytest
+import torch
+
+from rodimus_kernels import int8_row_bytes, native, read_ring, ring_parts, write_ring
+from rodimus_kernels import shared_key_attention_step as step
+from rodimus_kernels.reference import dequantize_values, quantize_values
+from tests.kernels.device import TRITON_MARKS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def values_of(kind, *shape):
+    """Random values; heavy-tailed ones are a quotient of normal numbers."""
+    normal = torch.randn(*shape)
+    return normal if kind == "normal" else normal / torch.randn(*shape)
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_value_is_off_by_more_than_half_a_scale(kind, dtype):
+    v = values_of(kind, 50, 3, 128).clamp(-6e4, 6e4).to(dtype)
+    values, scales = quantize_values(v)
+    assert values.dtype == torch.int8 and scales.dtype == torch.bfloat16
+    assert (values.abs().amax(-1) == 127).all()
+    # the quotient is rounded to float32 before it is rounded to a step
+    limit = scales.double() * (0.5 + 127 * 2**-24)
+    off = (dequantize_values(values, scales, torch.float64) - v.double()).abs().amax(-1)
+    assert (off <= limit).all()
+
+
+def every_quantised_head(dtype):
+    """Heads whose largest values have every significand of ``dtype`` up to 11 bits, in several
+    powers of two, the smallest normal ones among them, and every step beside it."""
+    bits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 11}[dtype]
+    least = torch.finfo(dtype).tiny
+    for power in (least, 64 * least, 2.0**-7, 1.0, 2.0**9):
+        largest = power * torch.arange(2 ** (bits - 1), 2**bits) / 2 ** (bits - 1)
+        v = largest[:, None] * torch.linspace(-1, 1, 1021)
+        yield torch.cat((largest[:, None], v), 1).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantising_again_gives_the_same_bytes(dtype):
+    for v in every_quantised_head(dtype):
+        values, scales = quantize_values(v)
+        again = quantize_values(dequantize_values(values, scales, dtype))
+        assert torch.equal(again[1].float(), scales.float())
+        assert torch.equal(again[0], values)
+
+
+def test_zeros_are_exact_and_what_is_too_small_becomes_zero():
+    v = torch.tensor([[0.0, -0.0], [1e-37, -1e-40], [1e-45, 0.0]])
+    values, scales = quantize_values(v)
+    assert not values.any() and torch.equal(scales.float(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_value_breaks_its_head(broken):
+    v = torch.randn(4, 2, 8)
+    v[1, 0, 3] = broken
+    values, scales = quantize_values(v)
+    found = dequantize_values(values, scales, torch.float32)
+    assert found[1, 0].isnan().all() and found.isnan().sum() == 8
+
+
+def test_the_row_of_the_1_6b_model():
+    assert int8_row_bytes(1, 128, 16, 128, torch.bfloat16) == 256 + 2048 + 32
+    # scales on an even byte, rows of whole pieces of 16 bytes
+    assert int8_row_bytes(1, 2, 1, 7, torch.bfloat16) == 16
+    assert int8_row_bytes(1, 2, 1, 11, torch.bfloat16) == 32
+
+
+def test_parts_are_views_and_hold_what_is_written():
+    cache = torch.zeros(3, 5, int8_row_bytes(2, 6, 3, 7, torch.bfloat16), dtype=torch.uint8)
+    k, v = torch.randn(3, 2, 2, 6).bfloat16(), torch.randn(3, 2, 3, 7).bfloat16()
+    parts = ring_parts(cache, 2, 6, 3, 7, torch.bfloat16)
+    write_ring(parts, (slice(None), torch.tensor([4, 1])), k, v)
+    keys, values = read_ring(ring_parts(cache, 2, 6, 3, 7, torch.bfloat16), torch.bfloat16)
+    assert torch.equal(keys[:, [4, 1]], k) and not cache[:, [0, 2, 3]].any()
+    assert torch.equal(values[:, [4, 1]], dequantize_values(*quantize_values(v), torch.bfloat16))
+
+
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(not native.is_available("cpu"), reason="not built")
+)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "impl", ["reference", "sdpa", NATIVE, pytest.param("triton", marks=TRITON_MARKS)]
+)
+def test_a_broken_value_is_seen_by_its_queries_alone(impl, broken, device):
+    """In the token's own step and as long as it is in the window; other heads stay finite."""
+    if impl == "native" and device.type == "cuda" and not native.is_available("cuda"):
+        pytest.skip("the CUDA library is not built")
+    draw = lambda *shape: torch.randn(1, *shape, device=device)
+    row = int8_row_bytes(1, 16, 2, 16, torch.float32)
+    cache = torch.full((1, 9, row), 255, dtype=torch.uint8, device=device)
+    for age in range(12):
+        q, k, v = draw(1, 2, 16), draw(1, 1, 16), draw(1, 2, 16)
+        if age == 4:
+            v[0, 0, 1, 5] = broken
+        position = torch.tensor([age], device=device)
+        o = step(q, k, v, cache, position, window_size=5, impl=impl)
+        assert o[0, 0, 0].isfinite().all()
+        if 4 <= age < 9:
+            assert o[0, 0, 1].isnan().all(), age
+        elif age < 4:
+            assert o.isfinite().all()
