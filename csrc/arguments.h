@@ -97,9 +97,11 @@ struct Norm {
 };
 
 // T <= 8 new tokens of each sequence against its ring: token p is row p % R, [Hk keys | Hv values].
+// With int8_values a row is that of int8_values.h; the type and the stride are those of its keys.
 struct AttentionStep {
   Rows q, k, v, o;           // [B * T, heads * dim]
   Rows cache;                // [B * R, Hk * D + Hv * Dv]
+  bool int8_values = false;
   const int64_t* position;   // [B]
   float* scratch;  // of the size that the implementation states
   int64_t batch, steps, ring, heads, key_heads, value_heads, key_dim, value_dim, window;

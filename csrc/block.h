@@ -53,7 +53,8 @@ class Workspace {
 
 // Rotary tables and ring of a block with attention.
 struct Window {
-  Rows ring, cos, sin;
+  Ring ring;
+  Rows cos, sin;
   const int64_t* position;
   int64_t rows, half, head_dim, size;
 };
@@ -97,17 +98,17 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
                  const OptionalTensor& sin, int64_t size, int64_t head_dim) {
   int64_t batch = stream.size(0);
   STD_TORCH_CHECK(ring && position, "a block with attention needs ring and position");
-  check_shape("ring", *ring, {batch, kAny, w[kKey].size(0) + w[kValue].size(0)});
-  check_type("ring", *ring, w[kFc]);
-  STD_TORCH_CHECK(ring->is_contiguous() && size >= 1 && ring->size(1) >= size,
-                  "ring must be contiguous with at least window_size = ", size, " rows, got shape ",
-                  shape_of(*ring));
+  Window window;
+  window.ring = ring_of("ring", *ring, w[kFc], w[kKey].size(0), w[kValue].size(0) / head_dim,
+                        head_dim);
+  check_shape("ring", *ring, {batch, kAny, kAny});
+  STD_TORCH_CHECK(size >= 1 && ring->size(1) >= size, "ring must have at least window_size = ", size,
+                  " rows, got shape ", shape_of(*ring));
   check_shape("position", *position, {batch}), check_device("position", *position, stream);
   STD_TORCH_CHECK(position->scalar_type() == ScalarType::Long && position->is_contiguous(),
                   "position must be contiguous int64, got scalar type ",
                   static_cast<int>(position->scalar_type()));
-  Window window;
-  window.ring = rows_of("ring", *ring, stream), window.rows = ring->size(1);
+  window.rows = ring->size(1);
   window.position = static_cast<const int64_t*>(position->data_ptr());
   window.half = cos ? cos->size(1) : 0, window.head_dim = head_dim, window.size = size;
   if (window.half) {

@@ -13,6 +13,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "arguments.h"
+#include "int8_values.h"
 
 namespace rodimus {
 
@@ -239,6 +240,32 @@ inline std::tuple<Norm, Tensor, OptionalTensor> norm_arguments(
   return {a, y, sum};
 }
 
+// A ring [B, R, row] of keys and values of the type of `like`, or of bytes with 8-bit values.
+struct Ring {
+  Rows rows;
+  bool int8_values;
+};
+
+inline Ring ring_of(const char* name, const Tensor& x, const Tensor& like, int64_t keys,
+                    int64_t value_heads, int64_t value_dim) {
+  Ring ring;
+  ring.int8_values = x.scalar_type() == ScalarType::Byte;
+  ring.rows.type = type_of("keys", like);
+  int64_t size = ring.rows.type == Type::kFloat32 ? 4 : 2;
+  int64_t row = keys + value_heads * value_dim;
+  if (ring.int8_values)
+    row = int8_row(keys * size, value_heads, value_dim).bytes;
+  else
+    check_type(name, x, like);
+  check_shape(name, x, {kAny, kAny, row});
+  check_device(name, x, like);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous, got shape ", shape_of(x),
+                  " and last stride ", x.stride(2));
+  ring.rows.data = x.data_ptr();
+  ring.rows.stride = ring.int8_values ? row / size : row;
+  return ring;
+}
+
 inline std::tuple<AttentionStep, Tensor> attention_step_arguments(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache, const Tensor& position,
     int64_t window, double scale) {
@@ -246,8 +273,9 @@ inline std::tuple<AttentionStep, Tensor> attention_step_arguments(
   int64_t batch = q.size(0), steps = q.size(1), heads = q.size(2), dim = q.size(3);
   check_shape("k", k, {batch, steps, kAny, dim});
   check_shape("v", v, {batch, steps, kAny, kAny});
-  int64_t row = k.size(2) * dim + v.size(2) * v.size(3);
-  check_shape("cache", cache, {batch, kAny, row});
+  check_type("k", k, q), check_type("v", v, q);
+  Ring ring = ring_of("cache", cache, q, k.size(2) * dim, v.size(2), v.size(3));
+  check_shape("cache", cache, {batch, kAny, kAny});
   check_shape("position", position, {batch});
   STD_TORCH_CHECK(heads % k.size(2) == 0 && heads % v.size(2) == 0,
                   "query heads must be a multiple of key and value heads, got ", heads, ", ",
@@ -260,14 +288,11 @@ inline std::tuple<AttentionStep, Tensor> attention_step_arguments(
                   "position must be contiguous int64, got scalar type ",
                   static_cast<int>(position.scalar_type()));
   check_device("position", position, q);
-  STD_TORCH_CHECK(cache.is_contiguous(), "cache must be contiguous, got shape ", shape_of(cache),
-                  " and last stride ", cache.stride(2));
-  check_type("k", k, q), check_type("v", v, q), check_type("cache", cache, q);
   AttentionStep a;
   a.q = rows_of("q", q, q), a.q.stride = heads * dim;
   a.k = rows_of("k", k, q), a.k.stride = k.size(2) * dim;
   a.v = rows_of("v", v, q), a.v.stride = v.size(2) * v.size(3);
-  a.cache = rows_of("cache", cache, q);
+  a.cache = ring.rows, a.int8_values = ring.int8_values;
   a.position = static_cast<const int64_t*>(position.data_ptr());
   a.scratch = nullptr;
   a.batch = batch, a.steps = steps, a.ring = cache.size(1);

@@ -5,6 +5,7 @@
 // the ring alone, so a sequence's result depends neither on its neighbours nor on the threads.
 #pragma once
 
+#include "../int8_values.h"
 #include "linear.h"
 #include "numbers.h"
 
@@ -12,13 +13,35 @@ namespace rodimus {
 namespace RODIMUS_ISA {
 
 template <class T>
+inline void quantize_head(const T* v, int64_t dim, int8_t* values, uint16_t* scale) {
+  uint32_t largest = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    uint32_t x = magnitude(widen(v[d]));
+    largest = x > largest ? x : largest;
+  }
+  *scale = scale_of(largest);
+  float step = scale_value(*scale);
+  for (int64_t d = 0; d < dim; ++d) values[d] = static_cast<int8_t>(step_of(widen(v[d]), step));
+}
+
+template <class T, bool INT8>
 inline void write_ring(const AttentionStep& a, int64_t b) {
   int64_t keys = a.key_heads * a.key_dim, values = a.value_heads * a.value_dim;
   for (int64_t t = 0; t < a.steps; ++t) {
     T* out = static_cast<T*>(a.cache.data) +
              (b * a.ring + (a.position[b] + t) % a.ring) * a.cache.stride;
+    const T* v = row<T>(a.v, b * a.steps + t);
     memcpy(out, row<T>(a.k, b * a.steps + t), keys * sizeof(T));
-    memcpy(out + keys, row<T>(a.v, b * a.steps + t), values * sizeof(T));
+    if constexpr (INT8) {
+      Int8Row at = int8_row(keys * sizeof(T), a.value_heads, a.value_dim);
+      char* bytes = reinterpret_cast<char*>(out);
+      for (int64_t h = 0; h < a.value_heads; ++h)
+        quantize_head(v + h * a.value_dim, a.value_dim,
+                      reinterpret_cast<int8_t*>(bytes + at.values_at) + h * a.value_dim,
+                      reinterpret_cast<uint16_t*>(bytes + at.scales_at) + h);
+    } else {
+      memcpy(out + keys, v, values * sizeof(T));
+    }
   }
 }
 
@@ -34,28 +57,33 @@ struct Part {
   }
 };
 
-// acc += sum_j weights[j] * values[j] over rows `stride` apart, four rows at a time.
-template <class T>
-inline void add_values(const float* weights, const T* const* values, int64_t offset, int64_t rows,
+// acc += sum_j weights[j] * values[j], which stand `offset` bytes behind the starts of rows, four rows
+// at a time.
+template <class V, class T>
+inline void add_values(const float* weights, const T* const* rows, int64_t offset, int64_t count,
                        int64_t dim, float* __restrict__ acc) {
+  auto values = [&](int64_t j) {
+    return reinterpret_cast<const V*>(reinterpret_cast<const char*>(rows[j]) + offset);
+  };
   int64_t j = 0;
-  for (; j + 4 <= rows; j += 4) {
-    const T *v0 = values[j] + offset, *v1 = values[j + 1] + offset;
-    const T *v2 = values[j + 2] + offset, *v3 = values[j + 3] + offset;
+  for (; j + 4 <= count; j += 4) {
+    const V *v0 = values(j), *v1 = values(j + 1), *v2 = values(j + 2), *v3 = values(j + 3);
     float p0 = weights[j], p1 = weights[j + 1], p2 = weights[j + 2], p3 = weights[j + 3];
 #pragma GCC ivdep
     for (int64_t d = 0; d < dim; ++d)
       acc[d] += (p0 * widen(v0[d]) + p1 * widen(v1[d])) + (p2 * widen(v2[d]) + p3 * widen(v3[d]));
   }
-  for (; j < rows; ++j)
-    for (int64_t d = 0; d < dim; ++d) acc[d] += weights[j] * widen(values[j][offset + d]);
+  for (; j < count; ++j)
+    for (int64_t d = 0; d < dim; ++d) acc[d] += weights[j] * widen(values(j)[d]);
 }
 
 // One token against rows [0, count) of a block for the heads of one key head.
-template <class T>
+template <class T, bool INT8>
 inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int64_t split,
                          int64_t t, int64_t key_head, const T* const* rows, int64_t count) {
-  int64_t sharing = a.heads / a.key_heads;
+  using V = typename RingValue<T, INT8>::type;
+  int64_t sharing = a.heads / a.key_heads, key_bytes = a.key_heads * a.key_dim * sizeof(T);
+  Int8Row at = int8_row(key_bytes, a.value_heads, a.value_dim);
   for (int64_t first = 0; first < sharing; first += kMaxRows) {
     int64_t group = at_most(sharing - first, kMaxRows);
     const typename Operand<T>::type* q[kMaxRows];
@@ -88,13 +116,18 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
       *part.largest = largest;
       *part.sum = *part.sum * keep + sum;
       for (int64_t d = 0; d < a.value_dim; ++d) part.values[d] *= keep;
-      int64_t offset = a.key_heads * a.key_dim + h % a.value_heads * a.value_dim;
-      add_values(weights, rows, offset, count, a.value_dim, part.values);
+      int64_t head = h % a.value_heads, offset = key_bytes + head * a.value_dim * sizeof(V);
+      if constexpr (INT8)
+        for (int64_t j = 0; j < count; ++j) {
+          const char* scales = reinterpret_cast<const char*>(rows[j]) + at.scales_at;
+          weights[j] *= scale_value(reinterpret_cast<const uint16_t*>(scales)[head]);
+        }
+      add_values<V>(weights, rows, offset, count, a.value_dim, part.values);
     }
   }
 }
 
-template <class T>
+template <class T, bool INT8>
 inline void scan_part(const AttentionStep& a, int64_t splits, int64_t b, int64_t split) {
   for (int64_t t = 0; t < a.steps; ++t)
     for (int64_t h = 0; h < a.heads; ++h) {
@@ -119,24 +152,29 @@ inline void scan_part(const AttentionStep& a, int64_t splits, int64_t b, int64_t
       from = from > p ? from : p;
       int64_t visible = at_most(stop, last + 1) - from;
       for (int64_t head = 0; visible > 0 && head < a.key_heads; ++head)
-        attend_block(a, splits, b, split, t, head, rows + (from - p), visible);
+        attend_block<T, INT8>(a, splits, b, split, t, head, rows + (from - p), visible);
     }
   }
 }
 
+// Call `run` with the type of the keys and whether values have 8 bits.
+template <class Run>
+inline void with_format(const AttentionStep& a, const Run& run) {
+  auto with_values = [&](auto key) { a.int8_values ? run(key, Yes()) : run(key, No()); };
+  a.cache.type == Type::kFloat32 ? with_values(float()) : with_values(BFloat16());
+}
+
 inline void attention_write(const AttentionStep& a, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    a.cache.type == Type::kFloat32 ? write_ring<float>(a, b) : write_ring<BFloat16>(a, b);
+  with_format(a, [&](auto key, auto int8) {
+    for (int64_t b = begin; b < end; ++b) write_ring<decltype(key), int8.value>(a, b);
+  });
 }
 
 inline void attention_scan(const AttentionStep& a, int64_t splits, int64_t begin, int64_t end) {
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t b = task / splits, split = task % splits;
-    if (a.cache.type == Type::kFloat32)
-      scan_part<float>(a, splits, b, split);
-    else
-      scan_part<BFloat16>(a, splits, b, split);
-  }
+  with_format(a, [&](auto key, auto int8) {
+    for (int64_t task = begin; task < end; ++task)
+      scan_part<decltype(key), int8.value>(a, splits, task / splits, task % splits);
+  });
 }
 
 inline void attention_merge(const AttentionStep& a, int64_t splits, int64_t begin, int64_t end) {

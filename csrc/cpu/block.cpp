@@ -101,7 +101,8 @@ struct Block {
 
     AttentionStep a;
     a.q = q, a.k = k, a.v = v, a.o = work.rows(outputs(kQuery));
-    a.cache = window.ring, a.position = window.position;
+    a.cache = window.ring.rows, a.int8_values = window.ring.int8_values;
+    a.position = window.position;
     a.batch = batch, a.steps = 1, a.ring = window.rows, a.window = window.size;
     a.heads = outputs(kQuery) / head_dim, a.key_heads = outputs(kKey) / head_dim;
     a.value_heads = outputs(kValue) / head_dim, a.key_dim = a.value_dim = head_dim;

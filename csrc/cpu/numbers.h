@@ -31,6 +31,7 @@ inline uint32_t to_bits(float x) {
 }
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return static_cast<float>(x); }
 inline float widen(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 
 inline void narrow(float x, float* out) { *out = x; }

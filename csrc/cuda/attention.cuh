@@ -7,6 +7,7 @@
 
 #include <cuda_pipeline.h>
 
+#include "../int8_values.h"
 #include "common.cuh"
 
 namespace rodimus {
@@ -50,10 +51,52 @@ __device__ inline void widen_eight(const Eight<__nv_bfloat16>& x, float* out) {
   }
 }
 
+struct alignas(8) EightSteps {
+  int8_t value[8];
+};
+
+__device__ inline void widen_eight(const EightSteps& x, float* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(x.value[i]);
+}
+
+__device__ inline uint32_t larger(uint32_t x, uint32_t y) { return x > y ? x : y; }
+
+// The largest of the magnitudes of LANES neighbouring lanes, the same in all of them.
+template <int LANES>
+__device__ inline uint32_t largest_of_lanes(uint32_t x) {
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask /= 2)
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, mask));
+  return x;
+}
+
+// A value head of a token that was kept in 8 bits, or of a new one, which becomes what is kept.
+template <class T>
+struct Int8Head {
+  const int8_t* kept;
+  const T* fresh;
+  uint16_t scale_bits;
+
+  __device__ Int8Head(const int8_t* values, uint16_t scale)
+      : kept(values), fresh(nullptr), scale_bits(scale) {}
+  // All lanes of a warp together.
+  __device__ Int8Head(const T* values, int dim, int lane) : kept(nullptr), fresh(values) {
+    uint32_t largest = 0;
+    for (int d = lane; d < dim; d += kWarp) largest = larger(largest, magnitude(widen(values[d])));
+    scale_bits = scale_of(largest_of_lanes<kWarp>(largest));
+  }
+  __device__ float scale() const { return scale_value(scale_bits); }
+  __device__ float step(int d) const {
+    return fresh ? step_of(widen(fresh[d]), scale()) : static_cast<float>(kept[d]);
+  }
+};
+
 // The keys of part blockIdx.x of gridDim.x of a token's window, numbered from the part's first.
 template <class T>
 struct WindowPart {
   const T *ring, *k, *v;
+  // numbers of a row of the ring, of its keys and of its values; with 8-bit values those of a new token
   int width, key_width, value_width, rows;
   // keys of the part, the number of the first new token, ring rows of the first key and the token
   int count, fresh, first_row, newest_row;
@@ -68,7 +111,7 @@ struct WindowPart {
     count = share + (i >= shorter), fresh = visible - 1 - t - begin;
     key_width = static_cast<int>(a.key_heads * a.key_dim);
     value_width = static_cast<int>(a.value_heads * a.value_dim);
-    width = key_width + value_width, rows = static_cast<int>(a.ring);
+    width = static_cast<int>(a.cache.stride), rows = static_cast<int>(a.ring);
     newest_row = static_cast<int>(last % a.ring);
     first_row = newest_row - (visible - 1 - begin);
     first_row += first_row < 0 ? rows : 0;
@@ -85,6 +128,13 @@ struct WindowPart {
   __device__ const T* key(int n) const { return n < fresh ? row(n) : k + (n - fresh) * key_width; }
   __device__ const T* values(int n) const {
     return n < fresh ? row(n) + key_width : v + (n - fresh) * value_width;
+  }
+  // Value head h of key n of a ring of 8-bit values; for all lanes of a warp together.
+  __device__ Int8Head<T> int8_head(int n, int h, int dim, int lane, const Int8Row& at) const {
+    if (n >= fresh) return {v + (n - fresh) * value_width + h * dim, dim, lane};
+    const char* bytes = reinterpret_cast<const char*>(row(n));
+    return {reinterpret_cast<const int8_t*>(bytes + at.values_at) + h * dim,
+            reinterpret_cast<const uint16_t*>(bytes + at.scales_at)[h]};
   }
   // Whether keys n .. n + keys are neighbours in the ring.
   __device__ bool is_run(int n, int keys) const {
@@ -141,17 +191,51 @@ __device__ inline float transpose_sum(float* score, int lane) {
   return score[0];
 }
 
+// Eight values of each lane of half a warp, a head together: their steps, and the bits of the scale.
+template <class T>
+__device__ inline uint16_t quantize_eight(const Eight<T>& x, EightSteps* out) {
+  float value[8];
+  widen_eight(x, value);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) largest = larger(largest, magnitude(value[i]));
+  uint16_t scale = scale_of(largest_of_lanes<kHeadLanes>(largest));
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    out->value[i] = static_cast<int8_t>(step_of(value[i], scale_value(scale)));
+  return scale;
+}
+
+// A row of 8-bit values in the form of the staged kernel: thread 16 h + lane has the same eight
+// channels of head h as everywhere.
+template <class T>
+struct StagedInt8Row {
+  char* bytes;
+  Int8Row at;
+
+  __device__ StagedInt8Row(T* row, const Int8Row& at) : bytes(reinterpret_cast<char*>(row)), at(at) {}
+  __device__ EightSteps* values(int channel) const {
+    return reinterpret_cast<EightSteps*>(bytes + at.values_at + channel);
+  }
+  __device__ uint16_t* scale(int h) const {
+    return reinterpret_cast<uint16_t*>(bytes + at.scales_at) + h;
+  }
+};
+
 // Bytes of shared memory of the staged form.
-template <class T, int KEYS, int STAGES>
+template <class T, bool INT8, int KEYS, int STAGES>
 constexpr int64_t attention_bytes(int64_t value_heads) {
-  return STAGES * KEYS * (1 + value_heads) * kHeadDim * static_cast<int64_t>(sizeof(T));
+  int64_t keys = kHeadDim * static_cast<int64_t>(sizeof(T));
+  int64_t row = INT8 ? int8_row(keys, value_heads, kHeadDim).bytes : (1 + value_heads) * keys;
+  return STAGES * KEYS * row;
 }
 
 // One key head, heads of kHeadDim channels, up to kMaxHeads of them and an even number. A tile is
 // KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
-// each lane eight channels of it: the softmax of a head needs no other thread.
+// each lane eight channels of it: the softmax of a head needs no other thread. A tile has its keys
+// first, then its values; with 8-bit values it is rows of the ring as they stand.
 // Grid: (parts, B * T), of 16 threads a head.
-template <class T, int KEYS, int STAGES, int BLOCKS>
+template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
 __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kernel(AttentionStep a) {
   RODIMUS_DYNAMIC_SHARED(T, tiles);
   constexpr int kShare = kHeadLanes / KEYS;
@@ -162,10 +246,42 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
   if (a.start == Start::kAhead && !ahead) take_turn();
   int h = threadIdx.x / kHeadLanes, lane = threadIdx.x % kHeadLanes;
-  int value_width = part.value_width, tile_size = KEYS * (kHeadDim + value_width);
+  int value_width = part.value_width, tile_size = KEYS * part.width;
   bool has_values = h < a.value_heads;
+  Int8Row at = int8_row(kHeadDim * sizeof(T), a.value_heads, kHeadDim);
 
-  auto copy_tile = [&](int n, int stage) {
+  auto copy_int8_tile = [&](int n, int stage) {
+    constexpr int kPiece = 16 / sizeof(T);
+    T* tile = tiles + stage * tile_size;
+    if (part.is_run(n, KEYS)) {
+      const T* first = part.row(n);
+      for (int i = threadIdx.x * kPiece; i < tile_size; i += blockDim.x * kPiece)
+        __pipeline_memcpy_async(tile + i, first + i, 16);
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < KEYS; ++j, tile += part.width) {
+        bool kept = n + j < part.fresh && n + j < part.count;
+        for (int i = threadIdx.x * kPiece; i < part.width; i += blockDim.x * kPiece)
+          if (kept)
+            __pipeline_memcpy_async(tile + i, part.row(n + j) + i, 16);
+          else if (n + j >= part.count)
+            // weights of keys beyond the last are 0, and 0 times what stood there may be NaN
+            *reinterpret_cast<Piece<T>*>(tile + i) = {};
+        if (kept || n + j >= part.count) continue;
+        StagedInt8Row<T> row(tile, at);
+        Eight<T> given = {};
+        EightSteps steps;
+        if (has_values)
+          given = *reinterpret_cast<const Eight<T>*>(part.values(n + j) + threadIdx.x * 8);
+        uint16_t scale = quantize_eight(given, &steps);
+        if (has_values) *row.values(threadIdx.x * 8) = steps;
+        if (has_values && lane == 0) *row.scale(h) = scale;
+        if (h == 0) copy_async(tile + lane * 8, part.key(n + j) + lane * 8);
+      }
+    }
+    __pipeline_commit();
+  };
+  auto copy_plain_tile = [&](int n, int stage) {
     T* keys = tiles + stage * tile_size;
     T* values = keys + KEYS * kHeadDim + threadIdx.x * 8;
     if (part.is_run(n, KEYS)) {
@@ -191,6 +307,12 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
     // also behind the last tile: the number of groups under way is constant
     __pipeline_commit();
   };
+  auto copy_tile = [&](int n, int stage) {
+    if constexpr (INT8)
+      copy_int8_tile(n, stage);
+    else
+      copy_plain_tile(n, stage);
+  };
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) copy_tile(s * KEYS, s);
   if (ahead) take_turn();
@@ -200,7 +322,8 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   widen_eight(*reinterpret_cast<const Eight<T>*>(query), q);
 #pragma unroll
   for (int i = 0; i < 8; ++i) q[i] *= a.scale * kLog2E;
-  int value_offset = h % static_cast<int>(a.value_heads) * kHeadDim + lane * 8;
+  int value_head = h % static_cast<int>(a.value_heads), value_offset = value_head * kHeadDim + lane * 8;
+  int key_stride = INT8 ? part.width : kHeadDim;
 
   int stage = 0, next = STAGES - 1;
   for (int n = 0; n < part.count; n += KEYS) {
@@ -208,13 +331,13 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
     // the tile is there for all threads, and none of them uses the one that is overwritten next
     __syncthreads();
     copy_tile(n + (STAGES - 1) * KEYS, next);
-    const T* keys = tiles + stage * tile_size;
+    T* keys = tiles + stage * tile_size;
     const T* values = keys + KEYS * kHeadDim + value_offset;
     float score[KEYS];
 #pragma unroll
     for (int j = 0; j < KEYS; ++j) {
       float key[8];
-      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * kHeadDim + lane * 8), key);
+      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * key_stride + lane * 8), key);
       score[j] = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; ++i) score[j] += q[i] * key[i];
@@ -228,13 +351,18 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
       highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
     float fade = exp2f(top - highest), weight = exp2f(mine - highest);
     top = highest, total = total * fade + weight;
+    if constexpr (INT8)
+      weight *= scale_value(*StagedInt8Row<T>(keys + lane / kShare * key_stride, at).scale(value_head));
 #pragma unroll
     for (int i = 0; i < 8; ++i) acc[i] *= fade;
 #pragma unroll
     for (int j = 0; j < KEYS; ++j) {
       float p = __shfl_sync(0xffffffffu, weight, j * kShare, kHeadLanes);
       float value[8];
-      widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), value);
+      if constexpr (INT8)
+        widen_eight(*StagedInt8Row<T>(keys + j * key_stride, at).values(value_offset), value);
+      else
+        widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), value);
 #pragma unroll
       for (int i = 0; i < 8; ++i) acc[i] += p * value[i];
     }
@@ -262,19 +390,25 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   // the token itself is the last key of the last part, and stands in the last tile
   if (blockIdx.x + 1 == gridDim.x) {
     int last = part.count - 1;
-    const T* keys = tiles + last / KEYS % STAGES * tile_size;
-    const T* values = keys + KEYS * kHeadDim + last % KEYS * value_width;
+    T* tile = tiles + last / KEYS % STAGES * tile_size;
+    const T* keys = tile + last % KEYS * key_stride;
     auto* row = reinterpret_cast<Eight<T>*>(part.newest());
-    keys += last % KEYS * kHeadDim;
     if (h == 0) row[lane] = reinterpret_cast<const Eight<T>*>(keys)[lane];
-    if (has_values)
-      row[kHeadLanes + threadIdx.x] = reinterpret_cast<const Eight<T>*>(values)[threadIdx.x];
+    if constexpr (INT8) {
+      StagedInt8Row<T> from(tile + last % KEYS * key_stride, at), to(part.newest(), at);
+      if (has_values) *to.values(threadIdx.x * 8) = *from.values(threadIdx.x * 8);
+      if (has_values && lane == 0) *to.scale(h) = *from.scale(h);
+    } else {
+      const T* values = tile + KEYS * kHeadDim + last % KEYS * value_width;
+      if (has_values)
+        row[kHeadLanes + threadIdx.x] = reinterpret_cast<const Eight<T>*>(values)[threadIdx.x];
+    }
   }
 }
 
 // Any heads of up to kMaxHeadDim channels: a warp takes a head, each lane every 32nd channel.
 // Grid: (parts, B * T).
-template <class T>
+template <class T, bool INT8>
 __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(AttentionStep a) {
   constexpr int kPieces = kMaxHeadDim / kWarp, kTogether = 4;
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
@@ -282,6 +416,7 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
   WindowPart<T> part(a, bt / steps, bt % steps);
   int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.key_dim);
   int value_dim = static_cast<int>(a.value_dim);
+  Int8Row at = int8_row(part.key_width * sizeof(T), a.value_heads, value_dim);
   for (int64_t h = threadIdx.x / kWarp; h < a.heads; h += kAnyThreads / kWarp) {
     float q[kPieces], acc[kPieces] = {}, top = -INFINITY, total = 0.0f;
     int64_t key_offset = h % a.key_heads * dim, value_offset = h % a.value_heads * value_dim;
@@ -311,11 +446,21 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         float p = exp2f(score[j] - highest);
-        const T* value = part.values(n + j < part.count ? n + j : n) + value_offset;
+        int key = n + j < part.count ? n + j : n;
         total += p;
+        if constexpr (INT8) {
+          int head = static_cast<int>(h % a.value_heads);
+          Int8Head<T> value = part.int8_head(key, head, value_dim, lane, at);
+          p *= value.scale();
 #pragma unroll
-        for (int i = 0; i < kPieces; ++i)
-          if (lane + i * kWarp < value_dim) acc[i] += p * widen(value[lane + i * kWarp]);
+          for (int i = 0; i < kPieces; ++i)
+            if (lane + i * kWarp < value_dim) acc[i] += p * value.step(lane + i * kWarp);
+        } else {
+          const T* value = part.values(key) + value_offset;
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i)
+            if (lane + i * kWarp < value_dim) acc[i] += p * widen(value[lane + i * kWarp]);
+        }
       }
     }
     PartResult result(a, gridDim.x, blockIdx.x, bt, h);
@@ -332,9 +477,20 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
   }
   if (blockIdx.x > 0) return;
   int64_t new_row = bt % steps;
-  for (int i = threadIdx.x; i < part.width; i += kAnyThreads)
-    part.newest()[i] = i < part.key_width ? part.k[new_row * part.key_width + i]
-                                          : part.v[new_row * part.value_width + i - part.key_width];
+  const T *key = part.k + new_row * part.key_width, *value = part.v + new_row * part.value_width;
+  for (int i = threadIdx.x; i < part.key_width; i += kAnyThreads) part.newest()[i] = key[i];
+  if constexpr (INT8) {
+    char* bytes = reinterpret_cast<char*>(part.newest());
+    for (int h = threadIdx.x / kWarp; h < a.value_heads; h += kAnyThreads / kWarp) {
+      Int8Head<T> head(value + h * value_dim, value_dim, lane);
+      auto* steps_of = reinterpret_cast<int8_t*>(bytes + at.values_at) + h * value_dim;
+      for (int d = lane; d < value_dim; d += kWarp) steps_of[d] = static_cast<int8_t>(head.step(d));
+      if (lane == 0) reinterpret_cast<uint16_t*>(bytes + at.scales_at)[h] = head.scale_bits;
+    }
+  } else {
+    for (int i = threadIdx.x; i < part.value_width; i += kAnyThreads)
+      part.newest()[part.key_width + i] = value[i];
+  }
 }
 
 // The parts of one head in one. Every warp takes each eighth part, and all of up to kJoinedParts are

@@ -84,10 +84,10 @@ void launch_step_linear_of(const StepLinear& a, const StepLinearLaunch& how, cud
                  stream);
 }
 
-template <class T, int KEYS, int STAGES, int BLOCKS>
+template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
 void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t stream) {
-  auto* kernel = attention_staged_kernel<T, KEYS, STAGES, BLOCKS>;
-  int bytes = static_cast<int>(attention_bytes<T, KEYS, STAGES>(a.value_heads));
+  auto* kernel = attention_staged_kernel<T, INT8, KEYS, STAGES, BLOCKS>;
+  int bytes = static_cast<int>(attention_bytes<T, INT8, KEYS, STAGES>(a.value_heads));
   // said each time: every device has to hear it
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   launch_started(kernel, a, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream);
@@ -102,17 +102,20 @@ bool attention_fits_staged(const AttentionStep& a) {
          a.heads % 2 == 0 && a.heads <= kMaxHeads;
 }
 
-template <class T>
+template <class T, bool INT8>
 void launch_attention_of(AttentionStep a, cudaStream_t stream) {
   a.parts = attention_parts(a);
   dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(a.batch * a.steps));
   if (!attention_fits_staged<T>(a)) {
-    launch_started(attention_any_kernel<T>, a, grid, kAnyThreads, 0, stream);
+    launch_started(attention_any_kernel<T, INT8>, a, grid, kAnyThreads, 0, stream);
+  } else if constexpr (INT8) {
+    // as many bytes on their way as with plain values; other shapes were not measured
+    launch_attention_staged<T, INT8, 8, 3, sizeof(T) == 4 ? 2 : 3>(a, grid, stream);
   } else if constexpr (sizeof(T) == 4) {
-    launch_attention_staged<T, 4, 2, 2>(a, grid, stream);
+    launch_attention_staged<T, INT8, 4, 2, 2>(a, grid, stream);
   } else {
     // three blocks of two stages each keep more on its way than two of three
-    launch_attention_staged<T, 8, 2, 3>(a, grid, stream);
+    launch_attention_staged<T, INT8, 8, 2, 3>(a, grid, stream);
   }
   if (a.parts == 1) return;
   a.start = Start::kUnder;
@@ -175,8 +178,12 @@ void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
 }
 
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {
-  a.cache.type == Type::kFloat32 ? launch_attention_of<float>(a, stream)
-                                 : launch_attention_of<__nv_bfloat16>(a, stream);
+  if (a.int8_values)
+    a.cache.type == Type::kFloat32 ? launch_attention_of<float, true>(a, stream)
+                                   : launch_attention_of<__nv_bfloat16, true>(a, stream);
+  else
+    a.cache.type == Type::kFloat32 ? launch_attention_of<float, false>(a, stream)
+                                   : launch_attention_of<__nv_bfloat16, false>(a, stream);
 }
 
 void launch_norm(const Norm& a, cudaStream_t stream) {

@@ -83,7 +83,7 @@ def block_step(
         weights: The block's own tensors; nothing is copied.
         taps: The last W inputs of the convolution, oldest first, ``[B, V, W]``.
         state: float32 ``[B, 1, K, V]``.
-        ring: Keys and values ``[B, R, Hk * dim + Hv * dim]`` as in
+        ring: Keys and values ``[B, R, Hk * dim + Hv * dim]``, or bytes with 8-bit values, as in
             :func:`shared_key_attention_step`; None without attention.
         position: int64 ``[B]``: tokens each sequence has seen before this one.
         rotary: ``(cos, sin)``, each ``[B, n]`` with 2n <= dim, or None.

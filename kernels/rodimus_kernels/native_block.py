@@ -32,7 +32,8 @@ def step(
 ):
     """:func:`rodimus_kernels.block_step`, for up to eight rows on a CPU and any number on a GPU."""
     given = [x for x in weights if x is not None]
-    native.check("block_step", stream, *given, taps, state, ring)
+    plain_ring = None if ring is None or ring.dtype == torch.uint8 else ring
+    native.check("block_step", stream, *given, taps, state, plain_ring)
     on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
     if rows < 1 or (on_cpu and rows > native.MAX_ROWS):
         raise ValueError(f"block_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}")

@@ -814,8 +814,8 @@ def block_step(
 
     Args:
         stream: ``[B, D]``. weights: a ``BlockWeights``. taps: ``[B, V, W]``. state: ``[B, 1, K,
-            V]``. ring: ``[B, R, Hk * dim + Hv * dim]``. position: int64 ``[B]``. rotary: tables
-            ``(cos, sin)``, each ``[B, dim // 2]``, or None.
+            V]``. ring: ``[B, R, Hk * dim + Hv * dim]``, or of bytes. position: int64 ``[B]``.
+            rotary: tables ``(cos, sin)``, each ``[B, dim // 2]``, or None.
 
     Returns:
         the stream after the block ``[B, D]``.

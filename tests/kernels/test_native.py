@@ -85,9 +85,37 @@ def attention_step(dtype, B=2, T=3, H=4, heads=(2, 4), dims=(5, 6), ring=13, win
     return rk.shared_key_attention_step, reference.shared_key_attention_step, arguments, named, 3
 
 
+def int8_attention_step(dtype, *sizes, **named):
+    """As ``attention_step``, with a ring of bytes; the truth has plain values, those that the bytes
+    stand for."""
+    operator, definition, arguments, named, state = attention_step(dtype, *sizes, **named)
+    q, k, v, plain, position = arguments
+    heads = (*k.shape[2:], *v.shape[2:])
+    row = rk.int8_row_bytes(*heads, dtype)
+    cache = torch.zeros(*plain.shape[:2], row, dtype=torch.uint8)
+    rk.write_ring(
+        rk.ring_parts(cache, *heads, dtype), ..., *rk.ring_parts(plain, *heads, dtype)[:2]
+    )
+
+    def attend(q, k, v, cache, position, **named):
+        if q.dtype == dtype:
+            return definition(q, k, v, cache, position, **named)
+        # float64: keys and values are read from the bytes, those of the new tokens too
+        values = reference.quantize_values(v.to(dtype))
+        parts = rk.read_ring(rk.ring_parts(cache, *heads, dtype), q.dtype)
+        ring = torch.cat([x.flatten(2) for x in parts], -1)
+        o = definition(q, k, reference.dequantize_values(*values, q.dtype), ring, position, **named)
+        new = (position[:, None] + torch.arange(q.shape[1])) % cache.shape[1]
+        at = (torch.arange(len(new))[:, None], new)
+        rk.write_ring(rk.ring_parts(cache, *heads, dtype), at, k.to(dtype), v.to(dtype))
+        return o
+
+    return operator, attend, [q, k, v, cache, position], named, state
+
+
 SMALL = [
     *(ddts_step, mixer_step, conv_step, linear_step, rms_norm, add_rms_norm, gated_rms_norm),
-    attention_step,
+    *(attention_step, int8_attention_step),
 ]
 CASES = {
     ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],
@@ -104,6 +132,7 @@ CASES = {
     + [(2, 3, 4, (2, 4), (300, 30), 35, 33, past) for past in (0, 31, 9000)]
     + [(1, 1, 1, (1, 1), (1, 1), 1, 1, 5)],
 }
+CASES[int8_attention_step] = CASES[attention_step]
 PARAMETERS = [
     pytest.param(maker, size, id=f"{maker.__name__}-{'x'.join(map(str, size))}")
     for maker, sizes in CASES.items()
@@ -113,12 +142,12 @@ RESULTS = lambda x: x if isinstance(x, tuple) else (x,)
 
 
 def cast(value, convert):
-    """Numbers converted; positions only moved to where the numbers are."""
+    """Numbers converted; positions and bytes only copied to where the numbers are."""
     if not isinstance(value, torch.Tensor):
         return value
     if value.is_floating_point():
         return convert(value)
-    return value.to(convert(torch.empty(0)).device)
+    return value.to(convert(torch.empty(0)).device, copy=True)
 
 
 def run(function, case, convert=torch.clone, **options):
@@ -141,7 +170,9 @@ def check_results(results, case, limit=LIMIT):
     baseline = run(case[1], case)
     for i, x in enumerate(results):
         assert x.shape == exact[i].shape and x.dtype == baseline[i].dtype
-        if x.dtype == torch.float32:
+        if x.dtype == torch.uint8:
+            assert torch.equal(x, exact[i]), f"result {i}"
+        elif x.dtype == torch.float32:
             assert relative_error(x, exact[i]) <= limit, f"result {i}"
         else:
             assert_within_budget(f"result {i}", x, exact[i], baseline[i])
@@ -227,14 +258,17 @@ def test_a_broken_state_stays_visible(isa):
 
 @needs_library
 def test_empty_rows_of_the_ring_are_never_read(isa):
-    operator, _, arguments, named, _ = attention_step(torch.float32, past=0)
-    arguments[3].fill_(torch.nan)
-    arguments[4].zero_()
-    assert operator(*arguments, **named, impl="native").isfinite().all()
+    for maker, nothing in ((attention_step, torch.nan), (int8_attention_step, 255)):
+        operator, _, arguments, named, _ = maker(torch.float32, past=0)
+        arguments[3].fill_(nothing)
+        arguments[4].zero_()
+        assert operator(*arguments, **named, impl="native").isfinite().all()
 
 
 @needs_library
-@pytest.mark.parametrize("maker", [linear_step, ddts_step, mixer_step, attention_step])
+@pytest.mark.parametrize(
+    "maker", [linear_step, ddts_step, mixer_step, attention_step, int8_attention_step]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_neighbours(isa, dtype, maker):
     case = maker(dtype, 7)
@@ -273,6 +307,8 @@ def registered(maker, dtype):
         return ops.native_ddts_mixer_step, (*a, *weights, 0.5, 1e-5, 1e-5)
     if maker is gated_rms_norm:
         return ops.native_gated_rms_norm, (*a, n["residual"], n["residual_weight"], 1e-5)
+    if maker is int8_attention_step:
+        return ops.native_shared_key_attention_step, (*a, n["window_size"], 0.4)
     return {
         ddts_step: lambda: (ops.native_ddts_step, (*a, 0.3)),
         conv_step: lambda: (ops.native_short_conv_step, a),
@@ -361,11 +397,18 @@ def test_auto_equals_native_and_keeps_gradients():
 
 
 @needs_library
-@pytest.mark.parametrize("maker", SMALL)
+@pytest.mark.parametrize("maker", [maker for maker in SMALL if maker is not int8_attention_step])
 def test_an_explicit_choice_never_falls_back(maker):
     case = maker(torch.float32)
     with pytest.raises(ValueError, match=r"impl='native'\) takes float32 and bfloat16, got"):
         run(case[0], case, torch.Tensor.double, impl="native")
+
+
+@needs_library
+def test_a_ring_of_bytes_wants_keys_of_such_a_dtype():
+    operator, _, arguments, named, _ = int8_attention_step(torch.float16)
+    with pytest.raises(ValueError, match=r"takes float32 and bfloat16, got torch.float16"):
+        operator(*arguments, **named, impl="native")
 
 
 @needs_library

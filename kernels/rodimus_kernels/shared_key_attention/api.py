@@ -239,8 +239,7 @@ def _fits_compiled_step(q, k, v, cache) -> bool:
     heads: its kernel is written for one key head and heads of 128 channels, as the models have."""
     heads, dim = q.shape[2:]
     staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 16 and dim == v.shape[3] == 128
-    plain = cache.dtype != torch.uint8 and cache.is_contiguous()
-    return plain and (q.device.type == "cpu" or staged)
+    return cache.is_contiguous() and (q.device.type == "cpu" or staged)
 
 
 def _check(q, k, v, window_size, scale):

@@ -6,8 +6,10 @@ from .. import native
 
 
 def step(q, k, v, cache, position, *, window_size, scale):
-    """``shared_key_attention_step``; all tensors but ``position`` float32, or all bfloat16."""
-    native.check("shared_key_attention_step", q, k, v, cache, one_dtype=True)
+    """``shared_key_attention_step``; all tensors but ``position`` and a ring of bytes float32, or
+    all bfloat16."""
+    ring = None if cache.dtype == torch.uint8 else cache
+    native.check("shared_key_attention_step", q, k, v, ring, one_dtype=True)
     rows = (x.contiguous() for x in (q, k, v))
     return torch.ops.rodimus.native_shared_key_attention_step(
         *rows, cache, position, window_size, scale

@@ -348,7 +348,7 @@ struct Heads {
 
 // Sequences of different ages against rings that hold numbers everywhere: a row of no token would
 // be seen. One part, and several, of which the youngest sequence leaves some empty.
-template <class T, class Launch>
+template <class T, bool INT8, class Launch>
 void attention_case(const char* name, Type type, Heads heads, int64_t steps, int64_t window,
                     int64_t ring, int64_t parts, std::vector<int64_t> ages, const Launch& kernel) {
   AttentionStep cpu;
@@ -361,7 +361,17 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
   cpu.q = random_rows(type, tokens, heads.query * heads.key_dim);
   cpu.k = random_rows(type, tokens, heads.key * heads.key_dim);
   cpu.v = random_rows(type, tokens, heads.value * heads.value_dim);
+  Int8Row at = int8_row(heads.key * heads.key_dim * sizeof(T), heads.value, heads.value_dim);
+  if (INT8) row = at.bytes / sizeof(T);
   cpu.o = random_rows(type, tokens, size), cpu.cache = random_rows(type, cpu.batch * ring, row);
+  cpu.int8_values = INT8;
+  char* bytes = static_cast<char*>(cpu.cache.data);
+  for (int64_t i = 0; INT8 && i < cpu.batch * ring; ++i, bytes += at.bytes) {
+    for (int64_t j = at.values_at; j < at.bytes; ++j) bytes[j] = static_cast<char>(generator() % 255 - 127);
+    for (int64_t h = 0; h < heads.value; ++h)
+      reinterpret_cast<__nv_bfloat16*>(bytes + at.scales_at)[h] =
+          __float2bfloat16(0.01f * (1 + generator() % 8));
+  }
   cpu.scratch = random_floats(attention_scratch(cpu, 3));
   AttentionStep cuda = cpu;
   cuda.o = random_rows(type, tokens, size), cuda.cache = random_rows(type, cpu.batch * ring, row);
@@ -377,30 +387,47 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
                      [&] { attention_join_kernel(cuda); });
   Report report{label(name, type, {heads.query, heads.value, steps, window, ring, parts})};
   report.add(cpu.o, cuda.o, tokens * size);
-  report.add(cpu.cache, cuda.cache, cpu.batch * ring * row);
+  if (!INT8) report.add(cpu.cache, cuda.cache, cpu.batch * ring * row);
+  // to the bit, padding too
+  if (memcmp(cpu.cache.data, cuda.cache.data, cpu.batch * ring * row * sizeof(T)))
+    report.add(0.0f, INFINITY);
 }
 
-template <class T, int KEYS, int STAGES>
+template <class T, bool INT8, int KEYS, int STAGES>
 void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_t steps,
                            int64_t window, int64_t ring, int64_t parts,
                            std::vector<int64_t> ages) {
   Heads all = {heads, 1, value_heads, kHeadDim, kHeadDim};
-  attention_case<T>("attention_staged", type, all, steps, window, ring, parts, ages,
+  const char* name = INT8 ? "attention_int8_staged" : "attention_staged";
+  attention_case<T, INT8>(name, type, all, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
                       memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
                       a.start = steps == 1 ? Start::kAhead : Start::kAfter;
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
-                                       [&] { attention_staged_kernel<T, KEYS, STAGES, 1>(a); });
+                                       [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1>(a); });
                     });
 }
 
-template <class T>
+template <class T, bool INT8>
 void attention_any_case(Type type, Heads heads, int64_t steps, int64_t window, int64_t ring,
                         int64_t parts, std::vector<int64_t> ages) {
-  attention_case<T>("attention_any", type, heads, steps, window, ring, parts, ages,
+  const char* name = INT8 ? "attention_int8_any" : "attention_any";
+  attention_case<T, INT8>(name, type, heads, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
-                      emulator::launch(grid, kAnyThreads, [&] { attention_any_kernel<T>(a); });
+                      emulator::launch(grid, kAnyThreads, [&] { attention_any_kernel<T, INT8>(a); });
                     });
+}
+
+template <class T, bool INT8>
+void attention_cases_of(Type type) {
+  attention_staged_case<T, INT8, 8, 3>(type, 16, 16, 1, 37, 41, 1, {0, 5, 40, 41, 100});
+  attention_staged_case<T, INT8, 8, 3>(type, 16, 16, 2, 37, 38, 5, {0, 5, 37, 38, 70});
+  attention_staged_case<T, INT8, 8, 2>(type, 4, 2, 8, 9, 16, 3, {3, 13, 31});
+  attention_staged_case<T, INT8, 4, 4>(type, 2, 1, 1, 30, 32, 1, {29, 64});
+  attention_any_case<T, INT8>(type, {6, 2, 3, 33, 256}, 3, 21, 23, 1, {0, 11, 22, 60});
+  attention_any_case<T, INT8>(type, {3, 1, 3, 200, 7}, 1, 21, 21, 4, {1, 20, 43});
+  // more parts than are joined in one round, most of them without keys
+  attention_any_case<T, INT8>(type, {2, 1, 2, 16, 40}, 1, 150, 160, 70, {0, 66, 149, 400});
 }
 
 template <class T>
@@ -419,14 +446,8 @@ void cases_of(Type type) {
   linear_case<T, 4, true>(type, 3, 5, 72);
   linear_case<T, 8, true>(type, 8, 6, 264);
   linear_case<T, 8, false>(type, 5, 7, 131);
-  attention_staged_case<T, 8, 3>(type, 16, 16, 1, 37, 41, 1, {0, 5, 40, 41, 100});
-  attention_staged_case<T, 8, 3>(type, 16, 16, 2, 37, 38, 5, {0, 5, 37, 38, 70});
-  attention_staged_case<T, 8, 2>(type, 4, 2, 8, 9, 16, 3, {3, 13, 31});
-  attention_staged_case<T, 4, 4>(type, 2, 1, 1, 30, 32, 1, {29, 64});
-  attention_any_case<T>(type, {6, 2, 3, 33, 256}, 3, 21, 23, 1, {0, 11, 22, 60});
-  attention_any_case<T>(type, {3, 1, 3, 200, 7}, 1, 21, 21, 4, {1, 20, 43});
-  // more parts than are joined in one round, most of them without keys
-  attention_any_case<T>(type, {2, 1, 2, 16, 40}, 1, 150, 160, 70, {0, 66, 149, 400});
+  attention_cases_of<T, false>(type);
+  attention_cases_of<T, true>(type);
   for (int kind : {0, 1, 2}) norm_case(type, kind, 3, 300), norm_case(type, kind, 1, 7);
 }
 

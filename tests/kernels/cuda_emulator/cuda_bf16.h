@@ -176,6 +176,14 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return emulator::exchange(x, (threadIdx.x ^ mask) % emulator::kWarp);
 }
 
+inline uint32_t __shfl_xor_sync(unsigned lanes, uint32_t x, int mask) {
+  float carried;
+  memcpy(&carried, &x, sizeof x);
+  carried = __shfl_xor_sync(lanes, carried, mask);
+  memcpy(&x, &carried, sizeof x);
+  return x;
+}
+
 // From a lane of the thread's own section of `width` lanes.
 inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWarp) {
   unsigned first = threadIdx.x % emulator::kWarp / width * width;
