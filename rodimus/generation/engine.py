@@ -143,9 +143,9 @@ class _Reading:
 class Engine:
     """Generates for many requests at once.
 
-    Greedy tokens equal those of ``model.generate``, and no sequence's tokens depend on its
-    neighbours: both exactly so in float32, up to what a different batch size rounds. Not
-    thread-safe: one thread calls it.
+    Greedy tokens equal those of ``model.generate`` (without ``window_dtype``), and no sequence's
+    tokens depend on its neighbours: both exactly so in float32, up to what a different batch size
+    rounds. Not thread-safe: one thread calls it.
 
     Args:
         model: A Rodimus or Rodimus+ language model, adapted, quantised or hooked as it may be.
@@ -154,10 +154,14 @@ class Engine:
         prefill_chunk: Most tokens of prompts read between two tokens of the running sequences.
         max_length: Most tokens of prompt and continuation; None for no limit, which only a
             Rodimus+ without a window cannot have.
+        window_dtype: Of the values in the slots' windows: None for the model's dtype, or
+            ``torch.int8``, which takes about half the memory and rounds them
+            (:func:`rodimus_kernels.reference.quantize_values`); prompts are read before that.
         cuda_graphs: On a GPU, capture the decode step once per batch size.
 
     Raises:
-        ValueError: a number is below 1, or ``max_length`` is missing.
+        ValueError: a number is below 1, ``max_length`` is missing, or ``window_dtype`` is neither,
+            or given for a model without attention.
     """
 
     def __init__(
@@ -168,6 +172,7 @@ class Engine:
         slots: int = 8,
         prefill_chunk: int = 512,
         max_length: int | None = None,
+        window_dtype: torch.dtype | None = None,
         cuda_graphs: bool = True,
     ):
         for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
@@ -177,7 +182,9 @@ class Engine:
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
         embedding = model.get_input_embeddings().weight
         self.device = embedding.device
-        self.layout = StateLayout.of(model.config, embedding.dtype, max_length=max_length)
+        self.layout = StateLayout.of(
+            model.config, embedding.dtype, max_length=max_length, window_dtype=window_dtype
+        )
         self.states = SlotStates(self.layout, slots, self.device)
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
         self.sampler = Sampler(slots, model.config.vocab_size, self.device)

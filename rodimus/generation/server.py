@@ -416,6 +416,7 @@ def _service(options) -> Service:
             slots=options.slots,
             prefill_chunk=options.prefill_chunk,
             max_length=options.max_length,
+            window_dtype=torch.int8 if options.window_dtype == "int8" else None,
         )
         for path in options.prefix:
             engine.add_prefix(load_state(path, model))
@@ -454,6 +455,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-waiting", type=int, default=64, help="requests that may wait; more get 429")
     add("--prefill-chunk", type=int, default=512, help="prompt tokens between two decoded ones")
     add("--max-length", type=int, default=None, help="most tokens of prompt and continuation")
+    add(
+        "--window-dtype",
+        default="model",
+        choices=("model", "int8"),
+        help="of the values in the attention window; int8 takes about half the memory",
+    )
     add("--max-prompt-tokens", type=int, default=limits.prompt_tokens, help="of one prompt")
     add("--max-new-tokens", type=int, default=limits.new_tokens, help="of one continuation")
     add("--max-body-bytes", type=int, default=limits.body_bytes, help="of one request")

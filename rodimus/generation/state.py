@@ -3,7 +3,8 @@
 A sequence of any length is a recurrent state and the last inputs of the short convolution in every
 block and, in Rodimus+, the keys and values of the window. The engine holds them for all slots in
 three tensors made once; a slot's window is a ring whose row ``p % R`` holds the token at position
-p, so nothing is ever shifted.
+p, so nothing is ever shifted. The values of that ring may be kept in 8 bits, those of a snapshot
+never: caches, files and every engine understand it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from rodimus_kernels import shared_key_attention_step
+from rodimus_kernels import (
+    int8_row_bytes,
+    read_ring,
+    ring_parts,
+    shared_key_attention_step,
+    write_ring,
+)
 
 from ..configuration_rodimus import RodimusConfig
 from ..modeling_rodimus import adopt_cache
@@ -33,8 +40,10 @@ class StateLayout:
         window: Keys that a query sees, itself included; 0 without attention.
         row: Numbers that the window keeps a token: all key heads, then all value heads.
         key_row: How many of them are keys.
+        head_dim: Numbers of a head.
         dtype: Of the taps and the window.
         state_dtype: Of the recurrent state: float32 or wider.
+        window_dtype: Of the values in a slot's window: None for ``dtype``, or int8.
     """
 
     layers: int
@@ -44,22 +53,38 @@ class StateLayout:
     window: int
     row: int
     key_row: int
+    head_dim: int
     dtype: torch.dtype
     state_dtype: torch.dtype
+    window_dtype: torch.dtype | None = None
 
     @classmethod
     def of(
-        cls, config: RodimusConfig, dtype: torch.dtype, *, max_length: int | None = None
+        cls,
+        config: RodimusConfig,
+        dtype: torch.dtype,
+        *,
+        max_length: int | None = None,
+        window_dtype: torch.dtype | None = None,
     ) -> "StateLayout":
         """The layout for a model's configuration and the dtype of its activations.
 
         Args:
             max_length: Most tokens of a sequence; only a Rodimus+ without a window needs it.
+            window_dtype: Of the values in a slot's window: None for ``dtype``, or ``torch.int8``.
 
         Raises:
-            ValueError: the model attends to everything before and ``max_length`` is None.
+            ValueError: the model attends to everything before and ``max_length`` is None, or
+                ``window_dtype`` is another dtype, or given for a model without attention.
         """
         attends = config.block_type == "rodimus_plus"
+        if window_dtype not in (None, torch.int8):
+            raise ValueError(f"window_dtype must be None or torch.int8, got {window_dtype}")
+        if window_dtype and not attends:
+            raise ValueError(
+                "the model has no attention window whose values could be int8:"
+                f" expected window_dtype None, got {window_dtype}"
+            )
         window = (config.sliding_window or max_length) if attends else 0
         if window is None:
             raise ValueError(
@@ -76,8 +101,10 @@ class StateLayout:
             window=window,
             row=key_row + value_row,
             key_row=key_row,
+            head_dim=config.head_dim if attends else 0,
             dtype=dtype,
             state_dtype=torch.promote_types(dtype, torch.float32),
+            window_dtype=window_dtype,
         )
 
     @property
@@ -89,8 +116,26 @@ class StateLayout:
         """Tokens of the window that the next one still sees, after ``tokens`` of them."""
         return min(tokens, max(self.window - 1, 0))
 
+    @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """Key heads, their channels, value heads, their channels."""
+        keys, values = self.key_row // self.head_dim, (self.row - self.key_row) // self.head_dim
+        return keys, self.head_dim, values, self.head_dim
+
+    def parts(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and their scales in a window ``[..., row]`` of either kind, as views."""
+        return ring_parts(window, *self.heads, self.dtype)
+
+    def slot_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of a slot, by kind; a window with int8 values is bytes."""
+        shapes = self.shapes(self.ring_rows)
+        if self.window_dtype:
+            row = int8_row_bytes(*self.heads, self.dtype)
+            shapes["window"] = ((self.layers, self.ring_rows, row), torch.uint8)
+        return shapes
+
     def shapes(self, window_rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of one sequence, by kind."""
+        """Shape and dtype of each tensor of a snapshot, by kind."""
         return {
             "recurrent": ((self.layers, 1, self.key_dim, self.value_dim), self.state_dtype),
             "convolution": ((self.layers, self.value_dim, self.taps), self.dtype),
@@ -99,10 +144,10 @@ class StateLayout:
 
     def bytes(self, tokens: int | None = None) -> dict[str, int]:
         """Bytes of one sequence by kind: those of a slot, or of a snapshot after ``tokens``."""
-        rows = self.ring_rows if tokens is None else self.kept_rows(tokens)
+        shapes = self.slot_shapes() if tokens is None else self.shapes(self.kept_rows(tokens))
         return {
             kind: torch.Size(shape).numel() * dtype.itemsize
-            for kind, (shape, dtype) in self.shapes(rows).items()
+            for kind, (shape, dtype) in shapes.items()
         }
 
 
@@ -112,6 +157,7 @@ def state_bytes(
     *,
     tokens: int | None = None,
     max_length: int | None = None,
+    window_dtype: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes that one sequence takes, by what they hold: recurrent, convolution, window.
 
@@ -121,8 +167,10 @@ def state_bytes(
         tokens: Of a state file, or of a cache of ``model.generate``, after so many tokens; None
             for a slot of the engine, whose ring is as long as the window from the start.
         max_length: Most tokens of a sequence, for a model without a window.
+        window_dtype: Of the values in a slot's window, as the engine is given it.
     """
-    return StateLayout.of(config, dtype, max_length=max_length).bytes(tokens)
+    layout = StateLayout.of(config, dtype, max_length=max_length, window_dtype=window_dtype)
+    return layout.bytes(tokens)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -222,8 +270,9 @@ class SlotLayer(LinearAttentionLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
         ring."""
+        dtype = self.conv_states[0].dtype
         return shared_key_attention_step(
-            *(q, k.to(self.ring.dtype), v.to(self.ring.dtype), self.ring, self.positions),
+            *(q, k.to(dtype), v.to(dtype), self.ring, self.positions),
             window_size=self.window,
             scale=scale,
         )
@@ -246,7 +295,7 @@ class SlotStates:
     Attributes:
         recurrent: ``[layers, slots, 1, key_dim, value_dim]``.
         convolution: ``[layers, slots, value_dim, taps]``.
-        ring: ``[layers, slots, R, row]``; empty without attention.
+        ring: ``[layers, slots, R, row]``, uint8 where values have 8 bits; empty without attention.
         positions: int64 ``[slots]``: tokens that each slot has read.
     """
 
@@ -254,7 +303,7 @@ class SlotStates:
         self.layout, self.slots = layout, slots
         self.recurrent, self.convolution, self.ring = (
             torch.zeros((shape[0], slots, *shape[1:]), dtype=dtype, device=device)
-            for shape, dtype in layout.shapes(layout.ring_rows).values()
+            for shape, dtype in layout.slot_shapes().values()
         )
         self.positions = torch.zeros(slots, dtype=torch.long, device=device)
         self._caches: dict[int, SlotCache] = {}
@@ -273,16 +322,22 @@ class SlotStates:
             # also rows that are masked: a weight of zero times a stale NaN would be NaN
             self.ring[:, slot] = 0
             at = torch.arange(read - rows, read, device=self.ring.device) % self.layout.ring_rows
-            self.ring[:, slot, at] = state.window
+            keys, values, _ = self.layout.parts(state.window)
+            write_ring(self.layout.parts(self.ring[:, slot]), (slice(None), at), keys, values)
         self.positions[slot] = read
 
     def read(self, slot: int, tokens: Tensor) -> SequenceState:
-        """A copy of the sequence in a slot, which has read ``tokens``."""
+        """A copy of the sequence in a slot, which has read ``tokens``.
+
+        Of a window with 8-bit values it is what they stand for, and written back gives the same
+        bytes.
+        """
         window = self.ring[:, slot, :0]
         if self.layout.window:
             rows = self.layout.kept_rows(len(tokens))
             at = torch.arange(len(tokens) - rows, len(tokens), device=self.ring.device)
-            window = self.ring[:, slot, at % self.layout.ring_rows]
+            parts = self.layout.parts(self.ring[:, slot, at % self.layout.ring_rows])
+            window = torch.cat([x.flatten(-2) for x in read_ring(parts, self.layout.dtype)], -1)
         kept = (self.recurrent[:, slot].clone(), self.convolution[:, slot].clone(), window.clone())
         return SequenceState(tokens, *kept)
 

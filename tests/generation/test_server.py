@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits
@@ -470,6 +471,16 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     assert "Traceback" not in errors and "Application shutdown complete" in errors
 
 
+def test_the_command_keeps_the_window_in_the_dtype_it_is_told(tmp_path):
+    from rodimus.generation.server import _parser, _service
+
+    text_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for options, expected in (([], None), (["--window-dtype", "int8"], torch.int8)):
+        service = _service(_parser().parse_args([str(tmp_path), *options]))
+        assert service.worker.engine.layout.window_dtype == expected
+
+
 def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     from rodimus.errors import InputError
     from rodimus.generation.server import main
@@ -481,6 +492,10 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="slots must be at least 1, got 0"):
         main([str(tmp_path), "--slots", "0"])
+    text_model("rodimus").save_pretrained(tmp_path / "rodimus")
+    tokenizer.save_pretrained(tmp_path / "rodimus")
+    with pytest.raises(InputError, match="no attention window whose values could be int8"):
+        main([str(tmp_path / "rodimus"), "--window-dtype", "int8"])
     with pytest.raises(InputError, match="cannot be read"):
         main([str(tmp_path), "--prefix", str(tmp_path / "nothing")])
     with pytest.raises(InputError):
