@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from rodimus import RodimusConfig
-from rodimus.generation import state_bytes
+from rodimus.generation import StateLayout, state_bytes
+from tests.generation import int8_errors
 
 ROOT = Path(__file__).parent.parent.parent
 MODELS = {
@@ -36,6 +38,22 @@ def row(label: str) -> str:
     return f"| {label} | {' | '.join(cells)} |"
 
 
+def int8_row(label: str) -> str:
+    """One row of the table of 8-bit values."""
+    config = config_of(MODELS[label])
+    kinds = state_bytes(config, tokens=LONG)
+    cells = []
+    for window_dtype in (None, torch.int8):
+        layout = StateLayout.of(config, torch.bfloat16, window_dtype=window_dtype)
+        (layers, _, row), dtype = layout.slot_shapes()["window"]
+        read = layers * layout.kept_rows(LONG) * row * dtype.itemsize
+        whole = kinds["recurrent"] + kinds["convolution"] + read
+        slot = sum(state_bytes(config, window_dtype=window_dtype).values())
+        cells.append((row * dtype.itemsize, slot, whole // GROWING))
+    pairs = zip(*cells, strict=True)
+    return f"| {label} | " + " | ".join(f"{size:,}" for pair in pairs for size in pair) + " |"
+
+
 @pytest.fixture(scope="module")
 def text():
     return (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
@@ -44,6 +62,26 @@ def text():
 @pytest.mark.parametrize("label", MODELS)
 def test_the_table_states_the_bytes_of_the_formula(text, label):
     assert row(label) in text, f"expected the row {row(label)}"
+
+
+@pytest.mark.parametrize("label", [label for label in MODELS if "+" in label])
+def test_the_table_of_8_bit_values_states_the_bytes_of_the_formula(text, label):
+    row = int8_row(label)
+    assert row in text, f"expected the row {row}"
+    if label == "Rodimus+ 1.6B":
+        assert f"that of {label} is as large as {row.split()[-2]}." in " ".join(text.split())
+
+
+def test_the_errors_of_8_bit_values_are_those_that_are_printed(text):
+    """To a fifth, shares of tokens to two in a hundred: sums are added in another order
+    elsewhere."""
+    for row in (row for table in int8_errors.tables() for row in table):
+        name, *printed = row.strip("|").split("|")
+        (line,) = [line for line in text.splitlines() if line.startswith(f"|{name}|")]
+        for got, cell in zip(printed, line.strip("|").split("|")[1:], strict=True):
+            near = {"abs": 2} if "%" in got else {"rel": 0.2}
+            number = lambda text: float(text.strip(" %"))
+            assert number(cell) == pytest.approx(number(got), **near), row
 
 
 def test_the_break_even_is_that_of_the_formula(text):
