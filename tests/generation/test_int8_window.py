@@ -78,6 +78,9 @@ def test_a_snapshot_holds_rounded_values_and_written_back_gives_the_same_bytes(
     # in every floating dtype the bits of a NaN
     states.ring.fill_(255)
     states.write(0, given)
+    fresh = state_module.SlotStates(layout, 1, "cpu")
+    fresh.write(0, given)
+    assert torch.equal(states.ring[:, 0], fresh.ring[:, 0])
     found = states.read(0, prompt)
     expected = rounded(layout, given)
     for name in ("tokens", "recurrent", "convolution", "window"):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from rodimus_kernels import int8_row_bytes, native, read_ring, ring_parts, write_ring
+from rodimus_kernels import int8_row_bytes, native, read_ring, reference, ring_parts, write_ring
 from rodimus_kernels import shared_key_attention_step as step
 from rodimus_kernels.reference import dequantize_values, quantize_values
+from rodimus_kernels.testing import relative_error
 from tests.kernels.device import TRITON_MARKS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,10 +88,69 @@ NATIVE = pytest.param(
 )
 
 
+FORMS = ["sdpa", NATIVE, pytest.param("triton", marks=TRITON_MARKS)]
+
+
+def edges():
+    """float32 heads ``[N, 4]`` where forms could differ: scales and values that lie halfway between
+    two, the smallest scales, zeros, and what is not finite."""
+    factor = torch.tensor(1.0 / 127)
+    # halfway between neighbouring bfloat16 numbers, the lower of which is even or odd
+    halfway = torch.tensor([0x3C008000, 0x3C018000, 0x3F7E8000, 0x3F7F8000]).int()
+    halfway = halfway.view(torch.float32)
+    near = halfway[:, None] / factor
+    near = (near.view(torch.int32) + torch.arange(-4, 5)).view(torch.float32)
+    found = near * factor == halfway[:, None]
+    assert found.any(1).all()
+    largest = near[torch.arange(4), found.int().argmax(1)]
+    ties = largest[:, None] * torch.tensor([1.0, -0.5, 0.25, 0.1])
+    tiny = torch.finfo(torch.float32).tiny
+    steps = torch.tensor([[127.0, 0.5, 1.5, -2.5], [254.0, 1.0, -3.0, 5.0], [0.0, -0.0, 0.0, 0.0]])
+    small = torch.tensor([[127 * tiny, tiny, -tiny, 0.0], [120 * tiny, tiny, -tiny, 0.0]])
+    broken = torch.randn(3, 4)
+    broken[0, 1], broken[1, 2], broken[2, 3] = torch.nan, torch.inf, -torch.inf
+    return torch.cat((ties, steps, small, broken))
+
+
+@pytest.mark.parametrize("impl", FORMS)
+def test_every_form_writes_the_same_bytes(impl, device):
+    if impl == "native" and device.type == "cuda" and not native.is_available("cuda"):
+        pytest.skip("the CUDA library is not built")
+    v = edges().to(device)[None, None]
+    heads = (1, 4, v.shape[2], 4)
+    q, k = torch.randn(1, 1, v.shape[2], 4, device=device), torch.randn(1, 1, 1, 4, device=device)
+    expected = torch.zeros(1, 1, int8_row_bytes(*heads, torch.float32), device=device).byte()
+    cache = expected.clone()
+    write_ring(ring_parts(expected, *heads, torch.float32), ..., k, v)
+    position = torch.zeros(1, dtype=torch.int64, device=device)
+    step(q, k, v, cache, position, window_size=1, impl=impl)
+    # torch has several bit patterns of NaN
+    for ring in (cache, expected):
+        scales = ring_parts(ring, *heads, torch.float32)[2]
+        scales[:] = scales.nan_to_num(-1.0)
+    assert torch.equal(cache, expected)
+
+
+@pytest.mark.parametrize("impl", FORMS[:2])
+def test_values_meet_their_scales_in_float32(impl):
+    """In bfloat16 one rounding is left, that of the output: as large as the reference's."""
+    heads = (1, 16, 8, 64)
+    k, v = torch.randn(1, 40, 1, 16).bfloat16(), torch.randn(1, 40, 8, 64).bfloat16()
+    q, position = torch.randn(1, 1, 8, 16).bfloat16(), torch.tensor([39])
+    cache = torch.zeros(1, 40, int8_row_bytes(*heads, torch.bfloat16)).byte()
+    write_ring(ring_parts(cache, *heads, torch.bfloat16), ..., k, v)
+    values = dequantize_values(*quantize_values(v), torch.float64)
+    exact = reference.shared_key_attention(q.double(), k.double(), values)
+    new = (q, k[:, -1:], v[:, -1:], cache, position)
+    found, base = (
+        relative_error(step(*new, window_size=40, impl=name), exact) for name in (impl, "reference")
+    )
+    # measured: equal to 1e-3 of it; with values rounded to bfloat16 1.3 times as large
+    assert found < 1.1 * base
+
+
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-@pytest.mark.parametrize(
-    "impl", ["reference", "sdpa", NATIVE, pytest.param("triton", marks=TRITON_MARKS)]
-)
+@pytest.mark.parametrize("impl", ["reference", *FORMS])
 def test_a_broken_value_is_seen_by_its_queries_alone(impl, broken, device):
     """In the token's own step and as long as it is in the window; other heads stay finite."""
     if impl == "native" and device.type == "cuda" and not native.is_available("cuda"):
