@@ -1124,8 +1124,9 @@ class RodimusBlock(GradientCheckpointingLayer):
             return None
         found = self._inspected
         if not found.is_searched:
-            weights, found.is_searched = self._find_step_weights(), True
-            found.weights = weights if weights and can_fuse_block(1, *weights) else None
+            with torch.no_grad():
+                weights, found.is_searched = self._find_step_weights(), True
+                found.weights = weights if weights and can_fuse_block(1, *weights) else None
         return found.weights
 
     def _find_step_weights(self):

@@ -124,7 +124,7 @@ def products_of(config):
 
     with torch.device("meta"):
         model = RodimusForCausalLM(RodimusConfig.from_dict(config | {"n_layer": 1}))
-    w = model.model.layers[0].step_weights()
+    w = model.model.layers[0]._find_step_weights()
     steps = [(1, 0, w.fc), (0, 0, w.query_key, w.mem_gate, w.gate_in), (0, 0, w.mixer_out)]
     if w.query is not None:
         steps += [(0, 0, w.query, w.key, w.value), (0, 0, w.attn_out)]
