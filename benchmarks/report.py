@@ -9,6 +9,7 @@ interval of the ratio, not its middle: where it encloses 1 nothing is claimed.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -388,6 +389,11 @@ def _memory_section(found: list[Record]) -> Iterator[str]:
     yield from table([*head, "step besides", "largest batch (computed)"], rows)
 
 
+def _numbers(name: str) -> tuple[list[int], str]:
+    """Order of tests: by the lengths in their names."""
+    return [int(number) for number in re.findall(r"\d+", name)], name
+
+
 def _quality_section(found: list[Record]) -> Iterator[str]:
     if not found:
         return
@@ -400,7 +406,7 @@ def _quality_section(found: list[Record]) -> Iterator[str]:
             yield record["settings"]["note"]
             yield ""
         rows = measured(record)
-        names = sorted({name for row in rows for name in row["scores"]})
+        names = sorted({name for row in rows for name in row["scores"]}, key=_numbers)
         yield from table(
             ["model", "parameters", "state bytes a layer", "best learning rate", "seeds", *names],
             [

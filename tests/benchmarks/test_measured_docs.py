@@ -1,7 +1,7 @@
-"""Measured tables in docs/: what the committed records of a GPU say, rounded.
+"""Measured tables in docs/: what the committed records say, rounded.
 
 A table stands below ``<!-- measured: NAME -->``. ``TABLES`` computes its rows from the records of
-``benchmarks/results/NVIDIA_H200``, and a failing test prints them.
+``benchmarks/results/NVIDIA_H200``, or of the CPU beside it, and a failing test prints them.
 """
 
 import json
@@ -15,6 +15,7 @@ from benchmarks import bench_attention
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results" / "NVIDIA_H200"
+CPU = RESULTS.parent / "AMD_EPYC"
 MARKER = re.compile(r"<!-- measured: (\S+) -->\n((?:\|.*\n)+)")
 
 LAYERS = 24
@@ -24,14 +25,15 @@ DECODE = (("b1", "t1024"), ("b1", "t4096"), ("b1", "t32768"), ("b1", "t131072"),
 DECODE += (("b64", "t1024"), ("b256", "t1024"))
 
 
-def record(name):
+def record(name, folder=RESULTS):
     """A record by the name of its file."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def measured(name):
+def measured(name, folder=RESULTS):
     """Measured rows of a record by target."""
-    return {row["target"]: row for row in record(name)["rows"] if row["status"] == "measured"}
+    rows = record(name, folder)["rows"]
+    return {row["target"]: row for row in rows if row["status"] == "measured"}
 
 
 def line(*cells):
@@ -269,9 +271,54 @@ def readme_operators():
             yield line(f"{title}, {passes}", us(rows[ours]["median_ms"]), theirs)
 
 
+def readme_cpu():
+    models = [model.partition("/")[0] for model in LATENCY_MODELS]
+    for context in ("t128", "t1024", "t4096", "t16384"):
+        rows = measured(f"decode-b1-{context}-bfloat16", CPU)
+        fastest = [
+            min((rows[t] for t in rows if t.startswith(f"{model}/")), key=lambda r: r["median_ms"])
+            for model in models
+        ]
+        ratios = [f"{fastest[0][f'ratio_to_{model}'][0]:.2f} times" for model in models[2:]]
+        times = (f"{row['median_ms']:.0f}" for row in fastest)
+        yield line(
+            tokens_of(context), *times, ", ".join(ratios), percent(fastest[0]["floor_share"])
+        )
+
+
+QUALITY = (
+    ("mqar-cpu-n16", "64/8"),
+    ("passkey-cpu", "128"),
+    ("language-cpu", "val at 128"),
+    ("language-cpu", "val at 512"),
+)
+VARIANTS = {
+    "rodimus": "Rodimus",
+    "gla": "GLA",
+    "mamba2": "Mamba2",
+    "rwkv6": "RWKV6",
+    "none": "no gate",
+    "rodimus_plus": "Rodimus+",
+    "attention": "attention",
+}
+
+
+def readme_quality():
+    for variant, title in VARIANTS.items():
+        cells = []
+        for case, test in QUALITY:
+            row = measured(f"quality-{case}", CPU).get(variant)
+            scores = sorted(row["scores"][test]) if row else []
+            mean = sum(scores) / len(scores) if scores else 0.0
+            cells.append(f"{mean:.2f} ({scores[0]:.2f} to {scores[-1]:.2f})" if scores else "-")
+        yield line(title, *cells)
+
+
 # by document, from docs/
 TABLES = {
-    "../README.md": (readme_latency, readme_throughput, readme_operators),
+    "../README.md": (
+        *(readme_latency, readme_throughput, readme_operators, readme_cpu, readme_quality),
+    ),
     "kernels/ddts.md": (ddts, ddts_targets, surroundings),
     "kernels/shared_key_attention.md": (attention_targets, attention, attention_bytes),
     "kernels/decode.md": (decode, steps),
