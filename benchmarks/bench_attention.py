@@ -6,16 +6,25 @@ as a model without shared keys would store it. On a GPU every call is a CUDA gra
 Before anything is timed, values and gradients are compared with float64 on the device.
 
     floor   forward, training: products of visible pairs over the measured rate of a large product
-            decode: the visible rows of the cache, read once, over the measured copy rate
+            decode: the visible rows of the cache, read once, over the measured copy rate;
+            step-int8 is the same step over a cache of 8-bit values
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from rodimus_kernels import native, shared_key_attention, shared_key_attention_step
+from rodimus_kernels import (
+    int8_row_bytes,
+    native,
+    ring_parts,
+    shared_key_attention,
+    shared_key_attention_step,
+    write_ring,
+)
 from rodimus_kernels.testing import relative_error
 
 from . import operators, peers, timing
@@ -129,26 +138,46 @@ def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call | st
 
 
 def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> dict[str, Call]:
-    """One token over a full window; caches take turns, or the last level would hold one."""
-    width = (1 + HEADS) * dim
-    like = {"device": device, "dtype": dtype}
-    item = torch.finfo(dtype).bits // 8
-    count = max(1, min(ROTATED_BYTES // (batch * rows * width * item), 64))
-    caches = [torch.randn(batch, rows, width, **like) for _ in range(count)]
-    q, k, v, _ = make_inputs(batch, 1, dim, device, dtype)
-    position = torch.full((batch,), 3 * rows + 7, device=device)
-    floor_ms = batch * window * width * item / copy_rate / 1e6
-
-    def calls(name):
-        step = functools.partial(shared_key_attention_step, window_size=window, impl=name)
-        return lambda: [step(q, k, v, cache, position) for cache in caches]
-
-    exact = calls("reference")()[0].double()
+    """One token over a full window, with plain and with 8-bit values."""
     compiled = device.type == "cuda" and native.is_available("cuda")
     names = dict.fromkeys((impl, *(("native",) if compiled else ()), "reference"))
-    for name in names:
-        assert relative_error(calls(name)()[0], exact) <= LIMITS[dtype], name
-    return {f"step/{name}": Call(calls(name), count, floor_ms) for name in names}
+    found = {}
+    for label, int8 in (("step", False), ("step-int8", True)):
+        caches = rings(batch, rows, dim, device, dtype, int8=int8)
+        q, k, v, _ = make_inputs(batch, 1, dim, device, dtype)
+        position = torch.full((batch,), 3 * rows + 7, device=device)
+        row_bytes = caches[0].shape[-1] * caches[0].element_size()
+        floor_ms = batch * window * row_bytes / copy_rate / 1e6
+        step = functools.partial(shared_key_attention_step, window_size=window)
+        calls = {
+            name: functools.partial(run_steps, step, (q, k, v), caches, position, name)
+            for name in names
+        }
+        exact = calls["reference"]()[0].double()
+        for name, call in calls.items():
+            assert relative_error(call()[0], exact) <= LIMITS[dtype], f"{label}/{name}"
+            found[f"{label}/{name}"] = Call(call, len(caches), floor_ms)
+    return found
+
+
+def run_steps(step, tokens, caches, position, impl):
+    """The same token against each cache."""
+    return [step(*tokens, cache, position, impl=impl) for cache in caches]
+
+
+def rings(batch, rows, dim, device, dtype, *, int8) -> list[torch.Tensor]:
+    """Full caches that take turns, or the last level would hold one."""
+    heads, like = (1, dim, HEADS, dim), {"device": device, "dtype": dtype}
+    shape = (batch, rows, (1 + HEADS) * dim)
+    if int8:
+        shape = (batch, rows, int8_row_bytes(*heads, dtype))
+    kind = torch.uint8 if int8 else dtype
+    count = max(1, min(ROTATED_BYTES // (math.prod(shape) * kind.itemsize), 64))
+    caches = [torch.zeros(shape, dtype=kind, device=device) for _ in range(count)]
+    k, v = (torch.randn(batch, rows, n, dim, **like) for n in (1, HEADS))
+    for cache in caches:
+        write_ring(ring_parts(cache, *heads, dtype), ..., k, v)
+    return caches
 
 
 def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
