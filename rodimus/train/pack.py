@@ -58,7 +58,8 @@ def pack(
         out: Folder to write.
         tokenizer: HuggingFace tokenizer folder; by default one is trained.
         vocab_size: Size of a trained vocabulary.
-        tokenizer_sample: Share of the training documents a tokenizer is trained on.
+        tokenizer_sample: Share of the training documents a tokenizer is trained on; all of them
+            where it is none.
         val_fraction: Share of documents held out.
         field: Text field of jsonl, parquet and datasets.
         shard_tokens: Size at which a shard is closed.
@@ -75,12 +76,14 @@ def pack(
         raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)
     if tokenizer is None:
-        sample = (
+        sample = lambda share: (
             text
             for part, text, digest in split_documents(source, val_fraction, field=field)
-            if part == "train" and int.from_bytes(digest[8:], "big") < tokenizer_sample * 2**64
+            if part == "train" and int.from_bytes(digest[8:], "big") < share * 2**64
         )
-        learned = train_tokenizer(sample, vocab_size)
+        # a share of few documents may be none of them
+        share = 1.0 if next(sample(tokenizer_sample), None) is None else tokenizer_sample
+        learned = train_tokenizer(sample(share), vocab_size)
     else:
         learned = read_tokenizer(Path(tokenizer))
     learned.save_pretrained(str(out / "tokenizer"))
@@ -88,13 +91,20 @@ def pack(
     encode = DocumentEncoder(learned)
     parts = ("train", "val") if val_fraction > 0 else ("train",)
     writers = {p: ShardWriter(out, p, len(learned), shard_tokens=shard_tokens) for p in parts}
+    n_docs = 0
     for batch in _batches(split_documents(source, val_fraction, field=field)):
+        n_docs += len(batch)
         texts = [text for _, text in batch]
         for (part, text), ids in zip(batch, encode(texts), strict=True):
             writers[part].add(ids, len(text.encode("utf-8", "surrogatepass")))
-    for part, writer in writers.items():
-        if writer.n_bytes == 0:
-            raise InputError(f"the {part} part of {source} is empty: no text was found for it")
+    if writers["train"].n_bytes == 0:
+        raise InputError(f"the train part of {source} is empty: no text was found for it")
+    if "val" in writers and writers["val"].n_bytes == 0:
+        raise InputError(
+            f"the val part of {source} is empty: a document is held out whole, and of"
+            f" {n_docs} document{'s' if n_docs > 1 else ''} none was; pass a larger"
+            " --val-fraction, or --val-fraction 0 to hold out nothing"
+        )
     return {
         part: writer.close(
             bos_token_id=encode.bos,

@@ -98,8 +98,10 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
             except ValueError as error:
                 raise InputError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise InputError(f"{place} must have a string field {field!r}, got {keys}")
+                got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                if isinstance(row, dict) and field in row:
+                    got = f"{row[field]!r:.40} there"
+                raise InputError(f"{place} must have a string field {field!r}, got {got}")
             yield row[field]
 
 

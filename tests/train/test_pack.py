@@ -97,6 +97,7 @@ def test_stdlib_is_python_source_without_tests():
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 must be UTF-8, .* offset 24"),
         ("a.jsonl", b'{"text": "a"', r"a.jsonl line 1 is not JSON"),
         ("a.jsonl", b'{"body": "a"}', r"line 1 must have a string field 'text', got body"),
+        ("a.jsonl", b'{"text": 5}', r"line 1 must have a string field 'text', got 5 there"),
         ("a.txt", b" \n", r"the train part of .*a.txt is empty"),
         ("a.pdf", b"x", r"source must end in .txt"),
     ],
@@ -106,6 +107,20 @@ def test_bad_corpus_is_named(tmp_path, name, data, message):
     with pytest.raises(InputError, match=message):
         pack(str(tmp_path / name), tmp_path / "out", vocab_size=300, val_fraction=0.0)
     assert not (tmp_path / "out" / "train.json").exists()
+
+
+def test_one_document_cannot_be_held_out(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(TEXTS))
+    with pytest.raises(InputError, match=r"val part of .*a.txt .* 1 document.*--val-fraction 0"):
+        pack(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=300)
+
+
+@pytest.mark.parametrize("text", TEXTS[:5])
+def test_a_tokenizer_is_trained_on_what_little_there_is(tmp_path, text):
+    """A fifth of one document is none of it, as a rule."""
+    (tmp_path / "a.txt").write_text(text * 20)
+    pack(str(tmp_path / "a.txt"), tmp_path / "out", vocab_size=280, val_fraction=0.0)
+    assert len(read_tokenizer(tmp_path / "out" / "tokenizer")) > 258
 
 
 def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
