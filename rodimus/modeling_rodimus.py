@@ -585,7 +585,7 @@ def _padding_layout(attention_mask, length, is_static):
         ``pads``: ``[B]`` padding that would separate the new tokens from cached ones, or None.
     """
     layout = {"tokens": None, "order": None, "pads": None}
-    if attention_mask is None or length == 1:
+    if attention_mask is None or (length == 1 and is_tracing(attention_mask)):
         return layout
     given = attention_mask[:, -length:]
     if is_tracing(given):
@@ -1360,8 +1360,8 @@ class RodimusModel(RodimusPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere, but a step of one
-                token takes that token as real in every row.
+            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere, but a compiled
+                step of one token takes that token as real in every row.
             position_ids: ``[B, T]`` rotary positions. Without mask and cache, a position that
                 does not follow its predecessor starts a packed document: nothing crosses into it.
             past_key_values: transformers cache; continued by any number of tokens.
@@ -1449,7 +1449,7 @@ class RodimusModel(RodimusPreTrainedModel):
         layers = past_key_values.layers
         if not all(getattr(layer, "can_step", False) for layer in layers):
             return None
-        if not (_has_rings(past_key_values) or self._sees_whole_window(attention_mask)):
+        if not self._sees_whole_window(attention_mask, past_key_values):
             return None
         weights = [block.step_weights() for block in self.layers]
         if any(found is None for found in weights):
@@ -1481,14 +1481,19 @@ class RodimusModel(RodimusPreTrainedModel):
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
         return same and _is_untouched(self.norm_f) and all(x.is_untouched() for x in self.layers)
 
-    def _sees_whole_window(self, attention_mask) -> bool:
-        """Whether attention may take every key in the window, whatever the mask says."""
-        if attention_mask is None or self.config.block_type == "rodimus":
+    def _sees_whole_window(self, attention_mask, past_key_values) -> bool:
+        """Whether the new token of every row is one, and attention may take every key in the
+        window, whatever the mask says."""
+        if attention_mask is None:
             return True
         if isinstance(attention_mask, dict):
-            return attention_mask["attention"] is None
-        window = self.config.sliding_window
-        return attention_mask.dim() == 2 and bool(attention_mask[:, -window:].all())
+            return attention_mask["attention"] is None and attention_mask["tokens"] is None
+        has_keys = self.config.block_type == "rodimus_plus"
+        if attention_mask.dim() != 2:
+            return not has_keys
+        in_keys = has_keys and not _has_rings(past_key_values)
+        seen = self.config.sliding_window if in_keys else 1
+        return bool(attention_mask[:, -seen:].all())
 
     @staticmethod
     def create_masks_for_generate(

@@ -192,7 +192,7 @@ def test_static_cache(model, kind, sizes, tile, measure, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sizes", [[24] + [1] * 8, [2, 3, 19, 5, 1, 1, 1], [12, 14, 1, 1, 4]], ids=str
+    "sizes", [[24] + [1] * 8, [2, 3, 19, 5, 1, 1, 1], [12, 14, 1, 1, 4], [1] * 32], ids=str
 )
 def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatch):
     """Rows of different ages, also where a row's first pieces are padding alone."""

@@ -78,6 +78,7 @@ def test_padded_forward(model, kind, padding, positions, measure):
         "continued by 3": [24, 3, 3, 2],
         "in pieces": [5, 7, 12, 8],
         "by 2 tokens": [2] * 16,
+        "by 1 token": [1] * 32,
     }.items(),
 )
 @pytest.mark.parametrize("padding", PADDINGS)
