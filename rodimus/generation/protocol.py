@@ -439,7 +439,11 @@ class Answer:
         return {
             "tokens": texts,
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{self.token_text(t)[0]: p for t, p in e.top} for e in entries],
+            # the chosen token is always among them, though it be none of the likeliest
+            "top_logprobs": [
+                {self.token_text(t)[0]: p for t, p in (*e.top, (e.token, e.logprob))}
+                for e in entries
+            ],
             "text_offset": offsets,
         }
 

@@ -103,6 +103,17 @@ class TestCompletions:
         assert all(max(top.values()) <= 0 for top in logprobs["top_logprobs"])
         assert logprobs["token_logprobs"] == [max(top.values()) for top in logprobs["top_logprobs"]]
 
+    @pytest.mark.parametrize("likeliest", [0, 1])
+    def test_a_drawn_token_is_among_its_logprobs(self, client, likeliest):
+        options = {"max_tokens": 12, "temperature": 2, "seed": 1, "logprobs": likeliest}
+        _, answer = client.complete("Hello", **options)
+        found = answer["choices"][0]["logprobs"]
+        pairs = list(zip(found["tokens"], found["token_logprobs"], strict=True))
+        tops = found["top_logprobs"]
+        assert all(top[token] == own for (token, own), top in zip(pairs, tops, strict=True))
+        # at this temperature most are not the likeliest
+        assert likeliest == 0 or max(map(len, tops)) == 2
+
     def test_a_stream_is_the_same_text_in_pieces(self, client, direct):
         body = {"prompt": ["Hello", "there"], "max_tokens": 40, "temperature": 0}
         events = client.stream(
