@@ -59,7 +59,7 @@ def _files(path: Path) -> list[Path]:
             raise InputError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
         return found
     if not path.is_file():
-        raise InputError(f"source must be stdlib, hf:NAME, a file or a folder, got {path}")
+        raise InputError(f"{path} is not there: a source is stdlib, hf:NAME, a file or a folder")
     if path.suffix not in _SUFFIXES:
         raise InputError(f"source must end in {', '.join(_SUFFIXES)}, got {path.name}")
     return [path]

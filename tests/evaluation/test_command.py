@@ -97,7 +97,7 @@ def test_what_cannot_be_evaluated_is_one_line(folder, refused, tmp_path):
     assert "nothing to evaluate on" in refused(model)
     assert "holds token shards but no val.json" in refused(model, folder / "shards")
     assert "must have a string field 'text', got body" in refused(model, folder / "texts.jsonl")
-    assert "source must be stdlib" in refused(model, tmp_path / "none")
+    assert "none is not there: a source is stdlib" in refused(model, tmp_path / "none")
     assert "cannot read token shards" in refused(model, tmp_path / "none.json")
     (tmp_path / "empty.txt").write_text("")
     assert "holds no token to predict" in refused(model, tmp_path / "empty.txt")
