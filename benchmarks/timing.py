@@ -7,7 +7,6 @@ device's own events. A target is synchronised with the device before and after, 
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import statistics
@@ -49,15 +48,11 @@ class Summary(NamedTuple):
         return self.p80 - self.p20 > NOISE_LIMIT * self.median
 
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-"""Two-sided 95 % quantile of Student's t for so many sittings; 2 for more."""
-
-
 class Ratio(NamedTuple):
-    """Ratio of two targets with an interval.
+    """Median of per-round ratios with an interval.
 
-    Of one sitting: the median of per-round ratios, and what encloses it at ``coverage``. Of
-    several: the geometric mean of their medians, and what encloses another sitting's median.
+    Of one sitting: what encloses the median at ``coverage``. Of several: where that share of all
+    rounds lies.
     """
 
     median: float
@@ -118,22 +113,14 @@ def ratio(
             f" {len(denominators)}"
         )
     rounds = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    middle = statistics.median(rounds)
     if len(sittings) > 1:
-        return _another_sitting(rounds, sittings)
-    return Ratio(statistics.median(rounds), *median_interval(rounds))
-
-
-def _another_sitting(rounds: Sequence[float], sittings: Sequence[int]) -> Ratio:
-    """Between sittings a shared machine changes more than within one: its logarithms are taken to
-    scatter normally around a mean, and the interval is that of one more of them."""
-    if sum(sittings) != len(rounds):
-        raise ValueError(f"expected {sum(sittings)} rounds of the sittings, got {len(rounds)}")
-    ends = list(itertools.accumulate(sittings))
-    parts = [rounds[end - count : end] for end, count in zip(ends, sittings, strict=True)]
-    logs = [math.log(statistics.median(part)) for part in parts]
-    middle, count = statistics.fmean(logs), len(logs)
-    half = STUDENT.get(count, 2.0) * statistics.stdev(logs) * math.sqrt(1 + 1 / count)
-    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), 0.95)
+        # a shared machine changes more between sittings than within one, and not by little: what
+        # encloses the median of these says nothing of the next
+        if sum(sittings) != len(rounds):
+            raise ValueError(f"expected {sum(sittings)} rounds of the sittings, got {len(rounds)}")
+        return Ratio(middle, quantile(rounds, 0.025), quantile(rounds, 0.975), 0.95)
+    return Ratio(middle, *median_interval(rounds))
 
 
 class RoundRobin:

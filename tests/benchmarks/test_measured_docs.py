@@ -279,11 +279,10 @@ def readme_cpu():
             min((rows[t] for t in rows if t.startswith(f"{model}/")), key=lambda r: r["median_ms"])
             for model in models
         ]
-        ratios = [f"{fastest[0][f'ratio_to_{model}'][0]:.2f} times" for model in models[2:]]
+        ratios = [fastest[0][f"ratio_to_{model}"] for model in models[2:]]
+        ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high, _ in ratios]
         times = (f"{row['median_ms']:.0f}" for row in fastest)
-        yield line(
-            tokens_of(context), *times, ", ".join(ratios), percent(fastest[0]["floor_share"])
-        )
+        yield line(tokens_of(context), *times, *ratios, percent(fastest[0]["floor_share"]))
 
 
 QUALITY = (
