@@ -1,5 +1,6 @@
 """Training step: forward, backward and AdamW; tokens a second and the share of the matrix rate."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -17,19 +18,33 @@ POINTS = {
 }
 
 
-def engines(model: peers.Model, device: torch.device) -> tuple[str, ...]:
-    """How a step is launched: from Python as it stands, and on a GPU from compiled blocks and as
-    one recorded graph too, for ours and for peers alike."""
-    return (*model.engines[:1], *(("compiled", "graph") if device.type == "cuda" else ()))
+LAUNCHES = ("compiled", "graph")
+"""How else a step may be launched on a GPU: from compiled blocks, and as one recorded graph."""
 
 
-def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:
-    """One optimizer step on random tokens; the weights stay in the benchmark's dtype."""
+def prepare(
+    bench: Bench,
+    model: peers.Model,
+    engine: str,
+    batch: int,
+    length: int,
+    optimizers: dict[str, torch.optim.Optimizer] | None = None,
+) -> Target:
+    """One optimizer step on random tokens; the weights stay in the benchmark's dtype.
+
+    Args:
+        engine: The model's own way, or one of ``LAUNCHES``.
+        optimizers: By model's name; those that are missing are made and kept there.
+    """
     if not isinstance(model, peers.HuggingFaceModel):
         raise peers.Unavailable(f"{model.name} by its package has no backward")
     network = model.model.train().requires_grad_(True)
     on_gpu = bench.device.type == "cuda"
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True, capturable=on_gpu)
+    optimizers = {} if optimizers is None else optimizers
+    if model.name not in optimizers:
+        options = {"lr": 1e-6, "fused": True, "capturable": on_gpu}
+        optimizers[model.name] = torch.optim.AdamW(network.parameters(), **options)
+    optimizer = optimizers[model.name]
     ids = peers.random_tokens(batch, length, model, seed=bench.seed)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
@@ -94,6 +109,15 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
     return graph.replay
 
 
+def _look_at_steps(targets: list[Target], rows: list[dict], device: torch.device) -> None:
+    """Not timed: a step alone, for what it allocates and where its time goes."""
+    timed = {row["target"]: row for row in rows}
+    for target in targets if device.type == "cuda" else ():
+        timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, device)
+        if target.model.name in peers.OURS:
+            timed[target.name] |= operators.kernels(target.call)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_train(bench, benchmark, start, point):
     batch, length = point
@@ -101,19 +125,38 @@ def test_train(bench, benchmark, start, point):
     start("train", case)
     targets, skipped = bench.targets(
         lambda model, engine: prepare(bench, model, engine, batch, length),
-        lambda model: engines(model, bench.device),
+        lambda model: model.engines[:1],
     )
     rows, used = bench.time_targets(
         benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
     )
-    timed = {row["target"]: row for row in rows}
-    for target in targets if bench.device.type == "cuda" else ():
-        # not timed: a step alone, for what it allocates and where its time goes
-        timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
-        if target.model.name in peers.OURS:
-            timed[target.name] |= operators.kernels(target.call)
+    _look_at_steps(targets, rows, bench.device)
     for target in targets:
         target.model.model.eval().requires_grad_(False)
     settings = {"batch": batch, "context": length, **used}
     record = bench.record("train", case, settings, rows)
     assert any(row["status"] == "measured" for row in record["rows"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [entry.name for entry in peers.CATALOGUE])
+def test_launches(bench, benchmark, start, name):
+    """One model at a time: a recorded step keeps the memory of its activations."""
+    if bench.device.type != "cuda" or name not in bench.names:
+        pytest.skip("only a GPU waits for what launches its kernels")
+    batch, length = POINTS["tiny" if bench.scale == "tiny" else "cuda"][0]
+    case = f"{bench.case(batch, length)}-{name}"
+    start("launch", case)
+    alone, optimizers = dataclasses.replace(bench, names=(name,)), {}
+    targets, skipped = alone.targets(
+        lambda model, engine: prepare(alone, model, engine, batch, length, optimizers),
+        lambda model: (*model.engines[:1], *LAUNCHES),
+    )
+    rows, used = alone.time_targets(
+        benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
+    )
+    _look_at_steps(targets, rows, bench.device)
+    for target in targets:
+        target.model.model.eval().requires_grad_(False)
+    settings = {"batch": batch, "context": length, **used}
+    bench.record("launch", case, settings, rows)

@@ -97,7 +97,11 @@ def verdicts(found: Iterable[Record]) -> Iterator[Verdict]:
         for ours in (name for name in peers.OURS if name in best):
             for baseline in (name for name in peers.BASELINES if name in best):
                 mine, theirs = best[ours], best[baseline]
-                ratio = timing.ratio(theirs["samples"]["wall_ms"], mine["samples"]["wall_ms"])
+                ratio = timing.ratio(
+                    theirs["samples"]["wall_ms"],
+                    mine["samples"]["wall_ms"],
+                    record["settings"].get("sittings", ()),
+                )
                 yield Verdict(
                     record["machine"]["name"],
                     record["group"],
