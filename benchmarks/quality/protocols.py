@@ -83,7 +83,7 @@ def _mqar(size: str) -> Iterator[Case]:
 def _passkey(size: str) -> Iterator[Case]:
     if size == "cpu":
         task = passkey_task(64, (16, 24, 32), (32, 64, 128), batch=32)
-        budget = Budget(600, (3e-3, 1e-2), seeds=(0, 1, 2), every=100)
+        budget = Budget(600, (1e-3, 3e-3, 1e-2), seeds=(0, 1, 2), every=100)
         shape = Shape(64, 64, 16, window=17)
     else:
         task = passkey_task(256, (256, 512, 1024), (1024, 4096, 16384), batch=32)
