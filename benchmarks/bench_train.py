@@ -109,13 +109,23 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
     return graph.replay
 
 
-def _look_at_steps(targets: list[Target], rows: list[dict], device: torch.device) -> None:
-    """Not timed: a step alone, for what it allocates and where its time goes."""
+def _measure(
+    bench: Bench, benchmark, found, batch: int, length: int, group: str, case: str
+) -> list:
+    """Time what ``Bench.targets`` found and write the record; its rows."""
+    targets, skipped = found
+    tokens, rounds = batch * length, bench.few_rounds
+    rows, used = bench.time_targets(benchmark, targets, skipped, tokens=tokens, rounds=rounds)
     timed = {row["target"]: row for row in rows}
-    for target in targets if device.type == "cuda" else ():
-        timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, device)
+    for target in targets if bench.device.type == "cuda" else ():
+        # not timed: a step alone, for what it allocates and where its time goes
+        timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
         if target.model.name in peers.OURS:
             timed[target.name] |= operators.kernels(target.call)
+    for target in targets:
+        target.model.model.eval().requires_grad_(False)
+    settings = {"batch": batch, "context": length, **used}
+    return bench.record(group, case, settings, rows)["rows"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -123,19 +133,12 @@ def test_train(bench, benchmark, start, point):
     batch, length = point
     case = bench.case(batch, length)
     start("train", case)
-    targets, skipped = bench.targets(
+    found = bench.targets(
         lambda model, engine: prepare(bench, model, engine, batch, length),
         lambda model: model.engines[:1],
     )
-    rows, used = bench.time_targets(
-        benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
-    )
-    _look_at_steps(targets, rows, bench.device)
-    for target in targets:
-        target.model.model.eval().requires_grad_(False)
-    settings = {"batch": batch, "context": length, **used}
-    record = bench.record("train", case, settings, rows)
-    assert any(row["status"] == "measured" for row in record["rows"])
+    rows = _measure(bench, benchmark, found, batch, length, "train", case)
+    assert any(row["status"] == "measured" for row in rows)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -148,15 +151,8 @@ def test_launches(bench, benchmark, start, name):
     case = f"{bench.case(batch, length)}-{name}"
     start("launch", case)
     alone, optimizers = dataclasses.replace(bench, names=(name,)), {}
-    targets, skipped = alone.targets(
+    found = alone.targets(
         lambda model, engine: prepare(alone, model, engine, batch, length, optimizers),
         lambda model: (*model.engines[:1], *LAUNCHES),
     )
-    rows, used = alone.time_targets(
-        benchmark, targets, skipped, tokens=batch * length, rounds=bench.few_rounds
-    )
-    _look_at_steps(targets, rows, bench.device)
-    for target in targets:
-        target.model.model.eval().requires_grad_(False)
-    settings = {"batch": batch, "context": length, **used}
-    bench.record("launch", case, settings, rows)
+    _measure(alone, benchmark, found, batch, length, "launch", case)

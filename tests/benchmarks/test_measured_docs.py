@@ -424,6 +424,21 @@ def test_what_the_readme_says_follows_from_the_records():
     assert f"Reading the weights and the window once takes {floor:.2f} ms" in text
 
 
+def test_what_the_readme_says_of_the_cpu_follows_from_the_records():
+    text, floors, rates = flat("../README.md"), [], set()
+    for context in ("t128", "t1024", "t4096", "t16384"):
+        name = f"decode-b1-{context}-bfloat16"
+        rows = measured(name, CPU)
+        floors += [row["floor_ms"] for target, row in rows.items() if target.startswith("rodimus")]
+        rates.add(round(record(name, CPU)["ceilings"]["read_GBps"]))
+    (rate,) = rates
+    assert f"takes {min(floors):.0f} to {max(floors):.0f} ms at {rate} GB/s" in text
+    prefill = measured("prefill-b1-t512-bfloat16", CPU)["rodimus-plus-1.6b/dynamic"]
+    assert f"{prefill['ratio_to_qwen2-1.5b'][0]:.1f} times as fast as Qwen2's and even" in text
+    _, low, high, _ = prefill["ratio_to_rwkv6-1.6b"]
+    assert low < 1 < high
+
+
 def test_what_is_said_of_attention_follows_from_the_records():
     text = flat("kernels/shared_key_attention.md")
     forward, training = (
