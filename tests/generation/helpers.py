@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rodimus import RodimusForCausalLM
+from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.generation import Engine, Generation, Request
 from tests.model.helpers import build, config_of
 
@@ -17,6 +17,15 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 END = "<|end|>"
+
+# the shapes of the released 1.6B model
+RELEASED_PLUS = RodimusConfig(
+    block_type="rodimus_plus",
+    d_model=2048,
+    n_layer=24,
+    mixer_cfg={"mem_size": 64},
+    attn_cfg={"window_size": 4096},
+)
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

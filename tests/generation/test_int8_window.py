@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from rodimus import RodimusConfig
 from rodimus.generation import (
     Engine,
     Request,
@@ -18,7 +17,7 @@ from rodimus.generation import state as state_module
 from rodimus_kernels import shared_key_attention_step
 from rodimus_kernels.reference import dequantize_values, quantize_values
 from rodimus_kernels.testing import relative_error
-from tests.generation.helpers import alone, prompts_of
+from tests.generation.helpers import RELEASED_PLUS, alone, prompts_of
 from tests.model.helpers import model_of
 
 INT8 = {"window_dtype": torch.int8}
@@ -43,16 +42,11 @@ def test_slots_take_the_bytes_of_the_formula(model, dtype):
 
 
 def test_the_formula_gives_the_released_models_sizes_by_hand():
-    config = RodimusConfig(
-        block_type="rodimus_plus",
-        d_model=2048,
-        n_layer=24,
-        mixer_cfg={"mem_size": 64},
-        attn_cfg={"window_size": 4096},
-    )
-    assert state_bytes(config, **INT8)["window"] == 24 * 2112 * (256 + 2048 + 32)
+    assert state_bytes(RELEASED_PLUS, **INT8)["window"] == 24 * 2112 * (256 + 2048 + 32)
     # keys of 4 bytes
-    assert state_bytes(config, torch.float32, **INT8)["window"] == 24 * 2112 * (512 + 2048 + 32)
+    assert state_bytes(RELEASED_PLUS, torch.float32, **INT8)["window"] == 24 * 2112 * (
+        512 + 2048 + 32
+    )
 
 
 def rounded(layout: StateLayout, state: SequenceState) -> SequenceState:

@@ -4,19 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from rodimus import RodimusConfig
 from rodimus.generate import cache_bytes
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
 from rodimus_kernels.testing import relative_error
-from tests.generation.helpers import alone, greedy, prompts_of
-
-RELEASED_PLUS = RodimusConfig(
-    block_type="rodimus_plus",
-    d_model=2048,
-    n_layer=24,
-    mixer_cfg={"mem_size": 64},
-    attn_cfg={"window_size": 4096},
-)
+from tests.generation.helpers import RELEASED_PLUS, alone, greedy, prompts_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
