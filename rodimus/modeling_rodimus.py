@@ -1187,16 +1187,20 @@ _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = ("_compiled_call_impl", "forward")
 
 
-def _is_untouched(module) -> bool:
-    """Whether a module and all in it compute what their classes say, and nothing is attached but
-    what transformers captures outputs with: it stays, idle, when they were asked for once."""
+def _is_bare(module) -> bool:
+    """Whether a call of the module is its class's forward and nothing else. What transformers
+    captures outputs with stays attached, idle, when they were asked for once."""
     found = module.__dict__
-    if type(module) not in _PLAIN or any(found.get(name) for name in (*_HOOKS, *_CALLS)):
-        return False
     hooks = found["_forward_hooks"].values()
-    if any(hook.__module__ != capture_outputs.__module__ for hook in hooks):
-        return False
-    return all(map(_is_untouched, found["_modules"].values()))
+    return not any(found.get(name) for name in (*_HOOKS, *_CALLS)) and all(
+        hook.__module__ == capture_outputs.__module__ for hook in hooks
+    )
+
+
+def _is_untouched(module) -> bool:
+    """Whether a module and all in it compute what their classes say."""
+    parts = module.__dict__["_modules"].values()
+    return type(module) in _PLAIN and _is_bare(module) and all(map(_is_untouched, parts))
 
 
 class _Inspection:
@@ -1333,6 +1337,9 @@ class RodimusModel(RodimusPreTrainedModel):
             self.embed_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
         self.layers = nn.ModuleList(RodimusBlock(config, i) for i in range(config.n_layer))
         self.norm_f = RodimusRMSNorm(config.d_model, config.norm_epsilon)
+        # a look into a config of transformers takes as long as a small operator
+        self.rotary_dim = config.rotary_dim if config.block_type == "rodimus_plus" else 0
+        self.rotary_base = config.attn_cfg["rotary_emb_base"]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -1425,14 +1432,33 @@ class RodimusModel(RodimusPreTrainedModel):
                 else:
                     stream = block(stream, rotary, layout, **given)
             new = new if layout["tokens"] is None else layout["tokens"].sum(1)
-        if past_key_values is not None and hasattr(past_key_values.layers[0], "read"):
-            past_key_values.layers[0].read.count(embeds.shape[1], new)
+        _count_read(past_key_values, embeds.shape[1], new)
         hidden_states, _ = _norm_of_sum(self.norm_f, stream, branch)
         self._report_broken_state(hidden_states, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache else None,
         )
+
+    def step(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache
+    ) -> torch.Tensor | None:
+        """What ``forward`` gives for one token of each row, ``[B, 1, D]``, by fused blocks and
+        without what transformers wraps around a forward: for a small model that is a third of the
+        time. None, and nothing has changed, where the modules have to run.
+
+        Args:
+            input_ids, position_ids: ``[B, 1]``; no row is padding.
+            past_key_values: A cache that has read something, advanced by the token.
+        """
+        embeds = self.embeddings(input_ids)
+        stream = self._step(embeds, None, position_ids, past_key_values)
+        if stream is None:
+            return None
+        _count_read(past_key_values, 1, 1)
+        hidden_states = self.norm_f(stream)
+        self._report_broken_state(hidden_states, past_key_values)
+        return hidden_states
 
     def _is_captured(self, kwargs) -> bool:
         """Whether somebody asks for what the blocks return between them, as transformers reads
@@ -1568,12 +1594,11 @@ class RodimusModel(RodimusPreTrainedModel):
         return embeds
 
     def _rotary(self, embeds, position_ids, order):
-        if self.config.block_type == "rodimus" or self.config.rotary_dim == 0:
+        if self.rotary_dim == 0:
             return None
         if order is not None:
             position_ids = position_ids.expand(order.shape[0], -1).gather(1, order)
-        base = self.config.attn_cfg["rotary_emb_base"]
-        return rope_tables(position_ids, self.config.rotary_dim, base=base, dtype=embeds.dtype)
+        return rope_tables(position_ids, self.rotary_dim, base=self.rotary_base, dtype=embeds.dtype)
 
     def _report_broken_state(self, hidden_states, past_key_values):
         """Name the layer whose state is not finite, instead of generating from it in silence.
@@ -1595,6 +1620,13 @@ class RodimusModel(RodimusPreTrainedModel):
                     f"the recurrent state of layer {i} holds NaN or infinity; the cache cannot be"
                     " continued. Start a new one, and check the weights and the inputs."
                 )
+
+
+def _count_read(cache, length, new):
+    """Tell a cache whose layers share a count that they have read ``new`` tokens in ``length``
+    places."""
+    if cache is not None and hasattr(cache.layers[0], "read"):
+        cache.layers[0].read.count(length, new)
 
 
 def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config):
@@ -1736,6 +1768,16 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             cross_entropy=cross_entropy,
         )
+
+    def step(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache
+    ) -> torch.Tensor | None:
+        """Logits ``[B, 1, V]`` after one token of each row, or None: see
+        :meth:`RodimusModel.step`."""
+        if not (_is_bare(self) and _is_bare(self.model)):
+            return None
+        hidden_states = self.model.step(input_ids, position_ids, past_key_values)
+        return None if hidden_states is None else self._logits(hidden_states)
 
     def _logits(self, hidden_states):
         if _is_step(hidden_states) and _is_untouched(self.lm_head) and self.lm_head.bias is None:

@@ -20,6 +20,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, states: SlotStates, *, cuda_graphs: bool = True):
         self.model, self.states = model, states
+        # a wrapper's attributes may be those of the model inside, without what it adds
+        self._is_whole = hasattr(type(model), "step")
         device = states.positions.device
         self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -38,19 +40,23 @@ class Decoder:
         return self._forward(batch)
 
     def _forward(self, batch):
-        positions = self.states.positions[:batch]
-        # what the model computes from a padding mask, for rows that have none
-        layout = {"tokens": None, "order": None, "pads": None, "attention": None}
-        output = self.model(
-            input_ids=self.tokens[:batch, None],
-            position_ids=positions[:, None],
-            attention_mask=layout,
-            past_key_values=self.states.cache(batch),
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        positions, cache = self.states.positions[:batch], self.states.cache(batch)
+        token = (self.tokens[:batch, None], positions[:, None])
+        logits = self.model.step(*token, cache) if self._is_whole else None
+        if logits is None:
+            # what the model computes from a padding mask, for rows that have none
+            layout = {"tokens": None, "order": None, "pads": None, "attention": None}
+            output = self.model(
+                token[0],
+                position_ids=token[1],
+                attention_mask=layout,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = output.logits
         positions += 1
-        return output.logits[:, -1]
+        return logits[:, -1]
 
     @torch.no_grad()
     def _capture(self):

@@ -3,6 +3,7 @@ attached to them."""
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,64 @@ def test_fused_in_a_static_cache(model, fused):
     cache = StaticCache(config=model.config, max_cache_len=64)
     assert relative_error(decode(model, ids, cache), full(model, ids)) < BOUND
     assert len(fused) == 18 * model.config.n_layer
+
+
+@pytest.mark.parametrize("make", [DynamicCache, partial(StaticCache, max_cache_len=64)])
+def test_a_step_is_the_forward_of_one_token(model, fused, make):
+    ids, caches = random_ids(2, 20), [make(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids[:, :12], past_key_values=cache)
+        for at in range(12, 20):
+            token, position = ids[:, at : at + 1], torch.full((2, 1), at)
+            expected = model(token, past_key_values=caches[0]).logits
+            assert torch.equal(model.step(token, position, caches[1]), expected)
+    assert len(fused) == 2 * 8 * model.config.n_layer
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() == 20
+
+
+@pytest.mark.parametrize("where", ["", "model", "model.layers.1.mixer"])
+def test_a_step_leaves_what_is_attached_to_the_forward(model, where):
+    ids, cache = random_ids(1, 13), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :12], past_key_values=cache)
+        hook = model.get_submodule(where).register_forward_hook(lambda module, args, out: None)
+        token = (ids[:, 12:], torch.tensor([[12]]), cache)
+        assert model.step(*token) is None and cache.get_seq_length() == 12
+        hook.remove()
+        assert model.step(*token) is not None
+
+
+def negate(module, args, output):
+    output.logits.neg_()
+
+
+class Wrapper(nn.Module):
+    """A model around a model, which lends its attributes."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, *args, **named):
+        output = self.inner(*args, **named)
+        negate(self, args, output)
+        return output
+
+
+def test_the_engine_runs_the_model_it_was_given(model, fused):
+    """Whatever a hook on it, or a model around it, does to the logits of the fused step."""
+    request = Request(random_ids(1, 12)[0].tolist(), 9)
+    run = lambda m: Engine(m, slots=1).generate([request])[0].tokens
+    plain, wrapped = run(model), run(Wrapper(model))
+    model.register_forward_hook(negate)
+    assert plain != wrapped == run(model) and len(fused) == 3 * 8 * model.config.n_layer
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
