@@ -171,7 +171,7 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     _add_step(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an export")
     parser.set_defaults(command=_export)
 
 

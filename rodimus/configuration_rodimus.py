@@ -183,9 +183,10 @@ class RodimusConfig(PreTrainedConfig):
                 f" got {self.rotary_dim}"
             )
         window = options["window_size"]
-        if window is not None and (not isinstance(window, int) or window == 1):
+        if window is not None and (not isinstance(window, int) or window < -1 or window == 1):
             raise ValueError(
-                f"attn_cfg['window_size'] must be None, 0 or an integer >= 2, got {window!r}"
+                f"attn_cfg['window_size'] must be None, -1 or 0 (no window) or an integer >= 2,"
+                f" got {window!r}"
             )
         _require_ratio("attn_cfg['ffn_expand_ratio']", options["ffn_expand_ratio"])
         for name, value in _FIXED.items():

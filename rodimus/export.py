@@ -39,7 +39,7 @@ def export(
         checkpoint: any folder that :func:`rodimus.loading.load_model` reads.
         out: the folder to write.
         step: which checkpoint of a training run; default the newest complete one.
-        overwrite: replace ``out`` if it exists.
+        overwrite: replace ``out`` if it is an exported model, or an empty folder.
 
     Returns:
         The folder written.
@@ -48,15 +48,26 @@ def export(
         InputError: the checkpoint cannot be read, or ``out`` exists and may not be replaced.
     """
     out = Path(out).expanduser().absolute()
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists already: remove it, or pass --overwrite")
     folder = checkpoint_folder(checkpoint)
+    if out.exists():
+        _check_replaceable(out, folder, overwrite)
     model = load_model(folder, step=step)
     with _replacing(out) as temporary:
         write_model(model, temporary)
         if has_tokenizer(folder):
             write_tokenizer(folder, temporary)
     return out
+
+
+def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
+    """Raise InputError unless all that would be lost with ``out`` is an earlier export."""
+    if not overwrite:
+        raise InputError(f"{out} exists already: remove it, or pass --overwrite")
+    is_export = out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))
+    if not is_export or (out / "checkpoints").exists():
+        raise InputError(f"{out} is no exported model, so it is not replaced: remove it yourself")
+    if source.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out} holds the checkpoint to export: expected another folder")
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:

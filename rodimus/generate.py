@@ -12,7 +12,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextSt
 from transformers.utils import logging
 
 from .errors import InputError
-from .loading import find_device, load_generator, load_tokenizer
+from .loading import end_tokens, find_device, load_generator, load_tokenizer
 
 
 class Sampling(NamedTuple):
@@ -124,8 +124,8 @@ def generate_text(
             its cache is continued (and changed), so that nothing is read twice.
         write: gets the text in pieces, as it comes.
     """
-    eos = tokenizer.eos_token_id
-    eos = model.generation_config.eos_token_id if eos is None else eos
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id
     # the last token generated was never read
     read = ids[:0] if after is None else after.ids[:-1]
     continues = read.numel() > 0 and torch.equal(ids[: read.numel()], read)
@@ -136,8 +136,8 @@ def generate_text(
             ids[None].to(model.device),
             attention_mask=torch.ones_like(ids)[None].to(model.device),
             past_key_values=after.cache if continues else None,
-            eos_token_id=eos,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if pad is None and ends else pad,
             streamer=streamer,
             return_dict_in_generate=True,
             **sampling.arguments(),

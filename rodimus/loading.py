@@ -310,6 +310,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(message) from error
 
 
+def end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[int]:
+    """Tokens that end a text: those of the model's generation config, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ends = list(configured) if isinstance(configured, list | tuple) else [configured]
+    if tokenizer is not None:
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Where a checkpoint folder keeps its tokenizer."""
     return folder / "tokenizer" if is_run(folder) else folder
@@ -332,6 +343,10 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} sees no GPU here")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        seen = f"only {found}" if found else "no GPU"
+        raise InputError(f"--device {name}: torch {torch.__version__} sees {seen} here")
     return device

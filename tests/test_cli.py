@@ -151,6 +151,15 @@ def test_text_comes_in_pieces(model, tokenizer):
     assert "".join(pieces) == text
 
 
+def test_every_end_token_of_the_model_ends_the_text(model, tokenizer):
+    ids = tokenizer("hello", return_tensors="pt").input_ids[0]
+    tokens = generate_text(model, tokenizer, ids, Sampling(20)).ids[1:].tolist()
+    model.generation_config.eos_token_id = [0, tokens[6]]
+    done = generate_text(model, tokenizer, ids, Sampling(20))
+    assert done.new_tokens == tokens.index(tokens[6]) + 1
+    assert done.ids.tolist() == model.generate(ids[None], max_new_tokens=20)[0].tolist()
+
+
 def test_stats_name_rates_and_bytes(checkpoint, capsys):
     command("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--stats")
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -380,7 +389,8 @@ class TestBadInput:
 
     def test_device_that_is_not_there(self, folder, capsys):
         arguments = ("generate", folder, "--prompt", "x", "--device")
-        assert "--device must be cpu" in self.refused(capsys, *arguments, "abacus")
+        for unknown in ("abacus", "meta"):
+            assert "--device must be cpu" in self.refused(capsys, *arguments, unknown)
         if not torch.cuda.is_available():
             assert "sees no GPU" in self.refused(capsys, *arguments, "cuda")
 

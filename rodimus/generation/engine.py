@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loading import end_tokens
 from .decode import Decoder
 from .sampling import Sampler, SamplingParams, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
@@ -188,7 +189,7 @@ class Engine:
         self.states = SlotStates(self.layout, slots, self.device)
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
         self.sampler = Sampler(slots, model.config.vocab_size, self.device)
-        self.end_tokens = _end_tokens(model, tokenizer)
+        self.end_tokens = end_tokens(model, tokenizer)
         self.prefixes: list[SequenceState] = []
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
@@ -279,7 +280,8 @@ class Engine:
     def _check_prompt(self, prompt):
         """The prompt as int64 ``[T]`` on the CPU."""
         size = self.model.config.vocab_size
-        ids = prompt.tolist() if isinstance(prompt, Tensor) else list(prompt)
+        # of a tensor or an array as of a list
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
         if not ids or not all(isinstance(token, int) for token in ids):
             raise ValueError("the prompt must be a list of token ids, at least one token")
         for token in (min(ids), max(ids)):
@@ -470,12 +472,3 @@ class Engine:
             self.decoder.tokens[row] = self.decoder.tokens[last]
             self.running[row] = self.running[last]
         self.running.pop()
-
-
-def _end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Tokens that end a text, as ``model.generate`` and the tokenizer know them."""
-    configured = model.generation_config.eos_token_id
-    ends = configured if isinstance(configured, list) else [configured]
-    if tokenizer is not None:
-        ends = [*ends, tokenizer.eos_token_id]
-    return tuple(token for token in ends if token is not None)

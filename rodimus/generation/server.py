@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import InputError
-from ..loading import load_generator, load_tokenizer
+from ..loading import find_device, load_generator, load_tokenizer
+from ..modeling_rodimus import RodimusForCausalLM
 from .engine import Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -404,12 +405,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _service(options) -> Service:
     """Everything loaded: model, tokenizer, engine, prefixes."""
     transformers_logging.disable_progress_bar()
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
     try:
         model = load_generator(options.model, dtype=options.dtype, device=device)
+        if not isinstance(model, RodimusForCausalLM):
+            found = model.config.model_type
+            raise InputError(f"expected a Rodimus model, {options.model} is of type {found!r}")
         engine = Engine(
             model,
             tokenizer,
@@ -435,6 +437,12 @@ def _service(options) -> Service:
     return Service(worker, model_name=name, limits=limits, api_key=key)
 
 
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rodimus serve",
@@ -446,7 +454,7 @@ def _parser() -> argparse.ArgumentParser:
     add, limits = parser.add_argument, Limits()
     add("model", metavar="MODEL", help="folder, or owner/name on the hub")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="port to listen on")
+    add("--port", type=_port, default=8000, help="port to listen on")
     add("--name", default=None, help="what clients call the model; the folder's name if not given")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")

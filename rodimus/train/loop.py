@@ -162,8 +162,7 @@ class Trainer:
                 values |= self.meter.read(step)
                 self.log.progress(step, steps, values)
             self.log.record(step, **values)
-            if self.verdict == guard.ROLLBACK:
-                self.roll_back()
+            if self.verdict == guard.ROLLBACK and self.roll_back():
                 continue
             terminate, save = self.asked(signals)
             due = step % config.checkpoint.every == 0 or step == steps
@@ -209,20 +208,22 @@ class Trainer:
         self.meter.reset(self.progress.step)
         return result
 
-    def roll_back(self) -> None:
-        """Returns to the last checkpoint and goes on with the data after the spike."""
+    def roll_back(self) -> bool:
+        """Returns to the last checkpoint, to go on with the data after the spike; whether there is
+        one."""
         self.checkpoints.wait()
         bad_in_a_row = self.guard.seen.bad_in_a_row
         next_sample = self.progress.next_sample
         restored = self.checkpoints.restore_newest()
         if restored is None:
             logger.warning("no checkpoint to roll back to: the update is skipped instead")
-            return
+            return False
         self.progress = restored
         self.progress.next_sample = next_sample
         self.guard = guard.Guard(self.config.guard, restored.guard)
         self.guard.seen.bad_in_a_row = bad_in_a_row
         self.meter.reset(self.progress.step)
+        return True
 
     def greet(self) -> None:
         """Says what is about to happen."""

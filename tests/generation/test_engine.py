@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -227,7 +228,7 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
     plus.lm_head.weight = nn.Parameter(plus.lm_head.weight.nan_to_num(0.0))
     engine = Engine(plus, slots=2)
     broken, healthy = engine.generate(
-        [Request(torch.tensor([3, 7, 5]), 5), Request(torch.tensor([3, 4, 5]), 5)]
+        [Request(torch.tensor([3, 7, 5]), 5), Request(np.array([3, 4, 5]), 5)]
     )
     assert broken.finish_reason == "error" and healthy.finish_reason == "length"
     assert "NaN" in broken.error

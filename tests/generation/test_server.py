@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits
@@ -509,6 +510,13 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
         main([str(tmp_path / "rodimus"), "--window-dtype", "int8"])
     with pytest.raises(InputError, match="cannot be read"):
         main([str(tmp_path), "--prefix", str(tmp_path / "nothing")])
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="--device must be cpu"):
         main([str(tmp_path), "--device", "abacus"])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--port", "99999"])
+    peer = Qwen2Config(hidden_size=32, num_hidden_layers=1, vocab_size=96)
+    Qwen2ForCausalLM(peer).save_pretrained(tmp_path / "peer")
+    tokenizer.save_pretrained(tmp_path / "peer")
+    with pytest.raises(InputError, match="expected a Rodimus model, .* is of type 'qwen2'"):
+        main([str(tmp_path / "peer")])
     assert END in tokenizer.get_vocab()

@@ -37,6 +37,7 @@ from tests.model.ways import full
         ({"attn_cfg": {"rotary_emb_dim": 7}}, "rotary_emb_dim.*even.*7"),
         ({"attn_cfg": {"rotary_emb_dim": 18}}, "rotary_emb_dim.*16.*18"),
         ({"attn_cfg": {"window_size": 1}}, "window_size.*1"),
+        ({"attn_cfg": {"window_size": -5}}, "window_size.*-5"),
         ({"attn_cfg": {"window_size": "all"}}, "window_size.*'all'"),
         ({"attn_cfg": {"ffn_expand_ratio": 0}}, "ffn_expand_ratio.*positive.*0"),
         ({"attn_cfg": {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved.*True"),

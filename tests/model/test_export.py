@@ -221,21 +221,41 @@ def test_converts_flash_linear_attention(tmp_path):
 
 def test_existing_folder_is_replaced_only_when_asked(tmp_path):
     save_model(tmp_path / "checkpoint")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").touch()
+    out = export(tmp_path / "checkpoint", tmp_path / "out")
+    (out / "stale").touch()
     with pytest.raises(InputError, match="exists already"):
         export(tmp_path / "checkpoint", out)
-    assert (out / "precious").exists()
+    assert (out / "stale").exists()
     export(tmp_path / "checkpoint", out, overwrite=True)
-    assert not (out / "precious").exists() and (out / "config.json").exists()
+    assert not (out / "stale").exists() and (out / "config.json").exists()
+
+
+def test_nothing_but_an_export_is_ever_replaced(tmp_path):
+    """Neither a folder of something else, nor a file, nor what is to be exported."""
+    save_model(tmp_path / "models" / "checkpoint")
+    for other in ("other", "run"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "precious").touch()
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "models" / "config.json").touch()
+    files = sorted(tmp_path.rglob("*"))
+    for out, message in (
+        ("other", "is no exported model"),
+        ("run", "is no exported model"),
+        ("other/precious", "is no exported model"),
+        ("models", "holds the checkpoint to export"),
+        ("models/checkpoint", "holds the checkpoint to export"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(tmp_path / "models" / "checkpoint", tmp_path / out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch):
     save_model(tmp_path / "checkpoint")
     save_plain_tokenizer(tmp_path / "checkpoint")
-    out = tmp_path / "out"
-    out.mkdir()
+    out = export(tmp_path / "checkpoint", tmp_path / "out")
     (out / "precious").touch()
 
     def fail(*arguments):

@@ -246,23 +246,25 @@ def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):
     assert sorted(metrics(tmp_path / "run", "bad")) == [1, 2, 3]
 
 
+def spike_in_step(step, *arguments):
+    """Train with a loss of 50 more in one step, to be rolled back."""
+    guard._WARMUP = 2
+    forward, seen = RodimusForCausalLM.forward, []
+
+    def spiking(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        seen.append(1)
+        # two micro-steps a step
+        if len(seen) == 2 * step:
+            out.cross_entropy = out.cross_entropy + 50
+        return out
+
+    RodimusForCausalLM.forward = spiking
+    return main([*arguments, "--no-export", "--guard.on-spike", "rollback"])
+
+
 def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
-    def spike_at_step_5():
-        guard._WARMUP = 2
-        forward, seen = RodimusForCausalLM.forward, []
-
-        def spiking(self, *args, **kwargs):
-            out = forward(self, *args, **kwargs)
-            seen.append(1)
-            # two micro-steps a step
-            if len(seen) == 10:
-                out.cross_entropy = out.cross_entropy + 50
-            return out
-
-        RodimusForCausalLM.forward = spiking
-        return main([str(config_file), "--no-export", "--guard.on-spike", "rollback"])
-
-    assert run_ranks(1, spike_at_step_5) == [0]
+    assert run_ranks(1, spike_in_step, 5, str(config_file)) == [0]
     last = tmp_path / "run" / "checkpoints" / "step-00000006" / "progress.json"
     progress = json.loads(last.read_text())["progress"]
     # steps 4 and 5 were trained twice, the second time on rows that had not been read
@@ -271,6 +273,15 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     bad = [(r["step"], r["bad"]) for r in map(json.loads, rows) if "bad" in r]
     assert bad == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (4, 0), (5, 0), (6, 0)]
+
+
+def test_spike_without_a_checkpoint_skips_the_update_and_nothing_else(config_file, tmp_path):
+    """The last step, whose checkpoint is the only one, must still be saved."""
+    arguments = (str(config_file), "--checkpoint.every", "100")
+    assert run_ranks(1, spike_in_step, 6, *arguments) == [0]
+    assert metrics(tmp_path / "run", "bad")[6] == 1
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [x.parent.name for x in checkpoints.glob("*/COMPLETE")] == ["step-00000006"]
 
 
 @pytest.mark.parametrize(
