@@ -1,7 +1,8 @@
 """Training step: forward, backward and AdamW; tokens a second and the share of the matrix rate."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ POINTS = {
 }
 
 
-LAUNCHES = ("compiled", "graph")
+LAUNCHES = ("compiled", "recorded")
 """How else a step may be launched on a GPU: from compiled blocks, and as one recorded graph."""
 
 
@@ -54,14 +55,15 @@ def prepare(
     if model.family == "qwen2":
         # its loss needs positions; ours would look for packed documents in them and wait
         positions = torch.arange(length, device=ids.device).expand(batch, -1)
-        arguments["position_ids"] = positions
+        # causal, and no more: while a graph is recorded transformers would make a dense mask
+        arguments |= {"position_ids": positions, "attention_mask": {"full_attention": None}}
 
     def step() -> None:
         network(ids, **arguments).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    call = {"compiled": compiled, "graph": recorded}.get(engine, lambda step, network: step)
+    call = {"compiled": compiled, "recorded": recorded}.get(engine, lambda step, network: step)
     # backward is twice forward
     facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
     return Target(f"{model.name}/{engine}", model, engine, call(step, network), facts)
@@ -97,16 +99,40 @@ def compiled(
 def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[], None]:
     """The whole step as one CUDA graph: forward, backward and the update of the weights."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
+    outside = torch.cuda.current_stream()
+    stream.wait_stream(outside)
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    outside.wait_stream(stream)
     # a recording has memory of its own
     torch.cuda.empty_cache()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except BaseException:
+        # gradients in memory that was never written
+        network.zero_grad(set_to_none=True)
+        torch.cuda.set_stream(outside)
+        raise
+
+    def run(graph=graph, reads=step) -> None:
+        """Replays; ``reads`` keeps the tokens that the graph reads where it found them."""
+        graph.replay()
+
+    return run
+
+
+@contextlib.contextmanager
+def _put_back(bench: Bench) -> Iterator[None]:
+    """Afterwards every model decodes again, those too whose step failed."""
+    try:
+        yield
+    finally:
+        for model in bench.models.values():
+            if isinstance(model, peers.HuggingFaceModel):
+                model.model.zero_grad(set_to_none=True)
+                model.model.eval().requires_grad_(False)
 
 
 def _measure(
@@ -119,11 +145,10 @@ def _measure(
     timed = {row["target"]: row for row in rows}
     for target in targets if bench.device.type == "cuda" else ():
         # not timed: a step alone, for what it allocates and where its time goes
-        timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
+        if target.engine != "recorded":
+            timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
         if target.model.name in peers.OURS:
             timed[target.name] |= operators.kernels(target.call)
-    for target in targets:
-        target.model.model.eval().requires_grad_(False)
     settings = {"batch": batch, "context": length, **used}
     return bench.record(group, case, settings, rows)["rows"]
 
@@ -133,11 +158,12 @@ def test_train(bench, benchmark, start, point):
     batch, length = point
     case = bench.case(batch, length)
     start("train", case)
-    found = bench.targets(
-        lambda model, engine: prepare(bench, model, engine, batch, length),
-        lambda model: model.engines[:1],
-    )
-    rows = _measure(bench, benchmark, found, batch, length, "train", case)
+    with _put_back(bench):
+        found = bench.targets(
+            lambda model, engine: prepare(bench, model, engine, batch, length),
+            lambda model: model.engines[:1],
+        )
+        rows = _measure(bench, benchmark, found, batch, length, "train", case)
     assert any(row["status"] == "measured" for row in rows)
 
 
@@ -151,8 +177,9 @@ def test_launches(bench, benchmark, start, name):
     case = f"{bench.case(batch, length)}-{name}"
     start("launch", case)
     alone, optimizers = dataclasses.replace(bench, names=(name,)), {}
-    found = alone.targets(
-        lambda model, engine: prepare(alone, model, engine, batch, length, optimizers),
-        lambda model: (*model.engines[:1], *LAUNCHES),
-    )
-    _measure(alone, benchmark, found, batch, length, "launch", case)
+    with _put_back(bench):
+        found = alone.targets(
+            lambda model, engine: prepare(alone, model, engine, batch, length, optimizers),
+            lambda model: (*model.engines[:1], *LAUNCHES),
+        )
+        _measure(alone, benchmark, found, batch, length, "launch", case)

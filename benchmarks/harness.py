@@ -27,8 +27,9 @@ MARGIN_BYTES = 2 * 10**9
 CALL_LIMIT_SECONDS = {"cpu": 30.0, "cuda": 10.0}
 """A target whose single call takes longer is skipped: a round would take the whole run."""
 
-PREPARE_LIMIT_SECONDS = {"cpu": None, "cuda": 60.0}
-"""A target that takes longer to be made, checked and compiled is skipped."""
+PREPARE_LIMIT_SECONDS = {"cpu": None, "cuda": 120.0}
+"""A target that takes longer to be made, checked and compiled is skipped: the blocks of a model are
+compiled one by one."""
 
 
 @dataclasses.dataclass

@@ -65,7 +65,8 @@ def kernels(call: Callable[[], object], top: int = 10) -> dict[str, Any]:
 def busy(spans: list[tuple[str, float, float]], top: int) -> dict[str, Any]:
     """What :func:`kernels` returns, from ``(name, start, end)`` of each launch in ms."""
     times: dict[str, list[float]] = {}
-    idle, reached = 0.0, min(start for _, start, _ in spans)
+    # a profiler without access to the device's counters reports no launch
+    idle, reached = 0.0, min((start for _, start, _ in spans), default=0.0)
     for name, start, end in sorted(spans, key=lambda span: span[1]):
         times.setdefault(name, []).append(end - start)
         idle += max(start - reached, 0.0)

@@ -33,7 +33,8 @@ class ChunkedLoss:
 
     def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
         """As the model's own; with ``loss_only`` as ``RodimusForCausalLM``, from
-        ``position_ids``, ``shift_labels``, ``num_items_in_batch`` and ``z_loss``."""
+        ``position_ids``, ``shift_labels``, ``num_items_in_batch``, ``z_loss``, and for a model that
+        takes one an ``attention_mask``."""
         if loss_only:
             return self._chunked_loss(input_ids, **kwargs)
         return super().forward(input_ids, **kwargs)
@@ -46,9 +47,10 @@ class ChunkedLoss:
         num_items_in_batch: int,
         z_loss: float = 0.0,
         use_cache: bool = False,
+        **attention_mask: Any,
     ) -> RodimusCausalLMOutput:
         states = self.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=use_cache
+            input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, **attention_mask
         ).last_hidden_state
         losses = linear_cross_entropy(
             states.flatten(0, -2), self.lm_head.weight, shift_labels.flatten(), z_loss=z_loss

@@ -26,7 +26,8 @@ class Decoder:
         self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         if cuda_graphs and device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):
+                self._capture()
 
     def __call__(self, batch: int) -> Tensor:
         """Logits ``[batch, V]`` after the newest tokens of the ``batch`` slots in use.
@@ -70,15 +71,16 @@ class Decoder:
             {*(1 << n for n in range(self.states.slots.bit_length())), self.states.slots}
         )
         pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
         for size in reversed([size for size in sizes if size <= self.states.slots]):
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._forward(size)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # without a stream of ours, all recordings share one on the first device used
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = self._forward(size)
             self._graphs[size] = (graph, logits)
         self._graphs = dict(sorted(self._graphs.items()))

@@ -1,9 +1,16 @@
 """How a training step is launched, and where the device's time goes."""
 
+import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import bench_train, operators
+from benchmarks import bench_train, operators, peers
 from rodimus import RodimusConfig, RodimusForCausalLM
 from tests.model.helpers import config_of
 
@@ -14,6 +21,56 @@ def test_time_that_no_kernel_covers_is_idle():
     found = operators.busy(spans, top=1)
     assert found["kernels_ms"] == 6.0 and found["idle_ms"] == 3.0
     assert found["kernels"] == [{"name": "a", "launches": 2, "ms": 5.0, "share": 5 / 6}]
+
+
+def test_no_launch_was_reported():
+    assert operators.busy([], top=3) == {"kernels": [], "kernels_ms": 0, "idle_ms": 0.0}
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """CUDA's side of a recording, which runs the step instead."""
+    for name in ("Stream", "CUDAGraph", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+
+
+def test_a_recorded_step_keeps_what_it_reads(recorder):
+    tokens = torch.zeros(3)
+    alive = weakref.ref(tokens)
+    run = bench_train.recorded(lambda tokens=tokens: tokens.sum(), nn.Linear(1, 1))
+    del tokens
+    gc.collect()
+    run()
+    assert alive() is not None
+
+
+def test_a_step_that_cannot_be_recorded_leaves_no_gradients(recorder):
+    network, calls = nn.Linear(1, 1), []
+
+    def step():
+        calls.append(1)
+        network(torch.ones(1)).backward()
+        if len(calls) == 4:
+            raise RuntimeError("not while recording")
+
+    with pytest.raises(RuntimeError, match="not while recording"):
+        bench_train.recorded(step, network)
+    assert network.weight.grad is None
+    torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())
+
+
+def test_a_recorded_qwen2_attends_without_a_dense_mask(monkeypatch):
+    masks, attend = [], nn.functional.scaled_dot_product_attention
+    note = lambda *args, attn_mask=None, **named: masks.append(attn_mask) or attend(*args, **named)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", note)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cpu = torch.device("cpu")
+    model = peers.load("qwen2-1.5b", "tiny", torch.float32, cpu)
+    bench = SimpleNamespace(device=cpu, seed=0)
+    bench_train.prepare(bench, model, "dynamic", 2, 16).call()
+    assert masks and not any(mask is not None for mask in masks)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -230,6 +230,23 @@ def test_cuda_equals_the_cpu():
             cpu.check_results([x.cpu() for x in actual], case, limit=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 2])
+def test_attention_of_the_released_heads_on_cuda(steps):
+    """One key head and sixteen value heads of 128 have kernels of their own: over the ring's end,
+    in several parts."""
+    from tests.kernels import test_native as cpu
+
+    native.require("test", "cuda")
+    sizes = {"T": steps, "H": 16, "heads": (1, 16), "dims": (128, 128)}
+    for maker in (cpu.attention_step, cpu.int8_attention_step):
+        for dtype in cpu.DTYPES:
+            torch.manual_seed(0)
+            case = maker(dtype, **sizes, ring=704, window=650, past=1000)
+            actual = cpu.run(case[0], case, lambda x: x.cuda(), impl="native")
+            cpu.check_results([x.cpu() for x in actual], case, limit=1e-5)
+
+
 # what the kernels take whole, and what they leave to torch's products
 WHOLE = {"width": 64, "inner": 128, "keys": 16, "dim": 32}
 SHAPES = {"whole": WHOLE, "odd": {}}

@@ -63,6 +63,20 @@ def test_a_recorded_step_is_fused(model, monkeypatch, fused):
     assert len(fused) == model.config.n_layer
 
 
+def test_a_recorded_step_does_not_look_at_a_mask(model, monkeypatch, fused):
+    """A number asked of the device ends a recording."""
+    ids, cache = random_ids(1, 13), StaticCache(config=model.config, max_cache_len=64)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for name in ("__bool__", "__int__", "item", "tolist"):
+            monkeypatch.setattr(torch.Tensor, name, None)
+        given = {"attention_mask": mask, "position_ids": torch.tensor([[12]])}
+        model(ids[:, 12:], past_key_values=cache, **given)
+    assert len(fused) == model.config.n_layer
+
+
 def test_outputs_captured_once_leave_later_steps_fused(model, fused):
     """transformers' hooks stay on the blocks, idle, once a hidden state was asked for."""
     ids, cache = random_ids(1, 14), DynamicCache(config=model.config)
