@@ -23,9 +23,9 @@ HEAD = f"""# Scaling on paper
 
 Written by `python scripts/scaling.py` from `rodimus plan`; **nothing here was measured**. Assumed:
 H100 at {MFU:.0%} MFU of {PEAK_FLOPS["H100"] / 1e12:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs a
-node, one replica a node (HSDP). The global batch stays, so
-many GPUs have few rows each. Memory of activations is an estimate from what backward needs with
-fused kernels. Settings: the files of the same names in `configs/train`.
+node, one replica a node (HSDP). With a fixed global batch, more GPUs mean fewer rows on each, hence
+less activation memory. That memory is an estimate from what backward needs with fused kernels.
+Settings: the files of the same names in `configs/train`.
 
 """
 TABLE = """| GPUs | memory a GPU, GB | of it activations | traffic in the node a micro-step, GB | \
