@@ -92,6 +92,19 @@ def test_the_break_even_is_that_of_the_formula(text):
         assert f"as large as {tokens:,}" in flat
 
 
+def test_readme_says_the_same_of_memory():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    kept = {
+        label: sum(state_bytes(config_of(MODELS[label]), tokens=LONG).values())
+        for label in ("Rodimus 1.4B", "Rodimus+ 1.6B")
+    }
+    plain, plus = kept.values()
+    assert f"Rodimus 1.4B keeps {plain / 1e6:.1f} MB" in readme
+    assert f"Rodimus+ 1.6B {plus / 1e6:.0f} MB" in readme
+    for count in (f"{plus // GROWING:,}", int8_row("Rodimus+ 1.6B").split()[-2]):
+        assert f"{count} " in readme
+
+
 def test_documented_options_exist(text):
     from rodimus.generation.server import _parser
 
