@@ -77,6 +77,13 @@ inline void add_values(const float* weights, const T* const* rows, int64_t offse
     for (int64_t d = 0; d < dim; ++d) acc[d] += weights[j] * widen(values(j)[d]);
 }
 
+// Ask for a whole row in the order in which rows stand in memory. Each head's pass over the values
+// of a block takes a piece of every row, and the processor does not foresee such strides.
+template <class T>
+inline void read_ahead(const T* row, int64_t size) {
+  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
+}
+
 // One token against rows [0, count) of a block for the heads of one key head.
 template <class T, bool INT8>
 inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int64_t split,
@@ -84,6 +91,7 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
   using V = typename RingValue<T, INT8>::type;
   int64_t sharing = a.heads / a.key_heads, key_bytes = a.key_heads * a.key_dim * sizeof(T);
   Int8Row at = int8_row(key_bytes, a.value_heads, a.value_dim);
+  bool starts_row = key_head == 0;
   for (int64_t first = 0; first < sharing; first += kMaxRows) {
     int64_t group = at_most(sharing - first, kMaxRows);
     const typename Operand<T>::type* q[kMaxRows];
@@ -97,8 +105,9 @@ inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int6
         q[g] = Operand<T>::make(source, dim, q_buffer + g * kBlock);
       }
       for (int64_t j = 0; j < count; ++j) {
+        if (starts_row && first == 0 && i == 0) read_ahead(rows[j], a.cache.stride);
         const T* key = rows[j] + key_head * a.key_dim + i;
-        products<T, 1>(key, key, 0, q, group, dim, partial);
+        products<1, kManyRegisters ? 4 : 2>(key, 0, q, group, dim, partial);
         for (int64_t g = 0; g < group; ++g) scores[g * count + j] += a.scale * partial[0][g];
       }
     }

@@ -11,7 +11,7 @@ namespace rodimus {
 // Columns of the state one task carries: 1 KiB of each row, so all operands stay in the L1 cache.
 constexpr int64_t kBlock = 256;
 // Keys a task scores before it reads their values.
-constexpr int64_t kKeyBlock = 32;
+constexpr int64_t kKeyBlock = 16;
 
 constexpr int64_t blocks(int64_t size) { return (size + kBlock - 1) / kBlock; }
 

@@ -1,10 +1,9 @@
 // y = x weight^T for a few rows of x, at the speed at which the weights can be read.
 //
-// Weights are read in order, each once, a few rows side by side: enough sums in flight to hide the
-// latency of the additions, and few enough streams for the processor's prefetchers. Those stop at a
-// page's end, so the first two lines of the next rows are asked for ahead, one at a time; asking for
-// every line was measured to be slower. One dot product always adds in the same order, whatever the
-// number of rows, so a row's result does not depend on its neighbours.
+// For one row of x, weights are read in order: a single stream a thread is what the processor's
+// prefetchers follow best. For more rows of x a few rows of weights are read side by side, so that x
+// is read less often than they are. One dot product always adds in the same order, in kPlaces places
+// that do not wait for each other, so a row's result does not depend on its neighbours.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -18,19 +17,20 @@ namespace RODIMUS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-// 32 registers hold the sums of four rows of x.
-constexpr bool kWideGroups = true;
+// 32 registers hold the sums.
+constexpr bool kManyRegisters = true;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr bool kWideGroups = false;
+constexpr bool kManyRegisters = false;
 #else
 constexpr int kVectorBytes = 16;
-constexpr bool kWideGroups = false;
+constexpr bool kManyRegisters = false;
 #endif
-// Rows of weights read side by side, for one row of x and for more: as many as the sums leave room.
-constexpr int kRowsForOne = kWideGroups ? 8 : 4;
-constexpr int kRowsForMore = 4;
 constexpr int kLanes = kVectorBytes / 4;
+constexpr int kPlaces = 2;
+// For two rows of x or more: rows of weights read side by side, and rows of x that they meet at once.
+constexpr int kWeightRows = kManyRegisters ? 4 : 2;
+constexpr int kMostTogether = kManyRegisters ? 3 : 2;
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
@@ -60,40 +60,20 @@ inline float horizontal_sum(Vector x) {
 #endif
 }
 
-// In every second step of a dot product over R rows: ask for a line of R rows that come next.
-template <int R, class T>
-inline void prefetch_ahead(const T* next, int64_t stride, int64_t step) {
-  if (step % 2 == 0 && step < 4 * R)
-    __builtin_prefetch(reinterpret_cast<const char*>(next + step / 2 % R * stride) +
-                       64 * (step / 2 / R));
-}
-
-// Dot products of R rows of float32 weights, `stride` apart, with M rows of x: out[r][m]. Rows at
-// `next`, as far apart, will be asked for after these.
-template <int R, int M>
-inline void dots(const float* weight, const float* next, int64_t stride, const float* const* x, int64_t size,
-                 float (*out)[M]) {
-  Vector sum[R][M] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    prefetch_ahead<R>(next, stride, i / kLanes);
-    Vector w[R];
-    for (int r = 0; r < R; ++r) w[r] = load(weight + r * stride + i);
-    for (int m = 0; m < M; ++m) {
-      Vector x_part = load(x[m] + i);
-      for (int r = 0; r < R; ++r) sum[r][m] += w[r] * x_part;
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      float tail = 0.0f;
-      for (int64_t j = i; j < size; ++j) tail += weight[r * stride + j] * x[m][j];
-      out[r][m] = horizontal_sum(sum[r][m]) + tail;
-    }
-}
-
 // Elements of bfloat16 weights in one vector.
 constexpr int kPair = 2 * kLanes;
+
+// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x.
+template <class T>
+struct Sum;
+
+template <>
+struct Sum<float> {
+  static constexpr int kWidth = kLanes;
+  Vector sum = {};
+  void add(const float* weight, const float* x) { sum += load(weight) * load(x); }
+  Vector total() const { return sum; }
+};
 
 #if defined(__AVX512BF16__)
 
@@ -101,58 +81,31 @@ inline __m512bh load_pairs(const BFloat16* p) {
   return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
 }
 
-template <int R, int M>
-inline void dots(const BFloat16* weight, const BFloat16* next, int64_t stride, const BFloat16* const* x, int64_t size,
-                 float (*out)[M]) {
-  __m512 sum[R][M];
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
-  int64_t i = 0;
-  for (; i + kPair <= size; i += kPair) {
-    prefetch_ahead<R>(next, stride, i / kPair);
-    __m512bh w[R];
-    for (int r = 0; r < R; ++r) w[r] = load_pairs(weight + r * stride + i);
-    for (int m = 0; m < M; ++m) {
-      __m512bh x_part = load_pairs(x[m] + i);
-      for (int r = 0; r < R; ++r) sum[r][m] = _mm512_dpbf16_ps(sum[r][m], w[r], x_part);
-    }
+template <>
+struct Sum<BFloat16> {
+  static constexpr int kWidth = kPair;
+  __m512 sum = _mm512_setzero_ps();
+  void add(const BFloat16* weight, const BFloat16* x) {
+    sum = _mm512_dpbf16_ps(sum, load_pairs(weight), load_pairs(x));
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      float tail = 0.0f;
-      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * widen(x[m][j]);
-      out[r][m] = horizontal_sum(reinterpret_cast<Vector>(sum[r][m])) + tail;
-    }
-}
+  Vector total() const { return reinterpret_cast<Vector>(sum); }
+};
 
 #else
 
 // x is float32 here, each run of kPair elements as its even ones, then its odd ones: a 32-bit word
 // of weights holds an even element in its low half and an odd one in its high half.
-template <int R, int M>
-inline void dots(const BFloat16* weight, const BFloat16* next, int64_t stride, const float* const* x, int64_t size,
-                 float (*out)[M]) {
-  Vector even[R][M] = {}, odd[R][M] = {};
-  int64_t i = 0;
-  for (; i + kPair <= size; i += kPair) {
-    prefetch_ahead<R>(next, stride, i / kPair);
-    for (int r = 0; r < R; ++r) {
-      Bits w = load_bits(weight + r * stride + i);
-      Vector w_even = reinterpret_cast<Vector>(w << 16);
-      Vector w_odd = reinterpret_cast<Vector>(w & 0xffff0000u);
-      for (int m = 0; m < M; ++m) {
-        even[r][m] += w_even * load(x[m] + i);
-        odd[r][m] += w_odd * load(x[m] + i + kLanes);
-      }
-    }
+template <>
+struct Sum<BFloat16> {
+  static constexpr int kWidth = kPair;
+  Vector even = {}, odd = {};
+  void add(const BFloat16* weight, const float* x) {
+    Bits w = load_bits(weight);
+    even += reinterpret_cast<Vector>(w << 16) * load(x);
+    odd += reinterpret_cast<Vector>(w & 0xffff0000u) * load(x + kLanes);
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) {
-      float tail = 0.0f;
-      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * x[m][j];
-      out[r][m] = horizontal_sum(even[r][m] + odd[r][m]) + tail;
-    }
-}
+  Vector total() const { return even + odd; }
+};
 
 #endif
 
@@ -183,23 +136,40 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// out[r][m] for R rows of weights and any number of rows of x, in groups whose sums fit the
-// registers; the weights of the second and later groups come from the cache.
-template <class T, int R>
-inline void products(const T* weight, const T* next, int64_t stride, const typename Operand<T>::type* const* x,
+// out[r][m]: dot products of R rows of weights, `stride` apart, with M rows of x.
+template <int R, int M, class T>
+inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
+                 int64_t size, float (*out)[kMaxRows]) {
+  constexpr int kWidth = Sum<T>::kWidth;
+  Sum<T> sum[kPlaces][R][M];
+  auto add = [&](int place, int64_t i) {
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) sum[place][r][m].add(weight + r * stride + i, x[m] + i);
+  };
+  int64_t i = 0;
+  for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth)
+    for (int place = 0; place < kPlaces; ++place) add(place, i + place * kWidth);
+  static_assert(kPlaces == 2, "one vector at most may be left");
+  if (i + kWidth <= size) add(0, i), i += kWidth;
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) {
+      float tail = 0.0f;
+      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * widen(x[m][j]);
+      out[r][m] = horizontal_sum(sum[0][r][m].total() + sum[1][r][m].total()) + tail;
+    }
+}
+
+// Those with any number of rows of x, in groups of MOST, 2 and 1 whose sums fit the registers; for
+// the second and later groups the weights come from the cache.
+template <int R, int MOST, class T>
+inline void products(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                      int64_t rows, int64_t size, float (*out)[kMaxRows]) {
   int64_t m = 0;
-  [[maybe_unused]] float part4[R][4];
-  float part2[R][2], part1[R][1];
-  auto keep = [&](auto& part, int count) {
-    for (int r = 0; r < R; ++r)
-      for (int g = 0; g < count; ++g) out[r][m + g] = part[r][g];
-    m += count;
-  };
-  if constexpr (kWideGroups && R <= kRowsForMore)
-    while (m + 4 <= rows) dots<R, 4>(weight, next, stride, x + m, size, part4), keep(part4, 4);
-  while (m + 2 <= rows) dots<R, 2>(weight, next, stride, x + m, size, part2), keep(part2, 2);
-  while (m < rows) dots<R, 1>(weight, next, stride, x + m, size, part1), keep(part1, 1);
+  auto columns = [&] { return reinterpret_cast<float(*)[kMaxRows]>(out[0] + m); };
+  for (; m + MOST <= rows; m += MOST) dots<R, MOST>(weight, stride, x + m, size, columns());
+  if constexpr (MOST > 2)
+    for (; m + 2 <= rows; m += 2) dots<R, 2>(weight, stride, x + m, size, columns());
+  for (; m < rows; ++m) dots<R, 1>(weight, stride, x + m, size, columns());
 }
 
 inline void linear_prepare(const Linear& a) {
@@ -208,22 +178,14 @@ inline void linear_prepare(const Linear& a) {
       Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, a.scratch + m * a.inputs);
 }
 
-template <class T, int R>
-inline void linear_rows(const Linear& a, int64_t begin, int64_t end) {
-  const typename Operand<T>::type* x[kMaxRows];
-  for (int64_t m = 0; m < a.rows; ++m)
-    x[m] = Operand<T>::made(row<T>(a.x, m), a.scratch + m * a.inputs);
+// R rows of weights at a time.
+template <int R, class T>
+inline int64_t linear_rows(const Linear& a, const typename Operand<T>::type* const* x, int64_t n,
+                           int64_t end) {
   float sums[R][kMaxRows], bias_buffer[1];
-  for (int64_t n = begin; n < end; n += R) {
-    int64_t count = at_most(end - n, R);
-    const T* weight = row<T>(a.weight, n);
-    const T* next = n + 2 * R <= end ? weight + R * a.weight.stride : weight;
-    if (count == R)
-      products<T, R>(weight, next, a.weight.stride, x, a.rows, a.inputs, sums);
-    else
-      for (int64_t r = 0; r < count; ++r)
-        products<T, 1>(row<T>(a.weight, n + r), next, 0, x, a.rows, a.inputs, sums + r);
-    for (int64_t r = 0; r < count; ++r) {
+  for (; n + R <= end; n += R) {
+    products<R, kMostTogether>(row<T>(a.weight, n), a.weight.stride, x, a.rows, a.inputs, sums);
+    for (int r = 0; r < R; ++r) {
       float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
       for (int64_t m = 0; m < a.rows; ++m) {
         float y = sums[r][m] + bias;
@@ -231,14 +193,16 @@ inline void linear_rows(const Linear& a, int64_t begin, int64_t end) {
       }
     }
   }
+  return n;
 }
 
 template <class T>
 inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
-  if (a.rows == 1)
-    linear_rows<T, kRowsForOne>(a, begin, end);
-  else
-    linear_rows<T, kRowsForMore>(a, begin, end);
+  const typename Operand<T>::type* x[kMaxRows];
+  for (int64_t m = 0; m < a.rows; ++m)
+    x[m] = Operand<T>::made(row<T>(a.x, m), a.scratch + m * a.inputs);
+  if (a.rows > 1) begin = linear_rows<kWeightRows, T>(a, x, begin, end);
+  linear_rows<1, T>(a, x, begin, end);
 }
 
 inline void linear(const Linear& a, int64_t begin, int64_t end) {
@@ -252,14 +216,13 @@ inline void linear(const Linear& a, int64_t begin, int64_t end) {
 template <class T>
 inline void narrow_products_of(const Rows& weight, const T* x, int64_t size, int64_t first,
                                int64_t n, float* out) {
-  float buffer[kBlock], sum[1][1];
+  float buffer[kBlock], sum[1][kMaxRows];
   for (int64_t j = 0; j < n; ++j) out[j] = 0.0f;
   for (int64_t i = 0; i < size; i += kBlock) {
     int64_t part = at_most(size - i, kBlock);
     const typename Operand<T>::type* ready = Operand<T>::make(x + i, part, buffer);
     for (int64_t j = 0; j < n; ++j) {
-      const T* start = row<T>(weight, first + j) + i;
-      dots<1, 1>(start, start, 0, &ready, part, sum);
+      dots<1, 1>(row<T>(weight, first + j) + i, 0, &ready, part, sum);
       out[j] += sum[0][0];
     }
   }
