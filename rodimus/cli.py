@@ -132,7 +132,7 @@ def _add_eval(commands) -> None:
     )
     _add_step(parser)
     add("--field", default="text", help="text field of jsonl and parquet (default: %(default)s)")
-    at_least_one = _number(int, 1, float("inf"), "at least 1")
+    at_least_one = number(int, 1, float("inf"), "at least 1")
     add(
         "--max-tokens",
         type=at_least_one,
@@ -204,7 +204,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _number(kind: type, low: float, high: float, what: str):
+def number(kind: type, low: float, high: float, what: str):
     """A parser of numbers within bounds, for argparse."""
 
     def parse(text: str):
@@ -220,29 +220,34 @@ def _number(kind: type, low: float, high: float, what: str):
 def _add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
     inf = float("inf")
     add = parser.add_argument
-    add("--max-new-tokens", type=_number(int, 1, inf, "at least 1"), default=256, metavar="N")
+    add("--max-new-tokens", type=number(int, 1, inf, "at least 1"), default=256, metavar="N")
     add(
         "--temperature",
-        type=_number(float, 0, inf, "at least 0"),
+        type=number(float, 0, inf, "at least 0"),
         default=temperature,
         metavar="X",
         help="randomness: 0 takes the likeliest token every time (default: %(default)s)",
     )
     add(
         "--top-k",
-        type=_number(int, 0, inf, "at least 0"),
+        type=number(int, 0, inf, "at least 0"),
         default=0,
         metavar="N",
         help="sample among the N likeliest tokens only (default: all)",
     )
     add(
         "--top-p",
-        type=_number(float, 1e-9, 1, "above 0 and at most 1"),
+        type=number(float, 1e-9, 1, "above 0 and at most 1"),
         default=top_p,
         metavar="X",
         help="sample among the likeliest tokens that make up this share (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1, "0 to 2^63 - 1"),
+        default=0,
+        help="same seed, same text (default: %(default)s)",
+    )
     add("--stats", action="store_true", help="print tokens/s and the memory of the state")
 
 
@@ -251,8 +256,11 @@ def _lazily(module: str, function: str):
 
 
 def _export(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
     from .export import export
 
+    logging.disable_progress_bar()
     out = export(options.checkpoint, options.out, step=options.step, overwrite=options.overwrite)
     print(f"wrote {out}")
 

@@ -80,8 +80,12 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
         return
     model.config.auto_map = dict(AUTO_MAP)
     model.save_pretrained(folder)
+
+
+def copy_code(folder: str | Path) -> None:
+    """The files that ``AUTO_MAP`` names, and what they import."""
     for source, name in code_files():
-        shutil.copyfile(source, folder / name)
+        shutil.copyfile(source, Path(folder) / name)
 
 
 def code_files() -> list[tuple[Path, str]]:

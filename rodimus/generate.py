@@ -93,8 +93,12 @@ def encode(
     """The tokens of a prompt, int64 ``[T]``.
 
     Raises:
-        InputError: there are none, or the model does not know one of them.
+        InputError: there are none, the model does not know one of them, or the text is not Unicode.
     """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is no UTF-8 text at character {error.start}") from error
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_tensors="pt")
     ids = encoded.input_ids[0].long()
     if ids.numel() == 0:

@@ -8,6 +8,7 @@ the same file runs with or without the package.
 Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys, D d_model.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
 from itertools import chain, repeat, starmap
@@ -1297,6 +1298,14 @@ class RodimusPreTrainedModel(PreTrainedModel):
         ours = "rodimus_ska"
         can_be_ours = requested_attention is None and not self.config.attention_dropout
         return ours if can_be_ours and ours in ALL_ATTENTION_FUNCTIONS.valid_keys() else chosen
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers'. A model whose config names its code, as an exported one's does, takes
+        the code along; loaded with ``trust_remote_code``, transformers copies it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        is_own = self._auto_class is None and kwargs.get("is_main_process", True)
+        if is_own and getattr(self.config, "auto_map", None):
+            importlib.import_module(f"{__package__}.export").copy_code(save_directory)
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -387,6 +387,10 @@ class TestBadInput:
         line = self.refused(capsys, "generate", folder, "--prompt", "")
         assert "the prompt has no tokens" in line
 
+    def test_prompt_that_is_not_unicode(self, folder, capsys):
+        line = self.refused(capsys, "generate", folder, "--prompt", "a\udcff")
+        assert "the prompt is no UTF-8 text at character 1" in line
+
     def test_device_that_is_not_there(self, folder, capsys):
         arguments = ("generate", folder, "--prompt", "x", "--device")
         for unknown in ("abacus", "meta"):

@@ -176,8 +176,9 @@ class Engine:
         window_dtype: torch.dtype | None = None,
         cuda_graphs: bool = True,
     ):
-        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
+        limits = {"slots": slots, "prefill_chunk": prefill_chunk, "max_length": max_length}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
@@ -220,8 +221,10 @@ class Engine:
             ValueError: the request cannot be served; the message says what was expected.
         """
         prompt = self._check_prompt(request.prompt)
-        if request.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {request.max_new_tokens}")
+        if not isinstance(request.max_new_tokens, int) or request.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be an integer of at least 1, got {request.max_new_tokens}"
+            )
         total = len(prompt) + request.max_new_tokens
         if self.max_length is not None and total > self.max_length:
             raise ValueError(
@@ -230,6 +233,8 @@ class Engine:
             )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
             raise ValueError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {request.logprobs}")
+        if isinstance(request.stop, str):
+            raise ValueError(f"stop must be a tuple of strings, got the string {request.stop!r}")
         if request.stop and (self.tokenizer is None or "" in request.stop):
             problem = "an empty string" if self.tokenizer else "no tokenizer in the engine"
             raise ValueError(
@@ -271,10 +276,13 @@ class Engine:
         The state must come from this model: ``load_state`` checks that.
         """
         shapes = self.layout.shapes(self.layout.kept_rows(len(state.tokens)))
-        for kind, (shape, _) in shapes.items():
-            got = tuple(getattr(state, kind).shape)
-            if got != shape and getattr(state, kind).numel():
-                raise ValueError(f"{kind} of the state must have shape {shape}, got {got}")
+        for kind, (shape, dtype) in shapes.items():
+            found = getattr(state, kind)
+            if found.numel() and (tuple(found.shape), found.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"{kind} of the state must be {dtype} of shape {shape},"
+                    f" got {found.dtype} of shape {tuple(found.shape)}"
+                )
         self.prefixes.append(state.to(self.device))
 
     def _check_prompt(self, prompt):

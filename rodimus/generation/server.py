@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ..cli import number
 from ..errors import InputError
 from ..loading import find_device, load_generator, load_tokenizer
 from ..modeling_rodimus import RodimusForCausalLM
@@ -194,7 +195,8 @@ class Service:
         return JSONResponse(answer.whole(exchange.generations))
 
     async def _body(self, request):
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        media_type = request.headers.get("content-type", "").partition(";")[0]
+        if media_type.strip().lower() != "application/json":
             raise ApiError(415, "the body must be JSON: send Content-Type: application/json")
         limit = self.limits.body_bytes
         too_long = ApiError(413, f"the body must be at most {limit} bytes", code="body_too_long")
@@ -437,12 +439,6 @@ def _service(options) -> Service:
     return Service(worker, model_name=name, limits=limits, api_key=key)
 
 
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) >= 1 << 16:
-        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rodimus serve",
@@ -451,27 +447,28 @@ def _parser() -> argparse.ArgumentParser:
         "environment, if set, is the key that clients must send.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, limits = parser.add_argument, Limits()
+    add, limits, inf = parser.add_argument, Limits(), float("inf")
+    positive, count = number(int, 1, inf, "at least 1"), number(int, 0, inf, "at least 0")
     add("model", metavar="MODEL", help="folder, or owner/name on the hub")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_port, default=8000, help="port to listen on")
+    add("--port", type=number(int, 0, 65535, "0 to 65535"), default=8000, help="port to listen on")
     add("--name", default=None, help="what clients call the model; the folder's name if not given")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as saved")
-    add("--slots", type=int, default=8, help="sequences that run at once")
-    add("--max-waiting", type=int, default=64, help="requests that may wait; more get 429")
-    add("--prefill-chunk", type=int, default=512, help="prompt tokens between two decoded ones")
-    add("--max-length", type=int, default=None, help="most tokens of prompt and continuation")
+    add("--slots", type=positive, default=8, help="sequences that run at once")
+    add("--max-waiting", type=count, default=64, help="requests that may wait; more get 429")
+    add("--prefill-chunk", type=positive, default=512, help="prompt tokens read between two steps")
+    add("--max-length", type=positive, default=None, help="most tokens of prompt and continuation")
     add(
         "--window-dtype",
         default="model",
         choices=("model", "int8"),
         help="of the values in the attention window; int8 takes about half the memory",
     )
-    add("--max-prompt-tokens", type=int, default=limits.prompt_tokens, help="of one prompt")
-    add("--max-new-tokens", type=int, default=limits.new_tokens, help="of one continuation")
-    add("--max-body-bytes", type=int, default=limits.body_bytes, help="of one request")
+    add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="of one prompt")
+    add("--max-new-tokens", type=positive, default=limits.new_tokens, help="of one continuation")
+    add("--max-body-bytes", type=positive, default=limits.body_bytes, help="of one request")
     add(
         "--prefix",
         action="append",
@@ -479,7 +476,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="state file; prompts that begin with its tokens start from it. May be repeated",
     )
-    add("--shutdown-seconds", type=int, default=30, help="for running requests, when stopped")
+    add("--shutdown-seconds", type=count, default=30, help="for running requests, when stopped")
     return parser
 
 

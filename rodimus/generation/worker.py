@@ -69,7 +69,7 @@ class EngineWorker:
                 The last news of a generation has a ``finish_reason``.
 
         Raises:
-            ValueError: one of them cannot be served.
+            ValueError: one of them cannot be served, or they are more than there is ever room for.
             QueueFullError: there is no room for them.
             WorkerStoppedError: the worker takes no requests any more.
         """
@@ -77,8 +77,12 @@ class EngineWorker:
         with self._changed:
             if not self.accepts:
                 raise WorkerStoppedError("the engine is not running")
-            room = self.engine.slots + self.max_waiting - self.unfinished
-            if len(generations) > room:
+            most = self.engine.slots + self.max_waiting
+            if len(generations) > most:
+                raise ValueError(
+                    f"at most {most} texts can run or wait at once, got {len(generations)}"
+                )
+            if len(generations) > most - self.unfinished:
                 raise QueueFullError(f"{self.unfinished} requests are running or waiting")
             self._listeners.update(dict.fromkeys(generations, listener))
             self._arrived += generations

@@ -38,6 +38,8 @@ from .config import CheckpointSection
 
 logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
+DATA_ORDER = ("data.seq_len", "data.packing", "data.weights", "data.train", "train.seed")
+"""Settings that decide which text is in which row, and in which order rows come."""
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Checkpointer:
         model: Sharded model.
         optimizers: Its optimizers.
         identity: What must agree between a checkpoint and the run that resumes from it.
+        settings: What may change between them, and is reported where it does.
     """
 
     def __init__(
@@ -72,8 +75,10 @@ class Checkpointer:
         model: PreTrainedModel,
         optimizers: Sequence[torch.optim.Optimizer],
         identity: dict[str, Any],
+        settings: dict[str, Any],
     ) -> None:
-        self.root, self.config, self.identity = root, config, identity
+        self.root, self.config = root, config
+        self.identity, self.settings = identity, settings
         self.model, self.optimizers = model, list(optimizers)
         # the writer thread's collectives must never meet the training step's
         self.group = dist.new_group(backend="gloo")
@@ -88,7 +93,11 @@ class Checkpointer:
         """
         self.wait()
         folder = step_folder(self.root, progress.step)
-        about = {"progress": asdict(progress), "identity": self.identity}
+        about = {
+            "progress": asdict(progress),
+            "identity": self.identity,
+            "settings": self.settings,
+        }
         if self._from_main(folder.exists):
             # left by an earlier run past the step that this one resumed from
             self._from_main(lambda: store.remove(folder))
@@ -189,6 +198,8 @@ class Checkpointer:
     def _load(self, folder: Path) -> Progress:
         about = json.loads((folder / _PROGRESS).read_text())
         check_identity(about["identity"], self.identity, folder)
+        if self.rank == 0:
+            report_changes(about["settings"], self.settings)
         state = self._state()
         dcp.load(state, checkpoint_id=folder, process_group=self.group)
         set_state_dict(
@@ -214,12 +225,24 @@ class Checkpointer:
         return result[0]
 
 
+def report_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Warns of each setting that is not what it was at the checkpoint."""
+    changed = [key for key in sorted(current) if saved.get(key) != current[key]]
+    for key in changed:
+        logger.warning("resumed with %s = %s, was %s", key, current[key], saved.get(key))
+    if any(key in DATA_ORDER for key in changed):
+        logger.warning("rows come in another order now: some are read again, others never")
+
+
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
     """Refuses a checkpoint of another run.
 
     Raises:
         InputError: names the first value that differs.
     """
+    own, theirs = current.get("optimizer"), saved.get("optimizer")
+    if own != theirs:
+        raise InputError(f"{folder} was written with the optimizer {theirs}, this run has {own}")
     for key in sorted(saved.keys() | current.keys()):
         if saved.get(key) != current.get(key):
             raise InputError(

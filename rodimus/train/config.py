@@ -7,7 +7,8 @@ writes the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 
 from ..errors import InputError
 
@@ -21,6 +22,13 @@ def _at_least(section: object, name: str, low: float, *fields: str) -> None:
     for key in fields:
         value = getattr(section, key)
         _require(value >= low, f"{name}.{key} must be at least {low}, got {value}")
+
+
+def _finite(section: object, name: str) -> None:
+    for key, value in vars(section).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        wrong = [x for x in numbers if isinstance(x, float) and not math.isfinite(x)]
+        _require(not wrong, f"{name}.{key} must be finite, got {value}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -284,6 +292,10 @@ class TrainConfig:
     log: LogSection = field(default_factory=LogSection)
 
     def __post_init__(self) -> None:
+        for section in fields(self):
+            value = getattr(self, section.name)
+            if is_dataclass(value):
+                _finite(value, section.name)
         rows, rest = divmod(self.train.global_batch_tokens, self.data.seq_len)
         _require(
             rest == 0 and rows > 0,

@@ -105,7 +105,7 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
             raise InputError(f"{name} must be a list, got {value!r}")
         return tuple(_convert(f"{name}[{i}]", item, v) for i, v in enumerate(value))
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if kind is str and name == "checkpoint.resume" and type(value) is int:
         return str(value)
     if type(value) is not kind:

@@ -94,7 +94,8 @@ class Trainer:
             config.checkpoint,
             self.model,
             self.optimizers,
-            identity_of(model_config, train[0]),
+            identity_of(model_config, train[0], config.optim.name),
+            settings_of(config, train),
         )
         self.progress = self.checkpoints.restore() or Progress()
         self.guard = guard.Guard(config.guard, self.progress.guard)
@@ -237,6 +238,8 @@ class Trainer:
         )
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
+        if self.progress.step >= self.config.steps:
+            self.log.say(f"nothing is left to train: the run has {self.config.steps:,} steps")
 
     def close(self) -> None:
         """Waits for the checkpoint in flight and stops the threads."""
@@ -262,11 +265,24 @@ def make_folder(path: Path) -> None:
         raise InputError(f"the run's folder {path} cannot be written to")
 
 
-def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
+def identity_of(model: PreTrainedConfig, source: TokenShards, optimizer: str) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes from it."""
     ignored = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
     values = {k: v for k, v in model.to_dict().items() if k not in ignored}
-    values["tokenizer_sha256"] = source.manifest.tokenizer_sha256
+    values |= {"tokenizer_sha256": source.manifest.tokenizer_sha256, "optimizer": optimizer}
+    return json.loads(json.dumps(values))
+
+
+def settings_of(config: TrainConfig, sources: list[TokenShards]) -> dict[str, Any]:
+    """What decides the result of a run, and may change where it is resumed; data by their tokens,
+    wherever they lie."""
+    sections = {"data": config.data, "optim": config.optim, "schedule": config.schedule}
+    values = {f"{name}.{k}": v for name, part in sections.items() for k, v in vars(part).items()}
+    for key in ("steps", "tokens", "global_batch_tokens", "seed", "z_loss", "max_grad_norm"):
+        values[f"train.{key}"] = getattr(config.train, key)
+    values["data.train"] = [f"{source.manifest.n_tokens:,} tokens" for source in sources]
+    for key in ("data.val", "data.verify"):
+        del values[key]
     return json.loads(json.dumps(values))
 
 

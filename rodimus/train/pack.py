@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ def split_documents(
     """
     seen: set[bytes] = set()
     for text in documents(source, field=field):
-        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+        digest = hashlib.sha256(text.encode("utf-8")).digest()[:16]
         if not text.strip() or digest in seen:
             continue
         seen.add(digest)
@@ -75,28 +77,48 @@ def pack(
     if shard_tokens < 1:
         raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)
-    if tokenizer is None:
-        sample = lambda share: (
-            text
-            for part, text, digest in split_documents(source, val_fraction, field=field)
-            if part == "train" and int.from_bytes(digest[8:], "big") < share * 2**64
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        manifests = _write_parts(
+            source,
+            Path(folder),
+            _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field),
+            val_fraction=val_fraction,
+            field=field,
+            shard_tokens=shard_tokens,
         )
-        # a share of few documents may be none of them
-        share = 1.0 if next(sample(tokenizer_sample), None) is None else tokenizer_sample
-        learned = train_tokenizer(sample(share), vocab_size)
-    else:
-        learned = read_tokenizer(Path(tokenizer))
-    learned.save_pretrained(str(out / "tokenizer"))
+        _replace(Path(folder), out)
+    return manifests
 
+
+def _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field):
+    """The tokenizer in a folder, or one trained on the source."""
+    if tokenizer is not None:
+        return read_tokenizer(Path(tokenizer))
+
+    def sample(share: float) -> Iterator[str]:
+        for part, text, digest in split_documents(source, val_fraction, field=field):
+            if part == "train" and int.from_bytes(digest[8:], "big") < share * 2**64:
+                yield text
+
+    # a share of few documents may be none of them
+    share = 1.0 if next(sample(tokenizer_sample), None) is None else tokenizer_sample
+    return train_tokenizer(sample(share), vocab_size)
+
+
+def _write_parts(
+    source, folder, learned, *, val_fraction, field, shard_tokens
+) -> dict[str, Manifest]:
+    learned.save_pretrained(str(folder / "tokenizer"))
     encode = DocumentEncoder(learned)
     parts = ("train", "val") if val_fraction > 0 else ("train",)
-    writers = {p: ShardWriter(out, p, len(learned), shard_tokens=shard_tokens) for p in parts}
+    writers = {p: ShardWriter(folder, p, len(learned), shard_tokens=shard_tokens) for p in parts}
     n_docs = 0
     for batch in _batches(split_documents(source, val_fraction, field=field)):
         n_docs += len(batch)
         texts = [text for _, text in batch]
         for (part, text), ids in zip(batch, encode(texts), strict=True):
-            writers[part].add(ids, len(text.encode("utf-8", "surrogatepass")))
+            writers[part].add(ids, len(text.encode("utf-8")))
     if writers["train"].n_bytes == 0:
         raise InputError(f"the train part of {source} is empty: no text was found for it")
     if "val" in writers and writers["val"].n_bytes == 0:
@@ -109,12 +131,27 @@ def pack(
         part: writer.close(
             bos_token_id=encode.bos,
             eos_token_id=encode.eos,
-            tokenizer_sha256=tokenizer_digest(out / "tokenizer"),
+            tokenizer_sha256=tokenizer_digest(folder / "tokenizer"),
             source=source,
             licence=STDLIB_LICENCE if source == "stdlib" else "",
         )
         for part, writer in writers.items()
     }
+
+
+def _replace(made: Path, out: Path) -> None:
+    """Move what was packed into ``out``, over an earlier pack. Manifests go first and come last, so
+    that none ever stands beside the shards of another."""
+    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for part in ("train", "val"):
+        manifest = out / f"{part}.json"
+        if manifest.is_file():
+            manifest.unlink()
+            for shard in (*out.glob(f"{part}-*.bin"), *out.glob(f"{part}-*.idx")):
+                shard.unlink()
+    files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.suffix == ".json" and len(path.parts) == 1):
+        os.replace(made / path, out / path)
 
 
 def _batches(items: Iterator[tuple[str, str, bytes]]) -> Iterator[list[tuple[str, str]]]:

@@ -32,6 +32,8 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
         InputError: the source does not exist, is not UTF-8, or lacks the field; names the place.
         ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
     """
+    if not source:
+        raise InputError("the source is empty: expected stdlib, hf:NAME, a file or a folder")
     if source == "stdlib":
         yield from _stdlib()
     elif source.startswith("hf:"):
@@ -84,6 +86,18 @@ def _decode(data: bytes, place: str, offset: int) -> str:
         ) from error
 
 
+def _unicode(text: str, place: str) -> str:
+    """The text, if it is one: JSON can spell halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        raise InputError(
+            f"{place} is no Unicode text: half a character, U+{half:04X}, at {error.start}"
+        ) from error
+    return text
+
+
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     offset = 0
     with path.open("rb") as file:
@@ -102,7 +116,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
                 if isinstance(row, dict) and field in row:
                     got = f"{row[field]!r:.40} there"
                 raise InputError(f"{place} must have a string field {field!r}, got {got}")
-            yield row[field]
+            yield _unicode(row[field], f"{place}, field {field!r},")
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
@@ -123,7 +137,8 @@ def _dataset(name: str, field: str) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise ImportError(f"hf:{name} needs datasets: pip install datasets") from error
-    for row in datasets.load_dataset(name, split="train", streaming=True):
+    rows = datasets.load_dataset(name, split="train", streaming=True)
+    for number, row in enumerate(rows, 1):
         if field not in row:
             raise InputError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
-        yield row[field]
+        yield _unicode(row[field], f"hf:{name} row {number}, field {field!r},")

@@ -241,7 +241,9 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
         (Request([1, 97]), r"tokens of the prompt must be in \[0, 97\), got 97"),
         (Request([1, -1]), r"got -1"),
         (Request([1, 1.5]), "a list of token ids"),
-        (Request([1], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (Request([1], max_new_tokens=0), "max_new_tokens must be an integer .* got 0"),
+        (Request([1], max_new_tokens=2.5), "max_new_tokens must be an integer .* got 2.5"),
+        (Request([1], stop="ab"), "stop must be a tuple of strings, got the string 'ab'"),
         (Request([1], logprobs=21), r"logprobs must be in \[0, 20\], got 21"),
         (Request([1], stop=("x",)), "no tokenizer in the engine"),
     ],
@@ -254,7 +256,7 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("wrong", [{"slots": 0}, {"prefill_chunk": 0}], ids=str)
+@pytest.mark.parametrize("wrong", [{"slots": 0}, {"prefill_chunk": 0}, {"max_length": 0}], ids=str)
 def test_an_engine_needs_at_least_one_of_each(plus, wrong):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         Engine(plus, **wrong)

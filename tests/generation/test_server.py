@@ -421,11 +421,14 @@ class TestWorker:
         worker = EngineWorker(Engine(text_model(), byte_tokenizer(), slots=2), max_waiting=1)
         worker.start()
         try:
-            with pytest.raises(QueueFullError, match="0 requests are running or waiting"):
+            with pytest.raises(ValueError, match="at most 3 texts can run or wait at once, got 4"):
                 worker.submit([Request([1])] * 4, lambda *news: None)
+            worker.submit([Request([1], 10**6)], lambda *news: None)
+            with pytest.raises(QueueFullError, match="1 requests are running or waiting"):
+                worker.submit([Request([1])] * 3, lambda *news: None)
             with pytest.raises(ValueError, match="at least one token"):
                 worker.submit([Request([1]), Request([])], lambda *news: None)
-            assert worker.unfinished == 0
+            assert worker.unfinished == 1
         finally:
             worker.stop()
         with pytest.raises(WorkerStoppedError):
@@ -502,8 +505,6 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     with pytest.raises(InputError, match="holds no tokenizer"):
         main([str(tmp_path)])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="slots must be at least 1, got 0"):
-        main([str(tmp_path), "--slots", "0"])
     text_model("rodimus").save_pretrained(tmp_path / "rodimus")
     tokenizer.save_pretrained(tmp_path / "rodimus")
     with pytest.raises(InputError, match="no attention window whose values could be int8"):
@@ -512,8 +513,9 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
         main([str(tmp_path), "--prefix", str(tmp_path / "nothing")])
     with pytest.raises(InputError, match="--device must be cpu"):
         main([str(tmp_path), "--device", "abacus"])
-    with pytest.raises(SystemExit):
-        main([str(tmp_path), "--port", "99999"])
+    for option, wrong in (("--port", 99999), ("--slots", 0), ("--max-length", -5)):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), option, str(wrong)])
     peer = Qwen2Config(hidden_size=32, num_hidden_layers=1, vocab_size=96)
     Qwen2ForCausalLM(peer).save_pretrained(tmp_path / "peer")
     tokenizer.save_pretrained(tmp_path / "peer")

@@ -119,5 +119,12 @@ def test_a_prefix_of_other_shapes_is_refused(plus):
     from tests.model.helpers import model_of
 
     state = Engine(model_of("rodimus")).read([1, 2, 3])
-    with pytest.raises(ValueError, match="recurrent of the state must have shape"):
+    with pytest.raises(ValueError, match="recurrent of the state must be torch.float32 of shape"):
         Engine(plus).add_prefix(state)
+
+
+def test_a_prefix_of_another_dtype_is_refused(plus):
+    state = Engine(plus).read([1, 2, 3])
+    engine = Engine(plus.to(torch.bfloat16))
+    with pytest.raises(ValueError, match="must be torch.bfloat16 .*, got torch.float32"):
+        engine.add_prefix(state)

@@ -148,6 +148,16 @@ assert type(load(AutoModelForCausalLM)) is rodimus.RodimusForCausalLM
 
 
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_a_model_loaded_from_an_export_takes_its_code_along(exported, tmp_path):
+    folder, _ = exported
+    RodimusForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "tuned")
+    code = {path.name: path.read_text() for path in folder.glob("*.py")}
+    assert {path.name: path.read_text() for path in (tmp_path / "tuned").glob("*.py")} == code
+    model = save_model(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py")) and not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
 def test_folder_is_complete_and_readable(exported):
     folder, _ = exported
     config = json.loads((folder / "config.json").read_text())

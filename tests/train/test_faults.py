@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -56,6 +57,22 @@ def stderr_of(arguments):
     with contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(arguments)
     return status, err.getvalue()
+
+
+def warnings_of(arguments):
+    """What `rodimus train` warns of where it reads a checkpoint."""
+    told = logging.Handler()
+    messages, told.emit = [], lambda record: messages.append(record.getMessage())
+    logging.getLogger("rodimus.train.checkpoint").addHandler(told)
+    assert main(arguments) == 0
+    return messages
+
+
+def stdout_of(arguments):
+    """What `rodimus train` says."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(arguments)
+    return out.getvalue()
 
 
 def resumed_losses(config, run, *overrides):
@@ -296,6 +313,8 @@ def test_spike_without_a_checkpoint_skips_the_update_and_nothing_else(config_fil
         (["--out", "/dev/null/run"], "cannot create the folder of the run, /dev/null/run: Not"),
         (["--log.wandb"], "log.wandb needs wandb: pip install wandb"),
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
+        (["--optim.lr", "inf"], "optim.lr must be finite, got inf"),
+        (["--parallel.timeout-s", "inf"], "parallel.timeout_s must be finite, got inf"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkeypatch):
@@ -347,6 +366,28 @@ def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
 
     (message,) = run_ranks(1, attempt)
     assert "is of another model: mixer_cfg must be" in message
+
+
+def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
+    config, run = copied
+    again = [str(config), "--out", str(run), "--no-export"]
+    ((status, told),) = run_ranks(1, stderr_of, [*again, "--optim.name", "muon"])
+    assert status == 2 and told.count("\n") == 1
+    assert "was written with the optimizer adamw, this run has muon" in told
+    changes = ["--optim.lr", "0.25", "--train.seed", "5", "--train.steps", "7"]
+    (told,) = run_ranks(1, warnings_of, [*again, *changes])
+    assert told == [
+        "resumed with optim.lr = 0.25, was 0.01",
+        "resumed with train.seed = 5, was 0",
+        "resumed with train.steps = 7, was 6",
+        "rows come in another order now: some are read again, others never",
+    ]
+
+
+def test_a_finished_run_says_that_nothing_is_left(copied):
+    config, run = copied
+    (out,) = run_ranks(1, stdout_of, [str(config), "--out", str(run), "--no-export"])
+    assert "nothing is left to train: the run has 6 steps" in out
 
 
 def test_shards_of_a_larger_vocabulary_are_refused(packed):

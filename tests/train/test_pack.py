@@ -98,6 +98,11 @@ def test_stdlib_is_python_source_without_tests():
         ("a.jsonl", b'{"text": "a"', r"a.jsonl line 1 is not JSON"),
         ("a.jsonl", b'{"body": "a"}', r"line 1 must have a string field 'text', got body"),
         ("a.jsonl", b'{"text": 5}', r"line 1 must have a string field 'text', got 5 there"),
+        (
+            "a.jsonl",
+            b'{"text": "a \\ud800"}',
+            r"line 1, field 'text', is no Unicode .* U\+D800, at 2",
+        ),
         ("a.txt", b" \n", r"the train part of .*a.txt is empty"),
         ("a.pdf", b"x", r"source must end in .txt"),
     ],
@@ -131,6 +136,30 @@ def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
         (corpus, "/dev/null/out"),
         (corpus, tmp_path / "out", "--val-fraction", "1.5"),
         (corpus, tmp_path / "out", "--shard-tokens", "0"),
+        ("", tmp_path / "out"),
     ]:
         assert main([str(source), str(out), *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pack_that_fails_leaves_the_earlier_one_whole(corpus, tmp_path):
+    out = tmp_path / "out"
+    pack(str(corpus), out, vocab_size=300)
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(InputError, match="the val part of .* is empty"):
+        pack(str(tmp_path / "one.txt"), out, vocab_size=300)
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt", "out"]
+
+
+def test_a_pack_replaces_the_earlier_one_and_nothing_else(corpus, tmp_path):
+    out = tmp_path / "out"
+    pack(str(corpus), out, vocab_size=300, shard_tokens=200)
+    (out / "notes.md").write_text("mine")
+    many = len(list(out.glob("train-*.bin")))
+    (tmp_path / "one.txt").write_text("one document")
+    pack(str(tmp_path / "one.txt"), out, vocab_size=300, val_fraction=0.0)
+    assert many > 1 and decode(out, "train") == ["one document"]
+    names = ["notes.md", "tokenizer", "train-00000.bin", "train-00000.idx", "train.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
