@@ -76,7 +76,8 @@ class RodimusPlusTester(RodimusTester):
 
 class _Suite(CausalLMModelTest):
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):
-        """Our cache: taps and state of every layer; keys of one head, values folded beside them."""
+        """Our cache: taps and state of every layer; keys of one head and the values folded beside
+        them, or in a static cache a ring of both."""
         cache = past_key_values
         self.assertIsInstance(cache, DynamicCache | StaticCache)
         self.assertEqual(len(cache.layers), config.n_layer)
@@ -85,15 +86,20 @@ class _Suite(CausalLMModelTest):
             self.assertEqual(taps.shape[:2], (batch_size, config.d_inner))
             self.assertEqual(state.shape, (batch_size, 1, config.mem_size, config.d_inner))
             if config.block_type == "rodimus_plus":
-                dynamic = isinstance(cache, DynamicCache)
-                held = min(seq_length, WINDOW - 1) if dynamic else min(seq_length, WINDOW)
+                if isinstance(cache, StaticCache):
+                    row = config.head_dim + config.d_model
+                    self.assertEqual(layer.ring.shape[::2], (batch_size, row))
+                    self.assertGreaterEqual(layer.ring.shape[1], min(seq_length, WINDOW))
+                    continue
+                held = min(seq_length, WINDOW - 1)
                 self.assertEqual(layer.keys.shape, (batch_size, 1, held, config.head_dim))
                 self.assertEqual(layer.values.shape, (batch_size, 1, held, config.d_model))
 
     def _check_attentions_for_generate(
         self, batch_size, attentions, prompt_length, output_length, config, decoder_past_key_values
     ):
-        """A sliding layer names no longest length, and the mixin then expects a dynamic cache's."""
+        """A sliding layer names no longest length, and the mixin then expects a dynamic cache's:
+        the weights are those of the keys that there are, however long the ring."""
         cache = decoder_past_key_values
         if not isinstance(cache, StaticCache):
             return super()._check_attentions_for_generate(
@@ -102,8 +108,9 @@ class _Suite(CausalLMModelTest):
         self.assertEqual(len(attentions), output_length - prompt_length)
         for step, layers in enumerate(attentions):
             queries = 1 if step else prompt_length
-            for weights, layer in zip(layers, cache.layers, strict=True):
-                expected = (batch_size, config.num_attention_heads, queries, layer.keys.shape[2])
+            keys = min(prompt_length + step, WINDOW)
+            for weights in layers:
+                expected = (batch_size, config.num_attention_heads, queries, keys)
                 self.assertEqual(weights.shape, expected)
 
     def test_sdpa_can_dispatch_non_composite_models(self):
