@@ -136,6 +136,30 @@ def gated_rms_norm_fwd_kernel(
 
 
 @triton.jit
+def gated_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, BD: tl.constexpr):
+    """``(sum h^2, sum dy w h)`` of a row that is cut into blocks; every program of a row's blocks
+    reads it whole."""
+    r_square = 0.0
+    r_dot = 0.0
+    for first in tl.static_range(0, D, BD):
+        o_d = first + tl.arange(0, BD)
+        mask = o_d < D
+        b_x = tl.load(x + o_d, mask=mask, other=0.0)
+        b_gate = tl.load(gate + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_z = b_x.to(tl.float32)
+        if residual is not None:
+            b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_residual = tl.load(residual + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_z = rounded_sum(b_x, b_residual, b_rw)
+        b_h = b_z * b_gate * sigmoid(b_gate)
+        b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_dy = tl.load(dy + o_d, mask=mask, other=0.0).to(tl.float32)
+        r_square += tl.sum(b_h * b_h, 0)
+        r_dot += tl.sum(b_dy * b_w * b_h, 0)
+    return r_square, r_dot
+
+
+@triton.jit
 def gated_rms_norm_bwd_kernel(
     x,
     gate,
@@ -158,8 +182,9 @@ def gated_rms_norm_bwd_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights by program."""
-    o_d = tl.arange(0, BD)
+    """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights by program. It has a
+    block of ``BD`` columns, the whole row if that is no wider."""
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dw = tl.zeros([BD], tl.float32)
@@ -178,10 +203,20 @@ def gated_rms_norm_bwd_kernel(
         b_sigmoid = sigmoid(b_gate)
         b_silu = b_gate * b_sigmoid
         b_h = b_z * b_silu
-        b_n, r_rms = normalized(b_h, D, eps)
         b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        if BD < D:
+            p_residual = residual if residual is None else residual + i_t * residual_t
+            r_square, r_dot = gated_sums(
+                *(x + i_t * x_t, gate + i_t * gate_t, weight, p_residual, residual_weight),
+                *(dy + i_t * dy_t, D, BD),
+            )
+        else:
+            r_square, r_dot = tl.sum(b_h * b_h, 0), tl.sum(b_dy * b_w * b_h, 0)
+        r_rms = 1.0 / tl.sqrt(r_square / D + eps)
+        b_n = b_h * r_rms
         b_dw += b_dy * b_n
-        b_dh = normalized_backward(b_dy * b_w, b_h, b_n, r_rms, D)
+        # the sum with h rather than n does not wait for r_rms
+        b_dh = r_rms * (b_dy * b_w - b_n * (r_rms * (r_dot / D)))
         b_dz = b_dh * b_silu
         b_dgate = b_dh * b_z * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
         tl.store(dx + i_t * D + o_d, b_dz.to(dx.dtype.element_ty), mask=mask)
@@ -240,6 +275,15 @@ def _backward_tile(width):
     # of MAX_WIDTH, four float32 rows take 256 KiB, which no multiprocessor has: one at a time
     rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1)
     return {**tile, "ROWS": rows}
+
+
+def _gated_backward_tile(width):
+    """Programs a row, and the tile of each. All that a row beyond ``_WIDE`` needs at once is more
+    than the registers hold; its parts, each with the sums over the whole, leave no room for rows
+    in flight."""
+    tile = _backward_tile(min(width, _WIDE))
+    blocks = triton.cdiv(width, tile["BD"])
+    return blocks, {**tile, "D": width, "ROWS": 1 if blocks > 1 else tile["ROWS"]}
 
 
 def _like(x, dtype=None):
@@ -307,11 +351,12 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
     dresidual, dresidual_weight = x.new_empty(0), x.new_empty(0)
     if residual is not None:
         dresidual, dresidual_weight = _like(residual), torch.empty_like(dweight)
-    gated_rms_norm_bwd_kernel[(dweight.shape[0],)](
+    blocks, tile = _gated_backward_tile(x.shape[-1])
+    gated_rms_norm_bwd_kernel[(dweight.shape[0], blocks)](
         *(rows, gates, weight, residuals, residual_weight, dys),
         *(dx, dgate, dresidual, dweight, dresidual_weight, eps, rows.shape[0]),
         *(rows.stride(0), gates.stride(0), _row_stride(residuals), dys.stride(0)),
-        **_backward_tile(x.shape[-1]),
+        **tile,
     )
     if residual is not None:
         dresidual_weight = dresidual_weight.sum(0).to(residual_weight.dtype)

@@ -70,6 +70,19 @@ def test_gated_rms_norm(impl, residual):
     assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
 
 
+@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("residual", [("residual", "residual_weight"), ()])
+@pytest.mark.parametrize("width", [48, 64, 100])
+def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeypatch):
+    """Two whole blocks, or a last one that is not full."""
+    module = pytest.importorskip("rodimus_kernels.triton_norm")
+    monkeypatch.setattr(module, "_WIDE", 32)
+    assert module._gated_backward_tile(width)[0] == -(-width // 32)
+    tensors = make("x", "gate", "weight", *residual, shape=(2, 7, width))
+    ours = lambda **t: gated_rms_norm(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
+
+
 @pytest.mark.parametrize("exact", [exact_add_rms_norm, exact_gated_rms_norm])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_gradients_where_a_program_walks_over_rows(impl, exact, monkeypatch):
