@@ -97,7 +97,7 @@ def _add_generate(commands) -> None:
     _add_model(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     _add_sampling(parser, temperature=0.0, top_p=1.0)
-    parser.set_defaults(command=_lazily("rodimus.generate", "run_generate"))
+    parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_generate"))
 
 
 def _add_chat(commands) -> None:
@@ -110,7 +110,7 @@ def _add_chat(commands) -> None:
     _add_model(parser)
     parser.add_argument("--system", default="", help="what the model is told about its role first")
     _add_sampling(parser, temperature=0.7, top_p=0.95)
-    parser.set_defaults(command=_lazily("rodimus.generate", "run_chat"))
+    parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_chat"))
 
 
 def _add_eval(commands) -> None:

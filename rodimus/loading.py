@@ -209,6 +209,21 @@ def load_generator(
     return model
 
 
+def load_rodimus(
+    name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+) -> RodimusForCausalLM:
+    """As ``load_model``, for what runs Rodimus and Rodimus+ alone: the engine.
+
+    Raises:
+        InputError: as ``load_model``, or it is another model.
+    """
+    model = load_model(name, dtype=dtype, device=device)
+    if not isinstance(model, RodimusForCausalLM):
+        kind = type(model).__name__
+        raise InputError(f"expected a Rodimus language model, {name} is a {kind}")
+    return model
+
+
 def _load_released(
     config: PreTrainedConfig, folder: Path, files: list[Path], dtype
 ) -> PreTrainedModel:

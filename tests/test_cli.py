@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rodimus import cli, convert, env
-from rodimus.generate import Conversation, Sampling, cache_bytes, generate_text
+from rodimus.generation import Engine, Request, SamplingParams
+from rodimus.generation.terminal import Conversation, run
 from rodimus.loading import load_model, load_tokenizer
 from tests.checkpoints import (
     save_model,
@@ -143,21 +145,23 @@ def test_same_seed_same_text(checkpoint, capsys):
 
 def test_text_comes_in_pieces(model, tokenizer):
     pieces = []
-    ids = tokenizer("hello", return_tensors="pt").input_ids[0]
-    torch.manual_seed(0)
-    done = generate_text(model, tokenizer, ids, Sampling(60, temperature=1.0), write=pieces.append)
+    ids = tokenizer("hello").input_ids
+    request = Request(ids, 60, SamplingParams(temperature=1.0, seed=0))
+    done = run(Engine(model, tokenizer), request, pieces.append)
     assert len([piece for piece in pieces if piece]) > 1
-    text = tokenizer.decode(done.ids[done.prompt_tokens :], skip_special_tokens=True)
-    assert "".join(pieces) == text
+    assert "".join(pieces) == tokenizer.decode(done.tokens, skip_special_tokens=True)
 
 
-def test_every_end_token_of_the_model_ends_the_text(model, tokenizer):
-    ids = tokenizer("hello", return_tensors="pt").input_ids[0]
-    tokens = generate_text(model, tokenizer, ids, Sampling(20)).ids[1:].tolist()
-    model.generation_config.eos_token_id = [0, tokens[6]]
-    done = generate_text(model, tokenizer, ids, Sampling(20))
-    assert done.new_tokens == tokens.index(tokens[6]) + 1
-    assert done.ids.tolist() == model.generate(ids[None], max_new_tokens=20)[0].tolist()
+def test_every_end_token_of_the_model_ends_the_text(checkpoint, model, tmp_path, capsys):
+    tokenizer = load_tokenizer(checkpoint)
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    tokens = model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist()
+    folder = shutil.copytree(checkpoint, tmp_path / "two_ends")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, tokens[6]]}))
+    assert command("generate", folder, "--prompt", "hello", "--max-new-tokens", 20) == 0
+    # the text is without the token that ended it
+    text = tokenizer.decode(tokens[: tokens.index(tokens[6], 1)], skip_special_tokens=True)
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_stats_name_rates_and_bytes(checkpoint, capsys):
@@ -170,43 +174,56 @@ def test_stats_name_rates_and_bytes(checkpoint, capsys):
     )
 
 
-def test_bytes_of_the_cache_are_counted_and_do_not_grow(model, tokenizer):
-    """State 8 x 64 in fp32, four inputs of the convolution, 8 keys and values of the window; the
-    ring of the native step holds the token's own, too."""
-    ids = tokenizer("hello world " * 10, return_tensors="pt").input_ids[0]
-    sizes = []
+def test_stats_give_the_bytes_of_the_engines_state(checkpoint, model, capsys):
+    """State 8 x 64 in float32, four inputs of the convolution, and a ring of whole tiles; the same
+    after 40 tokens as after 10."""
+    lines = []
     for new_tokens in (10, 40):
-        done = generate_text(model, tokenizer, ids, Sampling(new_tokens))
-        sizes.append(cache_bytes(done.cache))
-    assert sizes[0] == sizes[1]
+        options = ("--max-new-tokens", new_tokens, "--stats")
+        assert command("generate", checkpoint, "--prompt", "hello world " * 10, *options) == 0
+        lines.append(capsys.readouterr().err.strip().rpartition("; state ")[2])
     layers, width = 2, 32
-    assert sizes[0]["recurrent"] == layers * 8 * 2 * width * 4
-    assert sizes[0]["convolution"] == layers * 2 * width * 4 * 4
-    token = layers * (width // 4 + width) * 4
-    assert sizes[0]["window"] in (8 * token, 9 * token)
+    sizes = {
+        "recurrent": layers * 8 * 2 * width * 4,
+        "convolution": layers * 2 * width * 4 * 4,
+        "window": layers * 64 * (width // 4 + width) * 4,
+    }
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
+    assert lines == [f"{sum(sizes.values()):,} bytes ({kinds})"] * 2
 
 
-def test_conversation_reads_nothing_twice(model, tokenizer):
+@pytest.fixture
+def engine(model, tokenizer):
+    return Engine(model, tokenizer, slots=1)
+
+
+def test_conversation_reads_nothing_twice(engine, model, tokenizer):
     """The second turn continues the state of the first, and says what a fresh one would say."""
-    chat = Conversation(model, tokenizer, Sampling(4), system="S")
+    chat = Conversation(engine, SamplingParams(), 4, system="S")
     first = chat.reply("hello")
-    assert first.prefill_tokens == first.prompt_tokens
+    assert first.prefix_tokens == 0
     # an answer that is read back as the tokens it was made of, as a trained model's is
-    answer = tokenizer(" world", return_tensors="pt").input_ids[0]
-    prompt = first.ids[: first.prompt_tokens]
-    first = generate_text(model, tokenizer, torch.cat([prompt, answer]), Sampling(1))
-    chat.last, chat.messages[-1]["content"] = first, " world"
+    prompt = [*first.prompt.tolist(), *tokenizer(" world").input_ids]
+    engine.prefixes.clear()
+    engine.add_prefix(engine.read(prompt))
+    chat.messages[-1]["content"] = " world"
     second = chat.reply("the quick")
-    assert second.prefill_tokens == second.prompt_tokens - len(prompt) - len(answer)
-    fresh = generate_text(model, tokenizer, second.ids[: second.prompt_tokens], Sampling(4))
-    assert torch.equal(second.ids, fresh.ids)
+    assert second.prefix_tokens == len(prompt)
+    fresh = Engine(model, tokenizer).generate([Request(second.prompt, 4)])[0]
+    assert second.tokens == fresh.tokens
 
 
-def test_conversation_starts_afresh_where_tokens_differ(model, tokenizer):
-    chat = Conversation(model, tokenizer, Sampling(4))
+def test_conversation_starts_afresh_where_tokens_differ(engine):
+    chat = Conversation(engine, SamplingParams(), 4)
     chat.reply("hello")
     chat.messages[0]["content"] = "something else"
-    assert chat.reply("x").prefill_tokens == chat.last.prompt_tokens
+    assert chat.reply("x").prefix_tokens == 0
+
+
+def test_replies_of_a_conversation_have_seeds_of_their_own(engine):
+    chat = Conversation(engine, SamplingParams(temperature=1.0, seed=2**63 - 2), 12)
+    seeds = [chat.reply("hello").request.sampling.seed for _ in range(2)]
+    assert len(set(seeds)) == 2
 
 
 def test_chat_until_an_empty_line(checkpoint, capsys, monkeypatch):

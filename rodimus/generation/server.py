@@ -24,8 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..cli import number
 from ..errors import InputError
-from ..loading import find_device, load_generator, load_tokenizer
-from ..modeling_rodimus import RodimusForCausalLM
+from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -410,10 +409,7 @@ def _service(options) -> Service:
     device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
     try:
-        model = load_generator(options.model, dtype=options.dtype, device=device)
-        if not isinstance(model, RodimusForCausalLM):
-            found = model.config.model_type
-            raise InputError(f"expected a Rodimus model, {options.model} is of type {found!r}")
+        model = load_rodimus(options.model, dtype=options.dtype, device=device)
         engine = Engine(
             model,
             tokenizer,

@@ -9,8 +9,8 @@ import torch
 from rodimus import RodimusForCausalLM
 from rodimus.evaluation.documents import Document
 from rodimus.evaluation.likelihood import evaluate
-from rodimus.generate import cache_bytes
 from tests.checkpoints import tiny_config
+from tests.model.helpers import cache_bytes
 
 
 @pytest.fixture(scope="module", params=["rodimus", "rodimus_plus"])

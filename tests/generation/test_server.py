@@ -519,6 +519,6 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     peer = Qwen2Config(hidden_size=32, num_hidden_layers=1, vocab_size=96)
     Qwen2ForCausalLM(peer).save_pretrained(tmp_path / "peer")
     tokenizer.save_pretrained(tmp_path / "peer")
-    with pytest.raises(InputError, match="expected a Rodimus model, .* is of type 'qwen2'"):
+    with pytest.raises(InputError, match="expected a Rodimus language model, .* is a Qwen2"):
         main([str(tmp_path / "peer")])
     assert END in tokenizer.get_vocab()

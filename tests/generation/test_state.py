@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from rodimus.generate import cache_bytes
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
 from rodimus_kernels.testing import relative_error
 from tests.generation.helpers import RELEASED_PLUS, alone, greedy, prompts_of
+from tests.model.helpers import cache_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,7 +28,6 @@ def test_snapshots_and_caches_take_the_bytes_of_the_formula(model, length):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(prompt[None], past_key_values=cache, use_cache=True)
-    # what `rodimus generate --stats` prints
     held = cache_bytes(cache)
     assert {kind: held.get(kind, 0) for kind in expected} == expected
 

@@ -1,7 +1,11 @@
 """Tiny models with the golden weights or lively random ones."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from tests.model.golden_data import golden_config, golden_weights
@@ -76,3 +80,29 @@ def random_ids(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Te
     """Token ids >= 3: none of the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab, (batch, length), generator=generator)
+
+
+def cache_bytes(cache: Cache) -> dict[str, int]:
+    """Bytes of a cache by what they hold: ``recurrent``, ``convolution``, ``window``, ``other``."""
+    names = {
+        "recurrent_states": "recurrent",
+        "conv_states": "convolution",
+        **dict.fromkeys(("keys", "values", "_keys", "_values", "ring"), "window"),
+    }
+    sizes: dict[str, int] = {}
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            kind = names.get(name, "other")
+            for tensor in _tensors(value):
+                sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+    return {kind: size for kind, size in sizes.items() if size}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)

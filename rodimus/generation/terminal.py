@@ -1,0 +1,181 @@
+"""``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and what it took."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..errors import InputError
+from ..loading import find_device, load_rodimus, load_tokenizer
+from .engine import Engine, Generation, Request
+from .sampling import MAX_SEED, SamplingParams
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """The tokens of a prompt.
+
+    Raises:
+        InputError: there are none, the model does not know one of them, or the text is not Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is no UTF-8 text at character {error.start}") from error
+    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    if not ids:
+        raise InputError("the prompt has no tokens: there is nothing to continue")
+    if max(ids) >= model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {max(ids)}, and the model knows"
+            f" {model.config.vocab_size}: they do not belong together"
+        )
+    return ids
+
+
+def run(engine: Engine, request: Request, write: Callable[[str], Any]) -> Generation:
+    """Run one request to its end; ``write`` gets the text in pieces, as it comes.
+
+    Raises:
+        InputError: it cannot be served, or the model's numbers are not finite.
+    """
+    try:
+        generation = engine.submit(request)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    while generation.finish_reason is None:
+        engine.step()
+        write(generation.drain().text)
+    if generation.error is not None:
+        raise InputError(generation.error)
+    return generation
+
+
+def stats(engine: Engine, generation: Generation) -> str:
+    """One line: tokens per second of both phases, and the bytes that the state takes."""
+    read = len(generation.prompt) - generation.prefix_tokens
+    parts = [_rate("prompt", read, generation.started - generation.submitted)]
+    if decoded := len(generation.tokens) - 1:
+        parts.append(_rate("decode", decoded, generation.finished - generation.started))
+    sizes = {kind: size for kind, size in engine.layout.bytes().items() if size}
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in sizes.items())
+    return f"{'; '.join(parts)}; state {sum(sizes.values()):,} bytes ({kinds})"
+
+
+def _rate(phase: str, tokens: int, seconds: float) -> str:
+    return (
+        f"{phase} {tokens} tokens in {seconds:.3f} s = {tokens / max(seconds, 1e-9):.1f} tokens/s"
+    )
+
+
+class Conversation:
+    """Turns of a chat, and the state that stands for all of them, so that none is read twice.
+
+    Args:
+        engine: With a tokenizer that has a chat template. Its stored prefixes are replaced.
+        sampling: Of all replies; each has the next seed.
+        max_new_tokens: Most tokens of a reply.
+        system: What the model is told about its role first.
+    """
+
+    def __init__(
+        self, engine: Engine, sampling: SamplingParams, max_new_tokens: int, system: str = ""
+    ):
+        self.engine, self.sampling, self.max_new_tokens = engine, sampling, max_new_tokens
+        self.messages = [{"role": "system", "content": system}] if system else []
+        engine.prefixes.clear()
+
+    def reply(self, text: str, write: Callable[[str], Any] = lambda text: None) -> Generation:
+        """Add what the user says and generate the answer to it."""
+        self.messages.append({"role": "user", "content": text})
+        engine, sampling = self.engine, self.sampling
+        rendered = engine.tokenizer.apply_chat_template(
+            self.messages, tokenize=False, add_generation_prompt=True
+        )
+        ids = encode(engine.model, engine.tokenizer, rendered, add_special_tokens=False)
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + len(self.messages)) % MAX_SEED)
+        request = Request(ids, self.max_new_tokens, sampling, keep_state=True)
+        generation = run(engine, request, write)
+        # where the next prompt begins with other tokens, nothing of the state is used
+        engine.prefixes.clear()
+        engine.add_prefix(generation.state)
+        self.messages.append({"role": "assistant", "content": generation.text})
+        return generation
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """The command ``rodimus generate``."""
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    model, tokenizer = _load(options)
+    ids = encode(model, tokenizer, prompt)
+    engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
+    _write(prompt)
+    request = Request(ids, options.max_new_tokens, _sampling(options))
+    generation = run(engine, request, _write)
+    _write("\n")
+    if options.stats:
+        print(stats(engine, generation), file=sys.stderr)
+
+
+def run_chat(options: argparse.Namespace) -> None:
+    """The command ``rodimus chat``."""
+    model, tokenizer = _load(options)
+    if tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer of {options.model} has no chat template, so the model was not made to"
+            " chat: let it continue text with `rodimus generate`"
+        )
+    engine = _engine(model, tokenizer, model.config.max_position_embeddings)
+    start = lambda: Conversation(engine, _sampling(options), options.max_new_tokens, options.system)
+    conversation = start()
+    while (line := _read_line()) not in ("", "/exit"):
+        if line == "/reset":
+            conversation = start()
+            continue
+        generation = conversation.reply(line, _write)
+        _write("\n")
+        if options.stats:
+            print(stats(engine, generation), file=sys.stderr)
+
+
+def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    logging.disable_progress_bar()
+    device = find_device(options.device)
+    tokenizer = load_tokenizer(options.model)
+    return load_rodimus(options.model, dtype=options.dtype, device=device), tokenizer
+
+
+def _engine(model, tokenizer, longest: int) -> Engine:
+    """An engine for one text; only attention without a window limits its length."""
+    limited = model.config.block_type == "rodimus_plus" and model.config.sliding_window is None
+    return Engine(model, tokenizer, slots=1, max_length=longest if limited else None)
+
+
+def _sampling(options: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
