@@ -2,8 +2,8 @@
 //
 // For one row of x, weights are read in order: a single stream a thread is what the processor's
 // prefetchers follow best. For more rows of x a few rows of weights are read side by side, so that x
-// is read less often than they are. One dot product always adds in the same order, in kPlaces places
-// that do not wait for each other, so a row's result does not depend on its neighbours.
+// is read less often than they are. One dot product always adds in the same order, so a row's result
+// does not depend on its neighbours.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -27,9 +27,7 @@ constexpr int kVectorBytes = 16;
 constexpr bool kManyRegisters = false;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
-constexpr int kPlaces = 2;
-// For two rows of x or more: rows of weights read side by side, and rows of x that they meet at once.
-constexpr int kWeightRows = kManyRegisters ? 4 : 2;
+// Rows of x that rows of weights meet at once.
 constexpr int kMostTogether = kManyRegisters ? 3 : 2;
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
@@ -63,13 +61,15 @@ inline float horizontal_sum(Vector x) {
 // Elements of bfloat16 weights in one vector.
 constexpr int kPair = 2 * kLanes;
 
-// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x.
+// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x. A product
+// is summed in kPlaces of them, so that additions need not wait for each other. For two rows of x or
+// more, kRows rows of weights are read side by side.
 template <class T>
 struct Sum;
 
 template <>
 struct Sum<float> {
-  static constexpr int kWidth = kLanes;
+  static constexpr int kWidth = kLanes, kPlaces = 2, kRows = kManyRegisters ? 4 : 2;
   Vector sum = {};
   void add(const float* weight, const float* x) { sum += load(weight) * load(x); }
   Vector total() const { return sum; }
@@ -83,7 +83,7 @@ inline __m512bh load_pairs(const BFloat16* p) {
 
 template <>
 struct Sum<BFloat16> {
-  static constexpr int kWidth = kPair;
+  static constexpr int kWidth = kPair, kPlaces = 2, kRows = 4;
   __m512 sum = _mm512_setzero_ps();
   void add(const BFloat16* weight, const BFloat16* x) {
     sum = _mm512_dpbf16_ps(sum, load_pairs(weight), load_pairs(x));
@@ -97,7 +97,7 @@ struct Sum<BFloat16> {
 // of weights holds an even element in its low half and an odd one in its high half.
 template <>
 struct Sum<BFloat16> {
-  static constexpr int kWidth = kPair;
+  static constexpr int kWidth = kPair, kPlaces = 1, kRows = 4;
   Vector even = {}, odd = {};
   void add(const BFloat16* weight, const float* x) {
     Bits w = load_bits(weight);
@@ -140,7 +140,8 @@ struct Operand<BFloat16> {
 template <int R, int M, class T>
 inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                  int64_t size, float (*out)[kMaxRows]) {
-  constexpr int kWidth = Sum<T>::kWidth;
+  constexpr int kWidth = Sum<T>::kWidth, kPlaces = Sum<T>::kPlaces;
+  static_assert(kPlaces <= 2, "one vector at most may be left");
   Sum<T> sum[kPlaces][R][M];
   auto add = [&](int place, int64_t i) {
     for (int m = 0; m < M; ++m)
@@ -149,13 +150,14 @@ inline void dots(const T* weight, int64_t stride, const typename Operand<T>::typ
   int64_t i = 0;
   for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth)
     for (int place = 0; place < kPlaces; ++place) add(place, i + place * kWidth);
-  static_assert(kPlaces == 2, "one vector at most may be left");
   if (i + kWidth <= size) add(0, i), i += kWidth;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
       float tail = 0.0f;
       for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * widen(x[m][j]);
-      out[r][m] = horizontal_sum(sum[0][r][m].total() + sum[1][r][m].total()) + tail;
+      Vector total = sum[0][r][m].total();
+      if constexpr (kPlaces == 2) total += sum[1][r][m].total();
+      out[r][m] = horizontal_sum(total) + tail;
     }
 }
 
@@ -201,7 +203,7 @@ inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
   const typename Operand<T>::type* x[kMaxRows];
   for (int64_t m = 0; m < a.rows; ++m)
     x[m] = Operand<T>::made(row<T>(a.x, m), a.scratch + m * a.inputs);
-  if (a.rows > 1) begin = linear_rows<kWeightRows, T>(a, x, begin, end);
+  if (a.rows > 1) begin = linear_rows<Sum<T>::kRows, T>(a, x, begin, end);
   linear_rows<1, T>(a, x, begin, end);
 }
 
