@@ -93,7 +93,8 @@ class Session(ABC):
 
     def step(self) -> None:
         """One greedy token: forward, argmax, and the token becomes the next input."""
-        self.token.copy_(self.decode(self.token).argmax(-1, keepdim=True))
+        # in float32, as transformers; torch's argmax of bfloat16 is six times as slow on a CPU
+        self.token.copy_(self.decode(self.token).float().argmax(-1, keepdim=True))
 
 
 class Model(ABC):
