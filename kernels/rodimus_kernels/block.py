@@ -91,7 +91,7 @@ def block_step(
         head_dim: Channels of a head.
         key_eps: Lower bound of the key norm.
         norm_eps: Added to the mean squares.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``[B, D]`` in the stream's dtype.

@@ -44,17 +44,16 @@ def linear_cross_entropy(
         z_loss: Weight of the squared log-partition term.
         ignore_index: Label that counts for nothing.
         reduction: ``"sum"``, or ``"mean"`` over the labels that count.
-        impl: ``"auto"``, ``"triton"`` or ``"eager"`` (chunked), or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``, which holds all logits; an
+            explicit choice never falls back.
 
     Returns:
         ``(loss, cross_entropy)``: scalars in float32 (float64 for float64 inputs). The second
-        leaves the z term out and
-        carries no gradient: the number to log.
+        leaves the z term out and carries no gradient: the number to log.
 
     Raises:
         ValueError: shapes or devices differ, a label is outside the vocabulary (checked on the
-        CPU), or an option is
-            unknown.
+            CPU), or an option is unknown.
     """
     check_shape("hidden", hidden, ("N", "D"))
     check_shape("weight", weight, ("vocabulary", hidden.shape[1]))

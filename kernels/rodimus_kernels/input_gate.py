@@ -34,7 +34,8 @@ def input_gate(
         hidden: The input projected to the rank, ``[..., R]``.
         weight: ``[D, R]``.
         bias: ``[D]``.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with

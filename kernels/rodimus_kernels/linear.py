@@ -27,7 +27,8 @@ def linear_step(
         x: ``[M, K]``; the native form takes M <= 8.
         weight: ``[N, K]`` of x's dtype.
         bias: ``[N]`` or None; float32 or x's dtype.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``[M, N]`` in x's dtype. With the native form a row does not depend on the other rows.

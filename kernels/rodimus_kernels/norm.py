@@ -31,7 +31,8 @@ def rms_norm(
         x: ``[..., D]``, usually the float32 residual stream.
         weight: ``[D]``.
         eps: Added to the mean square.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``[..., D]`` in weight's dtype.
@@ -59,7 +60,8 @@ def add_rms_norm(
         residual: Stream ``[..., D]``, usually float32; its dtype is kept.
         weight: ``[D]``.
         eps: Added to the mean square.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``(rms_norm(residual + x), residual + x)``: the first in weight's dtype, the second in the
@@ -94,7 +96,8 @@ def gated_rms_norm(
         eps: Added to the mean square.
         residual: ``[..., D]`` or None; comes with ``residual_weight``.
         residual_weight: ``[D]``, usually float32.
-        impl: ``"auto"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"native"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``[..., D]`` in x's dtype; the weighted sum is rounded to it before gating.

@@ -45,7 +45,7 @@ def short_conv(
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1.
         seq_idx: int ``[B, T]`` document of each token, for packed rows of any batch; without
             states.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, D]`` in x's dtype, ``final_state`` ``[N, D, W]`` or
@@ -100,7 +100,7 @@ def short_conv_step(
         conv_state: The last W inputs, oldest first, ``[B, D, W]``; overwritten.
         weight: ``[D, W]``.
         bias: ``[D]`` or None.
-        impl: ``"auto"``, ``"native"`` or ``"reference"``.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``[B, D]`` in x's dtype.

@@ -21,7 +21,8 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
     Args:
         projection: ``[..., 2 D]``: x in the first D channels, its gate in the others.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
+            falls back.
 
     Returns:
         ``[..., D]`` in the projection's dtype, computed in float32 or wider; with

@@ -61,7 +61,7 @@ def ddts_gates(
         select: Pre-activation of the selection gate, shaped like ``k``.
         temper: Pre-activation of the temperature gate, shaped like ``k``.
         eps: Lower bound of the key norm; the released configurations use 1e-5 or 1e-12.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``(k, log_decay)``: both shaped like ``k``, float32 (float64 for float64 inputs).
@@ -108,7 +108,8 @@ def ddts(
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents, rising from 0 to T; requires B
             = 1. Values are checked on the CPU; on a GPU that would stop the stream, so they are
             the caller's promise.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton_chunk"``, ``"triton_recurrent"``, ``"eager"`` or
+            ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``(o, final_state)``: ``o`` is ``[B, T, H, V]`` in ``v.dtype``; ``final_state`` is float32
@@ -190,7 +191,8 @@ def ddts_step(
         log_decay: Natural log of the decay, entries <= 0.
         state: ``[B, H, K, V]``, float32 (float64 for float64 inputs), contiguous; overwritten.
         scale: Query scale. Default ``K ** -0.5``.
-        impl: ``"auto"``, ``"native"``, ``"triton"``, ``"eager"`` or ``"reference"``.
+        impl: ``"auto"``, ``"native"``, ``"triton"``, ``"eager"`` or ``"reference"``; an explicit
+            choice never falls back.
 
     Returns:
         ``[B, H, V]`` in ``v.dtype``.

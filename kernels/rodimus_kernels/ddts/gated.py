@@ -50,8 +50,8 @@ def gated_ddts(
         output_final_state: Return the state after the last token of each row.
         starts: bool ``[B, T]`` or ``[1, T]``, True at the first token of each packed document: it
             erases the state before it.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back. ``"separate"``
-            calls the two functions.
+        impl: ``"auto"``, ``"triton_chunk"``, ``"separate"``, which calls the two functions, or
+            ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``(o, final_state)`` as of :func:`ddts`.

@@ -60,7 +60,7 @@ def ddts_mixer_step(
         scale: Query scale. Default ``K ** -0.5``.
         key_eps: Lower bound of the key norm.
         norm_eps: Added to the mean square.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"native"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``[B, V]`` in x's dtype: the input of the mixer's last projection.

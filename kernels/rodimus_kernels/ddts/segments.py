@@ -92,7 +92,7 @@ def ddts_scan(
         log_decays: Total log-decay of each segment, ``[S, N, H, K]``.
         reverse: From the last segment to the first: of the gradients of ``before`` it makes the
             gradients of ``states``.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``[S, N, H, K, V]`` in the dtype of ``states``.

@@ -32,8 +32,6 @@ _ROPE = {
     "triton": "rodimus_kernels.shared_key_attention.triton_rope:forward",
 }
 IMPLS = tuple(_SEQUENCE)
-STEP_IMPLS = tuple(_STEP)
-ROPE_IMPLS = tuple(_ROPE)
 
 _TRITON_MAX_DIM = 256
 
@@ -53,7 +51,7 @@ def rope(
         cos: ``[B or 1, T, dim / 2]``, of the positions by :func:`rodimus_kernels.rope_tables`; the
             first ``dim <= D`` channels are rotated, the rest pass.
         sin: Shaped like ``cos``.
-        impl: ``"auto"``, or one of ``ROPE_IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:
         ``[B, T, H, D]`` in x's dtype.
@@ -101,7 +99,8 @@ def shared_key_attention(
         window_size: Keys a query sees, its own position included; None for all before it.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents among the S keys; requires B = 1.
-        impl: ``"auto"``, or one of ``IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"``, ``"flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``; an
+            explicit choice never falls back.
 
     Returns:
         ``[B, T, H, Dv]`` in ``v.dtype``.
@@ -165,7 +164,8 @@ def shared_key_attention_step(
         position: int64 ``[B]``: tokens each sequence has seen before these.
         window_size: Keys a query sees, its own position included.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
-        impl: ``"auto"``, or one of ``STEP_IMPLS``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"native"``, ``"triton"``, ``"sdpa"`` or ``"reference"``; an explicit
+            choice never falls back.
 
     Returns:
         ``[B, T, H, Dv]`` in ``v.dtype``.
