@@ -4,12 +4,12 @@ import torch
 
 from ._dispatch import check_alike, check_shape, load, runs_triton
 
-_IMPLEMENTATIONS = {
+_IMPLS = {
     "reference": "rodimus_kernels.reference:linear_cross_entropy",
-    "eager": "rodimus_kernels.cross_entropy:torch_rows",
+    "eager": "rodimus_kernels.cross_entropy:eager_rows",
     "triton": "rodimus_kernels.triton_cross_entropy:rows",
 }
-IMPLS = tuple(_IMPLEMENTATIONS)
+IMPLS = tuple(_IMPLS)
 
 # Bytes of logits held at once. On a CPU 8 MiB of them stay in cache between the passes (with 4096
 # classes, it beat 1 MiB .. 64 MiB there); a GPU wants whole waves of work instead.
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     if impl == "auto":
         double = hidden.dtype == torch.float64
         impl = "triton" if runs_triton(hidden.device) and not double else "eager"
-    function = load("linear_cross_entropy", impl, _IMPLEMENTATIONS)
+    function = load("linear_cross_entropy", impl, _IMPLS)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels):
         worst = torch.where(labels == ignore_index, 0, labels)
         if worst.min() < 0 or worst.max() >= weight.shape[0]:
@@ -84,7 +84,7 @@ def linear_cross_entropy(
     return loss, cross_entropy
 
 
-def torch_rows(logits, labels, z_loss, ignore_index, write_gradient):
+def eager_rows(logits, labels, z_loss, ignore_index, write_gradient):
     """Losses of rows of logits, which become their gradient in place.
 
     Args:
@@ -131,7 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, z_loss, ignore_index, losses_of_rows):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # the kernel widens in registers
-        dtype = wide if losses_of_rows is torch_rows else hidden.dtype
+        dtype = wide if losses_of_rows is eager_rows else hidden.dtype
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         totals = hidden.new_zeros(2, dtype=wide)
         dhidden = torch.empty_like(hidden) if need_hidden else None

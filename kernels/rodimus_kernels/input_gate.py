@@ -5,12 +5,12 @@ import torch.nn.functional as F
 
 from ._dispatch import check_alike, check_floating, check_shape, load, runs_triton
 
-_IMPLEMENTATIONS = {
+_IMPLS = {
     "reference": "rodimus_kernels.reference:input_gate",
-    "torch": "rodimus_kernels.input_gate:torch_input_gate",
+    "eager": "rodimus_kernels.input_gate:eager_input_gate",
     "triton": "rodimus_kernels.triton_input_gate:input_gate",
 }
-IMPLS = tuple(_IMPLEMENTATIONS)
+IMPLS = tuple(_IMPLS)
 
 # the widest rank that a program of the Triton form holds
 _MAX_RANK = 128
@@ -34,12 +34,12 @@ def input_gate(
         hidden: The input projected to the rank, ``[..., R]``.
         weight: ``[D, R]``.
         bias: ``[D]``.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
+        impl: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``; an explicit choice never
             falls back.
 
     Returns:
         ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with
-        ``impl="torch"``, the automatic choice off a GPU, in the dtypes given.
+        ``impl="eager"``, the automatic choice off a GPU, in the dtypes given.
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
@@ -52,14 +52,14 @@ def input_gate(
     if impl == "auto":
         double = torch.float64 in (x.dtype, hidden.dtype, weight.dtype, bias.dtype)
         impl = _choose(runs_triton(x.device), hidden.shape[-1], double)
-    return load("input_gate", impl, _IMPLEMENTATIONS)(x, hidden, weight, bias)
+    return load("input_gate", impl, _IMPLS)(x, hidden, weight, bias)
 
 
 def _choose(triton: bool, rank: int, double: bool) -> str:
     """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program."""
-    return "triton" if triton and rank <= _MAX_RANK and not double else "torch"
+    return "triton" if triton and rank <= _MAX_RANK and not double else "eager"
 
 
-def torch_input_gate(x, hidden, weight, bias):
+def eager_input_gate(x, hidden, weight, bias):
     """Three torch operations in the dtypes given, as autocast has them."""
     return (F.linear(hidden, weight, bias).sigmoid() * x).to(x.dtype)

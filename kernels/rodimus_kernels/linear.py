@@ -8,7 +8,7 @@ from ._dispatch import check_alike, check_shape, choose_compiled, load
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_step",
-    "torch": "rodimus_kernels.linear:torch_linear",
+    "eager": "rodimus_kernels.linear:eager_linear",
     "native": "rodimus_kernels.native_linear:step",
 }
 IMPLS = tuple(_IMPLS)
@@ -27,7 +27,7 @@ def linear_step(
         x: ``[M, K]``; the native form takes M <= 8.
         weight: ``[N, K]`` of x's dtype.
         bias: ``[N]`` or None; float32 or x's dtype.
-        impl: ``"auto"``, ``"native"``, ``"torch"`` or ``"reference"``; an explicit choice never
+        impl: ``"auto"``, ``"native"``, ``"eager"`` or ``"reference"``; an explicit choice never
             falls back.
 
     Returns:
@@ -47,11 +47,11 @@ def linear_step(
     with torch.no_grad():
         if impl == "auto":
             small = 1 <= x.shape[0] <= native.MAX_ROWS
-            impl = choose_compiled("torch", x, weight, bias) if small else "torch"
+            impl = choose_compiled("eager", x, weight, bias) if small else "eager"
         return load("linear_step", impl, _IMPLS)(x, weight, bias)
 
 
-def torch_linear(x, weight, bias=None):
+def eager_linear(x, weight, bias=None):
     """``F.linear``; a wider bias is added in its own dtype, then rounded."""
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)

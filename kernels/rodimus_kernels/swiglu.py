@@ -5,12 +5,12 @@ import torch.nn.functional as F
 
 from ._dispatch import check_floating, load, runs_triton
 
-_IMPLEMENTATIONS = {
+_IMPLS = {
     "reference": "rodimus_kernels.reference:swiglu",
-    "torch": "rodimus_kernels.swiglu:torch_swiglu",
+    "eager": "rodimus_kernels.swiglu:eager_swiglu",
     "triton": "rodimus_kernels.triton_swiglu:swiglu",
 }
-IMPLS = tuple(_IMPLEMENTATIONS)
+IMPLS = tuple(_IMPLS)
 
 
 def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
@@ -21,12 +21,12 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
     Args:
         projection: ``[..., 2 D]``: x in the first D channels, its gate in the others.
-        impl: ``"auto"``, ``"triton"``, ``"torch"`` or ``"reference"``; an explicit choice never
+        impl: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``; an explicit choice never
             falls back.
 
     Returns:
         ``[..., D]`` in the projection's dtype, computed in float32 or wider; with
-        ``impl="torch"``, the automatic choice off a GPU, in the dtype given.
+        ``impl="eager"``, the automatic choice off a GPU, in the dtype given.
 
     Raises:
         ValueError: the width is odd, or the dtype or device breaks the contract.
@@ -36,11 +36,11 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     check_floating(projection=projection)
     if impl == "auto":
         double = projection.dtype == torch.float64
-        impl = "triton" if runs_triton(projection.device) and not double else "torch"
-    return load("swiglu", impl, _IMPLEMENTATIONS)(projection)
+        impl = "triton" if runs_triton(projection.device) and not double else "eager"
+    return load("swiglu", impl, _IMPLS)(projection)
 
 
-def torch_swiglu(projection):
+def eager_swiglu(projection):
     """Two torch operations in the dtype given."""
     x, gate = projection.chunk(2, dim=-1)
     return F.silu(gate) * x

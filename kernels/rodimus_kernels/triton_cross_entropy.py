@@ -62,7 +62,7 @@ def cross_entropy_rows_kernel(
 
 
 def rows(logits, labels, z_loss, ignore_index, write_gradient):
-    """The contract is that of :func:`rodimus_kernels.cross_entropy.torch_rows`."""
+    """The contract is that of :func:`rodimus_kernels.cross_entropy.eager_rows`."""
     check_runs_here("linear_cross_entropy", logits)
     return torch.ops.rodimus.cross_entropy_rows(
         logits, labels, z_loss, ignore_index, write_gradient

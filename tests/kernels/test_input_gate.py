@@ -10,7 +10,7 @@ from tests.kernels.device import DEVICE, TRITON_MARKS
 
 # a float32 product is three tf32 products on a GPU, each term known to 2^-21
 LIMIT = 1e-6 if DEVICE == "cpu" else 3e-6
-IMPLS = ["reference", "torch", pytest.param("triton", marks=TRITON_MARKS)]
+IMPLS = ["reference", "eager", pytest.param("triton", marks=TRITON_MARKS)]
 
 
 def make(tokens=(2, 35), width=140, rank=12, dtype=torch.float32):
@@ -87,9 +87,9 @@ def test_opcheck():
 
 def test_automatic_choice():
     assert _choose(True, 32, False) == "triton"
-    assert _choose(True, 300, False) == "torch"
-    assert _choose(True, 32, True) == "torch"
-    assert _choose(False, 32, False) == "torch"
+    assert _choose(True, 300, False) == "eager"
+    assert _choose(True, 32, True) == "eager"
+    assert _choose(False, 32, False) == "eager"
 
 
 def test_bad_input_says_what_was_expected():

@@ -7,7 +7,7 @@ from rodimus_kernels import swiglu
 from rodimus_kernels.testing import assert_close
 from tests.kernels.device import DEVICE, TRITON_MARKS
 
-IMPLS = ["reference", "torch", pytest.param("triton", marks=TRITON_MARKS)]
+IMPLS = ["reference", "eager", pytest.param("triton", marks=TRITON_MARKS)]
 
 
 def make(shape=(2, 35, 2 * 140), dtype=torch.float32):
