@@ -566,6 +566,15 @@ def _has_rings(cache) -> bool:
 # Padding and packing: where the tokens of a batch stand
 # ----------------------------------------------------------------------------------------------
 
+NO_PADDING = {"tokens": None, "order": None, "pads": None, "attention": None}
+"""Layout of new tokens without padding: what blocks are told, and what ``attention_mask`` may be.
+
+``tokens``: bool ``[B, T]`` in the left-padded layout, None if all are tokens. ``order``: ``[B, T]``
+source of each place of the layout, None for the identity. ``pads``: ``[B]`` padding that would
+separate the new tokens from cached ones, or None. ``attention``: the mask of the attention
+implementation in that layout, None where it needs none.
+"""
+
 
 def _left_padded(attention_mask):
     """The mask of the same rows with all padding moved to the front: bool ``[B, S]``."""
@@ -581,17 +590,15 @@ def _padding_layout(attention_mask, length, is_static):
     that are padded elsewhere are permuted into that layout, and the cache holds it too.
 
     Returns:
-        Dict with ``tokens``: bool ``[B, T]`` in the left-padded layout, None if all are tokens;
-        ``order``: ``[B, T]`` source of each place of the layout, None for the identity;
-        ``pads``: ``[B]`` padding that would separate the new tokens from cached ones, or None.
+        Dict like ``NO_PADDING``, without the mask of attention.
     """
-    layout = {"tokens": None, "order": None, "pads": None}
-    if attention_mask is None or (length == 1 and is_tracing(attention_mask)):
+    layout = dict(NO_PADDING)
+    if length == 1 and is_tracing(attention_mask):
         return layout
     given = attention_mask[:, -length:]
     if is_tracing(given):
         order = torch.argsort(given.int(), dim=1, stable=True)
-        return {"tokens": given.gather(1, order), "order": order, "pads": None}
+        return layout | {"tokens": given.gather(1, order), "order": order}
     if given.all():
         return layout
     tokens = _left_padded(given)
@@ -1403,7 +1410,7 @@ class RodimusModel(RodimusPreTrainedModel):
                     " dropout of attention weights"
                 )
             position_ids, use_cache = context.position_ids, False
-            attention_mask = {**_padding_layout(None, 0, False), "attention": None}
+            attention_mask = NO_PADDING
         past_key_values = adopt_cache(past_key_values)
         _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
@@ -1554,8 +1561,7 @@ class RodimusModel(RodimusPreTrainedModel):
             layout = _padding_layout(attention_mask, length, is_static)
             attention_mask = _left_padded(attention_mask)
         else:
-            layout = _padding_layout(None, 0, False)
-        layout["attention"] = None
+            layout = dict(NO_PADDING)
         one_token = inputs_embeds.shape[1] == 1
         one_token = one_token and (attention_mask is None or attention_mask.dim() == 2)
         # eager attention is asked for where somebody looks at its weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..modeling_rodimus import NO_PADDING
 from .state import SlotStates
 
 
@@ -45,12 +46,10 @@ class Decoder:
         token = (self.tokens[:batch, None], positions[:, None])
         logits = self.model.step(*token, cache) if self._is_whole else None
         if logits is None:
-            # what the model computes from a padding mask, for rows that have none
-            layout = {"tokens": None, "order": None, "pads": None, "attention": None}
             output = self.model(
                 token[0],
                 position_ids=token[1],
-                attention_mask=layout,
+                attention_mask=NO_PADDING,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
