@@ -68,11 +68,15 @@ try:
         short_conv,
         swiglu,
     )
+    from rodimus_kernels.reference import RESET, document_ids, expand_heads
 except ImportError:
     from .reference_rodimus import (
+        RESET,
         add_rms_norm,
         ddts_gates,
         ddts_step,
+        document_ids,
+        expand_heads,
         gated_ddts,
         gated_rms_norm,
         input_gate,
@@ -90,11 +94,8 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-# A log-decay that erases the state: set at the first token of a packed document.
-_RESET = -1e30
-
-# A static window has a multiple of this many places: whole tiles for the attention kernels.
-_RING_TILE = 64
+# A window kept as a ring has a multiple of this many places: whole tiles for the attention kernels.
+RING_TILE = 64
 
 # A pre-activation of the selection gate at which a token neither writes to the state nor decays it.
 _CLOSED = -1e30
@@ -305,7 +306,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
 
     def _start_ring(self, new):
         """Room for the window, in whole tiles of the kernels; new: ``[B, T, keys and values]``."""
-        places = -(-self.window // _RING_TILE) * _RING_TILE
+        places = -(-self.window // RING_TILE) * RING_TILE
         self.ring = new.new_zeros(new.shape[0], places, new.shape[2])
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.ring)
@@ -628,11 +629,7 @@ def _close_gap(x, pads, new):
 def _documents(position_ids, cu_seqlens, length):
     """Document of each token in packed rows: ``[B or 1, T]``, None when nothing is packed."""
     if cu_seqlens is not None:
-        return torch.searchsorted(
-            cu_seqlens[1:].contiguous(),
-            torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype),
-            right=True,
-        )[None]
+        return document_ids(cu_seqlens, length)[None]
     if position_ids is None or length == 1:
         return None
     jumps = position_ids[:, 1:] - position_ids[:, :-1] != 1
@@ -903,7 +900,7 @@ class RodimusInnerMixer(nn.Module):
             return o
         k, log_decay = ddts_gates(k, select, temper, eps=eps)
         if starts is not None:
-            log_decay = log_decay.masked_fill(starts[..., None, None], _RESET)
+            log_decay = log_decay.masked_fill(starts[..., None, None], RESET)
         if context is not None:
             return context.recur(q, k, v, log_decay)
         if record:
@@ -966,15 +963,6 @@ def eager_attention_forward(
     return o.transpose(1, 2).contiguous(), weights
 
 
-def _spread_heads(x, heads):
-    """``[B, S, Hx, dim]`` to ``[B, heads, S, dim]``: head i reads head i % Hx; one head is a
-    view."""
-    x = x.transpose(1, 2)
-    if x.shape[1] == 1:
-        return x.expand(-1, heads, -1, -1)
-    return x if x.shape[1] == heads else x.repeat(1, heads // x.shape[1], 1, 1)
-
-
 class RodimusAttention(nn.Module):
     """Sliding-window attention with shared keys and a value head per query head (section 3.2).
 
@@ -982,7 +970,7 @@ class RodimusAttention(nn.Module):
     dim]``: transformers' cache layers then keep one key head beside many value heads."""
 
     is_causal = True
-    # Heads are spread before the attention interface is called.
+    # Heads are expanded before the attention interface is called.
     num_key_value_groups = 1
 
     def __init__(self, config: RodimusConfig, layer_idx: int):
@@ -1026,8 +1014,8 @@ class RodimusAttention(nn.Module):
         return attend(
             self,
             q.transpose(1, 2),
-            _spread_heads(k, self.num_heads),
-            _spread_heads(v, self.num_heads),
+            expand_heads(k, self.num_heads),
+            expand_heads(v, self.num_heads),
             layout["attention"],
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,

@@ -7,6 +7,8 @@ native library can name an operator without importing its implementation.
 
 import torch
 
+from .reference import accumulation_dtype
+
 torch.library.define(
     "rodimus::ddts_eager",
     "(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state,"
@@ -38,15 +40,10 @@ TRITON_CHUNK = 64
 TRITON_KEY_DIMS = (16, 32, 64, 128, 256)
 
 
-def state_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Dtype of a recurrent state: float32, and float64 when any input is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 @torch.library.register_fake("rodimus::ddts_eager")
 def _(q, k, v, log_decay, scale, initial_state, save_states):
     batch, length, heads, key_dim = q.shape
-    dtype = state_dtype(q, k, v, log_decay)
+    dtype = accumulation_dtype(q, k, v, log_decay)
     chunks = (length + EAGER_CHUNK - 1) // EAGER_CHUNK if save_states else 0
     state_shape = (key_dim, v.shape[-1])
     return (

@@ -261,9 +261,7 @@ def ddts_mixer_step(
         y ``[B, V]`` in x's dtype.
     """
     k, log_decay = ddts_gates(k, select, temper, eps=key_eps)
-    dtype = accumulation_dtype(gate_hidden, gate_weight, gate_bias)
-    gated = F.linear(gate_hidden.to(dtype), gate_weight.to(dtype), gate_bias.to(dtype)).sigmoid()
-    v = (gated * x).to(x.dtype)
+    v = input_gate(x, gate_hidden, gate_weight, gate_bias)
     o = ddts_step(*(t.unsqueeze(1) for t in (q, k, v, log_decay)), state, scale=scale)
     return gated_rms_norm(
         *(o.squeeze(1), gate, norm_weight),
@@ -482,6 +480,15 @@ def visible_keys(queries, keys, window_size, *, cu_seqlens=None, device=None):
         document = document_ids(cu_seqlens, keys)
         visible = visible & (document == document[keys - queries :, None])
     return visible
+
+
+def expand_heads(x, heads):
+    """``[B, S, Hx, D]`` to ``[B, H, S, D]`` for what knows one head count: head i reads head i %
+    Hx. One head is expanded with stride 0, a few are copied."""
+    x = x.transpose(1, 2)
+    if x.shape[1] == 1:
+        return x.expand(-1, heads, -1, -1)
+    return x if x.shape[1] == heads else x.repeat(1, heads // x.shape[1], 1, 1)
 
 
 @_outside_autocast
@@ -847,9 +854,8 @@ def block_step(
             q, k = rope(q, *tables), rope(k, *tables)
         o = shared_key_attention_step(q, k, v, ring, position, window_size=window_size)
         attended = linear_step(o.flatten(1), w.attn_out)
-        x, gate = linear_step(
-            add_rms_norm(attended, stream, w.ffn_norm, eps=norm_eps)[0], w.ffn_in
-        ).chunk(2, -1)
+        x, _ = add_rms_norm(attended, stream, w.ffn_norm, eps=norm_eps)
+        x, gate = linear_step(x, w.ffn_in).chunk(2, -1)
         branch = linear_step(F.silu(gate) * x, w.ffn_out)
     return stream + branch
 

@@ -23,10 +23,7 @@ from rodimus_kernels import (
 )
 
 from ..configuration_rodimus import RodimusConfig
-from ..modeling_rodimus import adopt_cache
-
-# Rings have a multiple of this many rows: whole tiles for the attention kernels.
-RING_TILE = 64
+from ..modeling_rodimus import RING_TILE, adopt_cache
 
 
 @dataclass(frozen=True)

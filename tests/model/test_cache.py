@@ -184,7 +184,7 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
 def test_static_cache(model, kind, sizes, tile, measure, monkeypatch):
     """Prompts shorter and longer than the window, then steps and pieces past it; in a ring that
     wraps at once and in one that does not."""
-    monkeypatch.setattr(modeling_rodimus, "_RING_TILE", tile)
+    monkeypatch.setattr(modeling_rodimus, "RING_TILE", tile)
     ids = random_ids(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=64)
     error = relative_error(in_pieces(model, ids, sizes, cache=cache), full(model, ids))
@@ -196,7 +196,7 @@ def test_static_cache(model, kind, sizes, tile, measure, monkeypatch):
 )
 def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatch):
     """Rows of different ages, also where a row's first pieces are padding alone."""
-    monkeypatch.setattr(modeling_rodimus, "_RING_TILE", 1)
+    monkeypatch.setattr(modeling_rodimus, "RING_TILE", 1)
     ids, mask = padded_batch("left", tail=8)
     cache = StaticCache(config=model.config, max_cache_len=64)
     logits = in_pieces(model, ids, sizes, cache=cache, mask=mask)

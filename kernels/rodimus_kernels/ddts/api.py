@@ -13,7 +13,8 @@ from .._dispatch import (
     load,
     runs_triton,
 )
-from .._library import TRITON_KEY_DIMS, state_dtype
+from .._library import TRITON_KEY_DIMS
+from ..reference import accumulation_dtype
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:ddts",
@@ -207,7 +208,7 @@ def ddts_step(
     check_shape("log_decay", log_decay, (batch, heads, key_dim))
     check_shape("state", state, (batch, heads, key_dim, v.shape[-1]))
     check_alike("q", q, k=k, v=v, log_decay=log_decay, state=state)
-    expected = state_dtype(q, k, v, log_decay)
+    expected = accumulation_dtype(q, k, v, log_decay)
     if state.dtype != expected or not state.is_contiguous():
         layout = "contiguous" if state.is_contiguous() else f"strides {state.stride()}"
         raise ValueError(f"state must be contiguous {expected}, got {layout} {state.dtype}")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .._dispatch import check_alike, check_floating, check_shape, load, runs_triton
-from .._library import TRITON_KEY_DIMS, state_dtype
+from .._library import TRITON_KEY_DIMS
+from ..reference import accumulation_dtype
 
 _SCAN = {
     "reference": "rodimus_kernels.reference:ddts_scan",
@@ -53,7 +54,7 @@ class _Summary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, log_decay):
         ctx.save_for_backward(k, v, log_decay)
-        dtype = state_dtype(k, v, log_decay)
+        dtype = accumulation_dtype(k, v, log_decay)
         fade, total = _fade(log_decay.to(dtype))
         with torch.autocast(k.device.type, enabled=False):
             state = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * fade, v.to(dtype))

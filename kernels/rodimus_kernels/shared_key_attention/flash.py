@@ -8,7 +8,7 @@ import importlib.metadata
 
 import torch
 
-from .heads import expand_heads
+from .. import reference
 
 _missing = []
 
@@ -48,7 +48,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     length, heads, keys = *q.shape[1:3], k.shape[1]
     q, k = q.to(v.dtype), k.to(v.dtype)
     # flash-attn gives query head i the key head i // (H / Hk): all H are spelled out
-    k, v = (expand_heads(x, heads).transpose(1, 2) for x in (k, v))
+    k, v = (reference.expand_heads(x, heads).transpose(1, 2) for x in (k, v))
     # it counts the keys before the query; all of them are None in version 4 and -1 in version 2
     every = None if library is _version_4 else -1
     window = (every if window_size is None else window_size - 1, 0)

@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .. import reference
-from .heads import expand_heads
 
 _BLOCK = 128
 
@@ -26,7 +25,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("shared_key_attention(impl='flex') has no gradient on the CPU")
     heads, dtype = q.shape[2], v.dtype
-    k, v = (expand_heads(x.to(dtype), heads) for x in (k, v))
+    k, v = (reference.expand_heads(x.to(dtype), heads) for x in (k, v))
     mask = block_mask(q.shape[1], k.shape[2], window_size, cu_seqlens, q.device)
     attend = _compiled() if q.is_cuda else flex_attention
     with torch.autocast(q.device.type, enabled=False):

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
-from .heads import expand_heads
 
 # Shorter bands waste the kernel's tiles; in longer ones most of the scores are masked.
 _MIN_BAND, _MAX_BAND = 128, 1024
@@ -31,7 +30,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     documents = None
     if cu_seqlens is not None:
         documents = reference.document_ids(cu_seqlens, k.shape[1])[unseen:]
-    k, v = (expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
+    k, v = (reference.expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
     q = q.to(v.dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         o = _attend(q, k, v, window, scale, documents)
@@ -67,7 +66,7 @@ def step(q, k, v, cache, position, *, window_size, scale):
     if not may_look or (held < 0).any():
         # an empty row can hold anything, and zero times NaN is NaN
         keys, values = (x.masked_fill((held < 0)[..., None, None], 0) for x in (keys, values))
-    keys, values = (expand_heads(x, q.shape[2]) for x in (keys, values))
+    keys, values = (reference.expand_heads(x, q.shape[2]) for x in (keys, values))
     q = q.to(dtype).transpose(1, 2)
     with torch.autocast(q.device.type, enabled=False):
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
