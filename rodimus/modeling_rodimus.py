@@ -665,6 +665,115 @@ def _check_cu_seqlens(cu_seqlens, batch, length):
 
 
 # ----------------------------------------------------------------------------------------------
+# Nothing attached: where parameters may be read instead of calling the module that holds them
+# ----------------------------------------------------------------------------------------------
+#
+# A fused operator is the same as the modules only while these do what their classes say. A hook,
+# an adapter, a quantiser, an offloaded weight or a patched forward must never be skipped: a wrong
+# yes is a wrong result. But looking takes time, of which a token of a small model has little:
+#
+# - `_is_compiled`, `_is_step`, `_has_global_hooks` ask about the call: flags, looked at first.
+# - `_is_plain` asks about one layer, in every forward; a compiler can trace it.
+# - `_is_bare` asks about a call of one module, `_is_untouched` about a module and all in it: tens
+#   of microseconds a block, and no compiler sees it.
+# - `_Inspection` keeps what a block was when it was untouched. That it is unchanged takes a few
+#   microseconds, and is asked before every token.
+
+
+def _is_compiled(x) -> bool:
+    """Whether a compiler traces the call. A CUDA graph that is recorded by hand replays whatever is
+    launched, fused operators too, though transformers calls this tracing; a compiler may not even
+    ask for it."""
+    return is_tracing(x) and (torch.compiler.is_compiling() or not is_cuda_stream_capturing())
+
+
+def _is_step(x) -> bool:
+    """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
+    return (
+        block_step is not None
+        and x.shape[1] == 1
+        and not torch.is_grad_enabled()
+        and not _is_compiled(x)
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _has_global_hooks()
+    )
+
+
+def _has_global_hooks() -> bool:
+    """Whether a hook is called with every module."""
+    forward = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
+    backward = module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+    return bool(forward or backward)
+
+
+def _is_plain(layer, kind):
+    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it, and
+    no forward of its own, by which accelerate brings offloaded parameters. A layer that was
+    compiled by itself computes the same."""
+    attached = (layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer))
+    attached += (layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and not any(attached)
+
+
+_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CALLS = ("_compiled_call_impl", "forward")
+
+
+def _is_bare(module) -> bool:
+    """Whether a call of the module is its class's forward and nothing else. What transformers
+    captures outputs with stays attached, idle, when they were asked for once."""
+    found = module.__dict__
+    hooks = found["_forward_hooks"].values()
+    return not any(found.get(name) for name in (*_HOOKS, *_CALLS)) and all(
+        hook.__module__ == capture_outputs.__module__ for hook in hooks
+    )
+
+
+def _is_untouched(module) -> bool:
+    """Whether a module and all in it compute what their classes say."""
+    parts = module.__dict__["_modules"].values()
+    return type(module) in _KINDS and _is_bare(module) and all(map(_is_untouched, parts))
+
+
+class _Inspection:
+    """What was found in an untouched module, to see at a glance whether it has changed since.
+
+    Attributes:
+        weights: Of the block's step, once they are searched for."""
+
+    weights, is_searched = None, False
+
+    def __init__(self, module: nn.Module):
+        self.parts = list(module.modules())
+        self.kinds = list(map(type, self.parts))
+        self.names = list(map(vars, self.parts))
+        self.hooks = [names[hook] for names in self.names for hook in _HOOKS]
+        self.captures = [names["_forward_hooks"] for names in self.names]
+        # each hook ever registered has a number of its own
+        self.captured = list(chain.from_iterable(self.captures))
+        # a forward or a compiled call of its own would be one name more
+        self.counts = list(map(len, self.names))
+        tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
+        self.places = [(table, key) for table in tables for key in table]
+        self.held = [table[key] for table, key in self.places]
+        # wrappers of other tensors have no address; they are never replaced in place
+        self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
+
+    def is_unchanged(self) -> bool:
+        """Whether all parts and parameters are the same, where they were, and still alone."""
+        return (
+            not any(self.hooks)
+            and list(chain.from_iterable(self.captures)) == self.captured
+            and list(map(len, self.names)) == self.counts
+            and list(map(type, self.parts)) == self.kinds
+            and not any(map(dict.get, self.names, repeat("_compiled_call_impl")))
+            and all(map(is_, starmap(dict.get, self.places), self.held))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+        )
+
+
+# ----------------------------------------------------------------------------------------------
 # Norms
 # ----------------------------------------------------------------------------------------------
 
@@ -726,14 +835,6 @@ class RodimusGateLinear(nn.Linear):
 
     def add_bias(self, y):
         return y.to(torch.promote_types(y.dtype, torch.float32)) + self.bias
-
-
-def _is_plain(layer, kind):
-    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it, and
-    no forward of its own, by which accelerate brings offloaded parameters."""
-    attached = (layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer))
-    attached += (layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and not any(attached)
 
 
 class _Products(torch.autograd.Function):
@@ -1085,13 +1186,15 @@ class RodimusBlock(GradientCheckpointingLayer):
         if order is not None:
             order = order[..., None].expand_as(stream)
             stream = stream.gather(1, order)
-        stream, branch = self.leave_sum(stream, None, rotary, layout, past_key_values, **kwargs)
+        stream, branch = self.forward_unsummed(
+            stream, None, rotary, layout, past_key_values, **kwargs
+        )
         stream = stream + branch
         return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
 
-    def leave_sum(self, stream, branch, rotary, layout, past_key_values=None, **kwargs):
+    def forward_unsummed(self, stream, branch, rotary, layout, past_key_values=None, **kwargs):
         """The stream and the branch still to be added to it, from what the block before left."""
-        normed, stream = _norm_of_sum(self.mixer_norm, stream, branch)
+        normed, stream = _add_then_norm(self.mixer_norm, stream, branch)
         branch = self.mixer(normed, layout, past_key_values)
         if self.is_plus:
             normed, stream = self.attn_norm(branch, stream)
@@ -1106,7 +1209,7 @@ class RodimusBlock(GradientCheckpointingLayer):
     def is_untouched(self) -> bool:
         """Whether the block and all in it compute what their classes say: no hook, adapter,
         quantiser or patched forward."""
-        if self._inspected is None or not self._inspected.stands():
+        if self._inspected is None or not self._inspected.is_unchanged():
             self._inspected = None
             if not _is_untouched(self):
                 return False
@@ -1169,92 +1272,17 @@ class RodimusBlock(GradientCheckpointingLayer):
         )
 
 
-def _norm_of_sum(norm, stream, branch):
+def _add_then_norm(norm, stream, branch):
     """``(norm(stream + branch), stream + branch)``; a branch of None is nothing to add."""
     if branch is None:
         return norm(stream), stream
     return add_rms_norm(branch, stream, norm.weight, eps=norm.eps)
 
 
-_PLAIN = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
-_PLAIN |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
-_PLAIN |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
-_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_CALLS = ("_compiled_call_impl", "forward")
-
-
-def _is_bare(module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else. What transformers
-    captures outputs with stays attached, idle, when they were asked for once."""
-    found = module.__dict__
-    hooks = found["_forward_hooks"].values()
-    return not any(found.get(name) for name in (*_HOOKS, *_CALLS)) and all(
-        hook.__module__ == capture_outputs.__module__ for hook in hooks
-    )
-
-
-def _is_untouched(module) -> bool:
-    """Whether a module and all in it compute what their classes say."""
-    parts = module.__dict__["_modules"].values()
-    return type(module) in _PLAIN and _is_bare(module) and all(map(_is_untouched, parts))
-
-
-class _Inspection:
-    """What was found in an untouched module, and in a few microseconds whether it still stands:
-    before every token each block is asked.
-
-    Attributes:
-        weights: Of the block's step, once they are searched for."""
-
-    weights, is_searched = None, False
-
-    def __init__(self, module: nn.Module):
-        self.parts = list(module.modules())
-        self.kinds = list(map(type, self.parts))
-        self.names = list(map(vars, self.parts))
-        self.hooks = [names[hook] for names in self.names for hook in _HOOKS]
-        self.captures = [names["_forward_hooks"] for names in self.names]
-        # each hook ever registered has a number of its own
-        self.captured = list(chain.from_iterable(self.captures))
-        # a forward or a compiled call of its own would be one name more
-        self.counts = list(map(len, self.names))
-        tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
-        self.places = [(table, key) for table in tables for key in table]
-        self.held = [table[key] for table, key in self.places]
-        # wrappers of other tensors have no address; they are never replaced in place
-        self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
-
-    def stands(self) -> bool:
-        """Whether all parts and parameters are the same, where they were, and still alone."""
-        return (
-            not any(self.hooks)
-            and list(chain.from_iterable(self.captures)) == self.captured
-            and list(map(len, self.names)) == self.counts
-            and list(map(type, self.parts)) == self.kinds
-            and not any(map(dict.get, self.names, repeat("_compiled_call_impl")))
-            and all(map(is_, starmap(dict.get, self.places), self.held))
-            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
-        )
-
-
-def _is_compiled(x) -> bool:
-    """Whether a compiler traces the call. A CUDA graph that is recorded by hand replays whatever is
-    launched, fused operators too, though transformers calls this tracing; a compiler may not even
-    ask for it."""
-    return is_tracing(x) and (torch.compiler.is_compiling() or not is_cuda_stream_capturing())
-
-
-def _is_step(x) -> bool:
-    """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
-    return (
-        block_step is not None
-        and x.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not _is_compiled(x)
-        and not torch.is_autocast_enabled(x.device.type)
-        and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
-    )
+# What a block is made of; other classes may compute anything.
+_KINDS = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
+_KINDS |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
+_KINDS |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
 
 
 class RodimusPreTrainedModel(PreTrainedModel):
@@ -1392,52 +1420,35 @@ class RodimusModel(RodimusPreTrainedModel):
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if context is not None:
             others = (attention_mask, position_ids, past_key_values, cu_seqlens)
-            if any(x is not None for x in others) or self.config.attention_dropout:
-                raise ValueError(
-                    "context excludes attention_mask, position_ids, past_key_values, cu_seqlens and"
-                    " dropout of attention weights"
-                )
-            position_ids, use_cache = context.position_ids, False
-            attention_mask = NO_PADDING
+            _check_context_alone(others, self.config)
+            position_ids, use_cache, attention_mask = context.position_ids, False, NO_PADDING
         past_key_values = adopt_cache(past_key_values)
         _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         documents = self._packed_documents(
             embeds, attention_mask, position_ids, past_key_values, cu_seqlens
         )
-        if documents is not None:
-            use_cache = False
+        use_cache = use_cache and documents is None
         if use_cache and past_key_values is None:
             past_key_values = adopt_cache(DynamicCache(config=self.config))
         position_ids = self._positions(
             embeds, attention_mask, position_ids, past_key_values, documents
         )
+
         captured = self._is_captured(kwargs)
-        stream = branch = None
+        stream = branch = tokens = None
         if not captured:
             stream = self._step(embeds, attention_mask, position_ids, past_key_values)
-        new = embeds.shape[1]
         if stream is None:
-            layout = attention_mask
-            if not isinstance(layout, dict):
-                layout = self.create_masks_for_generate(
-                    self.config, embeds, attention_mask, past_key_values, position_ids, documents
-                )
-            layout = {**layout, "documents": documents, "context": context}
-            if documents is not None:
-                kwargs["position_ids"] = position_ids
-            stream = self._embed(embeds)
-            rotary = self._rotary(embeds, position_ids, layout["order"])
-            leave_sums = not captured and self._leaves_sums(stream, layout)
-            given = {"past_key_values": past_key_values, **kwargs}
-            for block in self.layers:
-                if leave_sums:
-                    stream, branch = block.leave_sum(stream, branch, rotary, layout, **given)
-                else:
-                    stream = block(stream, rotary, layout, **given)
-            new = new if layout["tokens"] is None else layout["tokens"].sum(1)
-        _count_read(past_key_values, embeds.shape[1], new)
-        hidden_states, _ = _norm_of_sum(self.norm_f, stream, branch)
+            layout = self._layout(
+                embeds, attention_mask, position_ids, past_key_values, documents, context
+            )
+            tokens = layout["tokens"]
+            stream, branch = self._run_blocks(
+                embeds, position_ids, layout, captured, past_key_values=past_key_values, **kwargs
+            )
+        _count_read(past_key_values, embeds.shape[1], tokens)
+        hidden_states, _ = _add_then_norm(self.norm_f, stream, branch)
         self._report_broken_state(hidden_states, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -1459,7 +1470,7 @@ class RodimusModel(RodimusPreTrainedModel):
         stream = self._step(embeds, None, position_ids, past_key_values)
         if stream is None:
             return None
-        _count_read(past_key_values, 1, 1)
+        _count_read(past_key_values, 1)
         hidden_states = self.norm_f(stream)
         self._report_broken_state(hidden_states, past_key_values)
         return hidden_states
@@ -1495,17 +1506,41 @@ class RodimusModel(RodimusPreTrainedModel):
             stream = block.step(stream, found, layer, position, rotary)
         return stream.unsqueeze(1)
 
-    def _leaves_sums(self, stream, layout) -> bool:
+    def _layout(
+        self, embeds, attention_mask, position_ids, past_key_values, documents, context
+    ) -> dict:
+        """All that blocks are told: ``NO_PADDING`` or what padding makes of it, ``documents``
+        ``[B, T]`` of packed rows, and the ``context``."""
+        layout = attention_mask
+        if not isinstance(layout, dict):
+            layout = self.create_masks_for_generate(
+                self.config, embeds, attention_mask, past_key_values, position_ids, documents
+            )
+        return {**layout, "documents": documents, "context": context}
+
+    def _run_blocks(self, embeds, position_ids, layout, captured, **kwargs):
+        """The stream after the last block ``[B, T, D]``, and a branch still to be added to it or
+        None; captured: the blocks' outputs are looked at."""
+        if layout["documents"] is not None:
+            kwargs["position_ids"] = position_ids
+        stream, branch = self._embed(embeds), None
+        rotary = self._rotary(embeds, position_ids, layout["order"])
+        sums_in_norms = not captured and self._sums_in_norms(stream, layout)
+        for block in self.layers:
+            if sums_in_norms:
+                stream, branch = block.forward_unsummed(stream, branch, rotary, layout, **kwargs)
+            else:
+                stream = block(stream, rotary, layout, **kwargs)
+        return stream, branch
+
+    def _sums_in_norms(self, stream, layout) -> bool:
         """Whether a block's sum may wait for the next norm, which adds while it reads: nobody looks
         at the stream between blocks. On a CPU it is a small part of the time."""
         return stream.is_cuda and layout["order"] is None and self._blocks_are_plain(stream)
 
     def _blocks_are_plain(self, stream) -> bool:
-        hooks = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
-        hooks = hooks or module_hooks._global_backward_hooks
-        hooks = hooks or module_hooks._global_backward_pre_hooks
         checkpoints = self.training and any(x.gradient_checkpointing for x in self.layers)
-        if hooks or checkpoints or _is_compiled(stream):
+        if checkpoints or _is_compiled(stream) or _has_global_hooks():
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
@@ -1628,11 +1663,19 @@ class RodimusModel(RodimusPreTrainedModel):
                 )
 
 
-def _count_read(cache, length, new):
-    """Tell a cache whose layers share a count that they have read ``new`` tokens in ``length``
-    places."""
+def _count_read(cache, length, tokens=None):
+    """Tell a cache whose layers share a count that they have read ``length`` places; tokens: bool
+    ``[B, length]``, False for padding, None where there is none."""
     if cache is not None and hasattr(cache.layers[0], "read"):
-        cache.layers[0].read.count(length, new)
+        cache.layers[0].read.count(length, length if tokens is None else tokens.sum(1))
+
+
+def _check_context_alone(others, config):
+    if any(x is not None for x in others) or config.attention_dropout:
+        raise ValueError(
+            "context excludes attention_mask, position_ids, past_key_values, cu_seqlens and"
+            " dropout of attention weights"
+        )
 
 
 def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config):

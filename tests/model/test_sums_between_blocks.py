@@ -17,24 +17,24 @@ def model(request):
 @pytest.fixture
 def left(monkeypatch):
     """Sums are left wherever they may be; the list of blocks that left theirs."""
-    calls, leave_sum = [], RodimusBlock.leave_sum
+    calls, unsummed = [], RodimusBlock.forward_unsummed
 
     def counted(self, stream, branch, *args, **kwargs):
-        stream, branch = leave_sum(self, stream, branch, *args, **kwargs)
+        stream, branch = unsummed(self, stream, branch, *args, **kwargs)
         calls.append(self)
         return stream, branch
 
-    monkeypatch.setattr(RodimusBlock, "leave_sum", counted)
+    monkeypatch.setattr(RodimusBlock, "forward_unsummed", counted)
     monkeypatch.setattr(
         RodimusModel,
-        "_leaves_sums",
+        "_sums_in_norms",
         lambda self, stream, layout: layout["order"] is None and self._blocks_are_plain(stream),
     )
     return calls
 
 
 def one_by_one(monkeypatch):
-    monkeypatch.setattr(RodimusModel, "_leaves_sums", lambda self, stream, layout: False)
+    monkeypatch.setattr(RodimusModel, "_sums_in_norms", lambda self, stream, layout: False)
 
 
 def outcome(model, ids, **options):
