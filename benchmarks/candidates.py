@@ -221,14 +221,16 @@ _CONV = ("512x4x4", "512x4x2", "512x4x8", "256x2x4", "1024x8x4", "512x2x4")
 KERNELS = {
     # width of K, warps, stages: four warps leave room for a second program and spill a little
     "prepare": Kernel(
-        *(triton_chunk, "prepare_tile", "64x4x1 64x8x1 32x8x1"), partial(_ddts, "prepare")
+        triton_chunk, "prepare_tile", "64x4x1 64x8x1 32x8x1", partial(_ddts, "prepare")
     ),
     # five stages of 40 KiB leave too little shared memory for tiles of states
     "walk": Kernel(triton_chunk, "walk_tile", f"{_WALK} 128x4x5", partial(_ddts, "walk")),
     "walk-states": Kernel(triton_chunk, "walk_tile", _WALK, partial(_ddts, "walk-states")),
     # width, warps, stages: wide tiles need fewer products, narrow ones load further ahead
     "products": Kernel(
-        *(triton_chunk, "products_tile", "128x4x2 64x4x3 32x4x3 128x8x3"),
+        triton_chunk,
+        "products_tile",
+        "128x4x2 64x4x3 32x4x3 128x8x3",
         partial(_ddts, "products"),
     ),
     # width of K, warps; 32 channels on 16 warps ended in an illegal access on an H200
@@ -236,72 +238,95 @@ KERNELS = {
     # queries, keys, warps, stages: few warps, so that several programs share a multiprocessor,
     # or large tiles, which read less; the last of each is Ampere's
     "attention": Kernel(
-        *(triton_attention, "tiles"),
+        triton_attention,
+        "tiles",
         "64x64x4x3 64x64x4x4 64x64x4x2 64x32x4x3 64x32x4x4 128x128x8x3 128x64x8x4 128x64x8x2",
-        *(partial(_attention, "forward"), 0),
+        partial(_attention, "forward"),
+        0,
     ),
     "attention-dq": Kernel(
-        *(triton_attention, "tiles", "64x64x4x2 64x32x4x3 64x32x4x2 128x64x8x3 128x64x8x2"),
-        *(partial(_attention, "dq"), 1),
+        triton_attention,
+        "tiles",
+        "64x64x4x2 64x32x4x3 64x32x4x2 128x64x8x3 128x64x8x2",
+        partial(_attention, "dq"),
+        1,
     ),
     "attention-dkv": Kernel(
-        *(triton_attention, "tiles", "64x128x8x2 64x64x4x2 32x64x4x3 32x128x8x3 64x64x8x2"),
-        *(partial(_attention, "dkv"), 2),
+        triton_attention,
+        "tiles",
+        "64x128x8x2 64x64x4x2 32x64x4x3 32x128x8x3 64x64x8x2",
+        partial(_attention, "dkv"),
+        2,
     ),
     # heads and keys of a tile, in registers, and how finely the window is cut
     "ring": Kernel(
-        *(triton_step, "_HEADS _KEYS _PROGRAMS_PER_SM"),
+        triton_step,
+        "_HEADS _KEYS _PROGRAMS_PER_SM",
         "16x4x4 16x4x2 16x4x8 16x8x4 16x8x2 16x16x2",
         operator("ring_attention", _ring),
     ),
     # elements of a program
     "rope": Kernel(triton_rope, "_TILE", "512 1024 2048", operator("rope", _rope)),
     "conv": Kernel(
-        *(triton_conv, "_CHANNELS _WARPS _AHEAD _FORWARD_TOKENS"),
+        triton_conv,
+        "_CHANNELS _WARPS _AHEAD _FORWARD_TOKENS",
         " ".join([*(f"{c}x64" for c in _CONV), "512x2x2x32", "512x4x4x32", "512x4x4x128"]),
         operator("short_conv", _conv),
     ),
     "conv-backward": Kernel(
-        *(triton_conv, "_CHANNELS _WARPS _AHEAD _BACKWARD_TOKENS"),
+        triton_conv,
+        "_CHANNELS _WARPS _AHEAD _BACKWARD_TOKENS",
         " ".join([*(f"{c}x512" for c in _CONV), "512x4x4x128", "512x4x4x256"]),
         operator("short_conv_backward", _conv, _value),
     ),
     "input-gate": Kernel(
-        *(triton_input_gate, "_TOKENS _CHANNELS _WARPS"),
+        triton_input_gate,
+        "_TOKENS _CHANNELS _WARPS",
         "64x128x8 64x128x4 64x64x4 128x64x8 32x128x4 32x256x8 128x128x8",
         operator("input_gate", _input_gate),
     ),
     # more tokens of a program leave fewer sums to write, fewer tokens more programs
     "input-gate-backward": Kernel(
-        *(triton_input_gate, "_SUMMED_TOKENS _BACKWARD_CHANNELS _BACKWARD_WARPS _STAGES"),
+        triton_input_gate,
+        "_SUMMED_TOKENS _BACKWARD_CHANNELS _BACKWARD_WARPS _STAGES",
         "128x32x4x3 128x16x2x3 128x16x4x3 256x16x4x3 128x32x8x2 128x64x8x2 64x64x4x2",
         operator("input_gate_backward", _input_gate, _value),
     ),
     # elements a thread: few warps share a row's sum sooner, many hold it in fewer registers
     "gated-norm": Kernel(
-        *(triton_norm, "_FORWARD_ELEMENTS", "8 16 32"), operator("gated_rms_norm_rows", _gated_norm)
+        triton_norm, "_FORWARD_ELEMENTS", "8 16 32", operator("gated_rms_norm_rows", _gated_norm)
     ),
     "gated-norm-backward": Kernel(
-        *(triton_norm, _NORM_NAMES, _NORM_BACKWARD),
+        triton_norm,
+        _NORM_NAMES,
+        _NORM_BACKWARD,
         operator("gated_rms_norm_rows_backward", _gated_norm, _value),
     ),
     "norm": Kernel(
-        *(triton_norm, "_FORWARD_ELEMENTS", "4 8 16"),
+        triton_norm,
+        "_FORWARD_ELEMENTS",
+        "4 8 16",
         operator("add_rms_norm_rows", _branch, _stream, _weight),
     ),
     "norm-backward": Kernel(
-        *(triton_norm, _NORM_NAMES, _NORM_BACKWARD),
+        triton_norm,
+        _NORM_NAMES,
+        _NORM_BACKWARD,
         operator("rms_norm_rows_backward", _stream, _weight, _branch, _stream, _dtype),
     ),
     # channels of a program: a row is few large programs or many small ones
     "swiglu": Kernel(triton_swiglu, "_CHANNELS", "1024 2048 4096 8192", operator("swiglu", _ffn)),
     "swiglu-backward": Kernel(
-        *(triton_swiglu, "_CHANNELS", "1024 2048 4096 8192"),
+        triton_swiglu,
+        "_CHANNELS",
+        "1024 2048 4096 8192",
         operator("swiglu_backward", _ffn, lambda case: case.tokens(FFN_WIDTH)),
     ),
     # logits at once, warps
     "cross-entropy": Kernel(
-        *(triton_cross_entropy, "_LOGITS _WARPS", "8192x16 4096x8 4096x16 16384x16 8192x8"),
+        triton_cross_entropy,
+        "_LOGITS _WARPS",
+        "8192x16 4096x8 4096x16 16384x16 8192x8",
         operator("cross_entropy_rows", _logits),
     ),
 }

@@ -41,14 +41,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
     add("--bench-seconds", type=float, default=seconds, help="start no case after this time")
     add(
-        *("--bench-case-seconds",),
+        "--bench-case-seconds",
         type=float,
         default=0.0,
         help="fewer rounds where a case would be timed for longer; 0: 20 on a GPU, else no limit",
     )
     add("--bench-threads", type=int, default=0, help="of torch; 0: one tiny, every core full")
     add(
-        *("--bench-sittings",),
+        "--bench-sittings",
         type=int,
         default=1,
         help="time a case in so many runs of the same command, and say how far they lie apart",

@@ -207,7 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {', '.join(kernel.names)}", *table(rows), sep="\n", flush=True)
             settings = {"dtype": "bfloat16", "batch": case.batch, "context": case.length}
             record = records.make(
-                *("tune", name),
+                "tune",
+                name,
                 settings={**settings, "rounds": ROUNDS, "names": kernel.names},
                 machine=about,
                 rows=rows,

@@ -72,7 +72,7 @@ def attention_forward(
         # all rows in one, and every row begins a document
         q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     o = shared_key_attention(
-        *(q, k, v), window_size=sliding_window, scale=scaling, cu_seqlens=attention_mask
+        q, k, v, window_size=sliding_window, scale=scaling, cu_seqlens=attention_mask
     )
     return o.view(batch, length, *o.shape[2:]), None
 

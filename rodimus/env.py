@@ -113,8 +113,19 @@ def cases(device: torch.device) -> dict[str, partial]:
     mixer |= {"residual_weight": weight, "norm_weight": weight}
     keys, gates = zeros(2 * K, V), zeros(2 * K)
     block = ops.BlockWeights(
-        *(one[0], zeros(2 * V, K), taps, weight, keys, keys, zeros(V, 2 * K), weight),
-        *(keys, gates, weight, weight, zeros(K, V)),
+        mixer_norm=one[0],
+        fc=zeros(2 * V, K),
+        conv=taps,
+        conv_bias=weight,
+        query_key=keys,
+        gate_in=keys,
+        gate_out=zeros(V, 2 * K),
+        gate_bias=weight,
+        mem_gate=keys,
+        mem_gate_bias=gates,
+        residual_weight=weight,
+        act_norm=weight,
+        mixer_out=zeros(K, V),
     )
     calls = [
         partial(ops.ddts_gates, qk, qk, qk),
@@ -128,7 +139,11 @@ def cases(device: torch.device) -> dict[str, partial]:
         partial(ops.shared_key_attention, qk, qk, v, window_size=K),
         partial(
             ops.shared_key_attention_step,
-            *(qk[:, :1], qk[:, :1], v[:, :1], zeros(B, T, K + V), position),
+            qk[:, :1],
+            qk[:, :1],
+            v[:, :1],
+            zeros(B, T, K + V),
+            position,
             window_size=K,
         ),
         partial(ops.rope, qk, qk[:, :, 0, : K // 2], qk[:, :, 0, : K // 2]),

@@ -328,7 +328,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
             self._start_ring(torch.cat((k.flatten(2), v.flatten(2)), dim=-1))
         read = self.read.tokens
         return shared_key_attention_step(
-            *(q, k, v, self.ring, read), window_size=self.window, scale=scale
+            q, k, v, self.ring, read, window_size=self.window, scale=scale
         )
 
     def update(self, key_states, value_states, *args, tokens=None, **kwargs):
@@ -1240,10 +1240,19 @@ class RodimusBlock(GradientCheckpointingLayer):
             return None
         fc, query_key, gate_in, mixer_out = (linear.weight for linear in mixer)
         weights = BlockWeights(
-            *(self.mixer_norm.weight, fc, conv.weight.squeeze(1), conv.bias, query_key, gate_in),
-            *(gate_out.weight, gate_out.bias),
-            *(inner.mem_gate_proj.weight, inner.mem_gate_proj.bias),
-            *(inner.residual_weight, self.mixer.act_norm.weight, mixer_out),
+            mixer_norm=self.mixer_norm.weight,
+            fc=fc,
+            conv=conv.weight.squeeze(1),
+            conv_bias=conv.bias,
+            query_key=query_key,
+            gate_in=gate_in,
+            gate_out=gate_out.weight,
+            gate_bias=gate_out.bias,
+            mem_gate=inner.mem_gate_proj.weight,
+            mem_gate_bias=inner.mem_gate_proj.bias,
+            residual_weight=inner.residual_weight,
+            act_norm=self.mixer.act_norm.weight,
+            mixer_out=mixer_out,
         )
         if not self.is_plus:
             return weights
@@ -1264,7 +1273,13 @@ class RodimusBlock(GradientCheckpointingLayer):
         attn = self.attn if self.is_plus else None
         taps, state, ring = layer.step_states()
         return block_step(
-            *(stream, weights, taps, state, ring, position, rotary),
+            stream,
+            weights,
+            taps,
+            state,
+            ring,
+            position,
+            rotary,
             window_size=attn and layer.window,
             head_dim=attn and attn.head_dim,
             key_eps=self.mixer.inner_mixer.normalize_epsilon,

@@ -109,7 +109,13 @@ def block_step(
         if impl == "auto":
             impl = "native" if can_fuse_block(stream.shape[0], stream, *weights) else "reference"
         return load("block_step", impl, _IMPLS)(
-            *(stream, weights, taps, state, ring, position, rotary),
+            stream,
+            weights,
+            taps,
+            state,
+            ring,
+            position,
+            rotary,
             window_size=window_size,
             head_dim=head_dim,
             key_eps=key_eps,

@@ -74,7 +74,7 @@ def linear_cross_entropy(
             )
     if impl == "reference":
         return function(
-            *(hidden, weight, labels), z_loss=z_loss, ignore_index=ignore_index, reduction=reduction
+            hidden, weight, labels, z_loss=z_loss, ignore_index=ignore_index, reduction=reduction
         )
     losses = _ChunkedCrossEntropy.apply(hidden, weight, labels, z_loss, ignore_index, function)
     loss, cross_entropy = losses

@@ -40,11 +40,27 @@ def step(
     cos, sin = (None, None) if rotary is None else rotary
     if on_cpu or _is_one_call(rows, weights, given, cos, head_dim):
         return torch.ops.rodimus.native_block_step(
-            *(stream, given, taps, state, ring, position, cos, sin),
-            *(window_size or 0, head_dim or 0, key_eps, norm_eps),
+            stream,
+            given,
+            taps,
+            state,
+            ring,
+            position,
+            cos,
+            sin,
+            window_size or 0,
+            head_dim or 0,
+            key_eps,
+            norm_eps,
         )
     return compose(
-        *(stream, weights, taps, state, ring, position, rotary),
+        stream,
+        weights,
+        taps,
+        state,
+        ring,
+        position,
+        rotary,
         window_size=window_size,
         head_dim=head_dim,
         key_eps=key_eps,
@@ -95,7 +111,15 @@ def compose(
     q, k = F.linear(shifted, w.query_key).chunk(2, -1)
     select, temper = _wide_linear(shifted, w.mem_gate, w.mem_gate_bias).chunk(2, -1)
     y = ddts_mixer_step(
-        *(q, k, select, temper, F.linear(x, w.gate_in), x, shifted, gate, state),
+        q,
+        k,
+        select,
+        temper,
+        F.linear(x, w.gate_in),
+        x,
+        shifted,
+        gate,
+        state,
         gate_weight=w.gate_out,
         gate_bias=w.gate_bias,
         residual_weight=w.residual_weight,

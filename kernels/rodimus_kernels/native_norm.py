@@ -29,6 +29,6 @@ def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None)
     if residual is not None:
         residual = _rows(residual)
     y = torch.ops.rodimus.native_gated_rms_norm(
-        *(_rows(x), _rows(gate), weight, residual, residual_weight, eps)
+        _rows(x), _rows(gate), weight, residual, residual_weight, eps
     )
     return y.view(x.shape)

@@ -115,7 +115,7 @@ def gated_rms_norm(
     check_alike("x", x, gate=gate, weight=weight, residual=residual)
     impl = _choose(impl, x, gate, weight, residual, residual_weight)
     return load("gated_rms_norm", impl, _GATED)(
-        *(x, gate, weight), eps=eps, residual=residual, residual_weight=residual_weight
+        x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight
     )
 
 

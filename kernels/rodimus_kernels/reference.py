@@ -264,7 +264,9 @@ def ddts_mixer_step(
     v = input_gate(x, gate_hidden, gate_weight, gate_bias)
     o = ddts_step(*(t.unsqueeze(1) for t in (q, k, v, log_decay)), state, scale=scale)
     return gated_rms_norm(
-        *(o.squeeze(1), gate, norm_weight),
+        o.squeeze(1),
+        gate,
+        norm_weight,
         eps=norm_eps,
         residual=shifted,
         residual_weight=residual_weight,
@@ -833,7 +835,14 @@ def block_step(
     q, k = linear_step(shifted, w.query_key).chunk(2, -1)
     gates = linear_step(shifted.to(w.mem_gate_bias.dtype), w.mem_gate, w.mem_gate_bias)
     y = ddts_mixer_step(
-        *(q, k, *gates.chunk(2, -1), linear_step(x, w.gate_in), x, shifted, gate, state),
+        q,
+        k,
+        *gates.chunk(2, -1),
+        linear_step(x, w.gate_in),
+        x,
+        shifted,
+        gate,
+        state,
         gate_weight=w.gate_out,
         gate_bias=w.gate_bias,
         residual_weight=w.residual_weight,

@@ -77,7 +77,9 @@ def short_conv(
         impl = "triton" if runs_triton(x.device) and not double else "reference"
     function = load("short_conv", impl, _SEQUENCE)
     return function(
-        *(x, weight, bias),
+        x,
+        weight,
+        bias,
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,

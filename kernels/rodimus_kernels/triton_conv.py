@@ -354,8 +354,15 @@ def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
     h0 = None if initial_state is None else initial_state.contiguous()
     grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _FORWARD_TOKENS), batch)
     short_conv_fwd_kernel[grid](
-        *(x, h0, weight, bias, *_packing(x, cu_seqlens, seq_idx), y),
-        *(length, channels, *x.stride()[:2]),
+        x,
+        h0,
+        weight,
+        bias,
+        *_packing(x, cu_seqlens, seq_idx),
+        y,
+        length,
+        channels,
+        *x.stride()[:2],
         W=weight.shape[1],
         TOKENS=_FORWARD_TOKENS,
         AHEAD=_AHEAD,
@@ -379,8 +386,18 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
     strides = (*x.stride()[:2], *dy.stride()[:2])
     tiles = triton.cdiv(channels, _CHANNELS)
     short_conv_bwd_kernel[(tiles, blocks, batch)](
-        *(x, h0, weight, bias, *_packing(x, cu_seqlens, seq_idx), dy, dx, dweight, dbias),
-        *(length, channels, *strides),
+        x,
+        h0,
+        weight,
+        bias,
+        *_packing(x, cu_seqlens, seq_idx),
+        dy,
+        dx,
+        dweight,
+        dbias,
+        length,
+        channels,
+        *strides,
         W=width,
         TOKENS=_BACKWARD_TOKENS,
         AHEAD=_AHEAD,
@@ -392,7 +409,16 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
     if h0 is not None:
         dh0 = torch.empty_like(h0)
         short_conv_dstate_kernel[(tiles, h0.shape[0])](
-            *(x, h0, weight, bias, cu_seqlens, dy, dh0, length, channels, *strides),
+            x,
+            h0,
+            weight,
+            bias,
+            cu_seqlens,
+            dy,
+            dh0,
+            length,
+            channels,
+            *strides,
             W=width,
             BD=_CHANNELS,
             num_warps=_WARPS,

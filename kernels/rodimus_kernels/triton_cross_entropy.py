@@ -74,8 +74,14 @@ def _rows(logits, labels, z_loss, ignore_index, write_gradient):
     assert unit_stride(logits) is logits
     losses = logits.new_empty((logits.shape[0], 2), dtype=torch.float32)
     cross_entropy_rows_kernel[(logits.shape[0],)](
-        *(logits, labels, losses, z_loss, ignore_index, logits.shape[1]),
-        *(logits.stride(0), labels.stride(0)),
+        logits,
+        labels,
+        losses,
+        z_loss,
+        ignore_index,
+        logits.shape[1],
+        logits.stride(0),
+        labels.stride(0),
         WRITE_GRADIENT=write_gradient,
         BV=min(_LOGITS, triton.next_power_of_2(logits.shape[1])),
         num_warps=_WARPS,

@@ -165,8 +165,15 @@ def _forward(x, hidden, weight, bias):
     rows, hiddens, y = _rows(x), _rows(hidden), x.new_empty(x.shape)
     length, width = rows.shape
     input_gate_fwd_kernel[(triton.cdiv(width, _CHANNELS), triton.cdiv(length, _TOKENS))](
-        *(rows, hiddens, weight.contiguous(), bias, y, length, width),
-        *(rows.stride(0), hiddens.stride(0)),
+        rows,
+        hiddens,
+        weight.contiguous(),
+        bias,
+        y,
+        length,
+        width,
+        rows.stride(0),
+        hiddens.stride(0),
         **_tile(hidden, _TOKENS, _CHANNELS, _WARPS),
     )
     return y
@@ -189,8 +196,21 @@ def _backward(x, hidden, weight, bias, dy):
     dweight = weight.new_empty((blocks, *weight.shape), dtype=torch.float32)
     dbias = weight.new_empty((blocks, width), dtype=torch.float32)
     input_gate_bwd_kernel[(groups, blocks)](
-        *(rows, hiddens, weight, bias, dys, dx, dhidden, dweight, dbias, length, width, group),
-        *(rows.stride(0), hiddens.stride(0), dys.stride(0)),
+        rows,
+        hiddens,
+        weight,
+        bias,
+        dys,
+        dx,
+        dhidden,
+        dweight,
+        dbias,
+        length,
+        width,
+        group,
+        rows.stride(0),
+        hiddens.stride(0),
+        dys.stride(0),
         STAGES=stages,
         **_tile(hidden, tokens, channels, _BACKWARD_WARPS),
     )

@@ -207,8 +207,14 @@ def gated_rms_norm_bwd_kernel(
         if BD < D:
             p_residual = residual if residual is None else residual + i_t * residual_t
             r_square, r_dot = gated_sums(
-                *(x + i_t * x_t, gate + i_t * gate_t, weight, p_residual, residual_weight),
-                *(dy + i_t * dy_t, D, BD),
+                x + i_t * x_t,
+                gate + i_t * gate_t,
+                weight,
+                p_residual,
+                residual_weight,
+                dy + i_t * dy_t,
+                D,
+                BD,
             )
         else:
             r_square, r_dot = tl.sum(b_h * b_h, 0), tl.sum(b_dy * b_w * b_h, 0)
@@ -302,7 +308,14 @@ def _partial_sums(rows, width, like):
 def _rms_norm(x, weight, eps):
     rows, y = _rows(x), _like(x, weight.dtype)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
-        *(rows, None, weight, y, None, eps, rows.stride(0), 0),
+        rows,
+        None,
+        weight,
+        y,
+        None,
+        eps,
+        rows.stride(0),
+        0,
         **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y
@@ -313,7 +326,14 @@ def _add_rms_norm(x, residual, weight, eps):
     rows, streams = _rows(x), _rows(residual)
     y, stream = _like(x, weight.dtype), _like(residual)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
-        *(rows, streams, weight, y, stream, eps, rows.stride(0), streams.stride(0)),
+        rows,
+        streams,
+        weight,
+        y,
+        stream,
+        eps,
+        rows.stride(0),
+        streams.stride(0),
         **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y, stream
@@ -325,8 +345,18 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
     dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
     dbranch = None if branch is None else _like(stream, branch)
     rms_norm_bwd_kernel[(dweight.shape[0],)](
-        *(rows, weight, dys, dstreams, dx, dbranch, dweight, eps, rows.shape[0]),
-        *(rows.stride(0), dys.stride(0), _row_stride(dstreams)),
+        rows,
+        weight,
+        dys,
+        dstreams,
+        dx,
+        dbranch,
+        dweight,
+        eps,
+        rows.shape[0],
+        rows.stride(0),
+        dys.stride(0),
+        _row_stride(dstreams),
         **_backward_tile(stream.shape[-1]),
     )
     dbranch = stream.new_empty(0) if dbranch is None else dbranch
@@ -337,8 +367,16 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
 def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
     rows, gates, residuals, y = _rows(x), _rows(gate), _rows(residual), _like(x)
     gated_rms_norm_fwd_kernel[(rows.shape[0],)](
-        *(rows, gates, weight, residuals, residual_weight, y, eps),
-        *(rows.stride(0), gates.stride(0), _row_stride(residuals)),
+        rows,
+        gates,
+        weight,
+        residuals,
+        residual_weight,
+        y,
+        eps,
+        rows.stride(0),
+        gates.stride(0),
+        _row_stride(residuals),
         **_tile(x.shape[-1], _FORWARD_ELEMENTS),
     )
     return y
@@ -353,9 +391,23 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
         dresidual, dresidual_weight = _like(residual), torch.empty_like(dweight)
     blocks, tile = _gated_backward_tile(x.shape[-1])
     gated_rms_norm_bwd_kernel[(dweight.shape[0], blocks)](
-        *(rows, gates, weight, residuals, residual_weight, dys),
-        *(dx, dgate, dresidual, dweight, dresidual_weight, eps, rows.shape[0]),
-        *(rows.stride(0), gates.stride(0), _row_stride(residuals), dys.stride(0)),
+        rows,
+        gates,
+        weight,
+        residuals,
+        residual_weight,
+        dys,
+        dx,
+        dgate,
+        dresidual,
+        dweight,
+        dresidual_weight,
+        eps,
+        rows.shape[0],
+        rows.stride(0),
+        gates.stride(0),
+        _row_stride(residuals),
+        dys.stride(0),
         **tile,
     )
     if residual is not None:

@@ -269,7 +269,11 @@ class SlotLayer(LinearAttentionLayer):
         ring."""
         dtype = self.conv_states[0].dtype
         return shared_key_attention_step(
-            *(q, k.to(dtype), v.to(dtype), self.ring, self.positions),
+            q,
+            k.to(dtype),
+            v.to(dtype),
+            self.ring,
+            self.positions,
             window_size=self.window,
             scale=scale,
         )

@@ -120,7 +120,10 @@ def start(config: ParallelSection, device: str) -> Ranks:
         names = ("rows", "context")
         context = init_device_mesh(kind, (world // pieces, pieces), mesh_dim_names=names)["context"]
     return Ranks(
-        *(rank, world, where or torch.device("cpu"), mesh),
+        rank,
+        world,
+        where or torch.device("cpu"),
+        mesh,
         context=None if context is None else context.get_group(),
     )
 

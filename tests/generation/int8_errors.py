@@ -65,7 +65,7 @@ def attention_errors() -> dict[str, tuple[float, float]]:
             write_ring(ring_parts(cache, *heads, torch.bfloat16), ..., k, v)
             last, position = slice(WINDOW - 1, None), torch.tensor([WINDOW - 1])
             o = shared_key_attention_step(
-                *(q, k[:, last], v[:, last], cache, position), window_size=WINDOW
+                q, k[:, last], v[:, last], cache, position, window_size=WINDOW
             )
             errors.append(relative_error(o, exact))
         found[name] = tuple(errors)

@@ -86,7 +86,9 @@ def test_packed_documents_equal_separate_ones(impl, lengths, states):
     x, weight, bias, past = make(batch=1, sequences=len(lengths))
     bounds = [0, *itertools.accumulate(lengths)]
     y, final = short_conv(
-        *(x, weight, bias),
+        x,
+        weight,
+        bias,
         initial_state=past if states else None,
         output_final_state=states,
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=DEVICE),

@@ -136,7 +136,10 @@ def ddts(
         impl = choose_sequence(q, k, v, log_decay, initial_state)
     function = load("ddts", impl, _SEQUENCE)
     return function(
-        *(q, k, v, log_decay),
+        q,
+        k,
+        v,
+        log_decay,
         scale=key_dim**-0.5 if scale is None else scale,
         initial_state=initial_state,
         output_final_state=output_final_state,

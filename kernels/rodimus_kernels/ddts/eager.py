@@ -21,7 +21,13 @@ def forward(
     if cu_seqlens is not None and (output_final_state or initial_state is not None):
         return reference.each_document(
             lambda *piece, **states: forward(*piece, scale=scale, **states),
-            *(q, k, v, log_decay, initial_state, output_final_state, cu_seqlens),
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state,
+            output_final_state,
+            cu_seqlens,
         )
     if cu_seqlens is not None:
         log_decay = reference.reset_at_starts(log_decay, cu_seqlens)

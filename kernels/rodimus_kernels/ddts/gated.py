@@ -78,7 +78,11 @@ def gated_ddts(
         tensors = (q, k, v, select, temper, initial_state)
         impl = _choose(choose_sequence(*tensors), v.dtype, key_dim)
     return load("gated_ddts", impl, _IMPLS)(
-        *(q, k, v, select, temper),
+        q,
+        k,
+        v,
+        select,
+        temper,
         eps=eps,
         scale=key_dim**-0.5 if scale is None else scale,
         initial_state=initial_state,

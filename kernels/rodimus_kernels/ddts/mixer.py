@@ -94,7 +94,15 @@ def ddts_mixer_step(
             tensors = (q, *rows.values(), state)
             impl = choose_compiled("reference", *tensors) if fits else "reference"
         return load("ddts_mixer_step", impl, _IMPLS)(
-            *(q, k, select, temper, gate_hidden, x, shifted, gate, state),
+            q,
+            k,
+            select,
+            temper,
+            gate_hidden,
+            x,
+            shifted,
+            gate,
+            state,
             gate_weight=gate_weight,
             gate_bias=gate_bias,
             residual_weight=residual_weight,

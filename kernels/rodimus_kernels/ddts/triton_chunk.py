@@ -244,8 +244,16 @@ def _prepare(keys, v, columns):
     )
     tile = prepare_tile(key_dim, dtype)
     ddts_chunk_prepare_kernel[(columns.count, heads)](
-        *(*keys[:4], keys.resets, columns.starts, columns.ends, *tiles),
-        *(keys.scale, keys.eps, keys.q.shape[1], columns.per_row, *_key_strides(keys)),
+        *keys[:4],
+        keys.resets,
+        columns.starts,
+        columns.ends,
+        *tiles,
+        keys.scale,
+        keys.eps,
+        keys.q.shape[1],
+        columns.per_row,
+        *_key_strides(keys),
         K=key_dim,
         C=TRITON_CHUNK,
         BK=tile.width,
@@ -325,9 +333,21 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
             tensors = _descriptors(*tensors, tile.width)
         *inputs, states = tensors
         ddts_chunk_walk_kernel[(value_dim // tile.width, count, sequences * heads)](
-            *(*inputs, tiles.keep, initial_state, final_state, segment_keep, states),
-            *(columns.starts, columns.ends, columns.offsets, x.shape[1], columns.per_row),
-            *(columns.count, _segment_length(columns, count), *_strides(x), *y_strides),
+            *inputs,
+            tiles.keep,
+            initial_state,
+            final_state,
+            segment_keep,
+            states,
+            columns.starts,
+            columns.ends,
+            columns.offsets,
+            x.shape[1],
+            columns.per_row,
+            columns.count,
+            _segment_length(columns, count),
+            *_strides(x),
+            *y_strides,
             H=heads,
             K=key_dim,
             V=value_dim,
@@ -383,7 +403,10 @@ def _scan(local, decay, initial_state):
     block_k, block_v = min(key_dim, 32), divisor_tile(value_dim, 32)
     grid = (value_dim // block_v, key_dim // block_k, sequences * heads)
     ddts_scan_segments_kernel[grid](
-        *(local, decay, initial_state, count),
+        local,
+        decay,
+        initial_state,
+        count,
         K=key_dim,
         V=value_dim,
         BK=block_k,
@@ -430,7 +453,11 @@ def _forward(
     new_states = v.new_empty if cu_seqlens is None else v.new_zeros
     states = new_states((heads, saved, value_dim, key_dim), dtype=tile_dtype(v))
     o, final_state = _walk(
-        *(v, tiles, columns, initial_state, sequences),
+        v,
+        tiles,
+        columns,
+        initial_state,
+        sequences,
         reverse=False,
         states=states if save_states else None,
     )
@@ -448,7 +475,7 @@ def _backward(q, k, v, log_decay, temper, eps, scale, resets, cu_seqlens, states
     tiles = _prepare(keys, v, columns)
     dstates = torch.empty_like(states) if cu_seqlens is None else torch.zeros_like(states)
     dv, dinitial_state = _walk(
-        *(do, tiles, columns, dfinal_state, sequences), reverse=True, states=dstates
+        do, tiles, columns, dfinal_state, sequences, reverse=True, states=dstates
     )
     products = _products(v, do, states, dstates, columns, None if temper is None else tiles)
     dq, dk, dlog_decay, dtemper = _gate(keys, v, columns, products)
@@ -478,8 +505,18 @@ def _products(v, do, states, dstates, columns, normalised):
     products = _Products(*outputs[:4], None if normalised is None else outputs[4])
     tiles = (None, None) if normalised is None else (normalised.a, normalised.write)
     ddts_chunk_products_kernel[(columns.count, heads, key_dim // block)](
-        *(v, do, states, dstates, columns.starts, columns.ends, *products[:4], *tiles),
-        *(products.along, v.shape[1], columns.per_row, *_strides(v, do)),
+        v,
+        do,
+        states,
+        dstates,
+        columns.starts,
+        columns.ends,
+        *products[:4],
+        *tiles,
+        products.along,
+        v.shape[1],
+        columns.per_row,
+        *_strides(v, do),
         K=key_dim,
         V=value_dim,
         C=TRITON_CHUNK,
@@ -500,8 +537,17 @@ def _gate(keys, v, columns, products):
     new = lambda x: None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grads, tile = [new(x) for x in keys[:4]], gate_tile(key_dim, v.dtype)
     ddts_chunk_gate_kernel[(columns.count, heads, key_dim // tile.width)](
-        *(*keys[:4], keys.resets, columns.starts, columns.ends, *products, *grads),
-        *(keys.scale, keys.eps, keys.q.shape[1], columns.per_row, *_key_strides(keys)),
+        *keys[:4],
+        keys.resets,
+        columns.starts,
+        columns.ends,
+        *products,
+        *grads,
+        keys.scale,
+        keys.eps,
+        keys.q.shape[1],
+        columns.per_row,
+        *_key_strides(keys),
         H=heads,
         K=key_dim,
         C=TRITON_CHUNK,
@@ -528,8 +574,18 @@ def _autograd(ctx, do, dfinal_state, _dstates):
     q, k, v, log_decay, temper, resets, cu_seqlens, states = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     *grads, dtemper, dinitial_state = torch.ops.rodimus.ddts_chunk_backward(
-        *(q, k, v, log_decay, temper, ctx.eps, ctx.scale, resets, cu_seqlens, states),
-        *(do, dfinal_state),
+        q,
+        k,
+        v,
+        log_decay,
+        temper,
+        ctx.eps,
+        ctx.scale,
+        resets,
+        cu_seqlens,
+        states,
+        do,
+        dfinal_state,
     )
     dtemper = None if temper is None else dtemper
     dinitial_state = None if ctx.state_dtype is None else dinitial_state.to(ctx.state_dtype)

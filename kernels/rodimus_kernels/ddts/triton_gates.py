@@ -139,7 +139,12 @@ def _launch(kernel, inputs, outputs, eps):
     rows, block = batch * length * heads, triton.next_power_of_2(key_dim)
     block_rows = max(_ELEMENTS // block, 1)
     kernel[(triton.cdiv(rows, block_rows),)](
-        *(*inputs, *outputs, eps, rows, length, heads),
+        *inputs,
+        *outputs,
+        eps,
+        rows,
+        length,
+        heads,
         *(stride for x in inputs for stride in x.stride()[:3]),
         K=key_dim,
         BK=block,

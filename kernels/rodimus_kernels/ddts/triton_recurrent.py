@@ -117,7 +117,13 @@ def _launch(q, k, v, log_decay, scale, initial_state, final_state, cu_seqlens):
     block_v = min(triton.next_power_of_2(value_dim), max(_ELEMENTS // block_k, 16))
     o = v.new_empty(v.shape)
     ddts_recurrent_kernel[(triton.cdiv(value_dim, block_v), final_state.shape[0] * heads)](
-        *(*tensors, o, initial_state, final_state, cu_seqlens, scale, length),
+        *tensors,
+        o,
+        initial_state,
+        final_state,
+        cu_seqlens,
+        scale,
+        length,
         *(stride for x in tensors for stride in x.stride()[:3]),
         H=heads,
         K=key_dim,

@@ -120,7 +120,9 @@ def shared_key_attention(
         impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)
     function = load("shared_key_attention", impl, _SEQUENCE)
     return function(
-        *(q, k, v),
+        q,
+        k,
+        v,
         window_size=window_size,
         scale=dim**-0.5 if scale is None else scale,
         cu_seqlens=cu_seqlens,
@@ -200,7 +202,11 @@ def shared_key_attention_step(
             if impl == "native" and not _fits_compiled_step(q, k, v, cache):
                 impl = fallback
         return load("shared_key_attention_step", impl, _STEP)(
-            *(q, k, v, cache, position),
+            q,
+            k,
+            v,
+            cache,
+            position,
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,
         )

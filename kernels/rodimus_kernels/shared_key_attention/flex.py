@@ -62,7 +62,8 @@ def block_mask(queries, keys, window_size, cu_seqlens, device) -> BlockMask:
     touched = (end >= first[low, None]) & (start <= high[:, None])
     whole = (start >= first[high, None]) & (end <= low[:, None])
     return BlockMask.from_kv_blocks(
-        *(*_listed(touched & ~whole), *_listed(whole)),
+        *_listed(touched & ~whole),
+        *_listed(whole),
         BLOCK_SIZE=_BLOCK,
         mask_mod=visible,
         seq_lengths=(queries, keys),

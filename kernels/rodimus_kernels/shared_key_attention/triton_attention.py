@@ -239,7 +239,14 @@ def _forward(q, k, v, window_size, scale, cu_seqlens):
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     (b_q,), (b_k, b_v), tile, tma = _operands(0, [q], [k, v])
     shared_key_attention_fwd_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
-        *(b_q, b_k, b_v, o, lse, launch.starts, launch.scales[0], *launch.sizes),
+        b_q,
+        b_k,
+        b_v,
+        o,
+        lse,
+        launch.starts,
+        launch.scales[0],
+        *launch.sizes,
         *_strides(q, k, v),
         TMA=tma,
         **launch.constants,
@@ -262,8 +269,18 @@ def _dq(q, k, v, o, lse, do, launch):
     dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
     (b_q, b_do), (b_k, b_v), tile, tma = _operands(1, [q, do], [k, v])
     shared_key_attention_dq_kernel[(triton.cdiv(queries, tile.queries), heads, batch)](
-        *(b_q, b_k, b_v, o, b_do, lse, delta, dq, launch.starts),
-        *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),
+        b_q,
+        b_k,
+        b_v,
+        o,
+        b_do,
+        lse,
+        delta,
+        dq,
+        launch.starts,
+        *launch.scales,
+        *launch.sizes,
+        *_strides(q, k, v, do),
         TMA=tma,
         **launch.constants,
         **_options(tile),
@@ -285,8 +302,18 @@ def _dkv(q, k, v, lse, delta, do, launch):
         (batch, keys, pairs, value_dim), dtype=v.dtype if pairs == value_heads else torch.float32
     )
     shared_key_attention_dkv_kernel[(key_tiles, key_heads * groups, batch)](
-        *(b_q, b_k, b_v, b_do, lse, delta, dk, dv, launch.ends),
-        *(*launch.scales, *launch.sizes, *_strides(q, k, v, do)),
+        b_q,
+        b_k,
+        b_v,
+        b_do,
+        lse,
+        delta,
+        dk,
+        dv,
+        launch.ends,
+        *launch.scales,
+        *launch.sizes,
+        *_strides(q, k, v, do),
         PAIRS=pairs,
         GROUPS=groups,
         TMA=tma,

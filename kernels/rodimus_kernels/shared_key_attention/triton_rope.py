@@ -95,7 +95,13 @@ def _rope(x, cos, sin, inverse):
     ]
     if y.numel():
         rope_kernel[(batch * length, triton.cdiv(heads, block))](
-            *(x, cos, sin, y, length, *x.stride()[:3], *steps),
+            x,
+            cos,
+            sin,
+            y,
+            length,
+            *x.stride()[:3],
+            *steps,
             H=heads,
             D=dim,
             HALF=half,

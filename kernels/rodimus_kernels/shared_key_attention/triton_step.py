@@ -289,9 +289,22 @@ def _step(q, k, v, cache, position, window_size, scale):
         rows = reference.ring_parts(cache, key_heads, dim, value_heads, value_dim, k.dtype)
     block_dim = lambda size: max(triton.next_power_of_2(size), 16)
     ring_attention_kernel[(parts, groups, tokens)](
-        *(q, k, v, *rows, position, partial, lse, scale * math.log2(math.e)),
-        *(steps, window_size, cache.shape[1], part),
-        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *rows[0].stride()[:2]),
+        q,
+        k,
+        v,
+        *rows,
+        position,
+        partial,
+        lse,
+        scale * math.log2(math.e),
+        steps,
+        window_size,
+        cache.shape[1],
+        part,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *rows[0].stride()[:2],
         H=heads,
         HK=key_heads,
         HV=value_heads,
@@ -309,7 +322,10 @@ def _step(q, k, v, cache, position, window_size, scale):
     )
     if parts > 1:
         join_parts_kernel[(heads, tokens)](
-            *(partial, lse, o, parts),
+            partial,
+            lse,
+            o,
+            parts,
             H=heads,
             DV=value_dim,
             BDV=block_dim(value_dim),
@@ -345,7 +361,10 @@ def _aot_step(dim, dtype, int8):
     torch.ops.rodimus.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
     parts, lse = torch.empty(129, *v.shape), torch.empty(129, 1, 16)
     join_parts_kernel[(16, 1)](
-        *(parts, lse, v, 129),
+        parts,
+        lse,
+        v,
+        129,
         H=16,
         DV=dim,
         BDV=dim,
