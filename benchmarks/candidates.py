@@ -23,7 +23,7 @@ from rodimus_kernels import (
     triton_norm,
     triton_swiglu,
 )
-from rodimus_kernels._library import TRITON_CHUNK
+from rodimus_kernels._schemas import TRITON_CHUNK
 from rodimus_kernels.ddts import triton_chunk
 from rodimus_kernels.shared_key_attention import triton_attention, triton_rope, triton_step
 

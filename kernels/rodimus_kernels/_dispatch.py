@@ -82,7 +82,7 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]
         raise ValueError(f"{name} must have shape [{wanted}], got {shape}")
 
 
-def check_alike(
+def check_same_device(
     reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None
 ) -> None:
     """Raise ValueError unless the others live on the reference's device."""

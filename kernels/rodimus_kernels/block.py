@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from ._dispatch import check_alike, check_shape, load
+from ._dispatch import check_same_device, check_shape, load
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:block_step",
@@ -102,7 +102,7 @@ def block_step(
     """
     check_shape("stream", stream, ("B", weights.fc.shape[1]))
     check_shape("taps", taps, (stream.shape[0], *weights.conv.shape))
-    check_alike("stream", stream, fc=weights.fc, taps=taps, state=state, ring=ring)
+    check_same_device("stream", stream, fc=weights.fc, taps=taps, state=state, ring=ring)
     if weights.query is not None and None in (window_size, head_dim):
         raise ValueError("a block with attention needs window_size and head_dim, got None")
     with torch.no_grad():

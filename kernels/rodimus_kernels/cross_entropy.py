@@ -2,7 +2,7 @@
 
 import torch
 
-from ._dispatch import check_alike, check_shape, load, runs_triton
+from ._dispatch import check_same_device, check_shape, load, runs_triton
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_cross_entropy",
@@ -58,7 +58,7 @@ def linear_cross_entropy(
     check_shape("hidden", hidden, ("N", "D"))
     check_shape("weight", weight, ("vocabulary", hidden.shape[1]))
     check_shape("labels", labels, (hidden.shape[0],))
-    check_alike("hidden", hidden, weight=weight, labels=labels)
+    check_same_device("hidden", hidden, weight=weight, labels=labels)
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if impl == "auto":

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ._dispatch import check_alike, check_floating, check_shape, load, runs_triton
+from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:input_gate",
@@ -48,7 +48,7 @@ def input_gate(
     check_shape("weight", weight, (x.shape[-1], hidden.shape[-1]))
     check_shape("bias", bias, (x.shape[-1],))
     check_floating(x=x, hidden=hidden, weight=weight, bias=bias)
-    check_alike("x", x, hidden=hidden, weight=weight, bias=bias)
+    check_same_device("x", x, hidden=hidden, weight=weight, bias=bias)
     if impl == "auto":
         double = torch.float64 in (x.dtype, hidden.dtype, weight.dtype, bias.dtype)
         impl = _choose(runs_triton(x.device), hidden.shape[-1], double)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from . import native
-from ._dispatch import check_alike, check_shape, choose_compiled, load
+from ._dispatch import check_same_device, check_shape, choose_compiled, load
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_step",
@@ -43,7 +43,7 @@ def linear_step(
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
-    check_alike("x", x, weight=weight, bias=bias)
+    check_same_device("x", x, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":
             small = 1 <= x.shape[0] <= native.MAX_ROWS

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._dispatch import check_alike, check_shape, choose_compiled, load, runs_triton
+from ._dispatch import check_same_device, check_shape, choose_compiled, load, runs_triton
 
 _RMS = {
     "reference": "rodimus_kernels.reference:rms_norm",
@@ -41,7 +41,7 @@ def rms_norm(
         ValueError: weight does not fit x.
     """
     check_shape("weight", weight, (x.shape[-1],))
-    check_alike("x", x, weight=weight)
+    check_same_device("x", x, weight=weight)
     return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
 
 
@@ -72,7 +72,7 @@ def add_rms_norm(
     """
     check_shape("residual", residual, tuple(x.shape))
     check_shape("weight", weight, (x.shape[-1],))
-    check_alike("x", x, residual=residual, weight=weight)
+    check_same_device("x", x, residual=residual, weight=weight)
     impl = _choose(impl, x, residual, weight)
     return load("add_rms_norm", impl, _ADD)(x, residual, weight, eps=eps)
 
@@ -112,7 +112,7 @@ def gated_rms_norm(
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))
         check_shape("residual_weight", residual_weight, (x.shape[-1],))
-    check_alike("x", x, gate=gate, weight=weight, residual=residual)
+    check_same_device("x", x, gate=gate, weight=weight, residual=residual)
     impl = _choose(impl, x, gate, weight, residual, residual_weight)
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight

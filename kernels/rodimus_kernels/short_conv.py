@@ -3,9 +3,9 @@
 import torch
 
 from ._dispatch import (
-    check_alike,
     check_cu_seqlens,
     check_floating,
+    check_same_device,
     check_shape,
     choose_compiled,
     load,
@@ -60,7 +60,9 @@ def short_conv(
     if bias is not None:
         check_shape("bias", bias, (channels,))
     check_floating(x=x, weight=weight)
-    check_alike("x", x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx)
+    check_same_device(
+        "x", x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx
+    )
     if length == 0:
         raise ValueError("short_conv needs at least one token, got T = 0")
     sequences = check_cu_seqlens(cu_seqlens, batch, length)
@@ -113,7 +115,7 @@ def short_conv_step(
     check_shape("x", x, ("B", "D"))
     check_shape("weight", weight, (x.shape[1], "W"))
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]))
-    check_alike("x", x, conv_state=conv_state, weight=weight, bias=bias)
+    check_same_device("x", x, conv_state=conv_state, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":
             tensors = (x, conv_state, weight, bias)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _library  # noqa: F401  (the schemas come first)
+from . import _schemas  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps

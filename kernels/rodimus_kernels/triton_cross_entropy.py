@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _library  # noqa: F401  (the schemas come first)
+from . import _schemas  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, LOG2_E, check_runs_here, exp2, implement, unit_stride
 
 # logits of a row held at once by a program, and its warps

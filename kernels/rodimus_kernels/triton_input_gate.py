@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _library  # noqa: F401  (the schemas come first)
+from . import _schemas  # noqa: F401  (the schemas come first)
 from ._triton import (
     FP_FUSION,
     INTERPRETED,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _library  # noqa: F401  (the schemas come first)
+from . import _schemas  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # a row is one block of registers

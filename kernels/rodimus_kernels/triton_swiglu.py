@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _library  # noqa: F401  (the schemas come first)
+from . import _schemas  # noqa: F401  (the schemas come first)
 from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # channels of a program: of 512 to 4096 the best on an H200 for 5632 channels

@@ -1,6 +1,6 @@
 """Running a model in pieces, padded and packed, to compare with one forward."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,16 +72,3 @@ def packed_positions(lengths: Sequence[int]) -> Tensor:
 def documents_alone(model, ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """Logits ``[1, T, vocab]`` of the documents of one row, each run alone."""
     return torch.cat([full(model, piece) for piece in ids.split(list(lengths), dim=1)], 1)
-
-
-def state_bytes(cache) -> int:
-    """Bytes of every tensor a cache holds."""
-    tensors = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            values = value.values() if isinstance(value, dict) else value
-            values = [values] if isinstance(values, torch.Tensor) else values
-            if not isinstance(values, Iterable):
-                continue
-            tensors |= {id(v): v for v in values if isinstance(v, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -5,15 +5,15 @@ import torch
 
 from .. import native
 from .._dispatch import (
-    check_alike,
     check_cu_seqlens,
     check_floating,
+    check_same_device,
     check_shape,
     choose_compiled,
     load,
     runs_triton,
 )
-from .._library import TRITON_KEY_DIMS
+from .._schemas import TRITON_KEY_DIMS
 from ..reference import accumulation_dtype
 
 _SEQUENCE = {
@@ -72,7 +72,7 @@ def ddts_gates(
     """
     check_shape("select", select, tuple(k.shape))
     check_shape("temper", temper, tuple(k.shape))
-    check_alike("k", k, select=select, temper=temper)
+    check_same_device("k", k, select=select, temper=temper)
     if impl == "auto":
         double = torch.float64 in (k.dtype, select.dtype, temper.dtype)
         impl = "triton" if runs_triton(k.device) and not double else "reference"
@@ -126,7 +126,7 @@ def ddts(
     check_shape("v", v, (batch, length, heads, "V"))
     check_shape("log_decay", log_decay, (batch, length, heads, key_dim))
     check_floating(q=q, k=k, v=v, log_decay=log_decay)
-    check_alike("q", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    check_same_device("q", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     if length == 0:
         raise ValueError("ddts needs at least one token, got T = 0")
     sequences = check_cu_seqlens(cu_seqlens, batch, length)
@@ -210,7 +210,7 @@ def ddts_step(
     check_shape("v", v, (batch, heads, "V"))
     check_shape("log_decay", log_decay, (batch, heads, key_dim))
     check_shape("state", state, (batch, heads, key_dim, v.shape[-1]))
-    check_alike("q", q, k=k, v=v, log_decay=log_decay, state=state)
+    check_same_device("q", q, k=k, v=v, log_decay=log_decay, state=state)
     expected = accumulation_dtype(q, k, v, log_decay)
     if state.dtype != expected or not state.is_contiguous():
         layout = "contiguous" if state.is_contiguous() else f"strides {state.stride()}"

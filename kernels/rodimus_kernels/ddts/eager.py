@@ -11,7 +11,7 @@ holds. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
 import torch
 
 from .. import reference
-from .._library import EAGER_CHUNK
+from .._schemas import EAGER_CHUNK
 
 
 def forward(

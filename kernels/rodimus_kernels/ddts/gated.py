@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .._dispatch import check_alike, check_floating, check_shape, load
+from .._dispatch import check_floating, check_same_device, check_shape, load
 from .api import choose_sequence, ddts, ddts_gates
 
 _IMPLS = {
@@ -67,7 +67,7 @@ def gated_ddts(
     for name, tensor in like_q.items():
         check_shape(name, tensor, tuple(q.shape))
     check_floating(q=q, v=v, **like_q)
-    check_alike("q", q, v=v, initial_state=initial_state, starts=starts, **like_q)
+    check_same_device("q", q, v=v, initial_state=initial_state, starts=starts, **like_q)
     if length == 0:
         raise ValueError("gated_ddts needs at least one token, got T = 0")
     if initial_state is not None:

@@ -3,7 +3,7 @@
 import torch
 
 from .. import native
-from .._dispatch import check_alike, check_floating, check_shape, choose_compiled, load
+from .._dispatch import check_floating, check_same_device, check_shape, choose_compiled, load
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:ddts_mixer_step",
@@ -84,7 +84,7 @@ def ddts_mixer_step(
     rows = {"k": k, "select": select, "temper": temper, "gate_hidden": gate_hidden, "x": x}
     rows |= {"shifted": shifted, "gate": gate, "gate_weight": gate_weight, **wide}
     check_floating(q=q, **rows)
-    check_alike("q", q, state=state, **rows)
+    check_same_device("q", q, state=state, **rows)
     if not state.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {state.stride()}")
     with torch.no_grad():

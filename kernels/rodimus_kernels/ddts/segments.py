@@ -8,8 +8,8 @@ one GPU or over many GPUs, and only the summaries meet.
 import torch
 import torch.nn.functional as F
 
-from .._dispatch import check_alike, check_floating, check_shape, load, runs_triton
-from .._library import TRITON_KEY_DIMS
+from .._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
+from .._schemas import TRITON_KEY_DIMS
 from ..reference import accumulation_dtype
 
 _SCAN = {
@@ -44,7 +44,7 @@ def ddts_summary(
     check_shape("v", v, (*k.shape[:3], "V"))
     check_shape("log_decay", log_decay, tuple(k.shape))
     check_floating(k=k, v=v, log_decay=log_decay)
-    check_alike("k", k, v=v, log_decay=log_decay)
+    check_same_device("k", k, v=v, log_decay=log_decay)
     return _Summary.apply(k, v, log_decay)
 
 
@@ -104,7 +104,7 @@ def ddts_scan(
     """
     check_shape("states", states, ("S", "N", "H", "K", "V"))
     check_shape("log_decays", log_decays, tuple(states.shape[:4]))
-    check_alike("states", states, log_decays=log_decays)
+    check_same_device("states", states, log_decays=log_decays)
     if impl == "auto":
         key_dim, value_dim = states.shape[-2:]
         fits = states.dtype == torch.float32 and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0

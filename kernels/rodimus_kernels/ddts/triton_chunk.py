@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
-from .._library import TRITON_CHUNK, TRITON_KEY_DIMS, chunk_columns, tile_dtype
+from .._schemas import TRITON_CHUNK, TRITON_KEY_DIMS, chunk_columns, tile_dtype
 from .._triton import (
     FP_FUSION,
     INTERPRETED,

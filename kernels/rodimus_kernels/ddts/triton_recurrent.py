@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library  # noqa: F401  (the schemas come first)
+from .. import _schemas  # noqa: F401  (the schemas come first)
 from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # of the state a program holds; small, for one token leaves no other parallelism than V

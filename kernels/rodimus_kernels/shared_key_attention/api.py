@@ -5,9 +5,9 @@ import torch
 
 from .. import reference
 from .._dispatch import (
-    check_alike,
     check_cu_seqlens,
     check_floating,
+    check_same_device,
     check_shape,
     choose_compiled,
     load,
@@ -69,7 +69,7 @@ def rope(
             f" got {tuple(cos.shape)}"
         )
     check_floating(x=x, cos=cos, sin=sin)
-    check_alike("x", x, cos=cos, sin=sin)
+    check_same_device("x", x, cos=cos, sin=sin)
     if impl == "auto":
         double = torch.float64 in (x.dtype, cos.dtype, sin.dtype)
         impl = "triton" if runs_triton(x.device) and not double else "reference"
@@ -185,7 +185,7 @@ def shared_key_attention_step(
         )
     _check_ring(cache, k, v)
     check_shape("position", position, (batch,))
-    check_alike("q", q, cache=cache, position=position)
+    check_same_device("q", q, cache=cache, position=position)
     if position.dtype != torch.int64:
         raise ValueError(f"position must be int64, got {position.dtype}")
     if cache.shape[1] < window_size + steps - 1:
@@ -254,7 +254,7 @@ def _check(q, k, v, window_size, scale):
     check_shape("k", k, (batch, "S", "Hk", dim))
     check_shape("v", v, (batch, k.shape[1], "Hv", "Dv"))
     check_floating(q=q, k=k, v=v)
-    check_alike("q", q, k=k, v=v)
+    check_same_device("q", q, k=k, v=v)
     if 0 in (heads, dim, k.shape[2], v.shape[2]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k and v need at least one head and one channel, got {shapes}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .. import _library  # noqa: F401  (the schemas come first)
+from .. import _schemas  # noqa: F401  (the schemas come first)
 from .._triton import (
     FP_FUSION,
     INTERPRETED,

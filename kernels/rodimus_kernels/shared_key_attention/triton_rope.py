@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library  # noqa: F401  (the schemas come first)
+from .. import _schemas  # noqa: F401  (the schemas come first)
 from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # elements of a program's tile: 16 a thread at 4 warps

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library, reference  # noqa: F401  (the schemas come first)
+from .. import _schemas, reference  # noqa: F401  (the schemas come first)
 from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 MAX_DIM = 256
