@@ -26,16 +26,6 @@ NAMED = {"window_size": 5, "head_dim": 6, "key_eps": 1e-5, "norm_eps": 1e-5}
 LIMIT = 2e-6
 
 
-@pytest.fixture(params=native.CPU_ISAS)
-def isa(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    best = native.cpu_isa()
-    if not native.select_cpu_isa(request.param):
-        pytest.skip(f"this processor or this build lacks {request.param}")
-    yield request.param
-    native.select_cpu_isa(best)
-
-
 def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4, dim=6, mlp=26):
     """Lively weights of a small block: as many query and value heads as fit, one key head."""
     matrix = lambda rows, columns: (torch.randn(rows, columns) / columns**0.5).to(dtype)

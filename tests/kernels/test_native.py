@@ -17,16 +17,6 @@ LIMIT = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=native.CPU_ISAS)
-def isa(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    best = native.cpu_isa()
-    if not native.select_cpu_isa(request.param):
-        pytest.skip(f"this processor or this build lacks {request.param}")
-    yield request.param
-    native.select_cpu_isa(best)
-
-
 # Each maker returns (public operator, reference, arguments, named arguments, index of the state).
 
 

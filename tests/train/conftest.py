@@ -6,6 +6,7 @@ import random
 import pytest
 
 from rodimus.train.pack import pack
+from tests.train.ranks import metrics, train
 
 MODEL = {
     "block_type": "rodimus_plus",
@@ -47,6 +48,7 @@ tokens = 256
 [log]
 every = 1
 """
+SHORT = ("--train.steps", 3, "--no-export", "--schedule.warmup-steps", 0, "--eval.every", 3)
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +75,17 @@ def config_file(tmp_path, packed):
     path = tmp_path / "run.toml"
     path.write_text(RUN.format(out=tmp_path / "run", data=packed))
     return path
+
+
+@pytest.fixture
+def figures(config_file, tmp_path):
+    """Losses, gradient norms and held-out loss of a short run with some settings changed."""
+
+    def figures(world_size, *overrides):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=200)
+        assert set(statuses) == {0}
+        names = ("loss", "grad_norm", "val_loss", "val_bits_per_byte")
+        return [value for name in names for _, value in sorted(metrics(run, name).items())]
+
+    return figures

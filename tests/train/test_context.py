@@ -13,7 +13,7 @@ from rodimus.train.config import ParallelSection
 from rodimus.train.context import Context
 from rodimus.train.load import load_config
 from tests.train.conftest import MODEL
-from tests.train.ranks import metrics, run_ranks, train
+from tests.train.ranks import run_ranks
 
 LENGTH = 48
 # on 2 ranks pieces are 24 tokens, on 4 they are 12: documents end inside, at and one after an edge
@@ -149,23 +149,6 @@ def test_context_says_what_it_cannot_do():
         assert "context needs shift_labels" in shifted
         assert "context excludes attention_mask, position_ids" in excluded
         assert divided == "rows of 7 tokens do not divide over 2 ranks"
-
-
-SHORT = ("--train.steps", 3, "--no-export", "--schedule.warmup-steps", 0, "--eval.every", 3)
-
-
-@pytest.fixture
-def figures(config_file, tmp_path):
-    """Losses and gradient norms of a short run, and its held-out loss."""
-
-    def figures(world_size, *overrides):
-        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=200)
-        assert set(statuses) == {0}
-        names = ("loss", "grad_norm", "val_loss", "val_bits_per_byte")
-        return [value for name in names for _, value in sorted(metrics(run, name).items())]
-
-    return figures
 
 
 def test_training_in_pieces_equals_training_on_whole_rows(figures):

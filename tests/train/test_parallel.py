@@ -11,23 +11,7 @@ from rodimus.errors import InputError
 from rodimus.train import parallel
 from rodimus.train.config import ParallelSection
 from tests.train.conftest import MODEL
-from tests.train.ranks import metrics, run_ranks, train
-
-SHORT = ("--train.steps", 3, "--no-export", "--schedule.warmup-steps", 0)
-
-
-@pytest.fixture
-def figures(config_file, tmp_path):
-    """Loss and gradient norm by step of a short run with some settings changed."""
-
-    def figures(world_size, *overrides):
-        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=200)
-        assert set(statuses) == {0}
-        loss, norm = metrics(run, "loss"), metrics(run, "grad_norm")
-        return [value for step in sorted(loss) for value in (loss[step], norm[step])]
-
-    return figures
+from tests.train.ranks import run_ranks
 
 
 def test_activation_checkpointing_changes_nothing(figures):
