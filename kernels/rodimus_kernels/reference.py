@@ -24,6 +24,7 @@ C chunk, W convolution width, N packed documents.
 
 import functools
 import itertools
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -442,11 +443,24 @@ def document_ids(cu_seqlens, length):
 # ----------------------------------------------------------------------------------------------
 
 
-def rope_tables(position_ids, dim, *, base=10000.0, dtype=torch.float32):
-    """Cosines and sines of the rotary embedding: ``(cos, sin)``, each ``[..., T, dim // 2]``.
+def rope_tables(
+    position_ids: torch.Tensor,
+    dim: int,
+    *,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary embedding.
 
     Angles are computed in fp32 and the tables rounded to ``dtype``, as the released models were
     trained.
+
+    Args:
+        position_ids: integers ``[..., T]``.
+        dim: channels that are rotated, an even number.
+
+    Returns:
+        ``(cos, sin)``, each ``[..., T, dim // 2]`` in ``dtype``.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
     angles = position_ids[..., None].to(torch.float32) * base**-exponents
@@ -568,24 +582,39 @@ def dequantize_values(values, scales, dtype):
     return (values.to(wide) * scales[..., None].to(wide)).to(dtype)
 
 
-def int8_row_bytes(key_heads, dim, value_heads, value_dim, dtype):
+def int8_row_bytes(
+    key_heads: int, dim: int, value_heads: int, value_dim: int, dtype: torch.dtype
+) -> int:
     """Bytes of a token in a window with 8-bit values: keys in ``dtype``, values, one bfloat16 scale
     a value head on an even byte, and what is missing to a multiple of 16."""
     scales_at = key_heads * dim * dtype.itemsize + value_heads * value_dim
     return -(-(scales_at + scales_at % 2 + 2 * value_heads) // 16) * 16
 
 
-def ring_parts(cache, key_heads, dim, value_heads, value_dim, dtype):
+_RingParts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def ring_parts(
+    cache: torch.Tensor,
+    key_heads: int,
+    dim: int,
+    value_heads: int,
+    value_dim: int,
+    dtype: torch.dtype,
+) -> _RingParts:
     """What a ring holds, as views of it: keys, values, scales of the values or None.
 
     A floating-point ring has rows ``[keys | values]``. A ring of bytes has 8-bit values: rows of
     :func:`int8_row_bytes` with the keys in ``dtype``, then int8 values, then bfloat16 scales.
 
     Args:
-        cache: ``[..., row]``; a ring of bytes has dense rows that start on 16 bytes.
+        cache: ``[..., row]``; a ring of bytes, uint8, has dense rows that start on 16 bytes.
+        key_heads, dim, value_heads, value_dim: Hk, D, Hv and Dv.
+        dtype: of the keys in a ring of bytes.
 
     Returns:
-        ``(keys [..., Hk, D], values [..., Hv, Dv], scales [..., Hv] or None)``.
+        ``(keys [..., Hk, D], values [..., Hv, Dv], scales [..., Hv] or None)``: in the ring's
+        dtype, or of a ring of bytes in ``dtype``, int8 and bfloat16.
     """
     key_row, value_row = key_heads * dim, value_heads * value_dim
     keys_shape, values_shape = (key_heads, dim), (value_heads, value_dim)
@@ -600,9 +629,16 @@ def ring_parts(cache, key_heads, dim, value_heads, value_dim, dtype):
     return keys, values.unflatten(-1, values_shape), scales
 
 
-def write_ring(parts, index, k, v):
-    """Put keys ``[..., Hk, D]`` and values ``[..., Hv, Dv]`` into the rows ``index`` of
-    :func:`ring_parts`."""
+def write_ring(
+    parts: _RingParts, index: tuple | EllipsisType, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Put keys and values into rows of a ring, rounded to what it holds.
+
+    Args:
+        parts: of :func:`ring_parts`; written in place.
+        index: what to index the parts with for the rows ``[...]``.
+        k: ``[..., Hk, D]``. v: ``[..., Hv, Dv]``.
+    """
     keys, values, scales = parts
     keys[index] = k.to(keys.dtype)
     if scales is None:
@@ -611,8 +647,8 @@ def write_ring(parts, index, k, v):
         values[index], scales[index] = quantize_values(v)
 
 
-def read_ring(parts, dtype):
-    """Keys and values of :func:`ring_parts` in ``dtype``."""
+def read_ring(parts: _RingParts, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys ``[..., Hk, D]`` and values ``[..., Hv, Dv]`` of :func:`ring_parts` in ``dtype``."""
     keys, values, scales = parts
     if scales is not None:
         values = dequantize_values(values, scales, dtype)

@@ -1,4 +1,4 @@
-"""The docstring of an operator names what its ``impl=`` accepts."""
+"""Public functions have types, and their docstrings name what ``impl=`` accepts."""
 
 import inspect
 import re
@@ -8,11 +8,13 @@ import pytest
 
 import rodimus_kernels
 
-OPERATORS = [
-    function
+FUNCTIONS = [
+    value
     for name in rodimus_kernels.__all__
-    if "impl" in inspect.signature(function := getattr(rodimus_kernels, name)).parameters
+    if inspect.isfunction(value := getattr(rodimus_kernels, name))
 ]
+OPERATORS = [x for x in FUNCTIONS if "impl" in inspect.signature(x).parameters]
+by_name = {"ids": lambda function: function.__name__}
 
 
 def table_of(operator) -> dict[str, str]:
@@ -23,7 +25,14 @@ def table_of(operator) -> dict[str, str]:
     return table
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.__name__)
+@pytest.mark.parametrize("function", FUNCTIONS, **by_name)
+def test_types_are_given(function):
+    signature = inspect.signature(function)
+    given = [x.annotation for x in signature.parameters.values()] + [signature.return_annotation]
+    assert inspect.Signature.empty not in given
+
+
+@pytest.mark.parametrize("operator", OPERATORS, **by_name)
 def test_impl_names_are_listed(operator):
     entry = re.search(r"^ +impl: (.+?)\n\n", inspect.getdoc(operator), re.DOTALL | re.MULTILINE)
     assert set(re.findall(r'``"(\w+)"``', entry[1])) == {"auto", *table_of(operator)}
