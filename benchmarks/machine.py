@@ -82,7 +82,7 @@ def gpu_state() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Commit of the checkout, and whether its files differ from it.
+    """Commit of the checkout, and whether its files differ from it, records and reports aside.
 
     The variable ``RODIMUS_BENCH_COMMIT`` wins: a copy without its git folder is told that way.
     """
@@ -90,8 +90,10 @@ def commit() -> dict[str, Any]:
     head = told or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if told or not head:
         return {"commit": head or "unknown", "dirty": None}
-    changed = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
-    return {"commit": head, "dirty": bool(changed)}
+    # the run before this one may have written records
+    own = [f":!benchmarks/{name}" for name in ("results", "plots", "RESULTS.md")]
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", "."]
+    return {"commit": head, "dirty": bool(_output([*command, *own]))}
 
 
 def _output(command: list[str]) -> str:

@@ -3,6 +3,7 @@
 import getpass
 import json
 import platform
+import subprocess
 
 import torch
 
@@ -17,6 +18,21 @@ def test_description_names_hardware_versions_and_commit():
     text = json.dumps(about)
     assert platform.node() not in text
     assert str(machine.ROOT) not in text and f"/{getpass.getuser()}/" not in text
+
+
+def test_records_of_earlier_runs_are_no_change_of_the_code(monkeypatch, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    record, code = tmp_path / "benchmarks" / "results" / "a.json", tmp_path / "code.py"
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        record.write_text("1")
+        code.write_text("1")
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    record.write_text("2")
+    assert machine.commit()["dirty"] is False
+    code.write_text("2")
+    assert machine.commit()["dirty"] is True
 
 
 def test_a_copy_without_git_takes_its_commit_from_the_environment(monkeypatch, tmp_path):
