@@ -7,6 +7,7 @@ A table stands below ``<!-- measured: NAME -->``. ``TABLES`` computes its rows f
 import json
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -231,7 +232,7 @@ def readme_cpu():
         ratios = [fastest[0][f"ratio_to_{model}"] for model in models[2:]]
         ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high, _ in ratios]
         times = (f"{row['median_ms']:.0f}" for row in fastest)
-        yield line(tokens_of(context), *times, *ratios, percent(fastest[0]["floor_share"]))
+        yield line(tokens_of(context), *times, *ratios)
 
 
 QUALITY = (
@@ -372,14 +373,25 @@ def test_what_the_readme_says_of_the_gpu_follows_from_the_records():
 
 
 def test_what_the_readme_says_of_the_cpu_follows_from_the_records():
-    text, floors, rates = flat("../README.md"), [], set()
+    text = flat("../README.md")
+    states = {"fast": ([], []), "slow": ([], [])}
     for context in ("t128", "t1024", "t4096", "t16384"):
-        name = f"decode-b1-{context}-bfloat16"
-        rows = measured(name, CPU)
-        floors += [row["floor_ms"] for target, row in rows.items() if target.startswith("rodimus")]
-        rates.add(round(record(name, CPU)["ceilings"]["read_GBps"]))
-    (rate,) = rates
-    assert f"{min(floors):.0f} to {max(floors):.0f} ms at {rate} GB/s" in text
+        rows = measured(f"decode-b1-{context}-bfloat16", CPU)
+        ours, *peers = (
+            rows[target]["samples"]["wall_ms"]
+            for target in ("rodimus-plus-1.6b/engine", "qwen2-1.5b/static", "rwkv6-1.6b/package")
+        )
+        for first in (0, 15, 30):
+            of_run = lambda times, first=first: round(median(times[first : first + 15]))
+            # whether reading was fast in that run; the peers compute more than they read
+            found = states["fast" if of_run(ours) < 65 else "slow"]
+            found[0].append(of_run(ours))
+            found[1].extend(map(of_run, peers))
+    (fast, beside_fast), (slow, beside_slow) = states.values()
+    assert f"took {min(fast)} to {max(fast)} ms and the peers" in text
+    assert f"the peers {min(beside_fast)} to {max(beside_fast)}, in the other" in text
+    assert f"the other {min(slow)} to {max(slow)} and {min(beside_slow)} to" in text
+    assert f"and {min(beside_slow)} to {max(beside_slow)}. How near" in text
     prefill = measured("prefill-b1-t512-bfloat16", CPU)["rodimus-plus-1.6b/dynamic"]
     assert f"{prefill['ratio_to_qwen2-1.5b'][0]:.1f} times as fast as Qwen2's" in text
     _, low, high, _ = prefill["ratio_to_rwkv6-1.6b"]
