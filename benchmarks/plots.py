@@ -69,11 +69,16 @@ def _finish(axes: Any, title: str, x: str, y: str, *, log_y: bool = True) -> Non
 
 
 def decode_latency(found: list[Record], axes: Any) -> None:
-    """Milliseconds a token over the context, with the memory floors dotted."""
-    _draw(axes, _measured(found, "decode", "context", "median_ms", batch=1))
+    """Milliseconds a token over the context, with the memory floors dotted; without them where a
+    time is below its floor: the machine was not the same when the memory's rate was measured."""
+    times = _measured(found, "decode", "context", "median_ms", batch=1)
     floors = _measured(found, "decode", "context", "floor_ms", batch=1)
-    _draw(axes, floors, linestyle=(0, (1, 3)), marker="", label="_floor", linewidth=0.9)
-    _finish(axes, "Decoding, batch 1 (dotted: memory floor)", "context, tokens", "ms a token")
+    title = "Decoding, batch 1"
+    _draw(axes, times)
+    if all(line[x] <= times[name][x] for name, line in floors.items() for x in line):
+        _draw(axes, floors, linestyle=(0, (1, 3)), marker="", label="_floor", linewidth=0.9)
+        title += " (dotted: memory floor)"
+    _finish(axes, title, "context, tokens", "ms a token")
 
 
 def decode_throughput(found: list[Record], axes: Any) -> None:

@@ -214,3 +214,11 @@ def test_a_training_step_tells_its_longest_kernels_and_its_memory():
     text = report.render([record])
     assert "rodimus-plus-1.6b/dynamic allocates 40 GB in a step" in text
     assert f"| `{'gemm' * 15}` | 24 | 12.3 | 50% |" in text
+
+
+@pytest.mark.parametrize(("floor", "drawn"), [(4.0, True), (6.0, False)])
+def test_a_floor_that_was_undercut_is_not_drawn(floor, drawn):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots.decode_latency([decode("won", FAST, PEER, floor_ms=floor)], axes)
+    assert ("memory floor" in axes.get_title()) == drawn
+    assert len(axes.lines) == (4 if drawn else 2)
