@@ -19,6 +19,7 @@ Environment:
 Only the standard library is imported, so setup.py can run this file before anything is installed.
 """
 
+import argparse
 import concurrent.futures
 import hashlib
 import importlib.metadata
@@ -302,9 +303,13 @@ def _demangled(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Build and print one line a library; ``--force`` builds what is up to date as well, and
-    ``--report`` only prints the registers of the CUDA kernels."""
-    if "--report" in sys.argv[1:]:
+    """Build, and print one line a library."""
+    parser = argparse.ArgumentParser(description="Build the native operators of csrc/.")
+    add = parser.add_argument
+    add("--force", action="store_true", help="build what is up to date as well")
+    add("--report", action="store_true", help="only print the registers of the CUDA kernels")
+    options = parser.parse_args()
+    if options.report:
         for usage in sorted(report()):
             print(
                 f"sm_{usage.arch:<4} {usage.registers:>4} registers {usage.stack:>4} B stack",
@@ -312,7 +317,7 @@ def main() -> None:
             )
             print(f" {usage.spills:>4} B spilled  {usage.kernel.partition('(')[0]}")
         return
-    lines = build(force="--force" in sys.argv[1:])
+    lines = build(force=options.force)
     for kind, line in lines.items():
         print(f"native operators ({kind}): {line}")
     sys.exit(any(line.startswith("failed") for line in lines.values()))
