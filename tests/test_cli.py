@@ -202,6 +202,8 @@ def test_conversation_reads_nothing_twice(engine, model, tokenizer):
     chat = Conversation(engine, SamplingParams(), 4, system="S")
     first = chat.reply("hello")
     assert first.prefix_tokens == 0
+    (kept,) = engine.prefixes
+    assert kept.tokens.tolist() == [*first.prompt.tolist(), *first.tokens[:-1]]
     # an answer that is read back as the tokens it was made of, as a trained model's is
     prompt = [*first.prompt.tolist(), *tokenizer(" world").input_ids]
     engine.prefixes.clear()

@@ -152,7 +152,7 @@ class Checkpointer:
 
         Raises:
             InputError: the step asked for is missing or damaged, the run exists although
-                ``resume = never``, or the checkpoint is of another model or tokenizer.
+                ``resume = never``, or the checkpoint is of another model, tokenizer or optimizer.
         """
         wanted = self.config.resume
         steps = self._from_main(lambda: complete_steps(self.root))
@@ -198,8 +198,9 @@ class Checkpointer:
     def _load(self, folder: Path) -> Progress:
         about = json.loads((folder / _PROGRESS).read_text())
         check_identity(about["identity"], self.identity, folder)
-        if self.rank == 0:
-            report_changes(about["settings"], self.settings)
+        changes = changed_settings(about.get("settings", {}), self.settings, folder)
+        for message in changes if self.rank == 0 else ():
+            logger.warning(message)
         state = self._state()
         dcp.load(state, checkpoint_id=folder, process_group=self.group)
         set_state_dict(
@@ -225,13 +226,20 @@ class Checkpointer:
         return result[0]
 
 
-def report_changes(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Warns of each setting that is not what it was at the checkpoint."""
-    changed = [key for key in sorted(current) if saved.get(key) != current[key]]
-    for key in changed:
-        logger.warning("resumed with %s = %s, was %s", key, current[key], saved.get(key))
+def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> list[str]:
+    """What to say of each setting that is not what the checkpoint says it was.
+
+    Raises:
+        InputError: it is the optimizer, whose state the checkpoint holds.
+    """
+    changed = [key for key in sorted(saved.keys() & current) if saved[key] != current[key]]
+    if "optim.name" in changed:
+        own, theirs = current["optim.name"], saved["optim.name"]
+        raise InputError(f"{folder} was written with the optimizer {theirs}, this run has {own}")
+    told = [f"resumed with {key} = {current[key]}, was {saved[key]}" for key in changed]
     if any(key in DATA_ORDER for key in changed):
-        logger.warning("rows come in another order now: some are read again, others never")
+        told.append("rows come in another order now: some are read again, others never")
+    return told
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
@@ -240,9 +248,6 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path)
     Raises:
         InputError: names the first value that differs.
     """
-    own, theirs = current.get("optimizer"), saved.get("optimizer")
-    if own != theirs:
-        raise InputError(f"{folder} was written with the optimizer {theirs}, this run has {own}")
     for key in sorted(saved.keys() | current.keys()):
         if saved.get(key) != current.get(key):
             raise InputError(

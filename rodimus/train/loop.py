@@ -94,7 +94,7 @@ class Trainer:
             config.checkpoint,
             self.model,
             self.optimizers,
-            identity_of(model_config, train[0], config.optim.name),
+            identity_of(model_config, train[0]),
             settings_of(config, train),
         )
         self.progress = self.checkpoints.restore() or Progress()
@@ -265,11 +265,11 @@ def make_folder(path: Path) -> None:
         raise InputError(f"the run's folder {path} cannot be written to")
 
 
-def identity_of(model: PreTrainedConfig, source: TokenShards, optimizer: str) -> dict[str, Any]:
+def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes from it."""
     ignored = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
     values = {k: v for k, v in model.to_dict().items() if k not in ignored}
-    values |= {"tokenizer_sha256": source.manifest.tokenizer_sha256, "optimizer": optimizer}
+    values["tokenizer_sha256"] = source.manifest.tokenizer_sha256
     return json.loads(json.dumps(values))
 
 

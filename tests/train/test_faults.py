@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rodimus.errors import InputError
 from rodimus.train import guard, loop, signals, store
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
-from rodimus.train.checkpoint import Checkpointer
+from rodimus.train.checkpoint import Checkpointer, changed_settings
 from rodimus.train.evaluate import Evaluator
 from rodimus.train.load import load_config
 from rodimus.train.parallel import start
@@ -382,6 +383,10 @@ def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
         "resumed with train.steps = 7, was 6",
         "rows come in another order now: some are read again, others never",
     ]
+
+
+def test_a_checkpoint_that_tells_no_settings_is_resumed():
+    assert changed_settings({}, {"optim.name": "muon", "optim.lr": 1.0}, Path("step")) == []
 
 
 def test_a_finished_run_says_that_nothing_is_left(copied):
