@@ -6,6 +6,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,24 +24,26 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kAny = -1;
 
-inline std::string shape_of(const Tensor& x) {
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
   std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
-  text << "]";
-  return text.str();
+  for (int64_t size : sizes) {
+    text << (text.tellp() > 0 ? ", " : "[");
+    size == kAny ? text << "any" : text << size;
+  }
+  return sizes.empty() ? "[]" : text.str() + "]";
+}
+
+inline std::string shape_of(const Tensor& x) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < x.dim(); ++i) sizes.push_back(x.size(i));
+  return shape_text(sizes);
 }
 
 inline void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> expected) {
   bool fits = x.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream wanted;
   int64_t i = 0;
-  for (int64_t size : expected) {
-    if (fits && size != kAny && x.size(i) != size) fits = false;
-    wanted << (i++ ? ", " : "");
-    size == kAny ? wanted << "any" : wanted << size;
-  }
-  STD_TORCH_CHECK(fits, name, " must have shape [", wanted.str(), "], got ", shape_of(x));
+  for (int64_t size : expected) fits = fits && (size == kAny || x.size(i) == size), ++i;
+  STD_TORCH_CHECK(fits, name, " must have shape ", shape_text(expected), ", got ", shape_of(x));
 }
 
 inline Type type_of(const char* name, const Tensor& x) {
