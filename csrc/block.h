@@ -1,7 +1,7 @@
-// Arguments and workspace of a block step, the same for CPU and CUDA.
+// Arguments and workspace of a step through blocks, the same for CPU and CUDA.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
 #include "tensors.h"
 
@@ -22,13 +22,14 @@ inline Rows columns(const Rows& x, int64_t first) {
   return part;
 }
 
-// Intermediate results, carved out of one allocation of float32; each starts on a line.
+// Intermediate results of a block, carved out of memory that all blocks use one after the other; each
+// starts on a line.
 class Workspace {
  public:
   // Rows are of `type`, that of the activations, where rows() is not told another.
-  Workspace(const Tensor& like, int64_t rows, Type type, int64_t floats)
-      : rows_(rows), type_(type), memory_(output_like(like, {floats}, ScalarType::Float)),
-        next_(static_cast<float*>(memory_.data_ptr())), end_(next_ + floats) {}
+  Workspace(const Tensor& memory, int64_t rows, Type type)
+      : rows_(rows), type_(type), next_(static_cast<float*>(memory.data_ptr())),
+        end_(next_ + memory.size(0)) {}
 
   Rows rows(int64_t columns) { return rows(columns, type_); }
   Rows rows(int64_t columns, Type type) { return {floats(rows_ * columns), type, columns}; }
@@ -47,7 +48,6 @@ class Workspace {
   static constexpr int64_t kLine = 32;
   int64_t rows_;
   Type type_;
-  Tensor memory_;
   float *next_, *end_;
 };
 
@@ -119,26 +119,49 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
   return window;
 }
 
-// Check all arguments of a block step, and say what its attention reads; nothing for a block without.
-inline std::optional<Window> block_window(const Tensor& stream, const std::vector<Tensor>& weights,
-                                          const Tensor& taps, const Tensor& state,
-                                          const OptionalTensor& ring,
-                                          const OptionalTensor& position,
-                                          const OptionalTensor& cos, const OptionalTensor& sin,
-                                          int64_t window_size, int64_t head_dim) {
+// What a block is given, and what its attention reads; no window for a block without.
+struct BlockArguments {
+  std::vector<Tensor> weights;
+  Tensor taps, state;
+  std::optional<Window> window;
+};
+
+// All arguments of all blocks, checked before the first of them runs. The lists hold those of the
+// first block, then those of the second, and so on; `rings` is empty for blocks without attention.
+inline std::vector<BlockArguments> block_arguments(
+    const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& taps,
+    const std::vector<Tensor>& states, const std::vector<Tensor>& rings,
+    const OptionalTensor& position, const OptionalTensor& cos, const OptionalTensor& sin,
+    int64_t window_size, int64_t head_dim) {
   check_shape("stream", stream, {kAny, kAny});
-  check_weights(weights, stream, head_dim);
-  int64_t batch = stream.size(0), inner = weights[kGateOut].size(0);
+  int64_t batch = stream.size(0);
   STD_TORCH_CHECK(batch >= 1 && batch <= kMaxRows, "stream must have 1 to ", kMaxRows,
                   " rows, got ", batch);
-  check_shape("taps", taps, {batch, inner, weights[kConv].size(1)});
-  check_shape("state", state, {batch, 1, weights[kMemGate].size(0) / 2, inner});
-  check_type("taps", taps, weights[kFc]), check_device("taps", taps, stream);
-  STD_TORCH_CHECK(taps.is_contiguous(), "taps must be contiguous, got last stride ",
-                  taps.stride(2));
-  state_of(state, stream);
-  if (weights.size() != kCount) return std::nullopt;
-  return window_of(weights, stream, ring, position, cos, sin, window_size, head_dim);
+  size_t count = taps.size(), each = count ? weights.size() / count : 0;
+  STD_TORCH_CHECK(count && weights.size() == count * each && states.size() == count &&
+                      (rings.empty() || rings.size() == count),
+                  "expected weights, taps, a state and a ring for each block, got ",
+                  weights.size(), ", ", count, ", ", states.size(), " and ", rings.size());
+  std::vector<BlockArguments> blocks;
+  for (size_t i = 0; i < count; ++i) {
+    auto first = weights.begin() + i * each;
+    BlockArguments block{{first, first + each}, taps[i], states[i], std::nullopt};
+    const std::vector<Tensor>& w = block.weights;
+    check_weights(w, stream, head_dim);
+    int64_t inner = w[kGateOut].size(0);
+    check_shape("taps", block.taps, {batch, inner, w[kConv].size(1)});
+    check_shape("state", block.state, {batch, 1, w[kMemGate].size(0) / 2, inner});
+    check_type("taps", block.taps, w[kFc]), check_device("taps", block.taps, stream);
+    STD_TORCH_CHECK(block.taps.is_contiguous(), "taps must be contiguous, got last stride ",
+                    block.taps.stride(2));
+    state_of(block.state, stream);
+    if (each == kCount) {
+      OptionalTensor ring = rings.empty() ? std::nullopt : OptionalTensor(rings[i]);
+      block.window = window_of(w, stream, ring, position, cos, sin, window_size, head_dim);
+    }
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
 }
 
 }  // namespace rodimus

@@ -135,7 +135,7 @@ def cases(device: torch.device) -> dict[str, partial]:
         partial(ops.ddts_scan, state[None], state[None, ..., 0]),
         partial(ops.ddts_step, one[:, None], one[:, None], row[:, None], one[:, None], state),
         partial(ops.ddts_mixer_step, one, one, one, one, one, row, row, row, state, **mixer),
-        partial(ops.block_step, one, block, zeros(B, V, W), state),
+        partial(ops.blocks_step, one, [block], [zeros(B, V, W)], [state]),
         partial(ops.shared_key_attention, qk, qk, v, window_size=K),
         partial(
             ops.shared_key_attention_step,

@@ -51,7 +51,7 @@ try:
     from rodimus_kernels import (
         BlockWeights,
         add_rms_norm,
-        block_step,
+        blocks_step,
         can_fuse_block,
         ddts,
         ddts_gates,
@@ -90,7 +90,7 @@ except ImportError:
     )
     from .reference_rodimus import ddts_chunk as ddts
 
-    block_step = None
+    blocks_step = None
 
 logger = logging.get_logger(__name__)
 
@@ -116,7 +116,7 @@ class _RecurrentCacheLayer:
     # More than a draft ever proposes; a longer prompt is recorded only in its last tokens.
     max_rollback = 128
 
-    recorded = checkpoint = ring = None
+    recorded = checkpoint = ring = window = None
 
     @property
     def is_croppable(self) -> bool:
@@ -676,8 +676,8 @@ def _check_cu_seqlens(cu_seqlens, batch, length):
 # - `_is_plain` asks about one layer, in every forward; a compiler can trace it.
 # - `_is_bare` asks about a call of one module, `_is_untouched` about a module and all in it: tens
 #   of microseconds a block, and no compiler sees it.
-# - `_Inspection` keeps what a block was when it was untouched. That it is unchanged takes a few
-#   microseconds, and is asked before every token.
+# - `_Inspection` keeps what the blocks were when they were untouched. That they are unchanged takes
+#   a few microseconds a block, and is asked before every token.
 
 
 def _is_compiled(x) -> bool:
@@ -690,7 +690,7 @@ def _is_compiled(x) -> bool:
 def _is_step(x) -> bool:
     """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
     return (
-        block_step is not None
+        blocks_step is not None
         and x.shape[1] == 1
         and not torch.is_grad_enabled()
         and not _is_compiled(x)
@@ -717,6 +717,7 @@ def _is_plain(layer, kind):
 
 _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CALLS = ("_compiled_call_impl", "forward")
+_NUMBERS = ("eps", "normalize_epsilon", "head_dim")
 
 
 def _is_bare(module) -> bool:
@@ -739,9 +740,9 @@ class _Inspection:
     """What was found in an untouched module, to see at a glance whether it has changed since.
 
     Attributes:
-        weights: Of the block's step, once they are searched for."""
+        step: What a fused step is given of the blocks, once it is searched for."""
 
-    weights, is_searched = None, False
+    step, is_searched = None, False
 
     def __init__(self, module: nn.Module):
         self.parts = list(module.modules())
@@ -755,13 +756,15 @@ class _Inspection:
         self.counts = list(map(len, self.names))
         tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
         self.places = [(table, key) for table in tables for key in table]
+        self.places += [(names, key) for names in self.names for key in _NUMBERS if key in names]
         self.held = [table[key] for table, key in self.places]
         # wrappers of other tensors have no address; they are never replaced in place
         self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
 
     def is_unchanged(self) -> bool:
-        """Whether all parts and parameters are the same, where they were, and still alone."""
+        """Whether all parts, parameters and numbers are the same, where they were, and still
+        alone."""
         return (
             not any(self.hooks)
             and list(chain.from_iterable(self.captures)) == self.captured
@@ -1168,8 +1171,6 @@ class RodimusBlock(GradientCheckpointingLayer):
     The attention output reaches the stream through the MLP alone, as in the released models.
     """
 
-    _inspected = None
-
     def __init__(self, config: RodimusConfig, layer_idx: int):
         super().__init__()
         self.mixer_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
@@ -1202,33 +1203,8 @@ class RodimusBlock(GradientCheckpointingLayer):
             branch = self.ffn(self.ffn_norm(attended, stream)[0])
         return stream, branch
 
-    def __getstate__(self):
-        """A copy inspects itself."""
-        return {name: value for name, value in vars(self).items() if name != "_inspected"}
-
-    def is_untouched(self) -> bool:
-        """Whether the block and all in it compute what their classes say: no hook, adapter,
-        quantiser or patched forward."""
-        if self._inspected is None or not self._inspected.is_unchanged():
-            self._inspected = None
-            if not _is_untouched(self):
-                return False
-            self._inspected = _Inspection(self)
-        return True
-
     def step_weights(self):
-        """The block's own weights for a fused step, None where they do not say all there is, or are
-        no plain tensors."""
-        if not self.is_untouched():
-            return None
-        found = self._inspected
-        if not found.is_searched:
-            with torch.no_grad():
-                weights, found.is_searched = self._find_step_weights(), True
-                found.weights = weights if weights and can_fuse_block(1, *weights) else None
-        return found.weights
-
-    def _find_step_weights(self):
+        """The block's own weights for a fused step, None where they do not say all there is."""
         inner = self.mixer.inner_mixer
         conv, (gate_in, gate_out, _) = inner.short_conv["conv1d"], inner.ch_gate_proj
         mixer = (self.mixer.fc, inner.in_proj, gate_in, self.mixer.out_proj)
@@ -1268,24 +1244,6 @@ class RodimusBlock(GradientCheckpointingLayer):
             ffn_out=ffn[1].weight,
         )
 
-    def step(self, stream, weights, layer, position, rotary):
-        """One token ``[B, D]`` in one call, on the block's weights and its cache layer."""
-        attn = self.attn if self.is_plus else None
-        taps, state, ring = layer.step_states()
-        return block_step(
-            stream,
-            weights,
-            taps,
-            state,
-            ring,
-            position,
-            rotary,
-            window_size=attn and layer.window,
-            head_dim=attn and attn.head_dim,
-            key_eps=self.mixer.inner_mixer.normalize_epsilon,
-            norm_eps=self.mixer_norm.eps,
-        )
-
 
 def _add_then_norm(norm, stream, branch):
     """``(norm(stream + branch), stream + branch)``; a branch of None is nothing to add."""
@@ -1297,7 +1255,7 @@ def _add_then_norm(norm, stream, branch):
 # What a block is made of; other classes may compute anything.
 _KINDS = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
 _KINDS |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
-_KINDS |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock}
+_KINDS |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock, nn.ModuleList}
 
 
 class RodimusPreTrainedModel(PreTrainedModel):
@@ -1377,6 +1335,8 @@ class RodimusPreTrainedModel(PreTrainedModel):
 class RodimusModel(RodimusPreTrainedModel):
     """Embedding, blocks and final norm."""
 
+    _inspected = None
+
     def __init__(self, config: RodimusConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
@@ -1389,6 +1349,10 @@ class RodimusModel(RodimusPreTrainedModel):
         self.rotary_base = config.attn_cfg["rotary_emb_base"]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __getstate__(self):
+        """A copy inspects itself."""
+        return {name: value for name, value in vars(self).items() if name != "_inspected"}
 
     def get_input_embeddings(self):
         return self.embeddings
@@ -1507,8 +1471,8 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         if not self._sees_whole_window(attention_mask, past_key_values):
             return None
-        weights = [block.step_weights() for block in self.layers]
-        if any(found is None for found in weights):
+        found = self._step_arguments()
+        if found is None:
             return None
         stream = self._embed(embeds).squeeze(1)
         if not can_fuse_block(stream.shape[0], stream):
@@ -1516,10 +1480,47 @@ class RodimusModel(RodimusPreTrainedModel):
         rotary = self._rotary(embeds, position_ids, None)
         if rotary is not None:
             rotary = tuple(table.squeeze(1).expand(stream.shape[0], -1) for table in rotary)
-        position = layers[0].step_position()
-        for block, found, layer in zip(self.layers, weights, layers, strict=True):
-            stream = block.step(stream, found, layer, position, rotary)
-        return stream.unsqueeze(1)
+        weights, numbers = found
+        first = layers[0]
+        shared = (first.step_position(), rotary)
+        # taps, states and rings
+        states = zip(*(layer.step_states() for layer in layers), strict=True)
+        numbers = {"window_size": first.window, **numbers}
+        return blocks_step(stream, weights, *states, *shared, **numbers).unsqueeze(1)
+
+    def _blocks_are_untouched(self) -> bool:
+        """Whether the blocks and all in them compute what their classes say: no hook, adapter,
+        quantiser or patched forward."""
+        if self._inspected is None or not self._inspected.is_unchanged():
+            self._inspected = None
+            if not _is_untouched(self.layers):
+                return False
+            self._inspected = _Inspection(self.layers)
+        return True
+
+    def _step_arguments(self):
+        """``(weights, numbers)`` of the blocks for a fused step, None where they do not say all
+        there is, or are no plain tensors."""
+        if not self._blocks_are_untouched():
+            return None
+        found = self._inspected
+        if not found.is_searched:
+            with torch.no_grad():
+                found.step, found.is_searched = self._find_step_arguments(), True
+        return found.step
+
+    def _find_step_arguments(self):
+        weights = [block.step_weights() for block in self.layers]
+        norms = [part for part in self.layers.modules() if isinstance(part, RodimusRMSNorm)]
+        numbers = {
+            "head_dim": {block.attn.head_dim for block in self.layers if block.is_plus},
+            "key_eps": {block.mixer.inner_mixer.normalize_epsilon for block in self.layers},
+            "norm_eps": {norm.eps for norm in norms},
+        }
+        is_one_step = all(len(values) <= 1 for values in numbers.values())
+        if not is_one_step or not all(found and can_fuse_block(1, *found) for found in weights):
+            return None
+        return weights, {name: next(iter(values), None) for name, values in numbers.items()}
 
     def _layout(
         self, embeds, attention_mask, position_ids, past_key_values, documents, context
@@ -1559,7 +1560,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
-        return same and _is_untouched(self.norm_f) and all(x.is_untouched() for x in self.layers)
+        return same and _is_untouched(self.norm_f) and self._blocks_are_untouched()
 
     def _sees_whole_window(self, attention_mask, past_key_values) -> bool:
         """Whether the new token of every row is one, and attention may take every key in the

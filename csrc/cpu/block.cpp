@@ -1,5 +1,5 @@
-// One token through a whole block of the model: every projection and what stands between them, from
-// one call. A decode step has dozens of operators a block, each shorter than a call from Python.
+// One token through the blocks of the model: every projection and what stands between them, from one
+// call. A decode step has dozens of operators a block, each shorter than a call from Python.
 #include "../block.h"
 #include "kernels.h"
 #include "threads.h"
@@ -148,7 +148,7 @@ int64_t widest_input(const std::vector<Tensor>& w) {
 // Numbers that the intermediate results take, with room for a line beside each of them.
 int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width, int64_t window) {
   int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
-  int64_t columns = widest_input(w) + 3 * width + 5 * inner + blocks(inner) + 4 * gates +
+  int64_t columns = widest_input(w) + 4 * width + 5 * inner + blocks(inner) + 4 * gates +
                     w[kGateIn].size(0);
   if (w.size() == kCount) {
     int64_t heads = w[kQuery].size(0), splits = (window + kSplit - 1) / kSplit;
@@ -159,34 +159,44 @@ int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t widt
   return batch * columns + Workspace::padding(32);
 }
 
-Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
-                  const Tensor& state, const OptionalTensor& ring, const OptionalTensor& position,
-                  const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
-                  int64_t head_dim, double key_eps, double norm_eps) {
-  std::optional<Window> window = block_window(stream, weights, taps, state, ring, position, cos, sin,
-                                              window_size, head_dim);
-  int64_t batch = stream.size(0), width = stream.size(1);
-  for (int64_t b = 0; window && b < batch; ++b)
-    STD_TORCH_CHECK(window->position[b] >= 0, "position must be >= 0, got ", window->position[b]);
-
-  Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
-  Rows start = rows_of("stream", stream, stream), sum = output_rows(result);
-  Workspace work(stream, batch, type_of("fc", weights[kFc]),
-                 workspace_size(weights, batch, width, window_size));
-  Block block{weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
-  block.converted = block.work.floats(batch * widest_input(weights));
-  Rows normed = block.work.rows(width);
-  block.norm(start, kMixerNorm, normed);
-  Rows branch = block.mixer(normed, taps, state);
-  if (window) {
-    block.norm(branch, kAttnNorm, normed, start, sum);
-    Rows attended = block.attention(normed, *window);
-    // the sum with what was attended reaches the MLP alone
-    Rows inside = block.work.rows(width, sum.type);
-    block.norm(attended, kFfnNorm, normed, sum, inside);
-    branch = block.mlp(normed), start = sum;
+Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
+                   const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
+                   const std::vector<Tensor>& rings, const OptionalTensor& position,
+                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
+                   int64_t head_dim, double key_eps, double norm_eps) {
+  std::vector<BlockArguments> arguments = block_arguments(
+      stream, weights, taps, states, rings, position, cos, sin, window_size, head_dim);
+  int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
+  for (const BlockArguments& given : arguments) {
+    for (int64_t b = 0; given.window && b < batch; ++b)
+      STD_TORCH_CHECK(given.window->position[b] >= 0, "position must be >= 0, got ",
+                      given.window->position[b]);
+    floats = std::max(floats, workspace_size(given.weights, batch, width, window_size));
   }
-  kernels().add({start, branch, sum, batch, width}, 0, batch * blocks(width));
+  Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
+  Tensor memory = output_like(stream, {floats}, ScalarType::Float);
+  Rows start = rows_of("stream", stream, stream), last = output_rows(result);
+  size_t left = arguments.size();
+  for (const BlockArguments& given : arguments) {
+    Workspace work(memory, batch, type_of("fc", given.weights[kFc]));
+    Block block{given.weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
+    // at the same place for all blocks, of which none writes the stream that it reads
+    Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
+    block.converted = block.work.floats(batch * widest_input(given.weights));
+    Rows normed = block.work.rows(width);
+    block.norm(start, kMixerNorm, normed);
+    Rows branch = block.mixer(normed, given.taps, given.state);
+    if (given.window) {
+      block.norm(branch, kAttnNorm, normed, start, sum);
+      Rows attended = block.attention(normed, *given.window);
+      // the sum with what was attended reaches the MLP alone
+      Rows inside = block.work.rows(width, sum.type);
+      block.norm(attended, kFfnNorm, normed, sum, inside);
+      branch = block.mlp(normed), start = sum;
+    }
+    kernels().add({start, branch, sum, batch, width}, 0, batch * blocks(width));
+    start = sum;
+  }
   return result;
 }
 
@@ -194,5 +204,5 @@ Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, cons
 }  // namespace rodimus
 
 STABLE_TORCH_LIBRARY_IMPL(rodimus, CPU, m) {
-  m.impl("native_block_step", TORCH_BOX(&rodimus::block_step));
+  m.impl("native_blocks_step", TORCH_BOX(&rodimus::blocks_step));
 }

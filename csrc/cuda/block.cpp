@@ -1,4 +1,4 @@
-// One token through a whole block of the model: ten kernels, with what stands between the linear
+// One token through the blocks of the model: ten kernels each, with what stands between the linear
 // layers at their ends. For up to eight rows of bfloat16 weights; torch's own products take more.
 #include "../block.h"
 #include "launch.h"
@@ -45,7 +45,7 @@ struct Block {
   }
 
   void run(const StepLinear& a) const {
-    STD_TORCH_CHECK(fits_step_linear(a), "block_step(impl='native') on CUDA takes bfloat16 weights"
+    STD_TORCH_CHECK(fits_step_linear(a), "blocks_step(impl='native') on CUDA takes bfloat16 weights"
                     " whose rows start on 16 bytes and hold whole ones; got ", a.inputs,
                     " inputs and ", a.layers[0].outputs, " outputs");
     launch_step_linear(a, queue);
@@ -155,45 +155,56 @@ struct Block {
 // Numbers that the intermediate results take, with room for a line beside each of them.
 int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width) {
   int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
-  int64_t columns = 6 * inner + 2 * gates + w[kGateIn].size(0) + width;
+  int64_t columns = 6 * inner + 2 * gates + w[kGateIn].size(0) + 2 * width;
   if (w.size() == kCount)
     columns += 2 * w[kQuery].size(0) + w[kKey].size(0) + w[kValue].size(0) + 4 * width +
                w[kFfnIn].size(0);
   return batch * columns + Workspace::padding(32);
 }
 
-Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, const Tensor& taps,
-                  const Tensor& state, const OptionalTensor& ring, const OptionalTensor& position,
-                  const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
-                  int64_t head_dim, double key_eps, double norm_eps) {
-  std::optional<Window> window = block_window(stream, weights, taps, state, ring, position, cos, sin,
-                                              window_size, head_dim);
-  check_keys(weights[kMemGate].size(0) / 2);
-  int64_t batch = stream.size(0), width = stream.size(1);
-  int64_t floats = workspace_size(weights, batch, width);
-  if (window) {
-    AttentionStep a;
-    a.batch = batch, a.steps = 1, a.ring = window->rows, a.window = window_size;
-    a.heads = weights[kQuery].size(0) / head_dim, a.key_heads = weights[kKey].size(0) / head_dim;
-    a.value_heads = weights[kValue].size(0) / head_dim, a.key_dim = a.value_dim = head_dim;
-    floats += attention_scratch(a);
+Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
+                   const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
+                   const std::vector<Tensor>& rings, const OptionalTensor& position,
+                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
+                   int64_t head_dim, double key_eps, double norm_eps) {
+  std::vector<BlockArguments> blocks = block_arguments(
+      stream, weights, taps, states, rings, position, cos, sin, window_size, head_dim);
+  int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
+  for (const BlockArguments& given : blocks) {
+    const std::vector<Tensor>& w = given.weights;
+    check_keys(w[kMemGate].size(0) / 2);
+    int64_t needed = workspace_size(w, batch, width);
+    if (given.window) {
+      AttentionStep a;
+      a.batch = batch, a.steps = 1, a.ring = given.window->rows, a.window = window_size;
+      a.heads = w[kQuery].size(0) / head_dim, a.key_heads = w[kKey].size(0) / head_dim;
+      a.value_heads = w[kValue].size(0) / head_dim, a.key_dim = a.value_dim = head_dim;
+      needed += attention_scratch(a);
+    }
+    floats = std::max(floats, needed);
   }
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   on_stream(stream, [&](cudaStream_t queue) {
-    Block block{weights, stream, batch, width, static_cast<float>(key_eps),
-                static_cast<float>(norm_eps),
-                Workspace(stream, batch, Type::kBFloat16, floats), queue};
+    Tensor memory = output_like(stream, {floats}, ScalarType::Float);
     Stream start{rows_of("stream", stream, stream)};
-    Rows sum = output_rows(result);
-    StepLinear branch = block.mixer(start, taps, state);
-    if (window) {
-      start = block.add(branch, start, sum, kAttnNorm);
-      // the sum with what was attended reaches the MLP alone
-      Stream inside = block.add(block.attention(start, *window), start,
-                                block.work.rows(width, sum.type), kFfnNorm);
-      branch = block.mlp(inside);
+    Rows last = output_rows(result);
+    size_t left = blocks.size();
+    for (const BlockArguments& given : blocks) {
+      // no kernel writes before the one ahead of it has ended, so all blocks may share the memory
+      Block block{given.weights, stream, batch, width, static_cast<float>(key_eps),
+                  static_cast<float>(norm_eps), Workspace(memory, batch, Type::kBFloat16), queue};
+      // at the same place for all blocks, of which none writes the stream that it reads
+      Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
+      StepLinear branch = block.mixer(start, given.taps, given.state);
+      if (given.window) {
+        start = block.add(branch, start, sum, kAttnNorm);
+        // the sum with what was attended reaches the MLP alone
+        Stream inside = block.add(block.attention(start, *given.window), start,
+                                  block.work.rows(width, sum.type), kFfnNorm);
+        branch = block.mlp(inside);
+      }
+      start = block.add(branch, start, sum);
     }
-    block.add(branch, start, sum);
   });
   return result;
 }
@@ -202,5 +213,5 @@ Tensor block_step(const Tensor& stream, const std::vector<Tensor>& weights, cons
 }  // namespace rodimus
 
 STABLE_TORCH_LIBRARY_IMPL(rodimus, CUDA, m) {
-  m.impl("native_block_step", TORCH_BOX(&rodimus::block_step));
+  m.impl("native_blocks_step", TORCH_BOX(&rodimus::blocks_step));
 }

@@ -6,7 +6,7 @@ what else an implementation needs is imported when it is chosen.
 
 import importlib
 
-from .block import BlockWeights, block_step, can_fuse_block
+from .block import BlockWeights, blocks_step, can_fuse_block
 from .cross_entropy import linear_cross_entropy
 from .ddts import (
     ddts,
@@ -36,7 +36,7 @@ for _module in (
 __all__ = [
     "BlockWeights",
     "add_rms_norm",
-    "block_step",
+    "blocks_step",
     "can_fuse_block",
     "ddts",
     "ddts_gates",

@@ -1,5 +1,7 @@
-"""One token through a whole block of the model, for decoding."""
+"""One token through whole blocks of the model, for decoding."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ from . import native
 from ._dispatch import check_same_device, check_shape, load
 
 _IMPLS = {
-    "reference": "rodimus_kernels.reference:block_step",
+    "reference": "rodimus_kernels.reference:blocks_step",
     "native": "rodimus_kernels.native_block:step",
 }
 IMPLS = tuple(_IMPLS)
@@ -53,12 +55,12 @@ class BlockWeights(NamedTuple):
     ffn_out: torch.Tensor | None = None
 
 
-def block_step(
+def blocks_step(
     stream: torch.Tensor,
-    weights: BlockWeights,
-    taps: torch.Tensor,
-    state: torch.Tensor,
-    ring: torch.Tensor | None = None,
+    weights: Sequence[BlockWeights],
+    taps: Sequence[torch.Tensor],
+    states: Sequence[torch.Tensor],
+    rings: Sequence[torch.Tensor | None] = (),
     position: torch.Tensor | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
@@ -68,8 +70,8 @@ def block_step(
     norm_eps: float = 1e-5,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """One token of each sequence through a block; taps, state and ring are updated in place. Not
-    differentiable.
+    """One token of each sequence through blocks of one kind, one after the other; taps, states and
+    rings are updated in place. Not differentiable.
 
         rodimus:       h + mixer(norm(h))
         rodimus_plus:  h' = h + mixer(norm(h));  a = attention(norm(h'));  h' + mlp(norm(h' + a))
@@ -80,11 +82,11 @@ def block_step(
     Args:
         stream: Residual stream ``[B, D]``; float32 or the weights' dtype. The native form takes
             B <= 8 on a CPU.
-        weights: The block's own tensors; nothing is copied.
-        taps: The last W inputs of the convolution, oldest first, ``[B, V, W]``.
-        state: float32 ``[B, 1, K, V]``.
-        ring: Keys and values ``[B, R, Hk * dim + Hv * dim]``, or bytes with 8-bit values, as in
-            :func:`shared_key_attention_step`; None without attention.
+        weights: Each block's own tensors; nothing is copied.
+        taps: Each block's last W inputs of the convolution, oldest first, ``[B, V, W]``.
+        states: float32 ``[B, 1, K, V]``, one a block.
+        rings: Each block's keys and values ``[B, R, Hk * dim + Hv * dim]``, or bytes with 8-bit
+            values, as in :func:`shared_key_attention_step`; empty or None without attention.
         position: int64 ``[B]``: tokens each sequence has seen before this one.
         rotary: ``(cos, sin)``, each ``[B, n]`` with 2n <= dim, or None.
         window_size: Keys a query sees, its own position included.
@@ -97,23 +99,23 @@ def block_step(
         ``[B, D]`` in the stream's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device breaks the contract.
+        ValueError: a shape, dtype or device breaks the contract; no block has changed anything.
         ImportError: the chosen implementation cannot be loaded.
     """
-    check_shape("stream", stream, ("B", weights.fc.shape[1]))
-    check_shape("taps", taps, (stream.shape[0], *weights.conv.shape))
-    check_same_device("stream", stream, fc=weights.fc, taps=taps, state=state, ring=ring)
-    if weights.query is not None and None in (window_size, head_dim):
-        raise ValueError("a block with attention needs window_size and head_dim, got None")
+    rings = [ring for ring in rings if ring is not None]
+    _check_blocks(stream, weights, taps, states, rings)
+    if weights[0].query is not None and None in (window_size, head_dim):
+        raise ValueError("blocks with attention need window_size and head_dim, got None")
     with torch.no_grad():
         if impl == "auto":
-            impl = "native" if can_fuse_block(stream.shape[0], stream, *weights) else "reference"
-        return load("block_step", impl, _IMPLS)(
+            fits = can_fuse_block(stream.shape[0], stream, *chain.from_iterable(weights))
+            impl = "native" if fits else "reference"
+        return load("blocks_step", impl, _IMPLS)(
             stream,
             weights,
             taps,
-            state,
-            ring,
+            states,
+            rings,
             position,
             rotary,
             window_size=window_size,
@@ -123,9 +125,30 @@ def block_step(
         )
 
 
+def _check_blocks(stream, weights, taps, states, rings):
+    blocks, attending = len(weights), sum(w.query is not None for w in weights)
+    if blocks == 0 or attending not in (0, blocks):
+        raise ValueError(
+            "expected one block or more, all with attention or all without;"
+            f" got {blocks}, {attending} of them with attention"
+        )
+    counts = (len(taps), len(states), len(rings))
+    if counts != (blocks, blocks, attending):
+        raise ValueError(
+            f"expected {blocks} taps, {blocks} states and {attending} rings for {blocks} blocks,"
+            f" got {counts[0]}, {counts[1]} and {counts[2]}"
+        )
+    check_shape("stream", stream, ("B", weights[0].fc.shape[1]))
+    for i, w in enumerate(weights):
+        check_shape(f"taps[{i}]", taps[i], (stream.shape[0], *w.conv.shape))
+        ring = rings[i] if rings else None
+        check_same_device("stream", stream, fc=w.fc, taps=taps[i], state=states[i], ring=ring)
+
+
 def can_fuse_block(rows: int, *tensors: torch.Tensor | None) -> bool:
-    """Whether :func:`block_step` takes so many rows natively, at most eight on a CPU: plain float32
-    or bfloat16 tensors on a device whose native operators are built, and no gradient to record.
+    """Whether :func:`blocks_step` takes so many rows natively, at most eight on a CPU: plain
+    float32 or bfloat16 tensors on a device whose native operators are built, and no gradient to
+    record.
 
     Args:
         rows: sequences in the batch.

@@ -42,10 +42,10 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor(a!) cache, Tensor position, int window_size,"
         " float scale) -> Tensor"
     ),
-    "block_step": (
-        "(Tensor stream, Tensor[] weights, Tensor(a!) taps, Tensor(b!) state, Tensor(c!)? ring,"
-        " Tensor? position, Tensor? cos, Tensor? sin, int window_size, int head_dim,"
-        " float key_eps, float norm_eps) -> Tensor"
+    "blocks_step": (
+        "(Tensor stream, Tensor[] weights, Tensor(a!)[] taps, Tensor(b!)[] states,"
+        " Tensor(c!)[] rings, Tensor? position, Tensor? cos, Tensor? sin, int window_size,"
+        " int head_dim, float key_eps, float norm_eps) -> Tensor"
     ),
 }
 CPU_ISAS = tuple(build.CPU_ISAS)
@@ -99,7 +99,7 @@ def _(q, k, v, cache, position, window_size, scale):
     return v.new_empty((*q.shape[:3], v.shape[3]))
 
 
-@torch.library.register_fake("rodimus::native_block_step")
+@torch.library.register_fake("rodimus::native_blocks_step")
 def _(stream, *_):
     return stream.new_empty(stream.shape)
 

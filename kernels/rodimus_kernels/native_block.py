@@ -1,6 +1,8 @@
-"""One token through a whole block of the model by the library of ``csrc/``: one call instead of
-dozens, or on a GPU, where it does not take the shape, torch's products and the fused operators
+"""One token through the blocks of the model by the library of ``csrc/``: one call instead of dozens
+a block, or on a GPU, where it does not take the shape, torch's products and the fused operators
 between them."""
+
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -16,61 +18,30 @@ from .swiglu import swiglu
 _MOST_SHARED, _MOST_FIXED = 99 * 1024, 4 * 16 * (16 * native.MAX_ROWS + native.MAX_ROWS)
 
 
-def step(
-    stream,
-    weights,
-    taps,
-    state,
-    ring,
-    position,
-    rotary,
-    *,
-    window_size,
-    head_dim,
-    key_eps,
-    norm_eps,
-):
-    """:func:`rodimus_kernels.block_step`, for up to eight rows on a CPU and any number on a GPU."""
-    given = [x for x in weights if x is not None]
-    plain_ring = None if ring is None or ring.dtype == torch.uint8 else ring
-    native.check("block_step", stream, *given, taps, state, plain_ring)
+def step(stream, weights, taps, states, rings, position, rotary, *, window_size, head_dim, **eps):
+    """:func:`rodimus_kernels.blocks_step`, for up to eight rows on a CPU and any number on a
+    GPU."""
+    given = [x for block in weights for x in block if x is not None]
+    plain_rings = [ring for ring in rings if ring.dtype != torch.uint8]
+    native.check("blocks_step", stream, *given, *taps, *states, *plain_rings)
     on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
     if rows < 1 or (on_cpu and rows > native.MAX_ROWS):
-        raise ValueError(f"block_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}")
-    cos, sin = (None, None) if rotary is None else rotary
-    if on_cpu or _is_one_call(rows, weights, given, cos, head_dim):
-        return torch.ops.rodimus.native_block_step(
-            stream,
-            given,
-            taps,
-            state,
-            ring,
-            position,
-            cos,
-            sin,
-            window_size or 0,
-            head_dim or 0,
-            key_eps,
-            norm_eps,
+        raise ValueError(
+            f"blocks_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}"
         )
-    return compose(
-        stream,
-        weights,
-        taps,
-        state,
-        ring,
-        position,
-        rotary,
-        window_size=window_size,
-        head_dim=head_dim,
-        key_eps=key_eps,
-        norm_eps=norm_eps,
-    )
+    cos, sin = (None, None) if rotary is None else rotary
+    if on_cpu or all(_is_one_call(rows, block, cos, head_dim) for block in weights):
+        sizes = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
+        return torch.ops.rodimus.native_blocks_step(
+            stream, given, taps, states, rings, position, cos, sin, *sizes
+        )
+    sizes = {"window_size": window_size, "head_dim": head_dim}
+    return compose(stream, weights, taps, states, rings, position, rotary, **sizes, **eps)
 
 
-def _is_one_call(rows, weights, given, cos, head_dim) -> bool:
+def _is_one_call(rows, weights, cos, head_dim) -> bool:
     """Whether the GPU's kernels take a block whole: few rows, and weights in 16-byte pieces."""
-    matrices = [x for x in given if x.dim() == 2 and x is not weights.conv]
+    matrices = [x for x in weights if x is not None and x.dim() == 2 and x is not weights.conv]
     # the second layer of the input gate is no product of its own
     streamed = [x for x in matrices if x is not weights.gate_out]
     widest = max(x.shape[1] for x in streamed)
@@ -89,22 +60,16 @@ def _fits_shared(rows, inputs) -> bool:
     return rows <= native.MAX_ROWS and _MOST_FIXED + staged <= _MOST_SHARED
 
 
-def compose(
-    stream,
-    weights,
-    taps,
-    state,
-    ring,
-    position,
-    rotary,
-    *,
-    window_size,
-    head_dim,
-    key_eps,
-    norm_eps,
+def compose(stream, weights, taps, states, rings, position, rotary, **named):
+    """The blocks from torch's products, which read each weight once for many rows."""
+    for block in zip(weights, taps, states, rings or repeat(None), strict=False):
+        stream = _compose_block(stream, *block, position, rotary, **named)
+    return stream
+
+
+def _compose_block(
+    stream, w, taps, state, ring, position, rotary, *, window_size, head_dim, key_eps, norm_eps
 ):
-    """The block from torch's products, which read each weight once for many rows."""
-    w = weights
     expanded = F.linear(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc)
     x, gate = expanded.chunk(2, -1)
     shifted = short_conv_step(x, taps, w.conv, w.conv_bias)

@@ -837,35 +837,42 @@ def linear_step(x, weight, bias=None):
 
 
 # ----------------------------------------------------------------------------------------------
-# A whole block
+# Whole blocks
 # ----------------------------------------------------------------------------------------------
 
 
-def block_step(
+def blocks_step(stream, weights, taps, states, rings=(), position=None, rotary=None, **named):
+    """One token through blocks, one after the other; taps, states and rings are written in place.
+
+    Args:
+        stream: ``[B, D]``. Of each block, weights: a ``BlockWeights``; taps: ``[B, V, W]``;
+            states: ``[B, 1, K, V]``; rings: ``[B, R, Hk * dim + Hv * dim]``, or of bytes; none
+            without attention. position: int64 ``[B]``. rotary: tables ``(cos, sin)``, each
+            ``[B, dim // 2]``, or None.
+
+    Returns:
+        the stream after the last block ``[B, D]``.
+    """
+    rings = rings or [None] * len(weights)
+    for block in zip(weights, taps, states, rings, strict=True):
+        stream = _block_step(stream, *block, position, rotary, **named)
+    return stream
+
+
+def _block_step(
     stream,
-    weights,
+    w,
     taps,
     state,
-    ring=None,
-    position=None,
-    rotary=None,
+    ring,
+    position,
+    rotary,
     *,
     window_size=None,
     head_dim=None,
     key_eps=1e-12,
     norm_eps=1e-5,
 ):
-    """One token through a block; taps, state and ring are written in place.
-
-    Args:
-        stream: ``[B, D]``. weights: a ``BlockWeights``. taps: ``[B, V, W]``. state: ``[B, 1, K,
-            V]``. ring: ``[B, R, Hk * dim + Hv * dim]``, or of bytes. position: int64 ``[B]``.
-            rotary: tables ``(cos, sin)``, each ``[B, dim // 2]``, or None.
-
-    Returns:
-        the stream after the block ``[B, D]``.
-    """
-    w = weights
     x, gate = linear_step(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc).chunk(2, -1)
     shifted = short_conv_step(x, taps, w.conv, w.conv_bias)
     q, k = linear_step(shifted, w.query_key).chunk(2, -1)

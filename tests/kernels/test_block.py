@@ -1,13 +1,14 @@
 """A whole block in one call: the native form against the reference, states included."""
 
-import functools
+import copy
+from functools import partial
 
 import pytest
 import torch
 
 from rodimus_kernels import (
     BlockWeights,
-    block_step,
+    blocks_step,
     int8_row_bytes,
     native,
     native_block,
@@ -24,6 +25,21 @@ DTYPES = [torch.float32, torch.bfloat16]
 NAMED = {"window_size": 5, "head_dim": 6, "key_eps": 1e-5, "norm_eps": 1e-5}
 # float32 against float64, measured at most 6e-7
 LIMIT = 2e-6
+
+
+def of_one_block(function, **more):
+    """A form of ``blocks_step`` as a function of one block's arguments."""
+
+    def step(stream, weights, taps, state, ring, *shared, **named):
+        rings = [] if ring is None else [ring]
+        return function(stream, [weights], [taps], [state], rings, *shared, **named, **more)
+
+    return step
+
+
+native_step = of_one_block(blocks_step, impl="native")
+reference_step = of_one_block(reference.blocks_step)
+composed_step = of_one_block(native_block.compose)
 
 
 def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4, dim=6, mlp=26):
@@ -97,8 +113,8 @@ def assert_equals_reference(function, weights, states, device="cpu", int8=False,
         base_states[2] = int8_ring(states[2], dim, dtype)
         exact_states[2] = int8_ring(states[2], dim, torch.double)
         states = [*states[:2], base_states[2].clone(), *states[3:]]
-    base = steps(reference.block_step, stream, weights, base_states, 3, **named)
-    exact = steps(reference.block_step, stream.double(), wide, exact_states, 3, **named)
+    base = steps(reference_step, stream, weights, base_states, 3, **named)
+    exact = steps(reference_step, stream.double(), wide, exact_states, 3, **named)
     there = lambda x: None if x is None else x.to(device, copy=True)
     rotary = states[4] and tuple(map(there, states[4]))
     actual_states = [*map(there, states[:4]), rotary]
@@ -125,7 +141,7 @@ def assert_equals_reference(function, weights, states, device="cpu", int8=False,
 def test_native_equals_reference(isa, dtype, batch, attends):
     torch.manual_seed(0)
     weights, states = weights_of(dtype, attends), states_of(dtype, batch, attends)
-    assert_equals_reference(functools.partial(block_step, impl="native"), weights, states)
+    assert_equals_reference(native_step, weights, states)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
@@ -133,7 +149,6 @@ def test_native_equals_reference(isa, dtype, batch, attends):
 def test_a_ring_of_bytes_equals_the_reference(isa, dtype, batch):
     torch.manual_seed(0)
     weights, states = weights_of(dtype, True), states_of(dtype, batch, True)
-    native_step = functools.partial(block_step, impl="native")
     assert_equals_reference(native_step, weights, states, int8=True)
 
 
@@ -144,17 +159,17 @@ def test_composed_equals_reference(dtype, batch, attends):
     """What a GPU runs for shapes that its kernels do not take whole."""
     torch.manual_seed(0)
     weights, states = weights_of(dtype, attends), states_of(dtype, batch, attends)
-    assert_equals_reference(native_block.compose, weights, states)
+    assert_equals_reference(composed_step, weights, states)
     if attends:
-        assert_equals_reference(native_block.compose, weights, states, int8=True)
+        assert_equals_reference(composed_step, weights, states, int8=True)
 
 
 def test_stream_in_the_dtype_of_the_weights():
     torch.manual_seed(0)
     weights, states = weights_of(torch.bfloat16, True), states_of(torch.bfloat16, 2, True)
     stream = torch.randn(2, 18).bfloat16()
-    out = block_step(stream, weights, *copied(states), **NAMED, impl="native")
-    base = reference.block_step(stream, weights, *copied(states), **NAMED)
+    out = native_step(stream, weights, *copied(states), **NAMED)
+    base = reference_step(stream, weights, *copied(states), **NAMED)
     assert out.dtype == torch.bfloat16 and relative_error(out, base) < 2e-2
 
 
@@ -162,45 +177,92 @@ def test_a_row_does_not_depend_on_its_neighbours(isa):
     torch.manual_seed(0)
     weights, states = weights_of(torch.float32, True), states_of(torch.float32, 5, True)
     stream = torch.randn(5, 18)
-    together = block_step(stream, weights, *copied(states), **NAMED, impl="native")
+    together = native_step(stream, weights, *copied(states), **NAMED)
     one = [x[3:4].clone() for x in states[:4]] + [tuple(x[3:4] for x in states[4])]
-    alone = block_step(stream[3:4], weights, *one, **NAMED, impl="native")
+    alone = native_step(stream[3:4], weights, *one, **NAMED)
     assert torch.equal(together[3:4], alone)
 
 
-def test_opcheck():
-    weights, states = weights_of(torch.float32, True), states_of(torch.float32, 2, True)
+def blocks_of(dtypes, batch, attends):
+    """Blocks of different widths inside: weights, taps, states and rings of each, and what they
+    share."""
+    weights = [weights_of(dtype, attends, inner=22 - i) for i, dtype in enumerate(dtypes)]
+    states = [states_of(dtype, batch, attends, inner=22 - i) for i, dtype in enumerate(dtypes)]
+    taps, states, rings, (position, *_), (rotary, *_) = map(list, zip(*states, strict=True))
+    return weights, taps, states, rings, position, rotary
+
+
+def flat(arguments):
+    """Every tensor of what ``blocks_of`` makes."""
+    if isinstance(arguments, torch.Tensor):
+        return [arguments]
+    return [tensor for part in arguments or () for tensor in flat(part)]
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.bfloat16, torch.float32]], ids=str)
+def test_blocks_in_one_call_are_the_blocks_one_by_one(dtypes, attends):
+    torch.manual_seed(0)
+    given = blocks_of(dtypes, 3, attends)
+    for form in (partial(blocks_step, impl="native"), native_block.compose, reference.blocks_step):
+        together, alone = copy.deepcopy(given), copy.deepcopy(given)
+        stream = expected = torch.randn(3, 18)
+        out = form(stream, *together, **NAMED)
+        *lists, position, rotary = alone
+        for block in zip(*lists, strict=True):
+            expected = of_one_block(form)(expected, *block, position, rotary, **NAMED)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, flat(together), flat(alone)))
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+def test_opcheck(attends):
     named = (NAMED["window_size"], NAMED["head_dim"], 1e-5, 1e-5)
-    arguments = (torch.randn(2, 18), list(weights), *states[:4], *states[4], *named)
-    torch.library.opcheck(torch.ops.rodimus.native_block_step.default, arguments)
-    ring = int8_ring(states[2], NAMED["head_dim"], torch.float32)
-    arguments = (*arguments[:4], ring, *arguments[5:])
-    torch.library.opcheck(torch.ops.rodimus.native_block_step.default, arguments)
+    weights, *lists, rings, position, rotary = blocks_of([torch.float32] * 2, 2, attends)
+    given = [x for block in weights for x in block if x is not None]
+    kinds, tables = [[]], rotary or (None, None)
+    if attends:
+        small = [int8_ring(ring, NAMED["head_dim"], torch.float32) for ring in rings]
+        kinds = [rings, small]
+    for rings in kinds:
+        arguments = (torch.randn(2, 18), given, *lists, rings, position, *tables, *named)
+        torch.library.opcheck(torch.ops.rodimus.native_blocks_step.default, arguments)
 
 
 def test_errors_come_before_any_state_is_touched():
-    weights, states = weights_of(torch.float32, True), states_of(torch.float32, 2, True)
-    stream, kept = torch.randn(2, 18), copied(states)
+    """Also those of the last block of several."""
+    names = ("taps", "states", "rings")
+    weights, *lists, position, rotary = given = blocks_of([torch.float32] * 2, 2, True)
+    stream, kept = torch.randn(2, 18), copy.deepcopy(given)
 
     def refuses(message, error=RuntimeError, stream=stream, weights=weights, **changed):
-        named = dict(zip(("taps", "state", "ring", "position", "rotary"), states, strict=True))
+        arguments = {**dict(zip(names, lists, strict=True)), "position": position} | changed
         with pytest.raises(error, match=message):
-            block_step(stream, weights, **(named | changed), **NAMED, impl="native")
+            blocks_step(stream, weights, **arguments, rotary=rotary, **NAMED, impl="native")
 
-    refuses(r"taps must have shape \[2, 22, 4\]", ValueError, taps=states[0][:1])
-    refuses("takes 1 to 8 rows, got 9", ValueError, torch.randn(9, 18), taps=torch.zeros(9, 22, 4))
-    refuses(r"state must have shape \[2, 1, 7, 22\]", state=states[1][:, :, :5])
-    refuses("needs ring and position", ring=None)
-    refuses("at least window_size = 5 rows", ring=states[2][:, :4].contiguous())
-    small = int8_ring(states[2][:, :4], NAMED["head_dim"], torch.float32)
-    refuses("at least window_size = 5 rows", ring=small)
-    refuses(r"ring must have shape \[any, any, 48\]", ring=states[2].byte())
+    second = lambda values, value: [values[0], value]
+    taps, states, rings = lists
+    refuses(r"taps\[1\] must have shape \[2, 21, 4\]", ValueError, taps=second(taps, taps[1][:1]))
+    nine = [torch.zeros(9, 22 - i, 4) for i in range(2)]
+    refuses("takes 1 to 8 rows, got 9", ValueError, torch.randn(9, 18), taps=nine)
+    state = states[1][:, :, :5]
+    refuses(r"state must have shape \[2, 1, 7, 21\]", states=second(states, state))
+    refuses("takes float32 and bfloat16", ValueError, states=second(states, states[1].double()))
+    refuses("needs ring and position", position=None)
+    refuses("2 rings for 2 blocks, got 2, 2 and 0", ValueError, rings=[])
+    refuses("2 taps, 2 states .* got 2, 1 and 2", ValueError, states=states[:1])
+    ring = rings[1][:, :4].contiguous()
+    refuses("at least window_size = 5 rows", rings=second(rings, ring))
+    small = int8_ring(rings[1][:, :4], NAMED["head_dim"], torch.float32)
+    refuses("at least window_size = 5 rows", rings=second(rings, small))
+    bytes_ = rings[1].byte()
+    refuses(r"ring must have shape \[any, any, 48\]", rings=second(rings, bytes_))
     refuses("position must be >= 0, got -1", position=torch.tensor([-1, 0]))
-    refuses(r"key must have shape \[any, 18\]", weights=weights._replace(key=torch.randn(6, 17)))
-    refuses(
-        r"stream must have shape \[B, 17\]",
-        ValueError,
-        weights=weights._replace(fc=torch.randn(4, 17)),
-    )
-    for before, after in zip(kept[:3], states[:3], strict=True):
-        assert torch.equal(before, after)
+    key = weights[1]._replace(key=torch.randn(6, 17))
+    refuses(r"key must have shape \[any, 18\]", weights=second(weights, key))
+    narrow = weights[0]._replace(fc=torch.randn(4, 17))
+    refuses(r"stream must have shape \[B, 17\]", ValueError, weights=[narrow, weights[1]])
+    other = weights_of(torch.float32, False, inner=21)
+    refuses("2, 1 of them with attention", ValueError, weights=second(weights, other))
+    refuses("one block or more, .* got 0", ValueError, weights=[])
+    assert all(map(torch.equal, flat(kept), flat(given)))

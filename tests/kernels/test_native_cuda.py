@@ -1,7 +1,6 @@
 """The CUDA operators without a GPU: their kernels run emulated on the CPU, their library loads, and
 what nvcc made of them fits the registers."""
 
-import functools
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rodimus_kernels import block_step, build, linear_step, native, native_block
+from rodimus_kernels import build, linear_step, native, native_block
 from rodimus_kernels.testing import relative_error
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -124,7 +123,7 @@ def products_of(config):
 
     with torch.device("meta"):
         model = RodimusForCausalLM(RodimusConfig.from_dict(config | {"n_layer": 1}))
-    w = model.model.layers[0]._find_step_weights()
+    w = model.model.layers[0].step_weights()
     steps = [(1, 0, w.fc), (0, 0, w.query_key, w.mem_gate, w.gate_in), (0, 0, w.mixer_out)]
     if w.query is not None:
         steps += [(0, 0, w.query, w.key, w.value), (0, 0, w.attn_out)]
@@ -268,12 +267,11 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
     turned = {"turned": sizes["dim"]} if sizes else {}
     states = block.states_of(dtype, batch, attends, **sizes, **turned)
     head_dim = sizes.get("dim", block.NAMED["head_dim"])
-    native_step = functools.partial(block_step, impl="native")
-    block.assert_equals_reference(native_step, weights, states, "cuda", head_dim=head_dim)
+    block.assert_equals_reference(block.native_step, weights, states, "cuda", head_dim=head_dim)
     # in float32 a value may fall between two steps on one side alone
     if attends and dtype == torch.bfloat16:
         named = {"head_dim": head_dim, "int8": True}
-        block.assert_equals_reference(native_step, weights, states, "cuda", **named)
+        block.assert_equals_reference(block.native_step, weights, states, "cuda", **named)
 
 
 @pytest.mark.gpu

@@ -229,7 +229,7 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
     """What a CUDA graph replays is all there is: no tensor is replaced, nothing is counted or
     asked on the host, so a step while a graph is recorded goes on from the one before it."""
     if not native:
-        monkeypatch.setattr(modeling_rodimus, "block_step", None)
+        monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
     ids = random_ids(2, 40)
     cache = prefill(model, ids[:, :12], StaticCache(config=model.config, max_cache_len=64))
     logits = [in_pieces(model, ids[:, 12:13], [1], cache=cache)]

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"native operators: 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Counts the blocks that ran as one call."""
-    calls, step = [], modeling_rodimus.block_step
+    """Counts the tokens whose blocks ran as one call."""
+    calls, step = [], modeling_rodimus.blocks_step
     count = lambda *args, **named: calls.append(1) or step(*args, **named)
-    monkeypatch.setattr(modeling_rodimus, "block_step", count)
+    monkeypatch.setattr(modeling_rodimus, "blocks_step", count)
     return calls
 
 
@@ -39,7 +39,7 @@ def decode(model, ids, cache=None):
 def test_fused_equals_the_forward(model, kind, fused, batch):
     ids = random_ids(batch, 40)
     assert relative_error(decode(model, ids), full(model, ids)) < BOUND
-    assert len(fused) == 28 * model.config.n_layer
+    assert len(fused) == 28
 
 
 def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
@@ -47,8 +47,8 @@ def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
     make = lambda: model.generate(ids, max_new_tokens=40, do_sample=False)
     tokens = make()
     (generation,) = Engine(model, slots=2).generate([Request(ids[0].tolist(), 40)])
-    assert len(fused) == 2 * 39 * model.config.n_layer
-    monkeypatch.setattr(modeling_rodimus, "block_step", None)
+    assert len(fused) == 2 * 39
+    monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
     assert torch.equal(tokens, make()) and generation.tokens == tokens[0, 12:].tolist()
 
 
@@ -60,7 +60,7 @@ def test_a_recorded_step_is_fused(model, monkeypatch, fused):
         model(ids[:, :12], past_key_values=cache)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         model(ids[:, 12:], past_key_values=cache)
-    assert len(fused) == model.config.n_layer
+    assert len(fused) == 1
 
 
 def test_a_recorded_step_does_not_look_at_a_mask(model, monkeypatch, fused):
@@ -74,7 +74,7 @@ def test_a_recorded_step_does_not_look_at_a_mask(model, monkeypatch, fused):
             monkeypatch.setattr(torch.Tensor, name, None)
         given = {"attention_mask": mask, "position_ids": torch.tensor([[12]])}
         model(ids[:, 12:], past_key_values=cache, **given)
-    assert len(fused) == model.config.n_layer
+    assert len(fused) == 1
 
 
 def test_outputs_captured_once_leave_later_steps_fused(model, fused):
@@ -85,14 +85,14 @@ def test_outputs_captured_once_leave_later_steps_fused(model, fused):
         seen = model(ids[:, 12:13], past_key_values=cache, output_hidden_states=True)
         assert len(seen.hidden_states) == model.config.n_layer + 1 and not fused
         model(ids[:, 13:], past_key_values=cache)
-    assert len(fused) == model.config.n_layer
+    assert len(fused) == 1
 
 
 def test_fused_in_a_static_cache(model, fused):
     ids = random_ids(1, 30)
     cache = StaticCache(config=model.config, max_cache_len=64)
     assert relative_error(decode(model, ids, cache), full(model, ids)) < BOUND
-    assert len(fused) == 18 * model.config.n_layer
+    assert len(fused) == 18
 
 
 @pytest.mark.parametrize("make", [DynamicCache, partial(StaticCache, max_cache_len=64)])
@@ -105,7 +105,7 @@ def test_a_step_is_the_forward_of_one_token(model, fused, make):
             token, position = ids[:, at : at + 1], torch.full((2, 1), at)
             expected = model(token, past_key_values=caches[0]).logits
             assert torch.equal(model.step(token, position, caches[1]), expected)
-    assert len(fused) == 2 * 8 * model.config.n_layer
+    assert len(fused) == 2 * 8
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 20
 
 
@@ -150,7 +150,7 @@ def test_the_engine_runs_the_model_it_was_given(model, fused):
     run = lambda m: Engine(m, slots=1).generate([request])[0].tokens
     plain, wrapped = run(model), run(Wrapper(model))
     model.register_forward_hook(negate)
-    assert plain != wrapped == run(model) and len(fused) == 3 * 8 * model.config.n_layer
+    assert plain != wrapped == run(model) and len(fused) == 3 * 8
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
@@ -164,7 +164,7 @@ def test_padding_in_the_window_is_left_to_the_modules(model, kind, static, fused
     assert relative_error(logits[1, 5:], full(model, ids[1:, 5:])[0]) < BOUND
     # padding stands in the window of 9 keys for the first of them only
     expected = 33 if static or kind == "rodimus" else 33 - 6
-    assert len(fused) == expected * model.config.n_layer
+    assert len(fused) == expected
 
 
 class Adapter(nn.Module):
@@ -264,6 +264,25 @@ def test_changed_weights_are_seen(model, fused):
     assert relative_error(decode(model, ids), full(model, ids)) < BOUND and fused
 
 
+@pytest.mark.parametrize(
+    "where", ["mixer_norm.eps", "mixer.act_norm.eps", "mixer.inner_mixer.normalize_epsilon"]
+)
+def test_numbers_of_a_block_are_seen(model, fused, where):
+    """Those of one block alone are left to the modules, those of all blocks are told to the
+    step."""
+    ids, (part, _, name) = random_ids(1, 30), where.rpartition(".")
+    before, used, layers = decode(model, ids), len(fused), model.model.layers
+    setattr(layers[-1].get_submodule(part), name, 50.0)
+    logits = decode(model, ids)
+    assert relative_error(logits, full(model, ids)) < BOUND < relative_error(before, logits)
+    assert len(fused) == used > 0
+    for part in layers.modules():
+        if hasattr(part, name):
+            setattr(part, name, 50.0)
+    assert relative_error(decode(model, ids), full(model, ids)) < BOUND
+    assert len(fused) == 2 * used
+
+
 def replace_parameter(linear):
     linear.weight = nn.Parameter(1.5 * linear.weight)
 
@@ -321,5 +340,5 @@ def test_bf16_is_as_near_to_float32_as_the_modules(model, monkeypatch, fused):
     model = model.to(torch.bfloat16)
     own = relative_error(decode(model, ids).float(), expected)
     assert fused
-    monkeypatch.setattr(modeling_rodimus, "block_step", None)
+    monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
     assert own < 1.5 * relative_error(decode(model, ids).float(), expected)
