@@ -1340,11 +1340,14 @@ class RodimusModel(RodimusPreTrainedModel):
     def __init__(self, config: RodimusConfig):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        # a look into a config of transformers takes as long as a small operator
+        self.embed_scale = math.sqrt(config.mem_size) if config.use_scale_embedding else None
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.embed_norm = None
         if config.use_norm_embedding:
             self.embed_norm = RodimusRMSNorm(config.d_model, config.norm_epsilon)
         self.layers = nn.ModuleList(RodimusBlock(config, i) for i in range(config.n_layer))
         self.norm_f = RodimusRMSNorm(config.d_model, config.norm_epsilon)
-        # a look into a config of transformers takes as long as a small operator
         self.rotary_dim = config.rotary_dim if config.block_type == "rodimus_plus" else 0
         self.rotary_base = config.attn_cfg["rotary_emb_base"]
         self.gradient_checkpointing = False
@@ -1477,16 +1480,15 @@ class RodimusModel(RodimusPreTrainedModel):
         stream = self._embed(embeds).squeeze(1)
         if not can_fuse_block(stream.shape[0], stream):
             return None
-        rotary = self._rotary(embeds, position_ids, None)
-        if rotary is not None:
-            rotary = tuple(table.squeeze(1).expand(stream.shape[0], -1) for table in rotary)
+        rotary = self._rotary(embeds, position_ids.expand(stream.shape[0], 1)[:, 0], None)
         weights, numbers = found
         first = layers[0]
         shared = (first.step_position(), rotary)
         # taps, states and rings
         states = zip(*(layer.step_states() for layer in layers), strict=True)
         numbers = {"window_size": first.window, **numbers}
-        return blocks_step(stream, weights, *states, *shared, **numbers).unsqueeze(1)
+        stream = blocks_step(stream, weights, *states, *shared, **numbers, impl="native")
+        return stream.unsqueeze(1)
 
     def _blocks_are_untouched(self) -> bool:
         """Whether the blocks and all in them compute what their classes say: no hook, adapter,
@@ -1642,11 +1644,11 @@ class RodimusModel(RodimusPreTrainedModel):
         return places
 
     def _embed(self, embeds):
-        if self.config.use_scale_embedding:
-            embeds = embeds * math.sqrt(self.config.mem_size)
-        if self.config.use_norm_embedding:
+        if self.embed_scale is not None:
+            embeds = embeds * self.embed_scale
+        if self.embed_norm is not None:
             embeds = self.embed_norm(embeds)
-        if self.config.residual_in_fp32:
+        if self.residual_in_fp32:
             embeds = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
         return embeds
 
@@ -1662,9 +1664,9 @@ class RodimusModel(RodimusPreTrainedModel):
 
         Looked for where it costs nothing: on the CPU, or when several tokens are added at once.
         """
-        if past_key_values is None or is_tracing(hidden_states):
+        if past_key_values is None or getattr(past_key_values, "isolates_rows", False):
             return
-        if getattr(past_key_values, "isolates_rows", False):
+        if is_tracing(hidden_states):
             return
         if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
             return
@@ -1842,10 +1844,11 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         if not (_is_bare(self) and _is_bare(self.model)):
             return None
         hidden_states = self.model.step(input_ids, position_ids, past_key_values)
-        return None if hidden_states is None else self._logits(hidden_states)
+        return None if hidden_states is None else self._logits(hidden_states, is_step=True)
 
-    def _logits(self, hidden_states):
-        if _is_step(hidden_states) and _is_untouched(self.lm_head) and self.lm_head.bias is None:
+    def _logits(self, hidden_states, is_step=None):
+        is_step = _is_step(hidden_states) if is_step is None else is_step
+        if is_step and _is_untouched(self.lm_head) and self.lm_head.bias is None:
             weight = self.lm_head.weight
             if type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype:
                 return linear_step(hidden_states.squeeze(1), weight).unsqueeze(1)

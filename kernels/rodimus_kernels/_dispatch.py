@@ -73,13 +73,13 @@ def choose_compiled(fallback: str, *tensors: torch.Tensor | None, one_dtype: boo
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(expected) and all(
-        isinstance(want, str) or got == want for got, want in zip(shape, expected, strict=True)
-    )
+    shape = tensor.shape
+    fits = len(shape) == len(expected)
+    for got, want in zip(shape, expected, strict=False):
+        fits = fits and (got == want or isinstance(want, str))
     if not fits:
         wanted = ", ".join(map(str, expected))
-        raise ValueError(f"{name} must have shape [{wanted}], got {shape}")
+        raise ValueError(f"{name} must have shape [{wanted}], got {tuple(shape)}")
 
 
 def check_same_device(

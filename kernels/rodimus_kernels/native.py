@@ -50,6 +50,7 @@ _SCHEMAS = {
 }
 CPU_ISAS = tuple(build.CPU_ISAS)
 DTYPES = (torch.float32, torch.bfloat16)
+_KINDS = (torch.Tensor, torch.nn.Parameter)
 MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear_step` takes."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
@@ -172,15 +173,14 @@ def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
         tensors: the arguments of the operator; None for one that is not given.
         one_dtype: the operator needs all of them to have the same dtype.
     """
-    given = [x for x in tensors if x is not None]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return False
-    kinds = (torch.Tensor, torch.nn.Parameter)
-    if not all(type(x) in kinds and x.dtype in DTYPES for x in given):
-        return False
-    if one_dtype and any(x.dtype != given[0].dtype for x in given):
-        return False
-    kind = given[0].device.type
+    records, dtypes, kind = torch.is_grad_enabled(), DTYPES, None
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in _KINDS or x.dtype not in dtypes or (records and x.requires_grad):
+            return False
+        if kind is None:
+            kind, dtypes = x.device.type, (x.dtype,) if one_dtype else DTYPES
     return kind in build.LIBRARIES and is_available(kind)
 
 
@@ -192,6 +192,8 @@ def check(operator: str, *tensors: torch.Tensor | None, one_dtype: bool = False)
             needs one, or a gradient is asked for.
         ImportError: the device has no native operators here.
     """
+    if fits(*tensors, one_dtype=one_dtype):
+        return
     given = [x for x in tensors if x is not None]
     dtypes = {x.dtype for x in given}
     wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)

@@ -122,12 +122,14 @@ def gated_rms_norm(
 def _choose(impl, *tensors):
     if impl != "auto":
         return impl
-    double = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    fallback = _fallback(runs_triton(tensors[0].device), tensors[0].shape[-1], double)
+    fallback = "reference"
+    if runs_triton(tensors[0].device):
+        double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+        fallback = _gpu_form(tensors[0].shape[-1], double)
     # Triton, where it runs, takes any number of rows
     return fallback if fallback == "triton" else choose_compiled(fallback, *tensors)
 
 
-def _fallback(triton: bool, width: int, double: bool) -> str:
+def _gpu_form(width: int, double: bool) -> str:
     """Where the compiled operators do not fit: Triton, if a row fits its registers."""
-    return "triton" if triton and width <= 16384 and not double else "reference"
+    return "triton" if width <= 16384 and not double else "reference"

@@ -56,7 +56,7 @@ class Decoder:
             )
             logits = output.logits
         positions += 1
-        return logits[:, -1]
+        return logits.squeeze(1)
 
     @torch.no_grad()
     def _capture(self):

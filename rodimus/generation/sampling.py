@@ -239,7 +239,8 @@ class Sampler:
             self.drawn[at] += 1
         if penalises:
             self.seen[rows].scatter_(1, tokens[:, None], True)
-        return tokens.masked_fill(~peak.isfinite(), -1)
+        # what is not finite, taken from itself, is NaN
+        return tokens.masked_fill(peak - peak != 0, -1)
 
     def _penalised(self, scores, rows):
         penalty = [p.repetition_penalty for p in self.params[rows]]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from rodimus_kernels import add_rms_norm, gated_rms_norm, rms_norm
-from rodimus_kernels.norm import _fallback
+from rodimus_kernels.norm import _gpu_form
 from rodimus_kernels.testing import assert_close, relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
 
@@ -181,10 +181,9 @@ def test_opcheck(residual):
 
 
 def test_automatic_choice():
-    assert _fallback(True, 4096, False) == "triton"
-    assert _fallback(True, 20000, False) == "reference"
-    assert _fallback(True, 4096, True) == "reference"
-    assert _fallback(False, 4096, False) == "reference"
+    assert _gpu_form(4096, False) == "triton"
+    assert _gpu_form(20000, False) == "reference"
+    assert _gpu_form(4096, True) == "reference"
 
 
 def test_bad_input_says_what_was_expected():
