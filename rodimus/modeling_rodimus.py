@@ -11,7 +11,7 @@ Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys,
 import importlib
 import math
 from dataclasses import dataclass
-from itertools import chain, repeat, starmap
+from itertools import chain, starmap, zip_longest
 from operator import is_
 
 import torch
@@ -752,12 +752,15 @@ class _Inspection:
         self.captures = [names["_forward_hooks"] for names in self.names]
         # each hook ever registered has a number of its own
         self.captured = list(chain.from_iterable(self.captures))
-        # a forward or a compiled call of its own would be one name more
+        # a forward or a compiled call of its own would be one name more, but where one was before
         self.counts = list(map(len, self.names))
+        own = ("_compiled_call_impl", *_NUMBERS)
+        self.places = [(names, key) for names in self.names for key in own if key in names]
+        self.values = list(starmap(dict.get, self.places))
         tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
-        self.places = [(table, key) for table in tables for key in table]
-        self.places += [(names, key) for names in self.names for key in _NUMBERS if key in names]
-        self.held = [table[key] for table, key in self.places]
+        # views are read in a row; lookups touch more memory, of which a token leaves none in caches
+        self.tables = [table.values() for table in tables if table]
+        self.held = list(chain.from_iterable(self.tables))
         # wrappers of other tensors have no address; they are never replaced in place
         self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
@@ -770,8 +773,8 @@ class _Inspection:
             and list(chain.from_iterable(self.captures)) == self.captured
             and list(map(len, self.names)) == self.counts
             and list(map(type, self.parts)) == self.kinds
-            and not any(map(dict.get, self.names, repeat("_compiled_call_impl")))
-            and all(map(is_, starmap(dict.get, self.places), self.held))
+            and list(starmap(dict.get, self.places)) == self.values
+            and all(starmap(is_, zip_longest(chain.from_iterable(self.tables), self.held)))
             and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
 

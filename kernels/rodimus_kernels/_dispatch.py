@@ -29,7 +29,7 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
         names = ", ".join(map(repr, ("auto", *implementations)))
         raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
     module, function = implementations[impl].split(":")
-    failure = _import(module)
+    failure = None if sys.modules.get(module) else _import(module)
     if failure is not None:
         raise ImportError(
             f"{operator}(impl={impl!r}) cannot be loaded: {failure}."

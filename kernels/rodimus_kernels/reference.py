@@ -462,8 +462,8 @@ def rope_tables(
     Returns:
         ``(cos, sin)``, each ``[..., T, dim // 2]`` in ``dtype``.
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-    angles = position_ids[..., None].to(torch.float32) * base**-exponents
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / -dim
+    angles = position_ids[..., None] * base**exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
