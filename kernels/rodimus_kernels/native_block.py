@@ -39,18 +39,20 @@ def step(stream, weights, taps, states, rings, position, rotary, *, window_size,
     return compose(stream, weights, taps, states, rings, position, rotary, **sizes, **eps)
 
 
-def _is_one_call(rows, weights, cos, head_dim) -> bool:
+def _is_one_call(rows, w, cos, head_dim) -> bool:
     """Whether the GPU's kernels take a block whole: few rows, and weights in 16-byte pieces."""
-    matrices = [x for x in weights if x is not None and x.dim() == 2 and x is not weights.conv]
-    # the second layer of the input gate is no product of its own
-    streamed = [x for x in matrices if x is not weights.gate_out]
-    widest = max(x.shape[1] for x in streamed)
+    streamed = [w.fc, w.query_key, w.mem_gate, w.gate_in, w.mixer_out]
+    if w.query is not None:
+        streamed += [w.query, w.key, w.value, w.attn_out, w.ffn_in, w.ffn_out]
+        if head_dim > native.MAX_CUDA_HEAD_DIM:
+            return False
+    inputs = [x.shape[1] for x in streamed]
     return (
-        _fits_shared(rows, widest)
-        and weights.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
-        and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in matrices)
-        and all(x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 for x in streamed)
-        and (head_dim is None or head_dim <= native.MAX_CUDA_HEAD_DIM)
+        _fits_shared(rows, max(inputs))
+        and w.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
+        and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (w.gate_out, *streamed))
+        and not any(size % 8 for size in inputs)
+        and not any(x.data_ptr() % 16 for x in streamed)
         and (cos is None or (cos.shape[1] % 8 == 0 and head_dim % 16 == 0))
     )
 
