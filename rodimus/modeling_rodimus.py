@@ -1496,11 +1496,12 @@ class RodimusModel(RodimusPreTrainedModel):
     def _blocks_are_untouched(self) -> bool:
         """Whether the blocks and all in them compute what their classes say: no hook, adapter,
         quantiser or patched forward."""
-        if self._inspected is None or not self._inspected.is_unchanged():
+        found, layers = self._inspected, self.layers
+        if found is None or found.parts[0] is not layers or not found.is_unchanged():
             self._inspected = None
-            if not _is_untouched(self.layers):
+            if not _is_untouched(layers):
                 return False
-            self._inspected = _Inspection(self.layers)
+            self._inspected = _Inspection(layers)
         return True
 
     def _step_arguments(self):

@@ -316,6 +316,28 @@ def test_a_weight_that_a_step_cannot_take_is_left_to_the_modules(model, fused):
     assert relative_error(decode(model, ids), full(model, ids)) < BOUND and len(fused) == used > 0
 
 
+def swap_blocks(model):
+    model.layers[0], model.layers[-1] = model.layers[-1], model.layers[0]
+
+
+def swap_list(model):
+    model.layers = nn.ModuleList(reversed(model.layers))
+
+
+@pytest.mark.parametrize("replace", [swap_blocks, swap_list])
+def test_replaced_blocks_are_seen(model, fused, replace):
+    ids = random_ids(1, 30)
+    before, used = decode(model, ids), len(fused)
+    replace(model.model)
+    for i, block in enumerate(model.model.layers):
+        for part in block.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = i
+    logits = decode(model, ids)
+    assert relative_error(logits, full(model, ids)) < BOUND < relative_error(before, logits)
+    assert len(fused) == 2 * used > 0
+
+
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copied_model_steps_with_its_own_weights(model, fused, copy_of):
     ids = random_ids(1, 30)
