@@ -184,10 +184,12 @@ def test_a_row_does_not_depend_on_its_neighbours(isa):
 
 
 def blocks_of(dtypes, batch, attends):
-    """Blocks of different widths inside: weights, taps, states and rings of each, and what they
-    share."""
-    weights = [weights_of(dtype, attends, inner=22 - i) for i, dtype in enumerate(dtypes)]
-    states = [states_of(dtype, batch, attends, inner=22 - i) for i, dtype in enumerate(dtypes)]
+    """Blocks of different widths inside, the last the smallest: weights, taps, states and rings of
+    each, and what they share."""
+    widths = [22 + 150 * i for i in reversed(range(len(dtypes)))]
+    sizes = list(zip(dtypes, widths, strict=True))
+    weights = [weights_of(dtype, attends, inner=inner) for dtype, inner in sizes]
+    states = [states_of(dtype, batch, attends, inner=inner) for dtype, inner in sizes]
     taps, states, rings, (position, *_), (rotary, *_) = map(list, zip(*states, strict=True))
     return weights, taps, states, rings, position, rotary
 
@@ -242,11 +244,11 @@ def test_errors_come_before_any_state_is_touched():
 
     second = lambda values, value: [values[0], value]
     taps, states, rings = lists
-    refuses(r"taps\[1\] must have shape \[2, 21, 4\]", ValueError, taps=second(taps, taps[1][:1]))
-    nine = [torch.zeros(9, 22 - i, 4) for i in range(2)]
+    refuses(r"taps\[1\] must have shape \[2, 22, 4\]", ValueError, taps=second(taps, taps[1][:1]))
+    nine = [torch.zeros(9, *tap.shape[1:]) for tap in taps]
     refuses("takes 1 to 8 rows, got 9", ValueError, torch.randn(9, 18), taps=nine)
     state = states[1][:, :, :5]
-    refuses(r"state must have shape \[2, 1, 7, 21\]", states=second(states, state))
+    refuses(r"state must have shape \[2, 1, 7, 22\]", states=second(states, state))
     refuses("takes float32 and bfloat16", ValueError, states=second(states, states[1].double()))
     refuses("needs ring and position", position=None)
     refuses("2 rings for 2 blocks, got 2, 2 and 0", ValueError, rings=[])
@@ -262,7 +264,7 @@ def test_errors_come_before_any_state_is_touched():
     refuses(r"key must have shape \[any, 18\]", weights=second(weights, key))
     narrow = weights[0]._replace(fc=torch.randn(4, 17))
     refuses(r"stream must have shape \[B, 17\]", ValueError, weights=[narrow, weights[1]])
-    other = weights_of(torch.float32, False, inner=21)
+    other = weights_of(torch.float32, False)
     refuses("2, 1 of them with attention", ValueError, weights=second(weights, other))
     refuses("one block or more, .* got 0", ValueError, weights=[])
     assert all(map(torch.equal, flat(kept), flat(given)))
