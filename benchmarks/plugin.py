@@ -23,7 +23,7 @@ from .harness import Bench
 from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
-MODULES = ("ddts", "attention", "decode", "train", "prefill", "memory", "engine")
+MODULES = ("ddts", "attention", "blocks", "decode", "train", "prefill", "memory", "engine")
 GPU_CASE_SECONDS = 20.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

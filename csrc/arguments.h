@@ -37,6 +37,29 @@ struct Rows {
   RODIMUS_EVERYWHERE explicit operator bool() const { return data != nullptr; }
 };
 
+// A block's weights, in the order of rodimus_kernels.BlockWeights; Rodimus ends before kAttnNorm.
+enum Weight {
+  kMixerNorm, kFc, kConv, kConvBias, kQueryKey, kGateIn, kGateOut, kGateBias, kMemGate, kMemBias,
+  kResidual, kActNorm, kMixerOut,
+  kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
+};
+constexpr int kCountWithoutAttention = kAttnNorm;
+
+// A ring [B, R, row] of keys and values, or of bytes with 8-bit values; type and stride are those of the
+// keys.
+struct Ring {
+  Rows rows;
+  bool int8_values;
+};
+
+// Rotary tables and ring of a block with attention.
+struct Window {
+  Ring ring;
+  Rows cos, sin;
+  const int64_t* position;
+  int64_t rows, half, head_dim, size;
+};
+
 // One token of the recurrence for N = B * H rows; state is float32 [N, K, V], written in place.
 struct DdtsStep {
   Rows q, k, log_decay;  // [N, K]
@@ -142,6 +165,16 @@ struct StepLinear {
   int64_t rotated = 0, head_dim = 0, half = 0;
   // After, for the first conv.channels outputs of the only layer: the convolution of one token.
   ConvStep conv = {};
+};
+
+// One token through a block of the model on CUDA: its linear steps in their order, the mixer's state
+// behind the second, attention behind the fourth. Rodimus ends with the third.
+struct BlockStep {
+  enum { kExpand, kProject, kContract, kAttend, kAttnOut, kMlpIn, kMlpOut, kSteps };
+  StepLinear steps[kSteps];
+  int count = 0;
+  MixerStep mixer = {};
+  AttentionStep attention = {};
 };
 
 // x [B, heads * dim] rotated in place: channel d < half of a head pairs with d + half.

@@ -4,60 +4,9 @@
 #include <algorithm>
 
 #include "tensors.h"
+#include "workspace.h"
 
 namespace rodimus {
-
-// The weights in the order of rodimus_kernels.BlockWeights; Rodimus ends before kAttnNorm.
-enum Weight {
-  kMixerNorm, kFc, kConv, kConvBias, kQueryKey, kGateIn, kGateOut, kGateBias, kMemGate, kMemBias,
-  kResidual, kActNorm, kMixerOut,
-  kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
-};
-constexpr int kCountWithoutAttention = kAttnNorm;
-
-inline Rows columns(const Rows& x, int64_t first) {
-  Rows part = x;
-  int64_t size = x.type == Type::kFloat32 ? 4 : 2;
-  part.data = static_cast<char*>(x.data) + first * size;
-  return part;
-}
-
-// Intermediate results of a block, carved out of memory that all blocks use one after the other; each
-// starts on a line.
-class Workspace {
- public:
-  // Rows are of `type`, that of the activations, where rows() is not told another.
-  Workspace(const Tensor& memory, int64_t rows, Type type)
-      : rows_(rows), type_(type), next_(static_cast<float*>(memory.data_ptr())),
-        end_(next_ + memory.size(0)) {}
-
-  Rows rows(int64_t columns) { return rows(columns, type_); }
-  Rows rows(int64_t columns, Type type) { return {floats(rows_ * columns), type, columns}; }
-
-  float* floats(int64_t count) {
-    float* here = next_;
-    next_ += (count + kLine - 1) / kLine * kLine;
-    STD_TORCH_CHECK(next_ <= end_, "the workspace of a block step is too small");
-    return here;
-  }
-
-  // What `results` intermediate results take at most beyond their own numbers.
-  static constexpr int64_t padding(int64_t results) { return results * kLine; }
-
- private:
-  static constexpr int64_t kLine = 32;
-  int64_t rows_;
-  Type type_;
-  float *next_, *end_;
-};
-
-// Rotary tables and ring of a block with attention.
-struct Window {
-  Ring ring;
-  Rows cos, sin;
-  const int64_t* position;
-  int64_t rows, half, head_dim, size;
-};
 
 inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, int64_t head_dim) {
   int64_t count = static_cast<int64_t>(w.size());

@@ -244,11 +244,6 @@ inline std::tuple<Norm, Tensor, OptionalTensor> norm_arguments(
 }
 
 // A ring [B, R, row] of keys and values of the type of `like`, or of bytes with 8-bit values.
-struct Ring {
-  Rows rows;
-  bool int8_values;
-};
-
 inline Ring ring_of(const char* name, const Tensor& x, const Tensor& like, int64_t keys,
                     int64_t value_heads, int64_t value_dim) {
   Ring ring;

@@ -163,7 +163,8 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
                    const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
                    const std::vector<Tensor>& rings, const OptionalTensor& position,
                    const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
-                   int64_t head_dim, double key_eps, double norm_eps) {
+                   int64_t head_dim, double key_eps, double norm_eps, bool persistent) {
+  STD_TORCH_CHECK(!persistent, "blocks_step(impl='persistent') needs a GPU");
   std::vector<BlockArguments> arguments = block_arguments(
       stream, weights, taps, states, rings, position, cos, sin, window_size, head_dim);
   int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
@@ -178,7 +179,8 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
   Rows start = rows_of("stream", stream, stream), last = output_rows(result);
   size_t left = arguments.size();
   for (const BlockArguments& given : arguments) {
-    Workspace work(memory, batch, type_of("fc", given.weights[kFc]));
+    Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch,
+                   type_of("fc", given.weights[kFc]));
     Block block{given.weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
     // at the same place for all blocks, of which none writes the stream that it reads
     Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;

@@ -9,6 +9,7 @@
 
 #include "../int8_values.h"
 #include "common.cuh"
+#include "sizes.h"
 
 namespace rodimus {
 
@@ -16,8 +17,8 @@ namespace rodimus {
 constexpr float kLog2E = 1.44269504f;
 
 // Channels of a key and of a value head that the staged form takes; half a warp holds a head.
-constexpr int kHeadDim = 128;
-constexpr int kHeadLanes = kWarp / 2;
+constexpr int kHeadDim = kPersistentHeadDim;
+constexpr int kHeadLanes = kHeadThreads;
 constexpr int kMaxHeads = 16;
 constexpr int kStagedThreads = kMaxHeads * kHeadLanes;
 constexpr int kAnyThreads = 128;
@@ -92,7 +93,7 @@ struct Int8Head {
   }
 };
 
-// The keys of part blockIdx.x of gridDim.x of a token's window, numbered from the part's first.
+// The keys of part i of `parts` of a token's window, numbered from the part's first.
 template <class T>
 struct WindowPart {
   const T *ring, *k, *v;
@@ -101,10 +102,9 @@ struct WindowPart {
   // keys of the part, the number of the first new token, ring rows of the first key and the token
   int count, fresh, first_row, newest_row;
 
-  __device__ WindowPart(const AttentionStep& a, int b, int t) {
+  __device__ WindowPart(const AttentionStep& a, int b, int t, int i, int parts) {
     int64_t last = a.position[b] + t;
     int visible = static_cast<int>(last < a.window ? last + 1 : a.window);
-    int parts = static_cast<int>(gridDim.x), i = static_cast<int>(blockIdx.x);
     // parts differ by one key at most; the last has one, the token itself, if others have none
     int share = visible / parts, shorter = parts - visible % parts;
     int begin = i * share + (i > shorter ? i - shorter : 0);
@@ -191,6 +191,72 @@ __device__ inline float transpose_sum(float* score, int lane) {
   return score[0];
 }
 
+// The softmax of one query head over the keys so far. Half a warp holds it, each lane eight channels,
+// and needs no other thread.
+struct HeadSum {
+  float q[8], acc[8] = {}, top = -INFINITY, total = 0.0f;
+
+  template <class T>
+  __device__ HeadSum(const T* query, float scale) {
+    widen_eight(*reinterpret_cast<const Eight<T>*>(query), q);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) q[i] *= scale * kLog2E;
+  }
+
+  // KEYS more keys, of which the first `present` are there, one at least: so the maximum is finite.
+  // key(j, out) and value(j, out) have the lane's channels, scale(j) a factor of the values.
+  template <int KEYS, class Key, class Scale, class Value>
+  __device__ void add(int present, const Key& key, const Scale& scale, const Value& value) {
+    constexpr int kShare = kHeadLanes / KEYS;
+    int lane = threadIdx.x % kHeadLanes;
+    float score[KEYS];
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) {
+      float x[8];
+      key(j, x);
+      score[j] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score[j] += q[i] * x[i];
+    }
+    float mine = transpose_sum<KEYS>(score, lane);
+    mine = lane / kShare < present ? mine : -INFINITY;
+    float highest = fmaxf(top, mine);
+#pragma unroll
+    for (int mask = kShare; mask < kHeadLanes; mask *= 2)
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
+    float fade = exp2f(top - highest), weight = exp2f(mine - highest);
+    top = highest, total = total * fade + weight;
+    weight *= scale(lane / kShare);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) acc[i] *= fade;
+#pragma unroll
+    for (int j = 0; j < KEYS; ++j) {
+      float p = __shfl_sync(0xffffffffu, weight, j * kShare, kHeadLanes), x[8];
+      value(j, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[i] += p * x[i];
+    }
+  }
+
+  // Behind the last keys: the sum of weights, which the lanes hold in parts, in all of them.
+  template <int KEYS>
+  __device__ void add_lanes() {
+#pragma unroll
+    for (int mask = kHeadLanes / KEYS; mask < kHeadLanes; mask *= 2)
+      total += __shfl_xor_sync(0xffffffffu, total, mask);
+  }
+
+  // What a part leaves in the scratch.
+  __device__ void keep(const PartResult& result) const {
+    int lane = threadIdx.x % kHeadLanes;
+    Eight<float> out;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) out.value[i] = acc[i];
+    *reinterpret_cast<Eight<float>*>(result.values + lane * 8) = out;
+    if (lane == 0) result.weights[0] = top, result.weights[1] = total;
+  }
+};
+
 // Eight values of each lane of half a warp, a head together: their steps, and the bits of the scale.
 template <class T>
 __device__ inline uint16_t quantize_eight(const Eight<T>& x, EightSteps* out) {
@@ -238,10 +304,9 @@ constexpr int64_t attention_bytes(int64_t value_heads) {
 template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
 __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kernel(AttentionStep a) {
   RODIMUS_DYNAMIC_SHARED(T, tiles);
-  constexpr int kShare = kHeadLanes / KEYS;
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
   if (a.start != Start::kAhead) take_turn();
-  WindowPart<T> part(a, bt / steps, bt % steps);
+  WindowPart<T> part(a, bt / steps, bt % steps, blockIdx.x, gridDim.x);
   // what is in the ring is there before the new tokens are
   bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
   if (a.start == Start::kAhead && !ahead) take_turn();
@@ -317,11 +382,7 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
   for (int s = 0; s < STAGES - 1; ++s) copy_tile(s * KEYS, s);
   if (ahead) take_turn();
 
-  float q[8], acc[8] = {}, top = -INFINITY, total = 0.0f;
-  const T* query = static_cast<const T*>(a.q.data) + bt * a.q.stride + threadIdx.x * 8;
-  widen_eight(*reinterpret_cast<const Eight<T>*>(query), q);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) q[i] *= a.scale * kLog2E;
+  HeadSum sum(static_cast<const T*>(a.q.data) + bt * a.q.stride + threadIdx.x * 8, a.scale);
   int value_head = h % static_cast<int>(a.value_heads), value_offset = value_head * kHeadDim + lane * 8;
   int key_stride = INT8 ? part.width : kHeadDim;
 
@@ -333,59 +394,35 @@ __global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kerne
     copy_tile(n + (STAGES - 1) * KEYS, next);
     T* keys = tiles + stage * tile_size;
     const T* values = keys + KEYS * kHeadDim + value_offset;
-    float score[KEYS];
-#pragma unroll
-    for (int j = 0; j < KEYS; ++j) {
-      float key[8];
-      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * key_stride + lane * 8), key);
-      score[j] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) score[j] += q[i] * key[i];
-    }
-    float mine = transpose_sum<KEYS>(score, lane);
-    // every tile begins with a key, so the maximum is finite
-    mine = n + lane / kShare < part.count ? mine : -INFINITY;
-    float highest = fmaxf(top, mine);
-#pragma unroll
-    for (int mask = kShare; mask < kHeadLanes; mask *= 2)
-      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, mask));
-    float fade = exp2f(top - highest), weight = exp2f(mine - highest);
-    top = highest, total = total * fade + weight;
-    if constexpr (INT8)
-      weight *= scale_value(*StagedInt8Row<T>(keys + lane / kShare * key_stride, at).scale(value_head));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) acc[i] *= fade;
-#pragma unroll
-    for (int j = 0; j < KEYS; ++j) {
-      float p = __shfl_sync(0xffffffffu, weight, j * kShare, kHeadLanes);
-      float value[8];
+    auto key = [&](int j, float* out) {
+      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * key_stride + lane * 8), out);
+    };
+    auto scale = [&](int j) {
       if constexpr (INT8)
-        widen_eight(*StagedInt8Row<T>(keys + j * key_stride, at).values(value_offset), value);
+        return scale_value(*StagedInt8Row<T>(keys + j * key_stride, at).scale(value_head));
       else
-        widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), value);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) acc[i] += p * value[i];
-    }
+        return 1.0f;
+    };
+    auto value = [&](int j, float* out) {
+      if constexpr (INT8)
+        widen_eight(*StagedInt8Row<T>(keys + j * key_stride, at).values(value_offset), out);
+      else
+        widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), out);
+    };
+    sum.add<KEYS>(part.count - n, key, scale, value);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     next = next + 1 == STAGES ? 0 : next + 1;
   }
-#pragma unroll
-  for (int mask = kShare; mask < kHeadLanes; mask *= 2)
-    total += __shfl_xor_sync(0xffffffffu, total, mask);
+  sum.add_lanes<KEYS>();
 
   if (gridDim.x == 1) {
     Eight<T> out;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) narrow(acc[i] / total, out.value + i);
+    for (int i = 0; i < 8; ++i) narrow(sum.acc[i] / sum.total, out.value + i);
     *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.o.data) + bt * a.o.stride + threadIdx.x * 8) =
         out;
   } else {
-    PartResult result(a, gridDim.x, blockIdx.x, bt, h);
-    Eight<float> out;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) out.value[i] = acc[i];
-    *reinterpret_cast<Eight<float>*>(result.values + lane * 8) = out;
-    if (lane == 0) result.weights[0] = top, result.weights[1] = total;
+    sum.keep(PartResult(a, gridDim.x, blockIdx.x, bt, h));
   }
   // the token itself is the last key of the last part, and stands in the last tile
   if (blockIdx.x + 1 == gridDim.x) {
@@ -413,7 +450,7 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
   constexpr int kPieces = kMaxHeadDim / kWarp, kTogether = 4;
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
   take_turn();
-  WindowPart<T> part(a, bt / steps, bt % steps);
+  WindowPart<T> part(a, bt / steps, bt % steps, blockIdx.x, gridDim.x);
   int lane = threadIdx.x % kWarp, dim = static_cast<int>(a.key_dim);
   int value_dim = static_cast<int>(a.value_dim);
   Int8Row at = int8_row(part.key_width * sizeof(T), a.value_heads, value_dim);

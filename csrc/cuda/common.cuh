@@ -2,6 +2,9 @@
 // No torch here, so nvcc alone compiles and inspects the kernels.
 #pragma once
 
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#endif
 #include <cuda_bf16.h>
 #include <stdint.h>
 
@@ -27,6 +30,9 @@ __device__ inline void take_turn() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Wait until all threads of a cooperative launch are here; what they wrote is seen from then on.
+__device__ inline void wait_for_grid() { cooperative_groups::this_grid().sync(); }
 
 // Memory whose size the launch states; aligned for 16-byte pieces.
 #define RODIMUS_DYNAMIC_SHARED(T, name)               \

@@ -1,8 +1,9 @@
 // DDTS for one token: the recurrence alone, and the mixer around it. The state is read and written
 // once, in float32, and never leaves the registers between.
 //
-// A block of four warps owns BV columns of one state; warp w owns key rows w, w + 4, ...; a lane owns
-// BV / 32 neighbouring columns. KEYS is the number of keys, padded to a multiple of 4 by zeros.
+// A block of WARPS warps owns BV columns of one state; warp w owns key rows w, w + WARPS, ...; a lane
+// owns BV / 32 neighbouring columns. KEYS is the number of keys, padded by zeros
+// to a multiple of WARPS.
 #pragma once
 
 #include "common.cuh"
@@ -14,9 +15,9 @@ constexpr int kStepWarps = 4;
 constexpr int kStepThreads = kStepWarps * kWarp;
 
 // The part of a state that one thread carries.
-template <int KEYS, int BV>
+template <int KEYS, int BV, int WARPS>
 struct StateTile {
-  static constexpr int kRows = KEYS / kStepWarps;
+  static constexpr int kRows = KEYS / WARPS;
   static constexpr int kColumns = BV / kWarp;
   float value[kRows][kColumns];
 
@@ -32,7 +33,7 @@ struct StateTile {
     bool wide = is_wide(state, stride, columns);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      int key = i * kStepWarps + warp;
+      int key = i * WARPS + warp;
       const float* row = state + key * stride + first;
       if (wide) {
         float4 four = {};
@@ -55,7 +56,7 @@ struct StateTile {
     float sum[kColumns] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      int key = i * kStepWarps + warp;
+      int key = i * WARPS + warp;
       float updated[kColumns], *row = state + key * stride + first;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -78,9 +79,10 @@ struct StateTile {
   }
 };
 
+template <int WARPS>
 __device__ inline float sum_of_warps(const float* partial, int width, int column) {
   float sum = 0.0f;
-  for (int w = 0; w < kStepWarps; ++w) sum += partial[w * width + column];
+  for (int w = 0; w < WARPS; ++w) sum += partial[w * width + column];
   return sum;
 }
 
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
   int keys = static_cast<int>(a.key_dim);
   int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
   float* state = a.state + n * a.key_dim * a.value_dim + first;
-  StateTile<KEYS, BV> tile;
+  StateTile<KEYS, BV, kStepWarps> tile;
   // the longest wait: all of it is on its way before anything else is asked for
   tile.load(state, keys, a.value_dim, columns);
   for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
@@ -107,31 +109,47 @@ __global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
   tile.update(decay, k, q, v, state, keys, a.value_dim, columns, partial);
   __syncthreads();
   for (int j = threadIdx.x; j < columns; j += kStepThreads)
-    set_element(a.o, n, first + j, sum_of_warps(partial, BV, j));
+    set_element(a.o, n, first + j, sum_of_warps<kStepWarps>(partial, BV, j));
 }
 
-// Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares a
-// block, as sizes.h lays them out.
-template <int KEYS, int BV>
-__global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
-  __shared__ float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[kStepWarps * BV];
-  __shared__ float warps[kStepWarps];
-  int64_t b = blockIdx.y, first = static_cast<int64_t>(blockIdx.x) * BV;
+__device__ inline float* mixer_state(const MixerStep& a, int64_t b, int64_t first) {
+  return a.state + b * a.key_dim * a.value_dim + first;
+}
+
+// The state of tile `index` of row b.
+template <int KEYS, int BV, int WARPS>
+__device__ inline void load_mixer_tile(const MixerStep& a, int64_t b, int index,
+                                       StateTile<KEYS, BV, WARPS>& tile) {
+  int64_t first = static_cast<int64_t>(index) * BV, columns = a.value_dim - first;
+  tile.load(mixer_state(a, b, first), static_cast<int>(a.key_dim), a.value_dim,
+            columns < BV ? static_cast<int>(columns) : BV);
+}
+
+// Shared memory of a mixer's tile.
+template <int KEYS, int BV, int WARPS>
+struct MixerShared {
+  float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[WARPS * BV], warps[WARPS];
+};
+
+// Columns `first` to first + BV of row b of a mixer, whose state the block has loaded; tile number
+// `index` of `parts`.
+template <int KEYS, int BV, int WARPS>
+__device__ inline void mixer_tile(const MixerStep& a, int64_t b, int index, int parts,
+                                  StateTile<KEYS, BV, WARPS>& tile,
+                                  MixerShared<KEYS, BV, WARPS>& shared) {
+  constexpr int kThreads = WARPS * kWarp;
+  float *decay = shared.decay, *k = shared.k, *q = shared.q, *v = shared.v;
+  int64_t first = static_cast<int64_t>(index) * BV;
   int keys = static_cast<int>(a.key_dim);
   int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
-  float* state = a.state + b * a.key_dim * a.value_dim + first;
-  StateTile<KEYS, BV> tile;
-  // the token before is more than one kernel away
-  tile.load(state, keys, a.value_dim, columns);
-  take_turn();
 
   float squares = 0.0f;
-  for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
+  for (int i = threadIdx.x; i < KEYS; i += kThreads) {
     k[i] = i < keys ? element(a.k, b, i) : 0.0f;
     squares += k[i] * k[i];
   }
-  float norm = fmaxf(sqrtf(block_sum(squares, warps)), a.key_eps);
-  for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
+  float norm = fmaxf(sqrtf(block_sum(squares, shared.warps)), a.key_eps);
+  for (int i = threadIdx.x; i < KEYS; i += kThreads) {
     bool inside = i < keys;
     float select = inside ? element(a.select, b, i) : 0.0f;
     float tau = inside ? sigmoid(element(a.temper, b, i)) : 0.0f;
@@ -139,11 +157,11 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
     k[i] = k[i] / norm * expf(tau * log_softplus(select));
     q[i] = inside ? a.scale * element(a.q, b, i) : 0.0f;
   }
-  // four threads a column: a column's weights are neighbours, whole or in four runs
-  constexpr int kShare = 4;
+  // a column's threads have neighbouring runs of its weights
+  constexpr int kShare = kThreads < 16 * BV ? 4 : 16;
   int share = threadIdx.x % kShare, ranks = static_cast<int>(a.gate_dim);
   int run = (ranks + kShare - 1) / kShare;
-  for (int j = threadIdx.x / kShare; j < BV; j += kStepThreads / kShare) {
+  for (int j = threadIdx.x / kShare; j < BV; j += kThreads / kShare) {
     float sum = 0.0f;
     if (j < columns)
       for (int r = share * run; r < ranks && r < (share + 1) * run; ++r)
@@ -156,14 +174,14 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
                  : 0.0f;
   }
   __syncthreads();
-  tile.update(decay, k, q, v, state, keys, a.value_dim, columns, partial);
+  tile.update(decay, k, q, v, mixer_state(a, b, first), keys, a.value_dim, columns, shared.partial);
   __syncthreads();
 
-  float* gated = a.scratch + b * mixer_row(a.value_dim, gridDim.x);
+  float* gated = a.scratch + b * mixer_row(a.value_dim, parts);
   squares = 0.0f;
-  for (int j = threadIdx.x; j < columns; j += kStepThreads) {
+  for (int j = threadIdx.x; j < columns; j += kThreads) {
     int64_t column = first + j;
-    float o = sum_of_warps(partial, BV, j) +
+    float o = sum_of_warps<WARPS>(shared.partial, BV, j) +
               element(a.residual_weight, 0, column) * element(a.shifted, b, column);
     o *= silu(element(a.gate, b, column));
     if (a.scaled)
@@ -172,8 +190,20 @@ __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
       gated[column] = o;
     squares += o * o;
   }
-  squares = block_sum(squares, warps);
-  if (threadIdx.x == 0) gated[mixer_values(a.value_dim) + blockIdx.x] = squares;
+  squares = block_sum(squares, shared.warps);
+  if (threadIdx.x == 0) gated[mixer_values(a.value_dim) + index] = squares;
+}
+
+// Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares a
+// block, as sizes.h lays them out.
+template <int KEYS, int BV>
+__global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
+  __shared__ MixerShared<KEYS, BV, kStepWarps> shared;
+  StateTile<KEYS, BV, kStepWarps> tile;
+  // the token before is more than one kernel away
+  load_mixer_tile(a, blockIdx.y, blockIdx.x, tile);
+  take_turn();
+  mixer_tile(a, blockIdx.y, blockIdx.x, gridDim.x, tile, shared);
 }
 
 // The norm that the blocks of mixer_step_kernel could not finish alone. Grid: (ceil(V / 128), B).

@@ -5,6 +5,7 @@
 #include "ddts_step.cuh"
 #include "elementwise.cuh"
 #include "linear.cuh"
+#include "persistent.cuh"
 #include "step_linear.cuh"
 
 namespace rodimus {
@@ -14,13 +15,15 @@ unsigned blocks_for(int64_t size, int64_t per_block) {
   return static_cast<unsigned>((size + per_block - 1) / per_block);
 }
 
-// Whether a kernel on this device can start under the end of the one before it.
-bool starts_under() {
-  int device = 0, major = 0;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
 }
+
+// Whether a kernel on this device can start under the end of the one before it.
+bool starts_under() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 template <class Arguments>
 void launch_started(void (*kernel)(Arguments), const Arguments& a, dim3 grid, unsigned threads,
@@ -123,7 +126,50 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
                  0, stream);
 }
 
+template <int STAGES, int KEYS>
+void launch_persistent_of(const BlockStep& a, cudaStream_t stream) {
+  auto* kernel = persistent_kernel<STAGES, KEYS>;
+  int shared = static_cast<int>(persistent_shared(a, STAGES));
+  // said each time: every device has to hear it
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaLaunchAttribute together;
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(multiprocessors()));
+  config.blockDim = dim3(kPersistentThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared), config.stream = stream;
+  config.attrs = &together, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, a);
+}
+
 }  // namespace
+
+int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+
+int64_t cooperative_shared() {
+  return attribute(cudaDevAttrCooperativeLaunch) ? attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) : 0;
+}
+
+void launch_persistent(const BlockStep& a, cudaStream_t stream) {
+  auto launch = [&](auto stages) {
+    a.mixer.key_dim <= 64 ? launch_persistent_of<stages, 64>(a, stream)
+                          : launch_persistent_of<stages, kMaxKeys>(a, stream);
+  };
+  switch (persistent_stages(a, cooperative_shared())) {
+    case 6: return launch(std::integral_constant<int, 6>());
+    case 4: return launch(std::integral_constant<int, 4>());
+    case 2: return launch(std::integral_constant<int, 2>());
+  }
+}
+
+void launch_block_step(const BlockStep& a, cudaStream_t stream) {
+  for (int i = 0; i < a.count; ++i) {
+    launch_step_linear(a.steps[i], stream);
+    if (i == BlockStep::kProject) launch_mixer_state(a.mixer, stream);
+    if (i == BlockStep::kAttend) launch_attention_step(a.attention, stream);
+  }
+}
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
   with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
@@ -162,10 +208,7 @@ void launch_linear(const Linear& a, cudaStream_t stream) {
 }
 
 void launch_step_linear(const StepLinear& a, cudaStream_t stream) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  StepLinearLaunch how = step_linear_launch(a, processors);
+  StepLinearLaunch how = step_linear_launch(a, multiprocessors());
   if (how.scaled)
     how.scaled == 1 ? launch_step_linear_of<8, 2, 4, 1>(a, how, stream)
                     : launch_step_linear_of<8, 2, 4, kMaxRows>(a, how, stream);

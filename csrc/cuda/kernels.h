@@ -13,9 +13,8 @@ constexpr int64_t kMaxKeys = 128;
 // Columns of a state one block carries: narrow while there are few blocks, wide when there are many.
 inline int64_t step_columns(int64_t rows) { return rows <= 4 ? 32 : 128; }
 
-// Floats of scratch memory for a mixer step.
-inline int64_t mixer_scratch(const MixerStep& a) {
-  int64_t columns = step_columns(a.rows);
+// Floats of scratch memory for a mixer step whose blocks carry so many columns.
+inline int64_t mixer_scratch(const MixerStep& a, int64_t columns) {
   return a.rows * mixer_row(a.value_dim, (a.value_dim + columns - 1) / columns);
 }
 
@@ -53,10 +52,18 @@ inline int64_t attention_parts(const AttentionStep& a) {
   return parts > 1 ? parts : 1;
 }
 
-// Floats of scratch memory for an attention step.
-inline int64_t attention_scratch(const AttentionStep& a) {
-  int64_t parts = attention_parts(a);
+// Floats of scratch memory for an attention step in so many parts.
+inline int64_t attention_parts_scratch(const AttentionStep& a, int64_t parts) {
   return parts == 1 ? 0 : parts * a.batch * a.steps * a.heads * (a.value_dim + 2);
+}
+
+// Attention that the kernel of a whole block takes.
+inline bool fits_persistent(const AttentionStep& a) {
+  bool pieces = true;
+  for (const Rows& x : {a.q, a.k, a.v, a.cache, a.o})
+    pieces = pieces && x.type == Type::kBFloat16 && in_pieces(x);
+  return pieces && !a.int8_values && a.key_heads == 1 && a.key_dim == kPersistentHeadDim &&
+         a.value_dim == a.key_dim && (a.heads == 2 || a.heads == 4 || a.heads == 8 || a.heads == 16);
 }
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);
@@ -68,5 +75,14 @@ void launch_linear(const Linear& a, cudaStream_t stream);
 void launch_step_linear(const StepLinear& a, cudaStream_t stream);
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream);
 void launch_norm(const Norm& a, cudaStream_t stream);
+// The parts of a block one after the other.
+void launch_block_step(const BlockStep& a, cudaStream_t stream);
+
+// Of the current device: its multiprocessors, and the shared memory that a block may have in a
+// cooperative launch, 0 where there is none.
+int64_t multiprocessors();
+int64_t cooperative_shared();
+// A block in one kernel, planned for all multiprocessors; persistent_stages says whether it fits.
+void launch_persistent(const BlockStep& a, cudaStream_t stream);
 
 }  // namespace rodimus

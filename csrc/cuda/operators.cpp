@@ -26,7 +26,7 @@ Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
                                      key_eps, norm_eps);
   check_keys(a.key_dim);
   // torch keeps memory of a stream for that stream, so it may go before the kernel has run
-  Tensor memory = output_like(x, {mixer_scratch(a)}, ScalarType::Float);
+  Tensor memory = output_like(x, {mixer_scratch(a, step_columns(a.rows))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
   launch(launch_mixer_step, a, x);
   return y;
@@ -73,7 +73,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
   STD_TORCH_CHECK(a.key_dim <= kMaxHeadDim && a.value_dim <= kMaxHeadDim,
                   "D and Dv must be at most ", kMaxHeadDim, ", got ", a.key_dim, " and ",
                   a.value_dim);
-  Tensor memory = output_like(q, {attention_scratch(a)}, ScalarType::Float);
+  Tensor memory = output_like(q, {attention_parts_scratch(a, attention_parts(a))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
   launch(launch_attention_step, a, q);
   return o;

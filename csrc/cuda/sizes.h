@@ -62,4 +62,34 @@ inline StepLinearLaunch step_linear_launch(const StepLinear& a, int64_t processo
   return each == 2 ? launch(8, 4, 2, 0) : launch(8, 2, 4, 0);
 }
 
+// The kernel of a whole block: threads of a block of it, bytes that these have in one stage of weights
+// (a unit a warp), the stages it is compiled for, tiles whose products are finished together, and floats
+// of shared memory beside weights and x: sums and squares, or what stands there between the layers.
+constexpr int kPersistentWarps = 16, kPersistentThreads = 32 * kPersistentWarps;
+constexpr int64_t kStageBytes = int64_t{kTile} * kUnit * 2 * kPersistentWarps;
+constexpr int kStageChoices[] = {6, 4, 2};
+constexpr int kMostTiles = kPersistentThreads / (kHalfTile * kMaxRows);
+constexpr int kSumFloats = 2 * kPersistentWarps * kWarpSums;
+constexpr int64_t kPersistentFloats = kSumFloats + kPersistentWarps * kWarpSquares;
+
+// Columns of a state that its blocks carry at a time, and channels and threads of a head of attention.
+constexpr int kPersistentColumns = 32, kPersistentHeadDim = 128, kHeadThreads = 16;
+
+// Shared memory of its blocks.
+inline int64_t persistent_shared(const BlockStep& a, int stages) {
+  int64_t most = 0;
+  for (int i = 0; i < a.count; ++i) most = a.steps[i].inputs > most ? a.steps[i].inputs : most;
+  return stages * kStageBytes + kPersistentFloats * 4 + a.steps[0].rows * staged_stride(most) * 2;
+}
+
+// The most stages that fit, 0 if none do.
+inline int persistent_stages(const BlockStep& a, int64_t shared) {
+  for (int stages : kStageChoices)
+    if (persistent_shared(a, stages) <= shared) return stages;
+  return 0;
+}
+
+// Channels of an attended token that a block joins.
+constexpr int kJoinedChannels = 16;
+
 }  // namespace rodimus

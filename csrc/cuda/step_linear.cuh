@@ -33,6 +33,58 @@ __device__ inline Tile tile_of(const StepLinear& a, int layer, int tile) {
   return {head + 2 * half + (within - turned) * kTile, kHalfTile, -1};
 }
 
+// The layer of a step that has a tile, and which of its own the tile is.
+struct TileOfLayer {
+  int layer, index;
+};
+
+__device__ inline TileOfLayer layer_of(const StepLinear& a, int tile) {
+  TileOfLayer found = {0, tile};
+  while (found.layer + 1 < a.count && found.index >= step_linear_tiles(a, found.layer))
+    found.index -= static_cast<int>(step_linear_tiles(a, found.layer++));
+  return found;
+}
+
+// The weights of a lane in the tile: the rows of two outputs, those beyond the last repeat it and are
+// not written. Of a unit it has 16 bytes in four places: two columns of either row.
+struct TileWeights {
+  const __nv_bfloat16 *near, *far;
+  int inputs;
+
+  __device__ TileWeights() {}
+  __device__ TileWeights(const StepLinear& a, const StepLinear::Layer& layer, const Tile& tile)
+      : inputs(static_cast<int>(a.inputs)) {
+    int last = static_cast<int>(layer.outputs) - 1, n = tile.first + threadIdx.x % kWarp / 4;
+    const __nv_bfloat16* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);
+    near = weight + (n < last ? n : last) * layer.weight.stride;
+    n += tile.apart;
+    far = weight + (n < last ? n : last) * layer.weight.stride;
+  }
+  // Call `take` with the number of each place and its address.
+  template <class Take>
+  __device__ void places(int unit, const Take& take) const {
+    int column = unit * kUnit + threadIdx.x % 4 * kPiece;
+    // beyond the inputs x is zero, whatever finite weight it meets
+    int first = column < inputs ? column : 0;
+    int second = column + kUnit / 2 < inputs ? column + kUnit / 2 : 0;
+    take(0, near + first), take(1, far + first), take(2, near + second), take(3, far + second);
+  }
+};
+
+// sum += the lane's weights of a unit times x of the row that is the lane's column, which may be absent.
+__device__ inline void multiply_unit(float (&sum)[4], const uint4 (&w)[4], const __nv_bfloat16* x,
+                                     bool present) {
+  uint4 low = {}, high = {};
+  if (present) {
+    low = *reinterpret_cast<const uint4*>(x);
+    high = *reinterpret_cast<const uint4*>(x + kUnit / 2);
+  }
+  multiply_16x8x16(sum, w[0].x, w[1].x, w[0].y, w[1].y, low.x, low.y);
+  multiply_16x8x16(sum, w[0].z, w[1].z, w[0].w, w[1].w, low.z, low.w);
+  multiply_16x8x16(sum, w[2].x, w[3].x, w[2].y, w[3].y, high.x, high.y);
+  multiply_16x8x16(sum, w[2].z, w[3].z, w[2].w, w[3].w, high.z, high.w);
+}
+
 __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, float* out) {
   int64_t i = row * x.stride + column;
   if (x.type == Type::kFloat32) {
@@ -49,8 +101,9 @@ __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, fl
 }
 
 // The units of x that a warp multiplies, in shared memory; zeros to the end of the last unit. Only
-// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait.
-template <int WARPS>
+// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait. ASYNC: the
+// pieces are a group of copies under way.
+template <int WARPS, bool ASYNC>
 __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int inputs = static_cast<int>(a.inputs), stride = static_cast<int>(staged_stride(a.inputs));
@@ -62,13 +115,15 @@ __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* 
     for (int i = lane; i < rows * (kUnit / kPiece); i += kWarp) {
       int m = i / (kUnit / kPiece), column = unit * kUnit + i % (kUnit / kPiece) * kPiece;
       __nv_bfloat16* to = staged + m * stride + column;
-      if (column < inputs)
-        __pipeline_memcpy_async(to, data + m * x.stride + column, sizeof(uint4));
+      const __nv_bfloat16* from = data + m * x.stride + column;
+      if (ASYNC && column < inputs)
+        __pipeline_memcpy_async(to, from, sizeof(uint4));
       else
-        *reinterpret_cast<uint4*>(to) = uint4{};
+        *reinterpret_cast<uint4*>(to) =
+            column < inputs ? *reinterpret_cast<const uint4*>(from) : uint4{};
     }
   }
-  __pipeline_commit();
+  if (ASYNC) __pipeline_commit();
 }
 
 // The same of x times the weight of its norm, TOGETHER rows on their way; `squares` has the sums of
@@ -180,6 +235,46 @@ __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer&
   }
 }
 
+// A warp's part of the sums of a tile, [output of the tile][row of x], of so many rows.
+__device__ inline void keep_part(float* sums, const float (&sum)[4], int rows) {
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, m = lane % 4 * 2;
+  float* part = sums + (warp * kTile + lane / 4) * rows + m;
+  if (m < rows) part[0] = sum[0], part[kHalfTile * rows] = sum[2];
+  if (m + 1 < rows) part[1] = sum[1], part[kHalfTile * rows + 1] = sum[3];
+}
+
+// From the parts of all warps to what follows the products, by kFinishThreads threads. The sums of
+// squares of the norm before stand in `pieces` pieces of kMaxRows; 0 for no norm. The tile is number
+// `index` of `tiles`.
+constexpr int kFinishThreads = kHalfTile * kMaxRows;
+
+template <int WARPS>
+__device__ inline void finish_tile(const StepLinear& a, const StepLinear::Layer& layer,
+                                   const Tile& tile, int thread, const float* sums, int rows,
+                                   int pieces, const float* squares_of, int index, int tiles) {
+  int m = thread / kHalfTile, offset = thread % kHalfTile;
+  float one = 0.0f, other = 0.0f, squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    if (m >= rows) break;
+    one += sums[(i * kTile + offset) * rows + m];
+    other += sums[(i * kTile + kHalfTile + offset) * rows + m];
+  }
+  if (pieces > 0) {
+    float total = 0.0f;
+    for (int i = 0; i < pieces; ++i) total += squares_of[i * kMaxRows + m];
+    float factor = 1.0f / sqrtf(total / static_cast<float>(a.inputs) + a.eps);
+    one *= factor, other *= factor;
+  }
+  if (m < a.rows && (!a.gated || tile.first + offset < layer.outputs / 2))
+    finish_pair(a, layer, tile, m, offset, one, other, &squares);
+  if (a.sum_squares == nullptr) return;
+#pragma unroll
+  for (int distance = kHalfTile / 2; distance > 0; distance /= 2)
+    squares += __shfl_xor_sync(0xffffffffu, squares, distance);
+  if (offset == 0 && m < a.rows) a.sum_squares[m * tiles + index] = squares;
+}
+
 // Grid: tiles of all layers. Dynamic shared memory: rows of x, staged_stride(inputs) apart. A warp
 // has 4 * DEPTH loads of 16 bytes a lane on their way. SCALED: rows of x, at most, that the kernel
 // multiplies by the weight of their norm; 0 where that has been done.
@@ -188,27 +283,16 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
   // squares: of a warp's units, or of all in the first warp's place
   __shared__ float sums[WARPS * kWarpSums], squares_of[WARPS * kWarpSquares];
-  int which = 0, index = static_cast<int>(blockIdx.x);
-  while (which + 1 < a.count && index >= step_linear_tiles(a, which))
-    index -= static_cast<int>(step_linear_tiles(a, which++));
-  const StepLinear::Layer& layer = a.layers[which];
-  Tile tile = tile_of(a, which, index);
+  TileOfLayer place = layer_of(a, static_cast<int>(blockIdx.x));
+  const StepLinear::Layer& layer = a.layers[place.layer];
+  Tile tile = tile_of(a, place.layer, place.index);
+  TileWeights weights(a, layer, tile);
 
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
-  // rows beyond the last repeat it and are not written
-  int last = static_cast<int>(layer.outputs) - 1, n = tile.first + group, far = n + tile.apart;
-  const __nv_bfloat16* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);
-  const __nv_bfloat16* near_row = weight + (n < last ? n : last) * layer.weight.stride;
-  const __nv_bfloat16* far_row = weight + (far < last ? far : last) * layer.weight.stride;
   int inputs = static_cast<int>(a.inputs), units = (inputs + kUnit - 1) / kUnit;
   uint4 w[DEPTH][4];
   auto load = [&](uint4(&to)[4], int unit) {
-    int column = unit * kUnit + quad * kPiece;
-    // beyond the inputs x is zero, whatever finite weight it meets
-    int near_column = column < inputs ? column : 0;
-    int far_column = column + kUnit / 2 < inputs ? column + kUnit / 2 : 0;
-    to[0] = load_once(near_row + near_column), to[1] = load_once(far_row + near_column);
-    to[2] = load_once(near_row + far_column), to[3] = load_once(far_row + far_column);
+    weights.places(unit, [&](int i, const __nv_bfloat16* from) { to[i] = load_once(from); });
   };
   auto load_some = [&](int first, int end) {
 #pragma unroll
@@ -223,6 +307,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   } else {
     if (warp == 0 && lane < kTile) {
       int row = tile.first + lane % kHalfTile + (lane < kHalfTile ? 0 : tile.apart);
+      int last = static_cast<int>(layer.outputs) - 1;
+      const auto* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);
       prefetch(weight + (row < last ? row : last) * layer.weight.stride,
                static_cast<uint32_t>(inputs * sizeof(__nv_bfloat16)));
     }
@@ -234,7 +320,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     stage_scaled<WARPS, SCALED == 1 ? 1 : 4>(a, layer.x, staged, squares_of);
     load_some(kEarly, DEPTH);
   } else {
-    stage<WARPS>(a, layer.x, staged);
+    stage<WARPS, true>(a, layer.x, staged);
     if (a.squares != nullptr) add_squares<WARPS>(a, squares_of);
     __pipeline_wait_prior(0);
     __syncwarp();
@@ -249,46 +335,16 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     for (int d = 0; d < DEPTH; ++d) {
       int unit = first + d * WARPS;
       if (unit >= units) break;
-      uint4 low = {}, high = {};
-      if (present) {
-        low = *reinterpret_cast<const uint4*>(x + unit * kUnit);
-        high = *reinterpret_cast<const uint4*>(x + unit * kUnit + kUnit / 2);
-      }
-      multiply_16x8x16(sum, w[d][0].x, w[d][1].x, w[d][0].y, w[d][1].y, low.x, low.y);
-      multiply_16x8x16(sum, w[d][0].z, w[d][1].z, w[d][0].w, w[d][1].w, low.z, low.w);
-      multiply_16x8x16(sum, w[d][2].x, w[d][3].x, w[d][2].y, w[d][3].y, high.x, high.y);
-      multiply_16x8x16(sum, w[d][2].z, w[d][3].z, w[d][2].w, w[d][3].w, high.z, high.w);
+      multiply_unit(sum, w[d], x + unit * kUnit, present);
       if (unit + DEPTH * WARPS < units) load(w[d], unit + DEPTH * WARPS);
     }
   }
 
-  // the parts of all warps, [output of the tile][row of x]
-  float* part = sums + warp * kTile * kMaxRows + group * kMaxRows + 2 * quad;
-  part[0] = sum[0], part[1] = sum[1];
-  part[kHalfTile * kMaxRows] = sum[2], part[kHalfTile * kMaxRows + 1] = sum[3];
+  keep_part(sums, sum, kMaxRows);
   __syncthreads();
-  if (threadIdx.x >= kHalfTile * kMaxRows) return;
-  int m = threadIdx.x / kHalfTile, offset = threadIdx.x % kHalfTile;
-  float one = 0.0f, other = 0.0f, squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < WARPS; ++i) {
-    one += sums[(i * kTile + offset) * kMaxRows + m];
-    other += sums[(i * kTile + kHalfTile + offset) * kMaxRows + m];
-  }
-  if (SCALED || a.squares != nullptr) {
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < (SCALED ? WARPS : 1); ++i) total += squares_of[i * kMaxRows + m];
-    float factor = 1.0f / sqrtf(total / static_cast<float>(inputs) + a.eps);
-    one *= factor, other *= factor;
-  }
-  if (m < a.rows && (!a.gated || tile.first + offset < layer.outputs / 2))
-    finish_pair(a, layer, tile, m, offset, one, other, &squares);
-  if (a.sum_squares == nullptr) return;
-#pragma unroll
-  for (int distance = kHalfTile / 2; distance > 0; distance /= 2)
-    squares += __shfl_xor_sync(0xffffffffu, squares, distance);
-  if (offset == 0 && m < a.rows) a.sum_squares[m * gridDim.x + blockIdx.x] = squares;
+  if (threadIdx.x < kFinishThreads)
+    finish_tile<WARPS>(a, layer, tile, threadIdx.x, sums, kMaxRows,
+                       SCALED ? WARPS : a.squares != nullptr, squares_of, blockIdx.x, gridDim.x);
 }
 
 }  // namespace rodimus

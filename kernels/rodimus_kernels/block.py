@@ -12,6 +12,7 @@ from ._dispatch import check_same_device, check_shape, load
 _IMPLS = {
     "reference": "rodimus_kernels.reference:blocks_step",
     "native": "rodimus_kernels.native_block:step",
+    "persistent": "rodimus_kernels.native_block:persistent_step",
 }
 IMPLS = tuple(_IMPLS)
 
@@ -93,7 +94,10 @@ def blocks_step(
         head_dim: Channels of a head.
         key_eps: Lower bound of the key norm.
         norm_eps: Added to the mean squares.
-        impl: ``"auto"``, ``"native"`` or ``"reference"``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"native"``, ``"persistent"`` or ``"reference"``; an explicit choice
+            never falls back. ``"persistent"`` is one kernel a block, on a GPU with cooperative
+            launches: bfloat16 weights, B <= 8, a plain ring, one key head and 2, 4, 8 or 16 query
+            heads of 128 channels. It has not run on a GPU yet, so ``"auto"`` does not choose it.
 
     Returns:
         ``[B, D]`` in the stream's dtype.

@@ -45,7 +45,7 @@ _SCHEMAS = {
     "blocks_step": (
         "(Tensor stream, Tensor[] weights, Tensor(a!)[] taps, Tensor(b!)[] states,"
         " Tensor(c!)[] rings, Tensor? position, Tensor? cos, Tensor? sin, int window_size,"
-        " int head_dim, float key_eps, float norm_eps) -> Tensor"
+        " int head_dim, float key_eps, float norm_eps, bool persistent) -> Tensor"
     ),
 }
 CPU_ISAS = tuple(build.CPU_ISAS)

@@ -18,7 +18,20 @@ from .swiglu import swiglu
 _MOST_SHARED, _MOST_FIXED = 99 * 1024, 4 * 16 * (16 * native.MAX_ROWS + native.MAX_ROWS)
 
 
-def step(stream, weights, taps, states, rings, position, rotary, *, window_size, head_dim, **eps):
+def step(
+    stream,
+    weights,
+    taps,
+    states,
+    rings,
+    position,
+    rotary,
+    *,
+    window_size,
+    head_dim,
+    persistent=False,
+    **eps,
+):
     """:func:`rodimus_kernels.blocks_step`, for up to eight rows on a CPU and any number on a
     GPU."""
     given = [x for block in weights for x in block if x is not None]
@@ -30,13 +43,25 @@ def step(stream, weights, taps, states, rings, position, rotary, *, window_size,
             f"blocks_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}"
         )
     cos, sin = (None, None) if rotary is None else rotary
-    if on_cpu or all(_is_one_call(rows, block, cos, head_dim) for block in weights):
+    one_call = on_cpu or all(_is_one_call(rows, block, cos, head_dim) for block in weights)
+    if one_call and not (persistent and on_cpu):
         sizes = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
         return torch.ops.rodimus.native_blocks_step(
-            stream, given, taps, states, rings, position, cos, sin, *sizes
+            stream, given, taps, states, rings, position, cos, sin, *sizes, persistent
+        )
+    if persistent:
+        raise ValueError(
+            "blocks_step(impl='persistent') takes bfloat16 weights on a GPU, in rows of a multiple"
+            f" of 8, and 1 to {native.MAX_ROWS} rows of x; got {weights[0].fc.dtype} on"
+            f" {stream.device.type} and {rows} rows"
         )
     sizes = {"window_size": window_size, "head_dim": head_dim}
     return compose(stream, weights, taps, states, rings, position, rotary, **sizes, **eps)
+
+
+def persistent_step(*arguments, **named):
+    """:func:`step` in one kernel a block."""
+    return step(*arguments, **named, persistent=True)
 
 
 def _is_one_call(rows, w, cos, head_dim) -> bool:

@@ -71,7 +71,7 @@ def plain_ring(ring, dim, value_heads, dtype):
     return torch.cat([x.flatten(2) for x in read_ring(parts, torch.float64)], -1)
 
 
-def states_of(dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, turned=4):
+def states_of(dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, turned=4, rows=8):
     """Taps, state, ring, positions of different ages and rotary tables of part of a head."""
     states = [torch.randn(batch, inner, taps).to(dtype), torch.randn(batch, 1, keys, inner)]
     if not attends:
@@ -79,7 +79,7 @@ def states_of(dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, 
     position = 3 * torch.arange(batch)
     tables = reference.rope_tables(position[:, None], turned)
     rotary = tuple(table[:, 0].to(dtype) for table in tables)
-    return [*states, torch.randn(batch, 8, dim + width).to(dtype), position, rotary]
+    return [*states, torch.randn(batch, rows, dim + width).to(dtype), position, rotary]
 
 
 def copied(states, dtype=None):
@@ -227,7 +227,7 @@ def test_opcheck(attends):
         small = [int8_ring(ring, NAMED["head_dim"], torch.float32) for ring in rings]
         kinds = [rings, small]
     for rings in kinds:
-        arguments = (torch.randn(2, 18), given, *lists, rings, position, *tables, *named)
+        arguments = (torch.randn(2, 18), given, *lists, rings, position, *tables, *named, False)
         torch.library.opcheck(torch.ops.rodimus.native_blocks_step.default, arguments)
 
 

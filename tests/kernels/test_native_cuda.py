@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from rodimus_kernels import build, linear_step, native, native_block
+from rodimus_kernels import blocks_step, build, linear_step, native, native_block
 from rodimus_kernels.testing import relative_error
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -73,6 +74,88 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     found = {n: x for n, x in differences.items() if n.startswith(f"step_linear_{kind}-")}
     assert len(found) >= 2
     assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
+
+
+@pytest.fixture(scope="module")
+def emulated_block(tmp_path_factory):
+    """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
+    memory, or by those of its parts where that is 0."""
+    program = compiled(tmp_path_factory.mktemp("block"), "block")
+    integers = lambda *x: torch.tensor(x, dtype=torch.int64)
+    kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
+
+    def array(x):
+        rows = x.reshape(1, -1) if x.dim() == 1 else x.flatten(0, -2)
+        return [integers(kinds[x.dtype], *rows.shape), rows]
+
+    def step(stream, weights, *states, processors, shared, head_dim, window_size, **eps):
+        taps, state, ring, position, rotary = states
+        attends = ring is not None
+        written = [integers(processors, shared, attends, head_dim, window_size)]
+        written += [torch.tensor([eps["key_eps"], eps["norm_eps"]], dtype=torch.float64)]
+        changed = [stream.clone(), taps, state, *([ring] if attends else [])]
+        if attends:
+            # rows that hold no token yet may hold anything
+            unwritten = torch.arange(ring.shape[1]) > position[:, None]
+            kept = ring[unwritten]
+            ring[unwritten] = torch.nan
+        for x in (*(x for x in weights if x is not None), *changed):
+            written += array(x.contiguous())
+        for x in (position, *rotary) if attends else ():
+            written += array(x.contiguous())
+        data = b"".join(bytes(x.contiguous().view(torch.uint8).numpy()) for x in written)
+        done = subprocess.run([program], input=data, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        found = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
+        parts = found.split([x.nbytes for x in changed])
+        for x, part in zip(changed, parts, strict=True):
+            x.copy_(part.view(x.dtype).view(x.shape))
+        if attends:
+            assert ring[unwritten].isnan().all()
+            ring[unwritten] = kept
+        return changed[0]
+
+    return step
+
+
+# sequences, multiprocessors, shared memory for two, four or six stages of weights, sizes
+HEADS = {"dim": 128, "rank": 8}
+PERSISTENT = {
+    "rodimus_one_row": (1, 3, 115_000, {"width": 136, "inner": 208, "keys": 16, "rank": 8}),
+    "rodimus_odd": (3, 2, 232_448, {"width": 72, "inner": 88, "keys": 100, "rank": 3}),
+    "plus_one_row": (1, 3, 166_912, {"width": 256, "inner": 96, "keys": 16, **HEADS}),
+    "plus_heads": (2, 2, 232_448, {"width": 512, "inner": 40, "keys": 8, **HEADS}),
+    # several groups of keys to a part, past the ring's end for some
+    "plus_eight_rows": (
+        8,
+        2,
+        232_448,
+        {"width": 256, "inner": 96, "keys": 66, **HEADS, "rows": 19},
+    ),
+}
+
+
+def check_whole_block(step, batch, sizes, device="cpu"):
+    """Three tokens against the reference."""
+    from tests.kernels import test_block as block
+
+    torch.manual_seed(0)
+    attends, rows = "dim" in sizes, sizes.get("rows", 8)
+    of_weights = {name: size for name, size in sizes.items() if name != "rows"}
+    of_states = {name: size for name, size in sizes.items() if name not in ("rank", "mlp")}
+    weights = block.weights_of(torch.bfloat16, attends, **({"mlp": 72} | of_weights))
+    turned = {"turned": 64} if attends else {}
+    states = block.states_of(torch.bfloat16, batch, attends, **of_states, **turned)
+    named = {"head_dim": sizes.get("dim", block.NAMED["head_dim"]), "window_size": rows - 2}
+    block.assert_equals_reference(step, weights, states, device, **named)
+
+
+@pytest.mark.parametrize("form", ["persistent", "parts"])
+@pytest.mark.parametrize("case", PERSISTENT)
+def test_emulated_block_equals_the_reference(emulated_block, case, form):
+    batch, processors, shared, sizes = PERSISTENT[case]
+    shared = 0 if form == "parts" else shared
+    check_whole_block(partial(emulated_block, processors=processors, shared=shared), batch, sizes)
 
 
 class Launch(NamedTuple):
@@ -272,6 +355,21 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
     if attends and dtype == torch.bfloat16:
         named = {"head_dim": head_dim, "int8": True}
         block.assert_equals_reference(block.native_step, weights, states, "cuda", **named)
+
+
+RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["persistent", "native"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("case", [*PERSISTENT, "released"])
+def test_whole_block_on_cuda_equals_the_reference(case, batch, impl):
+    from tests.kernels import test_block as block
+
+    native.require("test", "cuda")
+    sizes = RELEASED if case == "released" else PERSISTENT[case][-1]
+    check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, sizes, "cuda")
 
 
 @pytest.mark.gpu

@@ -7,11 +7,9 @@
 #include <string>
 
 #include "cpu/kernels.h"
-#include "cuda/attention.cuh"
-#include "cuda/ddts_step.cuh"
 #include "cuda/elementwise.cuh"
 #include "cuda/linear.cuh"
-#include "cuda/step_linear.cuh"
+#include "parts.h"
 
 using namespace rodimus;
 
@@ -67,10 +65,6 @@ std::string label(const char* kernel, Type type, std::initializer_list<int64_t> 
   std::string text = std::string(kernel) + (type == Type::kFloat32 ? "-float32" : "-bfloat16");
   for (int64_t size : sizes) text += "-" + std::to_string(size);
   return text;
-}
-
-unsigned blocks_for(int64_t size, int64_t per_block) {
-  return static_cast<unsigned>((size + per_block - 1) / per_block);
 }
 
 template <int KEYS, int BV>
@@ -181,21 +175,6 @@ void linear_case(Type type, int64_t rows, int64_t outputs, int64_t inputs) {
                    [&] { linear_kernel<T, M, ALIGNED>(cuda); });
   Report report{label("linear", type, {M, ALIGNED, rows, outputs, inputs})};
   report.add(cpu.y, cuda.y, rows * outputs);
-}
-
-// The kernel that a GPU of so many multiprocessors would launch, its shared memory full of NaN.
-void run_step_linear(const StepLinear& a, int64_t processors) {
-  StepLinearLaunch how = step_linear_launch(a, processors);
-  memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
-  auto run = [&](void (*kernel)(StepLinear)) {
-    emulator::launch(dim3(all_tiles(a)), how.warps * kWarp, [&] { kernel(a); });
-  };
-  if (how.scaled)
-    run(how.scaled == 1 ? step_linear_kernel<8, 2, 4, 1> : step_linear_kernel<8, 2, 4, kMaxRows>);
-  else if (how.warps == 16)
-    run(how.blocks == 1 ? step_linear_kernel<16, 4, 1, 0> : step_linear_kernel<16, 2, 2, 0>);
-  else
-    run(how.blocks == 2 ? step_linear_kernel<8, 4, 2, 0> : step_linear_kernel<8, 2, 4, 0>);
 }
 
 void run_linear(const Rows& x, const Rows& weight, const Rows& bias, const Rows& y, int64_t rows,
@@ -401,7 +380,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
   const char* name = INT8 ? "attention_int8_staged" : "attention_staged";
   attention_case<T, INT8>(name, type, all, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
-                      memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
+                      spoil_shared();
                       a.start = steps == 1 ? Start::kAhead : Start::kAfter;
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
                                        [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1>(a); });

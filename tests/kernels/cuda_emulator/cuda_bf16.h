@@ -1,10 +1,12 @@
-// Enough of CUDA's language to run the kernels of csrc/cuda on a CPU, one block at a time: every
-// thread of a block is a fiber, and __syncthreads and the warp shuffle switch to the next one. The
-// kernels are included as they stand; this file takes the place of the toolkit's header.
+// Enough of CUDA's language to run the kernels of csrc/cuda on a CPU: every thread is a fiber, and
+// __syncthreads, the warp shuffle and the wait of a grid switch to the next one. The blocks of a grid
+// run one after the other, or together where they wait for each other. The kernels are included as
+// they stand; this file takes the place of the toolkit's header.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
@@ -16,9 +18,10 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 // shared memory whose size the launch states
-#define RODIMUS_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::dynamic_shared)
+#define RODIMUS_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(emulator::shared_of_block())
 
 struct dim3 {
   unsigned x, y, z;
@@ -60,7 +63,8 @@ static dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace emulator {
 
-alignas(16) static char dynamic_shared[1 << 18];
+constexpr size_t kShared = 1 << 18, kMostTogether = 8;
+alignas(16) static char dynamic_shared[kMostTogether * kShared];
 
 constexpr int kStack = 64 * 1024;
 constexpr unsigned kWarp = 32;
@@ -77,7 +81,8 @@ struct Fiber {
   std::vector<char> stack;
   bool done;
   // barriers passed: a thread may pass the next one when no thread is behind it
-  unsigned block_barriers, warp_barriers;
+  unsigned grid_barriers, block_barriers, warp_barriers;
+  dim3 thread, block;
   float lane_value;
   // operands of the lane's part of a product
   __nv_bfloat16 left[8], right[4];
@@ -87,38 +92,51 @@ struct Fiber {
 };
 
 static std::vector<Fiber> fibers;
+// of the fibers of all blocks that run together; barriers that were passed, or threads that ended
+static unsigned me, running, steps;
 static ucontext_t scheduler;
 static void (*body)(void*);
 static void* argument;
 
-inline void resume_here() {
-  unsigned me = threadIdx.x;
-  swapcontext(&fibers[me].context, &scheduler);
-  threadIdx.x = me;
+inline Fiber& self() { return fibers[me]; }
+inline unsigned first_of_block() { return me - threadIdx.x; }
+inline unsigned first_of_warp() { return me - threadIdx.x % kWarp; }
+inline char* shared_of_block() { return dynamic_shared + me / blockDim.x * kShared; }
+
+inline void resume(unsigned fiber) {
+  me = fiber, threadIdx = self().thread, blockIdx = self().block;
+  swapcontext(&scheduler, &self().context);
 }
 
-// Wait until every thread in [first, last) that has not ended is as far as this one.
+// Wait until every fiber in [first, last) that has not ended is as far as this one.
 inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
-  unsigned mine = ++(fibers[threadIdx.x].*passed);
+  unsigned mine = ++(self().*passed);
   for (bool behind = true; behind;) {
     behind = false;
-    for (unsigned t = first; t < last; ++t)
-      if (!fibers[t].done && fibers[t].*passed < mine) behind = true;
-    if (behind) resume_here();
+    for (unsigned t = first; t < last && !behind; ++t)
+      behind = !fibers[t].done && fibers[t].*passed < mine;
+    if (behind) swapcontext(&self().context, &scheduler);
   }
+  ++steps;
 }
 
 inline void enter() {
   body(argument);
-  fibers[threadIdx.x].done = true;
+  self().done = true, ++steps;
 }
 
-inline void run_block() {
-  for (unsigned t = 0; t < blockDim.x; ++t) {
+// Run blocks `first` to first + count of a grid together.
+inline void run_blocks(unsigned first, unsigned count) {
+  running = count * blockDim.x;
+  if (fibers.size() < running) fibers.resize(running);
+  for (unsigned t = 0; t < running; ++t) {
     Fiber& fiber = fibers[t];
+    unsigned block = first + t / blockDim.x;
+    fiber.thread = dim3(t % blockDim.x);
+    fiber.block = dim3(block % gridDim.x, block / gridDim.x);
     fiber.stack.resize(kStack);
     fiber.done = false;
-    fiber.block_barriers = fiber.warp_barriers = fiber.groups = 0;
+    fiber.grid_barriers = fiber.block_barriers = fiber.warp_barriers = fiber.groups = 0;
     fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -126,43 +144,60 @@ inline void run_block() {
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
-  for (bool running = true; running;) {
-    running = false;
-    for (unsigned t = 0; t < blockDim.x; ++t) {
-      if (fibers[t].done) continue;
-      running = true;
-      threadIdx.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
+  // each warp goes on until it has to wait for others, now from the first to the last, now back: who
+  // should have waited and did not is far ahead
+  for (bool alive = true, back = false; alive; back = !back) {
+    alive = false;
+    unsigned before = steps;
+    for (unsigned i = 0; i < running; i += kWarp) {
+      unsigned first = back ? (running - 1 - i) / kWarp * kWarp : i;
+      for (unsigned last_steps = steps - 1; last_steps != steps;) {
+        last_steps = steps;
+        for (unsigned t = first; t < first + kWarp && t < running; ++t)
+          if (!fibers[t].done) alive = true, resume(t);
+      }
+    }
+    if (alive && steps == before) {
+      fprintf(stderr, "threads wait for each other for ever\n");
+      abort();
     }
   }
 }
 
-// kernel<<<grid, threads>>>(arguments) with a callable in place of the kernel.
+// kernel<<<grid, threads>>>(arguments) with a callable in place of the kernel; together: a cooperative
+// launch, of up to kMostTogether blocks.
 template <class Call>
-void launch(dim3 grid, unsigned threads, const Call& call) {
+void launch(dim3 grid, unsigned threads, const Call& call, bool together = false) {
   gridDim = grid, blockDim = dim3(threads);
-  if (fibers.size() < threads) fibers.resize(threads);
   body = [](void* c) { (*static_cast<const Call*>(c))(); };
   argument = const_cast<void*>(static_cast<const void*>(&call));
-  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
+  if (together) return run_blocks(0, grid.x * grid.y);
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) run_blocks(block, 1);
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::wait(&emulator::Fiber::block_barriers, 0, blockDim.x); }
+inline void __syncthreads() {
+  unsigned first = emulator::first_of_block();
+  emulator::wait(&emulator::Fiber::block_barriers, first, first + blockDim.x);
+}
 
 inline void __syncwarp() {
-  unsigned first = threadIdx.x / emulator::kWarp * emulator::kWarp;
+  unsigned first = emulator::first_of_warp();
   emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
+}
+
+// The wait of all blocks of a cooperative launch for each other.
+inline void wait_for_grid() {
+  emulator::wait(&emulator::Fiber::grid_barriers, 0, emulator::running);
 }
 
 namespace emulator {
 
 // What the thread of that number within the warp offers.
 inline float exchange(float x, unsigned lane) {
-  unsigned me = threadIdx.x, first = me / kWarp * kWarp;
-  fibers[me].lane_value = x;
+  unsigned first = first_of_warp();
+  self().lane_value = x;
   wait(&Fiber::warp_barriers, first, first + kWarp);
   float other = fibers[first + lane].lane_value;
   // nobody may offer the next value before all have read this one
@@ -198,7 +233,7 @@ inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(fro
 // mma.sync.m16n8k16, as common.cuh describes it.
 inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                              uint32_t b0, uint32_t b1) {
-  unsigned me = threadIdx.x, first = me / emulator::kWarp * emulator::kWarp, lane = me - first;
+  unsigned me = emulator::me, first = emulator::first_of_warp(), lane = me - first;
   const uint32_t left[4] = {a0, a1, a2, a3}, right[2] = {b0, b1};
   memcpy(emulator::fibers[me].left, left, sizeof left);
   memcpy(emulator::fibers[me].right, right, sizeof right);

@@ -5,15 +5,15 @@
 #include "cuda_bf16.h"
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
-  emulator::Fiber& fiber = emulator::fibers[threadIdx.x];
+  emulator::Fiber& fiber = emulator::self();
   fiber.copies.push_back({to, from, size, fiber.groups});
 }
 
-inline void __pipeline_commit() { ++emulator::fibers[threadIdx.x].groups; }
+inline void __pipeline_commit() { ++emulator::self().groups; }
 
 // Wait until all but the last `recent` groups are there.
 inline void __pipeline_wait_prior(unsigned recent) {
-  emulator::Fiber& fiber = emulator::fibers[threadIdx.x];
+  emulator::Fiber& fiber = emulator::self();
   while (!fiber.copies.empty() && fiber.copies.front().group + recent < fiber.groups) {
     const emulator::Copy& copy = fiber.copies.front();
     memcpy(copy.to, copy.from, copy.size);

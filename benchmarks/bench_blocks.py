@@ -1,0 +1,116 @@
+"""One token through blocks of the 1.6B model in a full window, by device time: ten kernels a block
+against one, and on a CPU the native form against plain torch.
+
+Every block has weights of its own, so no cache holds what the last run has read. Before anything is
+timed, each form is compared with the reference in float64.
+
+    floor   weights, window and position tables once, states twice, over the measured copy rate
+"""
+
+import copy
+import functools
+from itertools import chain
+
+import torch
+
+from rodimus import RodimusConfig, RodimusModel
+from rodimus_kernels import BlockWeights, blocks_step, native
+from rodimus_kernels.testing import relative_error
+
+from . import operators, sizes, timing
+
+BLOCKS = 4
+# batch, rows of the ring; the window is full
+POINTS = {
+    "tiny": [(1, 64)],
+    "cpu": [],
+    "cuda": [(batch, 2112) for batch in (1, 2, 4, 8)],
+}
+LIMIT = 2e-2
+"""Relative error after all blocks: bfloat16 rounds each layer's output to 8 bits."""
+
+
+class Blocks:
+    """Blocks of random weights, and what one token of each sequence finds."""
+
+    def __init__(self, batch: int, rows: int, scale: str, device: torch.device, dtype: torch.dtype):
+        settings = sizes.config_of("rodimus_plus", scale)
+        few = {"n_layer": BLOCKS, "vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1}
+        config = RodimusConfig(**settings | few)
+        with torch.device(device):
+            layers = RodimusModel(config).to(dtype).eval().layers
+            mixer, attn = layers[0].mixer.inner_mixer, layers[0].attn
+            self.weights = [block.step_weights() for block in layers]
+            inner, taps = self.weights[0].conv.shape
+            keys, dim = self.weights[0].mem_gate.shape[0] // 2, attn.head_dim
+            width = self.weights[0].key.shape[0] + self.weights[0].value.shape[0]
+            make = lambda *shape: [torch.randn(batch, *shape) for _ in range(BLOCKS)]
+            self.taps = [x.to(dtype) for x in make(inner, taps)]
+            self.states = make(1, keys, inner)
+            self.rings = [x.to(dtype) for x in make(rows, width)]
+            self.stream = torch.randn(batch, config.d_model)
+            self.position = torch.full((batch,), 3 * rows + 7)
+            angles = torch.randn(batch, dim // 2)
+            self.rotary = (angles.cos().to(dtype), angles.sin().to(dtype))
+        window = min(config.sliding_window, rows)
+        self.named = {"window_size": window, "head_dim": dim, "norm_eps": config.norm_epsilon}
+        self.named["key_eps"] = mixer.normalize_epsilon
+        self.floor_bytes = sum(
+            x.nbytes for x in chain(chain.from_iterable(self.weights), self.taps) if x is not None
+        )
+        self.floor_bytes += 2 * sum(x.nbytes for x in self.states)
+        self.floor_bytes += batch * window * sum(x[0, 0].nbytes for x in self.rings)
+
+    def step(self, impl: str) -> torch.Tensor:
+        """The stream behind the last block; states are written in place."""
+        states = (self.taps, self.states, self.rings, self.position, self.rotary)
+        return blocks_step(self.stream, self.weights, *states, **self.named, impl=impl)
+
+    def copied(self) -> "Blocks":
+        """The same with states of its own."""
+        other = copy.copy(self)
+        other.taps, other.states, other.rings = (
+            [x.clone() for x in given] for given in (self.taps, self.states, self.rings)
+        )
+        return other
+
+    def exact(self) -> "Blocks":
+        """The same in float64."""
+        wide, convert = copy.copy(self), lambda x: None if x is None else x.double()
+        wide.weights = [BlockWeights(*map(convert, block)) for block in self.weights]
+        for name in ("taps", "states", "rings", "rotary"):
+            setattr(wide, name, [convert(x) for x in getattr(self, name)])
+        wide.stream = self.stream.double()
+        return wide
+
+
+def impls_of(device: torch.device) -> tuple[str, ...]:
+    """What is timed, the form that is chosen by itself first."""
+    if device.type == "cuda":
+        return ("native", "persistent")
+    return ("native", "reference") if native.is_available("cpu") else ("reference",)
+
+
+def test_blocks(bench, benchmark, start, point):
+    batch, rows = point
+    case = bench.case(batch, rows)
+    start("blocks", case)
+    blocks, error = Blocks(batch, rows, bench.scale, bench.device, bench.dtype), 0.0
+    exact = blocks.exact().step("reference")
+    calls: dict[str, functools.partial | str] = {}
+    for impl in impls_of(bench.device):
+        found = blocks.copied().step(impl)
+        error = max(error, relative_error(found, exact))
+        assert error <= LIMIT, f"{impl}: relative error {error:.1e}"
+        calls[f"blocks/{impl}"] = functools.partial(blocks.step, impl)
+    graphs = {name: operators.captured(call, bench.device) for name, call in calls.items()}
+    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
+    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
+    floor_ms = blocks.floor_bytes / BLOCKS / bench.ceilings["copy_GBps"] / 1e6
+    facts = {"calls": BLOCKS, "floor_bytes": blocks.floor_bytes // BLOCKS}
+    measured = [operators.measured(name, turns, floor_ms, **facts) for name in calls]
+    settings = {"batch": batch, "context": rows, "blocks": BLOCKS, "largest_error": error}
+    settings |= {"rounds": rounds, "warm_up_rounds": warm_up}
+    record = bench.record("blocks", case, settings, measured)
+    assert all(found["status"] == "measured" for found in record["rows"])

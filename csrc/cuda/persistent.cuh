@@ -1,0 +1,377 @@
+// One token through a whole block of the model in one kernel. Its blocks, one on each multiprocessor,
+// wait for each other where a layer needs all of the one before; what they need next is on its way
+// meanwhile, because weights, states and the ring do not depend on the token.
+//
+// The weights of all layers are one stream to a warp: units of 16 outputs by 64 inputs, in the order in
+// which it multiplies them, and between the layers of attention the keys and values that its heads look
+// at. Each lane copies its own pieces to shared memory, STAGES units ahead, across tiles and layers, and
+// reads them back itself: no thread waits for another for any of them.
+#pragma once
+
+#include "attention.cuh"
+#include "ddts_step.cuh"
+#include "step_linear.cuh"
+
+namespace rodimus {
+
+__device__ inline int all_tiles_of(const StepLinear& a) {
+  int tiles = 0;
+  for (int layer = 0; layer < a.count; ++layer) tiles += static_cast<int>(step_linear_tiles(a, layer));
+  return tiles;
+}
+
+// Which tiles of the steps are this block's: they are dealt out in turn, each step from the block on at
+// which the one before ended.
+struct Turn {
+  int first;
+
+  __device__ Turn() : first(static_cast<int>(blockIdx.x)) {}
+  __device__ void pass(int tiles) {
+    int blocks = static_cast<int>(gridDim.x);
+    first = (first - tiles % blocks + blocks) % blocks;
+  }
+};
+
+// Attention of one key head and heads of kHeadDim channels: kHeadLanes threads a head, so several parts
+// of the window to a block.
+struct AttentionShare {
+  // threads of a part, its first one and the distance to the next, and of all sequences
+  int h, lane, first, stride, items;
+
+  __device__ AttentionShare(const AttentionStep& a) {
+    int threads = static_cast<int>(a.heads) * kHeadLanes, thread = static_cast<int>(threadIdx.x);
+    int together = kPersistentThreads / threads;
+    first = static_cast<int>(blockIdx.x) * together + thread / threads;
+    stride = static_cast<int>(gridDim.x) * together;
+    items = static_cast<int>(a.parts * a.batch);
+    h = thread % threads / kHeadLanes, lane = thread % kHeadLanes;
+  }
+  __device__ static WindowPart<__nv_bfloat16> part_of(const AttentionStep& a, int item) {
+    int parts = static_cast<int>(a.parts);
+    return {a, item / parts, 0, item % parts, parts};
+  }
+  __device__ int channel_of_values(const AttentionStep& a) const {
+    return h % static_cast<int>(a.value_heads) * kHeadDim + lane * 8;
+  }
+};
+
+// Keys of a part that are taken together, each a piece of the key and one of the values.
+constexpr int kKeysTogether = 4, kKeysOfUnit = 2;
+
+// The stream of a warp's weights, and of keys and values.
+template <int STAGES>
+class Feed {
+ public:
+  __device__ Feed(const BlockStep& a, uint4* stages) : a_(a), mine_(stages + threadIdx.x) {
+    next_ = turn_.first;
+    find();
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) send();
+  }
+
+  // The lane's pieces of the next unit; OWED units were taken and no send has followed yet.
+  template <int OWED = 0>
+  __device__ void take(uint4* w) {
+    __pipeline_wait_prior(STAGES - 1 - OWED);
+    int place = place_ + OWED < STAGES ? place_ + OWED : place_ + OWED - STAGES;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) w[i] = mine_[place * kPieces + i * kPersistentThreads];
+  }
+
+  // Start another copy, to the place of a unit that was taken and used.
+  __device__ void send() {
+    if (phase_ < kEnd) {
+      uint4* stage = mine_ + place_ * kPieces;
+      auto copy = [&](int i, const __nv_bfloat16* from) {
+        __pipeline_memcpy_async(stage + i * kPersistentThreads, from, sizeof(uint4));
+      };
+      if (phase_ != kKeys) {
+        weights_.places(unit_, copy);
+        unit_ += kPersistentWarps;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kKeysOfUnit; ++j) {
+          // keys beyond the last weigh nothing
+          int row = first_row_ + (unit_ + j < last_ ? unit_ + j : last_);
+          row -= row < a_.attention.ring ? 0 : static_cast<int>(a_.attention.ring);
+          int64_t at = row * a_.attention.cache.stride;
+          copy(2 * j, weights_.near + at), copy(2 * j + 1, weights_.far + at);
+        }
+        unit_ += kKeysOfUnit;
+      }
+      if (unit_ >= units_) find();
+    }
+    // also behind the last: the number of groups under way is constant
+    __pipeline_commit();
+    place_ = place_ + 1 == STAGES ? 0 : place_ + 1;
+  }
+
+ private:
+  static constexpr int kPieces = 4 * kPersistentThreads;
+  // a phase is a linear step, but for the one between those before and behind attention
+  static constexpr int kKeys = BlockStep::kAttend + 1, kEnd = BlockStep::kSteps + 1;
+
+  // What comes behind the tile, or the part, whose last unit was sent.
+  __device__ void find() {
+    while (phase_ < kEnd) {
+      if (phase_ == kKeys ? find_keys() : find_weights()) return;
+      ++phase_;
+      if (phase_ == a_.count && phase_ < kKeys) phase_ = kEnd;
+      next_ = phase_ == kKeys ? AttentionShare(a_.attention).first : turn_.first;
+    }
+  }
+  __device__ bool find_weights() {
+    const StepLinear& a = a_.steps[phase_ - (phase_ > kKeys)];
+    int tiles = all_tiles_of(a);
+    unit_ = static_cast<int>(threadIdx.x) / kWarp;
+    units_ = (static_cast<int>(a.inputs) + kUnit - 1) / kUnit;
+    if (next_ >= tiles || unit_ >= units_) {
+      turn_.pass(tiles);
+      return false;
+    }
+    TileOfLayer place = layer_of(a, next_);
+    weights_ = TileWeights(a, a.layers[place.layer], tile_of(a, place.layer, place.index));
+    next_ += static_cast<int>(gridDim.x);
+    return true;
+  }
+  // What the ring has of a part: all but the token itself.
+  __device__ bool find_keys() {
+    const AttentionStep& a = a_.attention;
+    AttentionShare share(a);
+    while (next_ < share.items) {
+      WindowPart<__nv_bfloat16> part = AttentionShare::part_of(a, next_);
+      next_ += share.stride;
+      last_ = (part.count < part.fresh ? part.count : part.fresh) - 1;
+      if (last_ < 0) continue;
+      unit_ = 0, units_ = (last_ / kKeysTogether + 1) * kKeysTogether;
+      first_row_ = part.first_row;
+      weights_.near = part.ring + share.lane * 8;
+      weights_.far = part.ring + kHeadDim + share.channel_of_values(a);
+      return true;
+    }
+    return false;
+  }
+
+  const BlockStep& a_;
+  uint4* mine_;
+  Turn turn_;
+  int phase_ = 0, next_, unit_, units_, place_ = 0, first_row_, last_;
+  // of keys: where the ring's first row has the lane's
+  TileWeights weights_;
+};
+
+// What the phases of a block share: x [rows, inputs] and numbers.
+struct PersistentShared {
+  __nv_bfloat16* x;
+  float* floats;
+};
+
+// The linear layers of a step. What follows the products is done for several tiles at once: it waits
+// for memory.
+template <int STAGES>
+__device__ inline void linear_phase(const StepLinear& a, Feed<STAGES>& feed, Turn& turn,
+                                    const PersistentShared& shared) {
+  float *sums = shared.floats, *squares = sums + kSumFloats;
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
+  int rows = static_cast<int>(a.rows), inputs = static_cast<int>(a.inputs);
+  int units = (inputs + kUnit - 1) / kUnit, tiles = all_tiles_of(a), blocks = gridDim.x;
+  int size = kPersistentWarps * kTile * rows, most = kSumFloats / size;
+  int together = most < kMostTiles ? most : kMostTiles;
+  int pieces = a.norm_weight ? kPersistentWarps : a.squares != nullptr;
+  const void* staged = nullptr;
+  const __nv_bfloat16* x = shared.x + group * staged_stride(inputs) + quad * kPiece;
+#pragma unroll 1
+  for (int first = turn.first; first < tiles; first += together * blocks) {
+    // those before are still read
+    if (first != turn.first) __syncthreads();
+#pragma unroll 1
+    for (int j = 0; j < together && first + j * blocks < tiles; ++j) {
+      const Rows& from = a.layers[layer_of(a, first + j * blocks).layer].x;
+      if (from.data != staged) {
+        staged = from.data;
+        __syncwarp();
+        if (!a.norm_weight)
+          stage<kPersistentWarps, false>(a, from, shared.x);
+        else if (rows == 1)
+          stage_scaled<kPersistentWarps, 1>(a, from, shared.x, squares);
+        else
+          stage_scaled<kPersistentWarps, 4>(a, from, shared.x, squares);
+        if (a.squares != nullptr) add_squares<kPersistentWarps>(a, squares);
+        __syncwarp();
+      }
+      float sum[4] = {};
+#pragma unroll 1
+      for (int unit = warp; unit < units; unit += kPersistentWarps) {
+        uint4 w[4];
+        feed.take(w);
+        multiply_unit(sum, w, x + unit * kUnit, group < rows);
+        feed.send();
+      }
+      keep_part(sums + j * size, sum, rows);
+    }
+    __syncthreads();
+    int mine = threadIdx.x / kFinishThreads, i = first + mine * blocks;
+    if (mine >= together || i >= tiles) continue;
+    TileOfLayer place = layer_of(a, i);
+    const StepLinear::Layer& layer = a.layers[place.layer];
+    Tile tile = tile_of(a, place.layer, place.index);
+    int thread = threadIdx.x % kFinishThreads;
+    finish_tile<kPersistentWarps>(a, layer, tile, thread, sums + mine * size, rows, pieces, squares, i,
+                                  tiles);
+  }
+  turn.pass(tiles);
+}
+
+template <int KEYS>
+struct MixerPhase {
+  static constexpr int BV = kPersistentColumns;
+  using Shared = MixerShared<KEYS, BV, kPersistentWarps>;
+  static_assert(sizeof(Shared) <= kPersistentFloats * sizeof(float));
+  StateTile<KEYS, BV, kPersistentWarps> tile;
+  int parts, tiles;
+
+  // The first tile's state, on its way while the block waits.
+  __device__ MixerPhase(const MixerStep& a)
+      : parts(static_cast<int>((a.value_dim + BV - 1) / BV)), tiles(parts * static_cast<int>(a.rows)) {
+    load(a, static_cast<int>(blockIdx.x));
+  }
+  __device__ void load(const MixerStep& a, int i) {
+    if (i < tiles) load_mixer_tile(a, i / parts, i % parts, tile);
+  }
+  __device__ void run(const MixerStep& a, const PersistentShared& shared) {
+    auto* memory = reinterpret_cast<Shared*>(shared.floats);
+    int blocks = static_cast<int>(gridDim.x);
+#pragma unroll 1
+    for (int i = static_cast<int>(blockIdx.x); i < tiles; i += blocks) {
+      mixer_tile(a, i / parts, i % parts, parts, tile, *memory);
+      load(a, i + blocks);
+    }
+  }
+};
+
+template <int STAGES>
+__device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& feed) {
+  using T = __nv_bfloat16;
+  AttentionShare share(a);
+  int h = share.h, lane = share.lane, channel = h * kHeadDim + lane * 8, parts = a.parts;
+#pragma unroll 1
+  for (int item = share.first; item < share.items; item += share.stride) {
+    WindowPart<T> part = AttentionShare::part_of(a, item);
+    int b = item / parts, i = item % parts, kept = part.count < part.fresh ? part.count : part.fresh;
+    HeadSum sum(static_cast<const T*>(a.q.data) + b * a.q.stride + channel, a.scale);
+#pragma unroll 1
+    for (int n = 0; n < part.count;) {
+      uint4 w[2 * kKeysTogether];
+      bool stored = n < kept;
+      if (stored) {
+        feed.take(w);
+        feed.template take<1>(w + 4);
+      } else {
+        // the token itself
+#pragma unroll
+        for (int j = 0; j < kKeysTogether; ++j) {
+          w[2 * j] = *reinterpret_cast<const uint4*>(part.k + lane * 8);
+          w[2 * j + 1] = *reinterpret_cast<const uint4*>(part.v + share.channel_of_values(a));
+        }
+      }
+      auto widen = [&](const uint4& piece, float* out) {
+        widen_eight(reinterpret_cast<const Eight<T>&>(piece), out);
+      };
+      sum.template add<kKeysTogether>(
+          stored ? kept - n : 1, [&](int j, float* out) { widen(w[2 * j], out); },
+          [](int) { return 1.0f; }, [&](int j, float* out) { widen(w[2 * j + 1], out); });
+#pragma unroll 1
+      for (int i = 0; stored && i < kKeysTogether / kKeysOfUnit; ++i) feed.send();
+      n = !stored ? n + 1 : n + kKeysTogether < kept ? n + kKeysTogether : kept;
+    }
+    sum.template add_lanes<kKeysTogether>();
+    sum.keep(PartResult(a, parts, i, b, h));
+    if (i + 1 < parts) continue;
+    // the token itself is the last key of the last part, and nobody reads the row it takes
+    auto* row = reinterpret_cast<uint4*>(part.newest());
+    if (h == 0) row[lane] = reinterpret_cast<const uint4*>(part.k)[lane];
+    if (h < a.value_heads)
+      row[kHeadLanes + channel / 8] = reinterpret_cast<const uint4*>(part.v)[channel / 8];
+  }
+}
+
+// The parts of the window in one: a block takes kJoinedChannels of a head, a thread every 32nd part of
+// one of them.
+__device__ inline void join_phase(const AttentionStep& a, const PersistentShared& shared) {
+  constexpr int kRows = kPersistentThreads / kJoinedChannels, kTogether = 8;
+  float *sums = shared.floats, *tops = sums + kPersistentThreads, *totals = tops + kRows;
+  int heads = static_cast<int>(a.heads), slices = static_cast<int>(a.value_dim) / kJoinedChannels;
+  int row = threadIdx.x / kJoinedChannels, column = threadIdx.x % kJoinedChannels;
+  int parts = static_cast<int>(a.parts), items = static_cast<int>(a.batch) * heads * slices;
+#pragma unroll 1
+  for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
+    int b = item / slices / heads, h = item / slices % heads;
+    int channel = item % slices * kJoinedChannels + column;
+    float top = -INFINITY, total = 0.0f, sum = 0.0f;
+#pragma unroll 1
+    for (int first = row; first < parts; first += kTogether * kRows) {
+      float tops_of[kTogether], totals_of[kTogether], values[kTogether], highest = top;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        bool there = first + j * kRows < parts;
+        PartResult part(a, parts, there ? first + j * kRows : first, b, h);
+        tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
+        values[j] = part.values[channel];
+      }
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) highest = fmaxf(highest, tops_of[j]);
+      // parts without keys: weights of 0 relative to anything finite
+      float base = highest == -INFINITY ? 0.0f : highest, fade = exp2f(top - base);
+      top = highest, total *= fade, sum *= fade;
+#pragma unroll
+      for (int j = 0; j < kTogether; ++j) {
+        float weight = exp2f(tops_of[j] - base);
+        total += weight * totals_of[j], sum += weight * values[j];
+      }
+    }
+    sums[threadIdx.x] = sum;
+    if (column == 0) tops[row] = top, totals[row] = total;
+    __syncthreads();
+    if (row == 0) {
+      float highest = tops[0];
+      for (int i = 1; i < kRows; ++i) highest = fmaxf(highest, tops[i]);
+      sum = total = 0.0f;
+      for (int i = 0; i < kRows; ++i) {
+        float weight = exp2f(tops[i] - highest);
+        sum += weight * sums[i * kJoinedChannels + column], total += weight * totals[i];
+      }
+      set_element(a.o, b, h * a.value_dim + channel, sum / total);
+    }
+    __syncthreads();
+  }
+}
+
+// Grid: a block a multiprocessor, in a cooperative launch. Dynamic shared memory: persistent_shared.
+template <int STAGES, int KEYS>
+__global__ void __launch_bounds__(kPersistentThreads, 1)
+    persistent_kernel(const __grid_constant__ BlockStep a) {
+  RODIMUS_DYNAMIC_SHARED(uint4, stages);
+  PersistentShared shared;
+  shared.floats = reinterpret_cast<float*>(stages + STAGES * (kStageBytes / sizeof(uint4)));
+  shared.x = reinterpret_cast<__nv_bfloat16*>(shared.floats + kPersistentFloats);
+  Feed<STAGES> feed(a, stages);
+  Turn turn;
+#pragma unroll 1
+  for (int step = 0;;) {
+    linear_phase(a.steps[step], feed, turn, shared);
+    if (step == BlockStep::kProject) {
+      MixerPhase<KEYS> mixer(a.mixer);
+      wait_for_grid();
+      mixer.run(a.mixer, shared);
+    } else if (step == BlockStep::kAttend) {
+      wait_for_grid();
+      attention_phase(a.attention, feed);
+      wait_for_grid();
+      join_phase(a.attention, shared);
+    }
+    if (++step == a.count) return;
+    wait_for_grid();
+  }
+}
+
+}  // namespace rodimus

@@ -1,0 +1,49 @@
+// The kernels of a block's parts, emulated as a GPU would launch them.
+#pragma once
+
+#include "cuda/attention.cuh"
+#include "cuda/ddts_step.cuh"
+#include "cuda/kernels.h"
+#include "cuda/step_linear.cuh"
+
+namespace rodimus {
+
+inline unsigned blocks_for(int64_t size, int64_t per_block) {
+  return static_cast<unsigned>((size + per_block - 1) / per_block);
+}
+
+// NaN, whatever is read before it is written.
+inline void spoil_shared() { memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared); }
+
+// The kernel that a GPU of so many multiprocessors would launch.
+inline void run_step_linear(const StepLinear& a, int64_t processors) {
+  StepLinearLaunch how = step_linear_launch(a, processors);
+  spoil_shared();
+  auto run = [&](void (*kernel)(StepLinear)) {
+    emulator::launch(dim3(all_tiles(a)), how.warps * kWarp, [&] { kernel(a); });
+  };
+  if (how.scaled)
+    run(how.scaled == 1 ? step_linear_kernel<8, 2, 4, 1> : step_linear_kernel<8, 2, 4, kMaxRows>);
+  else if (how.warps == 16)
+    run(how.blocks == 1 ? step_linear_kernel<16, 4, 1, 0> : step_linear_kernel<16, 2, 2, 0>);
+  else
+    run(how.blocks == 2 ? step_linear_kernel<8, 4, 2, 0> : step_linear_kernel<8, 2, 4, 0>);
+}
+
+inline void run_mixer_state(const MixerStep& a) {
+  auto* kernel = step_columns(a.rows) == 32 ? mixer_step_kernel<kMaxKeys, 32>
+                                            : mixer_step_kernel<kMaxKeys, 128>;
+  dim3 grid(blocks_for(a.value_dim, step_columns(a.rows)), a.rows);
+  emulator::launch(grid, kStepThreads, [&] { kernel(a); });
+}
+
+// bfloat16 heads of the staged form.
+inline void run_attention(const AttentionStep& a) {
+  spoil_shared();
+  emulator::launch(dim3(a.parts, a.batch * a.steps), a.heads * kHeadLanes,
+                   [&] { attention_staged_kernel<__nv_bfloat16, false, 8, 2, 3>(a); });
+  if (a.parts > 1)
+    emulator::launch(dim3(a.heads, a.batch * a.steps), kJoinThreads, [&] { attention_join_kernel(a); });
+}
+
+}  // namespace rodimus
