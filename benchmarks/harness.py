@@ -7,6 +7,7 @@ correctness check before any timing, rows with ratios and floors, and the record
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,9 @@ from . import machine, peers, records, timing
 
 DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 """Relative error between decoding and prefilling above which a model is not timed."""
+
+READ = "memory_read"
+"""What takes a turn in each round on a CPU, beside the targets: reading more than a cache holds."""
 
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
@@ -291,10 +295,12 @@ class Bench:
         if self.sittings > 1:
             earlier = _join(turns, earlier)
             used["sittings"] = turns.sittings
+        if READ in turns.targets:
+            used[READ] = {"bytes": self._source.nbytes, "samples": _rounded(turns, READ)}
         references = _best_baselines(targets, turns)
         rows = [_timed_row(target, turns, references, tokens) for target in targets]
         for row in rows:
-            self._add_floor(row, self._rates(earlier))
+            self._add_floor(row, turns, self._rates(earlier))
         return rows + skipped, used
 
     def _settled(
@@ -307,6 +313,8 @@ class Bench:
         """
         while True:
             calls = {target.name: target.call for target in targets}
+            if self.device.type == "cpu" and any("moved_bytes" in x.facts for x in targets):
+                calls[READ] = lambda: self._source.sum()
             turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
             try:
                 return turns, *turns.settle(rounds, self.case_seconds)
@@ -328,12 +336,25 @@ class Bench:
         before = earlier["ceilings"]
         return {k: (count * before[k] + v) / (count + 1) for k, v in self.ceilings.items()}
 
-    def _add_floor(self, row: dict[str, Any], rates: Mapping[str, float]) -> None:
-        """How near a row comes to this machine's memory or matrix rate, whichever it counts."""
+    @functools.cached_property
+    def _source(self) -> torch.Tensor:
+        """What a round reads beside the models, to know the memory's rate just then."""
+        return torch.ones(machine.read_elements(self.device, quick=self.scale == "tiny"))
+
+    def _add_floor(
+        self, row: dict[str, Any], turns: timing.RoundRobin, rates: Mapping[str, float]
+    ) -> None:
+        """How near a row comes to this machine's memory or matrix rate, whichever it counts. The
+        memory's rate on a CPU is that of each round."""
         seconds = row["median_ms"] / 1e3
-        if "moved_bytes" in row:
-            rate = rates["read_GBps" if self.device.type == "cpu" else "copy_GBps"]
-            row["floor_ms"] = row["moved_bytes"] / rate / 1e6
+        if "moved_bytes" in row and READ in turns.targets:
+            parts = row["moved_bytes"] / self._source.nbytes
+            reads, calls = turns.column(READ), turns.column(row["target"])
+            shares = [parts * read / call for read, call in zip(reads, calls, strict=True)]
+            row["floor_ms"] = parts * turns.summary(READ).median
+            row["floor_share"], *row["floor_share_range"] = timing.summarize(shares)
+        elif "moved_bytes" in row:
+            row["floor_ms"] = row["moved_bytes"] / rates["copy_GBps"] / 1e6
             row["floor_share"] = row["floor_ms"] / row["median_ms"]
         if "flops" in row:
             row["TFLOPs"] = row["flops"] / seconds / 1e12
@@ -385,6 +406,8 @@ def _join(turns: timing.RoundRobin, earlier: dict[str, Any] | None) -> dict[str,
     """Put the samples of earlier sittings before those just taken; the record, or None where it has
     other targets and this sitting is the first."""
     found = {row["target"]: row for row in (earlier or {"rows": []})["rows"] if "samples" in row}
+    if earlier is not None and READ in earlier["settings"]:
+        found[READ] = earlier["settings"][READ]
     if set(found) != set(turns.samples):
         turns.add_earlier([], dict.fromkeys(turns.samples, []))
         return None
@@ -394,6 +417,16 @@ def _join(turns: timing.RoundRobin, earlier: dict[str, Any] | None) -> dict[str,
     }
     turns.add_earlier(earlier["settings"]["sittings"], samples)
     return earlier
+
+
+def _rounded(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
+    """The samples of a target by the clocks that the machine has."""
+    columns = {clock: turns.column(name, clock) for clock in timing.Sample._fields}
+    return {
+        clock: [round(x, 6) for x in column]
+        for clock, column in columns.items()
+        if column[0] is not None
+    }
 
 
 def _columns(row: dict[str, Any]) -> list[list[float | None]]:
@@ -433,9 +466,7 @@ def _timed_row(
         if clock != "wall_ms"
     }
     return target.row(
-        samples={
-            clock: [round(x, 6) for x in turns.column(target.name, clock)] for clock in clocks
-        },
+        samples=_rounded(turns, target.name),
         median_ms=wall.median,
         p20_ms=wall.p20,
         p80_ms=wall.p80,

@@ -136,10 +136,14 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -
         ``copy_GBps`` (bytes read plus bytes written), ``read_GBps`` (a sum), ``gemv_GBps`` (bytes
         of the weight a second in a product with one row) and ``gemm_TFLOPs`` (a large product).
     """
-    on_gpu = device.type == "cuda"
-    elements = 2**20 if quick else 2**30 if on_gpu else 2**26
-    width = 128 if quick else 8192 if on_gpu else 2048
-    return _memory_rates(device, elements) | _product_rates(device, dtype, width, 2 if quick else 8)
+    width = 128 if quick else 8192 if device.type == "cuda" else 2048
+    rates = _memory_rates(device, read_elements(device, quick=quick))
+    return rates | _product_rates(device, dtype, width, 2 if quick else 8)
+
+
+def read_elements(device: torch.device, *, quick: bool = False) -> int:
+    """Numbers in float32 that are read for the memory's rate: far more than a cache holds."""
+    return 2**20 if quick else 2**30 if device.type == "cuda" else 2**26
 
 
 def _memory_rates(device: torch.device, elements: int) -> dict[str, float]:

@@ -174,8 +174,9 @@ def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
         "with the interval that encloses the median at 95 % (where there are enough rounds). Where",
         "a case was timed in several sittings, runs some time apart, the interval is where 95 % of",
         "all their rounds lie. Above 1 means that ours is faster. Weights are random, shapes are",
-        "the published ones. Shares of the memory and matrix rates are of rates measured once a",
-        "run, before its cases: where a machine changes in between they are off, even past 100 %.",
+        "the published ones. Shares of the memory rate are of a read that took turns with the",
+        "models, where a record has one. All others are of rates measured once a run, before its",
+        "cases: where a machine changes in between they are off, even past 100 %.",
         "",
     ]
     lines += _machines(found)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, machine, peers, records
+from benchmarks import harness, machine, peers, records, timing
 
 FILES = [
     "bench_decode.py",
@@ -106,6 +106,23 @@ def test_memory_equals_the_formula_and_does_not_grow_for_recurrent_models(found)
         if row["target"] == "rodimus-1.4b/dynamic"
     ]
     assert per_sequence[0] == per_sequence[1]
+
+
+def test_a_share_of_the_memory_rate_is_that_of_its_rounds(found):
+    """The machine of the second round is half as fast: the share stays."""
+    for record in (r for r in found.values() if r["group"] == "decode"):
+        read = record["settings"][harness.READ]["samples"]["wall_ms"]
+        assert len(read) == record["settings"]["rounds"] == 2
+    cpu = torch.device("cpu")
+    bench = harness.Bench("tiny", cpu, torch.float32, (), folder=None, rounds=2, load=0.0)
+    turns = timing.RoundRobin({"model/engine": int, harness.READ: int}, cpu, "model/engine")
+    columns = {"model/engine": (10.0, 20.0, 10.0), harness.READ: (2.0, 4.0, 2.0)}
+    for name, times in columns.items():
+        turns.samples[name] = [timing.Sample(x, x, None) for x in times]
+    row = {"target": "model/engine", "median_ms": 10.0, "moved_bytes": 2 * bench._source.nbytes}
+    bench._add_floor(row, turns, {})
+    assert row["floor_share"] == pytest.approx(0.4) and row["floor_ms"] == pytest.approx(4.0)
+    assert row["floor_share_range"] == pytest.approx([0.4, 0.4])
 
 
 def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
