@@ -92,14 +92,15 @@ class Feed {
 #pragma unroll
         for (int j = 0; j < kKeysOfUnit; ++j) {
           // keys beyond the last weigh nothing
-          int row = first_row_ + (unit_ + j < last_ ? unit_ + j : last_);
+          int row = first_row_ + (unit_ + j < units_ ? unit_ + j : units_ - 1);
           row -= row < a_.attention.ring ? 0 : static_cast<int>(a_.attention.ring);
           int64_t at = row * a_.attention.cache.stride;
           copy(2 * j, weights_.near + at), copy(2 * j + 1, weights_.far + at);
         }
         unit_ += kKeysOfUnit;
       }
-      if (unit_ >= units_) find();
+      // keys are sent in whole groups
+      if (unit_ >= units_ && (phase_ != kKeys || unit_ % kKeysTogether == 0)) find();
     }
     // also behind the last: the number of groups under way is constant
     __pipeline_commit();
@@ -141,9 +142,8 @@ class Feed {
     while (next_ < share.items) {
       WindowPart<__nv_bfloat16> part = AttentionShare::part_of(a, next_);
       next_ += share.stride;
-      last_ = (part.count < part.fresh ? part.count : part.fresh) - 1;
-      if (last_ < 0) continue;
-      unit_ = 0, units_ = (last_ / kKeysTogether + 1) * kKeysTogether;
+      unit_ = 0, units_ = part.count < part.fresh ? part.count : part.fresh;
+      if (units_ <= 0) continue;
       first_row_ = part.first_row;
       weights_.near = part.ring + share.lane * 8;
       weights_.far = part.ring + kHeadDim + share.channel_of_values(a);
@@ -155,7 +155,7 @@ class Feed {
   const BlockStep& a_;
   uint4* mine_;
   Turn turn_;
-  int phase_ = 0, next_, unit_, units_, place_ = 0, first_row_, last_;
+  int phase_ = 0, next_, unit_, units_, place_ = 0, first_row_;
   // of keys: where the ring's first row has the lane's
   TileWeights weights_;
 };
@@ -346,6 +346,35 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
   }
 }
 
+// Bring the vectors of the block nearer, which the phases would wait for one after the other: a lane of
+// the first warp takes one of them, the blocks take turns with its pieces.
+__device__ inline void warm_vectors(const BlockStep& a) {
+  constexpr int64_t kPiece = 1024;
+  const StepLinear& expand = a.steps[BlockStep::kExpand];
+  const ConvStep& conv = expand.conv;
+  const MixerStep& mixer = a.mixer;
+  auto warm = [&](int lane, const void* data, int64_t bytes) {
+    if (threadIdx.x != static_cast<unsigned>(lane) || reinterpret_cast<uintptr_t>(data) % 16 != 0) return;
+    for (int64_t i = blockIdx.x * kPiece; i < bytes; i += gridDim.x * kPiece) {
+      int64_t size = (bytes - i < kPiece ? bytes - i : kPiece) / 16 * 16;
+      if (size > 0) prefetch(static_cast<const char*>(data) + i, static_cast<uint32_t>(size));
+    }
+  };
+  auto warm_rows = [&](int lane, const Rows& x, int64_t rows, int64_t columns) {
+    int64_t size = x.type == Type::kFloat32 ? 4 : 2;
+    if (x) warm(lane, x.data, ((rows - 1) * x.stride + columns) * size);
+  };
+  warm(0, conv.state, conv.rows * conv.channels * conv.width * 2);
+  warm_rows(1, conv.weight, conv.channels, conv.width);
+  warm_rows(2, conv.bias, 1, conv.channels);
+  warm_rows(3, mixer.gate_weight, mixer.value_dim, mixer.gate_dim);
+  warm_rows(4, mixer.gate_bias, 1, mixer.value_dim);
+  warm_rows(5, mixer.residual_weight, 1, mixer.value_dim);
+  warm_rows(6, mixer.norm_weight, 1, mixer.value_dim);
+  for (int step = 0; step < a.count; ++step)
+    warm_rows(7 + step, a.steps[step].scaled_weight, 1, a.steps[step].layers[0].outputs);
+}
+
 // Grid: a block a multiprocessor, in a cooperative launch. Dynamic shared memory: persistent_shared.
 template <int STAGES, int KEYS>
 __global__ void __launch_bounds__(kPersistentThreads, 1)
@@ -354,6 +383,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   PersistentShared shared;
   shared.floats = reinterpret_cast<float*>(stages + STAGES * (kStageBytes / sizeof(uint4)));
   shared.x = reinterpret_cast<__nv_bfloat16*>(shared.floats + kPersistentFloats);
+  warm_vectors(a);
   Feed<STAGES> feed(a, stages);
   Turn turn;
 #pragma unroll 1

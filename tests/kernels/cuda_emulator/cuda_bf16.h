@@ -226,7 +226,12 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
 }
 
 inline void take_turn() {}
-inline void prefetch(const void*, uint32_t) {}
+// Reads what it would bring nearer, so that a sanitizer sees where it ends.
+inline void prefetch(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) abort();
+  volatile char sum = 0;
+  for (uint32_t i = 0; i < bytes; ++i) sum = sum + static_cast<const char*>(from)[i];
+}
 
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
