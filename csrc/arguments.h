@@ -23,11 +23,11 @@ constexpr int kMaxHeadDim = 256;
 
 enum class Type : int { kFloat32, kBFloat16 };
 
-// When a CUDA kernel of a step may start: after the launch before it, under its end with the weights
-// brought no nearer than the cache that all share, or under its end with the weights read ahead. The
-// last is for kernels that follow another of the same step: what that one has waited for, weights
+// What a CUDA kernel, started under the end of the one before it, does before that has ended: nothing
+// but bring weights to the cache that all share, or read ahead what no kernel just before has written.
+// The last is for kernels that follow another of the same step: what that one has waited for, weights
 // among it, is in memory.
-enum class Start : int { kAfter, kUnder, kAhead };
+enum class Start : int { kUnder, kAhead };
 
 struct Rows {
   void* data = nullptr;
@@ -84,7 +84,7 @@ struct MixerStep {
   float* scratch;  // of the size that the implementation states
   int64_t rows, key_dim, value_dim, gate_dim;
   float scale, key_eps, norm_eps;
-  Start start = Start::kAfter;
+  Start start = Start::kUnder;
 };
 
 // Convolution of one token; state [B, D, W] holds the last W inputs, oldest first. All tensors have
@@ -131,7 +131,7 @@ struct AttentionStep {
   float scale;
   // CUDA: parts that the window is cut into
   int64_t parts = 1;
-  Start start = Start::kAfter;
+  Start start = Start::kUnder;
 };
 
 // Up to three linear layers of one step, with what stands before and after them in a block. bfloat16
@@ -144,7 +144,7 @@ struct StepLinear {
   static constexpr int kMaxLayers = 3;
   Layer layers[kMaxLayers];
   int64_t count = 1, rows, inputs;
-  Start start = Start::kAfter;
+  Start start = Start::kUnder;
 
   // Before: x * norm_weight / sqrt(mean(x^2) + eps), the factor after the product. With norm_weight,
   // x is as it stands, and its squares are summed here; otherwise x has been multiplied by whoever

@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
   int columns = a.value_dim - first < BV ? static_cast<int>(a.value_dim - first) : BV;
   float* state = a.state + n * a.key_dim * a.value_dim + first;
   StateTile<KEYS, BV, kStepWarps> tile;
+  take_turn();
   // the longest wait: all of it is on its way before anything else is asked for
   tile.load(state, keys, a.value_dim, columns);
   for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
@@ -200,15 +201,16 @@ template <int KEYS, int BV>
 __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
   __shared__ MixerShared<KEYS, BV, kStepWarps> shared;
   StateTile<KEYS, BV, kStepWarps> tile;
-  // the token before is more than one kernel away
+  if (a.start != Start::kAhead) take_turn();
   load_mixer_tile(a, blockIdx.y, blockIdx.x, tile);
-  take_turn();
+  if (a.start == Start::kAhead) take_turn();
   mixer_tile(a, blockIdx.y, blockIdx.x, gridDim.x, tile, shared);
 }
 
 // The norm that the blocks of mixer_step_kernel could not finish alone. Grid: (ceil(V / 128), B).
 __global__ void __launch_bounds__(kStepThreads) mixer_norm_kernel(MixerStep a, int parts) {
   int64_t b = blockIdx.y, column = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
+  take_turn();
   const float* gated = a.scratch + b * mixer_row(a.value_dim, parts);
   // every block adds the parts in the same order: the same factor for the whole row
   float squares = 0.0f;

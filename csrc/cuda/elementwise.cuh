@@ -46,6 +46,7 @@ __device__ inline void conv_channel(const ConvStep& a, int64_t b, int64_t channe
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) conv_step_kernel(ConvStep a) {
   int64_t b = blockIdx.y, channel = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  take_turn();
   if (channel < a.channels)
     conv_channel<T>(a, b, channel, static_cast<const T*>(a.x.data)[b * a.x.stride + channel]);
 }
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(kRowThreads) norm_kernel(Norm a) {
   __shared__ float warps[kRowThreads / kWarp];
   int64_t i = blockIdx.x;
   float squares = 0.0f;
+  take_turn();
   for (int64_t j = threadIdx.x; j < a.dim; j += kRowThreads) {
     float x = norm_input(a, i, j);
     if (a.sum) set_element(a.sum, i, j, x);

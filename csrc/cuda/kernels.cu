@@ -25,17 +25,18 @@ int attribute(cudaDeviceAttr which) {
 // Whether a kernel on this device can start under the end of the one before it.
 bool starts_under() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
-template <class Arguments>
-void launch_started(void (*kernel)(Arguments), const Arguments& a, dim3 grid, unsigned threads,
-                    int64_t shared, cudaStream_t stream) {
+// Every kernel waits for its turn itself, so it may be started under the end of the one before it.
+template <class... Parameters, class... Arguments>
+void launch_started(void (*kernel)(Parameters...), dim3 grid, unsigned threads, int64_t shared,
+                    cudaStream_t stream, const Arguments&... a) {
   cudaLaunchAttribute under;
   under.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   under.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared), config.stream = stream;
-  config.attrs = &under, config.numAttrs = a.start != Start::kAfter && starts_under();
-  cudaLaunchKernelEx(&config, kernel, a);
+  config.attrs = &under, config.numAttrs = starts_under();
+  cudaLaunchKernelEx(&config, kernel, a...);
 }
 
 // Call `run` with the smallest compiled number of keys and the columns of a block as constants.
@@ -61,9 +62,9 @@ void launch_linear_of(const Linear& a, cudaStream_t stream) {
     return reinterpret_cast<uintptr_t>(r.data) % 16 == 0 && r.stride % kSize == 0;
   };
   if (a.inputs % kSize == 0 && starts_aligned(a.x) && starts_aligned(a.weight))
-    linear_kernel<T, M, true><<<grid, kLinearWarps * kWarp, 0, stream>>>(a);
+    launch_started(linear_kernel<T, M, true>, grid, kLinearWarps * kWarp, 0, stream, a);
   else
-    linear_kernel<T, M, false><<<grid, kLinearWarps * kWarp, 0, stream>>>(a);
+    launch_started(linear_kernel<T, M, false>, grid, kLinearWarps * kWarp, 0, stream, a);
 }
 
 template <int M>
@@ -83,8 +84,8 @@ void launch_step_linear_of(const StepLinear& a, const StepLinearLaunch& how, cud
   if (how.asks())
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(how.staged));
-  launch_started(kernel, a, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp, how.staged,
-                 stream);
+  launch_started(kernel, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp, how.staged, stream,
+                 a);
 }
 
 template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
@@ -93,7 +94,7 @@ void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t str
   int bytes = static_cast<int>(attention_bytes<T, INT8, KEYS, STAGES>(a.value_heads));
   // said each time: every device has to hear it
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  launch_started(kernel, a, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream);
+  launch_started(kernel, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream, a);
 }
 
 template <class T>
@@ -110,7 +111,7 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
   a.parts = attention_parts(a);
   dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(a.batch * a.steps));
   if (!attention_fits_staged<T>(a)) {
-    launch_started(attention_any_kernel<T, INT8>, a, grid, kAnyThreads, 0, stream);
+    launch_started(attention_any_kernel<T, INT8>, grid, kAnyThreads, 0, stream, a);
   } else if constexpr (INT8) {
     // as many bytes on their way as with plain values; other shapes were not measured
     launch_attention_staged<T, INT8, 8, 3, sizeof(T) == 4 ? 2 : 3>(a, grid, stream);
@@ -121,9 +122,8 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
     launch_attention_staged<T, INT8, 8, 2, 3>(a, grid, stream);
   }
   if (a.parts == 1) return;
-  a.start = Start::kUnder;
-  launch_started(attention_join_kernel, a, dim3(static_cast<unsigned>(a.heads), grid.y), kJoinThreads,
-                 0, stream);
+  launch_started(attention_join_kernel, dim3(static_cast<unsigned>(a.heads), grid.y), kJoinThreads, 0,
+                 stream, a);
 }
 
 template <int STAGES, int KEYS>
@@ -174,14 +174,14 @@ void launch_block_step(const BlockStep& a, cudaStream_t stream) {
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {
   with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
     dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
-    ddts_step_kernel<keys, columns><<<grid, kStepThreads, 0, stream>>>(a);
+    launch_started(ddts_step_kernel<keys, columns>, grid, kStepThreads, 0, stream, a);
   });
 }
 
 void launch_mixer_state(const MixerStep& a, cudaStream_t stream) {
   with_tile(a.key_dim, a.rows, [&](auto keys, auto columns) {
     dim3 grid(blocks_for(a.value_dim, columns), static_cast<unsigned>(a.rows));
-    launch_started<MixerStep>(mixer_step_kernel<keys, columns>, a, grid, kStepThreads, 0, stream);
+    launch_started(mixer_step_kernel<keys, columns>, grid, kStepThreads, 0, stream, a);
   });
 }
 
@@ -189,15 +189,15 @@ void launch_mixer_step(const MixerStep& a, cudaStream_t stream) {
   launch_mixer_state(a, stream);
   unsigned parts = blocks_for(a.value_dim, step_columns(a.rows));
   dim3 grid(blocks_for(a.value_dim, kStepThreads), static_cast<unsigned>(a.rows));
-  mixer_norm_kernel<<<grid, kStepThreads, 0, stream>>>(a, static_cast<int>(parts));
+  launch_started(mixer_norm_kernel, grid, kStepThreads, 0, stream, a, static_cast<int>(parts));
 }
 
 void launch_conv_step(const ConvStep& a, cudaStream_t stream) {
   dim3 grid(blocks_for(a.channels, kRowThreads), static_cast<unsigned>(a.rows));
   if (a.x.type == Type::kFloat32)
-    conv_step_kernel<float><<<grid, kRowThreads, 0, stream>>>(a);
+    launch_started(conv_step_kernel<float>, grid, kRowThreads, 0, stream, a);
   else
-    conv_step_kernel<__nv_bfloat16><<<grid, kRowThreads, 0, stream>>>(a);
+    launch_started(conv_step_kernel<__nv_bfloat16>, grid, kRowThreads, 0, stream, a);
 }
 
 void launch_linear(const Linear& a, cudaStream_t stream) {
@@ -230,7 +230,7 @@ void launch_attention_step(const AttentionStep& a, cudaStream_t stream) {
 }
 
 void launch_norm(const Norm& a, cudaStream_t stream) {
-  norm_kernel<<<static_cast<unsigned>(a.rows), kRowThreads, 0, stream>>>(a);
+  launch_started(norm_kernel, dim3(static_cast<unsigned>(a.rows)), kRowThreads, 0, stream, a);
 }
 
 }  // namespace rodimus

@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kLinearWarps* kWarp, 4) linear_kernel(Linear a
   constexpr int kSize = Piece<T>::kSize;
   int lane = threadIdx.x % kWarp;
   int64_t n = static_cast<int64_t>(blockIdx.x) * kLinearWarps + threadIdx.x / kWarp;
+  take_turn();
   if (n >= a.outputs) return;
   const T* weight = static_cast<const T*>(a.weight.data) + n * a.weight.stride;
   const T* x[M];

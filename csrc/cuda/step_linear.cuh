@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
   };
   // on their way before x is looked at, or even there, as far as registers hold both
   constexpr int kEarly = SCALED == 0 ? DEPTH : SCALED == 1 ? DEPTH / 2 : 0;
-  if (a.start != Start::kUnder) {
+  if (a.start == Start::kAhead) {
     load_some(0, kEarly);
     take_turn();
   } else {

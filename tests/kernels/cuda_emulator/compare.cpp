@@ -381,7 +381,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
   attention_case<T, INT8>(name, type, all, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
                       spoil_shared();
-                      a.start = steps == 1 ? Start::kAhead : Start::kAfter;
+                      a.start = steps == 1 ? Start::kAhead : Start::kUnder;
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
                                        [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1>(a); });
                     });
