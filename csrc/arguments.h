@@ -173,6 +173,8 @@ struct BlockStep {
   enum { kExpand, kProject, kContract, kAttend, kAttnOut, kMlpIn, kMlpOut, kSteps };
   StepLinear steps[kSteps];
   int count = 0;
+  // tiles of outputs of each step, and of those before it
+  int tiles[kSteps] = {}, before[kSteps] = {};
   MixerStep mixer = {};
   AttentionStep attention = {};
 };

@@ -37,8 +37,8 @@ void check_fits(const BlockStep& step, bool persistent) {
                     " inputs and ", step.steps[i].layers[0].outputs, " outputs");
   if (!persistent) return;
   STD_TORCH_CHECK(step.count < BlockStep::kSteps || fits_persistent(step.attention),
-                  "blocks_step(impl='persistent') takes a plain ring, one key head and 2, 4, 8 or 16"
-                  " query heads of ", kPersistentHeadDim, " channels; got ", step.attention.key_heads,
+                  "blocks_step(impl='persistent') takes a plain ring, one key head and an even"
+                  " number up to 32 of query heads of ", kPersistentHeadDim, " channels; got ", step.attention.key_heads,
                   " and ", step.attention.heads, " heads of ", step.attention.key_dim);
   STD_TORCH_CHECK(persistent_stages(step, cooperative_shared()), "blocks_step(impl='persistent') needs"
                   " a GPU with cooperative launches and ", persistent_shared(step, 2),

@@ -4,6 +4,8 @@
 
 #include <math.h>
 
+#include <initializer_list>
+
 #include "../workspace.h"
 #include "kernels.h"
 
@@ -33,8 +35,9 @@ struct Cut {
   int64_t mixer_columns(int64_t rows) const { return processors ? kPersistentColumns : step_columns(rows); }
   int64_t parts(const AttentionStep& a) const {
     if (!processors) return attention_parts(a);
-    int64_t together = kPersistentThreads / (a.heads * kHeadThreads), most = a.window / kLeastPart;
-    int64_t parts = processors * together / a.batch < most ? processors * together / a.batch : most;
+    int64_t parts = processors * (kPersistentThreads / (a.heads * kHeadThreads)) / a.batch;
+    for (int64_t most : {a.window / kLeastPart, static_cast<int64_t>(kMostJoined)})
+      parts = parts < most ? parts : most;
     // they are always joined
     return parts > 2 ? parts : 2;
   }
@@ -83,7 +86,11 @@ class BlockPlan {
     int64_t parts = 0;
   };
 
-  void keep(const StepLinear& a) { step_.steps[step_.count++] = a; }
+  void keep(const StepLinear& a) {
+    int i = step_.count++;
+    step_.steps[i] = a, step_.tiles[i] = static_cast<int>(all_tiles(a));
+    if (i > 0) step_.before[i] = step_.before[i - 1] + step_.tiles[i - 1];
+  }
 
   StepLinear::Layer layer(const Rows& x, int which, const Rows& y = {}, const Rows& bias = {}) const {
     return {x, w_.rows[which], bias, y, w_.outputs[which]};

@@ -31,8 +31,17 @@ __device__ inline void take_turn() {
 #endif
 }
 
-// Wait until all threads of a cooperative launch are here; what they wrote is seen from then on.
-__device__ inline void wait_for_grid() { cooperative_groups::this_grid().sync(); }
+// All threads of a cooperative launch: say that this block is here, and wait until all are; what they
+// wrote before is seen from then on. What needs none of it may stand between.
+using GridArrival = cooperative_groups::grid_group::arrival_token;
+__device__ inline GridArrival arrive_at_grid() { return cooperative_groups::this_grid().barrier_arrive(); }
+__device__ inline void wait_for_grid(GridArrival& arrival) {
+  cooperative_groups::this_grid().barrier_wait(static_cast<GridArrival&&>(arrival));
+}
+
+// Asynchronous copies that were waited for are read behind this: the wait alone says nothing of memory
+// to the compiler.
+__device__ inline void see_copies() { asm volatile("" ::: "memory"); }
 
 // Memory whose size the launch states; aligned for 16-byte pieces.
 #define RODIMUS_DYNAMIC_SHARED(T, name)               \

@@ -17,38 +17,58 @@ __device__ inline bool starts_group(const T* x) {
   return reinterpret_cast<uintptr_t>(x) % sizeof(Group<T>) == 0;
 }
 
-// One channel of the convolution: the taps move on by one, the newest is x.
+// One channel of the convolution, read before the newest input is known: the taps move on by one.
 template <class T>
-__device__ inline void conv_channel(const ConvStep& a, int64_t b, int64_t channel, T newest) {
-  T* state = static_cast<T*>(a.state) + (b * a.channels + channel) * a.width;
-  const T* weight = static_cast<const T*>(a.weight.data) + channel * a.weight.stride;
-  float sum = a.bias ? element(a.bias, 0, channel) : 0.0f;
-  if (a.width == 4 && starts_group(state) && starts_group(weight)) {
-    // the width of the models: all taps in one access
-    Group<T> taps = *reinterpret_cast<const Group<T>*>(state);
-    Group<T> weights = *reinterpret_cast<const Group<T>*>(weight);
-    taps.value[0] = taps.value[1], taps.value[1] = taps.value[2], taps.value[2] = taps.value[3];
-    taps.value[3] = newest;
-    *reinterpret_cast<Group<T>*>(state) = taps;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) sum += widen(taps.value[w]) * widen(weights.value[w]);
-  } else {
-    for (int64_t w = 0; w < a.width; ++w) {
-      T tap = w + 1 < a.width ? state[w + 1] : newest;
-      state[w] = tap;
-      sum += widen(tap) * widen(weight[w]);
-    }
+struct ConvTaps {
+  Group<T> taps, weights;
+  float bias;
+  // the width of the models: all taps in one access
+  bool together;
+
+  __device__ static T* state_of(const ConvStep& a, int64_t b, int64_t channel) {
+    return static_cast<T*>(a.state) + (b * a.channels + channel) * a.width;
   }
-  set_element(a.y, b, channel, silu(sum));
-}
+  __device__ static const T* weight_of(const ConvStep& a, int64_t channel) {
+    return static_cast<const T*>(a.weight.data) + channel * a.weight.stride;
+  }
+  __device__ void load(const ConvStep& a, int64_t b, int64_t channel) {
+    const T *state = state_of(a, b, channel), *weight = weight_of(a, channel);
+    bias = a.bias ? element(a.bias, 0, channel) : 0.0f;
+    together = a.width == 4 && starts_group(state) && starts_group(weight);
+    if (!together) return;
+    taps = *reinterpret_cast<const Group<T>*>(state);
+    weights = *reinterpret_cast<const Group<T>*>(weight);
+  }
+  __device__ void finish(const ConvStep& a, int64_t b, int64_t channel, T newest) {
+    T* state = state_of(a, b, channel);
+    float sum = bias;
+    if (together) {
+      taps.value[0] = taps.value[1], taps.value[1] = taps.value[2], taps.value[2] = taps.value[3];
+      taps.value[3] = newest;
+      *reinterpret_cast<Group<T>*>(state) = taps;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) sum += widen(taps.value[w]) * widen(weights.value[w]);
+    } else {
+      const T* weight = weight_of(a, channel);
+      for (int64_t w = 0; w < a.width; ++w) {
+        T tap = w + 1 < a.width ? state[w + 1] : newest;
+        state[w] = tap;
+        sum += widen(tap) * widen(weight[w]);
+      }
+    }
+    set_element(a.y, b, channel, silu(sum));
+  }
+};
 
 // Grid: (ceil(D / 256), B).
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) conv_step_kernel(ConvStep a) {
   int64_t b = blockIdx.y, channel = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   take_turn();
-  if (channel < a.channels)
-    conv_channel<T>(a, b, channel, static_cast<const T*>(a.x.data)[b * a.x.stride + channel]);
+  if (channel >= a.channels) return;
+  ConvTaps<T> taps;
+  taps.load(a, b, channel);
+  taps.finish(a, b, channel, static_cast<const T*>(a.x.data)[b * a.x.stride + channel]);
 }
 
 // What the norm sees of one element: x, x + residual, or the gated sum. A sum in bfloat16 is rounded

@@ -63,7 +63,8 @@ inline bool fits_persistent(const AttentionStep& a) {
   for (const Rows& x : {a.q, a.k, a.v, a.cache, a.o})
     pieces = pieces && x.type == Type::kBFloat16 && in_pieces(x);
   return pieces && !a.int8_values && a.key_heads == 1 && a.key_dim == kPersistentHeadDim &&
-         a.value_dim == a.key_dim && (a.heads == 2 || a.heads == 4 || a.heads == 8 || a.heads == 16);
+         a.value_dim == a.key_dim && a.heads % 2 == 0 &&
+         a.heads * kHeadThreads <= kPersistentThreads;
 }
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);

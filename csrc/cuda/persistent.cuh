@@ -14,23 +14,13 @@
 
 namespace rodimus {
 
-__device__ inline int all_tiles_of(const StepLinear& a) {
-  int tiles = 0;
-  for (int layer = 0; layer < a.count; ++layer) tiles += static_cast<int>(step_linear_tiles(a, layer));
-  return tiles;
+// Which tile of a step is this block's first: they are dealt out in turn, those of a step from the block
+// on at which the step before ended.
+__device__ inline int first_tile(const BlockStep& a, int step) {
+  int blocks = static_cast<int>(gridDim.x);
+  int first = (static_cast<int>(blockIdx.x) - a.before[step]) % blocks;
+  return first < 0 ? first + blocks : first;
 }
-
-// Which tiles of the steps are this block's: they are dealt out in turn, each step from the block on at
-// which the one before ended.
-struct Turn {
-  int first;
-
-  __device__ Turn() : first(static_cast<int>(blockIdx.x)) {}
-  __device__ void pass(int tiles) {
-    int blocks = static_cast<int>(gridDim.x);
-    first = (first - tiles % blocks + blocks) % blocks;
-  }
-};
 
 // Attention of one key head and heads of kHeadDim channels: kHeadLanes threads a head, so several parts
 // of the window to a block.
@@ -40,10 +30,11 @@ struct AttentionShare {
 
   __device__ AttentionShare(const AttentionStep& a) {
     int threads = static_cast<int>(a.heads) * kHeadLanes, thread = static_cast<int>(threadIdx.x);
-    int together = kPersistentThreads / threads;
-    first = static_cast<int>(blockIdx.x) * together + thread / threads;
+    int together = kPersistentThreads / threads, share = thread / threads;
     stride = static_cast<int>(gridDim.x) * together;
     items = static_cast<int>(a.parts * a.batch);
+    // threads that fill no part have none
+    first = share < together ? static_cast<int>(blockIdx.x) * together + share : items;
     h = thread % threads / kHeadLanes, lane = thread % kHeadLanes;
   }
   __device__ static WindowPart<__nv_bfloat16> part_of(const AttentionStep& a, int item) {
@@ -63,23 +54,31 @@ template <int STAGES>
 class Feed {
  public:
   __device__ Feed(const BlockStep& a, uint4* stages) : a_(a), mine_(stages + threadIdx.x) {
-    next_ = turn_.first;
+    next_ = first_tile(a, 0);
     find();
-#pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) send();
+    send(kFirst);
   }
+  // The rest of the stages; what is more urgent than they may be asked for before.
+  __device__ void fill() { send(STAGES - kFirst); }
 
   // The lane's pieces of the next unit; OWED units were taken and no send has followed yet.
   template <int OWED = 0>
   __device__ void take(uint4* w) {
     __pipeline_wait_prior(STAGES - 1 - OWED);
+    see_copies();
     int place = place_ + OWED < STAGES ? place_ + OWED : place_ + OWED - STAGES;
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = mine_[place * kPieces + i * kPersistentThreads];
   }
 
-  // Start another copy, to the place of a unit that was taken and used.
-  __device__ void send() {
+  // Start more copies, to the places of units that were taken and used.
+  __device__ void send(int units = 1) {
+#pragma unroll 1
+    for (; units > 0; --units) send_one();
+  }
+
+ private:
+  __device__ void send_one() {
     if (phase_ < kEnd) {
       uint4* stage = mine_ + place_ * kPieces;
       auto copy = [&](int i, const __nv_bfloat16* from) {
@@ -107,10 +106,11 @@ class Feed {
     place_ = place_ + 1 == STAGES ? 0 : place_ + 1;
   }
 
- private:
-  static constexpr int kPieces = 4 * kPersistentThreads;
+  static constexpr int kPieces = 4 * kPersistentThreads, kFirst = 2;
   // a phase is a linear step, but for the one between those before and behind attention
   static constexpr int kKeys = BlockStep::kAttend + 1, kEnd = BlockStep::kSteps + 1;
+
+  __device__ static int step_of(int phase) { return phase - (phase > kKeys); }
 
   // What comes behind the tile, or the part, whose last unit was sent.
   __device__ void find() {
@@ -118,18 +118,16 @@ class Feed {
       if (phase_ == kKeys ? find_keys() : find_weights()) return;
       ++phase_;
       if (phase_ == a_.count && phase_ < kKeys) phase_ = kEnd;
-      next_ = phase_ == kKeys ? AttentionShare(a_.attention).first : turn_.first;
+      if (phase_ == kEnd) return;
+      next_ = phase_ == kKeys ? AttentionShare(a_.attention).first : first_tile(a_, step_of(phase_));
     }
   }
   __device__ bool find_weights() {
-    const StepLinear& a = a_.steps[phase_ - (phase_ > kKeys)];
-    int tiles = all_tiles_of(a);
+    int step = step_of(phase_);
+    const StepLinear& a = a_.steps[step];
     unit_ = static_cast<int>(threadIdx.x) / kWarp;
     units_ = (static_cast<int>(a.inputs) + kUnit - 1) / kUnit;
-    if (next_ >= tiles || unit_ >= units_) {
-      turn_.pass(tiles);
-      return false;
-    }
+    if (next_ >= a_.tiles[step] || unit_ >= units_) return false;
     TileOfLayer place = layer_of(a, next_);
     weights_ = TileWeights(a, a.layers[place.layer], tile_of(a, place.layer, place.index));
     next_ += static_cast<int>(gridDim.x);
@@ -154,7 +152,6 @@ class Feed {
 
   const BlockStep& a_;
   uint4* mine_;
-  Turn turn_;
   int phase_ = 0, next_, unit_, units_, place_ = 0, first_row_;
   // of keys: where the ring's first row has the lane's
   TileWeights weights_;
@@ -163,40 +160,69 @@ class Feed {
 // What the phases of a block share: x [rows, inputs] and numbers.
 struct PersistentShared {
   __nv_bfloat16* x;
-  float* floats;
+  float *floats, *squares;
 };
+
+// The units of x that a warp multiplies, in shared memory, as stage() leaves them, but there at once and
+// with few waits: several pieces of a lane are on their way together.
+__device__ inline void stage_now(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
+  constexpr int kTogether = 4, kOfUnit = kUnit / kPiece;
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int inputs = static_cast<int>(a.inputs), stride = static_cast<int>(staged_stride(a.inputs));
+  int rows = static_cast<int>(a.rows), units = (inputs + kUnit - 1) / kUnit;
+  int mine = warp < units ? (units - 1 - warp) / kPersistentWarps + 1 : 0, count = mine * kOfUnit * rows;
+  const __nv_bfloat16* data = static_cast<const __nv_bfloat16*>(x.data);
+  // row by row: neighbouring lanes have neighbouring pieces of a unit
+  auto column_of = [&](int i) {
+    int within = i % (mine * kOfUnit);
+    return (warp + within / kOfUnit * kPersistentWarps) * kUnit + within % kOfUnit * kPiece;
+  };
+#pragma unroll 1
+  for (int first = lane; first < count; first += kTogether * kWarp) {
+    uint4 piece[kTogether] = {};
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      int i = first + j * kWarp;
+      if (i < count && column_of(i) < inputs)
+        piece[j] = *reinterpret_cast<const uint4*>(data + i / (mine * kOfUnit) * x.stride + column_of(i));
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      int i = first + j * kWarp;
+      if (i < count)
+        *reinterpret_cast<uint4*>(staged + i / (mine * kOfUnit) * stride + column_of(i)) = piece[j];
+    }
+  }
+}
 
 // The linear layers of a step. What follows the products is done for several tiles at once: it waits
 // for memory.
 template <int STAGES>
-__device__ inline void linear_phase(const StepLinear& a, Feed<STAGES>& feed, Turn& turn,
+__device__ inline void linear_phase(const BlockStep& block, int step, Feed<STAGES>& feed,
                                     const PersistentShared& shared) {
-  float *sums = shared.floats, *squares = sums + kSumFloats;
+  const StepLinear& a = block.steps[step];
+  float* sums = shared.floats;
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
   int rows = static_cast<int>(a.rows), inputs = static_cast<int>(a.inputs);
-  int units = (inputs + kUnit - 1) / kUnit, tiles = all_tiles_of(a), blocks = gridDim.x;
+  int units = (inputs + kUnit - 1) / kUnit, tiles = block.tiles[step], blocks = gridDim.x;
   int size = kPersistentWarps * kTile * rows, most = kSumFloats / size;
   int together = most < kMostTiles ? most : kMostTiles;
   int pieces = a.norm_weight ? kPersistentWarps : a.squares != nullptr;
-  const void* staged = nullptr;
+  // x of the first step has been staged, as it is not yet multiplied by the weight of its norm
+  const void* staged = a.norm_weight ? a.layers[0].x.data : nullptr;
   const __nv_bfloat16* x = shared.x + group * staged_stride(inputs) + quad * kPiece;
 #pragma unroll 1
-  for (int first = turn.first; first < tiles; first += together * blocks) {
+  for (int first = first_tile(block, step), begin = first; first < tiles; first += together * blocks) {
     // those before are still read
-    if (first != turn.first) __syncthreads();
+    if (first != begin) __syncthreads();
 #pragma unroll 1
     for (int j = 0; j < together && first + j * blocks < tiles; ++j) {
       const Rows& from = a.layers[layer_of(a, first + j * blocks).layer].x;
       if (from.data != staged) {
         staged = from.data;
         __syncwarp();
-        if (!a.norm_weight)
-          stage<kPersistentWarps, false>(a, from, shared.x);
-        else if (rows == 1)
-          stage_scaled<kPersistentWarps, 1>(a, from, shared.x, squares);
-        else
-          stage_scaled<kPersistentWarps, 4>(a, from, shared.x, squares);
-        if (a.squares != nullptr) add_squares<kPersistentWarps>(a, squares);
+        stage_now(a, from, shared.x);
+        if (a.squares != nullptr) add_squares<kPersistentWarps>(a, shared.squares);
         __syncwarp();
       }
       float sum[4] = {};
@@ -216,10 +242,9 @@ __device__ inline void linear_phase(const StepLinear& a, Feed<STAGES>& feed, Tur
     const StepLinear::Layer& layer = a.layers[place.layer];
     Tile tile = tile_of(a, place.layer, place.index);
     int thread = threadIdx.x % kFinishThreads;
-    finish_tile<kPersistentWarps>(a, layer, tile, thread, sums + mine * size, rows, pieces, squares, i,
-                                  tiles);
+    finish_tile<kPersistentWarps>(a, layer, tile, thread, sums + mine * size, rows, pieces, shared.squares,
+                                  i, tiles);
   }
-  turn.pass(tiles);
 }
 
 template <int KEYS>
@@ -230,10 +255,13 @@ struct MixerPhase {
   StateTile<KEYS, BV, kPersistentWarps> tile;
   int parts, tiles;
 
+  // Whether a state has room in the registers beside what else is kept across a wait.
+  static constexpr bool kAhead = KEYS <= 64;
+
   // The first tile's state, on its way while the block waits.
   __device__ MixerPhase(const MixerStep& a)
       : parts(static_cast<int>((a.value_dim + BV - 1) / BV)), tiles(parts * static_cast<int>(a.rows)) {
-    load(a, static_cast<int>(blockIdx.x));
+    if (kAhead) load(a, static_cast<int>(blockIdx.x));
   }
   __device__ void load(const MixerStep& a, int i) {
     if (i < tiles) load_mixer_tile(a, i / parts, i % parts, tile);
@@ -241,6 +269,7 @@ struct MixerPhase {
   __device__ void run(const MixerStep& a, const PersistentShared& shared) {
     auto* memory = reinterpret_cast<Shared*>(shared.floats);
     int blocks = static_cast<int>(gridDim.x);
+    if (!kAhead) load(a, static_cast<int>(blockIdx.x));
 #pragma unroll 1
     for (int i = static_cast<int>(blockIdx.x); i < tiles; i += blocks) {
       mixer_tile(a, i / parts, i % parts, parts, tile, *memory);
@@ -280,8 +309,7 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
       sum.template add<kKeysTogether>(
           stored ? kept - n : 1, [&](int j, float* out) { widen(w[2 * j], out); },
           [](int) { return 1.0f; }, [&](int j, float* out) { widen(w[2 * j + 1], out); });
-#pragma unroll 1
-      for (int i = 0; stored && i < kKeysTogether / kKeysOfUnit; ++i) feed.send();
+      if (stored) feed.send(kKeysTogether / kKeysOfUnit);
       n = !stored ? n + 1 : n + kKeysTogether < kept ? n + kKeysTogether : kept;
     }
     sum.template add_lanes<kKeysTogether>();
@@ -299,7 +327,10 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
 // one of them.
 __device__ inline void join_phase(const AttentionStep& a, const PersistentShared& shared) {
   constexpr int kRows = kPersistentThreads / kJoinedChannels, kTogether = 8;
-  float *sums = shared.floats, *tops = sums + kPersistentThreads, *totals = tops + kRows;
+  // a column of sums meets no bank twice
+  constexpr int kStride = kJoinedChannels + 1;
+  static_assert(kRows == kWarp && kJoinedChannels == kPersistentWarps && kMostJoined == kTogether * kRows);
+  float *sums = shared.floats, *tops = sums + kRows * kStride, *totals = tops + kRows;
   int heads = static_cast<int>(a.heads), slices = static_cast<int>(a.value_dim) / kJoinedChannels;
   int row = threadIdx.x / kJoinedChannels, column = threadIdx.x % kJoinedChannels;
   int parts = static_cast<int>(a.parts), items = static_cast<int>(a.batch) * heads * slices;
@@ -329,19 +360,15 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
         total += weight * totals_of[j], sum += weight * values[j];
       }
     }
-    sums[threadIdx.x] = sum;
+    sums[row * kStride + column] = sum;
     if (column == 0) tops[row] = top, totals[row] = total;
     __syncthreads();
-    if (row == 0) {
-      float highest = tops[0];
-      for (int i = 1; i < kRows; ++i) highest = fmaxf(highest, tops[i]);
-      sum = total = 0.0f;
-      for (int i = 0; i < kRows; ++i) {
-        float weight = exp2f(tops[i] - highest);
-        sum += weight * sums[i * kJoinedChannels + column], total += weight * totals[i];
-      }
-      set_element(a.o, b, h * a.value_dim + channel, sum / total);
-    }
+    // a warp joins a channel
+    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    float highest = warp_max(tops[lane]), weight = exp2f(tops[lane] - highest);
+    total = warp_sum(weight * totals[lane]), sum = warp_sum(weight * sums[lane * kStride + warp]);
+    if (lane == 0)
+      set_element(a.o, b, h * a.value_dim + item % slices * kJoinedChannels + warp, sum / total);
     __syncthreads();
   }
 }
@@ -382,25 +409,36 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   RODIMUS_DYNAMIC_SHARED(uint4, stages);
   PersistentShared shared;
   shared.floats = reinterpret_cast<float*>(stages + STAGES * (kStageBytes / sizeof(uint4)));
+  shared.squares = shared.floats + kSumFloats;
   shared.x = reinterpret_cast<__nv_bfloat16*>(shared.floats + kPersistentFloats);
   warm_vectors(a);
   Feed<STAGES> feed(a, stages);
-  Turn turn;
+  const StepLinear& first = a.steps[BlockStep::kExpand];
+  if (first.rows == 1)
+    stage_scaled<kPersistentWarps, 1>(first, first.layers[0].x, shared.x, shared.squares);
+  else
+    stage_scaled<kPersistentWarps, 4>(first, first.layers[0].x, shared.x, shared.squares);
+  feed.fill();
 #pragma unroll 1
   for (int step = 0;;) {
-    linear_phase(a.steps[step], feed, turn, shared);
+    linear_phase(a, step, feed, shared);
+    if (step + 1 == a.count) return;
+    auto arrival = arrive_at_grid();
     if (step == BlockStep::kProject) {
       MixerPhase<KEYS> mixer(a.mixer);
-      wait_for_grid();
+      wait_for_grid(arrival);
       mixer.run(a.mixer, shared);
+      arrival = arrive_at_grid();
     } else if (step == BlockStep::kAttend) {
-      wait_for_grid();
+      wait_for_grid(arrival);
       attention_phase(a.attention, feed);
-      wait_for_grid();
+      arrival = arrive_at_grid();
+      wait_for_grid(arrival);
       join_phase(a.attention, shared);
+      arrival = arrive_at_grid();
     }
-    if (++step == a.count) return;
-    wait_for_grid();
+    wait_for_grid(arrival);
+    ++step;
   }
 }
 

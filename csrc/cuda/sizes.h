@@ -89,7 +89,7 @@ inline int persistent_stages(const BlockStep& a, int64_t shared) {
   return 0;
 }
 
-// Channels of an attended token that a block joins.
-constexpr int kJoinedChannels = 16;
+// Channels of an attended token that a block joins, and parts that it joins in one round.
+constexpr int kJoinedChannels = 16, kMostJoined = 256;
 
 }  // namespace rodimus

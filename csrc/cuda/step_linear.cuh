@@ -101,9 +101,8 @@ __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, fl
 }
 
 // The units of x that a warp multiplies, in shared memory; zeros to the end of the last unit. Only
-// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait. ASYNC: the
-// pieces are a group of copies under way.
-template <int WARPS, bool ASYNC>
+// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait.
+template <int WARPS>
 __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   int inputs = static_cast<int>(a.inputs), stride = static_cast<int>(staged_stride(a.inputs));
@@ -115,15 +114,13 @@ __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* 
     for (int i = lane; i < rows * (kUnit / kPiece); i += kWarp) {
       int m = i / (kUnit / kPiece), column = unit * kUnit + i % (kUnit / kPiece) * kPiece;
       __nv_bfloat16* to = staged + m * stride + column;
-      const __nv_bfloat16* from = data + m * x.stride + column;
-      if (ASYNC && column < inputs)
-        __pipeline_memcpy_async(to, from, sizeof(uint4));
+      if (column < inputs)
+        __pipeline_memcpy_async(to, data + m * x.stride + column, sizeof(uint4));
       else
-        *reinterpret_cast<uint4*>(to) =
-            column < inputs ? *reinterpret_cast<const uint4*>(from) : uint4{};
+        *reinterpret_cast<uint4*>(to) = uint4{};
     }
   }
-  if (ASYNC) __pipeline_commit();
+  __pipeline_commit();
 }
 
 // The same of x times the weight of its norm, TOGETHER rows on their way; `squares` has the sums of
@@ -188,16 +185,41 @@ __device__ inline void add_squares(const StepLinear& a, float* squares) {
 
 __device__ inline float rounded(float x) { return widen(__float2bfloat16(x)); }
 
+// The operands of one output beside its sum, all read before the first is used or anything is written.
+struct OutputOperands {
+  bool inside;
+  float bias = 0.0f, residual = 0.0f, scale = 0.0f;
+
+  __device__ OutputOperands(const StepLinear& a, const StepLinear::Layer& layer, int64_t m, int64_t n)
+      : inside(n < layer.outputs) {
+    if (!inside) return;
+    if (layer.bias) bias = element(layer.bias, 0, n);
+    if (a.residual) residual = element(a.residual, m, n);
+    if (a.scaled) scale = element(a.scaled_weight, 0, n);
+  }
+};
+
+// One output that is added to the residual stream; its square.
+__device__ inline float finish_sum(const StepLinear& a, const OutputOperands& given, int64_t m,
+                                   int64_t n, float x) {
+  x = given.residual + rounded(x);
+  set_element(a.sum, m, n, x);
+  if (a.sum.type == Type::kBFloat16) x = rounded(x);
+  if (a.scaled) set_element(a.scaled, m, n, x * given.scale);
+  return x * x;
+}
+
 // What follows the products, for output `first` of a tile and the one `apart`: one thread a pair.
 __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer& layer,
                                    const Tile& tile, int64_t m, int64_t offset, float one,
                                    float other, float* squares) {
   int64_t n = tile.first + offset, far = n + tile.apart;
-  bool inside = n < layer.outputs, both = far < layer.outputs;
-  if (layer.bias) {
-    if (inside) one += element(layer.bias, 0, n);
-    if (both) other += element(layer.bias, 0, far);
-  }
+  OutputOperands near_given(a, layer, m, n), far_given(a, layer, m, far);
+  ConvTaps<__nv_bfloat16> taps;
+  bool near_conv = n < a.conv.channels && near_given.inside;
+  if (near_conv) taps.load(a.conv, m, n);
+  bool inside = near_given.inside, both = far_given.inside;
+  one += near_given.bias, other += far_given.bias;
   if (a.gated) {
     if (both) set_element(layer.y, m, n, silu(rounded(other)) * rounded(one));
     return;
@@ -209,29 +231,16 @@ __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer&
     one = x * cos - y * sin, other = y * cos + x * sin;
   }
   if (a.residual) {
-    bool half = a.sum.type == Type::kBFloat16;
-    *squares = 0.0f;
-    if (inside) {
-      one = element(a.residual, m, n) + rounded(one);
-      set_element(a.sum, m, n, one);
-      if (half) one = rounded(one);
-      if (a.scaled) set_element(a.scaled, m, n, one * element(a.scaled_weight, 0, n));
-      *squares += one * one;
-    }
-    if (both) {
-      other = element(a.residual, m, far) + rounded(other);
-      set_element(a.sum, m, far, other);
-      if (half) other = rounded(other);
-      if (a.scaled) set_element(a.scaled, m, far, other * element(a.scaled_weight, 0, far));
-      *squares += other * other;
-    }
+    *squares = inside ? finish_sum(a, near_given, m, n, one) : 0.0f;
+    if (both) *squares += finish_sum(a, far_given, m, far, other);
     return;
   }
   if (inside) set_element(layer.y, m, n, one);
   if (both) set_element(layer.y, m, far, other);
-  if (a.conv.state != nullptr) {
-    if (n < a.conv.channels) conv_channel<__nv_bfloat16>(a.conv, m, n, __float2bfloat16(one));
-    if (far < a.conv.channels) conv_channel<__nv_bfloat16>(a.conv, m, far, __float2bfloat16(other));
+  if (near_conv) taps.finish(a.conv, m, n, __float2bfloat16(one));
+  if (far < a.conv.channels && both) {
+    taps.load(a.conv, m, far);
+    taps.finish(a.conv, m, far, __float2bfloat16(other));
   }
 }
 
@@ -320,7 +329,7 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     stage_scaled<WARPS, SCALED == 1 ? 1 : 4>(a, layer.x, staged, squares_of);
     load_some(kEarly, DEPTH);
   } else {
-    stage<WARPS, true>(a, layer.x, staged);
+    stage<WARPS>(a, layer.x, staged);
     if (a.squares != nullptr) add_squares<WARPS>(a, squares_of);
     __pipeline_wait_prior(0);
     __syncwarp();

@@ -96,8 +96,9 @@ def blocks_step(
         norm_eps: Added to the mean squares.
         impl: ``"auto"``, ``"native"``, ``"persistent"`` or ``"reference"``; an explicit choice
             never falls back. ``"persistent"`` is one kernel a block, on a GPU with cooperative
-            launches: bfloat16 weights, B <= 8, a plain ring, one key head and 2, 4, 8 or 16 query
-            heads of 128 channels. It has not run on a GPU yet, so ``"auto"`` does not choose it.
+            launches: bfloat16 weights, B <= 8, a plain ring, one key head and an even number up to
+            32 of query heads of 128 channels. It has not run on a GPU yet, so ``"auto"`` does not
+            choose it.
 
     Returns:
         ``[B, D]`` in the stream's dtype.

@@ -71,12 +71,14 @@ def plain_ring(ring, dim, value_heads, dtype):
     return torch.cat([x.flatten(2) for x in read_ring(parts, torch.float64)], -1)
 
 
-def states_of(dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, turned=4, rows=8):
+def states_of(
+    dtype, batch, attends, width=18, inner=22, keys=7, taps=4, dim=6, turned=4, rows=8, age=0
+):
     """Taps, state, ring, positions of different ages and rotary tables of part of a head."""
     states = [torch.randn(batch, inner, taps).to(dtype), torch.randn(batch, 1, keys, inner)]
     if not attends:
         return [*states, None, None, None]
-    position = 3 * torch.arange(batch)
+    position = age + 3 * torch.arange(batch)
     tables = reference.rope_tables(position[:, None], turned)
     rotary = tuple(table[:, 0].to(dtype) for table in tables)
     return [*states, torch.randn(batch, rows, dim + width).to(dtype), position, rotary]

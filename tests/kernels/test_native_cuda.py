@@ -76,11 +76,13 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
 
 
-@pytest.fixture(scope="module")
-def emulated_block(tmp_path_factory):
+@pytest.fixture(scope="module", params=["late", "eager"])
+def emulated_block(tmp_path_factory, request):
     """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
-    memory, or by those of its parts where that is 0."""
-    program = compiled(tmp_path_factory.mktemp("block"), "block")
+    memory, or by those of its parts where that is 0; copies under way arrive as late as they may,
+    or at once."""
+    flags = ["-DEMULATOR_EAGER"] if request.param == "eager" else []
+    program = compiled(tmp_path_factory.mktemp("block"), "block", *flags)
     integers = lambda *x: torch.tensor(x, dtype=torch.int64)
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
 
@@ -125,6 +127,8 @@ PERSISTENT = {
     "rodimus_odd": (3, 2, 232_448, {"width": 72, "inner": 88, "keys": 100, "rank": 3}),
     "plus_one_row": (1, 3, 166_912, {"width": 256, "inner": 96, "keys": 16, **HEADS}),
     "plus_heads": (2, 2, 232_448, {"width": 512, "inner": 40, "keys": 8, **HEADS}),
+    # threads that fill no part of the window, and more parts than a few
+    "plus_six_heads": (1, 3, 166_912, {"width": 768, "inner": 40, "keys": 8, **HEADS, "rows": 40}),
     # several groups of keys to a part, past the ring's end for some
     "plus_eight_rows": (
         8,
@@ -141,7 +145,7 @@ def check_whole_block(step, batch, sizes, device="cpu"):
 
     torch.manual_seed(0)
     attends, rows = "dim" in sizes, sizes.get("rows", 8)
-    of_weights = {name: size for name, size in sizes.items() if name != "rows"}
+    of_weights = {name: size for name, size in sizes.items() if name not in ("rows", "age")}
     of_states = {name: size for name, size in sizes.items() if name not in ("rank", "mlp")}
     weights = block.weights_of(torch.bfloat16, attends, **({"mlp": 72} | of_weights))
     turned = {"turned": 64} if attends else {}
@@ -358,18 +362,58 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
 
 
 RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
+ON_GPU = {
+    **{case: sizes for case, (*_, sizes) in PERSISTENT.items()},
+    "sixteen_heads": {"width": 2048, "inner": 40, "keys": 8, **HEADS, "rows": 30},
+    # more parts than are joined in one round, over the ring's end
+    "released": RELEASED | {"rows": 2112, "age": 2100},
+}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["persistent", "native"])
 @pytest.mark.parametrize("batch", [1, 2, 8])
-@pytest.mark.parametrize("case", [*PERSISTENT, "released"])
+@pytest.mark.parametrize("case", ON_GPU)
 def test_whole_block_on_cuda_equals_the_reference(case, batch, impl):
     from tests.kernels import test_block as block
 
     native.require("test", "cuda")
-    sizes = RELEASED if case == "released" else PERSISTENT[case][-1]
-    check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, sizes, "cuda")
+    check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, ON_GPU[case], "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["persistent", "native"])
+def test_blocks_on_cuda_repeat_to_the_bit(impl):
+    """A recorded token through several blocks, 200 times from the same states: every sum has an
+    order, so a difference is a race."""
+    from tests.kernels import test_block as block
+
+    native.require("test", "cuda")
+    torch.manual_seed(0)
+    sizes = {name: RELEASED[name] for name in ("width", "inner", "keys", "dim")}
+    weights = [block.weights_of(torch.bfloat16, True, **RELEASED) for _ in range(3)]
+    weights = [type(w)(*(x.cuda() for x in w)) for w in weights]
+    states = [
+        block.states_of(torch.bfloat16, 2, True, **sizes, rows=2112, age=2100) for _ in weights
+    ]
+    kept = [[x.cuda() for x in found] for found in zip(*(s[:3] for s in states), strict=True)]
+    position, rotary = states[0][3].cuda(), tuple(x.cuda() for x in states[0][4])
+    used, stream = [[x.clone() for x in found] for found in kept], torch.randn(2, 2048).cuda()
+    named = block.NAMED | {"window_size": 2049, "head_dim": 128, "impl": impl}
+    step = lambda: blocks_step(stream, weights, *used, position, rotary, **named)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for found, before in zip(used, kept, strict=True):
+            for x, y in zip(found, before, strict=True):
+                x.copy_(y)
+        out = step()
+    first = None
+    for _ in range(200):
+        graph.replay()
+        now = [out, *used[0], *used[1], *used[2]]
+        first = [x.clone() for x in now] if first is None else first
+        assert all(map(torch.equal, now, first))
 
 
 @pytest.mark.gpu

@@ -108,9 +108,8 @@ inline void resume(unsigned fiber) {
   swapcontext(&scheduler, &self().context);
 }
 
-// Wait until every fiber in [first, last) that has not ended is as far as this one.
-inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
-  unsigned mine = ++(self().*passed);
+// Wait until every fiber in [first, last) that has not ended has passed so many.
+inline void wait_until(unsigned Fiber::*passed, unsigned mine, unsigned first, unsigned last) {
   for (bool behind = true; behind;) {
     behind = false;
     for (unsigned t = first; t < last && !behind; ++t)
@@ -118,6 +117,10 @@ inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
     if (behind) swapcontext(&self().context, &scheduler);
   }
   ++steps;
+}
+
+inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
+  wait_until(passed, ++(self().*passed), first, last);
 }
 
 inline void enter() {
@@ -187,10 +190,17 @@ inline void __syncwarp() {
   emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
 }
 
-// The wait of all blocks of a cooperative launch for each other.
-inline void wait_for_grid() {
-  emulator::wait(&emulator::Fiber::grid_barriers, 0, emulator::running);
+// All blocks of a cooperative launch.
+using GridArrival = unsigned;
+inline GridArrival arrive_at_grid() {
+  __syncthreads();
+  return ++emulator::self().grid_barriers;
 }
+inline void wait_for_grid(GridArrival arrival) {
+  emulator::wait_until(&emulator::Fiber::grid_barriers, arrival, 0, emulator::running);
+}
+
+inline void see_copies() {}
 
 namespace emulator {
 

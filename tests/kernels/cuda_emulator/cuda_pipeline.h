@@ -1,12 +1,17 @@
-// Asynchronous copies to shared memory, as late as they may be: what a thread has committed is
-// copied when it waits for it. A tile that is used too early holds what stood there before.
+// Asynchronous copies to shared memory, as late as they may be: what a thread has committed is copied
+// when it waits for it, and a tile that is used too early holds what stood there before. With
+// EMULATOR_EAGER as early: a tile that is overwritten too early is lost.
 #pragma once
 
 #include "cuda_bf16.h"
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
   emulator::Fiber& fiber = emulator::self();
+#if defined(EMULATOR_EAGER)
+  memcpy(to, from, size);
+#else
   fiber.copies.push_back({to, from, size, fiber.groups});
+#endif
 }
 
 inline void __pipeline_commit() { ++emulator::self().groups; }
