@@ -177,6 +177,8 @@ struct BlockStep {
   int tiles[kSteps] = {}, before[kSteps] = {};
   MixerStep mixer = {};
   AttentionStep attention = {};
+  // what the next block begins with, of the shape of this one's
+  Rows next;
 };
 
 // x [B, heads * dim] rotated in place: channel d < half of a head pairs with d + half.

@@ -73,6 +73,9 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
       BlockPlan(blocks[i], cut, work, steps[i]);
       check_fits(steps[i], persistent);
     }
+    for (size_t i = 1; i < steps.size(); ++i)
+      if (blocks[i].weights.outputs[kFc] == blocks[i - 1].weights.outputs[kFc])
+        steps[i - 1].next = blocks[i].weights.rows[kFc];
     for (const BlockStep& step : steps)
       persistent ? launch_persistent(step, queue) : launch_block_step(step, queue);
   });

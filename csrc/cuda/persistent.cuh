@@ -402,6 +402,19 @@ __device__ inline void warm_vectors(const BlockStep& a) {
     warm_rows(7 + step, a.steps[step].scaled_weight, 1, a.steps[step].layers[0].outputs);
 }
 
+// The same for the tiles that this block of the grid multiplies first in the next launch: the memory has
+// little to do behind the last layer's weights and while a launch begins.
+__device__ inline void warm_next(const BlockStep& a) {
+  constexpr unsigned kTiles = 2;
+  const StepLinear& step = a.steps[BlockStep::kExpand];
+  const auto* weight = static_cast<const __nv_bfloat16*>(a.next.data);
+  if (weight == nullptr || threadIdx.x >= kTiles * kTile) return;
+  // a thread a row
+  int64_t tile = blockIdx.x + threadIdx.x / kTile * gridDim.x, row = tile * kTile + threadIdx.x % kTile;
+  if (row < step.layers[0].outputs)
+    prefetch(weight + row * a.next.stride, static_cast<uint32_t>(step.inputs * sizeof(*weight)));
+}
+
 // Grid: a block a multiprocessor, in a cooperative launch. Dynamic shared memory: persistent_shared.
 template <int STAGES, int KEYS>
 __global__ void __launch_bounds__(kPersistentThreads, 1)
@@ -421,6 +434,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1)
   feed.fill();
 #pragma unroll 1
   for (int step = 0;;) {
+    if (step + 1 == a.count) warm_next(a);
     linear_phase(a, step, feed, shared);
     if (step + 1 == a.count) return;
     auto arrival = arrive_at_grid();

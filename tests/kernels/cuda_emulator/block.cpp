@@ -90,6 +90,7 @@ int main() {
   auto* start = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
   BlockStep step;
   BlockPlan(given, cut, Workspace(start, floats, given.batch, Type::kBFloat16), step);
+  step.next = given.weights.rows[kFc];
   if (!shared) run_parts(step, processors);
   switch (shared ? persistent_stages(step, shared) : -1) {
     case -1: break;
