@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from ..loading import end_tokens
 from .decode import Decoder
-from .sampling import Sampler, SamplingParams, token_logprobs
+from .sampling import Sampler, SamplingParams, is_integer, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream
 
@@ -161,8 +162,9 @@ class Engine:
         cuda_graphs: On a GPU, capture the decode step once per batch size.
 
     Raises:
-        ValueError: a number is below 1, ``max_length`` is missing, or ``window_dtype`` is neither,
-            or given for a model without attention.
+        ValueError: the model is no language model of this package, a number is not an integer of at
+            least 1, ``max_length`` is missing, or ``window_dtype`` is neither, or given for a model
+            without attention.
     """
 
     def __init__(
@@ -176,10 +178,11 @@ class Engine:
         window_dtype: torch.dtype | None = None,
         cuda_graphs: bool = True,
     ):
-        limits = {"slots": slots, "prefill_chunk": prefill_chunk, "max_length": max_length}
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _check_model(model)
+        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
+            _check_at_least_one(name, value)
+        if max_length is not None:
+            _check_at_least_one("max_length", max_length)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
         embedding = model.get_input_embeddings().weight
@@ -220,27 +223,27 @@ class Engine:
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
         """
+        if not isinstance(request, Request):
+            raise ValueError(f"expected a Request, got {type(request).__name__}")
         prompt = self._check_prompt(request.prompt)
-        if not isinstance(request.max_new_tokens, int) or request.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens must be an integer of at least 1, got {request.max_new_tokens}"
-            )
+        _check_at_least_one("max_new_tokens", request.max_new_tokens)
         total = len(prompt) + request.max_new_tokens
         if self.max_length is not None and total > self.max_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is"
                 f" {request.max_new_tokens}: {total} together, expected at most {self.max_length}"
             )
-        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must be in [0, {MAX_LOGPROBS}], got {request.logprobs}")
-        if isinstance(request.stop, str):
-            raise ValueError(f"stop must be a tuple of strings, got the string {request.stop!r}")
-        if request.stop and (self.tokenizer is None or "" in request.stop):
-            problem = "an empty string" if self.tokenizer else "no tokenizer in the engine"
-            raise ValueError(
-                f"stop needs a tokenizer and strings that are not empty, got {problem}"
-            )
-        ends = self.end_tokens if request.stop_tokens is None else request.stop_tokens
+        if not isinstance(request.sampling, SamplingParams):
+            got = type(request.sampling).__name__
+            raise ValueError(f"sampling must be SamplingParams, got {got}")
+        logprobs = request.logprobs
+        if logprobs is not None and not (is_integer(logprobs) and 0 <= logprobs <= MAX_LOGPROBS):
+            what = f"an integer in [0, {MAX_LOGPROBS}]"
+            raise ValueError(f"logprobs must be {what}, got {logprobs!r}")
+        self._check_stop(request.stop)
+        ends = self.end_tokens
+        if request.stop_tokens is not None:
+            ends = self._check_tokens("stop_tokens", request.stop_tokens)
         generation = Generation(request, prompt, frozenset(ends))
         if self.tokenizer is not None:
             generation.stream = TextStream(self.tokenizer, request.stop)
@@ -253,12 +256,13 @@ class Engine:
         if generation in self.running:
             self._finish(generation, "cancelled")
             self._leave(self.running.index(generation))
-        elif self._reading is not None and self._reading.generation is generation:
+            return
+        if self._reading is not None and self._reading.generation is generation:
             self._reading = None
-            self._finish(generation, "cancelled")
-        else:
+        # a step that was interrupted may have left it in none of these places
+        elif generation in self.waiting:
             self.waiting.remove(generation)
-            self._finish(generation, "cancelled")
+        self._finish(generation, "cancelled")
 
     def read(self, prompt: Sequence[int]) -> SequenceState:
         """The state after reading a prompt: for ``add_prefix``, or for a file."""
@@ -287,15 +291,35 @@ class Engine:
 
     def _check_prompt(self, prompt):
         """The prompt as int64 ``[T]`` on the CPU."""
-        size = self.model.config.vocab_size
-        # of a tensor or an array as of a list
-        ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
-        if not ids or not all(isinstance(token, int) for token in ids):
-            raise ValueError("the prompt must be a list of token ids, at least one token")
-        for token in (min(ids), max(ids)):
-            if not 0 <= token < size:
-                raise ValueError(f"tokens of the prompt must be in [0, {size}), got {token}")
+        ids = self._check_tokens("the prompt", prompt)
+        if not ids:
+            raise ValueError("the prompt must have at least one token")
         return torch.tensor(ids, dtype=torch.long)
+
+    def _check_tokens(self, name, tokens) -> list[int]:
+        # of a tensor or an array as of a list
+        ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise ValueError(f"{name} must be a list of token ids, got {type(tokens).__name__}")
+        ids = list(ids)
+        for kind in set(map(type, ids)):
+            if not issubclass(kind, Integral) or kind is bool:
+                raise ValueError(f"{name} must be a list of token ids, got {kind.__name__} in it")
+        size = self.model.config.vocab_size
+        for token in (min(ids), max(ids)) if ids else ():
+            if not 0 <= token < size:
+                raise ValueError(f"tokens of {name} must be in [0, {size}), got {token}")
+        return ids
+
+    def _check_stop(self, stop):
+        if not isinstance(stop, tuple | list) or not all(isinstance(text, str) for text in stop):
+            got = f"the string {stop!r}" if isinstance(stop, str) else repr(stop)
+            raise ValueError(f"stop must be a tuple of strings, got {got}")
+        if stop and (self.tokenizer is None or "" in stop):
+            problem = "an empty string" if self.tokenizer else "no tokenizer in the engine"
+            raise ValueError(
+                f"stop needs a tokenizer and strings that are not empty, got {problem}"
+            )
 
     # -- work ----------------------------------------------------------------------------------
 
@@ -334,10 +358,22 @@ class Engine:
             self.cancel(generation)
 
     def generate(self, requests: Iterable[Request]) -> list[Generation]:
-        """Run requests to their ends, as many at once as there are slots; results in order."""
-        generations = [self.submit(request) for request in requests]
-        while any(generation.finish_reason is None for generation in generations):
-            self.step()
+        """Run requests to their ends, as many at once as there are slots; results in order.
+
+        An interrupt cancels them all.
+
+        Raises:
+            ValueError: one of them cannot be served; none is begun.
+        """
+        generations = [self.prepare(request) for request in requests]
+        for generation in generations:
+            self.enqueue(generation)
+        try:
+            while any(generation.finish_reason is None for generation in generations):
+                self.step()
+        finally:
+            for generation in generations:
+                self.cancel(generation)
         return generations
 
     def _read_prompts(self):
@@ -480,3 +516,15 @@ class Engine:
             self.decoder.tokens[row] = self.decoder.tokens[last]
             self.running[row] = self.running[last]
         self.running.pop()
+
+
+def _check_model(model):
+    config, can_generate = getattr(model, "config", None), getattr(model, "can_generate", None)
+    if getattr(config, "model_type", None) != "rodimus" or not can_generate or not can_generate():
+        got = type(model).__name__
+        raise ValueError(f"model must be a Rodimus or Rodimus+ language model, got {got}")
+
+
+def _check_at_least_one(name, value):
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -8,6 +8,7 @@ size and order of arrival change nothing.
 
 import secrets
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class SamplingParams:
         seed: Same seed, same text; None draws one.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value is of another kind or outside its range.
     """
 
     temperature: float = 0.0
@@ -43,14 +44,15 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self):
-        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "in [0, 100]")
-        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty <= 100, "above 0 and at most 100")
+        _check("temperature", self.temperature, Real, lambda x: 0 <= x <= 100, "in [0, 100]")
+        _check("top_k", self.top_k, Integral, lambda x: x >= 0, "at least 0")
+        _check("top_p", self.top_p, Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, Real, lambda x: 0 <= x <= 1, "in [0, 1]")
+        penalty, holds = self.repetition_penalty, lambda x: 0 < x <= 100
+        _check("repetition_penalty", penalty, Real, holds, "above 0 and at most 100")
         if self.seed is not None:
-            _check("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]")
+            holds, what = lambda x: 0 <= x <= MAX_SEED, f"in [0, {MAX_SEED}]"
+            _check("seed", self.seed, Integral, holds, what)
 
     @property
     def is_greedy(self) -> bool:
@@ -58,8 +60,16 @@ class SamplingParams:
         return self.temperature == 0
 
 
-def _check(name, value, holds, what):
-    if not holds:
+def is_integer(value) -> bool:
+    """Whether a value is an integer, of Python or of numpy; truth values are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check(name, value, kind, holds, what):
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = "an integer" if kind is Integral else "a number"
+        raise ValueError(f"{name} must be {expected} {what}, got {value!r:.40}")
+    if not holds(value):
         raise ValueError(f"{name} must be {what}, got {value}")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rodimus.generation import Engine, Request, SamplingParams
-from tests.generation.helpers import alone, greedy, prompts_of
+from tests.generation.helpers import alone, byte_tokenizer, greedy, prompts_of
 from tests.model.helpers import build, config_of
 
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=5)
@@ -243,8 +243,21 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
         (Request([1, 1.5]), "a list of token ids"),
         (Request([1], max_new_tokens=0), "max_new_tokens must be an integer .* got 0"),
         (Request([1], max_new_tokens=2.5), "max_new_tokens must be an integer .* got 2.5"),
+        (Request(5), "a list of token ids, got int"),
+        (Request("def f"), "a list of token ids, got str"),
+        (Request([1], max_new_tokens=True), "max_new_tokens must be an integer .* got True"),
+        (Request([1], sampling={"temperature": 1}), "sampling must be SamplingParams, got dict"),
         (Request([1], stop="ab"), "stop must be a tuple of strings, got the string 'ab'"),
-        (Request([1], logprobs=21), r"logprobs must be in \[0, 20\], got 21"),
+        (Request([1], stop=(5,)), r"stop must be a tuple of strings, got \(5,\)"),
+        (Request([1], stop=None), "stop must be a tuple of strings, got None"),
+        (Request([1], stop_tokens=5), "stop_tokens must be a list of token ids, got int"),
+        (Request([1], stop_tokens="ab"), "stop_tokens must be a list of token ids, got str"),
+        (Request([1], stop_tokens=("a",)), "stop_tokens must be a list .* got str in it"),
+        (Request([1], stop_tokens=(97,)), r"tokens of stop_tokens must be in \[0, 97\), got 97"),
+        (Request([1], logprobs=1.5), r"logprobs must be an integer in \[0, 20\], got 1.5"),
+        (Request([1], logprobs=True), r"logprobs must be an integer in \[0, 20\], got True"),
+        ([1, 2], "expected a Request, got list"),
+        (Request([1], logprobs=21), r"logprobs must be an integer in \[0, 20\], got 21"),
         (Request([1], stop=("x",)), "no tokenizer in the engine"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -256,10 +269,49 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("wrong", [{"slots": 0}, {"prefill_chunk": 0}, {"max_length": 0}], ids=str)
-def test_an_engine_needs_at_least_one_of_each(plus, wrong):
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        Engine(plus, **wrong)
+def test_numbers_of_numpy_are_numbers(plus):
+    request = Request([np.int64(3), 5], np.int64(4), SamplingParams(top_k=np.int64(3)))
+    assert alone(plus, request).tokens == greedy(plus, torch.tensor([3, 5]), 4)
+
+
+def test_a_wrong_request_among_others_begins_none(plus):
+    engine = Engine(plus)
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.generate([Request([1], 5), Request([])])
+    assert not engine.has_work
+
+
+def test_an_interrupt_leaves_nothing_behind(plus):
+    engine, requests = Engine(plus, slots=2), [Request(p, 9) for p in prompts_of(4, 5, 6)]
+    decode, calls = engine.decoder, []
+
+    def interrupted(rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(rows)
+
+    interrupted.tokens = decode.tokens
+    engine.decoder = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests)
+    assert not engine.has_work
+    assert tokens_of(engine.generate(requests)) == [
+        greedy(plus, request.prompt, 9) for request in requests
+    ]
+
+
+@pytest.mark.parametrize("name", ["slots", "prefill_chunk", "max_length"])
+@pytest.mark.parametrize("value", [0, 1.5, "2", True])
+def test_an_engine_needs_at_least_one_of_each(plus, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value!r}"):
+        Engine(plus, **{name: value})
+
+
+def test_an_engine_needs_a_language_model(plus):
+    for wrong in (plus.model, nn.Linear(2, 2), byte_tokenizer()):
+        with pytest.raises(ValueError, match=f"language model, got {type(wrong).__name__}"):
+            Engine(wrong)
 
 
 def _live_tensor_bytes() -> int:

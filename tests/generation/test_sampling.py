@@ -179,13 +179,18 @@ def test_logprobs_are_those_of_the_model():
     [
         {"temperature": -0.1},
         {"temperature": float("nan")},
+        {"temperature": "1"},
         {"top_k": -1},
+        {"top_k": 1.5},
+        {"top_k": True},
         {"top_p": 0.0},
+        {"top_p": None},
         {"top_p": 1.5},
         {"min_p": -1.0},
         {"repetition_penalty": 0.0},
         {"seed": -1},
         {"seed": 2**63},
+        {"seed": 1.5},
     ],
     ids=str,
 )
