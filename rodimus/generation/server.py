@@ -56,7 +56,11 @@ from .metrics import Metrics
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "RODIMUS_API_KEY"
-_RETRY_AFTER = {"Retry-After": "1"}
+# of an error's answer, by its status
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+}
 
 
 class Service:
@@ -153,8 +157,10 @@ class Service:
     def _authorise(self, request):
         if self.api_key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # a header's bytes come decoded as latin-1
+        is_key = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
+        if scheme.lower() != "bearer" or not is_key:
             raise ApiError(401, "expected the API key as a bearer token", code="invalid_api_key")
 
     # -- completions ---------------------------------------------------------------------------
@@ -372,7 +378,7 @@ def _event(value) -> str:
 
 
 def _error(error: ApiError) -> Response:
-    headers = _RETRY_AFTER if error.status == 429 else None
+    headers = _HEADERS.get(error.status)
     # ASCII: a message may quote what no encoding can express
     body = json.dumps(error.body())
     return Response(body, error.status, headers=headers, media_type="application/json")
@@ -405,6 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _service(options) -> Service:
     """Everything loaded: model, tokenizer, engine, prefixes."""
+    api_key = _api_key()
     transformers_logging.disable_progress_bar()
     device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
@@ -431,8 +438,18 @@ def _service(options) -> Service:
         new_tokens=options.max_new_tokens,
     )
     name = options.name or os.path.basename(os.path.normpath(options.model))
-    key = os.environ.get(API_KEY_VARIABLE) or None
-    return Service(worker, model_name=name, limits=limits, api_key=key)
+    return Service(worker, model_name=name, limits=limits, api_key=api_key)
+
+
+def _api_key() -> str | None:
+    """The key in the environment, if there is one."""
+    key = os.environ.get(API_KEY_VARIABLE)
+    if key is None:
+        return None
+    # no header could carry blanks around it, such as the line break of a file it was read from
+    if not key.strip():
+        raise InputError(f"{API_KEY_VARIABLE} is empty: unset it to ask clients for no key")
+    return key.strip()
 
 
 def _parser() -> argparse.ArgumentParser:

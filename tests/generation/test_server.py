@@ -315,14 +315,37 @@ class TestMistakes:
 
 def test_a_key_is_asked_for_where_there_is_one():
     with serving(api_key="secret") as (client, _, _):
-        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \xe9"}):
+        wrong = ("Bearer wrong", "Bearer \xe9", "Bearer", "secret", "Basic secret")
+        for given in ({}, *({"Authorization": value} for value in wrong)):
             for answer in (
                 client.get("/v1/models", **given),
                 client.complete("x") if not given else client.get("/v1/models", **given),
             ):
                 assert answer[0] == 401 and answer[1]["error"]["code"] == "invalid_api_key"
-        assert client.get("/v1/models", Authorization="Bearer secret")[0] == 200
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            assert client.get("/v1/models", Authorization=f"{scheme} secret")[0] == 200
         assert client.get("/health")[0] == 200
+        assert client.call("GET", "/metrics")[0] == 200
+
+
+def test_a_key_may_be_any_text():
+    with serving(api_key="clé") as (client, _, _):
+        sent = {"Authorization": "Bearer clé".encode()}
+        assert client.call("GET", "/v1/models", **sent)[0] == 200
+
+
+def test_the_key_in_the_environment_is_taken_without_blanks_and_never_empty(monkeypatch):
+    from rodimus.errors import InputError
+    from rodimus.generation.server import API_KEY_VARIABLE, _api_key
+
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert _api_key() is None
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret\n")
+    assert _api_key() == "secret"
+    for blank in ("", " \n"):
+        monkeypatch.setenv(API_KEY_VARIABLE, blank)
+        with pytest.raises(InputError, match="is empty: unset it"):
+            _api_key()
 
 
 def endless(client, stream=True, **fields):
