@@ -251,6 +251,9 @@ def _messages(fields):
 def _message(message, name):
     if not isinstance(message, dict):
         raise ApiError(400, f"{name} must be an object, got {_kind(message)}", param=name)
+    for call in ("tool_calls", "function_call"):
+        if message.get(call):
+            raise ApiError(400, f"{name}.{call} is not supported", code="unsupported", param=name)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise ApiError(400, f"{name}.role must be a string, got {_kind(role)}", param=name)

@@ -243,6 +243,10 @@ BAD_CHATS = {
         "must consist of text parts",
     ),
     "role": ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role wizard"),
+    "call": (
+        {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "messages[1].tool_calls is not supported",
+    ),
     "top_logprobs": ({"messages": MESSAGES, "top_logprobs": 2}, "used with logprobs = true"),
     "tools": ({"messages": MESSAGES, "tools": [{}]}, "tools is not supported"),
     "prompt": ({"messages": MESSAGES, "prompt": "x"}, "unknown field 'prompt'"),
