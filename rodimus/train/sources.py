@@ -25,11 +25,13 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
     Args:
         source: ``stdlib``; a ``.txt``, ``.md`` or ``.py`` file (one document), a ``.jsonl`` file
             (one document a line), a ``.parquet`` file (one a row), a folder of such files, or
-            ``hf:NAME`` for the train split of a HuggingFace dataset.
+            ``hf:NAME`` for the train split of a HuggingFace dataset, or for a folder that
+            ``save_to_disk`` wrote. Rows without a text are left out of the last two.
         field: Name of the text field in jsonl, parquet and datasets.
 
     Raises:
-        InputError: the source does not exist, is not UTF-8, or lacks the field; names the place.
+        InputError: the source does not exist, is damaged, is not UTF-8, or lacks the field; names
+            the place.
         ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
     """
     if not source:
@@ -124,21 +126,52 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
-    table = pyarrow.parquet.ParquetFile(path)
-    if field not in table.schema_arrow.names:
-        names = ", ".join(table.schema_arrow.names)
-        raise InputError(f"{path} must have a column {field!r}, got {names}")
-    for batch in table.iter_batches(columns=[field]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _check_column(path, table.schema_arrow, field)
+            for batch in table.iter_batches(columns=[field]):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, column {field!r}, must be UTF-8: {error}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is damaged or no parquet file: {error}") from error
+
+
+def _check_column(path: Path, schema, field: str) -> None:
+    if field not in schema.names:
+        raise InputError(f"{path} must have a column {field!r}, got {', '.join(schema.names)}")
+    kind = schema.field(field).type
+    if str(kind).startswith("dictionary"):
+        kind = kind.value_type
+    # null: nothing but nulls
+    if str(kind) not in ("string", "large_string", "string_view", "null"):
+        raise InputError(f"{path}, column {field!r}, must be text, got {kind}")
 
 
 def _dataset(name: str, field: str) -> Iterator[str]:
+    if not name:
+        raise InputError("hf: must be followed by a dataset's name or folder")
     try:
         import datasets
     except ImportError as error:
         raise ImportError(f"hf:{name} needs datasets: pip install datasets") from error
-    rows = datasets.load_dataset(name, split="train", streaming=True)
-    for number, row in enumerate(rows, 1):
-        if field not in row:
-            raise InputError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
-        yield _unicode(row[field], f"hf:{name} row {number}, field {field!r},")
+    try:
+        # a folder that save_to_disk wrote of one split
+        if (Path(name) / "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, split="train", streaming=True)
+        for number, row in enumerate(rows, 1):
+            if field not in row:
+                raise InputError(f"hf:{name} must have a field {field!r}, got {', '.join(row)}")
+            text, place = row[field], f"hf:{name} row {number}, field {field!r},"
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"{place} must be text, got {text!r:.40}")
+            if text:
+                yield _unicode(text, place)
+    except InputError:
+        raise
+    # a missing configuration or split, a name that is none, files that are damaged
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"hf:{name} cannot be read: {reason}") from error

@@ -1,6 +1,9 @@
 """`rodimus data pack`: split, deduplication, tokenizer, bad input."""
 
+import importlib
 import json
+import sys
+import types
 
 import pytest
 
@@ -112,6 +115,96 @@ def test_bad_corpus_is_named(tmp_path, name, data, message):
     with pytest.raises(InputError, match=message):
         pack(str(tmp_path / name), tmp_path / "out", vocab_size=300, val_fraction=0.0)
     assert not (tmp_path / "out" / "train.json").exists()
+
+
+def write_parquet(path, column, kind=None, name="text"):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.table({name: pyarrow.array(column, kind and getattr(pyarrow, kind)())})
+    importlib.import_module("pyarrow.parquet").write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string"])
+def test_parquet_is_one_document_a_row(tmp_path, kind):
+    path = write_parquet(tmp_path / "a.parquet", ["one", None, "", "two"], kind)
+    assert list(documents(str(path))) == ["one", "two"]
+    other = write_parquet(tmp_path / "b.parquet", ["three"], name="a.b")
+    assert list(documents(str(other), field="a.b")) == ["three"]
+    assert not list(documents(str(write_parquet(tmp_path / "c.parquet", [None]))))
+
+
+@pytest.mark.parametrize("column", [[1], [b"a"], [["a"]], [{"a": "b"}]], ids=str)
+def test_a_column_that_is_no_text_is_named(tmp_path, column):
+    path = write_parquet(tmp_path / "a.parquet", column)
+    with pytest.raises(InputError, match=r"a.parquet, column 'text', must be text, got "):
+        list(documents(str(path)))
+    with pytest.raises(InputError, match="must have a column 'body', got text"):
+        list(documents(str(path), field="body"))
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", TEXTS)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[100:300] = bytes(x ^ 0x5A for x in damaged[100:300])
+    for data in (b"", b"no parquet file" * 9, whole[: len(whole) // 2], bytes(damaged)):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match="a.parquet is damaged or no parquet file: "):
+            list(documents(str(path)))
+
+
+def test_parquet_that_is_not_utf8_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    offsets, data = (pyarrow.py_buffer(x) for x in (b"\0\0\0\0\2\0\0\0", b"a\xff"))
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, data])
+    path = write_parquet(tmp_path / "a.parquet", column)
+    with pytest.raises(InputError, match="a.parquet, column 'text', must be UTF-8"):
+        list(documents(str(path)))
+
+
+class FakeDatasets(types.ModuleType):
+    """Of the package: one dataset, or an error."""
+
+    class exceptions:
+        DatasetsError = type("DatasetsError", (Exception,), {})
+
+    def __init__(self, rows, error=None):
+        super().__init__("datasets")
+        self.rows, self.error = rows, error
+
+    def load_dataset(self, name, split, streaming):
+        if self.error is not None:
+            raise self.error
+        return iter(self.rows)
+
+
+def test_rows_of_a_dataset(monkeypatch):
+    def read(name="x", **given):
+        monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(**given))
+        return list(documents(f"hf:{name}"))
+
+    assert read(rows=[{"text": "a"}, {"text": None}, {"text": ""}]) == ["a"]
+    for rows, message in (
+        ([{"text": "a"}, {"text": 5}], "row 2, field 'text', must be text, got 5"),
+        ([{"body": "a"}], "must have a field 'text', got body"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read(rows=rows)
+    for error in (
+        ValueError("Bad split: train\nand more"),
+        FileNotFoundError("none"),
+        FakeDatasets.exceptions.DatasetsError("damaged"),
+    ):
+        with pytest.raises(InputError, match=r"^hf:x cannot be read: [^\n]*$"):
+            read(rows=[], error=error)
+    with pytest.raises(InputError, match="must be followed by"):
+        read(name="", rows=[])
+
+
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "x"))
+    assert list(documents(f"hf:{tmp_path / 'x'}")) == ["one", "two"]
 
 
 def test_one_document_cannot_be_held_out(tmp_path):
