@@ -22,7 +22,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: At least 258: 256 bytes and the two document marks.
 
     Returns:
-        A tokenizer that puts ``<|begin|>`` (id 0) before a text; ``<|end|>`` (id 1) closes it.
+        A tokenizer that puts ``<|begin|>`` (id 0) before a text; ``<|end|>`` (id 1) closes it, and
+        pads batches on the left.
 
     Raises:
         InputError: ``vocab_size`` is too small.
@@ -47,6 +48,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
+        pad_token=EOS,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
     )
 

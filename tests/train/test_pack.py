@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+from transformers import AutoTokenizer
 
 from rodimus.errors import InputError
 from rodimus.loading import read_tokenizer
@@ -71,6 +72,14 @@ def test_documents_carry_marks_and_spelled_marks_stay_text(corpus, tmp_path):
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert tokenizer.eos_token_id not in ids[:-1]
     assert read_tokenizer(tmp_path / "out" / "tokenizer")("x").input_ids[0] == 0
+
+
+def test_a_trained_tokenizer_pads_on_the_left(corpus, tmp_path):
+    pack(str(corpus), tmp_path / "out", vocab_size=300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    long, short = tokenizer(["return x + 12345", "d"], padding=True).input_ids
+    alone = tokenizer("d").input_ids
+    assert short == [tokenizer.eos_token_id] * (len(long) - len(alone)) + alone != alone
 
 
 def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
