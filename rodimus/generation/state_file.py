@@ -87,20 +87,35 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over every parameter's name, shape, dtype, sum of bits and a few of its values.
+    """SHA-256 over every weight's name, shape, dtype, sum of bits and a few of its values.
 
-    Reads all weights once, at memory speed; an adapter that is attached is part of it.
+    Reads all weights once, at memory speed; an adapter that is attached is part of it, and so are
+    quantised weights that are no parameters.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        value = parameter.detach()
-        # quantised weights are tensors of other kinds that say what they stand for
-        value = value.dequantize() if type(value) is not Tensor else value
-        bits = value.contiguous().view(_BITS[value.element_size()]).flatten()
-        some = bits[:: max(bits.numel() // 64, 1)][:64]
-        digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}\n".encode())
+    parameters = dict(model.named_parameters())
+    # a tied head is told of once
+    known = {id(parameter) for parameter in parameters.values()}
+    others = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in known
+    }
+    for name, value in (*sorted(parameters.items()), *sorted(others.items())):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Tensor):
+                _add_tensor(digest, name, part.detach())
     return digest.hexdigest()
+
+
+def _add_tensor(digest, name, value):
+    digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+    # quantised weights are tensors of other kinds that say what they stand for
+    if value.is_quantized or type(value) is not Tensor:
+        value = value.dequantize()
+    bits = value.contiguous().view(_BITS[value.element_size()]).flatten()
+    some = bits[:: max(bits.numel() // 64, 1)][:64]
+    digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}\n".encode())
 
 
 def _architecture(model) -> dict[str, Any]:

@@ -132,6 +132,26 @@ def test_tensors_that_do_not_fit_the_header_are_refused(saved):
         load_state(path, model)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_weights_that_are_no_parameters_count(plus, tmp_path):
+    quantization = pytest.importorskip("torch.ao.quantization")
+    quantised = lambda model: quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+    model = quantised(plus)
+    save_state(tmp_path / "x", Engine(model).read([1, 2]), model)
+    assert load_state(tmp_path / "x", model).tokens.tolist() == [1, 2]
+    with torch.no_grad():
+        plus.model.layers[0].mixer.fc.weight.mul_(2)
+    with pytest.raises(InputError, match="of another model"):
+        load_state(tmp_path / "x", quantised(plus))
+
+
+def test_buffers_count(plus):
+    plus.register_buffer("packed", torch.tensor([1, 2], dtype=torch.uint8))
+    before = fingerprint(plus)
+    plus.packed[1] = 3
+    assert fingerprint(plus) != before
+
+
 def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch):
     path, model, _ = saved
     before = path.read_bytes()
