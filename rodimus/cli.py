@@ -105,7 +105,8 @@ def _add_chat(commands) -> None:
         "chat",
         help="talk with a model that was trained to",
         description="Talk with a model. Its tokenizer must have a chat template. "
-        "An empty line, /exit or the end of input leaves; /reset starts a new conversation.",
+        "An empty line, /exit or the end of input leaves; /reset starts a new conversation; "
+        "Ctrl-C ends a reply, or leaves where there is none.",
     )
     _add_model(parser)
     parser.add_argument("--system", default="", help="what the model is told about its role first")

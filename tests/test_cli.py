@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -202,7 +203,8 @@ def test_conversation_reads_nothing_twice(engine, model, tokenizer):
     chat = Conversation(engine, SamplingParams(), 4, system="S")
     first = chat.reply("hello")
     assert first.prefix_tokens == 0
-    (kept,) = engine.prefixes
+    before, kept = engine.prefixes
+    assert before.tokens.tolist() == first.prompt.tolist()
     assert kept.tokens.tolist() == [*first.prompt.tolist(), *first.tokens[:-1]]
     # an answer that is read back as the tokens it was made of, as a trained model's is
     prompt = [*first.prompt.tolist(), *tokenizer(" world").input_ids]
@@ -215,11 +217,61 @@ def test_conversation_reads_nothing_twice(engine, model, tokenizer):
     assert second.tokens == fresh.tokens
 
 
+def test_conversation_reads_a_reply_again_whose_tokens_differ(engine, model):
+    chat = Conversation(engine, SamplingParams(), 4)
+    first = chat.reply("hello")
+    chat.messages[-1]["content"] = " something else"
+    second = chat.reply("x")
+    assert second.prefix_tokens == len(first.prompt)
+    fresh = Engine(model).generate([Request(second.prompt, 4)])[0]
+    assert second.tokens == fresh.tokens
+
+
 def test_conversation_starts_afresh_where_tokens_differ(engine):
     chat = Conversation(engine, SamplingParams(), 4)
     chat.reply("hello")
     chat.messages[0]["content"] = "something else"
     assert chat.reply("x").prefix_tokens == 0
+
+
+def test_a_stopped_reply_stays_as_far_as_it_came(engine, model):
+    chat, steps = Conversation(engine, SamplingParams(), 400), []
+    reply = chat.reply("hello", steps.append, lambda: len(steps) == 3)
+    assert reply.finish_reason == "cancelled" and not engine.has_work
+    assert chat.messages[-1] == {"role": "assistant", "content": reply.text}
+    kept = engine.prefixes[-1].tokens.tolist()
+    assert kept == [*reply.prompt.tolist(), *reply.tokens[:-1]] and len(reply.tokens) > 1
+    engine.prefixes.pop(0)
+    prompt = [*kept, 5]
+    (found,) = engine.generate([Request(prompt, 4)])
+    assert found.prefix_tokens == len(kept)
+    assert found.tokens == Engine(model).generate([Request(prompt, 4)])[0].tokens
+
+
+def test_a_reply_stopped_before_its_first_token_is_forgotten(engine):
+    chat = Conversation(engine, SamplingParams(), 4)
+    chat.reply("hello")
+    messages, prefixes = list(chat.messages), list(engine.prefixes)
+    assert chat.reply("x", stop=lambda: True).finish_reason == "cancelled"
+    assert chat.messages == messages and engine.prefixes == prefixes
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(checkpoint, capsys, monkeypatch):
+    lines, seen = iter(["hello", "again", "/exit"]), []
+
+    def step(engine):
+        seen.append(len(engine.running))
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return original(engine)
+
+    original = Engine.step
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert command("chat", checkpoint, "--max-new-tokens", 8, "--stats") == 0
+    assert capsys.readouterr().err.count("tokens/s") >= 2
+    assert len(seen) < 2 * 8 and next(lines, None) is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_replies_of_a_conversation_have_seeds_of_their_own(engine):

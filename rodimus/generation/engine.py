@@ -36,6 +36,7 @@ class Request:
         stop_tokens: Tokens that end the text; None for the model's end-of-text tokens.
         logprobs: Report each token's log-probability and those of so many likeliest; None for none.
         keep_state: Give the state back at the end, to continue from it later.
+        keep_prompt_state: Give the state after the prompt back, to answer it otherwise later.
     """
 
     prompt: Sequence[int]
@@ -45,6 +46,7 @@ class Request:
     stop_tokens: tuple[int, ...] | None = None
     logprobs: int | None = None
     keep_state: bool = False
+    keep_prompt_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Generation:
         error: What went wrong, for "error".
         prefix_tokens: Tokens of the prompt that a stored prefix stood for.
         state: After the end, if asked for; it has read all tokens but the last one generated.
+        prompt_state: From the first token on, if asked for; it has read the prompt.
         submitted, started, finished: Seconds of ``time.perf_counter``: request, first token, end.
     """
 
@@ -95,6 +98,7 @@ class Generation:
         self.error: str | None = None
         self.prefix_tokens = 0
         self.state: SequenceState | None = None
+        self.prompt_state: SequenceState | None = None
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self.finished: float | None = None
@@ -437,12 +441,17 @@ class Engine:
         chosen = self.sampler(logits, first_row=row)
         generation.started = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)
+        if generation.finish_reason == "error":
+            return
+        state = SequenceState.from_cache(cache, generation.prompt)
+        if generation.request.keep_prompt_state:
+            generation.prompt_state = state
         if generation.finish_reason is None:
-            self.states.write(row, SequenceState.from_cache(cache, generation.read_tokens()))
+            self.states.write(row, state)
             self.decoder.tokens[row] = chosen[0]
             self.running.append(generation)
         elif self._keeps_state(generation):
-            generation.state = SequenceState.from_cache(cache, generation.read_tokens())
+            generation.state = state
 
     def _decode(self):
         running = list(self.running)

@@ -1,6 +1,7 @@
 """``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and what it took."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,8 +43,16 @@ def encode(
     return ids
 
 
-def run(engine: Engine, request: Request, write: Callable[[str], Any]) -> Generation:
+def run(
+    engine: Engine,
+    request: Request,
+    write: Callable[[str], Any],
+    stop: Callable[[], bool] = lambda: False,
+) -> Generation:
     """Run one request to its end; ``write`` gets the text in pieces, as it comes.
+
+    Args:
+        stop: Asked before every step; true cancels the request.
 
     Raises:
         InputError: it cannot be served, or the model's numbers are not finite.
@@ -53,7 +62,10 @@ def run(engine: Engine, request: Request, write: Callable[[str], Any]) -> Genera
     except ValueError as error:
         raise InputError(str(error)) from error
     while generation.finish_reason is None:
-        engine.step()
+        if stop():
+            engine.cancel(generation)
+        else:
+            engine.step()
         write(generation.drain().text)
     if generation.error is not None:
         raise InputError(generation.error)
@@ -80,6 +92,9 @@ def _rate(phase: str, tokens: int, seconds: float) -> str:
 class Conversation:
     """Turns of a chat, and the state that stands for all of them, so that none is read twice.
 
+    A reply whose text is read back as other tokens than it was made of is read once more, and
+    nothing before it.
+
     Args:
         engine: With a tokenizer that has a chat template. Its stored prefixes are replaced.
         sampling: Of all replies; each has the next seed.
@@ -94,22 +109,35 @@ class Conversation:
         self.messages = [{"role": "system", "content": system}] if system else []
         engine.prefixes.clear()
 
-    def reply(self, text: str, write: Callable[[str], Any] = lambda text: None) -> Generation:
-        """Add what the user says and generate the answer to it."""
-        self.messages.append({"role": "user", "content": text})
+    def reply(
+        self,
+        text: str,
+        write: Callable[[str], Any] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Add what the user says and generate the answer to it, until ``stop`` says so.
+
+        What was stopped before its first token is forgotten.
+        """
         engine, sampling = self.engine, self.sampling
+        messages = [*self.messages, {"role": "user", "content": text}]
         rendered = engine.tokenizer.apply_chat_template(
-            self.messages, tokenize=False, add_generation_prompt=True
+            messages, tokenize=False, add_generation_prompt=True
         )
         ids = encode(engine.model, engine.tokenizer, rendered, add_special_tokens=False)
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=(sampling.seed + len(self.messages)) % MAX_SEED)
-        request = Request(ids, self.max_new_tokens, sampling, keep_state=True)
-        generation = run(engine, request, write)
-        # where the next prompt begins with other tokens, nothing of the state is used
+            sampling = replace(sampling, seed=(sampling.seed + len(messages)) % MAX_SEED)
+        request = Request(
+            ids, self.max_new_tokens, sampling, keep_state=True, keep_prompt_state=True
+        )
+        generation = run(engine, request, write, stop)
+        if not generation.tokens:
+            return generation
+        # the longest that the next prompt begins with is used, none if it begins with other tokens
         engine.prefixes.clear()
+        engine.add_prefix(generation.prompt_state)
         engine.add_prefix(generation.state)
-        self.messages.append({"role": "assistant", "content": generation.text})
+        self.messages = [*messages, {"role": "assistant", "content": generation.text}]
         return generation
 
 
@@ -142,9 +170,10 @@ def run_chat(options: argparse.Namespace) -> None:
         if line == "/reset":
             conversation = start()
             continue
-        generation = conversation.reply(line, _write)
+        with _Interrupts() as interrupts:
+            generation = conversation.reply(line, _write, interrupts.came)
         _write("\n")
-        if options.stats:
+        if options.stats and generation.started is not None:
             print(stats(engine, generation), file=sys.stderr)
 
 
@@ -168,6 +197,30 @@ def _sampling(options: argparse.Namespace) -> SamplingParams:
         top_p=options.top_p,
         seed=options.seed,
     )
+
+
+class _Interrupts:
+    """Remembers Ctrl-C while entered, so that it ends a reply between two tokens; a second one
+    interrupts as usual."""
+
+    def __init__(self):
+        self._came = False
+
+    def __enter__(self) -> "_Interrupts":
+        self._before = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _receive(self, *_: object) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True
+
+    def came(self) -> bool:
+        """Whether there was one."""
+        return self._came
 
 
 def _write(text: str) -> None:
