@@ -56,6 +56,7 @@ def register() -> None:
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from .attention import register as register_attention
     from .configuration_rodimus import RodimusConfig
@@ -76,6 +77,8 @@ def register() -> None:
         RodimusConfig, RodimusForSequenceClassification, exist_ok=True
     )
     AutoTokenizer.register(TokenizerKey, RodimusTokenizer, exist_ok=True)
+    # by these names the Trainer decides whether label smoothing shifts the labels
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rodimus"] = RodimusForCausalLM.__name__
     register_attention()
 
 

@@ -96,6 +96,28 @@ def test_trainer_accumulates_to_the_same_loss(model, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_label_smoothing_smooths_the_next_token(model, tmp_path, adapted):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import Trainer, TrainingArguments
+
+    ids = random_ids(2, 12)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    if adapted:
+        peft = pytest.importorskip("peft", reason="peft is not installed")
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["fc"], r=4, task_type="CAUSAL_LM")
+        )
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    trainer = Trainer(model=model, args=arguments)
+    with torch.no_grad():
+        found = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    exact = nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, exact)
+
+
 def test_pipeline_gives_each_prompt_its_own_text(model):
     """A batch of prompts of different lengths equals the prompts one by one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
