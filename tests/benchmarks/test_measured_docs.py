@@ -11,12 +11,13 @@ from statistics import median
 
 import pytest
 
-from benchmarks import bench_attention
+from benchmarks import bench_attention, harness
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results" / "NVIDIA_H200"
 CPU = RESULTS.parent / "AMD_EPYC"
+CPU_CONTEXTS = ("t128", "t1024", "t4096", "t16384")
 MARKER = re.compile(r"<!-- measured: (\S+) -->\n((?:\|.*\n)+)")
 
 LAYERS = 24
@@ -223,7 +224,7 @@ def readme_gpu():
 
 def readme_cpu():
     models = [model.partition("/")[0] for model in LATENCY_MODELS]
-    for context in ("t128", "t1024", "t4096", "t16384"):
+    for context in CPU_CONTEXTS:
         rows = measured(f"decode-b1-{context}-bfloat16", CPU)
         fastest = [
             min((rows[t] for t in rows if t.startswith(f"{model}/")), key=lambda r: r["median_ms"])
@@ -233,6 +234,26 @@ def readme_cpu():
         ratios = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high, _ in ratios]
         times = (f"{row['median_ms']:.0f}" for row in fastest)
         yield line(tokens_of(context), *times, *ratios)
+
+
+def tokens_of_cpu():
+    """A token against the bytes it needs, at the memory's rate of the same rounds."""
+    for context in CPU_CONTEXTS:
+        case = f"decode-b1-{context}-bfloat16"
+        rows = measured(case, CPU)
+        cells = []
+        for model in ("rodimus-plus-1.6b", "rodimus-1.4b"):
+            row = rows[f"{model}/engine"]
+            low, high = row["floor_share_range"]
+            cells += [f"{row['floor_ms']:.1f}", f"{row['median_ms']:.1f}"]
+            cells.append(f"{percent(row['floor_share'])} ({percent(low)} to {percent(high)})")
+        yield line(tokens_of(context), f"{read_rate(case):.1f}", *cells)
+
+
+def read_rate(case):
+    """GB/s of the read that took its turn in every round; the median."""
+    read = record(case, CPU)["settings"][harness.READ]
+    return read["bytes"] / median(read["samples"]["wall_ms"]) / 1e6
 
 
 QUALITY = (
@@ -269,7 +290,7 @@ TABLES = {
     "../benchmarks/README.md": (quality,),
     "kernels/ddts.md": (ddts, surroundings),
     "kernels/shared_key_attention.md": (attention_floors, attention, attention_bytes),
-    "kernels/decode.md": (decode, steps),
+    "kernels/decode.md": (decode, steps, tokens_of_cpu),
     "generation.md": (caches,),
     "training.md": (train, train_kernels),
 }
@@ -375,8 +396,10 @@ def test_what_the_readme_says_of_the_gpu_follows_from_the_records():
 def test_what_the_readme_says_of_the_cpu_follows_from_the_records():
     text = flat("../README.md")
     states = {"fast": ([], []), "slow": ([], [])}
-    for context in ("t128", "t1024", "t4096", "t16384"):
+    shares = []
+    for context in CPU_CONTEXTS:
         rows = measured(f"decode-b1-{context}-bfloat16", CPU)
+        shares.append(rows["rodimus-plus-1.6b/engine"]["floor_share"])
         ours, *peers = (
             rows[target]["samples"]["wall_ms"]
             for target in ("rodimus-plus-1.6b/engine", "qwen2-1.5b/static", "rwkv6-1.6b/package")
@@ -391,7 +414,8 @@ def test_what_the_readme_says_of_the_cpu_follows_from_the_records():
     assert f"took {min(fast)} to {max(fast)} ms and the peers" in text
     assert f"the peers {min(beside_fast)} to {max(beside_fast)}, in the other" in text
     assert f"the other {min(slow)} to {max(slow)} and {min(beside_slow)} to" in text
-    assert f"and {min(beside_slow)} to {max(beside_slow)}. How near" in text
+    assert f"and {min(beside_slow)} to {max(beside_slow)}." in text
+    assert f"{percent(min(shares))} to {percent(max(shares))} of the memory's rate" in text
     prefill = measured("prefill-b1-t512-bfloat16", CPU)["rodimus-plus-1.6b/dynamic"]
     assert f"{prefill['ratio_to_qwen2-1.5b'][0]:.1f} times as fast as Qwen2's" in text
     _, low, high, _ = prefill["ratio_to_rwkv6-1.6b"]
