@@ -81,7 +81,7 @@ def emulated_block(tmp_path_factory, request):
     """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
     memory, or by those of its parts where that is 0; copies under way arrive as late as they may,
     or at once."""
-    flags = ["-DEMULATOR_EAGER"] if request.param == "eager" else []
+    flags = ["-O2", *(["-DEMULATOR_EAGER"] if request.param == "eager" else [])]
     program = compiled(tmp_path_factory.mktemp("block"), "block", *flags)
     integers = lambda *x: torch.tensor(x, dtype=torch.int64)
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
@@ -160,6 +160,19 @@ def test_emulated_block_equals_the_reference(emulated_block, case, form):
     batch, processors, shared, sizes = PERSISTENT[case]
     shared = 0 if form == "parts" else shared
     check_whole_block(partial(emulated_block, processors=processors, shared=shared), batch, sizes)
+
+
+RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
+RELEASED_4B = {"width": 3072, "inner": 6144, "keys": 64, "rank": 48, "dim": 128, "mlp": 4096}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["persistent", "parts"])
+@pytest.mark.parametrize("batch, sizes", [(2, RELEASED), (1, RELEASED_4B)], ids=["1.6B", "4B"])
+def test_emulated_block_of_released_sizes(emulated_block, batch, sizes, form):
+    """Over the ring's end; with fewer multiprocessors than any GPU has, and a shorter window."""
+    gpu = {"processors": 7, "shared": 0 if form == "parts" else 232_448}
+    check_whole_block(partial(emulated_block, **gpu), batch, sizes | {"rows": 200, "age": 190})
 
 
 class Launch(NamedTuple):
@@ -361,12 +374,12 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
         block.assert_equals_reference(block.native_step, weights, states, "cuda", **named)
 
 
-RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
 ON_GPU = {
     **{case: sizes for case, (*_, sizes) in PERSISTENT.items()},
     "sixteen_heads": {"width": 2048, "inner": 40, "keys": 8, **HEADS, "rows": 30},
     # more parts than are joined in one round, over the ring's end
     "released": RELEASED | {"rows": 2112, "age": 2100},
+    "released_4b": RELEASED_4B | {"rows": 300, "age": 290},
 }
 
 
