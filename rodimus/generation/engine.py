@@ -282,15 +282,11 @@ class Engine:
         """Let every later prompt that begins with the state's tokens, and goes on, start from it.
 
         The state must come from this model: ``load_state`` checks that.
+
+        Raises:
+            ValueError: the state has other shapes or another dtype than this model's.
         """
-        shapes = self.layout.shapes(self.layout.kept_rows(len(state.tokens)))
-        for kind, (shape, dtype) in shapes.items():
-            found = getattr(state, kind)
-            if found.numel() and (tuple(found.shape), found.dtype) != (shape, dtype):
-                raise ValueError(
-                    f"{kind} of the state must be {dtype} of shape {shape},"
-                    f" got {found.dtype} of shape {tuple(found.shape)}"
-                )
+        self.layout.check(state)
         self.prefixes.append(state.to(self.device))
 
     def _check_prompt(self, prompt):

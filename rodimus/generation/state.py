@@ -139,6 +139,21 @@ class StateLayout:
             "window": ((self.layers, window_rows, self.row), self.dtype),
         }
 
+    def check(self, state: "SequenceState") -> None:
+        """Raise unless a snapshot has this layout.
+
+        Raises:
+            ValueError: a tensor has another shape or dtype.
+        """
+        shapes = self.shapes(self.kept_rows(len(state.tokens)))
+        for kind, (shape, dtype) in shapes.items():
+            found = getattr(state, kind)
+            if found.numel() and (tuple(found.shape), found.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"{kind} of the state must be {dtype} of shape {shape},"
+                    f" got {found.dtype} of shape {tuple(found.shape)}"
+                )
+
     def bytes(self, tokens: int | None = None) -> dict[str, int]:
         """Bytes of one sequence by kind: those of a slot, or of a snapshot after ``tokens``."""
         shapes = self.slot_shapes() if tokens is None else self.shapes(self.kept_rows(tokens))

@@ -38,8 +38,11 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
         model: Whose fingerprint the file gets.
 
     Raises:
+        ValueError: the state has other shapes or another dtype than the model's.
         InputError: the file cannot be written.
     """
+    dtype, read = model.get_input_embeddings().weight.dtype, len(state.tokens)
+    StateLayout.of(model.config, dtype, max_length=read + 1).check(state)
     tensors = {kind: getattr(state, kind).cpu().contiguous() for kind in _KINDS}
     header = {
         "format": FORMAT,

@@ -46,6 +46,16 @@ def test_a_state_comes_back_bit_for_bit(model, tmp_path, dtype):
         assert getattr(found, kind).dtype == getattr(state, kind).dtype
 
 
+def test_a_state_of_another_model_is_not_written(plus, tmp_path):
+    state = Engine(plus).read(prompts_of(20)[0])
+    deeper = build(config_of("rodimus_plus") | {"n_layer": 3})
+    others = {"convolution": model_of("rodimus_plus").bfloat16(), "recurrent": deeper}
+    for kind, other in others.items():
+        with pytest.raises(ValueError, match=f"{kind} of the state must be torch"):
+            save_state(tmp_path / "x", state, other)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_header_says_what_it_is(saved):
     path, model, _ = saved
     with safe_open(path, framework="pt") as file:
