@@ -16,9 +16,6 @@ namespace rodimus {
 // Softmax in powers of two: the scale of the scores carries the factor.
 constexpr float kLog2E = 1.44269504f;
 
-// Channels of a key and of a value head that the staged form takes; half a warp holds a head.
-constexpr int kHeadDim = kPersistentHeadDim;
-constexpr int kHeadLanes = kHeadThreads;
 constexpr int kMaxHeads = 16;
 constexpr int kStagedThreads = kMaxHeads * kHeadLanes;
 constexpr int kAnyThreads = 128;
@@ -136,6 +133,8 @@ struct WindowPart {
     return {reinterpret_cast<const int8_t*>(bytes + at.values_at) + h * dim,
             reinterpret_cast<const uint16_t*>(bytes + at.scales_at)[h]};
   }
+  // Keys that the ring holds: all but new ones.
+  __device__ int kept() const { return count < fresh ? count : fresh; }
   // Whether keys n .. n + keys are neighbours in the ring.
   __device__ bool is_run(int n, int keys) const {
     int end = n + keys, turn = rows - first_row;

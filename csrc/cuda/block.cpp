@@ -38,7 +38,7 @@ void check_fits(const BlockStep& step, bool persistent) {
   if (!persistent) return;
   STD_TORCH_CHECK(step.count < BlockStep::kSteps || fits_persistent(step.attention),
                   "blocks_step(impl='persistent') takes a plain ring, one key head and an even"
-                  " number up to 32 of query heads of ", kPersistentHeadDim, " channels; got ", step.attention.key_heads,
+                  " number up to 32 of query heads of ", kHeadDim, " channels; got ", step.attention.key_heads,
                   " and ", step.attention.heads, " heads of ", step.attention.key_dim);
   STD_TORCH_CHECK(persistent_stages(step, cooperative_shared()), "blocks_step(impl='persistent') needs"
                   " a GPU with cooperative launches and ", persistent_shared(step, 2),

@@ -35,7 +35,7 @@ struct Cut {
   int64_t mixer_columns(int64_t rows) const { return processors ? kPersistentColumns : step_columns(rows); }
   int64_t parts(const AttentionStep& a) const {
     if (!processors) return attention_parts(a);
-    int64_t parts = processors * (kPersistentThreads / (a.heads * kHeadThreads)) / a.batch;
+    int64_t parts = processors * (kPersistentThreads / (a.heads * kHeadLanes)) / a.batch;
     for (int64_t most : {a.window / kLeastPart, static_cast<int64_t>(kMostJoined)})
       parts = parts < most ? parts : most;
     // they are always joined

@@ -97,20 +97,11 @@ void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t str
   launch_started(kernel, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream, a);
 }
 
-template <class T>
-bool attention_fits_staged(const AttentionStep& a) {
-  bool aligned = true;
-  for (const Rows* x : {&a.q, &a.k, &a.v, &a.cache, &a.o})
-    aligned = aligned && reinterpret_cast<uintptr_t>(x->data) % 16 == 0;
-  return aligned && a.key_heads == 1 && a.key_dim == kHeadDim && a.value_dim == kHeadDim &&
-         a.heads % 2 == 0 && a.heads <= kMaxHeads;
-}
-
 template <class T, bool INT8>
 void launch_attention_of(AttentionStep a, cudaStream_t stream) {
   a.parts = attention_parts(a);
   dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(a.batch * a.steps));
-  if (!attention_fits_staged<T>(a)) {
+  if (!fits_half_warps(a) || a.heads > kMaxHeads) {
     launch_started(attention_any_kernel<T, INT8>, grid, kAnyThreads, 0, stream, a);
   } else if constexpr (INT8) {
     // as many bytes on their way as with plain values; other shapes were not measured
@@ -164,11 +155,10 @@ void launch_persistent(const BlockStep& a, cudaStream_t stream) {
 }
 
 void launch_block_step(const BlockStep& a, cudaStream_t stream) {
-  for (int i = 0; i < a.count; ++i) {
-    launch_step_linear(a.steps[i], stream);
-    if (i == BlockStep::kProject) launch_mixer_state(a.mixer, stream);
-    if (i == BlockStep::kAttend) launch_attention_step(a.attention, stream);
-  }
+  for_parts(
+      a, [&](const StepLinear& step) { launch_step_linear(step, stream); },
+      [&](const MixerStep& step) { launch_mixer_state(step, stream); },
+      [&](const AttentionStep& step) { launch_attention_step(step, stream); });
 }
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream) {

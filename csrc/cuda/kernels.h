@@ -57,14 +57,30 @@ inline int64_t attention_parts_scratch(const AttentionStep& a, int64_t parts) {
   return parts == 1 ? 0 : parts * a.batch * a.steps * a.heads * (a.value_dim + 2);
 }
 
-// Attention that the kernel of a whole block takes.
-inline bool fits_persistent(const AttentionStep& a) {
+// Attention of one key head whose query heads fill half a warp each: that of the staged kernel and of the
+// kernel of a whole block, which have limits of their own for the number of heads.
+inline bool fits_half_warps(const AttentionStep& a) {
   bool pieces = true;
   for (const Rows& x : {a.q, a.k, a.v, a.cache, a.o})
-    pieces = pieces && x.type == Type::kBFloat16 && in_pieces(x);
-  return pieces && !a.int8_values && a.key_heads == 1 && a.key_dim == kPersistentHeadDim &&
-         a.value_dim == a.key_dim && a.heads % 2 == 0 &&
-         a.heads * kHeadThreads <= kPersistentThreads;
+    pieces = pieces && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  return pieces && a.key_heads == 1 && a.key_dim == kHeadDim && a.value_dim == kHeadDim &&
+         a.heads % 2 == 0;
+}
+
+inline bool fits_persistent(const AttentionStep& a) {
+  return fits_half_warps(a) && a.cache.type == Type::kBFloat16 && !a.int8_values &&
+         a.heads * kHeadLanes <= kPersistentThreads;
+}
+
+// The parts of a block one after the other, each by a function of its own.
+template <class Linear, class Mixer, class Attention>
+void for_parts(const BlockStep& a, const Linear& linear, const Mixer& mixer,
+               const Attention& attention) {
+  for (int i = 0; i < a.count; ++i) {
+    linear(a.steps[i]);
+    if (i == BlockStep::kProject) mixer(a.mixer);
+    if (i == BlockStep::kAttend) attention(a.attention);
+  }
 }
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);
@@ -76,7 +92,6 @@ void launch_linear(const Linear& a, cudaStream_t stream);
 void launch_step_linear(const StepLinear& a, cudaStream_t stream);
 void launch_attention_step(const AttentionStep& a, cudaStream_t stream);
 void launch_norm(const Norm& a, cudaStream_t stream);
-// The parts of a block one after the other.
 void launch_block_step(const BlockStep& a, cudaStream_t stream);
 
 // Of the current device: its multiprocessors, and the shared memory that a block may have in a

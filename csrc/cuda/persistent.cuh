@@ -140,7 +140,7 @@ class Feed {
     while (next_ < share.items) {
       WindowPart<__nv_bfloat16> part = AttentionShare::part_of(a, next_);
       next_ += share.stride;
-      unit_ = 0, units_ = part.count < part.fresh ? part.count : part.fresh;
+      unit_ = 0, units_ = part.kept();
       if (units_ <= 0) continue;
       first_row_ = part.first_row;
       weights_.near = part.ring + share.lane * 8;
@@ -286,7 +286,7 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
 #pragma unroll 1
   for (int item = share.first; item < share.items; item += share.stride) {
     WindowPart<T> part = AttentionShare::part_of(a, item);
-    int b = item / parts, i = item % parts, kept = part.count < part.fresh ? part.count : part.fresh;
+    int b = item / parts, i = item % parts, kept = part.kept();
     HeadSum sum(static_cast<const T*>(a.q.data) + b * a.q.stride + channel, a.scale);
 #pragma unroll 1
     for (int n = 0; n < part.count;) {
@@ -326,10 +326,10 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
 // The parts of the window in one: a block takes kJoinedChannels of a head, a thread every 32nd part of
 // one of them.
 __device__ inline void join_phase(const AttentionStep& a, const PersistentShared& shared) {
-  constexpr int kRows = kPersistentThreads / kJoinedChannels, kTogether = 8;
+  constexpr int kRows = kPersistentThreads / kJoinedChannels, kTogether = kMostJoined / kRows;
   // a column of sums meets no bank twice
   constexpr int kStride = kJoinedChannels + 1;
-  static_assert(kRows == kWarp && kJoinedChannels == kPersistentWarps && kMostJoined == kTogether * kRows);
+  static_assert(kRows == kWarp && kJoinedChannels == kPersistentWarps);
   float *sums = shared.floats, *tops = sums + kRows * kStride, *totals = tops + kRows;
   int heads = static_cast<int>(a.heads), slices = static_cast<int>(a.value_dim) / kJoinedChannels;
   int row = threadIdx.x / kJoinedChannels, column = threadIdx.x % kJoinedChannels;
@@ -338,27 +338,22 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
   for (int item = static_cast<int>(blockIdx.x); item < items; item += static_cast<int>(gridDim.x)) {
     int b = item / slices / heads, h = item / slices % heads;
     int channel = item % slices * kJoinedChannels + column;
-    float top = -INFINITY, total = 0.0f, sum = 0.0f;
-#pragma unroll 1
-    for (int first = row; first < parts; first += kTogether * kRows) {
-      float tops_of[kTogether], totals_of[kTogether], values[kTogether], highest = top;
+    float tops_of[kTogether], totals_of[kTogether], values[kTogether], top = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        bool there = first + j * kRows < parts;
-        PartResult part(a, parts, there ? first + j * kRows : first, b, h);
-        tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
-        values[j] = part.values[channel];
-      }
+    for (int j = 0; j < kTogether; ++j) {
+      bool there = row + j * kRows < parts;
+      PartResult part(a, parts, there ? row + j * kRows : 0, b, h);
+      tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
+      values[j] = part.values[channel];
+    }
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) highest = fmaxf(highest, tops_of[j]);
-      // parts without keys: weights of 0 relative to anything finite
-      float base = highest == -INFINITY ? 0.0f : highest, fade = exp2f(top - base);
-      top = highest, total *= fade, sum *= fade;
+    for (int j = 0; j < kTogether; ++j) top = fmaxf(top, tops_of[j]);
+    // parts without keys: weights of 0 relative to anything finite
+    float base = top == -INFINITY ? 0.0f : top, total = 0.0f, sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        float weight = exp2f(tops_of[j] - base);
-        total += weight * totals_of[j], sum += weight * values[j];
-      }
+    for (int j = 0; j < kTogether; ++j) {
+      float weight = exp2f(tops_of[j] - base);
+      total += weight * totals_of[j], sum += weight * values[j];
     }
     sums[row * kStride + column] = sum;
     if (column == 0) tops[row] = top, totals[row] = total;

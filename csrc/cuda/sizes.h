@@ -12,6 +12,10 @@ RODIMUS_EVERYWHERE inline int64_t mixer_row(int64_t values, int64_t parts) {
   return mixer_values(values) + (parts + 3) / 4 * 4;
 }
 
+// Channels of a key and of a value head that the kernels of one key head take, and lanes that hold a
+// query head: half a warp.
+constexpr int kHeadDim = 128, kHeadLanes = 16;
+
 // A block of a linear step makes 16 outputs, of one layer, and takes the inputs in units of 64.
 constexpr int kTile = 16, kHalfTile = kTile / 2, kUnit = 64;
 
@@ -72,8 +76,8 @@ constexpr int kMostTiles = kPersistentThreads / (kHalfTile * kMaxRows);
 constexpr int kSumFloats = 2 * kPersistentWarps * kWarpSums;
 constexpr int64_t kPersistentFloats = kSumFloats + kPersistentWarps * kWarpSquares;
 
-// Columns of a state that its blocks carry at a time, and channels and threads of a head of attention.
-constexpr int kPersistentColumns = 32, kPersistentHeadDim = 128, kHeadThreads = 16;
+// Columns of a state that its blocks carry at a time.
+constexpr int kPersistentColumns = 32;
 
 // Shared memory of its blocks.
 inline int64_t persistent_shared(const BlockStep& a, int stages) {
@@ -89,7 +93,7 @@ inline int persistent_stages(const BlockStep& a, int64_t shared) {
   return 0;
 }
 
-// Channels of an attended token that a block joins, and parts that it joins in one round.
+// Channels of an attended token that a block joins, and the most parts of a window.
 constexpr int kJoinedChannels = 16, kMostJoined = 256;
 
 }  // namespace rodimus

@@ -21,9 +21,12 @@ FILES = [
 ]
 
 
-def run(folder, *options):
+OPERATORS = ["bench_ddts.py", "bench_attention.py", "bench_blocks.py"]
+
+
+def run(folder, *options, files=FILES):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [f"benchmarks/{name}" for name in FILES]
+    command += [f"benchmarks/{name}" for name in files]
     command += ["--bench-out", str(folder), "--bench-rounds", "2", "-rs", *options]
     # whoever commits while this runs must not make the cases look new
     environment = {**os.environ, machine.COMMIT_VARIABLE: "smoke", "OMP_NUM_THREADS": "1"}
@@ -49,6 +52,17 @@ def found(folder):
 
 def test_every_group_has_its_records(found):
     assert {group for group, _ in found} == {"decode", "prefill", "memory", "train", "engine"}
+
+
+def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
+    run(tmp_path, files=OPERATORS)
+    found = records.read(tmp_path)
+    groups = {record["group"].partition("-")[0] for record in found}
+    assert groups == {"ddts", "attention", "blocks"}
+    for row in (row for record in found for row in record["rows"]):
+        assert row["reason"] if row["status"] == "skipped" else row["floor_ms"] > 0, row["target"]
+    measured = {row["target"] for r in found for row in r["rows"] if row["status"] == "measured"}
+    assert {"ddts/eager", "sdpa/expanded", "blocks/reference"} <= measured
 
 
 def test_every_model_is_measured_or_skipped_with_a_reason(found):

@@ -269,4 +269,6 @@ def test_errors_come_before_any_state_is_touched():
     other = weights_of(torch.float32, False)
     refuses("2, 1 of them with attention", ValueError, weights=second(weights, other))
     refuses("one block or more, .* got 0", ValueError, weights=[])
+    with pytest.raises(ValueError, match="takes bfloat16 weights on a GPU, .* got .* on cpu"):
+        blocks_step(stream, weights, *lists, position, rotary, **NAMED, impl="persistent")
     assert all(map(torch.equal, flat(kept), flat(given)))

@@ -377,7 +377,7 @@ def test_block_on_cuda_equals_the_reference(shape, dtype, batch, attends):
 ON_GPU = {
     **{case: sizes for case, (*_, sizes) in PERSISTENT.items()},
     "sixteen_heads": {"width": 2048, "inner": 40, "keys": 8, **HEADS, "rows": 30},
-    # more parts than are joined in one round, over the ring's end
+    # as many parts as the window is cut into at most, over the ring's end
     "released": RELEASED | {"rows": 2112, "age": 2100},
     "released_4b": RELEASED_4B | {"rows": 300, "age": 290},
 }

@@ -48,14 +48,6 @@ void run(const BlockStep& step, unsigned processors) {
   emulator::launch(dim3(processors), kPersistentThreads, [&] { kernel(step); }, true);
 }
 
-void run_parts(const BlockStep& a, int64_t processors) {
-  for (int i = 0; i < a.count; ++i) {
-    run_step_linear(a.steps[i], processors);
-    if (i == BlockStep::kProject) run_mixer_state(a.mixer);
-    if (i == BlockStep::kAttend) run_attention(a.attention);
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -91,7 +83,9 @@ int main() {
   BlockStep step;
   BlockPlan(given, cut, Workspace(start, floats, given.batch, Type::kBFloat16), step);
   step.next = given.weights.rows[kFc];
-  if (!shared) run_parts(step, processors);
+  if (!shared)
+    for_parts(step, [&](const StepLinear& a) { run_step_linear(a, processors); }, run_mixer_state,
+              run_attention);
   switch (shared ? persistent_stages(step, shared) : -1) {
     case -1: break;
     case 6: run<6>(step, processors); break;
