@@ -125,6 +125,8 @@ HEADS = {"dim": 128, "rank": 8}
 PERSISTENT = {
     "rodimus_one_row": (1, 3, 115_000, {"width": 136, "inner": 208, "keys": 16, "rank": 8}),
     "rodimus_odd": (3, 2, 232_448, {"width": 72, "inner": 88, "keys": 100, "rank": 3}),
+    # more inputs than one unit for each warp
+    "rodimus_wide": (2, 3, 232_448, {"width": 72, "inner": 1160, "keys": 16, "rank": 8}),
     "plus_one_row": (1, 3, 166_912, {"width": 256, "inner": 96, "keys": 16, **HEADS}),
     "plus_heads": (2, 2, 232_448, {"width": 512, "inner": 40, "keys": 8, **HEADS}),
     # threads that fill no part of the window, and more parts than a few
