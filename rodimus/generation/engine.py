@@ -453,7 +453,8 @@ class Engine:
         running = list(self.running)
         logits = self.decoder(len(running))
         chosen = self.sampler(logits)
-        self.decoder.tokens[: len(running)] = chosen
+        # a row that found none ends, but a graph of more rows may run it once more
+        self.decoder.tokens[: len(running)] = chosen.clamp_min(0)
         ended = self._accept(running, chosen.tolist(), logits, chosen)
         for row in reversed(ended):
             self._leave(row)

@@ -204,15 +204,21 @@ def test_bfloat16_runs_with_a_float32_state(plus):
     assert engine.states.ring.dtype == engine.states.convolution.dtype == torch.bfloat16
 
 
-def test_a_broken_sequence_ends_alone(model):
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_broken_sequence_ends_alone(model, row):
     first, second = prompts_of(5, 8)
     expected = greedy(model, second, 20)
     engine = Engine(model, slots=2)
-    broken, healthy = engine.submit(Request(first, 20)), engine.submit(Request(second, 20))
+    requests = [Request(second, 20)]
+    requests.insert(row, Request(first, 20))
+    generations = [engine.submit(request) for request in requests]
+    broken, healthy = generations[row], generations[1 - row]
     engine.step()
-    engine.states.recurrent[:, 0] = float("nan")
+    engine.states.recurrent[:, row] = float("nan")
     while engine.has_work:
         engine.step()
+        # a graph of more rows may run a row that has ended
+        assert (engine.decoder.tokens >= 0).all()
     assert (broken.finish_reason, broken.error) == (
         "error",
         "the model's logits hold NaN or infinity",
