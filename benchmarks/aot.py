@@ -6,7 +6,7 @@ Kernels are taken from their own launchers: each module of ``MODULES`` has a fun
 ``aot_launches(everything)`` that yields names and calls; the calls run on CPU tensors while the
 launch itself is replaced by a compilation for the target. So what is compiled is what would run.
 One line a kernel: registers a thread, bytes of stack (spills), shared memory a program. Fails on a
-stack over 128 bytes or shared memory over the architecture's limit.
+stack over 128 bytes, shared memory over the architecture's limit, or a ``wgmma`` of 8 columns.
 """
 
 import argparse
@@ -69,6 +69,7 @@ class Usage(NamedTuple):
     registers: int
     stack: int
     shared: int
+    narrow: bool  # wgmma of 8 columns, which ended in an illegal access on an H200
 
     @property
     def fault(self) -> str:
@@ -77,6 +78,8 @@ class Usage(NamedTuple):
             return f"stack over {STACK_LIMIT}"
         if self.shared > SHARED_LIMIT[self.arch]:
             return f"shared memory over {SHARED_LIMIT[self.arch]}"
+        if self.narrow:
+            return "wgmma of 8 columns"
         return ""
 
 
@@ -133,10 +136,9 @@ def compile_instead_of_launching(case: str, arch: int, found: dict) -> Iterator[
     def run(kernel, *args, grid, warmup, **options):
         compiled = compile_launch(kernel, args, options, arch)
         registers, stack = read_usage(compiled)
-        metadata = compiled.metadata
-        usage = Usage(
-            case, kernel.__name__, arch, metadata.num_warps, registers, stack, metadata.shared
-        )
+        narrow = re.search(r"wgmma\.mma_async\S*\.m64n8k", compiled.asm["ptx"]) is not None
+        warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+        usage = Usage(case, kernel.__name__, arch, warps, registers, stack, shared, narrow)
         found[usage] = None
 
     launch, JITFunction.run = JITFunction.run, run

@@ -233,7 +233,7 @@ KERNELS = {
         "128x4x2 64x4x3 32x4x3 128x8x3",
         partial(_ddts, "products"),
     ),
-    # width of K, warps; 32 channels on 16 warps ended in an illegal access on an H200
+    # width of K, warps; at least 16 columns for every four warps (see gate_tile)
     "gate": Kernel(triton_chunk, "gate_tile", "16x4x1 32x8x1", partial(_ddts, "gate")),
     # queries, keys, warps, stages: few warps, so that several programs share a multiprocessor,
     # or large tiles, which read less; the last of each is Ampere's

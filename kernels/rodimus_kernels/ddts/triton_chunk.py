@@ -92,11 +92,12 @@ def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -
     return Tile(width, 4, 2 if width == 128 else 3)
 
 
-def gate_tile(key_dim: int, dtype: torch.dtype) -> Tile:
-    """Slices of K: seven ``[C, width]`` fp32 values and dA live across the levels. The parts of
-    three products take more registers than four warps have; eight keep 176 bytes of stack on sm_90
-    and none to speak of elsewhere."""
-    return Tile(min(key_dim, 16), 8 if dtype == torch.float32 else 4, 1)
+def gate_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
+    """Slices of K: seven ``[C, width]`` fp32 values and dA live across the levels. In float32 the
+    parts of three products take more registers than four warps have, so eight share them before
+    sm_90. There they would make ``wgmma`` 8 columns wide, as 32 columns on 16 warps are, which
+    ended in an illegal access on an H200 (Triton 3.6)."""
+    return Tile(min(key_dim, 16), 8 if dtype == torch.float32 and arch < 90 else 4, 1)
 
 
 def forward(
@@ -535,7 +536,7 @@ def _gate(keys, v, columns, products):
     """``(dq, dk, dg, dtemper or None)`` from the products."""
     heads, key_dim = keys.q.shape[2:]
     new = lambda x: None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grads, tile = [new(x) for x in keys[:4]], gate_tile(key_dim, v.dtype)
+    grads, tile = [new(x) for x in keys[:4]], gate_tile(key_dim, v.dtype, capability(v))
     ddts_chunk_gate_kernel[(columns.count, heads, key_dim // tile.width)](
         *keys[:4],
         keys.resets,
