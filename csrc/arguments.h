@@ -145,6 +145,7 @@ struct StepLinear {
   Layer layers[kMaxLayers];
   int64_t count = 1, rows, inputs;
   Start start = Start::kUnder;
+  int64_t together = 0;  // tiles that a GPU works on at once; set at the launch
 
   // Before: x * norm_weight / sqrt(mean(x^2) + eps), the factor after the product. With norm_weight,
   // x is as it stands, and its squares are summed here; otherwise x has been multiplied by whoever

@@ -1,6 +1,8 @@
 // Grids, blocks and template choices of the CUDA kernels. Compiled by nvcc without torch.
 #include "kernels.h"
 
+#include <atomic>
+
 #include "attention.cuh"
 #include "ddts_step.cuh"
 #include "elementwise.cuh"
@@ -22,8 +24,21 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Whether a kernel on this device can start under the end of the one before it.
-bool starts_under() { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
+// Whether a kernel on this device can start under the end of the one before it. Code for an older
+// architecture does not wait for its turn, so what counts is which code the device was given.
+bool starts_under() {
+  enum : int { kUnknown, kNo, kYes };
+  static std::atomic<int> found[64];
+  int device = 0;
+  cudaGetDevice(&device);
+  std::atomic<int>& here = found[device % 64];
+  if (here == kUnknown) {
+    cudaFuncAttributes code;
+    bool waits = cudaFuncGetAttributes(&code, norm_kernel) == cudaSuccess && code.ptxVersion >= 90;
+    here = waits ? kYes : kNo;
+  }
+  return here == kYes;
+}
 
 // Every kernel waits for its turn itself, so it may be started under the end of the one before it.
 template <class... Parameters, class... Arguments>
@@ -78,7 +93,8 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
 }
 
 template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
-void launch_step_linear_of(const StepLinear& a, const StepLinearLaunch& how, cudaStream_t stream) {
+void launch_step_linear_of(StepLinear a, const StepLinearLaunch& how, cudaStream_t stream) {
+  a.together = how.together;
   auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, SCALED>;
   // said again each time: every device has to hear it
   if (how.asks())

@@ -46,7 +46,7 @@ constexpr int kWarpSums = kTile * kMaxRows, kWarpSquares = kMaxRows;
 // declares and `staged` for the rows of x.
 struct StepLinearLaunch {
   int warps, depth, blocks, scaled;
-  int64_t fixed, staged;
+  int64_t fixed, staged, together;
 
   // what a kernel declares counts as well
   bool asks() const { return fixed + staged > kUnaskedShared; }
@@ -56,7 +56,8 @@ struct StepLinearLaunch {
 inline StepLinearLaunch step_linear_launch(const StepLinear& a, int64_t processors) {
   auto launch = [&](int warps, int depth, int blocks, int scaled) {
     int64_t fixed = 4 * warps * (kWarpSums + kWarpSquares);
-    return StepLinearLaunch{warps, depth, blocks, scaled, fixed, a.rows * staged_stride(a.inputs) * 2};
+    int64_t staged = a.rows * staged_stride(a.inputs) * 2, together = processors * blocks;
+    return StepLinearLaunch{warps, depth, blocks, scaled, fixed, staged, together};
   };
   if (a.norm_weight) return launch(8, 2, 4, a.rows == 1 ? 1 : kMaxRows);
   // as many blocks together on a multiprocessor as it is given, with as much under way as it holds

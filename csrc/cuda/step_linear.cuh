@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     load_some(0, kEarly);
     take_turn();
   } else {
-    if (warp == 0 && lane < kTile) {
+    // tiles that start later have nothing to wait for, and would only ask twice
+    if (blockIdx.x < a.together && warp == 0 && lane < kTile) {
       int row = tile.first + lane % kHalfTile + (lane < kHalfTile ? 0 : tile.apart);
       int last = static_cast<int>(layer.outputs) - 1;
       const auto* weight = static_cast<const __nv_bfloat16*>(layer.weight.data);

@@ -16,8 +16,9 @@ inline unsigned blocks_for(int64_t size, int64_t per_block) {
 inline void spoil_shared() { memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared); }
 
 // The kernel that a GPU of so many multiprocessors would launch.
-inline void run_step_linear(const StepLinear& a, int64_t processors) {
+inline void run_step_linear(StepLinear a, int64_t processors) {
   StepLinearLaunch how = step_linear_launch(a, processors);
+  a.together = how.together;
   spoil_shared();
   auto run = [&](void (*kernel)(StepLinear)) {
     emulator::launch(dim3(all_tiles(a)), how.warps * kWarp, [&] { kernel(a); });
