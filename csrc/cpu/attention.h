@@ -12,6 +12,11 @@
 namespace rodimus {
 namespace RODIMUS_ISA {
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 template <class T>
 inline void quantize_head(const T* v, int64_t dim, int8_t* values, uint16_t* scale) {
   uint32_t largest = 0;
@@ -45,106 +50,210 @@ inline void write_ring(const AttentionStep& a, int64_t b) {
   }
 }
 
-// The parts of one token and head in the scratch.
+// What one part of the window keeps of a token, in the scratch: for each head the largest score, the
+// sum of the weights, and the weighted values.
 struct Part {
   float *largest, *sum, *values;
+  int64_t stride;  // from one head's values to the next
 
-  Part(const AttentionStep& a, int64_t splits, int64_t b, int64_t split, int64_t t, int64_t h) {
-    int64_t index = ((b * splits + split) * a.steps + t) * a.heads + h;
-    largest = a.scratch + index * (2 + a.value_dim);
-    sum = largest + 1;
-    values = sum + 1;
+  Part(const AttentionStep& a, int64_t splits, int64_t b, int64_t split, int64_t t) {
+    stride = whole_vectors(a.value_dim);
+    largest = a.scratch + ((b * splits + split) * a.steps + t) * part_size(a.heads, a.value_dim);
+    sum = largest + whole_vectors(a.heads);
+    values = sum + whole_vectors(a.heads);
   }
 };
 
-// acc += sum_j weights[j] * values[j], which stand `offset` bytes behind the starts of rows, four rows
-// at a time.
-template <class V, class T>
-inline void add_values(const float* weights, const T* const* rows, int64_t offset, int64_t count,
-                       int64_t dim, float* __restrict__ acc) {
-  auto values = [&](int64_t j) {
-    return reinterpret_cast<const V*>(reinterpret_cast<const char*>(rows[j]) + offset);
-  };
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    const V *v0 = values(j), *v1 = values(j + 1), *v2 = values(j + 2), *v3 = values(j + 3);
-    float p0 = weights[j], p1 = weights[j + 1], p2 = weights[j + 2], p3 = weights[j + 3];
-#pragma GCC ivdep
-    for (int64_t d = 0; d < dim; ++d)
-      acc[d] += (p0 * widen(v0[d]) + p1 * widen(v1[d])) + (p2 * widen(v2[d]) + p3 * widen(v3[d]));
+// Numbers as vectors of float32: kLanes of them as they stand, or kPair of bfloat16 as the even ones and
+// the odd ones. Weighted values stay in this order until they are merged.
+template <class V>
+struct Wide {
+  static constexpr int kVectors = 1;
+  static void make(const float* p, Vector* out) { *out = load(p); }
+  static void make(const int8_t* p, Vector* out) {
+    for (int l = 0; l < kLanes; ++l) (*out)[l] = static_cast<float>(p[l]);
   }
-  for (; j < count; ++j)
-    for (int64_t d = 0; d < dim; ++d) acc[d] += weights[j] * widen(values(j)[d]);
-}
+};
 
-// Ask for a whole row in the order in which rows stand in memory. Each head's pass over the values
-// of a block takes a piece of every row, and the processor does not foresee such strides.
-template <class T>
-inline void read_ahead(const T* row, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
-}
+template <>
+struct Wide<BFloat16> {
+  static constexpr int kVectors = 2;
+  static void make(const BFloat16* p, Vector* out) {
+    Bits w = load_bits(p);
+    out[0] = reinterpret_cast<Vector>(w << 16);
+    out[1] = reinterpret_cast<Vector>(w & 0xffff0000u);
+  }
+};
 
-// One token against rows [0, count) of a block for the heads of one key head.
-template <class T, bool INT8>
-inline void attend_block(const AttentionStep& a, int64_t splits, int64_t b, int64_t split,
-                         int64_t t, int64_t key_head, const T* const* rows, int64_t count) {
-  using V = typename RingValue<T, INT8>::type;
-  int64_t sharing = a.heads / a.key_heads, key_bytes = a.key_heads * a.key_dim * sizeof(T);
-  Int8Row at = int8_row(key_bytes, a.value_heads, a.value_dim);
-  bool starts_row = key_head == 0;
-  for (int64_t first = 0; first < sharing; first += kMaxRows) {
-    int64_t group = at_most(sharing - first, kMaxRows);
-    const typename Operand<T>::type* q[kMaxRows];
-    float q_buffer[kMaxRows * kBlock], scores[kKeyBlock * kMaxRows], partial[1][kMaxRows];
-    for (int64_t j = 0; j < count * group; ++j) scores[j] = 0.0f;
-    for (int64_t i = 0; i < a.key_dim; i += kBlock) {
-      int64_t dim = at_most(a.key_dim - i, kBlock);
-      for (int64_t g = 0; g < group; ++g) {
-        int64_t h = (first + g) * a.key_heads + key_head;
-        const T* source = row<T>(a.q, b * a.steps + t) + h * a.key_dim + i;
-        q[g] = Operand<T>::make(source, dim, q_buffer + g * kBlock);
-      }
-      for (int64_t j = 0; j < count; ++j) {
-        if (starts_row && first == 0 && i == 0) read_ahead(rows[j], a.cache.stride);
-        const T* key = rows[j] + key_head * a.key_dim + i;
-        products<1, kManyRegisters ? 4 : 2>(key, 0, q, group, dim, partial);
-        for (int64_t g = 0; g < group; ++g) scores[g * count + j] += a.scale * partial[0][g];
-      }
+// The rows of the next block, asked for in the order in which they stand in memory while this block is
+// computed: the passes over keys and values take a piece of every row, strides that a processor does
+// not foresee. Some pieces at a time, so that the loads in between need not wait.
+struct ReadAhead {
+  const char* at;
+  int64_t lines;  // of a whole block
+
+  void part(int64_t parts) {
+    for (int64_t i = 0; i < lines; i += parts, at += 64) __builtin_prefetch(at);
+  }
+};
+
+// scores[m][j] += q[m] . keys[j], for M heads.
+template <int M, class T>
+inline void add_scores(const typename Operand<T>::type* const* q, const T* const* keys, int64_t dim,
+                       float* const* scores) {
+  constexpr int R = kManyRegisters ? 4 : 2;
+  for (int first = 0; first < kKeyBlock; first += kLanes) {
+    Vector products[M][kLanes], open[R][M];
+    for (int j = 0; j < kLanes; j += R) {
+      open_dots<R, M>(keys + first + j, q, dim, open);
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r) products[m][j + r] = open[r][m];
     }
-    for (int64_t g = 0; g < group; ++g) {
-      int64_t h = (first + g) * a.key_heads + key_head;
-      float* weights = scores + g * count;
-      Part part(a, splits, b, split, t, h);
-      float largest = *part.largest;
-      for (int64_t j = 0; j < count; ++j) largest = weights[j] > largest ? weights[j] : largest;
-      float keep = exponential(*part.largest - largest), sum = 0.0f;
-      for (int64_t j = 0; j < count; ++j) {
-        weights[j] = exponential(weights[j] - largest);
-        sum += weights[j];
-      }
-      *part.largest = largest;
-      *part.sum = *part.sum * keep + sum;
-      for (int64_t d = 0; d < a.value_dim; ++d) part.values[d] *= keep;
-      int64_t head = h % a.value_heads, offset = key_bytes + head * a.value_dim * sizeof(V);
+    for (int m = 0; m < M; ++m)
+      store(scores[m] + first, load(scores[m] + first) + horizontal_sums(products[m]));
+  }
+}
+
+// scores[m][j] = q[m] . key of rows[j], for M heads whose key is the one `offset` behind a row's start.
+template <int M, class T>
+inline void score(const T* const* q, const T* const* rows, int64_t offset, int64_t dim,
+                  float* const* scores) {
+  const typename Operand<T>::type* ready[M];
+  const T* keys[kKeyBlock];
+  float buffer[M][kBlock];
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < kKeyBlock; ++j) scores[m][j] = 0.0f;
+  for (int64_t i = 0; i < dim; i += kBlock) {
+    int64_t size = at_most(dim - i, kBlock);
+    for (int m = 0; m < M; ++m) ready[m] = Operand<T>::make(q[m] + i, size, buffer[m]);
+    for (int j = 0; j < kKeyBlock; ++j) keys[j] = rows[j] + offset + i;
+    add_scores<M>(ready, keys, size, scores);
+  }
+}
+
+static_assert(kKeyBlock % kLanes == 0, "scores of a block are whole vectors");
+
+// The largest of kKeyBlock numbers, and their sum.
+inline float largest_of(const float* x) {
+#if defined(__AVX512F__)
+  static_assert(kKeyBlock == kLanes, "one vector");
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(load(x)));
+#else
+  float largest = x[0];
+  for (int j = 1; j < kKeyBlock; ++j) largest = x[j] > largest ? x[j] : largest;
+  return largest;
+#endif
+}
+
+inline float sum_of(const float* x) {
+  Vector sum = load(x);
+  for (int j = kLanes; j < kKeyBlock; j += kLanes) sum += load(x + j);
+  return horizontal_sum(sum);
+}
+
+// acc += sum_r weights[r] * values of rows[r], which stand `offset` bytes behind their starts.
+template <int R, class V, class T>
+inline void add_values(const float* weights, const T* const* rows, int64_t offset, int64_t dim,
+                       float* acc) {
+  constexpr int kVectors = Wide<V>::kVectors, kGroup = kVectors * kLanes;
+  const V* values[R];
+  for (int r = 0; r < R; ++r)
+    values[r] = reinterpret_cast<const V*>(reinterpret_cast<const char*>(rows[r]) + offset);
+  int64_t d = 0;
+  for (; d + kGroup <= dim; d += kGroup) {
+    Vector sums[kVectors], wide[kVectors];
+    for (int i = 0; i < kVectors; ++i) sums[i] = load(acc + d + i * kLanes);
+    for (int r = 0; r < R; ++r) {
+      Wide<V>::make(values[r] + d, wide);
+      for (int i = 0; i < kVectors; ++i) sums[i] += weights[r] * wide[i];
+    }
+    for (int i = 0; i < kVectors; ++i) store(acc + d + i * kLanes, sums[i]);
+  }
+  for (; d < dim; ++d)
+    for (int r = 0; r < R; ++r) acc[d] += weights[r] * widen(values[r][d]);
+}
+
+// One token against the first `count` of kKeyBlock rows; the others are there to be read. Every step is
+// taken for all heads before the next, so that what one head waits for another one's work can hide.
+template <class T, bool INT8>
+inline void attend_block(const AttentionStep& a, const T* q, const T* const* rows, int64_t count,
+                         const Part& part, ReadAhead ahead) {
+  using V = typename RingValue<T, INT8>::type;
+  int64_t key_bytes = a.key_heads * a.key_dim * sizeof(T);
+  Int8Row at = int8_row(key_bytes, a.value_heads, a.value_dim);
+  for (int64_t first = 0; first < a.heads; first += kHeads) {
+    int64_t heads = at_most(a.heads - first, kHeads);
+    float scores[kHeads][kKeyBlock], largest[kHeads], keep[kHeads];
+    for (int64_t key = 0; key < a.key_heads; ++key) {
+      auto add = [&](auto together, int64_t& g) {
+        constexpr int M = decltype(together)::value;
+        for (; g + (M - 1) * a.key_heads < heads; g += M * a.key_heads) {
+          const T* from[M];
+          float* to[M];
+          for (int m = 0; m < M; ++m) {
+            from[m] = q + (first + g + m * a.key_heads) * a.key_dim;
+            to[m] = scores[g + m * a.key_heads];
+          }
+          score<M>(from, rows, key * a.key_dim, a.key_dim, to);
+          ahead.part(2 * a.heads / M);
+        }
+      };
+      // the first head of these whose key this is
+      int64_t g = ((key - first) % a.key_heads + a.key_heads) % a.key_heads;
+      add(Number<2>(), g);
+      add(Number<1>(), g);
+    }
+    for (int64_t g = 0; g < heads; ++g) {
+      for (int j = 0; j < kKeyBlock; ++j)
+        scores[g][j] = j < count ? a.scale * scores[g][j] : -INFINITY;
+      largest[g] = largest_of(scores[g]);
+    }
+    float *before = part.largest + first, *sum = part.sum + first;
+    for (int64_t g = 0; g < heads; ++g) {
+      largest[g] = before[g] > largest[g] ? before[g] : largest[g];
+      keep[g] = exponential(before[g] - largest[g]);
+      before[g] = largest[g];
+    }
+    for (int64_t g = 0; g < heads; ++g) {
+      for (int j = 0; j < kKeyBlock; ++j) scores[g][j] = exponential(scores[g][j] - largest[g]);
+      sum[g] = sum[g] * keep[g] + sum_of(scores[g]);
+    }
+    float* values = part.values + first * part.stride;
+    for (int64_t g = 0; g < heads; ++g) {
+      if (keep[g] != 1.0f)
+        for (int64_t d = 0; d < a.value_dim; ++d) values[g * part.stride + d] *= keep[g];
       if constexpr (INT8)
         for (int64_t j = 0; j < count; ++j) {
           const char* scales = reinterpret_cast<const char*>(rows[j]) + at.scales_at;
-          weights[j] *= scale_value(reinterpret_cast<const uint16_t*>(scales)[head]);
+          scores[g][j] *= scale_value(
+              reinterpret_cast<const uint16_t*>(scales)[(first + g) % a.value_heads]);
         }
-      add_values<V>(weights, rows, offset, count, a.value_dim, part.values);
     }
+    auto add = [&](auto together, int64_t& j) {
+      constexpr int R = decltype(together)::value;
+      for (; j + R <= count; j += R) {
+        int64_t head = first % a.value_heads;
+        for (int64_t g = 0; g < heads; ++g) {
+          add_values<R, V>(scores[g] + j, rows + j, key_bytes + head * a.value_dim * sizeof(V),
+                           a.value_dim, values + g * part.stride);
+          ahead.part(2 * a.heads * kKeyBlock / R);
+          head = head + 1 < a.value_heads ? head + 1 : 0;
+        }
+      }
+    };
+    int64_t j = 0;
+    add(Number<4>(), j);
+    add(Number<1>(), j);
   }
 }
 
 template <class T, bool INT8>
 inline void scan_part(const AttentionStep& a, int64_t splits, int64_t b, int64_t split) {
-  for (int64_t t = 0; t < a.steps; ++t)
-    for (int64_t h = 0; h < a.heads; ++h) {
-      Part part(a, splits, b, split, t, h);
-      *part.largest = -INFINITY;
-      *part.sum = 0.0f;
-      for (int64_t d = 0; d < a.value_dim; ++d) part.values[d] = 0.0f;
-    }
+  for (int64_t t = 0; t < a.steps; ++t) {
+    Part part(a, splits, b, split, t);
+    for (int64_t h = 0; h < a.heads; ++h) part.largest[h] = -INFINITY, part.sum[h] = 0.0f;
+    for (int64_t d = 0; d < a.heads * part.stride; ++d) part.values[d] = 0.0f;
+  }
   // positions that any of the tokens sees, cut into equal parts
   int64_t newest = a.position[b] + a.steps - 1;
   int64_t oldest = a.position[b] - a.window + 1;
@@ -152,16 +261,22 @@ inline void scan_part(const AttentionStep& a, int64_t splits, int64_t b, int64_t
   int64_t count = newest - oldest + 1;
   int64_t begin = oldest + split * count / splits, end = oldest + (split + 1) * count / splits;
   const T* ring = static_cast<const T*>(a.cache.data) + b * a.ring * a.cache.stride;
-  const T* rows[kKeyBlock];
+  // what the window leaves of a block may begin anywhere in it
+  const T* rows[2 * kKeyBlock];
+  int64_t row_bytes = a.cache.stride * sizeof(T);
   for (int64_t p = begin; p < end; p += kKeyBlock) {
     int64_t stop = at_most(p + kKeyBlock, end);
-    for (int64_t j = p; j < stop; ++j) rows[j - p] = ring + j % a.ring * a.cache.stride;
-    for (int64_t t = 0; t < a.steps; ++t) {
+    for (int64_t j = 0; j < 2 * kKeyBlock; ++j)
+      rows[j] = ring + at_most(p + j, stop - 1) % a.ring * a.cache.stride;
+    ReadAhead ahead{reinterpret_cast<const char*>(rows[0]) + kKeyBlock * row_bytes,
+                    kKeyBlock * row_bytes / 64};
+    for (int64_t t = 0; t < a.steps; ++t, ahead.lines = 0) {
       int64_t last = a.position[b] + t, from = last - a.window + 1;
       from = from > p ? from : p;
       int64_t visible = at_most(stop, last + 1) - from;
-      for (int64_t head = 0; visible > 0 && head < a.key_heads; ++head)
-        attend_block<T, INT8>(a, splits, b, split, t, head, rows + (from - p), visible);
+      if (visible > 0)
+        attend_block<T, INT8>(a, row<T>(a.q, b * a.steps + t), rows + (from - p), visible,
+                              Part(a, splits, b, split, t), ahead);
     }
   }
 }
@@ -187,27 +302,37 @@ inline void attention_scan(const AttentionStep& a, int64_t splits, int64_t begin
 }
 
 inline void attention_merge(const AttentionStep& a, int64_t splits, int64_t begin, int64_t end) {
-  float o[kBlock];
+  float o[kBlock], ordered[kBlock];
+  bool in_order = a.cache.type == Type::kBFloat16 && !a.int8_values;
   for (int64_t task = begin; task < end; ++task) {
     int64_t h = task % a.heads, t = task / a.heads % a.steps, b = task / (a.heads * a.steps);
     float largest = -INFINITY, sum = 0.0f;
     for (int64_t s = 0; s < splits; ++s) {
-      float score = *Part(a, splits, b, s, t, h).largest;
+      float score = Part(a, splits, b, s, t).largest[h];
       largest = score > largest ? score : largest;
     }
     for (int64_t s = 0; s < splits; ++s) {
-      Part part(a, splits, b, s, t, h);
-      sum += *part.sum * exponential(*part.largest - largest);
+      Part part(a, splits, b, s, t);
+      sum += part.sum[h] * exponential(part.largest[h] - largest);
     }
     for (int64_t first = 0; first < a.value_dim; first += kBlock) {
       int64_t n = at_most(a.value_dim - first, kBlock);
       for (int64_t j = 0; j < n; ++j) o[j] = 0.0f;
       for (int64_t s = 0; s < splits; ++s) {
-        Part part(a, splits, b, s, t, h);
-        float weight = exponential(*part.largest - largest) / sum;
-        for (int64_t j = 0; j < n; ++j) o[j] += weight * part.values[first + j];
+        Part part(a, splits, b, s, t);
+        float weight = exponential(part.largest[h] - largest) / sum;
+        for (int64_t j = 0; j < n; ++j) o[j] += weight * part.values[h * part.stride + first + j];
       }
-      write(a.o, b * a.steps + t, h * a.value_dim + first, n, o);
+      if (in_order) {
+        int64_t whole = n / kPair * kPair;
+        for (int64_t i = 0; i < whole; i += kPair)
+          for (int64_t l = 0; l < kLanes; ++l) {
+            ordered[i + 2 * l] = o[i + l];
+            ordered[i + 2 * l + 1] = o[i + kLanes + l];
+          }
+        for (int64_t i = whole; i < n; ++i) ordered[i] = o[i];
+      }
+      write(a.o, b * a.steps + t, h * a.value_dim + first, n, in_order ? ordered : o);
     }
   }
 }

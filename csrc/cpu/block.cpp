@@ -113,7 +113,7 @@ struct Block {
       rope.x = k, rope.heads = a.key_heads;
       table.rope(rope, 0, batch);
     }
-    int64_t splits = (window.size + kSplit - 1) / kSplit;
+    int64_t splits = window_splits(window.size);
     a.scratch = work.floats(attention_scratch(a, splits));
     table.attention_write(a, 0, batch);
     parallel_for(0, batch * splits, 1, [&](int64_t begin, int64_t end) {
@@ -142,19 +142,20 @@ int64_t widest_input(const std::vector<Tensor>& w) {
   int64_t most = 0;
   for (const Tensor& x : w)
     if (x.dim() == 2 && x.size(1) > most) most = x.size(1);
-  return most;
+  return whole_vectors(most);
 }
 
 // Numbers that the intermediate results take, with room for a line beside each of them.
-int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width, int64_t window) {
+int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width, int64_t window,
+                       int64_t head_dim) {
   int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
   int64_t columns = widest_input(w) + 4 * width + 5 * inner + blocks(inner) + 4 * gates +
                     w[kGateIn].size(0);
   if (w.size() == kCount) {
-    int64_t heads = w[kQuery].size(0), splits = (window + kSplit - 1) / kSplit;
+    int64_t heads = w[kQuery].size(0);
     columns += 4 * width + 2 * heads + w[kKey].size(0) + w[kValue].size(0);
-    // at most two numbers a head beside each part of the values
-    columns += splits * 3 * heads + 2 * w[kFfnIn].size(0);
+    columns += window_splits(window) * part_size(heads / head_dim, head_dim);
+    columns += 2 * w[kFfnIn].size(0);
   }
   return batch * columns + Workspace::padding(32);
 }
@@ -172,7 +173,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
     for (int64_t b = 0; given.window && b < batch; ++b)
       STD_TORCH_CHECK(given.window->position[b] >= 0, "position must be >= 0, got ",
                       given.window->position[b]);
-    floats = std::max(floats, workspace_size(given.weights, batch, width, window_size));
+    floats = std::max(floats, workspace_size(given.weights, batch, width, window_size, head_dim));
   }
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   Tensor memory = output_like(stream, {floats}, ScalarType::Float);

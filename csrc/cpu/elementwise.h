@@ -6,17 +6,20 @@
 namespace rodimus {
 namespace RODIMUS_ISA {
 
-template <class T>
+// WIDTH taps, or any number of them for 0.
+template <class T, int WIDTH>
 inline void conv_block(const ConvStep& a, int64_t b, int64_t first, int64_t n) {
   float y[kBlock], bias_buffer[kBlock];
-  const T* x = row<T>(a.x, b) + first;
-  const T* weight = row<T>(a.weight, first);
-  T* state = static_cast<T*>(a.state) + (b * a.channels + first) * a.width;
-  for (int64_t j = 0; j < n; ++j, state += a.width, weight += a.width) {
+  const int64_t width = WIDTH ? WIDTH : a.width;
+  const T* __restrict__ x = row<T>(a.x, b) + first;
+  const T* __restrict__ weight = row<T>(a.weight, first);
+  T* __restrict__ state = static_cast<T*>(a.state) + (b * a.channels + first) * width;
+  for (int64_t j = 0; j < n; ++j) {
     float sum = 0.0f;
-    for (int64_t w = 0; w < a.width; ++w) {
-      state[w] = w + 1 < a.width ? state[w + 1] : x[j];
-      sum += widen(state[w]) * widen(weight[w]);
+    for (int64_t w = 0; w < width; ++w) {
+      T tap = w + 1 < width ? state[j * width + w + 1] : x[j];
+      state[j * width + w] = tap;
+      sum += widen(tap) * widen(weight[j * width + w]);
     }
     y[j] = sum;
   }
@@ -32,8 +35,11 @@ inline void conv_step(const ConvStep& a, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     int64_t b = task / blocks(a.channels), first = task % blocks(a.channels) * kBlock;
     int64_t n = at_most(a.channels - first, kBlock);
-    a.x.type == Type::kFloat32 ? conv_block<float>(a, b, first, n)
-                               : conv_block<BFloat16>(a, b, first, n);
+    bool is_float = a.x.type == Type::kFloat32;
+    if (a.width == 4)
+      is_float ? conv_block<float, 4>(a, b, first, n) : conv_block<BFloat16, 4>(a, b, first, n);
+    else
+      is_float ? conv_block<float, 0>(a, b, first, n) : conv_block<BFloat16, 0>(a, b, first, n);
   }
 }
 

@@ -46,12 +46,24 @@ inline int64_t mixer_scratch(const MixerStep& a) {
   return a.rows * (3 * a.key_dim + a.value_dim + blocks(a.value_dim));
 }
 
-// x in float32, in the order in which the kernel meets the weights.
-inline int64_t linear_scratch(const Linear& a) { return a.rows * a.inputs; }
+// Numbers that a row of `inputs` takes in whole vectors of every instruction set.
+constexpr int64_t whole_vectors(int64_t inputs) { return (inputs + 31) / 32 * 32; }
 
-// Per sequence, split, token and head: largest score, sum of weights, weighted values.
+// x in float32, in the order in which the kernel meets the weights.
+inline int64_t linear_scratch(const Linear& a) { return a.rows * whole_vectors(a.inputs); }
+
+// Heads whose weights are kept at a time.
+constexpr int64_t kHeads = 32;
+
+// What one part of a window keeps of a token: largest score and sum of weights of each head, and the
+// weighted values, which begin with a line of their own.
+inline int64_t part_size(int64_t heads, int64_t value_dim) {
+  return 2 * whole_vectors(heads) + heads * whole_vectors(value_dim);
+}
+
+// Per sequence, split and token.
 inline int64_t attention_scratch(const AttentionStep& a, int64_t splits) {
-  return a.batch * splits * a.steps * a.heads * (2 + a.value_dim);
+  return a.batch * splits * a.steps * part_size(a.heads, a.value_dim);
 }
 
 // The table of the instruction set in use: the best this processor has, unless another was chosen.

@@ -39,10 +39,28 @@ inline Vector load(const float* p) {
   return x;
 }
 
+inline void store(float* p, Vector x) { memcpy(p, &x, sizeof x); }
+
 inline Bits load_bits(const void* p) {
   Bits x;
   memcpy(&x, p, sizeof x);
   return x;
+}
+
+// The first n numbers at p, fewer than a vector has, and zeros behind them.
+template <class V, class T>
+inline V load_first(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  uint64_t mask = (uint64_t{1} << n) - 1;
+  if constexpr (sizeof(T) == 2)
+    return reinterpret_cast<V>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), p));
+  else
+    return reinterpret_cast<V>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), p));
+#else
+  V x = {};
+  memcpy(&x, p, n * sizeof(T));
+  return x;
+#endif
 }
 
 // Halves are added to each other until one number is left, the same way on every instruction set.
@@ -58,12 +76,42 @@ inline float horizontal_sum(Vector x) {
 #endif
 }
 
+// Lane l: the horizontal sum of x[l], in the same order.
+inline Vector horizontal_sums(const Vector (&x)[kLanes]) {
+#if defined(__AVX512F__)
+  // Quarters of a vector have 4 lanes. After two folds, quarter j of quarters[i] stands for x[4 j + i];
+  // two more folds inside the quarters put x[4 j] to x[4 j + 3] side by side in quarter j.
+  auto at = [&](int l) { return reinterpret_cast<__m512>(x[l]); };
+  auto halves = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  auto pairs = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  __m512 quarters[4];
+  for (int i = 0; i < 4; ++i)
+    quarters[i] = pairs(halves(at(i), at(i + 4)), halves(at(i + 8), at(i + 12)));
+  auto inside = [](__m512 a, __m512 b) {
+    __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  };
+  __m512 a = inside(quarters[0], quarters[1]), b = inside(quarters[2], quarters[3]);
+  return reinterpret_cast<Vector>(
+      _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)));
+#else
+  Vector sums;
+  for (int l = 0; l < kLanes; ++l) sums[l] = horizontal_sum(x[l]);
+  return sums;
+#endif
+}
+
 // Elements of bfloat16 weights in one vector.
 constexpr int kPair = 2 * kLanes;
 
-// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x. A product
-// is summed in kPlaces of them, so that additions need not wait for each other. For two rows of x or
-// more, kRows rows of weights are read side by side.
+// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x, `add_first`
+// the last n of a row that are fewer. A product is summed in kPlaces of them, so that additions need
+// not wait for each other. For two rows of x or more, kRows rows of weights are read side by side.
 template <class T>
 struct Sum;
 
@@ -72,6 +120,9 @@ struct Sum<float> {
   static constexpr int kWidth = kLanes, kPlaces = 2, kRows = kManyRegisters ? 4 : 2;
   Vector sum = {};
   void add(const float* weight, const float* x) { sum += load(weight) * load(x); }
+  void add_first(const float* weight, const float* x, int64_t n) {
+    sum += load_first<Vector>(weight, n) * load_first<Vector>(x, n);
+  }
   Vector total() const { return sum; }
 };
 
@@ -88,19 +139,26 @@ struct Sum<BFloat16> {
   void add(const BFloat16* weight, const BFloat16* x) {
     sum = _mm512_dpbf16_ps(sum, load_pairs(weight), load_pairs(x));
   }
+  void add_first(const BFloat16* weight, const BFloat16* x, int64_t n) {
+    sum = _mm512_dpbf16_ps(sum, load_first<__m512bh>(weight, n), load_first<__m512bh>(x, n));
+  }
   Vector total() const { return reinterpret_cast<Vector>(sum); }
 };
 
 #else
 
-// x is float32 here, each run of kPair elements as its even ones, then its odd ones: a 32-bit word
-// of weights holds an even element in its low half and an odd one in its high half.
+// x is float32 here, each run of kPair elements as its even ones, then its odd ones, the last run filled
+// with zeros: a 32-bit word of weights holds an even element in its low half and an odd one in its
+// high half.
 template <>
 struct Sum<BFloat16> {
   static constexpr int kWidth = kPair, kPlaces = 1, kRows = 4;
   Vector even = {}, odd = {};
-  void add(const BFloat16* weight, const float* x) {
-    Bits w = load_bits(weight);
+  void add(const BFloat16* weight, const float* x) { add(load_bits(weight), x); }
+  void add_first(const BFloat16* weight, const float* x, int64_t n) {
+    add(load_first<Bits>(weight, n), x);
+  }
+  void add(Bits w, const float* x) {
     even += reinterpret_cast<Vector>(w << 16) * load(x);
     odd += reinterpret_cast<Vector>(w & 0xffff0000u) * load(x + kLanes);
   }
@@ -110,7 +168,7 @@ struct Sum<BFloat16> {
 #endif
 
 // What a row of x must be turned into before the dot products: nothing where they take it as it
-// stands, else float32 in their order, `size` floats.
+// stands, else float32 in their order, `size` floats and what fills the last run.
 template <class T>
 struct Operand {
   using type = T;
@@ -124,28 +182,34 @@ struct Operand<BFloat16> {
   using type = float;
   static const float* make(const BFloat16* x, int64_t size, float* out) {
     int64_t whole = size / kPair * kPair;
-    for (int64_t i = 0; i < whole; i += kPair)
-      for (int64_t l = 0; l < kLanes; ++l) {
-        out[i + l] = widen(x[i + 2 * l]);
-        out[i + kLanes + l] = widen(x[i + 2 * l + 1]);
-      }
-    for (int64_t i = whole; i < size; ++i) out[i] = widen(x[i]);
+    for (int64_t i = 0; i < whole; i += kPair) run(x + i, out + i);
+    if (whole < size) {
+      BFloat16 last[kPair] = {};
+      memcpy(last, x + whole, (size - whole) * sizeof(BFloat16));
+      run(last, out + whole);
+    }
     return out;
+  }
+  static void run(const BFloat16* x, float* out) {
+    for (int64_t l = 0; l < kLanes; ++l) {
+      out[l] = widen(x[2 * l]);
+      out[kLanes + l] = widen(x[2 * l + 1]);
+    }
   }
   static const float* made(const BFloat16*, const float* out) { return out; }
 };
 #endif
 
-// out[r][m]: dot products of R rows of weights, `stride` apart, with M rows of x.
+// Dot products of R rows of weights with M rows of x. The lanes of the results are still to be added.
 template <int R, int M, class T>
-inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
-                 int64_t size, float (*out)[kMaxRows]) {
+inline void open_dots(const T* const* weight, const typename Operand<T>::type* const* x,
+                      int64_t size, Vector (&out)[R][M]) {
   constexpr int kWidth = Sum<T>::kWidth, kPlaces = Sum<T>::kPlaces;
   static_assert(kPlaces <= 2, "one vector at most may be left");
   Sum<T> sum[kPlaces][R][M];
   auto add = [&](int place, int64_t i) {
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) sum[place][r][m].add(weight + r * stride + i, x[m] + i);
+      for (int r = 0; r < R; ++r) sum[place][r][m].add(weight[r] + i, x[m] + i);
   };
   int64_t i = 0;
   for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth)
@@ -153,12 +217,22 @@ inline void dots(const T* weight, int64_t stride, const typename Operand<T>::typ
   if (i + kWidth <= size) add(0, i), i += kWidth;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
-      float tail = 0.0f;
-      for (int64_t j = i; j < size; ++j) tail += widen(weight[r * stride + j]) * widen(x[m][j]);
-      Vector total = sum[0][r][m].total();
-      if constexpr (kPlaces == 2) total += sum[1][r][m].total();
-      out[r][m] = horizontal_sum(total) + tail;
+      if (i < size) sum[0][r][m].add_first(weight[r] + i, x[m] + i, size - i);
+      out[r][m] = sum[0][r][m].total();
+      if constexpr (kPlaces == 2) out[r][m] += sum[1][r][m].total();
     }
+}
+
+// out[r][m]: the same of rows of weights `stride` apart, added.
+template <int R, int M, class T>
+inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
+                 int64_t size, float (*out)[kMaxRows]) {
+  const T* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = weight + r * stride;
+  Vector open[R][M];
+  open_dots<R, M>(rows, x, size, open);
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) out[r][m] = horizontal_sum(open[r][m]);
 }
 
 // Those with any number of rows of x, in groups of MOST, 2 and 1 whose sums fit the registers; for
@@ -174,10 +248,14 @@ inline void products(const T* weight, int64_t stride, const typename Operand<T>:
   for (; m < rows; ++m) dots<R, 1>(weight, stride, x + m, size, columns());
 }
 
+inline float* scratch_row(const Linear& a, int64_t m) {
+  return a.scratch + m * whole_vectors(a.inputs);
+}
+
 inline void linear_prepare(const Linear& a) {
   if (a.x.type == Type::kBFloat16)
     for (int64_t m = 0; m < a.rows; ++m)
-      Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, a.scratch + m * a.inputs);
+      Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, scratch_row(a, m));
 }
 
 // R rows of weights at a time.
@@ -201,8 +279,7 @@ inline int64_t linear_rows(const Linear& a, const typename Operand<T>::type* con
 template <class T>
 inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
   const typename Operand<T>::type* x[kMaxRows];
-  for (int64_t m = 0; m < a.rows; ++m)
-    x[m] = Operand<T>::made(row<T>(a.x, m), a.scratch + m * a.inputs);
+  for (int64_t m = 0; m < a.rows; ++m) x[m] = Operand<T>::made(row<T>(a.x, m), scratch_row(a, m));
   if (a.rows > 1) begin = linear_rows<Sum<T>::kRows, T>(a, x, begin, end);
   linear_rows<1, T>(a, x, begin, end);
 }

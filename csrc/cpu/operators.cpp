@@ -99,7 +99,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
                                  const Tensor& cache, const Tensor& position, int64_t window_size,
                                  double scale) {
   auto [a, o] = attention_step_arguments(q, k, v, cache, position, window_size, scale);
-  int64_t splits = (a.window + a.steps - 1 + kSplit - 1) / kSplit;
+  int64_t splits = window_splits(a.window + a.steps - 1);
   for (int64_t b = 0; b < a.batch; ++b)
     STD_TORCH_CHECK(a.position[b] >= 0, "position must be >= 0, got ", a.position[b]);
   Tensor memory = scratch(q, attention_scratch(a, splits));

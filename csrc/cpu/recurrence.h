@@ -21,6 +21,9 @@ inline void recur(const float* __restrict__ decay, const float* __restrict__ k,
     float* __restrict__ s1 = s0 + stride;
     float* __restrict__ s2 = s1 + stride;
     float* __restrict__ s3 = s2 + stride;
+    if (i + 8 < keys)
+      for (int64_t r = 8; r < 12; ++r)
+        for (int64_t j = 0; j < n; j += 16) __builtin_prefetch(s0 + r * stride + j, 1);
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
       float a = decay[i] * s0[j] + k[i] * v[j];

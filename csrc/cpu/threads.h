@@ -15,7 +15,11 @@ inline int64_t grain(int64_t numbers_per_task) {
   return tasks > 1 ? tasks : 1;
 }
 
-// Positions of the ring that one task of an attention step reads.
-constexpr int64_t kSplit = 256;
+// Parts of a window, each a task: at most 256 positions, and from three parts on a multiple of eight, so
+// that threads share them evenly.
+constexpr int64_t window_splits(int64_t positions) {
+  int64_t parts = (positions + 255) / 256;
+  return parts > 2 ? (parts + 7) / 8 * 8 : parts;
+}
 
 }  // namespace rodimus
