@@ -10,7 +10,7 @@ try:
     from prometheus_client.exposition import generate_latest
 except ImportError as error:
     raise InputError(
-        f"metrics need more packages ({error}): install them with pip install rodimus[serve]"
+        f'metrics need more packages ({error}): in a checkout, pip install ".[serve]"'
     ) from error
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)

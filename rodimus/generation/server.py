@@ -48,7 +48,7 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise InputError(
-        f"serving needs more packages ({error}): install them with pip install rodimus[serve]"
+        f'serving needs more packages ({error}): in a checkout, pip install ".[serve]"'
     ) from error
 
 from .metrics import Metrics
