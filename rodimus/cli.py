@@ -36,7 +36,7 @@ PASSED_ON = {
     "train": ("rodimus.train.__main__", "pretrain a model as a TOML file says"),
     "data pack": ("rodimus.train.pack", "make token shards for training from text"),
     "serve": ("rodimus.generation.server", "serve a model over HTTP as OpenAI's API does"),
-    "plan": ("rodimus.train.plan", "what a training run needs, before it is paid for"),
+    "plan": ("rodimus.train.plan", "estimate what a training run needs, without a GPU"),
     "plot": ("rodimus.train.plot", "draw loss, learning rate and throughput of a run"),
 }
 

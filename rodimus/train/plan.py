@@ -1,4 +1,4 @@
-"""`rodimus plan CONFIG --gpus N`: what a run needs, before a GPU is paid for.
+"""`rodimus plan CONFIG --gpus N`: estimates what a run needs, without a GPU.
 
 Parameters are counted on the meta device and operations follow ``flops``. Memory of weights and
 optimizer is exact arithmetic; activations are an estimate from the tensors that backward needs,
