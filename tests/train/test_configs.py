@@ -15,7 +15,8 @@ from tests.train.ranks import metrics, train
 
 ROOT = Path(__file__).parents[2] / "configs"
 RUNS = sorted(p for p in (ROOT / "train").glob("*.toml") if not p.name.startswith("base"))
-# the released counts are those of the released weights; the others are what their names say
+# 1.4B and 1.6B: as the original code builds them (tests/goldens); 4B: of its published shapes; no
+# released weights were read. The others are what their names say
 PARAMETERS = {
     "rodimus_1b4": 1_531_551_744,
     "rodimus_plus_1b6": 1_607_095_296,
