@@ -22,14 +22,14 @@ MFU = 0.5
 HEAD = f"""# Scaling on paper
 
 Written by `python scripts/scaling.py` from `rodimus plan`; **nothing here was measured**. Assumed:
-H100 at {MFU:.0%} MFU of {PEAK_FLOPS["H100"] / 1e12:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs a
-node, one replica a node (HSDP). With a fixed global batch, more GPUs mean fewer rows on each, hence
-less activation memory. That memory is an estimate from what backward needs with fused kernels.
-Settings: the files of the same names in `configs/train`.
+H100 at {MFU:.0%} MFU of {PEAK_FLOPS["H100"] / 1e12:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs
+per node, one replica per node (HSDP). With a fixed global batch, more GPUs mean fewer rows on each,
+hence less activation memory, which is an estimate from what backward needs with fused kernels.
+Settings are the files of the same names in `configs/train`.
 
 """
-TABLE = """| GPUs | memory a GPU, GB | of it activations | traffic in the node a micro-step, GB | \
-between nodes a step, GB | tokens/s | days |
+TABLE = """| GPUs | memory per GPU, GB | of it activations | \
+traffic inside a node per micro-step, GB | between nodes per step, GB | tokens/s | days |
 |---|---|---|---|---|---|---|
 """
 
@@ -46,11 +46,11 @@ def row(plan: Plan) -> str:
 
 CONTEXT = """## Rows longer than a GPU holds: {name} with parallel.context_parallel
 
-One GPU sends this for one row and block in a forward pass, and as much in backward, however long
-the row is (pieces no shorter than the window). The last column is both passes of one row through
-all {blocks} blocks.
+What one GPU sends per row and block in a forward pass, and again in backward, however long the row
+is (pieces no shorter than the window). The last column is both passes of one row through all
+{blocks} blocks.
 
-| ranks a row | states, MB | convolution, MB | window, MB | a row, GB |
+| ranks per row | states, MB | convolution, MB | window, MB | whole row, GB |
 |---|---|---|---|---|
 """
 
@@ -85,8 +85,8 @@ def main() -> None:
             plans.append(make_plan(config, gpus, mfu=MFU, peak=PEAK_FLOPS["H100"]))
         first = plans[0]
         text += (
-            f"## {name}\n\n{first.parameters:,} parameters, {first.flops.total / 1e9:.3f} GFLOP a "
-            f"token in rows of {config.data.seq_len}, {first.tokens / 1e12:.1f} T tokens.\n\n"
+            f"## {name}\n\n{first.parameters:,} parameters, {first.flops.total / 1e9:.3f} GFLOP "
+            f"per token in rows of {config.data.seq_len}, {first.tokens / 1e12:.1f} T tokens.\n\n"
         )
         text += TABLE + "".join(map(row, plans)) + "\n"
     text += context_table(RUNS[0])
