@@ -57,7 +57,9 @@ def test_losses_stand_before_wins_and_have_a_reason(found):
     assert order == sorted(order)
     lost = next(line for line in text.splitlines() if line.startswith("| decode lost"))
     assert "0.83x (0.83 .. 0.83)" in lost
-    assert "moves 4 GB a call against 3 GB; reaches 50% of the memory rate against 50%" in lost
+    assert (
+        "moves 4 GB per call against 3 GB; reaches 50% of the memory bandwidth against 50%" in lost
+    )
 
 
 def test_an_interval_that_encloses_one_claims_nothing(found):

@@ -21,7 +21,7 @@ MODELS = {
 # longer than every window
 LONG = 1_000_000
 # a token of 28 layers with keys and values of 2 heads of 128 in bfloat16
-GROWING = 28 * 2 * 2 * 128 * 2
+KV_CACHE = 28 * 2 * 2 * 128 * 2
 
 
 def config_of(name: str) -> RodimusConfig:
@@ -49,7 +49,7 @@ def int8_row(label: str) -> str:
         read = layers * layout.kept_rows(LONG) * row * dtype.itemsize
         whole = kinds["recurrent"] + kinds["convolution"] + read
         slot = sum(state_bytes(config, window_dtype=window_dtype).values())
-        cells.append((row * dtype.itemsize, slot, whole // GROWING))
+        cells.append((row * dtype.itemsize, slot, whole // KV_CACHE))
     pairs = zip(*cells, strict=True)
     return f"| {label} | " + " | ".join(f"{size:,}" for pair in pairs for size in pair) + " |"
 
@@ -69,7 +69,7 @@ def test_the_table_of_8_bit_values_states_the_bytes_of_the_formula(text, label):
     row = int8_row(label)
     assert row in text, f"expected the row {row}"
     if label == "Rodimus+ 1.6B":
-        assert f"that of {label} is as large as {row.split()[-2]}." in " ".join(text.split())
+        assert f"| {label} with 8-bit values | {row.split()[-2]} tokens |" in text
 
 
 def test_the_errors_of_8_bit_values_are_those_that_are_printed(text):
@@ -86,10 +86,10 @@ def test_the_errors_of_8_bit_values_are_those_that_are_printed(text):
 
 def test_the_break_even_is_that_of_the_formula(text):
     flat = " ".join(text.split())
-    assert f"keeps {GROWING:,} bytes a token" in flat
-    for name in ("rodimus_plus_1b6", "rodimus_1b4"):
-        tokens = sum(state_bytes(config_of(name), tokens=LONG).values()) // GROWING
-        assert f"as large as {tokens:,}" in flat
+    assert f"keeps {KV_CACHE:,} bytes per token" in flat
+    for label in ("Rodimus+ 1.6B", "Rodimus 1.4B"):
+        tokens = sum(state_bytes(config_of(MODELS[label]), tokens=LONG).values()) // KV_CACHE
+        assert f"| {label} | {tokens:,} tokens |" in text
 
 
 def test_readme_says_the_same_of_memory():
@@ -99,10 +99,10 @@ def test_readme_says_the_same_of_memory():
         for label in ("Rodimus 1.4B", "Rodimus+ 1.6B")
     }
     plain, plus = kept.values()
-    assert f"Rodimus 1.4B keeps {plain / 1e6:.1f} MB" in readme
-    assert f"Rodimus+ 1.6B {plus / 1e6:.0f} MB" in readme
-    for count in (f"{plus // GROWING:,}", int8_row("Rodimus+ 1.6B").split()[-2]):
-        assert f"{count} " in readme
+    assert f"| Rodimus 1.4B | {plain / 1e6:.1f} MB at any length |" in readme
+    assert f"| Rodimus+ 1.6B | {plus / 1e6:.0f} MB once past the window |" in readme
+    int8 = int8_row("Rodimus+ 1.6B").split()[-2]
+    assert f"up to {plus // KV_CACHE:,} tokens ({int8} with the engine's 8-bit values)" in readme
 
 
 def test_documented_options_exist(text):
