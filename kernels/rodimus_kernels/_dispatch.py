@@ -68,7 +68,8 @@ def _gpu_runs_triton(device: torch.device) -> bool:
 def choose_compiled(fallback: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> str:
     """What ``impl="auto"`` means for a decode operator: the library of ``csrc/`` where it is built,
     takes these tensors and no gradient is wanted; else the fallback."""
-    return "native" if native.fits(*tensors, one_dtype=one_dtype) else fallback
+    fits = native.fits(*tensors, one_dtype=one_dtype, is_decoding=True)
+    return "native" if fits else fallback
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

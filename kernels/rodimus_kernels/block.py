@@ -160,4 +160,4 @@ def can_fuse_block(rows: int, *tensors: torch.Tensor | None) -> bool:
         tensors: the residual stream and the weights; None for those that a block lacks.
     """
     few = rows <= native.MAX_ROWS or tensors[0].device.type != "cpu"
-    return rows >= 1 and few and native.fits(*tensors)
+    return rows >= 1 and few and native.fits(*tensors, is_decoding=True)

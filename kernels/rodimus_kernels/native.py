@@ -11,6 +11,7 @@ None of them is differentiable: the public functions choose them without gradien
 import ctypes
 import functools
 import logging
+import os
 
 import torch
 
@@ -55,6 +56,7 @@ MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear_step` takes."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
 """Keys of a state, and channels of a head, that the operators take on a GPU."""
+_NOT_BUILT = "they are not built; build them with: python -m rodimus_kernels.build"
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rodimus::native_{_name}", _schema)
@@ -116,6 +118,26 @@ def is_available(device_type: str) -> bool:
     return problem(device_type) is None
 
 
+@torch.compiler.assume_constant_result
+def _can_decode(device_type: str) -> bool:
+    """As :func:`is_available`; that the library is missing is said once."""
+    found = is_available(device_type)
+    if not found:
+        _say_if_not_built(device_type)
+    return found
+
+
+@functools.cache
+def _say_if_not_built(device_type):
+    declined = os.environ.get(f"RODIMUS_BUILD_{device_type.upper()}") == "0"
+    if problem(device_type) == _NOT_BUILT and not declined:
+        logger.warning(
+            "decoding on %s is slower than it could be without the native operators: %s",
+            device_type,
+            _NOT_BUILT,
+        )
+
+
 @functools.cache
 def problem(device_type: str) -> str | None:
     """Why there are no native operators for a device, or None when they are loaded."""
@@ -123,7 +145,7 @@ def problem(device_type: str) -> str | None:
         return f"there are none for device {device_type!r}"
     library = build.PACKAGE / build.LIBRARIES[device_type]
     if not library.is_file():
-        return "they are not built; build them with: python -m rodimus_kernels.build"
+        return _NOT_BUILT
     folder = build.sources()
     if folder is not None and build.recorded_digest(library) != build.digest(folder):
         stale = (
@@ -165,13 +187,15 @@ def select_cpu_isa(name: str) -> bool:
     return bool(library.rodimus_cpu_select_isa(name.encode()))
 
 
-def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
+def fits(*tensors: torch.Tensor | None, one_dtype: bool = False, is_decoding: bool = False) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
     bfloat16 tensors, the operators of their device built, and no gradient to record.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
         one_dtype: the operator needs all of them to have the same dtype.
+        is_decoding: a token waits for the operator: if only its library is missing, a warning says
+            so, once a process and device, unless ``RODIMUS_BUILD_CPU`` or ``_CUDA`` is 0.
     """
     records, dtypes, kind = torch.is_grad_enabled(), DTYPES, None
     for x in tensors:
@@ -181,7 +205,9 @@ def fits(*tensors: torch.Tensor | None, one_dtype: bool = False) -> bool:
             return False
         if kind is None:
             kind, dtypes = x.device.type, (x.dtype,) if one_dtype else DTYPES
-    return kind in build.LIBRARIES and is_available(kind)
+    if kind not in build.LIBRARIES:
+        return False
+    return _can_decode(kind) if is_decoding else is_available(kind)
 
 
 def check(operator: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> None:

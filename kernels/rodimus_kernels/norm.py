@@ -2,7 +2,8 @@
 
 import torch
 
-from ._dispatch import check_same_device, check_shape, choose_compiled, load, runs_triton
+from . import native
+from ._dispatch import check_same_device, check_shape, load, runs_triton
 
 _RMS = {
     "reference": "rodimus_kernels.reference:rms_norm",
@@ -127,7 +128,7 @@ def _choose(impl, *tensors):
         double = any(x is not None and x.dtype == torch.float64 for x in tensors)
         fallback = _gpu_form(tensors[0].shape[-1], double)
     # Triton, where it runs, takes any number of rows
-    return fallback if fallback == "triton" else choose_compiled(fallback, *tensors)
+    return "native" if fallback != "triton" and native.fits(*tensors) else fallback
 
 
 def _gpu_form(width: int, double: bool) -> str:

@@ -58,6 +58,56 @@ def test_without_a_library_an_explicit_choice_says_how_to_build_it(package, monk
     assert torch.equal(rk.rms_norm(x, weight), rk.rms_norm(x, weight, impl="reference"))
 
 
+@pytest.fixture
+def missing(package, monkeypatch):
+    """The library is not there, and nobody has been told yet."""
+    monkeypatch.setattr(native, "problem", problem)
+    native._say_if_not_built.cache_clear()
+    yield
+    native._say_if_not_built.cache_clear()
+
+
+def decode():
+    """One token by an operator, and one by whole blocks."""
+    with torch.no_grad():
+        rk.linear_step(torch.randn(2, 4), torch.randn(3, 4))
+        assert not rk.can_fuse_block(2, torch.randn(2, 4))
+
+
+def test_a_missing_library_is_said_once_and_only_where_a_token_waits(missing, caplog):
+    with torch.no_grad():
+        rk.rms_norm(torch.randn(2, 4), torch.randn(4))
+    rk.linear_step(torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64))
+    rk.can_fuse_block(1, torch.randn(1, 4, requires_grad=True))
+    rk.linear_step(torch.randn(9, 4), torch.randn(3, 4))
+    assert not caplog.records
+    decode()
+    decode()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "decoding on cpu is slower" in record.message
+    assert "python -m rodimus_kernels.build" in record.message
+
+
+def test_whole_blocks_say_it_too(missing, caplog):
+    assert not rk.can_fuse_block(1, torch.randn(1, 4))
+    assert "decoding on cpu is slower" in caplog.text
+
+
+def test_who_wants_no_library_is_not_told(missing, monkeypatch, caplog):
+    monkeypatch.setenv("RODIMUS_BUILD_CPU", "0")
+    decode()
+    assert not caplog.records
+
+
+def test_a_compiled_step_says_it_and_does_not_break(missing, caplog):
+    torch.compiler.reset()
+    compiled = torch.compile(rk.linear_step, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        compiled(torch.randn(2, 4), torch.randn(3, 4))
+    assert [r.name for r in caplog.records].count("rodimus_kernels.native") == 1
+
+
 def test_other_devices_have_none():
     assert problem("meta") == "there are none for device 'meta'"
 
