@@ -69,7 +69,9 @@ try:
         swiglu,
     )
     from rodimus_kernels.reference import RESET, document_ids, expand_heads
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "rodimus_kernels":
+        raise
     from .reference_rodimus import (
         RESET,
         add_rms_norm,
@@ -91,8 +93,20 @@ except ImportError:
     from .reference_rodimus import ddts_chunk as ddts
 
     blocks_step = None
+except ImportError as error:
+    raise ImportError(
+        f"the installed rodimus_kernels is of another version than {__name__}: {error}. Install"
+        " the package rodimus of that version; or import the installed one before an exported"
+        " model is loaded, which then uses its own code of the model."
+    ) from error
 
 logger = logging.get_logger(__name__)
+
+if blocks_step is None:
+    logger.warning(
+        "The model runs in plain torch, which is slow: rodimus_kernels is not installed. It comes"
+        " with the package rodimus."
+    )
 
 # A window kept as a ring has a multiple of this many places: whole tiles for the attention kernels.
 RING_TILE = 64

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "rodimus_kernels"
@@ -217,9 +218,14 @@ class TestRemoteCode:
             if isinstance(node, ast.Try) and "rodimus_kernels" in ast.unparse(node.body)
         ]
         assert len(guards) == 1
-        (guard,) = guards
-        fallback = ast.unparse(guard.handlers[0])
-        assert fallback.startswith("except ImportError") and "reference_rodimus" in fallback
+        missing, other_version = map(ast.unparse, guards[0].handlers)
+        assert missing.startswith("except ModuleNotFoundError") and "reference_rodimus" in missing
+        assert other_version.startswith("except ImportError")
+        assert "reference_rodimus" not in other_version
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_transformers_asks_for_no_more_than_it_has_itself(self, name):
+        assert set(get_imports(MODEL / name)) <= {"torch", "transformers", *sys.stdlib_module_names}
 
 
 def test_operators_import_without_triton():

@@ -30,7 +30,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ImportError(name + " is blocked")
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Block())
 sys.path[:0] = {path!r}
 """
@@ -108,6 +108,48 @@ print(type(load(AutoModel)).__name__, torch.equal(again, logits))
     torch.testing.assert_close(result["logits"], expected, rtol=0, atol=2e-5)
     generated = model.generate(ids[:, :5], max_new_tokens=20, do_sample=False)
     assert torch.equal(result["generated"], generated)
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_running_without_the_operators_is_said_once(exported, tmp_path):
+    script = """
+import logging
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForCausalLM):
+    load(auto)
+"""
+    output = run(script, tmp_path, exported[0], ("rodimus", "rodimus_kernels"))
+    assert output.count("rodimus_kernels is not installed") == 1
+    assert "WARNING The model runs in plain torch" in output
+    assert "plain torch" not in run(script, tmp_path, exported[0], ())
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_operators_of_another_version_are_an_error_that_says_so(exported, tmp_path):
+    """Never the reference in silence; nor is a package missing that they need."""
+    script = """
+import types
+sys.modules["rodimus_kernels"] = types.ModuleType("rodimus_kernels")
+try:
+    load(AutoModelForCausalLM)
+except ImportError as error:
+    print(error)
+"""
+    output = run(script, tmp_path, exported[0], ("rodimus", "rodimus_kernels"))
+    assert "the installed rodimus_kernels is of another version than transformers_modules" in output
+    assert "cannot import name" in output and "Install the package rodimus" in output
+    script = """
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rodimus_kernels":
+            raise ModuleNotFoundError("No module named 'needed'", name="needed")
+sys.meta_path.insert(0, Missing())
+try:
+    load(AutoModelForCausalLM)
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert run(script, tmp_path, exported[0], ()).strip() == "needed"
 
 
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
