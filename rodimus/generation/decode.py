@@ -1,15 +1,23 @@
 """One token for many sequences: the model's own modules over the engine's slots.
 
 Adapters, quantised layers and hooks take part because the model is called as it is. On a GPU the
-call is captured once per batch size and replayed; on a CPU it runs as it stands.
+call is captured once per batch size and replayed, and captured again when the model has changed; on
+a CPU it runs as it stands.
 """
 
+import logging
+from itertools import chain, starmap, zip_longest
+from operator import is_
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from transformers import PreTrainedModel
 
 from ..modeling_rodimus import NO_PADDING
 from .state import SlotStates
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder:
@@ -26,9 +34,25 @@ class Decoder:
         device = states.positions.device
         self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured: _Contents | None = None
         if cuda_graphs and device.type == "cuda":
-            with torch.cuda.device(device):
-                self._capture()
+            self._capture()
+
+    def follow_model(self, *, is_idle: bool) -> None:
+        """Give up captured steps of a model that has changed since: adapters, hooks, modules,
+        attributes and replaced weights are no part of them. Weights written in place are.
+
+        Args:
+            is_idle: No slot is in use, so the step may be captured again. Until then it runs as it
+                stands.
+        """
+        if self._captured is None:
+            return
+        if self._graphs and not self._captured.is_unchanged():
+            logger.warning("the model has changed since its decode step was captured")
+            self._graphs = {}
+        if not self._graphs and is_idle:
+            self._capture()
 
     def __call__(self, batch: int) -> Tensor:
         """Logits ``[batch, V]`` after the newest tokens of the ``batch`` slots in use.
@@ -60,27 +84,91 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self):
-        """One graph per power of two up to the number of slots; all share one memory pool.
+        """One graph per power of two up to the number of slots.
 
-        Warming up runs the model over empty slots, so it happens before the first sequence. A
-        batch between two sizes runs in the larger one: its extra rows are free slots, whose
-        content nobody reads and the next sequence overwrites.
+        Warming up runs the model over empty slots, so no sequence may be in one. A batch between
+        two sizes runs in the larger one: its extra rows are free slots, whose content nobody reads
+        and the next sequence overwrites.
         """
-        sizes = sorted(
-            {*(1 << n for n in range(self.states.slots.bit_length())), self.states.slots}
-        )
-        pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        for size in reversed([size for size in sizes if size <= self.states.slots]):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._forward(size)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # without a stream of ours, all recordings share one on the first device used
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                logits = self._forward(size)
-            self._graphs[size] = (graph, logits)
-        self._graphs = dict(sorted(self._graphs.items()))
+        slots = self.states.slots
+        sizes = sorted({*(1 << n for n in range(slots.bit_length())), slots})
+        self._graphs = self._record(sizes)
+        self._captured = _Contents(self.model)
         self.states.clear()
+
+    def _record(self, sizes):
+        """The graph of each size, and the logits that it writes; all share one memory pool."""
+        graphs = {}
+        with torch.cuda.device(self.tokens.device):
+            pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()
+            for size in reversed(sizes):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        self._forward(size)
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                # without a stream of ours, all recordings share one on the first device used
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    logits = self._forward(size)
+                graphs[size] = (graph, logits)
+        return dict(sorted(graphs.items()))
+
+
+_NOTHING = object()
+_VALUES = (bool, int, float, str)
+
+
+class _Contents:
+    """What a model consists of, to see whether a captured call still says what the model does.
+
+    The memory of its weights is kept, so that a captured call never reads freed memory."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._look()
+        self._deciding = self._what_decides()
+        # wrappers of other tensors have no address; they are never replaced in place
+        self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
+        self._memory = [x.detach() for x in self._tensors]
+
+    def is_unchanged(self) -> bool:
+        """Whether every part, weight, hook and setting is the one that it was, where it was."""
+        found = zip_longest(chain.from_iterable(self._views), self._held, fillvalue=_NOTHING)
+        if not all(starmap(is_, found)):
+            now = zip_longest(self._what_decides(), self._deciding, fillvalue=_NOTHING)
+            if not all(starmap(_is_same, now)):
+                return False
+            self._look()
+        return all(
+            x.data_ptr() == kept.data_ptr()
+            for x, kept in zip(self._tensors, self._memory, strict=True)
+        )
+
+    def _look(self):
+        """Remember all that is there, to see in half a millisecond that it still is."""
+        self._views = list(self._all_values())
+        self._held = list(chain.from_iterable(self._views))
+
+    def _all_values(self):
+        attributes = [vars(part) for part in self.model.modules()]
+        yield from map(dict.values, attributes)
+        # modules, parameters, buffers and hooks, and what an adapter keeps of itself
+        for value in chain.from_iterable(map(dict.values, attributes)):
+            if isinstance(value, dict):
+                yield value.values()
+            elif isinstance(value, list):
+                yield value
+        yield module_hooks._global_forward_pre_hooks.values()
+        yield module_hooks._global_forward_hooks.values()
+
+    def _what_decides(self):
+        """All but None and objects that only remember something, such as an inspection."""
+        kinds = (*_VALUES, Tensor, nn.Module)
+        values = chain.from_iterable(self._all_values())
+        return [x for x in values if isinstance(x, kinds) or callable(x)]
+
+
+def _is_same(a, b) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _VALUES) and a == b)

@@ -163,7 +163,8 @@ class Engine:
         window_dtype: Of the values in the slots' windows: None for the model's dtype, or
             ``torch.int8``, which takes about half the memory and rounds them
             (:func:`rodimus_kernels.reference.quantize_values`); prompts are read before that.
-        cuda_graphs: On a GPU, capture the decode step once per batch size.
+        cuda_graphs: On a GPU, capture the decode step once per batch size. What is done to the
+            model later takes part from the next request on.
 
     Raises:
         ValueError: the model is no language model of this package, a number is not an integer of at
@@ -378,6 +379,8 @@ class Engine:
 
     def _read_prompts(self):
         spent = 0
+        if self.waiting and self._reading is None and len(self.running) < self.slots:
+            self.decoder.follow_model(is_idle=not self.running)
         while True:
             if self._reading is None:
                 if not self.waiting or len(self.running) == self.slots:

@@ -297,7 +297,7 @@ def test_an_interrupt_leaves_nothing_behind(plus):
             raise KeyboardInterrupt
         return decode(rows)
 
-    interrupted.tokens = decode.tokens
+    interrupted.tokens, interrupted.follow_model = decode.tokens, decode.follow_model
     engine.decoder = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.generate(requests)
