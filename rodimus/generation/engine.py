@@ -19,7 +19,7 @@ from ..loading import end_tokens
 from .decode import Decoder
 from .sampling import Sampler, SamplingParams, is_integer, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
-from .text import TextStream
+from .text import TextStream, encode
 
 MAX_LOGPROBS = 20
 
@@ -29,7 +29,8 @@ class Request:
     """One text to continue.
 
     Args:
-        prompt: Token ids, at least one.
+        prompt: Token ids, at least one; or text, which needs a tokenizer and gets the special
+            tokens that it adds.
         max_new_tokens: Most tokens to generate, the one that ends the text included.
         sampling: How tokens are chosen; greedy by default.
         stop: Strings that end the text; the text does not contain them. Needs a tokenizer.
@@ -39,7 +40,7 @@ class Request:
         keep_prompt_state: Give the state after the prompt back, to answer it otherwise later.
     """
 
-    prompt: Sequence[int]
+    prompt: str | Sequence[int]
     max_new_tokens: int = 128
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
@@ -155,7 +156,8 @@ class Engine:
 
     Args:
         model: A Rodimus or Rodimus+ language model, adapted, quantised or hooked as it may be.
-        tokenizer: For text and stop strings; without one the engine knows tokens only.
+        tokenizer: For prompts, answers and stop strings as text; without one the engine knows
+            tokens only.
         slots: Sequences that run at once; their memory is ``slots * state_bytes(...)``, made here.
         prefill_chunk: Most tokens of prompts read between two tokens of the running sequences.
         max_length: Most tokens of prompt and continuation; None for no limit, which only a
@@ -208,8 +210,8 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Generation:
-        """Queue a request; ``step`` does the work.
+    def submit(self, request: Request | str) -> Generation:
+        """Queue a request, or a text to continue with a request's defaults; ``step`` does the work.
 
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
@@ -222,14 +224,17 @@ class Engine:
         """Queue what ``prepare`` made."""
         self.waiting.append(generation)
 
-    def prepare(self, request: Request) -> Generation:
-        """Check a request without queueing it. Any thread may call this.
+    def prepare(self, request: Request | str) -> Generation:
+        """Check a request without queueing it. Any thread may call this; with a prompt of text only
+        the one that steps, whose tokenizer it needs.
 
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
         """
+        if isinstance(request, str):
+            request = Request(request)
         if not isinstance(request, Request):
-            raise ValueError(f"expected a Request, got {type(request).__name__}")
+            raise ValueError(f"expected a Request or text, got {type(request).__name__}")
         prompt = self._check_prompt(request.prompt)
         _check_at_least_one("max_new_tokens", request.max_new_tokens)
         total = len(prompt) + request.max_new_tokens
@@ -269,8 +274,8 @@ class Engine:
             self.waiting.remove(generation)
         self._finish(generation, "cancelled")
 
-    def read(self, prompt: Sequence[int]) -> SequenceState:
-        """The state after reading a prompt: for ``add_prefix``, or for a file."""
+    def read(self, prompt: str | Sequence[int]) -> SequenceState:
+        """The state after reading a prompt, tokens or text: for ``add_prefix``, or for a file."""
         prompt = self._check_prompt(prompt)
         cache, read = DynamicCache(config=self.model.config), 0
         while read < len(prompt):
@@ -292,6 +297,12 @@ class Engine:
 
     def _check_prompt(self, prompt):
         """The prompt as int64 ``[T]`` on the CPU."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    "the prompt must be a list of token ids, got str: the engine has no tokenizer"
+                )
+            prompt = encode(self.tokenizer, prompt, self.model.config.vocab_size)
         ids = self._check_tokens("the prompt", prompt)
         if not ids:
             raise ValueError("the prompt must have at least one token")
@@ -343,8 +354,8 @@ class Engine:
         news, self._news = list(dict.fromkeys(self._news)), []
         return news
 
-    def stream(self, request: Request) -> Iterator[Delta]:
-        """Submit a request and yield what it produces; other requests go on in between.
+    def stream(self, request: Request | str) -> Iterator[Delta]:
+        """Submit a request or a text and yield what it produces; other requests go on in between.
 
         Leaving the loop early cancels the request.
         """
@@ -358,14 +369,19 @@ class Engine:
         finally:
             self.cancel(generation)
 
-    def generate(self, requests: Iterable[Request]) -> list[Generation]:
+    def generate(self, requests: Request | str | Iterable[Request | str]) -> list[Generation]:
         """Run requests to their ends, as many at once as there are slots; results in order.
 
         An interrupt cancels them all.
 
+        Args:
+            requests: Requests or texts, as ``submit`` takes them, or one of either.
+
         Raises:
             ValueError: one of them cannot be served; none is begun.
         """
+        if isinstance(requests, str | Request):
+            requests = [requests]
         generations = [self.prepare(request) for request in requests]
         for generation in generations:
             self.enqueue(generation)

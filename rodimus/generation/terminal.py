@@ -14,33 +14,7 @@ from ..errors import InputError
 from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Engine, Generation, Request
 from .sampling import MAX_SEED, SamplingParams
-
-
-def encode(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    add_special_tokens: bool = True,
-) -> list[int]:
-    """The tokens of a prompt.
-
-    Raises:
-        InputError: there are none, the model does not know one of them, or the text is not Unicode.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"the prompt is no UTF-8 text at character {error.start}") from error
-    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
-    if not ids:
-        raise InputError("the prompt has no tokens: there is nothing to continue")
-    if max(ids) >= model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer gives token {max(ids)}, and the model knows"
-            f" {model.config.vocab_size}: they do not belong together"
-        )
-    return ids
+from .text import encode
 
 
 def run(
@@ -124,7 +98,8 @@ class Conversation:
         rendered = engine.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-        ids = encode(engine.model, engine.tokenizer, rendered, add_special_tokens=False)
+        size = engine.model.config.vocab_size
+        ids = encode(engine.tokenizer, rendered, size, add_special_tokens=False)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + len(messages)) % MAX_SEED)
         request = Request(
@@ -145,7 +120,7 @@ def run_generate(options: argparse.Namespace) -> None:
     """The command ``rodimus generate``."""
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     model, tokenizer = _load(options)
-    ids = encode(model, tokenizer, prompt)
+    ids = encode(tokenizer, prompt, model.config.vocab_size)
     engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
     _write(prompt)
     request = Request(ids, options.max_new_tokens, _sampling(options))

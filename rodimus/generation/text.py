@@ -1,13 +1,46 @@
-"""Text from tokens as they come: whole characters only, and nothing of a stop string."""
+"""Tokens of a text; and text from tokens as they come: whole characters only, and nothing of a stop
+string."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import InputError
+
 # A character that is not complete yet decodes to this one.
 _INCOMPLETE = "\ufffd"
 # Tokens decoded again with each new one, so that joints between tokens come out right.
 _CONTEXT, _MOST = 6, 18
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    vocab_size: int,
+    *,
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """The tokens of a prompt.
+
+    Args:
+        vocab_size: Tokens that the model knows.
+
+    Raises:
+        InputError: there are none, the model does not know one of them, or the text is not Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is no UTF-8 text at character {error.start}") from error
+    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    if not ids:
+        raise InputError("the prompt has no tokens: there is nothing to continue")
+    if max(ids) >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {max(ids)}, and the model knows {vocab_size}: they do not"
+            " belong together"
+        )
+    return ids
 
 
 class TextStream:

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from rodimus.generation import Engine, Request, SamplingParams
-from tests.generation.helpers import alone, byte_tokenizer, greedy, prompts_of
+from tests.generation.helpers import (
+    END,
+    alone,
+    byte_tokenizer,
+    greedy,
+    prompts_of,
+    text_model,
+)
 from tests.model.helpers import build, config_of
 
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=5)
@@ -250,7 +257,8 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
         (Request([1], max_new_tokens=0), "max_new_tokens must be an integer .* got 0"),
         (Request([1], max_new_tokens=2.5), "max_new_tokens must be an integer .* got 2.5"),
         (Request(5), "a list of token ids, got int"),
-        (Request("def f"), "a list of token ids, got str"),
+        (Request("def f"), "a list of token ids, got str: the engine has no tokenizer"),
+        (Request(b"def f"), "a list of token ids, got bytes"),
         (Request([1], max_new_tokens=True), "max_new_tokens must be an integer .* got True"),
         (Request([1], sampling={"temperature": 1}), "sampling must be SamplingParams, got dict"),
         (Request([1], stop="ab"), "stop must be a tuple of strings, got the string 'ab'"),
@@ -262,7 +270,8 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
         (Request([1], stop_tokens=(97,)), r"tokens of stop_tokens must be in \[0, 97\), got 97"),
         (Request([1], logprobs=1.5), r"logprobs must be an integer in \[0, 20\], got 1.5"),
         (Request([1], logprobs=True), r"logprobs must be an integer in \[0, 20\], got True"),
-        ([1, 2], "expected a Request, got list"),
+        ([1, 2], "expected a Request or text, got list"),
+        ("def f", "a list of token ids, got str: the engine has no tokenizer"),
         (Request([1], logprobs=21), r"logprobs must be an integer in \[0, 20\], got 21"),
         (Request([1], stop=("x",)), "no tokenizer in the engine"),
     ],
@@ -272,6 +281,40 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
     engine = Engine(plus)
     with pytest.raises(ValueError, match=message):
         engine.submit(request_)
+    assert not engine.has_work
+
+
+def test_a_prompt_may_be_text():
+    model, tokenizer = text_model(), byte_tokenizer()
+    texts = ["def f", "\u00e4 b"]
+    ids = [tokenizer(text).input_ids for text in texts]
+    engine = Engine(model, tokenizer, slots=2)
+    expected = tokens_of(engine.generate([Request(x, 6) for x in ids]))
+    assert tokens_of(engine.generate([Request(x, 6) for x in texts])) == expected
+    whole = tokens_of(engine.generate(Request(x) for x in ids))
+    assert tokens_of(engine.generate(texts)) == whole and len(whole[0]) == 128
+    for one in (texts[0], Request(texts[0])):
+        assert tokens_of(engine.generate(one)) == whole[:1]
+    streamed = [t for delta in engine.stream(texts[1]) for t in delta.tokens]
+    assert streamed == whole[1]
+    generation = engine.submit(texts[0])
+    assert generation.prompt.tolist() == ids[0]
+    engine.cancel(generation)
+    assert engine.read(texts[1]).tokens.tolist() == ids[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "the prompt has no tokens"),
+        ("a\udcff", "no UTF-8 text at character 1"),
+        (END, "token 256, and the model knows 250"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused(text, message):
+    engine = Engine(build(config_of("rodimus_plus") | {"vocab_size": 250}), byte_tokenizer())
+    with pytest.raises(ValueError, match=message):
+        engine.generate([text])
     assert not engine.has_work
 
 
