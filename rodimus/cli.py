@@ -96,7 +96,7 @@ def _add_generate(commands) -> None:
     )
     _add_model(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
-    _add_sampling(parser, temperature=0.0, top_p=1.0)
+    _add_sampling(parser, temperature=0.0, top_p=1.0, seed=0)
     parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_generate"))
 
 
@@ -110,7 +110,7 @@ def _add_chat(commands) -> None:
     )
     _add_model(parser)
     parser.add_argument("--system", default="", help="what the model is told about its role first")
-    _add_sampling(parser, temperature=0.7, top_p=0.95)
+    _add_sampling(parser, temperature=0.7, top_p=0.95, seed=None)
     parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_chat"))
 
 
@@ -218,13 +218,15 @@ def number(kind: type, low: float, high: float, what: str):
     return parse
 
 
-def _add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
+def _add_sampling(
+    parser: argparse.ArgumentParser, temperature: float, top_p: float, seed: int | None
+) -> None:
     inf = float("inf")
     add = parser.add_argument
     add("--max-new-tokens", type=number(int, 1, inf, "at least 1"), default=256, metavar="N")
     add(
         "--temperature",
-        type=number(float, 0, inf, "at least 0"),
+        type=number(float, 0, 100, "0 to 100"),
         default=temperature,
         metavar="X",
         help="randomness: 0 takes the likeliest token every time (default: %(default)s)",
@@ -244,10 +246,32 @@ def _add_sampling(parser: argparse.ArgumentParser, temperature: float, top_p: fl
         help="sample among the likeliest tokens that make up this share (default: %(default)s)",
     )
     add(
+        "--min-p",
+        type=number(float, 0, 1, "0 to 1"),
+        default=0.0,
+        metavar="X",
+        help="sample among tokens at least this likely, relative to the likeliest (default: all)",
+    )
+    add(
+        "--repetition-penalty",
+        type=number(float, 0.01, 100, "0.01 to 100"),
+        default=1.0,
+        metavar="X",
+        help="make tokens that were there before less likely; 1 changes nothing (default)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text. May be repeated",
+    )
+    fresh = "a new one each time, which --stats prints"
+    add(
         "--seed",
         type=number(int, 0, 2**63 - 1, "0 to 2^63 - 1"),
-        default=0,
-        help="same seed, same text (default: %(default)s)",
+        default=seed,
+        help=f"same seed, same text (default: {fresh if seed is None else seed})",
     )
     add("--stats", action="store_true", help="print tokens/s and the memory of the state")
 

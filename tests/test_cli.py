@@ -144,6 +144,24 @@ def test_same_seed_same_text(checkpoint, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_options_of_sampling_reach_the_engine(checkpoint, model, tokenizer, capsys):
+    def text(*options):
+        arguments = ("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 20)
+        assert command(*arguments, *options) == 0
+        return capsys.readouterr().out
+
+    greedy = text()
+    assert text("--temperature", 1, "--min-p", 1) == greedy
+    sampling = SamplingParams(repetition_penalty=3.0)
+    request = Request(tokenizer("hello").input_ids, 20, sampling)
+    (penalised,) = Engine(model, tokenizer).generate([request])
+    assert text("--repetition-penalty", 3) == f"hello{penalised.text}\n" != greedy
+    new = greedy.removeprefix("hello").removesuffix("\n")
+    first, second = new[8:10], new[4]
+    assert text("--stop", first) == f"hello{new[: new.index(first)]}\n"
+    assert text("--stop", first, "--stop", second) == f"hello{new[: new.index(second)]}\n"
+
+
 def test_text_comes_in_pieces(model, tokenizer):
     pieces = []
     ids = tokenizer("hello").input_ids
@@ -278,6 +296,31 @@ def test_replies_of_a_conversation_have_seeds_of_their_own(engine):
     chat = Conversation(engine, SamplingParams(temperature=1.0, seed=2**63 - 2), 12)
     seeds = [chat.reply("hello").request.sampling.seed for _ in range(2)]
     assert len(set(seeds)) == 2
+
+
+def test_each_chat_has_a_seed_of_its_own_and_can_be_had_again(checkpoint, capsys, monkeypatch):
+    def session(*options):
+        """What was said, and the seed."""
+        lines = iter(["hello", "again", "/exit"])
+        monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+        arguments = ("--max-new-tokens", 12, "--temperature", 1, "--stats", *options)
+        assert command("chat", checkpoint, *arguments) == 0
+        told = capsys.readouterr()
+        (seed,) = set(re.findall(r"; seed (\d+)$", told.err, re.MULTILINE))
+        return told.out, int(seed)
+
+    first, second = session(), session()
+    assert first[0] != second[0] and first[1] != second[1]
+    assert session("--seed", first[1]) == first
+
+
+def test_a_stop_string_ends_a_reply(engine):
+    text = Conversation(engine, SamplingParams(), 12).reply("hello").text
+    chat = Conversation(engine, SamplingParams(), 12, stop=(text[5],))
+    reply = chat.reply("hello")
+    assert reply.text == text[: text.index(text[5])] and reply.finish_reason == "stop"
+    assert chat.messages[-1]["content"] == reply.text
+    assert chat.reply("again").prefix_tokens > 0
 
 
 def test_chat_until_an_empty_line(checkpoint, capsys, monkeypatch):
@@ -486,11 +529,24 @@ class TestBadInput:
 
     @pytest.mark.parametrize(
         "option, value",
-        [("--top-p", "2"), ("--temperature", "-1"), ("--max-new-tokens", "0"), ("--top-k", "x")],
+        [
+            *(("--top-p", "2"), ("--max-new-tokens", "0"), ("--top-k", "x"), ("--min-p", "1.1")),
+            *(("--temperature", "-1"), ("--temperature", "101"), ("--temperature", "nan")),
+            *(("--repetition-penalty", "0"), ("--repetition-penalty", "101")),
+        ],
     )
     def test_impossible_sampling(self, folder, capsys, option, value):
         assert command("generate", folder, "--prompt", "x", option, value) == 2
         assert option in capsys.readouterr().err.splitlines()[-1]
+
+    @pytest.mark.parametrize("name", ["generate", "chat"])
+    @pytest.mark.parametrize("stop", [[""], ["x" * 257], ["x"] * 17], ids=["empty", "long", "many"])
+    def test_impossible_stop_strings(self, tmp_path, capsys, name, stop):
+        """Said before the model is loaded: there is none."""
+        options = [word for text in stop for word in ("--stop", text)]
+        prompt = ["--prompt", "x"] if name == "generate" else []
+        line = self.refused(capsys, name, tmp_path / "nowhere", *prompt, *options)
+        assert "--stop takes at most 16 texts of 1 to 256 characters" in line
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and what it took."""
 
 import argparse
+import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from ..errors import InputError
 from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Engine, Generation, Request
+from .protocol import Limits
 from .sampling import MAX_SEED, SamplingParams
 from .text import encode
 
@@ -74,12 +76,19 @@ class Conversation:
         sampling: Of all replies; each has the next seed.
         max_new_tokens: Most tokens of a reply.
         system: What the model is told about its role first.
+        stop: Strings that end a reply, which does not contain them.
     """
 
     def __init__(
-        self, engine: Engine, sampling: SamplingParams, max_new_tokens: int, system: str = ""
+        self,
+        engine: Engine,
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        system: str = "",
+        stop: tuple[str, ...] = (),
     ):
         self.engine, self.sampling, self.max_new_tokens = engine, sampling, max_new_tokens
+        self.stop = stop
         self.messages = [{"role": "system", "content": system}] if system else []
         engine.prefixes.clear()
 
@@ -102,9 +111,8 @@ class Conversation:
         ids = encode(engine.tokenizer, rendered, size, add_special_tokens=False)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + len(messages)) % MAX_SEED)
-        request = Request(
-            ids, self.max_new_tokens, sampling, keep_state=True, keep_prompt_state=True
-        )
+        kept = {"keep_state": True, "keep_prompt_state": True}
+        request = Request(ids, self.max_new_tokens, sampling, self.stop, **kept)
         generation = run(engine, request, write, stop)
         if not generation.tokens:
             return generation
@@ -118,12 +126,13 @@ class Conversation:
 
 def run_generate(options: argparse.Namespace) -> None:
     """The command ``rodimus generate``."""
+    stop = _stop(options)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     model, tokenizer = _load(options)
     ids = encode(tokenizer, prompt, model.config.vocab_size)
     engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
     _write(prompt)
-    request = Request(ids, options.max_new_tokens, _sampling(options))
+    request = Request(ids, options.max_new_tokens, _sampling(options, options.seed), stop)
     generation = run(engine, request, _write)
     _write("\n")
     if options.stats:
@@ -132,6 +141,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 def run_chat(options: argparse.Namespace) -> None:
     """The command ``rodimus chat``."""
+    stop = _stop(options)
     model, tokenizer = _load(options)
     if tokenizer.chat_template is None:
         raise InputError(
@@ -139,7 +149,12 @@ def run_chat(options: argparse.Namespace) -> None:
             " chat: let it continue text with `rodimus generate`"
         )
     engine = _engine(model, tokenizer, model.config.max_position_embeddings)
-    start = lambda: Conversation(engine, _sampling(options), options.max_new_tokens, options.system)
+
+    def start():
+        seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
+        sampling = _sampling(options, seed)
+        return Conversation(engine, sampling, options.max_new_tokens, options.system, stop)
+
     conversation = start()
     while (line := _read_line()) not in ("", "/exit"):
         if line == "/reset":
@@ -149,7 +164,8 @@ def run_chat(options: argparse.Namespace) -> None:
             generation = conversation.reply(line, _write, interrupts.came)
         _write("\n")
         if options.stats and generation.started is not None:
-            print(stats(engine, generation), file=sys.stderr)
+            seed = conversation.sampling.seed
+            print(f"{stats(engine, generation)}; seed {seed}", file=sys.stderr)
 
 
 def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -165,13 +181,27 @@ def _engine(model, tokenizer, longest: int) -> Engine:
     return Engine(model, tokenizer, slots=1, max_length=longest if limited else None)
 
 
-def _sampling(options: argparse.Namespace) -> SamplingParams:
+def _sampling(options: argparse.Namespace, seed: int) -> SamplingParams:
     return SamplingParams(
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        seed=options.seed,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=seed,
     )
+
+
+def _stop(options: argparse.Namespace) -> tuple[str, ...]:
+    """The strings of ``--stop``, within the server's limits."""
+    limits, stop = Limits(), options.stop
+    most, length = limits.stop_strings, limits.stop_characters
+    if len(stop) > most or not all(0 < len(text) <= length for text in stop):
+        got = [len(text) for text in stop]
+        raise InputError(
+            f"--stop takes at most {most} texts of 1 to {length} characters, got {got} characters"
+        )
+    return tuple(stop)
 
 
 class _Interrupts:
