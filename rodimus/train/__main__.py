@@ -1,7 +1,8 @@
 """`rodimus train CONFIG` and `torchrun -m rodimus.train CONFIG`: one run from start to export.
 
 Exit status: 0 done, 1 stopped by the guard, 2 bad input, 143 terminated with a checkpoint (start
-the same command again to go on).
+the same command again to go on). torchrun makes 1 of all but 0, so rank 0 also writes its status to
+the file that ``RODIMUS_STATUS_FILE`` names, for a script that starts runs again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from ..errors import InputError
 from .config import TrainConfig
 
+STATUS_VARIABLE = "RODIMUS_STATUS_FILE"
 USAGE = """usage: rodimus train CONFIG.toml [--section.key VALUE ...]
        torchrun --nproc-per-node N -m rodimus.train CONFIG.toml [--section.key VALUE ...]
 
@@ -30,12 +32,16 @@ def main(argv: list[str] | None = None) -> int:
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
-        return train(argv[0], argv[1:])
+        status = train(argv[0], argv[1:])
     except InputError as error:
         # every rank finds the same fault; one says it
         if is_main:
             print(f"rodimus train: error: {error}", file=sys.stderr)
-        return 2
+        status = 2
+    path = os.environ.get(STATUS_VARIABLE)
+    if path and is_main:
+        Path(path).write_text(f"{status}\n", encoding="utf-8")
+    return status
 
 
 def train(path: str, overrides: list[str]) -> int:

@@ -1,0 +1,91 @@
+"""The batch script of Slurm: which ends of a run start it again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rodimus.train import __main__ as program
+
+ROOT = Path(__file__).parent.parent.parent
+TORCHRUN = f"""#!/bin/bash
+while [ "$1" != -m ]; do shift; done
+{sys.executable} "$@" || exit 1
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Runs the script in a folder of its own; gives its status and what it asked of scontrol."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    asked = tmp_path / "asked"
+
+    def program(name, text):
+        path = tmp_path / "bin" / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(*arguments, srun='#!/bin/bash\nshift\nexec "$@"\n', **variables):
+        program("srun", srun)
+        program("torchrun", TORCHRUN)
+        program("scontrol", f'#!/bin/bash\necho "$@" >> {asked}\necho node0\n')
+        path = [str(tmp_path / "bin"), os.environ["PATH"]]
+        environment = os.environ | {
+            **{"PATH": ":".join(path), "PYTHONPATH": ":".join(sys.path)},
+            **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]"},
+            **variables,
+        }
+        command = ["bash", "scripts/train.slurm", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert not list(tmp_path.glob(".rodimus-status*")), "it leaves its file behind"
+        requests = [line for line in asked.read_text().splitlines() if "hostnames" not in line]
+        asked.unlink()
+        return done.returncode, requests, done.stderr
+
+    return run
+
+
+def test_a_typo_is_not_queued_again(slurm, tmp_path):
+    (tmp_path / "run.toml").write_text("[train]\nstepz = 3\n")
+    status, requests, said = slurm("run.toml")
+    assert (status, requests) == (2, [])
+    assert "did you mean 'train.steps'?" in said
+
+
+@pytest.mark.parametrize("ended, requests", [("143", ["requeue 7"]), ("0", []), ("1", [])])
+def test_a_run_says_itself_how_it_ended(slurm, ended, requests):
+    """Whatever torchrun makes of it."""
+    srun = f'#!/bin/bash\necho {ended} > "$RODIMUS_STATUS_FILE"\nexit {min(int(ended), 1)}\n'
+    assert slurm("run.toml", srun=srun)[:2] == (int(ended), requests)
+
+
+@pytest.mark.parametrize("status", [1, 137, 143])
+def test_a_run_that_says_nothing_has_crashed(slurm, tmp_path, status):
+    """143 then is that of a node that was terminated for the others; and an old file counts for
+    nothing."""
+    (tmp_path / ".rodimus-status-7").write_text("143\n")
+    srun = f"#!/bin/bash\nexit {status}\n"
+    assert slurm("run.toml", srun=srun)[:2] == (status, [])
+
+
+def test_fifty_times_are_enough(slurm):
+    srun = '#!/bin/bash\necho 143 > "$RODIMUS_STATUS_FILE"\nexit 1\n'
+    assert slurm("run.toml", srun=srun, SLURM_RESTART_COUNT="49")[1] == ["requeue 7"]
+    assert slurm("run.toml", srun=srun, SLURM_RESTART_COUNT="50")[1] == []
+
+
+def test_rank_0_alone_says_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "status"
+    monkeypatch.setenv("RODIMUS_STATUS_FILE", str(path))
+    monkeypatch.setattr(program, "train", lambda *arguments: 143)
+    monkeypatch.setenv("RANK", "1")
+    assert program.main(["run.toml"]) == 143 and not path.exists()
+    monkeypatch.setenv("RANK", "0")
+    assert program.main(["run.toml"]) == 143 and path.read_text() == "143\n"
+    monkeypatch.undo()
+    assert program.main(["nowhere.toml"]) == 2 and path.read_text() == "143\n"
