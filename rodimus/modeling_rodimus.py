@@ -68,13 +68,14 @@ try:
         short_conv,
         swiglu,
     )
-    from rodimus_kernels.reference import RESET, document_ids, expand_heads
+    from rodimus_kernels.reference import RESET, check_cu_seqlens, document_ids, expand_heads
 except ModuleNotFoundError as error:
     if error.name != "rodimus_kernels":
         raise
     from .reference_rodimus import (
         RESET,
         add_rms_norm,
+        check_cu_seqlens,
         ddts_gates,
         ddts_step,
         document_ids,
@@ -661,21 +662,6 @@ def _position_in_document(documents):
 
 def _document_starts(documents):
     return documents != F.pad(documents, (1, 0), value=-1)[:, :-1]
-
-
-def _check_cu_seqlens(cu_seqlens, batch, length):
-    if batch != 1:
-        raise ValueError(f"cu_seqlens packs one row: expected batch size 1, got {batch}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            f"cu_seqlens must be integers in one dimension, got {cu_seqlens.dtype} of shape"
-            f" {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device.type != "cpu" or is_tracing(cu_seqlens):
-        return
-    bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to the row's length {length}, got {bounds}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1640,7 +1626,8 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def _packed_documents(self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens):
         if cu_seqlens is not None:
-            _check_cu_seqlens(cu_seqlens, *embeds.shape[:2])
+            if not is_tracing(cu_seqlens):
+                check_cu_seqlens(cu_seqlens, *embeds.shape[:2])
             if past_key_values is not None or attention_mask is not None:
                 raise ValueError("packed rows (cu_seqlens) take neither a cache nor a mask")
         elif attention_mask is not None or past_key_values is not None:

@@ -419,6 +419,28 @@ def ddts_chunk(
 # ----------------------------------------------------------------------------------------------
 
 
+def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
+    """Check the boundaries of packed documents and return how many sequences there are.
+
+    Values are read only where that is free: on the CPU and outside compilation.
+    """
+    if cu_seqlens is None:
+        return batch
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs a batch of one row: expected B = 1, got B = {batch}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "cu_seqlens must be integers [N + 1] with N >= 1,"
+            f" got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
+            shown = bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]]
+            raise ValueError(f"cu_seqlens must rise from 0 to T = {length}, got {shown}")
+    return cu_seqlens.shape[0] - 1
+
+
 def document_starts(cu_seqlens, length):
     """True at the first token of each packed document: bool ``[T]``, without reading values on the
     host."""

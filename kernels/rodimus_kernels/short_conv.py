@@ -3,7 +3,6 @@
 import torch
 
 from ._dispatch import (
-    check_cu_seqlens,
     check_floating,
     check_same_device,
     check_shape,
@@ -11,6 +10,7 @@ from ._dispatch import (
     load,
     runs_triton,
 )
+from .reference import check_cu_seqlens
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:short_conv",

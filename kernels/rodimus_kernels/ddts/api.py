@@ -5,7 +5,6 @@ import torch
 
 from .. import native
 from .._dispatch import (
-    check_cu_seqlens,
     check_floating,
     check_same_device,
     check_shape,
@@ -14,7 +13,7 @@ from .._dispatch import (
     runs_triton,
 )
 from .._schemas import TRITON_KEY_DIMS
-from ..reference import accumulation_dtype
+from ..reference import accumulation_dtype, check_cu_seqlens
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:ddts",

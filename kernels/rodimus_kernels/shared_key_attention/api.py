@@ -5,7 +5,6 @@ import torch
 
 from .. import reference
 from .._dispatch import (
-    check_cu_seqlens,
     check_floating,
     check_same_device,
     check_shape,
@@ -114,7 +113,7 @@ def shared_key_attention(
     keys = k.shape[1]
     if queries == 0 or keys < queries:
         raise ValueError(f"expected S >= T >= 1, got T = {queries} queries and S = {keys} keys")
-    check_cu_seqlens(cu_seqlens, batch, keys)
+    reference.check_cu_seqlens(cu_seqlens, batch, keys)
     if impl == "auto":
         double = torch.float64 in (q.dtype, k.dtype, v.dtype)
         impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)
