@@ -252,15 +252,6 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cumulative_length + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
-
-    def offload(self):
-        LinearAttentionLayer.offload(self)
-
-    def prefetch(self):
-        LinearAttentionLayer.prefetch(self)
-
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
         self.forget_record()
