@@ -94,7 +94,7 @@ def _add_generate(commands) -> None:
         description="Continue a text with a model; the text appears as it is made. A prompt may be "
         "of any length: memory does not grow with it once it is past the model's window.",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
     _add_sampling(parser, temperature=0.0, top_p=1.0, seed=0)
     parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_generate"))
@@ -108,7 +108,7 @@ def _add_chat(commands) -> None:
         "An empty line, /exit or the end of input leaves; /reset starts a new conversation; "
         "Ctrl-C ends a reply, or leaves where there is none.",
     )
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--system", default="", help="what the model is told about its role first")
     _add_sampling(parser, temperature=0.7, top_p=0.95, seed=None)
     parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_chat"))
@@ -122,7 +122,7 @@ def _add_eval(commands) -> None:
         epilog=EVAL_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model(parser)
+    add_model(parser)
     add = parser.add_argument
     add(
         "data",
@@ -192,16 +192,19 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs a model asks for: which, where, and in which dtype."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a model or run, or owner/name on the hub"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: GPU if any)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one"
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights (default: as they were saved)",
+        help="of the weights; auto: as they were saved",
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .engine import MAX_LOGPROBS, Delta, Generation, Request, TokenLogprobs
-from .sampling import MAX_SEED, SamplingParams
+from .sampling import MAX_SEED, SamplingParams, is_integer
 
 # Refused unless they say what happens anyway.
 _UNSUPPORTED = {
@@ -225,11 +225,11 @@ def _prompts(fields, limits):
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(_is_integer(item) for item in prompt):
+        if all(is_integer(item) for item in prompt):
             return [prompt]
         if all(isinstance(item, str) for item in prompt):
             return _limited(fields, prompt, limits)
-        if all(isinstance(item, list) and all(map(_is_integer, item)) for item in prompt):
+        if all(isinstance(item, list) and all(map(is_integer, item)) for item in prompt):
             return _limited(fields, prompt, limits)
     what = "a string, a list of strings, a list of token ids, or a list of such lists"
     raise fields.wrong("prompt", what, prompt)
@@ -318,7 +318,7 @@ class _Fields:
         return value
 
     def integer(self, name, default, low, high):
-        return self._between(name, default, low, high, _is_integer, "an integer")
+        return self._between(name, default, low, high, is_integer, "an integer")
 
     def number(self, name, default, low, high):
         return self._between(name, default, low, high, _is_number, "a number")
@@ -330,10 +330,6 @@ class _Fields:
         if not is_kind(value) or not low <= value <= high:
             raise self.wrong(name, f"{kind} in [{low}, {high}]", value)
         return value
-
-
-def _is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value):

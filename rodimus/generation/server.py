@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ..cli import number
+from ..cli import add_model, number
 from ..errors import InputError
 from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Delta, Engine, Generation
@@ -462,13 +462,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add, limits, inf = parser.add_argument, Limits(), float("inf")
     positive, count = number(int, 1, inf, "at least 1"), number(int, 0, inf, "at least 0")
-    add("model", metavar="MODEL", help="folder, or owner/name on the hub")
+    add_model(parser)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=number(int, 0, 65535, "0 to 65535"), default=8000, help="port to listen on")
     add("--name", default=None, help="what clients call the model; the folder's name if not given")
-    add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as saved")
     add("--slots", type=positive, default=8, help="sequences that run at once")
     add("--max-waiting", type=count, default=64, help="requests that may wait; more get 429")
     add("--prefill-chunk", type=positive, default=512, help="prompt tokens read between two steps")

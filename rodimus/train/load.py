@@ -68,7 +68,7 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     for key, value in values.items():
         name = prefix + key
         if key not in types:
-            raise InputError(f"unknown key {name!r}{_suggest(name, key, prefix, list(types))}")
+            raise InputError(f"unknown key {name!r}{_suggest(key, prefix, list(types))}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise InputError(f"{name} must be a table, got {value!r}")
@@ -81,7 +81,7 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     return cls(**arguments)
 
 
-def _suggest(name: str, key: str, prefix: str, known: list[str]) -> str:
+def _suggest(key: str, prefix: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, 1)
     if near:
         return f", did you mean {prefix + near[0]!r}?"
