@@ -7,13 +7,13 @@ import argparse
 import importlib.metadata
 import inspect
 import itertools
+import logging
 import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -37,8 +37,15 @@ OPTIONAL = {
 
 def run(options: argparse.Namespace | None = None) -> None:
     """The command ``rodimus env``."""
-    for line in report():
-        print(line)
+    operators = logging.getLogger("rodimus_kernels")
+    level = operators.level
+    # what they would warn of is in the report
+    operators.setLevel(logging.ERROR)
+    try:
+        for line in report():
+            print(line)
+    finally:
+        operators.setLevel(level)
 
 
 def report() -> Iterator[str]:
@@ -160,26 +167,18 @@ def cases(device: torch.device) -> dict[str, partial]:
     return {call.func.__name__: call for call in calls}
 
 
-def observe(call: Callable[[], Any]) -> str:
-    """Where an operator's work is done: the first function of the package after its checks."""
-    names: list[str] = []
-
-    def note(frame, event, argument):
-        module = frame.f_globals.get("__name__", "")
-        if event == "call" and module.startswith("rodimus_kernels."):
-            name = module.removeprefix("rodimus_kernels.")
-            names.append(f"{name}.{frame.f_code.co_name}")
-
-    sys.setprofile(note)
+def observe(call: partial) -> str:
+    """The module that does an operator's work; modules, where its own makes it of others."""
     try:
-        call()
+        used = rodimus_kernels.implementations_used(call)
     except (ImportError, RuntimeError, ValueError) as error:
         return f"fails: {first_line(error)}"
-    finally:
-        sys.setprofile(None)
-    checks = [i for i, name in enumerate(names) if name.startswith("_dispatch.")]
-    after = names[checks[-1] + 1 if checks else 1 :]
-    return after[0].rpartition(".")[0] if after else "torch"
+    own = call.func.__module__
+    modules = [name.partition(":")[0] for name in used] or [own]
+    if modules[0] != own:
+        modules = modules[:1]
+    others = [name for name in dict.fromkeys(modules) if name != own]
+    return ", ".join(name.removeprefix("rodimus_kernels.") for name in others or [own])
 
 
 def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from rodimus import cli, convert, env
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.terminal import Conversation, run
 from rodimus.loading import load_model, load_tokenizer
+from rodimus_kernels import native
 from tests.checkpoints import (
     save_model,
     save_plain_tokenizer,
@@ -366,6 +367,25 @@ def test_env_names_versions_and_every_operator(capsys):
     assert "[reference" in text
 
 
+def test_env_says_what_is_chosen(capsys, monkeypatch, caplog):
+    """The module of a choice, all those that a compound operator is made of, and once, not as a
+    warning too, why something cannot be chosen."""
+    monkeypatch.setattr(native, "problem", lambda device_type: native._NOT_BUILT)
+    native._say_if_not_built.cache_clear()
+    found = {name: env.observe(call) for name, call in env.cases(torch.device("cpu")).items()}
+    assert found["gated_ddts"] == "reference, ddts.eager"
+    assert found["shared_key_attention"] == "shared_key_attention.sdpa"
+    assert found["linear_cross_entropy"] == "cross_entropy"
+    assert found["ddts_summary"] == "ddts.segments"
+    assert found["blocks_step"] == found["short_conv_step"] == "reference"
+    native._say_if_not_built.cache_clear()
+    caplog.clear()
+    assert command("env") == 0
+    assert "no native: they are not built; build them with" in capsys.readouterr().out
+    assert not caplog.records
+    native._say_if_not_built.cache_clear()
+
+
 def test_env_calls_every_operator_as_it_wants_to_be():
     for name, call in env.cases(torch.device("cpu")).items():
         assert not env.observe(call).startswith("fails"), name
@@ -374,7 +394,7 @@ def test_env_calls_every_operator_as_it_wants_to_be():
 def test_env_tests_every_public_operator():
     import rodimus_kernels
 
-    no_operators = {"BlockWeights", "can_fuse_block", "rope_tables"}
+    no_operators = {"BlockWeights", "can_fuse_block", "implementations_used", "rope_tables"}
     no_operators |= {"int8_row_bytes", "ring_parts", "read_ring", "write_ring"}
     public = set(rodimus_kernels.__all__) - no_operators
     assert set(env.cases(torch.device("cpu"))) == public

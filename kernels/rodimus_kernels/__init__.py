@@ -6,6 +6,7 @@ what else an implementation needs is imported when it is chosen.
 
 import importlib
 
+from ._dispatch import implementations_used
 from .block import BlockWeights, blocks_step, can_fuse_block
 from .cross_entropy import linear_cross_entropy
 from .ddts import (
@@ -46,6 +47,7 @@ __all__ = [
     "ddts_summary",
     "gated_ddts",
     "gated_rms_norm",
+    "implementations_used",
     "input_gate",
     "int8_row_bytes",
     "linear_cross_entropy",

@@ -11,6 +11,8 @@ import torch
 from . import native
 
 _logger = logging.getLogger(__name__)
+# where load says what it gives out, while somebody wants to know
+_observers: list[list[str]] = []
 
 
 def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callable:
@@ -28,6 +30,8 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
     if impl not in implementations:
         names = ", ".join(map(repr, ("auto", *implementations)))
         raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
+    for used in _observers:
+        used.append(implementations[impl])
     module, function = implementations[impl].split(":")
     failure = None if sys.modules.get(module) else _import(module)
     if failure is not None:
@@ -36,6 +40,18 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
             " Install what it needs, or pass impl='auto'."
         )
     return getattr(sys.modules[module], function)
+
+
+def implementations_used(call: Callable[[], object]) -> list[str]:
+    """What the operators chose during a call: ``"module:function"``, in order, of those of an
+    operator that is made of others too. For reports: other threads' operators count as well."""
+    used: list[str] = []
+    _observers.append(used)
+    try:
+        call()
+    finally:
+        _observers.pop()
+    return used
 
 
 # torch.compile cannot trace an import: it runs this one while compiling
