@@ -1,6 +1,7 @@
 """What gets built and installed: both packages and their data, by every way of installing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_metadata_of_the_wheel(built):
     metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    classifiers = set(metadata.get_all("Classifier"))
+    assert {"Programming Language :: Python :: 3 :: Only", "Typing :: Typed"} <= classifiers
+    # the expression above stands for it, and packaging tools refuse both
+    assert not [line for line in classifiers if line.startswith("License ::")]
+    assert "linear attention" in metadata["Keywords"].split(",")
     required = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     names = {"torch", "transformers", "safetensors", "numpy", "jinja2", "tyro", "triton"}
     assert {r.name for r in required if "extra" not in str(r.marker)} == names
@@ -100,6 +108,7 @@ def test_sdist_can_test_and_build_itself(built):
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "Makefile", "constraints.txt", "LICENSE"} <= names
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= names
     assert {"tests/test_packaging.py", "kernels/rodimus_kernels/reference.py"} <= names
     assert {f"configs/{path.relative_to(ROOT / 'configs')}" for path in configs()} <= names
     assert not [name for name in names if name.endswith((".pyc", ".so"))]
@@ -141,6 +150,12 @@ def test_constraints_pin_what_ci_runs():
     assert len(versions) == len(pins)
     tested = {"torch": "2.13.0", "transformers": "5.23.0", "triton": "3.9.0"}
     assert versions | tested == versions
+
+
+def test_the_changelog_begins_with_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\S+)$", text, re.MULTILINE)
+    assert versions[0] == rodimus.__version__ and len(set(versions)) == len(versions)
 
 
 def test_metadata_stands_in_one_place():
