@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from itertools import chain, starmap, zip_longest
 from operator import is_
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -573,14 +574,29 @@ def _has_rings(cache) -> bool:
 # Padding and packing: where the tokens of a batch stand
 # ----------------------------------------------------------------------------------------------
 
-NO_PADDING = {"tokens": None, "order": None, "pads": None, "attention": None}
-"""Layout of new tokens without padding: what blocks are told, and what ``attention_mask`` may be.
 
-``tokens``: bool ``[B, T]`` in the left-padded layout, None if all are tokens. ``order``: ``[B, T]``
-source of each place of the layout, None for the identity. ``pads``: ``[B]`` padding that would
-separate the new tokens from cached ones, or None. ``attention``: the mask of the attention
-implementation in that layout, None where it needs none.
-"""
+class Layout(NamedTuple):
+    """Where the new tokens of a batch stand: what blocks are told.
+
+    Attributes:
+        tokens: bool ``[B, T]`` in the left-padded layout; None if all are tokens.
+        order: ``[B, T]``, source of each place of the layout; None for the identity.
+        pads: ``[B]``, padding that would separate the new tokens from cached ones, or None.
+        attention: The mask of the attention implementation in that layout; None where it needs
+            none.
+        documents: ``[B, T]``, document of each token of packed rows, or None.
+        context: What rows know of their pieces on other ranks, or None.
+    """
+
+    tokens: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    pads: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    context: object | None = None
+
+
+NO_PADDING = Layout()
 
 
 def _left_padded(attention_mask):
@@ -590,28 +606,23 @@ def _left_padded(attention_mask):
     return torch.arange(length, device=attention_mask.device) >= padding
 
 
-def _padding_layout(attention_mask, length, is_static):
-    """How the new tokens of a padded batch are laid out.
+def _padding_layout(attention_mask, length, is_static) -> Layout:
+    """How the new tokens of a padded batch are laid out, without the mask of attention.
 
     Blocks run on left-padded rows, where padding neither separates tokens nor follows them. Rows
     that are padded elsewhere are permuted into that layout, and the cache holds it too.
-
-    Returns:
-        Dict like ``NO_PADDING``, without the mask of attention.
     """
-    layout = dict(NO_PADDING)
     if length == 1 and is_tracing(attention_mask):
-        return layout
+        return NO_PADDING
     given = attention_mask[:, -length:]
     if is_tracing(given):
         order = torch.argsort(given.int(), dim=1, stable=True)
-        return layout | {"tokens": given.gather(1, order), "order": order}
+        return Layout(given.gather(1, order), order)
     if given.all():
-        return layout
-    tokens = _left_padded(given)
-    layout["tokens"] = tokens
+        return NO_PADDING
+    tokens, order, pads = _left_padded(given), None, None
     if not torch.equal(tokens, given):
-        layout["order"] = torch.argsort(given.int(), dim=1, stable=True)
+        order = torch.argsort(given.int(), dim=1, stable=True)
     cached = attention_mask[:, :-length].any(1)
     if (cached & ~tokens[:, 0]).any():
         if is_static:
@@ -619,8 +630,8 @@ def _padding_layout(attention_mask, length, is_static):
                 "padding after cached tokens needs a dynamic cache: a static one cannot move its"
                 " keys. Use DynamicCache, or left-pad the new tokens' first chunk only."
             )
-        layout["pads"] = length - tokens.sum(1)
-    return layout
+        pads = length - tokens.sum(1)
+    return Layout(tokens, order, pads)
 
 
 def _close_gap(x, pads, new):
@@ -914,7 +925,7 @@ class RodimusInnerMixer(nn.Module):
     def forward(self, x, layout, past_key_values=None):
         """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike, and
         the weight ``[d_inner]`` of the latter: where it is offloaded, it is here for now only."""
-        tokens, documents = layout["tokens"], layout["documents"]
+        tokens, documents = layout.tokens, layout.documents
         if tokens is not None:
             x = x * tokens[..., None]
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
@@ -930,7 +941,7 @@ class RodimusInnerMixer(nn.Module):
         starts = None if documents is None else _document_starts(documents)
 
         one_head = (y.unsqueeze(2) for y in (q, k, v, select, temper))
-        o = self._recur(*one_head, starts, layout["context"], state, layer, past_key_values)
+        o = self._recur(*one_head, starts, layout.context, state, layer, past_key_values)
         return o.squeeze(2), shifted, self.residual_weight
 
     def _project(self, x):
@@ -963,10 +974,10 @@ class RodimusInnerMixer(nn.Module):
 
     def _convolve(self, x, layout, past_key_values):
         conv = self.short_conv["conv1d"]
-        if layout["context"] is not None:
-            return layout["context"].convolve(conv, x)
+        if layout.context is not None:
+            return layout.context.convolve(conv, x)
         if past_key_values is None:
-            return conv(x, documents=layout["documents"])
+            return conv(x, documents=layout.documents)
         layer, length, width = (
             past_key_values.layers[self.layer_idx],
             x.shape[1],
@@ -978,8 +989,8 @@ class RodimusInnerMixer(nn.Module):
         )
         if not started:
             return conv(x)
-        if layout["pads"] is not None:
-            taps = _close_gap(taps.transpose(1, 2), layout["pads"], length).transpose(1, 2)
+        if layout.pads is not None:
+            taps = _close_gap(taps.transpose(1, 2), layout.pads, length).transpose(1, 2)
             kept = layer.conv_states[0]
             kept.copy_(taps[..., -kept.shape[-1] :])
         past, new = taps[..., :-length], taps[..., -length:]
@@ -1091,12 +1102,12 @@ class RodimusAttention(nn.Module):
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        if hasattr(layer, "attend") and length == 1 and layout["attention"] is None:
+        if hasattr(layer, "attend") and length == 1 and layout.attention is None:
             # rings attend by themselves: their rows have different ages
             o, weights = layer.attend(q, k, v, scale=self.scaling), None
-        elif layout["context"] is not None:
+        elif layout.context is not None:
             window = self.sliding_window
-            o = layout["context"].attend(q, k, v, window_size=window, scale=self.scaling)
+            o = layout.context.attend(q, k, v, window_size=window, scale=self.scaling)
             weights = None
         else:
             o, weights = self._attend(q, k, v, layout, past_key_values, **kwargs)
@@ -1114,7 +1125,7 @@ class RodimusAttention(nn.Module):
             q.transpose(1, 2),
             expand_heads(k, self.num_heads),
             expand_heads(v, self.num_heads),
-            layout["attention"],
+            layout.attention,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
@@ -1122,9 +1133,9 @@ class RodimusAttention(nn.Module):
         )
 
     def _cache(self, k, v, layout, past_key_values):
-        length, pads = k.shape[1], layout["pads"]
+        length, pads = k.shape[1], layout.pads
         new = (x.flatten(2)[:, None] for x in (k, v))
-        keys, values = past_key_values.update(*new, self.layer_idx, tokens=layout["tokens"])
+        keys, values = past_key_values.update(*new, self.layer_idx, tokens=layout.tokens)
         if self.sliding_window is not None and past_key_values.layers[self.layer_idx].record_past:
             # transformers 5.17 returns all that is recorded, more than its own mask counts
             visible = self.sliding_window - 1 + length
@@ -1177,7 +1188,7 @@ class RodimusBlock(GradientCheckpointingLayer):
             self.ffn = RodimusMLP(config)
 
     def forward(self, stream, rotary, layout, past_key_values=None, **kwargs):
-        order = layout["order"]
+        order = layout.order
         if order is not None:
             order = order[..., None].expand_as(stream)
             stream = stream.gather(1, order)
@@ -1362,7 +1373,7 @@ class RodimusModel(RodimusPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
+        attention_mask: torch.Tensor | Layout | dict | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -1394,6 +1405,8 @@ class RodimusModel(RodimusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if isinstance(attention_mask, dict):
+            attention_mask = Layout(**attention_mask)
         if context is not None:
             others = (attention_mask, position_ids, past_key_values, cu_seqlens)
             _check_context_alone(others, self.config)
@@ -1419,7 +1432,7 @@ class RodimusModel(RodimusPreTrainedModel):
             layout = self._layout(
                 embeds, attention_mask, position_ids, past_key_values, documents, context
             )
-            tokens = layout["tokens"]
+            tokens = layout.tokens
             stream, branch = self._run_blocks(
                 embeds, position_ids, layout, captured, past_key_values=past_key_values, **kwargs
             )
@@ -1521,23 +1534,21 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def _layout(
         self, embeds, attention_mask, position_ids, past_key_values, documents, context
-    ) -> dict:
-        """All that blocks are told: ``NO_PADDING`` or what padding makes of it, ``documents``
-        ``[B, T]`` of packed rows, and the ``context``."""
+    ) -> Layout:
         layout = attention_mask
-        if not isinstance(layout, dict):
-            layout = self.create_masks_for_generate(
+        if not isinstance(layout, Layout):
+            layout = _layout_of(
                 self.config, embeds, attention_mask, past_key_values, position_ids, documents
             )
-        return {**layout, "documents": documents, "context": context}
+        return layout._replace(documents=documents, context=context)
 
     def _run_blocks(self, embeds, position_ids, layout, captured, **kwargs):
         """The stream after the last block ``[B, T, D]``, and a branch still to be added to it or
         None; captured: the blocks' outputs are looked at."""
-        if layout["documents"] is not None:
+        if layout.documents is not None:
             kwargs["position_ids"] = position_ids
         stream, branch = self._embed(embeds), None
-        rotary = self._rotary(embeds, position_ids, layout["order"])
+        rotary = self._rotary(embeds, position_ids, layout.order)
         sums_in_norms = not captured and self._sums_in_norms(stream, layout)
         for block in self.layers:
             if sums_in_norms:
@@ -1549,7 +1560,7 @@ class RodimusModel(RodimusPreTrainedModel):
     def _sums_in_norms(self, stream, layout) -> bool:
         """Whether a block's sum may wait for the next norm, which adds while it reads: nobody looks
         at the stream between blocks. On a CPU it is a small part of the time."""
-        return stream.is_cuda and layout["order"] is None and self._blocks_are_plain(stream)
+        return stream.is_cuda and layout.order is None and self._blocks_are_plain(stream)
 
     def _blocks_are_plain(self, stream) -> bool:
         checkpoints = self.training and any(x.gradient_checkpointing for x in self.layers)
@@ -1564,8 +1575,8 @@ class RodimusModel(RodimusPreTrainedModel):
         window, whatever the mask says."""
         if attention_mask is None:
             return True
-        if isinstance(attention_mask, dict):
-            return attention_mask["attention"] is None and attention_mask["tokens"] is None
+        if isinstance(attention_mask, Layout):
+            return attention_mask.attention is None and attention_mask.tokens is None
         has_keys = self.config.block_type == "rodimus_plus"
         if attention_mask.dim() != 2:
             return not has_keys
@@ -1578,42 +1589,13 @@ class RodimusModel(RodimusPreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        config,
-        inputs_embeds,
-        attention_mask,
-        past_key_values,
-        position_ids=None,
-        documents=None,
-        **kwargs,
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> dict:
-        """Layout of the padding, and the attention mask in that layout, for all blocks.
-
-        Named and called as transformers does: generation with a compileable cache asks for the
-        masks outside the compiled step and passes them as ``attention_mask``."""
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask.bool()
-            length = inputs_embeds.shape[1]
-            is_static = isinstance(past_key_values, StaticCache)
-            layout = _padding_layout(attention_mask, length, is_static)
-            attention_mask = _left_padded(attention_mask)
-        else:
-            layout = dict(NO_PADDING)
-        one_token = inputs_embeds.shape[1] == 1
-        one_token = one_token and (attention_mask is None or attention_mask.dim() == 2)
-        # eager attention is asked for where somebody looks at its weights
-        looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
-        by_ring = one_token and _has_rings(past_key_values) and not looked_at
-        if config.block_type == "rodimus_plus" and not by_ring:
-            windowed = config.sliding_window is not None
-            create = create_sliding_window_causal_mask if windowed else create_causal_mask
-            layout["attention"] = create(
-                config=config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=None if documents is not None else past_key_values,
-                position_ids=None if documents is None else _position_in_document(documents),
-            )
-        return layout
+        """The fields of a layout, named and called as transformers does: generation with a
+        compileable cache asks for the masks outside the compiled step, makes each value of a dict
+        contiguous, and passes them as ``attention_mask``."""
+        given = (inputs_embeds, attention_mask, past_key_values, position_ids)
+        return _layout_of(config, *given)._asdict()
 
     def _packed_documents(self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens):
         if cu_seqlens is not None:
@@ -1677,6 +1659,36 @@ class RodimusModel(RodimusPreTrainedModel):
                 )
 
 
+def _layout_of(
+    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, documents=None
+) -> Layout:
+    """The layout of the padding, and the attention mask in it, for all blocks."""
+    layout = NO_PADDING
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask = attention_mask.bool()
+        length = inputs_embeds.shape[1]
+        is_static = isinstance(past_key_values, StaticCache)
+        layout = _padding_layout(attention_mask, length, is_static)
+        attention_mask = _left_padded(attention_mask)
+    one_token = inputs_embeds.shape[1] == 1
+    one_token = one_token and (attention_mask is None or attention_mask.dim() == 2)
+    # eager attention is asked for where somebody looks at its weights
+    looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
+    by_ring = one_token and _has_rings(past_key_values) and not looked_at
+    if config.block_type != "rodimus_plus" or by_ring:
+        return layout
+    windowed = config.sliding_window is not None
+    create = create_sliding_window_causal_mask if windowed else create_causal_mask
+    mask = create(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=None if documents is not None else past_key_values,
+        position_ids=None if documents is None else _position_in_document(documents),
+    )
+    return layout._replace(attention=mask)
+
+
 def _count_read(cache, length, tokens=None):
     """Tell a cache whose layers share a count that they have read ``length`` places; tokens: bool
     ``[B, length]``, False for padding, None where there is none."""
@@ -1704,7 +1716,7 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config)
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
         )
-    if attention_mask is None or isinstance(attention_mask, dict):
+    if attention_mask is None or isinstance(attention_mask, Layout):
         return
     past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     if attention_mask.dim() == 2 and tuple(attention_mask.shape) != (batch, past + length):
@@ -1774,7 +1786,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict | None = None,
+        attention_mask: torch.Tensor | Layout | dict | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,

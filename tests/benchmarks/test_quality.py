@@ -9,6 +9,7 @@ import rodimus
 from benchmarks import records
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import learn, networks, protocols, tasks
+from rodimus.modeling_rodimus import NO_PADDING
 
 CPU = torch.device("cpu")
 SHAPE = networks.Shape(vocab=64, width=32, mem_size=8)
@@ -111,8 +112,7 @@ def test_the_rodimus_gate_makes_the_models_own_mixer():
     }
     ours.load_state_dict(names)
     x = torch.randn(2, 40, 32)
-    layout = {"tokens": None, "documents": None, "context": None}
-    expected = theirs(x, layout)
+    expected = theirs(x, NO_PADDING)
     assert (ours(x) - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -28,7 +28,7 @@ def left(monkeypatch):
     monkeypatch.setattr(
         RodimusModel,
         "_sums_in_norms",
-        lambda self, stream, layout: layout["order"] is None and self._blocks_are_plain(stream),
+        lambda self, stream, layout: layout.order is None and self._blocks_are_plain(stream),
     )
     return calls
 
