@@ -103,12 +103,10 @@ inline void add_scores(const typename Operand<T>::type* const* q, const T* const
                        float* const* scores) {
   constexpr int R = kManyRegisters ? 4 : 2;
   for (int first = 0; first < kKeyBlock; first += kLanes) {
-    Vector products[M][kLanes], open[R][M];
-    for (int j = 0; j < kLanes; j += R) {
-      open_dots<R, M>(keys + first + j, q, dim, open);
-      for (int m = 0; m < M; ++m)
-        for (int r = 0; r < R; ++r) products[m][j + r] = open[r][m];
-    }
+    Vector products[M][kLanes];
+    for (int j = 0; j < kLanes; j += R)
+      each_dot<R, M, T>([&](int r) { return keys[first + j + r]; }, q, dim,
+                        [&](int r, int m, Vector sums) { products[m][j + r] = sums; });
     for (int m = 0; m < M; ++m)
       store(scores[m] + first, load(scores[m] + first) + horizontal_sums(products[m]));
   }

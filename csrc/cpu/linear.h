@@ -200,16 +200,17 @@ struct Operand<BFloat16> {
 };
 #endif
 
-// Dot products of R rows of weights with M rows of x. The lanes of the results are still to be added.
-template <int R, int M, class T>
-inline void open_dots(const T* const* weight, const typename Operand<T>::type* const* x,
-                      int64_t size, Vector (&out)[R][M]) {
+// Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
+// lanes are still to be added.
+template <int R, int M, class T, class Row, class Done>
+inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, int64_t size,
+                     const Done& done) {
   constexpr int kWidth = Sum<T>::kWidth, kPlaces = Sum<T>::kPlaces;
   static_assert(kPlaces <= 2, "one vector at most may be left");
   Sum<T> sum[kPlaces][R][M];
   auto add = [&](int place, int64_t i) {
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) sum[place][r][m].add(weight[r] + i, x[m] + i);
+      for (int r = 0; r < R; ++r) sum[place][r][m].add(row(r) + i, x[m] + i);
   };
   int64_t i = 0;
   for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth)
@@ -217,22 +218,19 @@ inline void open_dots(const T* const* weight, const typename Operand<T>::type* c
   if (i + kWidth <= size) add(0, i), i += kWidth;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
-      if (i < size) sum[0][r][m].add_first(weight[r] + i, x[m] + i, size - i);
-      out[r][m] = sum[0][r][m].total();
-      if constexpr (kPlaces == 2) out[r][m] += sum[1][r][m].total();
+      if (i < size) sum[0][r][m].add_first(row(r) + i, x[m] + i, size - i);
+      Vector total = sum[0][r][m].total();
+      if constexpr (kPlaces == 2) total += sum[1][r][m].total();
+      done(r, m, total);
     }
 }
 
-// out[r][m]: the same of rows of weights `stride` apart, added.
+// out[r][m]: those of rows of weights `stride` apart.
 template <int R, int M, class T>
 inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                  int64_t size, float (*out)[kMaxRows]) {
-  const T* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = weight + r * stride;
-  Vector open[R][M];
-  open_dots<R, M>(rows, x, size, open);
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) out[r][m] = horizontal_sum(open[r][m]);
+  each_dot<R, M, T>([&](int r) { return weight + r * stride; }, x, size,
+                    [&](int r, int m, Vector sums) { out[r][m] = horizontal_sum(sums); });
 }
 
 // Those with any number of rows of x, in groups of MOST, 2 and 1 whose sums fit the registers; for
