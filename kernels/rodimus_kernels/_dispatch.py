@@ -4,6 +4,7 @@ import functools
 import importlib
 import logging
 import sys
+import types
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +14,9 @@ from . import native
 _logger = logging.getLogger(__name__)
 # where load says what it gives out, while somebody wants to know
 _observers: list[list[str]] = []
+
+# torch.compile sees sys.modules as it was when tracing began, and attributes as they are
+_imported = types.ModuleType("imported")
 
 
 def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callable:
@@ -33,13 +37,15 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
     for used in _observers:
         used.append(implementations[impl])
     module, function = implementations[impl].split(":")
-    failure = None if sys.modules.get(module) else _import(module)
+    traced = torch.compiler.is_dynamo_compiling()
+    failure = None if not traced and sys.modules.get(module) else _import(module)
     if failure is not None:
         raise ImportError(
             f"{operator}(impl={impl!r}) cannot be loaded: {failure}."
             " Install what it needs, or pass impl='auto'."
         )
-    return getattr(sys.modules[module], function)
+    found = getattr(_imported, module.replace(".", "_")) if traced else sys.modules[module]
+    return getattr(found, function)
 
 
 def implementations_used(call: Callable[[], object]) -> list[str]:
@@ -58,7 +64,7 @@ def implementations_used(call: Callable[[], object]) -> list[str]:
 @torch.compiler.assume_constant_result
 def _import(module: str) -> str | None:
     try:
-        importlib.import_module(module)
+        setattr(_imported, module.replace(".", "_"), importlib.import_module(module))
     except ImportError as error:
         return str(error)
     return None

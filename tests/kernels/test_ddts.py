@@ -533,6 +533,18 @@ def test_automatic_choice(triton, needs_grad, length, key_dim, value_dim, expect
         assert api._choose(*case[:3], 256, value_dim, torch.float32) != "triton_chunk"
 
 
+def test_implementations_are_loaded_while_compiling(monkeypatch, tmp_path):
+    """Several in one graph, each by its first use in the process."""
+    for name in ("first", "second"):
+        (tmp_path / f"rodimus_{name}.py").write_text("def double(x): return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    implementations = {name: f"rodimus_{name}:double" for name in ("first", "second")}
+    load = lambda name: _dispatch.load("double", name, implementations)
+    x = torch.ones(2, device=DEVICE)
+    twice = torch.compile(lambda: load("first")(load("second")(x)), backend="eager", fullgraph=True)
+    assert torch.equal(twice(), 4 * x)
+
+
 def test_a_gpu_without_triton_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(_dispatch, "_import", lambda module: "No module named 'triton'")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
