@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.device import placed
+
 pytest_plugins = ["tests.model.error_table"]
 
 # both are read when the libraries are first imported, so they are set before any test module is
@@ -25,10 +27,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """The GPU where there is one, else the CPU (Triton kernels then run in the interpreter)."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture(autouse=True)
+def device(request):
+    """Where the test's models and tensors are: on the CPU, or where ``tests.device.ON_BOTH`` has
+    them."""
+    with placed(getattr(request, "param", "cpu")) as device:
+        yield device
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from rodimus import cli
 from rodimus.loading import load_model, load_tokenizer
 from rodimus.train.pack import pack
 from tests.checkpoints import TEXT, save_model, save_plain_tokenizer
+from tests.device import ON_BOTH
 
 TEXTS = [*TEXT[:3], "hello " * 60, "the quick brown fox " * 20, "x"]
 
@@ -38,11 +39,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluated(capsys):
-    """Results of `rodimus eval ... --json`."""
+def evaluated(capsys, device):
+    """Results of `rodimus eval ... --json` on the test's device."""
 
     def evaluated(*arguments):
-        assert cli.main(["eval", *map(str, arguments), "--json"]) == 0
+        command = ["eval", *map(str, arguments), "--json", "--device", device.type]
+        assert cli.main(command) == 0
         return json.loads(capsys.readouterr().out)
 
     return evaluated
@@ -60,14 +62,15 @@ def refused(capsys):
     return refused
 
 
-def test_text_jsonl_and_shards_give_the_same_figures(folder, evaluated):
+@ON_BOTH
+def test_text_jsonl_and_shards_give_the_same_figures(folder, evaluated, device):
     result = evaluated(
         folder / "model",
         *(folder / "texts", folder / "texts.jsonl", folder / "shards" / "train.json"),
         *("--field", "body", "--tokens-at-once", 50),
     )
     text, jsonl, shards = result["data"]
-    assert (result["dtype"], result["device"]) == ("float32", "cpu")
+    assert (result["dtype"], result["device"]) == ("float32", device.type)
     assert text["documents"] == len(TEXTS)
     assert text["bytes"] == sum(len(t) for t in TEXTS)
     for name in ("documents", "tokens", "bytes", "loss", "bits_per_byte"):
@@ -76,6 +79,7 @@ def test_text_jsonl_and_shards_give_the_same_figures(folder, evaluated):
     assert text["perplexity"] == pytest.approx(math.exp(text["loss"]))
 
 
+@ON_BOTH
 def test_bfloat16_is_close_and_says_so(folder, evaluated):
     arguments = (folder / "model", folder / "texts")
     exact, rounded = evaluated(*arguments), evaluated(*arguments, "--dtype", "bfloat16")

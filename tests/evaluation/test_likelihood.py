@@ -10,10 +10,13 @@ from rodimus import RodimusForCausalLM
 from rodimus.evaluation.documents import Document
 from rodimus.evaluation.likelihood import evaluate
 from tests.checkpoints import tiny_config
+from tests.device import ON_BOTH, here
 from tests.model.helpers import cache_bytes
 
+pytestmark = ON_BOTH
 
-@pytest.fixture(scope="module", params=["rodimus", "rodimus_plus"])
+
+@pytest.fixture(params=["rodimus", "rodimus_plus"])
 def model(request):
     torch.manual_seed(0)
     model = RodimusForCausalLM(tiny_config(request.param)).eval()
@@ -21,7 +24,7 @@ def model(request):
         for parameter in model.parameters():
             # wide, so that tokens differ in likelihood
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return here(model)
 
 
 def document(length, seed=0):
@@ -32,7 +35,7 @@ def document(length, seed=0):
 def losses(model, ids):
     """Loss of every token but the first, by the model's own logits in one pass."""
     with torch.no_grad():
-        logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
+        logits = model(here(torch.from_numpy(ids))[None]).logits[0, :-1].cpu()
     return torch.nn.functional.cross_entropy(
         logits, torch.from_numpy(ids[1:]), reduction="none"
     ).numpy()

@@ -59,9 +59,10 @@ def alone(model, request: Request, **options) -> Generation:
 
 def greedy(model, prompt: Tensor, tokens: int) -> list[int]:
     """What ``model.generate`` continues the prompt with."""
+    ids = prompt[None].to(model.device)
     output = model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
+        ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         do_sample=False,
     )

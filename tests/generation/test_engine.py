@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rodimus.generation import Engine, Request, SamplingParams
+from tests.device import ON_BOTH, here
 from tests.generation.helpers import (
     END,
     alone,
@@ -25,6 +26,7 @@ def tokens_of(generations) -> list[list[int]]:
     return [generation.tokens for generation in generations]
 
 
+@ON_BOTH
 def test_greedy_tokens_equal_generate_past_the_window_and_across_chunks(model):
     prompts = prompts_of(1, 3, 9, 20, 77, 130)
     expected = [greedy(model, prompt, 25) for prompt in prompts]
@@ -33,6 +35,7 @@ def test_greedy_tokens_equal_generate_past_the_window_and_across_chunks(model):
     assert not engine.running and not engine.has_work
 
 
+@ON_BOTH
 def test_tokens_do_not_depend_on_neighbours(model):
     """Requests come and go at every step, are cancelled, and differ in every parameter."""
     prompts = prompts_of(*(1 + 7 * i % 30 for i in range(12)))
@@ -55,6 +58,7 @@ def test_tokens_do_not_depend_on_neighbours(model):
     assert {g.finish_reason for g in doomed} <= {"cancelled", "length"}
 
 
+@ON_BOTH
 def test_the_seed_decides_the_text(plus):
     (prompt,) = prompts_of(5)
     texts = {
@@ -64,6 +68,7 @@ def test_the_seed_decides_the_text(plus):
     assert len(texts) == 3
 
 
+@ON_BOTH
 def test_a_finished_sequence_frees_its_slot_at_once(plus):
     engine = Engine(plus, slots=2)
     short, *rest = (
@@ -76,6 +81,7 @@ def test_a_finished_sequence_frees_its_slot_at_once(plus):
     assert engine.running == rest
 
 
+@ON_BOTH
 def test_memory_is_made_once(model):
     engine = Engine(model, slots=3)
     tensors = (engine.states.recurrent, engine.states.convolution, engine.states.ring)
@@ -92,6 +98,7 @@ def test_no_forward_reads_more_than_a_chunk(plus):
     assert max(lengths) == 16
 
 
+@ON_BOTH
 def test_running_sequences_wait_for_one_chunk_at_most(plus):
     engine = Engine(plus, prefill_chunk=8)
     first = engine.submit(Request(prompts_of(4)[0], 50))
@@ -149,6 +156,7 @@ class TestEnd:
         assert not engine.has_work and engine.stats.finished == {"cancelled": 1}
 
 
+@ON_BOTH
 def test_a_stream_yields_each_token_once_while_others_run(plus):
     first, second = prompts_of(5, 9)
     engine = Engine(plus, slots=2)
@@ -161,10 +169,11 @@ def test_a_stream_yields_each_token_once_while_others_run(plus):
     assert other.tokens == greedy(plus, second, 15)
 
 
+@ON_BOTH
 def test_logprobs_are_those_of_the_full_forward(plus):
     (prompt,) = prompts_of(12)
     found = alone(plus, Request(prompt, 8, SAMPLED, logprobs=3))
-    ids = torch.cat((prompt, torch.tensor(found.tokens)))
+    ids = here(torch.cat((prompt, torch.tensor(found.tokens))))
     with torch.no_grad():
         expected = plus(ids[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
     assert [entry.token for entry in found.logprobs] == found.tokens
@@ -173,6 +182,7 @@ def test_logprobs_are_those_of_the_full_forward(plus):
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
 
 
+@ON_BOTH
 def test_hooks_and_adapters_take_part(model):
     """Every linear layer gets a low-rank update by a hook, as an adapter would."""
 
@@ -189,6 +199,7 @@ def test_hooks_and_adapters_take_part(model):
     assert alone(model, Request(prompt, 30)).tokens == adapted
 
 
+@ON_BOTH
 def test_a_model_without_a_window_needs_a_limit_and_keeps_it():
     config = config_of("rodimus_plus")
     config["attn_cfg"] |= {"window_size": None}
@@ -203,6 +214,7 @@ def test_a_model_without_a_window_needs_a_limit_and_keeps_it():
         engine.submit(Request(prompts[1], 21))
 
 
+@ON_BOTH
 def test_bfloat16_runs_with_a_float32_state(plus):
     engine = Engine(plus.to(torch.bfloat16), slots=2)
     found = engine.generate([Request(p, 12) for p in prompts_of(20, 3)])
@@ -211,6 +223,7 @@ def test_bfloat16_runs_with_a_float32_state(plus):
     assert engine.states.ring.dtype == engine.states.convolution.dtype == torch.bfloat16
 
 
+@ON_BOTH
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_broken_sequence_ends_alone(model, row):
     first, second = prompts_of(5, 8)
@@ -235,6 +248,7 @@ def test_a_broken_sequence_ends_alone(model, row):
     assert engine.generate([Request(second, 20)])[0].tokens == expected
 
 
+@ON_BOTH
 def test_a_prompt_that_breaks_the_model_fails_alone(plus):
     with torch.no_grad():
         plus.model.embeddings.weight[7] = float("nan")
@@ -330,6 +344,7 @@ def test_a_wrong_request_among_others_begins_none(plus):
     assert not engine.has_work
 
 
+@ON_BOTH
 def test_an_interrupt_leaves_nothing_behind(plus):
     engine, requests = Engine(plus, slots=2), [Request(p, 9) for p in prompts_of(4, 5, 6)]
     decode, calls = engine.decoder, []

@@ -1,8 +1,16 @@
-"""The instruction sets of the native operators, for the tests that compare them."""
+"""Where operators are tested, and the instruction sets of the native ones, to compare them."""
 
 import pytest
+import torch
 
 from rodimus_kernels import native
+from tests.kernels.device import DEVICE
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU (Triton kernels then run in the interpreter)."""
+    return torch.device(DEVICE)
 
 
 @pytest.fixture(params=native.CPU_ISAS)

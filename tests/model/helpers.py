@@ -1,4 +1,4 @@
-"""Tiny models with the golden weights or lively random ones."""
+"""Tiny models with the golden weights or lively random ones, on the running test's device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
+from tests.device import here
 from tests.model.golden_data import golden_config, golden_weights
 from tests.model.oracle import Oracle
 
@@ -25,7 +26,7 @@ def build(config: dict, weights: dict[str, Tensor] | None = None) -> RodimusForC
         model.tie_weights()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    return model.eval()
+    return here(model).eval()
 
 
 def enliven(model: RodimusForCausalLM, seed: int = 0) -> None:
@@ -33,7 +34,7 @@ def enliven(model: RodimusForCausalLM, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             if "embeddings" in name or "lm_head" in name:
                 parameter.copy_(noise)
             elif parameter.ndim == 2:
@@ -79,7 +80,7 @@ def oracle_of(model: RodimusForCausalLM, config: dict) -> Oracle:
 def random_ids(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Tensor:
     """Token ids >= 3: none of the special ones."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, vocab, (batch, length), generator=generator)
+    return here(torch.randint(3, vocab, (batch, length), generator=generator))
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:

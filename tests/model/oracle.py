@@ -1,4 +1,5 @@
 """Rodimus and Rodimus+ in float64, to be checked by eye: the judge of every other implementation.
+Always on the CPU.
 
 One document a row, token by token, with no cache, no padding, no packing and no import from the
 packages under test. What needs padding or packing is judged by cutting its real tokens out and
@@ -26,7 +27,8 @@ class Oracle:
     def __init__(self, config: dict, weights: dict[str, Tensor], bf16_attention: bool = False):
         self.config = config
         self.weights = {
-            name: weight.detach().double().requires_grad_() for name, weight in weights.items()
+            name: weight.detach().cpu().double().requires_grad_()
+            for name, weight in weights.items()
         }
         self.bf16_attention = bf16_attention
         self.plus = config["block_type"] == "rodimus_plus"
@@ -46,11 +48,12 @@ class Oracle:
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token; labels of -100 do not count."""
         logits = self(input_ids)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        labels = labels[:, 1:].flatten().cpu()
+        return F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Rows of the embedding table, before scale and norm."""
-        return self.weights["model.embeddings.weight"][input_ids]
+        return self.weights["model.embeddings.weight"][input_ids.cpu()]
 
     def hidden(self, embedded: Tensor) -> Tensor:
         """The output of the final norm ``[B, T, D]``; ``trace`` keeps what enters every block."""

@@ -6,7 +6,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from rodimus import RodimusConfig, RodimusForCausalLM, attention
-from tests.model.helpers import build, config_of
+from tests.device import ON_BOTH, here
+from tests.model.helpers import build, config_of, random_ids
+from tests.model.ways import packed_positions
 
 KINDS = ("rodimus_plus", "grouped")
 
@@ -32,23 +34,25 @@ def assert_same(kind, run, others=("sdpa", "eager"), limit=1e-4):
         assert (ours - theirs).abs().max() < limit * theirs.abs().max(), name
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_logits(kind, no_square_mask):
-    ids = torch.randint(0, 64, (2, 45))
+    ids = random_ids(2, 45)
     assert_same(kind, lambda model: model(ids).logits.detach())
 
 
 @pytest.mark.slow
 def test_same_logits_as_flex_attention(no_square_mask):
-    ids = torch.randint(0, 64, (1, 40))
+    ids = random_ids(1, 40)
     with torch.no_grad():
         run = lambda model: model(ids, use_cache=False).logits
         assert_same("rodimus_plus", run, others=("flex_attention",))
 
 
+@ON_BOTH
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_gradients(kind, no_square_mask):
-    ids = torch.randint(0, 64, (2, 45))
+    ids = random_ids(2, 45)
 
     def run(model):
         model.zero_grad()
@@ -58,24 +62,27 @@ def test_same_gradients(kind, no_square_mask):
     assert_same(kind, run)
 
 
+@ON_BOTH
 def test_same_packed_rows(no_square_mask):
-    ids = torch.randint(0, 64, (2, 45))
+    ids = random_ids(2, 45)
     lengths = [(20, 25), (1, 44)]
-    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    position_ids = torch.cat([packed_positions(row) for row in lengths])
     run = lambda model: model(ids, position_ids=position_ids, use_cache=False).logits.detach()
     assert_same("rodimus_plus", run)
 
 
+@ON_BOTH
 def test_same_packed_documents_by_boundaries(no_square_mask):
-    ids = torch.randint(0, 64, (1, 45))
-    cu_seqlens = torch.tensor([0, 20, 20, 45], dtype=torch.int32)
+    ids = random_ids(1, 45)
+    cu_seqlens = here(torch.tensor([0, 20, 20, 45], dtype=torch.int32))
     run = lambda model: model(ids, cu_seq_lens_q=cu_seqlens, use_cache=False).logits.detach()
     assert_same("rodimus_plus", run)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("pads", [(0, 7), (3, 7)])
 def test_same_padded_prompt(pads, no_square_mask):
-    ids = torch.randint(0, 64, (2, 45))
+    ids = random_ids(2, 45)
     mask = torch.ones_like(ids)
     for row, count in enumerate(pads):
         mask[row, :count] = 0
@@ -86,21 +93,23 @@ def test_same_padded_prompt(pads, no_square_mask):
 @torch.no_grad()
 def test_logits_of_padding_do_not_depend_on_how_much_there_is():
     model = build(config_of("rodimus_plus"))
-    ids, mask = torch.randint(0, 64, (2, 12)), torch.ones(2, 12, dtype=torch.long).tril()
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long).tril()
     more = [torch.cat((x.new_zeros(2, 9), x), dim=1) for x in (ids, mask)]
     less = model(ids, attention_mask=mask, use_cache=False).logits
     same = model(more[0], attention_mask=more[1], use_cache=False).logits[:, 9:]
     torch.testing.assert_close(same, less, rtol=1e-5, atol=1e-5)
 
 
+@ON_BOTH
 def test_same_generation_past_the_window(no_square_mask):
-    ids = torch.randint(0, 64, (2, 13))
+    ids = random_ids(2, 13)
     run = lambda model: model.generate(ids, max_new_tokens=20, do_sample=False).float()
     assert_same("rodimus_plus", run)
 
 
+@ON_BOTH
 def test_same_generation_from_padded_prompts_and_in_a_static_cache():
-    ids = torch.randint(0, 64, (2, 13))
+    ids = random_ids(2, 13)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     padded = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
@@ -111,8 +120,9 @@ def test_same_generation_from_padded_prompts_and_in_a_static_cache():
         assert_same("rodimus_plus", lambda model, x=prompt: model.generate(x, **static).float())
 
 
+@ON_BOTH
 def test_chunks_of_a_prompt(no_square_mask):
-    ids = torch.randint(0, 64, (2, 45))
+    ids = random_ids(2, 45)
 
     def run(model):
         cache, logits = None, []
@@ -146,7 +156,7 @@ def test_shared_heads_are_read_once(monkeypatch):
     monkeypatch.setattr(attention, "shared_key_attention", spy)
     model = build(config_of("rodimus_plus"))
     model.set_attn_implementation(attention.NAME)
-    model(torch.randint(0, 64, (1, 9)))
+    model(random_ids(1, 9))
     count = model.config.num_attention_heads
     assert set(heads) == {(count, 1, count)}
 
@@ -172,7 +182,7 @@ class TestDefault:
     def test_attention_dropout_is_left_to_transformers(self):
         model = build(config_of("rodimus_plus") | {"attention_dropout": 0.5})
         assert model.config._attn_implementation == "sdpa"
-        model.train()(torch.randint(3, 64, (1, 9)), use_cache=False)
+        model.train()(random_ids(1, 9), use_cache=False)
 
     def test_asking_for_attentions_in_the_config_means_eager(self):
         config = RodimusConfig.from_dict(config_of("rodimus_plus"))

@@ -11,6 +11,7 @@ from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLay
 
 from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusSlidingLayer
+from tests.device import ON_BOTH, here
 from tests.model.golden_data import relative_error
 from tests.model.helpers import cache_bytes, enliven, model_of, random_ids
 from tests.model.ways import (
@@ -21,6 +22,8 @@ from tests.model.ways import (
     padded_batch,
     rows_alone,
 )
+
+pytestmark = ON_BOTH
 
 PROMPTS = [2, 7, 30]
 
@@ -37,7 +40,7 @@ def prefill(model, ids, cache=None):
 def test_window_of_keys_is_that_of_transformers(sizes):
     ours, theirs = RodimusSlidingLayer(8), LinearAttentionAndSlidingWindowAttentionLayer(8)
     for size in sizes:
-        k, v = torch.randn(2, 1, size, 3), torch.randn(2, 1, size, 6)
+        k, v = (here(torch.randn(2, 1, size, width)) for width in (3, 6))
         assert all(map(torch.equal, ours.update(k, v), theirs.update(k, v)))
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
         assert ours.get_seq_length() == theirs.get_seq_length()
@@ -46,7 +49,8 @@ def test_window_of_keys_is_that_of_transformers(sizes):
 
 
 def test_a_prompt_is_not_copied_into_the_window():
-    layer, k, v = RodimusSlidingLayer(8), torch.randn(1, 1, 20, 3), torch.randn(1, 1, 20, 6)
+    layer = RodimusSlidingLayer(8)
+    k, v = (here(torch.randn(1, 1, 20, width)) for width in (3, 6))
     assert all(x is y for x, y in zip(layer.update(k, v), (k, v), strict=True))
     assert layer.keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
 
@@ -69,7 +73,7 @@ def test_forked_cache(model, kind, measure):
 @pytest.mark.parametrize("length", PROMPTS)
 def test_reordered_cache(model, kind, length, measure):
     ids = random_ids(3, length + 6)
-    order = torch.tensor([2, 0, 0])
+    order = here(torch.tensor([2, 0, 0]))
     cache = prefill(model, ids[:, :length])
     cache.reorder_cache(order)
     logits = in_pieces(model, ids[order, length:], [1, 2, 3], cache=cache)
@@ -87,7 +91,7 @@ def test_repeated_and_selected_cache(model, kind, length, measure):
     logits = in_pieces(model, rows[:, length : length + 2], [1, 1], cache=cache)
     error = relative_error(logits, full(model, rows)[:, length : length + 2])
     measure(TABLE, "batch_repeat_interleave", kind, error, BOUND)
-    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.batch_select_indices(here(torch.tensor([3, 0])))
     rows = rows[[3, 0]]
     logits = in_pieces(model, rows[:, length + 2 :], [1, 1], cache=cache)
     error = relative_error(logits, full(model, rows)[:, length + 2 :])
@@ -263,13 +267,17 @@ def test_a_static_window_is_not_rolled_back(model):
 # ---------------------------------------------------------------------------------------- generate
 
 
+# on a GPU transformers compiles the steps of a static cache: test_on_gpu.py does that once
+EAGER = {"disable_compile": True}
+
+
 def generate(model, ids, mask=None, new=12, **options):
     """``(tokens [B, new], logits [B, new, vocab])`` of a greedy continuation."""
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=new,
-        **{"do_sample": False} | options,
+        **EAGER | {"do_sample": False} | options,
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -340,7 +348,7 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
 def test_generate_on_a_left_padded_batch(model, kind, measure):
     lengths = [20, 11, 2]
     ids = random_ids(3, 20)
-    mask = (torch.arange(20) >= 20 - torch.tensor(lengths)[:, None]).long()
+    mask = here((torch.arange(20) >= 20 - torch.tensor(lengths)[:, None]).long())
     tokens, logits = generate(model, ids, mask=mask)
     for row, length in enumerate(lengths):
         alone = ids[row : row + 1, 20 - length :]
@@ -354,7 +362,7 @@ def test_generate_on_a_left_padded_batch(model, kind, measure):
 def test_generate_with_an_offloaded_cache(model, name):
     """There is nothing to offload; transformers looks for a layer to bring back, and finds none."""
     ids = random_ids(2, 12)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = EAGER | {"max_new_tokens": 4, "do_sample": False}
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation=name, **options), expected)
 
@@ -372,7 +380,7 @@ def test_beam_search(model, kind, length, cache, measure):
             num_beams=4,
             num_return_sequences=4,
             do_sample=False,
-            **options,
+            **EAGER | options,
             return_dict_in_generate=True,
             output_scores=True,
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rodimus import RodimusConfig, RodimusForCausalLM
+from tests.device import ON_BOTH
 from tests.model.golden_data import golden_config, l2_error, relative_error
 from tests.model.helpers import build, oracle_of, random_ids
 from tests.model.ways import in_pieces
@@ -81,6 +82,7 @@ CASES = [
 ]
 
 
+@ON_BOTH
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_forward_gradients_and_decoding(case, measure):
     config = case.config()
@@ -120,6 +122,7 @@ def test_key_heads_interleave():
     torch.testing.assert_close(after, before.flip(-2), rtol=1e-5, atol=1e-5)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("epsilon", [None, 1e-5])
 def test_zero_keys_write_nothing_and_stay_finite(epsilon):
     config = Case("", "rodimus", mixer={"normalize_epsilon": epsilon}).config()
@@ -137,6 +140,7 @@ def test_zero_keys_write_nothing_and_stay_finite(epsilon):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
+@ON_BOTH
 @pytest.mark.parametrize("value", [-100.0, 100.0])
 def test_gates_saturated_by_their_bias_stay_finite(value):
     """Selection gates at +-100: the original's gradients are infinite or NaN from -90 on."""

@@ -13,12 +13,21 @@ from transformers import DynamicCache, StaticCache
 from rodimus import modeling_rodimus
 from rodimus.generation import Engine, Request
 from rodimus_kernels import native
+from tests.device import ON_BOTH, here
 from tests.model.golden_data import relative_error
 from tests.model.helpers import random_ids
 from tests.model.ways import BOUND, full, in_pieces
 
-PROBLEM = native.problem("cpu")
-pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"native operators: {PROBLEM}")
+pytestmark = ON_BOTH
+
+
+@pytest.fixture(autouse=True)
+def _native(device):
+    """On a CPU they may be missing, on a GPU that is tested they must not."""
+    problem = native.problem(device.type)
+    if problem is not None and device.type == "cpu":
+        pytest.skip(f"native operators: {problem}")
+    native.require("decoding", device.type)
 
 
 @pytest.fixture
@@ -46,7 +55,8 @@ def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
     ids = random_ids(1, 12)
     make = lambda: model.generate(ids, max_new_tokens=40, do_sample=False)
     tokens = make()
-    (generation,) = Engine(model, slots=2).generate([Request(ids[0].tolist(), 40)])
+    engine = Engine(model, slots=2, cuda_graphs=False)
+    (generation,) = engine.generate([Request(ids[0].tolist(), 40)])
     assert len(fused) == 2 * 39
     monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
     assert torch.equal(tokens, make()) and generation.tokens == tokens[0, 12:].tolist()
@@ -66,13 +76,13 @@ def test_a_recorded_step_is_fused(model, monkeypatch, fused):
 def test_a_recorded_step_does_not_look_at_a_mask(model, monkeypatch, fused):
     """A number asked of the device ends a recording."""
     ids, cache = random_ids(1, 13), StaticCache(config=model.config, max_cache_len=64)
-    mask = torch.ones_like(ids)
+    mask, position = torch.ones_like(ids), here(torch.tensor([[12]]))
     with torch.no_grad():
         model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for name in ("__bool__", "__int__", "item", "tolist"):
             monkeypatch.setattr(torch.Tensor, name, None)
-        given = {"attention_mask": mask, "position_ids": torch.tensor([[12]])}
+        given = {"attention_mask": mask, "position_ids": position}
         model(ids[:, 12:], past_key_values=cache, **given)
     assert len(fused) == 1
 
@@ -102,7 +112,7 @@ def test_a_step_is_the_forward_of_one_token(model, fused, make):
         for cache in caches:
             model(ids[:, :12], past_key_values=cache)
         for at in range(12, 20):
-            token, position = ids[:, at : at + 1], torch.full((2, 1), at)
+            token, position = ids[:, at : at + 1], here(torch.full((2, 1), at))
             expected = model(token, past_key_values=caches[0]).logits
             assert torch.equal(model.step(token, position, caches[1]), expected)
     assert len(fused) == 2 * 8
@@ -115,7 +125,7 @@ def test_a_step_leaves_what_is_attached_to_the_forward(model, where):
     with torch.no_grad():
         model(ids[:, :12], past_key_values=cache)
         hook = model.get_submodule(where).register_forward_hook(lambda module, args, out: None)
-        token = (ids[:, 12:], torch.tensor([[12]]), cache)
+        token = (ids[:, 12:], here(torch.tensor([[12]])), cache)
         assert model.step(*token) is None and cache.get_seq_length() == 12
         hook.remove()
         assert model.step(*token) is not None
@@ -147,7 +157,7 @@ class Wrapper(nn.Module):
 def test_the_engine_runs_the_model_it_was_given(model, fused):
     """Whatever a hook on it, or a model around it, does to the logits of the fused step."""
     request = Request(random_ids(1, 12)[0].tolist(), 9)
-    run = lambda m: Engine(m, slots=1).generate([request])[0].tokens
+    run = lambda m: Engine(m, slots=1, cuda_graphs=False).generate([request])[0].tokens
     plain, wrapped = run(model), run(Wrapper(model))
     model.register_forward_hook(negate)
     assert plain != wrapped == run(model) and len(fused) == 3 * 8
@@ -173,8 +183,8 @@ class Adapter(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.down = nn.Parameter(torch.randn(2, base.in_features))
-        self.up = nn.Parameter(torch.randn(base.out_features, 2))
+        self.down = nn.Parameter(here(torch.randn(2, base.in_features)))
+        self.up = nn.Parameter(here(torch.randn(base.out_features, 2)))
 
     def forward(self, x):
         return self.base(x) + x @ self.down.T @ self.up.T
@@ -205,7 +215,7 @@ def attach_quantiser(mixer):
 
 
 def attach_bias(mixer):
-    mixer.out_proj.bias = nn.Parameter(torch.randn(mixer.out_proj.out_features))
+    mixer.out_proj.bias = nn.Parameter(here(torch.randn(mixer.out_proj.out_features)))
 
 
 def attach_forward(mixer):
@@ -248,7 +258,7 @@ def test_what_is_attached_takes_part(model, fused, attach):
 def test_any_head_takes_part(model, fused):
     """A head with a bias, an adapter, or no weight at all."""
     ids, head = random_ids(1, 20), model.lm_head
-    biased = nn.Linear(head.in_features, head.out_features)
+    biased = here(nn.Linear(head.in_features, head.out_features))
     for other in (biased, Adapter(head), nn.Identity()):
         model.lm_head = other
         assert relative_error(decode(model, ids), full(model, ids)) < BOUND
@@ -348,9 +358,11 @@ def test_a_copied_model_steps_with_its_own_weights(model, fused, copy_of):
     assert torch.equal(decode(other, ids), expected) and len(fused) == 2 * used > 0
 
 
-def test_gradients_training_and_large_batches_use_the_modules(model, fused):
+def test_gradients_and_batches_too_large_for_a_cpu_use_the_modules(model, fused, device):
     ids = random_ids(9, 14)
     decode(model, ids)
+    assert len(fused) == (0 if device.type == "cpu" else 2)
+    fused.clear()
     cache = model(ids[:1, :12], use_cache=True).past_key_values
     out = model(ids[:1, 12:13], past_key_values=cache, use_cache=True)
     assert out.logits.requires_grad and not fused

@@ -12,6 +12,7 @@ import torch
 import rodimus_kernels
 from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus_kernels import reference
+from tests.device import ON_BOTH, here
 from tests.model.golden_data import (
     BLOCK_TYPES,
     GOLDENS,
@@ -24,6 +25,8 @@ from tests.model.golden_data import (
 )
 from tests.model.helpers import build, golden_model
 from tests.model.oracle import Oracle
+
+pytestmark = ON_BOTH
 
 TABLE = "largest error per golden group"
 LOGITS, LOGITS_STRONG, LOGITS_BF16 = 5e-5, 2e-4, 3e-2
@@ -242,7 +245,7 @@ def run_part(model, part, hidden):
         ),
         module.register_forward_hook(lambda module, args, out: seen.append(first_tensor(out))),
     ]
-    model(torch.zeros(hidden.shape[:2], dtype=torch.long), use_cache=False)
+    model(hidden.new_zeros(hidden.shape[:2], dtype=torch.long), use_cache=False)
     for handle in handles:
         handle.remove()
     return seen[0]
@@ -422,7 +425,7 @@ def test_attention(operators, measure):
         )
         for name in "qkv"
     )
-    cos, sin = reference.rope_tables(torch.arange(q.shape[1])[None], 16)
+    cos, sin = reference.rope_tables(here(torch.arange(q.shape[1]))[None], 16)
     q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
     context = ops.shared_key_attention(q, k, v, window_size=window)
     for name, actual in {"q_rope": q, "k_rope": k.expand_as(q), "v": v, "context": context}.items():
@@ -454,6 +457,6 @@ def test_released_folder_loads_as_it_is(block_type, measure):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     golden = golden_tensors(block_type)
     with torch.no_grad():
-        logits = model(golden["T40.input_ids"]).logits
+        logits = here(model)(golden["T40.input_ids"]).logits
     error = max_error(logits, golden["T40.logits"])
     measure(TABLE, "T40.logits from_pretrained", block_type, error, LOGITS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from tests.device import ON_BOTH, here
 from tests.model.golden_data import l2_error, relative_error
 from tests.model.helpers import oracle_of, random_ids
 from tests.model.ways import (
@@ -18,6 +19,8 @@ from tests.model.ways import (
     positions_of,
     rows_alone,
 )
+
+pytestmark = ON_BOTH
 
 # --------------------------------------------------------------------------------- pieces, a cache
 
@@ -96,7 +99,7 @@ def test_padding_does_not_reach_the_gradients(model, kind, padding, measure):
     ids, mask = padded_batch(padding)
     labels = torch.where(mask.bool(), ids, -100)
     model.train()
-    weight = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    weight = weight_of_logits(model)
     rows = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
     sum((model(row).logits @ weight).sum() for row in rows).backward()
     expected = take_gradients(model)
@@ -104,6 +107,12 @@ def test_padding_does_not_reach_the_gradients(model, kind, padding, measure):
     (logits @ weight)[labels != -100].sum().backward()
     error = worst_gradient(take_gradients(model), expected)
     measure(TABLE, f"{padding} padding, gradients", kind, error, BOUND)
+
+
+def weight_of_logits(model):
+    """How much each logit counts in a sum of all."""
+    generator = torch.Generator().manual_seed(0)
+    return here(torch.randn(model.config.vocab_size, generator=generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
@@ -148,7 +157,8 @@ def test_hidden_states_of_padding_after_cached_tokens(model, kind, prompt, recor
     tokens after it see none of the padding; also while the past is recorded for a rollback."""
     # the convolution behind one or two tokens reaches over the padding
     turns = ("1" * 6, "1" * 4 + "00", "010010", "000100")
-    mask = torch.tensor([[1] * prompt + [int(bit) for bit in turn] + [1] * 3 for turn in turns])
+    rows = [[1] * prompt + [int(bit) for bit in turn] + [1] * 3 for turn in turns]
+    mask = here(torch.tensor(rows))
     ids = random_ids(*mask.shape)
     cache = DynamicCache(config=model.config)
     if records and hasattr(cache, "activate_past_recording"):
@@ -176,7 +186,7 @@ LENGTHS = (1, 13, 2, 3, 20, 1)
 
 
 def packing_options(name):
-    boundaries = torch.tensor((0, *LENGTHS)).cumsum(0).int()
+    boundaries = here(torch.tensor((0, *LENGTHS)).cumsum(0).int())
     longest = max(LENGTHS)
     return {
         "position_ids": {"position_ids": packed_positions(LENGTHS)},
@@ -211,7 +221,7 @@ def test_packed_gradients(model, kind, packing, measure):
     """Nothing of one document reaches the gradients of another."""
     ids = random_ids(1, sum(LENGTHS))
     model.train()
-    weight = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    weight = weight_of_logits(model)
     sum((model(piece).logits @ weight).sum() for piece in ids.split(LENGTHS, 1)).backward()
     expected = take_gradients(model)
     logits = model(ids, use_cache=False, **packing_options(packing)).logits
@@ -300,7 +310,7 @@ def test_training_forward(model, kind, name, options, measure):
 def test_gradients_through_cached_steps(model, kind, sizes, measure):
     """Tokens one at a time with gradients: those of the full forward, from prompt to last step."""
     ids = random_ids(2, 30)
-    weight = torch.randn(2, 4, model.config.vocab_size)
+    weight = here(torch.randn(2, 4, model.config.vocab_size))
     (model(ids, use_cache=False).logits[:, 26:] * weight).sum().backward()
     expected = take_gradients(model)
     cache = model(ids[:, :26], use_cache=True).past_key_values

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tests.device import here
 from tests.model.helpers import random_ids
 
 TABLE = "ways of running, against one full forward (max |a - b| / max |b|)"
@@ -49,7 +50,7 @@ def in_pieces(model, ids: Tensor, sizes: Sequence[int], cache=None, mask=None, *
 def padded_batch(kind: str, tail: int = 0) -> tuple[Tensor, Tensor]:
     """``(ids, mask)`` of three rows, then ``tail`` real tokens; padding holds random tokens."""
     rows = [[int(bit) for bit in pattern] + [1] * tail for pattern in PADDINGS[kind]]
-    mask = torch.tensor(rows)
+    mask = here(torch.tensor(rows))
     return random_ids(*mask.shape, seed=len(kind)), mask
 
 
@@ -66,7 +67,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def packed_positions(lengths: Sequence[int]) -> Tensor:
     """Positions ``[1, T]`` that restart at 0 at each document."""
-    return torch.cat([torch.arange(length) for length in lengths])[None]
+    return here(torch.cat([torch.arange(length) for length in lengths])[None])
 
 
 def documents_alone(model, ids: Tensor, lengths: Sequence[int]) -> Tensor:
