@@ -9,8 +9,8 @@ from transformers import Cache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from tests.device import here
-from tests.model.golden_data import golden_config, golden_weights
-from tests.model.oracle import Oracle
+from tests.model.golden_data import golden_config, golden_weights, l2_error
+from tests.model.oracle import Oracle, RoundedOracle
 
 KINDS = ("rodimus", "rodimus_plus", "grouped")
 
@@ -75,6 +75,14 @@ def model_of(kind: str) -> RodimusForCausalLM:
 
 def oracle_of(model: RodimusForCausalLM, config: dict) -> Oracle:
     return Oracle(config, dict(model.named_parameters()))
+
+
+@torch.no_grad()
+def exact_and_rounded(model: RodimusForCausalLM, config: dict, ids: Tensor) -> tuple[Tensor, float]:
+    """Logits of a model in bf16 as float64 has them, and the ``l2_error`` that bf16 has to make."""
+    weights = dict(model.named_parameters())
+    exact = Oracle(config, weights)(ids)
+    return exact, l2_error(RoundedOracle(config, weights)(ids), exact)
 
 
 def random_ids(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Tensor:

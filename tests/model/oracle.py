@@ -179,6 +179,38 @@ class Oracle:
         return self.linear(f"{name}.out_proj", silu(gate) * x)
 
 
+class RoundedOracle(Oracle):
+    """What bf16 makes of it: rounds where a model in bf16 stores its numbers, and nowhere else."""
+
+    def __init__(self, config: dict, weights: dict[str, Tensor]):
+        super().__init__(config, weights, bf16_attention=True)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return rounded(super().norm(name, x))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        if not name.endswith("mem_gate_proj"):
+            return rounded(super().linear(name, x))
+        # its bias is added in float32
+        return rounded(x @ self.weights[f"{name}.weight"].T) + self.weights[f"{name}.bias"]
+
+    def short_conv(self, name: str, x: Tensor) -> Tensor:
+        return rounded(super().short_conv(name, x))
+
+    def inner_mixer(self, name: str, x: Tensor) -> Tensor:
+        return rounded(super().inner_mixer(name, x))
+
+    def rope(self, x: Tensor) -> Tensor:
+        return rounded(super().rope(x))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return rounded(super().logits(hidden))
+
+
+def rounded(x: Tensor) -> Tensor:
+    return x.bfloat16().double()
+
+
 def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a configuration's parameters, as released checkpoints save them."""
     width, mixer, attn = config["d_model"], config["mixer_cfg"], config["attn_cfg"]

@@ -14,9 +14,9 @@ from rodimus import modeling_rodimus
 from rodimus.generation import Engine, Request
 from rodimus_kernels import native
 from tests.device import ON_BOTH, here
-from tests.model.golden_data import relative_error
-from tests.model.helpers import random_ids
-from tests.model.ways import BOUND, full, in_pieces
+from tests.model.golden_data import l2_error, relative_error
+from tests.model.helpers import exact_and_rounded, random_ids
+from tests.model.ways import BOUND, SHARE, full, in_pieces
 
 pytestmark = ON_BOTH
 
@@ -368,11 +368,8 @@ def test_gradients_and_batches_too_large_for_a_cpu_use_the_modules(model, fused,
     assert out.logits.requires_grad and not fused
 
 
-def test_bf16_is_as_near_to_float32_as_the_modules(model, monkeypatch, fused):
-    ids = random_ids(1, 40)
-    expected = full(model, ids)
-    model = model.to(torch.bfloat16)
-    own = relative_error(decode(model, ids).float(), expected)
-    assert fused
-    monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
-    assert own < 1.5 * relative_error(decode(model, ids).float(), expected)
+def test_bf16_is_as_near_to_float64_as_roundings_allow(model, config, fused):
+    ids, model = random_ids(1, 40), model.to(torch.bfloat16)
+    exact, allowed = exact_and_rounded(model, config, ids)
+    assert l2_error(decode(model, ids), exact) < SHARE * allowed
+    assert len(fused) == 28

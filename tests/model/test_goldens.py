@@ -24,7 +24,8 @@ from tests.model.golden_data import (
     max_error,
 )
 from tests.model.helpers import build, golden_model
-from tests.model.oracle import Oracle
+from tests.model.oracle import Oracle, RoundedOracle
+from tests.model.ways import SHARE, full
 
 pytestmark = ON_BOTH
 
@@ -81,6 +82,18 @@ def test_logits_and_loss(block_type, variant, tag, measure):
     )
     error = max_error(out.loss, golden[f"{tag}.loss"])
     measure(TABLE, row(f"{tag}.loss", variant), block_type, error, LOSS if exact else 1e-3)
+
+
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_logits_in_bf16(block_type, measure):
+    """Weights and arithmetic in bf16: no further from the float32 goldens than roundings allow."""
+    model, golden, _, _ = goldens_of(block_type, "fp32")
+    ids, expected = golden["T40.input_ids"], golden["T40.logits"]
+    model = model.to(torch.bfloat16)
+    oracle = RoundedOracle(golden_config(block_type), dict(model.named_parameters()))
+    bound = SHARE * l2_error(oracle(ids), expected)
+    error = l2_error(full(model, ids), expected)
+    measure(TABLE, "T40.logits in bf16 (relative L2)", block_type, error, bound)
 
 
 @pytest.mark.parametrize("tag", ["T40", "T7", "pad"])

@@ -1,15 +1,21 @@
 """Every way of running equals one full forward in fp32; the table at the end has each error."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache
 
+import rodimus_kernels
+from rodimus import modeling_rodimus
+from rodimus_kernels import reference
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import l2_error, relative_error
-from tests.model.helpers import oracle_of, random_ids
+from tests.model.helpers import exact_and_rounded, oracle_of, random_ids
 from tests.model.ways import (
     BOUND,
     PADDINGS,
+    SHARE,
     TABLE,
     documents_alone,
     full,
@@ -387,21 +393,53 @@ def test_z_loss(model):
 
 # --------------------------------------------------------------------------------------------- bf16
 
+BF16_TABLE = "bf16, L2 error against float64 over that of bf16's roundings"
 
-def test_bf16_keeps_its_state_in_fp32(model, config, kind, measure):
-    """Cached decoding in bf16 is as near to float64 as the full forward in bf16 is."""
-    ids = random_ids(2, 40)
-    model = model.to(torch.bfloat16)
-    expected = oracle_of(model, config)(ids)
-    whole = relative_error(full(model, ids), expected)
-    with torch.no_grad():
-        cache = model(ids[:, :7], use_cache=True).past_key_values
-        logits = [
-            model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
-            for t in range(7, 40)
-        ]
-    for layer in cache.layers:
-        assert layer.recurrent_states[0].dtype == torch.float32
-    error = relative_error(torch.cat(logits, 1), expected[:, 7:])
-    measure(TABLE, "bf16 cached (against float64)", kind, error, max(2 * whole, 0.02))
-    measure(TABLE, "bf16 full forward (against float64)", kind, whole, 0.1)
+
+@pytest.mark.parametrize("way", ["full forward", "cached"])
+def test_bf16_is_as_near_to_float64_as_roundings_allow(model, config, kind, way, measure):
+    ids, model = random_ids(2, 40), model.to(torch.bfloat16)
+    exact, allowed = exact_and_rounded(model, config, ids)
+    run = {"full forward": full, "cached": partial(in_pieces, sizes=[7] + [1] * 33)}[way]
+    measure(BF16_TABLE, way, kind, l2_error(run(model, ids), exact) / allowed, SHARE)
+
+
+def test_bf16_keeps_its_state_in_fp32(model):
+    cache = DynamicCache(config=model.config)
+    in_pieces(model.to(torch.bfloat16), random_ids(2, 8), [6, 1, 1], cache=cache)
+    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in cache.layers)
+
+
+@pytest.fixture
+def definitions(model, monkeypatch):
+    """Lets the model run on the definitions of all operators, in plain torch."""
+
+    def use():
+        names = set(rodimus_kernels.__all__) & set(vars(reference))
+        for name in names & set(vars(modeling_rodimus)):
+            monkeypatch.setattr(modeling_rodimus, name, getattr(reference, name))
+        model.set_attn_implementation("eager")
+
+    return use
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_gradients_in_bf16(model, config, kind, autocast, definitions, device, measure):
+    """As near to float64 as those of the definitions: root mean square over the parameters, each
+    relative to its own gradient."""
+    model = model.train() if autocast else model.to(torch.bfloat16).train()
+    ids, oracle = random_ids(2, 24), oracle_of(model, config)
+    oracle.loss(ids, ids).backward()
+
+    def error():
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found = take_gradients(model)
+        errors = [l2_error(found[name], weight.grad) for name, weight in oracle.weights.items()]
+        return sum(error**2 for error in errors) ** 0.5
+
+    own = error()
+    definitions()
+    name = f"gradients{', autocast' if autocast else ''}, over those of the definitions"
+    measure(BF16_TABLE, name, kind, own / error(), SHARE)

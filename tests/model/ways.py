@@ -11,6 +11,10 @@ from tests.model.helpers import random_ids
 TABLE = "ways of running, against one full forward (max |a - b| / max |b|)"
 # fp32, logits of order 10: shapes of matrix products differ, and with them the order of sums
 BOUND = 1e-5
+# bf16, L2 error over that of as many roundings elsewhere, which is about the same: their sum over
+# thousands of numbers hardly depends on the way each of them goes. Measured 0.87 to 1.08; a second
+# error of 3/4 the size of all roundings makes it sqrt(1 + 9 / 16)
+SHARE = 1.25
 
 # 1 a real token, 0 padding; the window of the tiny models sees 9 keys and the convolution 4 inputs
 PADDINGS = {
