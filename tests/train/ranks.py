@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
 
 from rodimus.train.__main__ import main
@@ -59,6 +61,12 @@ def _rank(rank, world_size, port, send, work, args):
 def train(world_size, config, *overrides, timeout=60):
     """Runs `rodimus train` on some ranks; returns the exit status of every rank."""
     return run_ranks(world_size, main, [str(config), *map(str, overrides)], timeout=timeout)
+
+
+def train_alone(config, *overrides, timeout=60):
+    """Runs `rodimus train` in a new process, as no fork can use a GPU; returns its exit status."""
+    command = [sys.executable, "-m", "rodimus.train", str(config), *map(str, overrides)]
+    return [subprocess.run(command, timeout=timeout).returncode]
 
 
 def metrics(run, key):

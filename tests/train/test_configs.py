@@ -2,6 +2,7 @@
 
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from rodimus.loading import model_class, read_config
 from rodimus.train.load import load_config
 from rodimus.train.pack import pack
 from rodimus.train.plan import make_plan
-from tests.train.ranks import metrics, train
+from tests.device import ON_BOTH
+from tests.train.ranks import metrics, train, train_alone
 
 ROOT = Path(__file__).parents[2] / "configs"
 RUNS = sorted(p for p in (ROOT / "train").glob("*.toml") if not p.name.startswith("base"))
@@ -62,15 +64,27 @@ def test_peer_differs_in_nothing_but_the_model(name):
     assert PARAMETERS[name] == pytest.approx(PARAMETERS["rodimus_plus_340m"], rel=1e-3)
 
 
-def test_tiny_run_learns_python(tmp_path):
-    data = tmp_path / "data"
+@ON_BOTH
+def test_tiny_run_learns_python(tmp_path, device):
+    """And goes on from a checkpoint on a GPU; on a CPU test_run.py has that, to the bit."""
+    data, run, on_gpu = tmp_path / "data", tmp_path / "run", device.type == "cuda"
     source = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
     pack(str(source), data, vocab_size=512, tokenizer_sample=0.5, val_fraction=0.1)
-    overrides = ("--out", tmp_path / "run", "--no-export", "--log.every", 20)
+    overrides = ("--out", run, "--no-export", "--log.every", 20, "--train.device", device.type)
     overrides += ("--data.train", data / "train.json", "--data.val", data / "val.json")
-    assert train(1, ROOT / "train" / "ci_tiny.toml", *overrides, timeout=120) == [0]
+    overrides += ("--checkpoint.every", 20) if on_gpu else ()
+    start = train_alone if on_gpu else partial(train, 1)
+    config = ROOT / "train" / "ci_tiny.toml"
+    assert start(config, *overrides, timeout=240) == [0]
     # 2.224 measured (Python 3.11); untrained, 512 equally likely tokens cost 3.6
-    assert metrics(tmp_path / "run", "val_bits_per_byte")[40] < 2.4
+    reached = metrics(run, "val_bits_per_byte")[40]
+    assert reached < 2.4
+    if on_gpu:
+        (run / "metrics.jsonl").unlink()
+        assert start(config, *overrides, "--checkpoint.resume", 20, timeout=240) == [0]
+        assert min(metrics(run, "loss")) == 21
+        # a GPU may add in another order
+        assert metrics(run, "val_bits_per_byte")[40] == pytest.approx(reached, rel=1e-3)
 
 
 @pytest.mark.slow
