@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, records, timing
+from . import docs, peers, records, tested, timing
 from .records import RecordError
 
 HERE = Path(__file__).parent
@@ -187,7 +187,9 @@ def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
         "vLLM, SGLang and llama.cpp were not measured.",
         "",
     ]
-    lines += _machines(found)
+    tests = [r for r in found if r["group"] == tested.GROUP]
+    found = [r for r in found if r["group"] != tested.GROUP]
+    lines += _machines(found, tests)
     lines += _verdict_section(found)
     for title, path in (plots or {}).items():
         lines += [f"![{title}]({path})", ""]
@@ -203,7 +205,12 @@ def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _machines(found: list[Record]) -> Iterator[str]:
+def _commit(about: Mapping[str, Any]) -> str:
+    """The commit a record was made of, short, and whether files had changed since."""
+    return about.get("commit", "unknown")[:12] + (" + changes" if about.get("dirty") else "")
+
+
+def _machines(found: list[Record], tests: list[Record]) -> Iterator[str]:
     yield "## Where and when"
     yield ""
     groups: dict[tuple, list[Record]] = {}
@@ -215,7 +222,7 @@ def _machines(found: list[Record]) -> Iterator[str]:
             about.get("threads"),
             versions.get("torch"),
             versions.get("transformers"),
-            about.get("commit", "unknown")[:12] + (" + changes" if about.get("dirty") else ""),
+            _commit(about),
         )
         groups.setdefault(key, []).append(record)
     rows = []
@@ -237,6 +244,12 @@ def _machines(found: list[Record]) -> Iterator[str]:
         )
     head = ["machine", "threads", "versions", "commit", "dates", "load", "records"]
     yield from table(head, rows)
+    for record in tests:
+        about, versions = record["machine"], record["machine"].get("versions", {})
+        names = ("torch", "triton", "transformers")
+        used = ", ".join(f"{name} {versions.get(name)}" for name in names)
+        tests_of = f"{about['name']}: the gpu-marked tests of commit {_commit(about)}"
+        yield f"- {tests_of}, {record['date']}, with {used}: {tested.told(record)}"
     disturbed: dict[tuple[str, str], list[str]] = {}
     for record in found:
         for warning in record["warnings"]:
@@ -244,7 +257,7 @@ def _machines(found: list[Record]) -> Iterator[str]:
             cases.append(f"{record['group']} {record['case']}")
     for (machine, warning), cases in disturbed.items():
         yield f"- {machine}: {warning}: {', '.join(cases)}"
-    if disturbed:
+    if tests or disturbed:
         yield ""
 
 
