@@ -39,10 +39,10 @@ native: $(STAMP)
 	@$(BIN)/python kernels/rodimus_kernels/build.py
 
 test: native
-	$(RUN_TESTS) -m "not slow and not timing and not gpu"
+	$(RUN_TESTS) -m "not slow and not timing and not gpu and not released"
 
 test-all: native
-	$(RUN_TESTS) -m "not timing and not gpu"
+	$(RUN_TESTS) -m "not timing and not gpu and not released"
 	$(BIN)/python -m pytest -q -m timing
 
 test-transformers: $(STAMP)

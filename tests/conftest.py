@@ -1,4 +1,5 @@
-"""What every test gets: a device, a seed, no network, and uninitialised memory that shows."""
+"""What every test gets: a device, a seed, no network (unless a checkpoint is named), and
+uninitialised memory that shows."""
 
 import os
 import random
@@ -12,7 +13,8 @@ from tests.device import placed
 pytest_plugins = ["tests.model.error_table"]
 
 # both are read when the libraries are first imported, so they are set before any test module is
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "RODIMUS_CHECKPOINT" not in os.environ:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
