@@ -2,7 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
+import random
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,9 @@ POINTS = {
 
 LAUNCHES = ("compiled", "recorded")
 """How else a step may be launched on a GPU: from compiled blocks, and as one recorded graph."""
+
+TRAINER = "trainer"
+"""The step of `rodimus train` on one rank, whole."""
 
 
 def prepare(
@@ -124,6 +131,63 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
 
 
 @contextlib.contextmanager
+def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Iterator[Target]:
+    """One step of the loop of `rodimus train`: float32 weights of its own, sharded over one rank,
+    products in the benchmark's dtype, rows of several documents read from shards, the guard.
+
+    Operations are counted as in ``prepare``, where a row is one document.
+    """
+    from rodimus.train import config as sections
+    from rodimus.train import parallel
+    from rodimus.train.loop import Trainer
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = model.model.config.to_dict()
+        (folder / "model.json").write_text(json.dumps(shape))
+        write_documents(folder, model.vocab_size, batch, length, bench.seed)
+        config = sections.TrainConfig(
+            out=str(folder / "run"),
+            model=sections.ModelSection(str(folder / "model.json")),
+            data=sections.DataSection((str(folder / "train.json"),), seq_len=length),
+            train=sections.TrainSection(
+                steps=10**6,
+                global_batch_tokens=batch * length,
+                micro_batch=batch,
+                dtype=str(bench.dtype).removeprefix("torch."),
+                device=bench.device.type,
+            ),
+            optim=sections.OptimSection(lr=1e-6),
+            guard=sections.GuardSection(spike_sigma=0.0),
+        )
+        ranks = parallel.start(config.parallel, config.train.device)
+        trainer = None
+        try:
+            trainer = Trainer(config, ranks)
+            facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
+            yield Target(f"{model.name}/{TRAINER}", model, TRAINER, trainer.step, facts)
+        finally:
+            if trainer is not None:
+                trainer.close()
+            parallel.stop()
+
+
+def write_documents(folder: Path, vocab_size: int, batch: int, length: int, seed: int) -> None:
+    """Token shards of random documents, of up to half a row each, for a few batches."""
+    from rodimus.train.shards import ShardWriter
+
+    writer, lengths = ShardWriter(folder, "train", vocab_size), random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    left = 4 * batch * length + 1
+    while left > 0:
+        size = min(left, lengths.randint(1, max(1, length // 2)))
+        writer.add(torch.randint(vocab_size, (size,), generator=generator).numpy(), size)
+        left -= size
+    about = {"bos_token_id": None, "eos_token_id": None}
+    writer.close(**about, tokenizer_sha256="none", source="random tokens")
+
+
+@contextlib.contextmanager
 def _put_back(bench: Bench) -> Iterator[None]:
     """Afterwards every model decodes again, those too whose step failed."""
     try:
@@ -183,3 +247,25 @@ def test_launches(bench, benchmark, start, name):
             lambda model: (*model.engines[:1], *LAUNCHES),
         )
         _measure(alone, benchmark, found, batch, length, "launch", case)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", peers.OURS)
+def test_trainer(bench, benchmark, start, name):
+    """One model at a time: beside its own weights the trainer has an optimizer, in float32."""
+    if bench.scale == "full" and bench.device.type != "cuda" or name not in bench.names:
+        pytest.skip("a step of a 1.5B model takes minutes on a CPU")
+    batch, length = POINTS["tiny" if bench.scale == "tiny" else "cuda"][0]
+    case = f"{bench.case(batch, length)}-{name}"
+    start(TRAINER, case)
+    alone = dataclasses.replace(bench, names=(name,))
+    with _put_back(bench), contextlib.ExitStack() as opened:
+
+        def target(model: peers.Model, engine: str) -> Target:
+            if engine == TRAINER:
+                return opened.enter_context(in_trainer(alone, model, batch, length))
+            return prepare(alone, model, engine, batch, length)
+
+        found = alone.targets(target, lambda model: (*model.engines[:1], TRAINER))
+        rows = _measure(alone, benchmark, found, batch, length, TRAINER, case)
+    assert all(row["status"] == "measured" for row in rows) or bench.scale == "full"

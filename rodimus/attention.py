@@ -143,13 +143,19 @@ def _boundaries(batch, length, mask_function, padding, device):
     if padding is not None:
         padding = padding.bool()
         starts = starts | ~padding | ~padding.roll(1, dims=1)
-    starts = starts.flatten()
-    total = batch * length
-    if starts.device.type == "cpu" and not is_tracing(starts):
+    return boundaries_of(starts.flatten())
+
+
+def boundaries_of(starts: torch.Tensor) -> torch.Tensor:
+    """int32 ``[N + 1]`` boundaries of documents from bool ``[S]``, True where one begins, as at 0.
+
+    Off the CPU N is S, whatever the documents are: to count them, the host would wait for the
+    device. The spare boundaries are S, where they bound empty documents.
+    """
+    total, device = starts.shape[0], starts.device
+    if device.type == "cpu" and not is_tracing(starts):
         bounds = starts.nonzero()[:, 0]
         return torch.cat((bounds, bounds.new_tensor([total]))).int()
-    # nonzero would wait for the device: as many boundaries as tokens, the spare ones at the end,
-    # where they bound empty documents
     place = torch.where(starts, starts.cumsum(0) - 1, total)
     bounds = torch.full((total + 1,), total, dtype=torch.int32, device=device)
     bounds = bounds.scatter(0, place, torch.arange(total, dtype=torch.int32, device=device))

@@ -38,7 +38,13 @@ MODELS = {
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a name is one on the hub, ``owner/name``, and not that of a folder here."""
+    return bool(_HUB_NAME.fullmatch(str(name))) and not Path(name).exists()
 
 
 def checkpoint_folder(name: str | Path) -> Path:
@@ -48,7 +54,7 @@ def checkpoint_folder(name: str | Path) -> Path:
         InputError: there is no such folder, or it is neither a model's nor a training run's.
     """
     folder = Path(name).expanduser()
-    if not folder.exists() and _HUB_NAME.fullmatch(str(name)):
+    if is_hub_name(name):
         folder = _download(str(name))
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -230,21 +236,40 @@ def _load_released(
     cls = model_class(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        shapes |= _shapes(file)
+        shapes |= {tensor: shape for tensor, (shape, _) in _headers(file).items()}
     _check_shapes(folder, cls, config, shapes)
     return cls.from_pretrained(folder, config=config, dtype=dtype)
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a file, from its header alone."""
+def stored_dtypes(folder: Path) -> set[str]:
+    """Names of the dtypes that a checkpoint folder keeps its weights in; what is no dtype of a
+    weight in torch has safetensors' name.
+
+    Raises:
+        InputError: as ``weight_files``.
+    """
+    if is_run(folder):
+        return {"float32"}
+    return {dtype for file in weight_files(folder) for _, dtype in _headers(file).values()}
+
+
+def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Names of the tensors in a file, with shape and dtype, from its header alone."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {
+                name: (tuple(x.get_shape()), _DTYPES.get(x.get_dtype(), x.get_dtype()))
+                for name, x in slices.items()
+            }
     try:
         tensors = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise InputError(f"{file} cannot be read: {first_line(error)}") from error
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {
+        name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
 
 
 def _check_shapes(

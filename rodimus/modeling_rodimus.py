@@ -34,7 +34,15 @@ from transformers.cache_utils import (
     StaticCache,
 )
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GradientCheckpointingLayer,
@@ -643,16 +651,42 @@ def _close_gap(x, pads, new):
     return x.gather(1, source.view(*source.shape, *(1,) * (x.dim() - 2)).expand_as(x))
 
 
-def _documents(position_ids, cu_seqlens, length):
+def _documents(position_ids, cu_seqlens, length, is_packed):
     """Document of each token in packed rows: ``[B or 1, T]``, None when nothing is packed."""
     if cu_seqlens is not None:
         return document_ids(cu_seqlens, length)[None]
-    if position_ids is None or length == 1:
+    if position_ids is None or length == 1 or is_packed is False:
         return None
     jumps = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    if not is_tracing(jumps) and not jumps.any():
+    if is_packed is None and not is_tracing(jumps) and not jumps.any():
         return None
     return F.pad(jumps.long(), (1, 0)).cumsum(1)
+
+
+def _mask_of_documents(config, embeds, documents):
+    """What attention has to know of packed rows ``documents [B, T]``, by its own interface: asked
+    with positions, transformers finds out again that rows are packed, and waits for the device."""
+    if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        return None
+    (batch, length), window = documents.shape, config.sliding_window
+    causal = causal_mask_function
+    if window is not None:
+        causal = sliding_window_causal_mask_function(window)
+    return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        batch_size=batch,
+        q_length=length,
+        kv_length=length,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=and_masks(causal, packed_sequence_mask_function(documents)),
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        local_size=window,
+        dtype=embeds.dtype,
+        config=config,
+        use_vmap=False,
+        device=embeds.device,
+    )
 
 
 def _position_in_document(documents):
@@ -678,6 +712,8 @@ def _document_starts(documents):
 # - `_is_plain` asks about one layer, in every forward; a compiler can trace it.
 # - `_is_bare` asks about a call of one module, `_is_untouched` about a module and all in it: tens
 #   of microseconds a block, and no compiler sees it.
+# - `_is_sharded` asks whether FSDP alone is around an untouched block, and gathers its weights for
+#   `forward_unsummed` as it does for `forward`.
 # - `_Inspection` keeps what the blocks were when they were untouched. That they are unchanged takes
 #   a few microseconds a block, and is asked before every token.
 
@@ -736,6 +772,21 @@ def _is_untouched(module) -> bool:
     """Whether a module and all in it compute what their classes say."""
     parts = module.__dict__["_modules"].values()
     return type(module) in _KINDS and _is_bare(module) and all(map(_is_untouched, parts))
+
+
+def _is_sharded(block) -> bool:
+    """Whether torch's ``fully_shard`` is all there is around a block of ours, and serves calls of
+    ``forward_unsummed`` too: ``register_fsdp_forward_method`` gave the block one of its own."""
+    found, (*wrappers, kind) = vars(block), type(block).__bases__
+    hooks = (*found["_forward_pre_hooks"].values(), *found["_forward_hooks"].values())
+    attached = ("_backward_hooks", "_backward_pre_hooks", *_CALLS)
+    return (
+        kind is RodimusBlock
+        and "forward_unsummed" in found
+        and all(x.__module__.startswith("torch.distributed.fsdp") for x in (*wrappers, *hooks))
+        and not any(found.get(name) for name in attached)
+        and all(map(_is_untouched, block.children()))
+    )
 
 
 class _Inspection:
@@ -1192,8 +1243,9 @@ class RodimusBlock(GradientCheckpointingLayer):
         if order is not None:
             order = order[..., None].expand_as(stream)
             stream = stream.gather(1, order)
-        stream, branch = self.forward_unsummed(
-            stream, None, rotary, layout, past_key_values, **kwargs
+        # not the instance's: what wraps that one too has wrapped this call already
+        stream, branch = RodimusBlock.forward_unsummed(
+            self, stream, None, rotary, layout, past_key_values, **kwargs
         )
         stream = stream + branch
         return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
@@ -1379,6 +1431,7 @@ class RodimusModel(RodimusPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        is_packed: bool | None = None,
         context: object | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -1395,6 +1448,8 @@ class RodimusModel(RodimusPreTrainedModel):
             use_cache: Return a cache to continue from.
             cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
                 ``cu_seq_lens_q``, as transformers names it, does the same.
+            is_packed: Whether some position does not follow its predecessor, from a caller that
+                made the rows. None looks at them, and the host waits for the device.
             context: The tokens are one piece of rows whose other pieces are on other ranks: what
                 ``rodimus.train.context.Context`` knows of them. It brings the positions, and
                 excludes mask, cache and packing by other arguments.
@@ -1415,7 +1470,7 @@ class RodimusModel(RodimusPreTrainedModel):
         _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         documents = self._packed_documents(
-            embeds, attention_mask, position_ids, past_key_values, cu_seqlens
+            embeds, attention_mask, position_ids, past_key_values, cu_seqlens, is_packed
         )
         use_cache = use_cache and documents is None
         if use_cache and past_key_values is None:
@@ -1568,7 +1623,11 @@ class RodimusModel(RodimusPreTrainedModel):
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
-        return same and _is_untouched(self.norm_f) and self._blocks_are_untouched()
+        if not (same and _is_untouched(self.norm_f)):
+            return False
+        # the blocks of a model are sharded alike
+        sharded = bool(self.layers) and _is_sharded(self.layers[0])
+        return all(map(_is_sharded, self.layers)) if sharded else self._blocks_are_untouched()
 
     def _sees_whole_window(self, attention_mask, past_key_values) -> bool:
         """Whether the new token of every row is one, and attention may take every key in the
@@ -1597,15 +1656,21 @@ class RodimusModel(RodimusPreTrainedModel):
         given = (inputs_embeds, attention_mask, past_key_values, position_ids)
         return _layout_of(config, *given)._asdict()
 
-    def _packed_documents(self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens):
+    def _packed_documents(
+        self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens, is_packed
+    ):
+        if is_packed and position_ids is None and cu_seqlens is None:
+            raise ValueError("packed rows (is_packed) need position_ids, which say where")
         if cu_seqlens is not None:
             if not is_tracing(cu_seqlens):
                 check_cu_seqlens(cu_seqlens, *embeds.shape[:2])
+        if cu_seqlens is not None or is_packed:
             if past_key_values is not None or attention_mask is not None:
-                raise ValueError("packed rows (cu_seqlens) take neither a cache nor a mask")
+                given = "is_packed" if cu_seqlens is None else "cu_seqlens"
+                raise ValueError(f"packed rows ({given}) take neither a cache nor a mask")
         elif attention_mask is not None or past_key_values is not None:
             return None
-        documents = _documents(position_ids, cu_seqlens, embeds.shape[1])
+        documents = _documents(position_ids, cu_seqlens, embeds.shape[1], is_packed)
         return None if documents is None else documents.expand(embeds.shape[0], -1)
 
     def _positions(self, embeds, attention_mask, position_ids, past_key_values, documents):
@@ -1677,14 +1742,15 @@ def _layout_of(
     by_ring = one_token and _has_rings(past_key_values) and not looked_at
     if config.block_type != "rodimus_plus" or by_ring:
         return layout
+    if documents is not None:
+        return layout._replace(attention=_mask_of_documents(config, inputs_embeds, documents))
     windowed = config.sliding_window is not None
     create = create_sliding_window_causal_mask if windowed else create_causal_mask
     mask = create(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=None if documents is not None else past_key_values,
-        position_ids=None if documents is None else _position_in_document(documents),
+        past_key_values=past_key_values,
     )
     return layout._replace(attention=mask)
 

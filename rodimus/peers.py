@@ -34,7 +34,7 @@ class ChunkedLoss:
     def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
         """As the model's own; with ``loss_only`` as ``RodimusForCausalLM``, from
         ``position_ids``, ``shift_labels``, ``num_items_in_batch``, ``z_loss``, and for a model that
-        takes one an ``attention_mask``."""
+        takes one an ``attention_mask``; ``is_packed`` tells these models nothing."""
         if loss_only:
             return self._chunked_loss(input_ids, **kwargs)
         return super().forward(input_ids, **kwargs)
@@ -47,6 +47,7 @@ class ChunkedLoss:
         num_items_in_batch: int,
         z_loss: float = 0.0,
         use_cache: bool = False,
+        is_packed: bool | None = None,
         **attention_mask: Any,
     ) -> RodimusCausalLMOutput:
         states = self.base_model(

@@ -237,6 +237,8 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
         own, theirs = current["optim.name"], saved["optim.name"]
         raise InputError(f"{folder} was written with the optimizer {theirs}, this run has {own}")
     told = [f"resumed with {key} = {current[key]}, was {saved[key]}" for key in changed]
+    if "model.weights" in changed:
+        told.append("the run goes on with its own weights: model.weights is not read")
     if any(key in DATA_ORDER for key in changed):
         told.append("rows come in another order now: some are read again, others never")
     return told

@@ -40,10 +40,16 @@ class ModelSection:
     """Which model is trained."""
 
     config: str = ""
-    """Configuration of Rodimus or of a peer (JSON). Inside a TOML file: relative to that file."""
+    """Configuration of Rodimus or of a peer (JSON). Inside a TOML file: relative to that file.
+    Empty: that of `weights`."""
+    weights: str = ""
+    """Folder of a model or run, or a name on the hub, to start from; empty: from train.seed."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.config), "model.config must name the configuration of a model (JSON)")
+        _require(
+            bool(self.config or self.weights),
+            "model.config must name the configuration of a model (JSON), or model.weights a folder",
+        )
 
 
 @dataclass(frozen=True)

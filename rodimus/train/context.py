@@ -28,6 +28,7 @@ from rodimus_kernels import ddts, ddts_scan, ddts_summary, shared_key_attention
 from rodimus_kernels.reference import RESET
 
 from .. import RodimusConfig
+from ..attention import boundaries_of
 from ..errors import InputError
 from .config import TrainConfig
 from .rows import Batch
@@ -40,12 +41,15 @@ class Context:
         group: Ranks that share the rows, in the order of their pieces.
         position_ids: int64 ``[B or 1, T]`` of the whole rows: rotary positions, on the device that
             computes. A position that does not follow its predecessor starts a packed document.
+        is_packed: Whether there is such a position. None looks, and the host waits for the device.
 
     Raises:
         ValueError: the rows do not divide over the ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, position_ids: torch.Tensor) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, position_ids: torch.Tensor, is_packed: bool | None = None
+    ) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.length, rest = divmod(position_ids.shape[1], self.size)
         if rest:
@@ -55,7 +59,7 @@ class Context:
         self.position_ids = self.piece(position_ids)
         jumps = position_ids.diff(dim=1) != 1
         self.starts = F.pad(jumps, (1, 0), value=True)
-        self.is_packed = bool(jumps.any())
+        self.is_packed = bool(jumps.any()) if is_packed is None else is_packed
 
     def piece(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens ``[B, T / ranks, ...]`` of whole rows ``[B, T, ...]``."""
@@ -115,11 +119,13 @@ class Context:
         options = {"window_size": window_size, "scale": scale}
         if not self.is_packed:
             return shared_key_attention(q, k, v, **options)
-        starts = self._starts_of(k.shape[1] - self.length).expand(q.shape[0], -1)
+        # what is left of the first document begins it here
+        starts = F.pad(self._starts_of(k.shape[1] - self.length)[:, 1:], (1, 0), value=True)
+        starts = starts.expand(q.shape[0], -1)
         # documents of one row end where those of another go on: row by row
         rows = [
             shared_key_attention(*(x[b : b + 1] for x in (q, k, v)), cu_seqlens=bounds, **options)
-            for b, bounds in enumerate(map(_boundaries, starts))
+            for b, bounds in enumerate(map(boundaries_of, starts))
         ]
         return torch.cat(rows)
 
@@ -141,21 +147,17 @@ def check_splits(config: TrainConfig, model: PreTrainedConfig) -> None:
         )
 
 
-def model_inputs(batch: Batch, group: dist.ProcessGroup | None) -> dict[str, Any]:
+def model_inputs(
+    batch: Batch, group: dist.ProcessGroup | None, *, is_packed: bool
+) -> dict[str, Any]:
     """The model's arguments for a batch of whole rows: the rows, or with a group this rank's piece
-    of them."""
+    of them; is_packed: ``batch.is_packed()``, from before it went to a device."""
     if group is None:
-        ids, labels, position_ids = batch
-        return {"input_ids": ids, "shift_labels": labels, "position_ids": position_ids}
-    context = Context(group, batch.position_ids)
+        inputs = dict(zip(("input_ids", "shift_labels", "position_ids"), batch, strict=True))
+        return inputs | {"is_packed": is_packed}
+    context = Context(group, batch.position_ids, is_packed)
     ids, labels = context.piece(batch.input_ids), context.piece(batch.labels)
     return {"input_ids": ids, "shift_labels": labels, "context": context}
-
-
-def _boundaries(starts):
-    """int32 ``[N + 1]`` of documents from their first tokens ``[S]``."""
-    begins = starts[1:].nonzero()[:, 0] + 1
-    return F.pad(F.pad(begins, (1, 0)), (0, 1), value=len(starts)).int()
 
 
 class _StateBefore(torch.autograd.Function):

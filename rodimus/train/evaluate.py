@@ -85,9 +85,9 @@ class Evaluator:
 
     @torch.no_grad()
     def _nats(self, model: nn.Module, batch: Batch) -> float:
-        batch = batch.to(self.ranks.device)
+        is_packed, batch = batch.is_packed(), batch.to(self.ranks.device)
         return model(
-            **model_inputs(batch, self.ranks.context),
+            **model_inputs(batch, self.ranks.context, is_packed=is_packed),
             num_items_in_batch=1,
             use_cache=False,
             loss_only=True,

@@ -66,13 +66,20 @@ def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -
         for name, value in values.items():
             # a tied head is no parameter of its own
             if name in targets:
-                _assign(targets[name], value)
+                # every rank made the same value, so no rank has to send it
+                assign(targets[name], value, source=None)
 
 
-def _assign(target: torch.Tensor, value: torch.Tensor) -> None:
+def assign(target: torch.Tensor, value: torch.Tensor, *, source: int | None) -> None:
+    """Copies a whole value into a parameter, which may be sharded; on any device.
+
+    Args:
+        target: What is written.
+        value: Of the whole shape; where a ``source`` sends, the others' is not read.
+        source: The rank whose value it is; None where all have the same.
+    """
     if isinstance(target, DTensor):
-        # every rank made the same value, so no rank has to send it
         value = distribute_tensor(
-            value.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+            value.to(target.device), target.device_mesh, target.placements, src_data_rank=source
         )
     target.copy_(value)

@@ -22,7 +22,7 @@ from .config import TrainConfig
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses one file, its parents included, and makes ``model.config`` absolute.
+    """Parses one file, its parents included, and makes the paths in ``model`` absolute.
 
     Raises:
         InputError: the file is missing, is not TOML, or extends itself.
@@ -41,12 +41,25 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     model = values.get("model")
-    if isinstance(model, dict) and isinstance(model.get("config"), str):
-        model["config"] = str((path.parent / model["config"]).resolve())
+    for key in ("config", "weights"):
+        value = model.get(key) if isinstance(model, dict) else None
+        if isinstance(value, str) and value:
+            model[key] = _beside(path, value, may_be_on_hub=key == "weights")
     parent = values.pop("extends", None)
     if parent is None:
         return values
     return _merge(_read(path.parent / parent, (*children, path)), values)
+
+
+def _beside(path: Path, value: str, *, may_be_on_hub: bool) -> str:
+    """A path in a file as an absolute one; a name on the hub stays, where there is no such path."""
+    target = (path.parent / Path(value).expanduser()).resolve()
+    if may_be_on_hub and not target.exists():
+        from ..loading import is_hub_name
+
+        if is_hub_name(value):
+            return value
+    return str(target)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from ..errors import InputError
-from ..loading import model_class, read_config
+from ..loading import model_class
 from . import guard, parallel
 from .batches import Prefetcher, TrainData, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
@@ -32,6 +32,7 @@ from .shards import TokenShards
 from .signals import TERMINATED, Signals
 from .store import write_atomic
 from .watchdog import Watchdog
+from .weights import REMARKS, ExistingWeights, has_begun, read_model_config, weights_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Trainer:
         require_trackers(config.log)
         parallel.together(lambda: make_folder(self.out))
         self.accumulation = config.accumulation(ranks.world_size)
-        model_config = read_config(Path(config.model.config))
+        model_config = read_model_config(config)
         train = open_sources(config.data.train, weighted=bool(config.data.weights))
         val = open_sources(config.data.val) if config.data.val else []
         for source in train + val:
@@ -60,6 +61,11 @@ class Trainer:
         check_splits(config, model_config)
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
+        self.existing = None
+        if config.model.weights:
+            self.existing = ExistingWeights(config, model_config, train[0], ranks)
+            if not has_begun(config):
+                self.existing.read()
         data = TrainData(
             train,
             config.data,
@@ -97,7 +103,11 @@ class Trainer:
             identity_of(model_config, train[0]),
             settings_of(config, train),
         )
-        self.progress = self.checkpoints.restore() or Progress()
+        self.progress = self.checkpoints.restore()
+        if self.progress is None:
+            self.progress = Progress()
+            if self.existing is not None:
+                self.existing.give_to(self.model)
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         peak = peak_flops(ranks.device)
@@ -119,12 +129,13 @@ class Trainer:
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
         labelled = float((batch.labels >= 0).sum()) / self.ranks.per_row
         predicted = round(parallel.reduce_sum([labelled])[0])
+        packed = [micro.is_packed() for micro in batch.split(config.train.micro_batch)]
         total = torch.zeros((), device=self.ranks.device)
         micro_batches = batch.to(self.ranks.device).split(config.train.micro_batch)
         for i, micro in enumerate(micro_batches):
             parallel.mark_micro_step(self.model, last=i == self.accumulation - 1)
             out = self.model(
-                **model_inputs(micro, self.ranks.context),
+                **model_inputs(micro, self.ranks.context, is_packed=packed[i]),
                 num_items_in_batch=max(1, predicted),
                 z_loss=config.train.z_loss,
                 use_cache=False,
@@ -133,8 +144,10 @@ class Trainer:
             out.loss.backward()
             total += out.cross_entropy.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
-        grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        mean_loss = parallel.reduce_sum([total.item()])[0]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # the only wait of a step for the device: the guard decides whether its update is made
+        mean_loss, grad_norm = torch.stack((total, norm)).tolist()
+        mean_loss = parallel.reduce_sum([mean_loss])[0]
 
         verdict = self.guard.judge(progress.step, mean_loss, grad_norm)
         if verdict == guard.OK:
@@ -236,6 +249,8 @@ class Trainer:
             f"({self.accumulation} micro-steps of {self.config.train.micro_batch} rows), "
             f"{self.config.steps:,} steps"
         )
+        for line in self.existing.told if self.existing else ():
+            self.log.say(line)
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
         if self.progress.step >= self.config.steps:
@@ -267,8 +282,7 @@ def make_folder(path: Path) -> None:
 
 def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes from it."""
-    ignored = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
-    values = {k: v for k, v in model.to_dict().items() if k not in ignored}
+    values = {k: v for k, v in model.to_dict().items() if k not in REMARKS}
     values["tokenizer_sha256"] = source.manifest.tokenizer_sha256
     return json.loads(json.dumps(values))
 
@@ -281,6 +295,7 @@ def settings_of(config: TrainConfig, sources: list[TokenShards]) -> dict[str, An
     for key in ("steps", "tokens", "global_batch_tokens", "seed", "z_loss", "max_grad_norm"):
         values[f"train.{key}"] = getattr(config.train, key)
     values["data.train"] = [f"{source.manifest.n_tokens:,} tokens" for source in sources]
+    values["model.weights"] = weights_name(config)
     for key in ("data.val", "data.verify"):
         del values[key]
     return json.loads(json.dumps(values))
@@ -293,7 +308,8 @@ def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenSha
     """
     out = Path(config.out)
     write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
-    write_atomic(out / "config.toml", to_toml(replace(config, model=ModelSection("model.json"))))
+    section = ModelSection("model.json", weights_name(config))
+    write_atomic(out / "config.toml", to_toml(replace(config, model=section)))
     tokenizer = source.path.parent / "tokenizer"
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)

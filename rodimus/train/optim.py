@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimSection
 
@@ -47,6 +48,20 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+class ShardAdamW(torch.optim.AdamW):
+    """AdamW on this rank's shards as plain tensors, element by element the same.
+
+    What DTensor does around them takes the host time at the end of a step, where a GPU waits: 7 to
+    11 ms instead of 3 for the 506 parameters of 24 blocks of Rodimus+ (one core of an AMD EPYC).
+    """
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+        return has_complex
+
+
 def build_optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest.
 
@@ -55,7 +70,7 @@ def build_optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim
     """
     groups = parameter_groups(model)
     decayed = groups["decay"] if config.name == "muon" else groups["matrix"] + groups["decay"]
-    adamw = torch.optim.AdamW(
+    adamw = ShardAdamW(
         [
             {"params": p, "weight_decay": decay}
             for p, decay in ((decayed, config.weight_decay), (groups["plain"], 0.0))

@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -190,8 +195,14 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
         fully_shard(module, **options)
         # the loss is a sum over all ranks divided once by all predicted tokens: gradients are
         # summed, by a plain sum because gloo has no scaled one; neither call reaches children
-        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if ranks.world_size > 1:
+            # on one rank it is 1 anyway, and said so it would be a pass over all gradients
+            module.set_gradient_divide_factor(1.0)
+    for block in blocks:
+        # what the model calls instead where the next block's norm takes this block's sum
+        if hasattr(block, "forward_unsummed"):
+            register_fsdp_forward_method(block, "forward_unsummed")
     model.to_empty(device=ranks.device)
     # to_empty gives a tied head a tensor of its own
     model.tie_weights()

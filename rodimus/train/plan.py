@@ -10,20 +10,20 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import RodimusConfig
 from ..errors import InputError
-from ..loading import model_class, read_config
+from ..loading import model_class
 from ..peers import PEERS
 from .config import TrainConfig
 from .context import check_splits
 from .flops import PEAK_FLOPS, TokenFlops, train_flops
 from .load import load_config
 from .optim import parameter_groups
+from .weights import read_model_config
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
     replicas = config.parallel.replicate
     if gpus % replicas:
         raise InputError(f"parallel.replicate = {replicas} does not divide {gpus} GPUs")
-    model_config = read_config(Path(config.model.config))
+    model_config = read_model_config(config)
     check_splits(config, model_config)
     with torch.device("meta"):
         model = model_class(model_config)(model_config)

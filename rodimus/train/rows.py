@@ -26,9 +26,15 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     position_ids: torch.Tensor
 
+    def is_packed(self) -> bool:
+        """Whether a document begins inside a row; to be asked before the batch is on a device."""
+        return bool((self.position_ids.diff(dim=1) != 1).any())
+
     def to(self, device: torch.device) -> Batch:
-        """Copies all three to ``device``."""
-        return Batch(*(x.to(device, non_blocking=True) for x in self))
+        """Copies all three to ``device``; the host does not wait for what a GPU is doing."""
+        if device.type == "cpu":
+            return self
+        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self))
 
     def split(self, rows: int) -> list[Batch]:
         """Cuts into micro-batches of ``rows`` rows."""

@@ -51,7 +51,14 @@ def found(folder):
 
 
 def test_every_group_has_its_records(found):
-    assert {group for group, _ in found} == {"decode", "prefill", "memory", "train", "engine"}
+    assert {group for group, _ in found} == {
+        "decode",
+        "prefill",
+        "memory",
+        "train",
+        "trainer",
+        "engine",
+    }
 
 
 def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
@@ -66,10 +73,11 @@ def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
 
 
 def test_every_model_is_measured_or_skipped_with_a_reason(found):
+    taking_part = {"engine": [set(peers.OURS)], "trainer": [{name} for name in peers.OURS]}
     for record in found.values():
         names = {row["target"].partition("/")[0] for row in record["rows"]}
         everyone = {entry.name for entry in peers.CATALOGUE}
-        assert names == (set(peers.OURS) if record["group"] == "engine" else everyone)
+        assert names in taking_part.get(record["group"], [everyone])
         ours = [r for r in record["rows"] if r["target"].startswith(peers.OURS)]
         assert all(row["status"] == "measured" for row in ours), ours
 
@@ -91,6 +99,15 @@ def test_timed_rows_hold_raw_samples_and_ratios_to_the_baselines(found):
             median, low, high, coverage = row["ratio_to_qwen2-1.5b"]
             assert 0 < low <= median <= high and 0 < coverage < 1
             assert row["tokens_per_s"] > 0
+
+
+def test_the_trainers_step_is_timed_beside_a_bare_one(found):
+    records = [record for (group, _), record in found.items() if group == "trainer"]
+    assert len(records) == len(peers.OURS)
+    for record in records:
+        bare, trainer = record["rows"]
+        assert [row["engine"] for row in (bare, trainer)] == ["dynamic", "trainer"]
+        assert bare["flops"] == trainer["flops"] and trainer["tokens_per_s"] > 0
 
 
 def test_engine_rows_have_percentiles_of_every_request(found):

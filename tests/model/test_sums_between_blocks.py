@@ -122,3 +122,16 @@ def test_whatever_is_attached_keeps_its_say(model, left, monkeypatch, change):
     ids = random_ids(2, 20)
     model(ids, labels=ids).loss.backward()
     assert len(called) >= len(model.model.layers)
+
+
+def test_a_called_block_does_not_call_what_wraps_its_other_method(model):
+    """FSDP wraps both: inside of the one the other would gather and free the weights again."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the wrapped method is called")
+
+    ids = random_ids(2, 20)
+    logits = model(ids).logits
+    for block in model.model.layers:
+        block.forward_unsummed = refuse
+    assert torch.equal(model(ids).logits, logits)

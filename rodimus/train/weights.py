@@ -1,0 +1,190 @@
+"""Weights that exist already as the first ones of a run: checked on the host, then sharded.
+
+Rank 0 reads the folder, by the loading code of the package, and sends every rank its shards, one
+parameter after another: no device holds more than one whole parameter beside its own shards. A
+resumed run has weights of its own and reads none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..errors import InputError
+from ..loading import (
+    checkpoint_folder,
+    has_tokenizer,
+    is_hub_name,
+    load_config,
+    load_model,
+    model_class,
+    read_config,
+    read_tokenizer,
+    stored_dtypes,
+    tokenizer_folder,
+)
+from ..run_folder import complete_steps
+from . import parallel
+from .config import TrainConfig
+from .initialize import assign
+from .shards import TokenShards
+from .tokenizer import tokenizer_digest
+
+_FLOATING = {"float64", "float32", "bfloat16", "float16"}
+REMARKS = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
+"""Fields of a configuration on which nothing depends that a model computes."""
+
+
+def has_begun(config: TrainConfig) -> bool:
+    """Whether the run has a checkpoint to go on from."""
+    return bool(complete_steps(Path(config.out) / "checkpoints"))
+
+
+def read_model_config(config: TrainConfig) -> PreTrainedConfig:
+    """The model of a run: ``model.config``, or where that is left out what the run began with, or
+    what ``model.weights`` are those of.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if config.model.config:
+        return read_config(Path(config.model.config))
+    if has_begun(config):
+        return read_config(Path(config.out) / "model.json")
+    return load_config(checkpoint_folder(config.model.weights))
+
+
+def weights_name(config: TrainConfig) -> str:
+    """``model.weights`` as a run remembers it: an absolute path, or a name on the hub."""
+    name = config.model.weights
+    return name if not name or is_hub_name(name) else str(Path(name).expanduser().absolute())
+
+
+class ExistingWeights:
+    """What ``model.weights`` names.
+
+    Args:
+        config: The run.
+        model: Its model.
+        data: Shards of its data: their tokenizer.
+        ranks: This process among the others.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PreTrainedConfig,
+        data: TokenShards,
+        ranks: parallel.Ranks,
+    ) -> None:
+        self.name, self.model, self.data, self.ranks = config.model.weights, model, data, ranks
+        self.told: list[str] = []
+        self._is_read, self._weights = False, {}
+
+    def read(self) -> None:
+        """Checks the folder and reads it into the memory of rank 0; a call of all ranks.
+
+        Raises:
+            InputError: there is no such folder, it is damaged, its model is another one, its tokens
+                are others than those of the data, or its weights are no floating-point numbers.
+        """
+        parallel.together(lambda: self._read() if self.ranks.is_main else None)
+        self._is_read = True
+
+    def _read(self) -> None:
+        folder = checkpoint_folder(self.name)
+        theirs = load_config(folder)
+        self.told = check_model(self.model, theirs, folder) + check_tokens(folder, self.data)
+        dtypes = stored_dtypes(folder)
+        if not dtypes <= _FLOATING:
+            found = ", ".join(sorted(dtypes - _FLOATING))
+            raise InputError(f"{folder} holds weights in {found}: model.weights must be floating")
+        # exact from all of these but float64
+        loaded = load_model(folder, dtype=torch.float32)
+        self._weights = stored(loaded)
+        names = " and ".join(sorted(dtypes))
+        kept = "" if dtypes == {"float32"} else f" ({names}, kept in float32 from now on)"
+        self.told.insert(0, f"the run starts from the weights in {folder}{kept}")
+
+    @torch.no_grad()
+    def give_to(self, model: nn.Module) -> None:
+        """Puts the weights into a sharded model, to the bit, and forgets them; a call of all
+        ranks."""
+        if not self._is_read:
+            self.read()
+        for name, target in stored(model).items():
+            value = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            if self.ranks.is_main:
+                value.copy_(self._weights.pop(name))
+            assign(target, value, source=0)
+
+
+def stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint of a model holds, by name: a tied head is not in it a second time."""
+    tied = model.all_tied_weights_keys
+    return {name: x for name, x in model.state_dict().items() if name not in tied}
+
+
+def check_model(ours: PreTrainedConfig, theirs: PreTrainedConfig, folder: Path) -> list[str]:
+    """Compares the run's model with that of existing weights.
+
+    Returns:
+        What to say of settings that differ though the weights fit.
+
+    Raises:
+        InputError: the weights do not fit, or are no language model's.
+    """
+    own, other = _described(ours), _described(theirs)
+    differing = [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]
+    with torch.device("meta"):
+        models = [model_class(config)(config) for config in (ours, theirs)]
+    if models[1].get_output_embeddings() is None:
+        kind = type(models[1]).__name__
+        raise InputError(f"model.weights must be a language model's, {folder} is a {kind}")
+    shapes = [{name: x.shape for name, x in stored(model).items()} for model in models]
+    if shapes[0] != shapes[1]:
+        told = "; ".join(f"{k} must be {other.get(k)}, got {own.get(k)}" for k in differing)
+        raise InputError(f"model.config is not the model of {folder}: {told}")
+    told = "model.config has {0} = {1}, that of the weights has {2}"
+    return [told.format(k, own.get(k), other.get(k)) for k in differing]
+
+
+def check_tokens(folder: Path, data: TokenShards) -> list[str]:
+    """Compares the vocabulary of existing weights with that of the data.
+
+    Returns:
+        What to say where they cannot be compared.
+
+    Raises:
+        InputError: a token differs.
+    """
+    ours, theirs = data.path.parent / "tokenizer", tokenizer_folder(folder)
+    if not has_tokenizer(folder) or not (ours / "tokenizer.json").is_file():
+        without = data.path.parent if has_tokenizer(folder) else folder
+        return [f"{without} has no tokenizer: whether its tokens are the same is not known"]
+    if tokenizer_digest(ours) == tokenizer_digest(theirs):
+        return []
+    own, other = (read_tokenizer(f).get_vocab() for f in (ours, theirs))
+    differing = sorted(dict(own.items() ^ other.items()).items(), key=lambda item: item[1])
+    if not differing:
+        return []
+    token = differing[0][0]
+    raise InputError(
+        f"{folder} has other tokens than {data.path} ({len(differing):,} differ): "
+        f"{token!r} must be {own.get(token)}, got {other.get(token)}"
+    )
+
+
+def _described(model: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of the model, one level of tables taken apart."""
+    found: dict[str, Any] = {}
+    for key, value in model.to_dict().items():
+        if key in REMARKS:
+            continue
+        inner = value if isinstance(value, dict) else {}
+        found |= {f"{key}.{k}": v for k, v in inner.items()} if inner else {key: value}
+    return found
