@@ -78,18 +78,57 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``[..., D]`` as rows of unit stride; a slice of a projection is not copied. None of None."""
+    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def strides(*tensors: torch.Tensor) -> list[int]:
+    """Strides of the first three dimensions of each: batch, time and head."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; 1 in the interpreter, where nothing runs side by side."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_dim(dim: int) -> int:
+    """What a tile holds of a dimension that a tensor core multiplies: a power of two, at least
+    16."""
+    return max(triton.next_power_of_2(dim), 16)
+
+
 def divisor_tile(size: int, limit: int) -> int:
     """The largest power of two up to ``limit`` that divides ``size``."""
     return min(size & -size, limit)
 
 
 @triton.jit
+def sequence_tokens(i_n, bounds, T):
+    """Row of the batch, first token and end of a sequence: packed ones with ``bounds`` share row
+    0, others are rows of T tokens."""
+    if bounds is None:
+        start = i_n * 0
+        return i_n, start, start + T
+    else:
+        start = tl.load(bounds + i_n).to(tl.int64)
+        return i_n * 0, start, tl.load(bounds + i_n + 1).to(tl.int64)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in fp32. UPCAST: the interpreter multiplies bf16 operands wrongly."""
+    """acc + a b in fp32, ``a`` rounded to b's dtype.
+
+    UPCAST: the interpreter multiplies bf16 operands wrongly and truncates where it should round.
+    """
     if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc=acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(b.dtype), b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ from .._triton import (
     check_runs_here,
     divisor_tile,
     implement,
+    multiprocessors,
+    strides,
     unit_stride,
 )
 from .triton_chunk_kernels import (
@@ -205,11 +207,6 @@ def _upcast(v):
     return INTERPRETED and v.dtype == torch.bfloat16
 
 
-def _strides(*tensors):
-    """Strides of batch, time and head."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
 class _Keys(NamedTuple):
     """Everything of the inputs that has K channels, and what is done with it. With ``temper``, k is
     raw, g the pre-activation of the selection gate, and eps the least norm of k; else g is the
@@ -231,7 +228,7 @@ def _keys(q, k, g, temper, eps, scale, resets):
 
 def _key_strides(keys):
     """Strides of q, k, g and temper, as prepare and gate take them."""
-    return _strides(keys.q, keys.k, keys.g, keys.g if keys.temper is None else keys.temper)
+    return strides(keys.q, keys.k, keys.g, keys.g if keys.temper is None else keys.temper)
 
 
 def _prepare(keys, v, columns):
@@ -301,9 +298,8 @@ def segments(programs: int, chunks: int, slots: int) -> int:
 def _segments(x, programs, columns, tile):
     if columns.offsets is not None or not x.is_cuda:
         return 1
-    properties = torch.cuda.get_device_properties(x.device)
     # four stages fill a multiprocessor's shared memory, fewer leave half of it to a second program
-    slots = properties.multi_processor_count * (1 if tile.num_stages >= 4 else 2)
+    slots = multiprocessors(x.device) * (1 if tile.num_stages >= 4 else 2)
     return segments(programs, columns.per_row, slots)
 
 
@@ -317,7 +313,7 @@ def _walk(x, tiles, columns, initial_state, sequences, *, reverse, states):
     count = _segments(x, sequences * heads * (value_dim // tile.width), columns, tile)
     run = _walk_launcher(x, tiles, columns, tile, sequences, tma=tma, reverse=reverse)
     if count > 1:
-        initial_state = _segment_states(run, x, tiles, columns, initial_state, sequences, count)
+        initial_state = _segment_states(run, x, tiles, initial_state, sequences, count)
     run(y, initial_state, final_state, None, states, count)
     return y, final_state
 
@@ -329,7 +325,7 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
         tensors = (x, y, tiles.a, tiles.read, tiles.write, states)
         if reverse:
             tensors = (x, y, tiles.a, tiles.write, tiles.read, states)
-        y_strides = _strides(x if y is None else y)
+        y_strides = strides(x if y is None else y)
         if tma:
             tensors = _descriptors(*tensors, tile.width)
         *inputs, states = tensors
@@ -347,7 +343,7 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
             columns.per_row,
             columns.count,
             _segment_length(columns, count),
-            *_strides(x),
+            *strides(x),
             *y_strides,
             H=heads,
             K=key_dim,
@@ -389,7 +385,7 @@ def _descriptors(x, y, a, read, write, states, width):
     )
 
 
-def _segment_states(run, x, tiles, columns, initial_state, sequences, count):
+def _segment_states(run, x, tiles, initial_state, sequences, count):
     """The state each segment starts from: ``[sequences, H, segments, K, V]``."""
     heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
     local = x.new_empty((sequences, heads, count, key_dim, value_dim), dtype=torch.float32)
@@ -517,7 +513,7 @@ def _products(v, do, states, dstates, columns, normalised):
         products.along,
         v.shape[1],
         columns.per_row,
-        *_strides(v, do),
+        *strides(v, do),
         K=key_dim,
         V=value_dim,
         C=TRITON_CHUNK,
@@ -647,4 +643,4 @@ def _aot_segments(key_dim, value_dim, dtype):
     tile = walk_tile(key_dim, value_dim, dtype, tma, capability(v), False)
     tiles = _prepare(_keys(q, k, g, None, 0.0, 1.0, None), v, columns)
     run = _walk_launcher(v, tiles, columns, tile, 1, tma=tma, reverse=False)
-    _segment_states(run, v, tiles, columns, None, 1, 2)
+    _segment_states(run, v, tiles, None, 1, 2)

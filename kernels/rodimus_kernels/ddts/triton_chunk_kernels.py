@@ -1,6 +1,6 @@
 """Triton kernels of chunked DDTS: prepare, walk, and the two backward passes owned by chunks.
 
-Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``decay_tree``
+Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``chunk_decays``
 of ``reference.py``) and A the decayed scores:
 
     prepare   A, read = q exp2(P), write = k exp2(Q), keep = exp2(P at the end)  one program a chunk
@@ -60,6 +60,14 @@ def key_norms(p_k, o_i, k_t, mask, eps, K: tl.constexpr, C: tl.constexpr, BK: tl
 
 
 @triton.jit
+def load_gates(p_select, p_temper, mask):
+    """Pre-activations of the selection and the temper gate, fp32; a masked token lets nothing
+    in."""
+    b_select = tl.load(p_select, mask=mask, other=CLOSED).to(tl.float32)
+    return b_select, tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
     """The key as written and log2 of the decay, fp32; a document's first token erases what was
     before it. With ``p_temper``, ``p_k`` and ``p_g`` are a raw key and the pre-activation of the
@@ -68,8 +76,7 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
     if p_temper is None:
         b_g = tl.load(p_g, mask=mask, other=0.0).to(tl.float32)
     else:
-        b_select = tl.load(p_g, mask=mask, other=CLOSED).to(tl.float32)
-        b_temper = tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
+        b_select, b_temper = load_gates(p_g, p_temper, mask)
         b_in, b_g = tempered_gates(b_select, b_temper)
         b_k *= reciprocal(norms)[:, None] * b_in
     b_g *= LOG2_E
@@ -206,6 +213,109 @@ def ddts_chunk_prepare_kernel(
 
 
 @triton.jit
+def sequence_chunks(i_n, offsets, NT):
+    """First column of a sequence and how many it has."""
+    if offsets is None:
+        return i_n * NT, NT
+    else:
+        first = tl.load(offsets + i_n).to(tl.int64)
+        return first, (tl.load(offsets + i_n + 1) - first).to(tl.int32)
+
+
+@triton.jit
+def load_written(
+    x,
+    write,
+    row,
+    i_b,
+    i_h,
+    start,
+    end,
+    column,
+    o_c,
+    x_b,
+    x_t,
+    x_h,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """What a chunk writes into the state, ``write^T x``: a block of the values ``x [C, BV]``, zero
+    behind the chunk's last token, and ``write [C, K]``."""
+    if TMA:
+        b_x = x.load([i_b.to(tl.int32), i_h.to(tl.int32), start, column])
+        return tl.reshape(b_x, [C, BV]), write.load([row, 0])
+    else:
+        o_v = column + tl.arange(0, BV)
+        mask = (start + o_c < end)[:, None]
+        p_x = x + i_b * x_b + i_h * x_h + start * x_t
+        b_x = tl.load(p_x + o_c[:, None] * x_t + o_v[None, :], mask=mask, other=0.0)
+        o_ck = o_c[:, None] * K + tl.arange(0, K)[None, :]
+        return b_x, tl.load(write + row * K + o_ck)
+
+
+@triton.jit
+def load_read(read, a, row, o_c, K: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """What the outputs of a chunk read: ``read [C, K]`` of the state, and ``a [C, C]`` of the
+    chunk's own values."""
+    if TMA:
+        return read.load([row, 0]), a.load([row, 0])
+    else:
+        o_ck = o_c[:, None] * K + tl.arange(0, K)[None, :]
+        b_read = tl.load(read + row * K + o_ck)
+        return b_read, tl.load(a + row * C + o_c[:, None] * C + o_c[None, :])
+
+
+@triton.jit
+def store_state(
+    states,
+    b_state,
+    slot,
+    row,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    BV: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """``b_state [BV, K]`` into rows ``row`` and on of ``states[slot]``, ``[V, K]``."""
+    if TMA:
+        states.store([(slot * V).to(tl.int32) + row, 0], b_state)
+    else:
+        o_v = row + tl.arange(0, BV)
+        o_k = tl.arange(0, K)
+        tl.store(states + slot * V * K + o_v[:, None] * K + o_k[None, :], b_state)
+
+
+@triton.jit
+def store_output(
+    y,
+    b_y,
+    i_b,
+    i_h,
+    start,
+    end,
+    column,
+    o_c,
+    y_b,
+    y_t,
+    y_h,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """A chunk's outputs ``[C, BV]`` where :func:`load_written` had its values."""
+    if TMA:
+        place = [i_b.to(tl.int32), i_h.to(tl.int32), start, column]
+        y.store(place, tl.reshape(b_y.to(y.dtype), [1, 1, C, BV]))
+    else:
+        o_v = column + tl.arange(0, BV)
+        mask = (start + o_c < end)[:, None]
+        p_y = y + i_b * y_b + i_h * y_h + start * y_t + o_c[:, None] * y_t + o_v[None, :]
+        tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def ddts_chunk_walk_kernel(
     x,
     y,
@@ -255,12 +365,7 @@ def ddts_chunk_walk_kernel(
     i_nh = tl.program_id(2).to(tl.int64)
     i_n = i_nh // H
     i_h = i_nh % H
-    if offsets is None:
-        first = i_n * NT
-        count = NT
-    else:
-        first = tl.load(offsets + i_n).to(tl.int64)
-        count = (tl.load(offsets + i_n + 1) - first).to(tl.int32)
+    first, count = sequence_chunks(i_n, offsets, NT)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
@@ -279,44 +384,33 @@ def ddts_chunk_walk_kernel(
             i_c = first + j
         slot = i_h * NC + i_c
         b_keep = tl.load(keep + slot * K + o_k)
+        # of the slot in read, write and a
+        row = slot * C
         if TMA:
-            row = (slot * C).to(tl.int32)
-            i_t = (i_c - first).to(tl.int32) * C
-            place = [i_n.to(tl.int32), i_h.to(tl.int32), i_t, i_v * BV]
-            b_x = tl.reshape(x.load(place), [C, BV])
-            b_write = write.load([row, 0])
+            # dense rows: a sequence is a row of the batch
+            row = row.to(tl.int32)
+            i_b, start, end = i_n, (i_c - first).to(tl.int32) * C, T
         else:
             i_b, start, end = chunk_tokens(i_c, starts, ends, T, NT, C)
-            mask = (start + o_c < end)[:, None]
-            p_x = x + i_b * x_b + i_h * x_h + start * x_t
-            b_x = tl.load(p_x + o_c[:, None] * x_t + o_v[None, :], mask=mask, other=0.0)
-            o_ck = o_c[:, None] * K + o_k[None, :]
-            b_write = tl.load(write + slot * C * K + o_ck)
+        # fmt: off
+        b_x, b_write = load_written(
+            x, write, row, i_b, i_h, start, end, i_v * BV, o_c, x_b, x_t, x_h, K, C, BV, TMA
+        )
+        # fmt: on
         # TMA has no dtype conversion; without it x (fp16) becomes the products' dtype here
         b_x = tl.trans(b_x).to(b_write.dtype)
         if y is not None:
             b_state = operand(state, ROUND).to(b_write.dtype)
-            if TMA:
-                b_read = read.load([row, 0])
-                b_a = a.load([row, 0])
-                if states is not None:
-                    states.store([(slot * V).to(tl.int32) + i_v * BV, 0], b_state)
-            else:
-                b_read = tl.load(read + slot * C * K + o_ck)
-                b_a = tl.load(a + slot * C * C + o_c[:, None] * C + o_c[None, :])
-                if states is not None:
-                    p_state = states + slot * V * K
-                    tl.store(p_state + o_v[:, None] * K + o_k[None, :], b_state)
+            b_read, b_a = load_read(read, a, row, o_c, K, C, TMA)
+            if states is not None:
+                store_state(states, b_state, slot, i_v * BV, V, K, BV, TMA)
             if not REVERSE:
                 b_a = tl.trans(b_a)
             b_y = tl.zeros([BV, C], tl.float32)
             b_y = product(b_state, tl.trans(b_read), b_y, PRECISION, UPCAST)
             b_y = product(b_x, b_a, b_y, PRECISION, UPCAST)
-            if TMA:
-                y.store(place, tl.reshape(tl.trans(b_y).to(y.dtype), [1, 1, C, BV]))
-            else:
-                p_y = y + i_b * y_b + i_h * y_h + start * y_t + o_c[:, None] * y_t + o_v[None, :]
-                tl.store(p_y, tl.trans(b_y).to(y.dtype.element_ty), mask=mask)
+            b_y = tl.trans(b_y)
+            store_output(y, b_y, i_b, i_h, start, end, i_v * BV, o_c, y_b, y_t, y_h, C, BV, TMA)
         if segment_keep is not None:
             all_keep *= b_keep
         state = product(b_x, b_write, state * b_keep[None, :], PRECISION, UPCAST)
@@ -480,6 +574,54 @@ def gradients_in_chunk(
 
 
 @triton.jit
+def gradients_beyond_chunk(
+    b_q,
+    b_k,
+    b_dq,
+    b_dk,
+    b_dg,
+    dread,
+    dwrite,
+    dkeep,
+    prefix,
+    suffix,
+    slot,
+    o_i,
+    o_k,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Adds what queries read of the state before the chunk and what keys leave behind it."""
+    o_ck = o_i[:, None] * K + o_k
+    across_d = tl.load(dread + slot * C * K + o_ck) * exp2(prefix)
+    before = o_i[None, :] < o_i[:, None]
+    b_dg = masked_sum(~before, b_q * across_d, b_dg, PRECISION, INTERPRETED)
+    b_dq += across_d
+    across_d = tl.load(dwrite + slot * C * K + o_ck) * exp2(suffix)
+    b_dg = masked_sum(before, b_k * across_d, b_dg, PRECISION, INTERPRETED)
+    b_dk += across_d
+    # before and after a position is the whole chunk
+    b_dg += exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
+    return b_dq, b_dk, b_dg
+
+
+@triton.jit
+def raw_key_gradient(
+    b_dunit, b_unit, p_along, norms, eps, o_i, SLICES: tl.constexpr, C: tl.constexpr
+):
+    """Gradient of raw keys from that of their unit vectors: ``(dunit - unit (unit . dunit)) /
+    norm``, where ``along [SLICES, C]`` are the parts of ``unit . dunit``."""
+    b_along = tl.zeros([C], tl.float32)
+    for i_s in range(SLICES):
+        b_along += tl.load(p_along + i_s * C + o_i)
+    # a norm at eps is a constant
+    b_along = tl.where(norms > eps, b_along, 0.0)[:, None]
+    return (b_dunit - b_unit * b_along) / norms[:, None]
+
+
+@triton.jit
 def ddts_chunk_gate_kernel(
     q,
     k,
@@ -548,22 +690,17 @@ def ddts_chunk_gate_kernel(
     b_k, prefix = load_gated(p_k + o_kt, p_g + o_gt, p_temper, p_resets, norms, o_i, mask)
     suffix = tl.zeros([C, BK], tl.float32)
     p_da = da + slot * C * C
-    o_ck = o_i[:, None] * K + o_k
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
     b_dq, b_dk, b_dg, prefix, suffix = gradients_in_chunk(
         b_q, b_k, p_da, prefix, suffix, o_i, C, LEVELS, PRECISION, ROUND, INTERPRETED
     )
-    # what came from before the chunk, and what goes behind it
-    level_d = tl.load(dread + slot * C * K + o_ck) * exp2(prefix)
-    before = o_i[None, :] < o_i[:, None]
-    b_dg = masked_sum(~before, b_q * level_d, b_dg, PRECISION, INTERPRETED)
-    b_dq += level_d
-    level_d = tl.load(dwrite + slot * C * K + o_ck) * exp2(suffix)
-    b_dg = masked_sum(before, b_k * level_d, b_dg, PRECISION, INTERPRETED)
-    b_dk += level_d
-    # before and after a position is the whole chunk
-    b_dg += exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
+    # fmt: off
+    b_dq, b_dk, b_dg = gradients_beyond_chunk(
+        b_q, b_k, b_dq, b_dk, b_dg, dread, dwrite, dkeep, prefix, suffix, slot, o_i, o_k,
+        K, C, PRECISION, INTERPRETED,
+    )
+    # fmt: on
     # the diagonal of the scores carries no gate
     diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
     b_dq = (b_dq + diagonal * b_k) * scale
@@ -571,15 +708,10 @@ def ddts_chunk_gate_kernel(
     tl.store(dq + base + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
     if temper is not None:
         b_unit = tl.load(p_k + o_kt, mask=mask, other=0.0).to(tl.float32) / norms[:, None]
-        b_select = tl.load(p_g + o_gt, mask=mask, other=CLOSED).to(tl.float32)
-        b_temper = tl.load(p_temper, mask=mask, other=0.0).to(tl.float32)
+        b_select, b_temper = load_gates(p_g + o_gt, p_temper, mask)
         b_dk, b_dg, b_dt = tempered_gate_gradients(b_dk, b_dg, b_unit, b_select, b_temper)
         tl.store(dtemper + base + o_out, b_dt.to(dtemper.dtype.element_ty), mask=mask)
-        b_along = tl.zeros([C], tl.float32)
-        for i_s in range(SLICES):
-            b_along += tl.load(along + (slot * SLICES + i_s) * C + o_i)
-        # a norm at eps is a constant
-        b_along = tl.where(norms > eps, b_along, 0.0)[:, None]
-        b_dk = (b_dk - b_unit * b_along) / norms[:, None]
+        p_along = along + slot * SLICES * C
+        b_dk = raw_key_gradient(b_dk, b_unit, p_along, norms, eps, o_i, SLICES, C)
     tl.store(dk + base + o_out, b_dk.to(dk.dtype.element_ty), mask=mask)
     tl.store(dg + base + o_out, b_dg.to(dg.dtype.element_ty), mask=mask)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .. import _schemas  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from .._triton import FP_FUSION, check_runs_here, implement, sequence_tokens, strides, unit_stride
 
 # of the state a program holds; small, for one token leaves no other parallelism than V
 _ELEMENTS = 4096
@@ -58,14 +58,7 @@ def ddts_recurrent_kernel(
     mask_v = o_v < V
     mask_state = mask_k[:, None] & mask_v[None, :]
     o_state = i_nh * K * V + o_k[:, None] * V + o_v[None, :]
-    if bounds is None:
-        i_b = i_n
-        start = i_n * 0
-        end = start + T
-    else:
-        i_b = i_n * 0
-        start = tl.load(bounds + i_n).to(tl.int64)
-        end = tl.load(bounds + i_n + 1).to(tl.int64)
+    i_b, start, end = sequence_tokens(i_n, bounds, T)
     state = tl.zeros([BK, BV], tl.float32)
     if h0 is not None:
         state = tl.load(h0 + o_state, mask=mask_state, other=0.0)
@@ -124,7 +117,7 @@ def _launch(q, k, v, log_decay, scale, initial_state, final_state, cu_seqlens):
         cu_seqlens,
         scale,
         length,
-        *(stride for x in tensors for stride in x.stride()[:3]),
+        *strides(*tensors),
         H=heads,
         K=key_dim,
         V=value_dim,
