@@ -47,6 +47,8 @@ def _rank(rank, world_size, port, send, work, args):
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="localhost",
         MASTER_PORT=str(port),
+        # after a fork torch's pool may be missing where several threads ask for it first
+        HF_DEACTIVATE_ASYNC_LOAD="1",
     )
     try:
         send.send((work(*args),))
