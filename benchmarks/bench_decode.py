@@ -50,8 +50,14 @@ def engines_of(device: torch.device, batch: int, context: int):
     """
     if device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
         return lambda model: model.engines[-1:]
-    ends = lambda model: tuple(dict.fromkeys((model.engines[0], model.engines[-1])))
-    return (lambda model: model.engines) if batch == 1 else ends
+    if batch == 1:
+        return lambda model: model.engines
+
+    def ends(model: peers.Model):
+        engines = [engine for engine in model.engines if engine != peers.LLAMA_CPP]
+        return tuple(dict.fromkeys((engines[0], engines[-1])))
+
+    return ends
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -28,6 +28,12 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     return Target(f"{model.name}/{engine}", model, engine, call, facts)
 
 
+def engines_of(model: peers.Model):
+    """Caches differ only in decoding: one, and llama.cpp where it is an engine."""
+    first = model.engines[0]
+    return tuple(engine for engine in model.engines if engine in (first, peers.LLAMA_CPP))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_prefill(bench, benchmark, start, point):
     batch, length = point
@@ -36,7 +42,7 @@ def test_prefill(bench, benchmark, start, point):
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, length),
-            lambda model: model.engines[:1],
+            engines_of,
         )
         record = bench.interleave(
             benchmark,

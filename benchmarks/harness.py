@@ -209,8 +209,8 @@ class Bench:
         raise peers.Unavailable(f"too slow: one call took {seconds:.0f} s, limit {limit:.0f} s")
 
     def _check(self, model: peers.Model, engine: str) -> None:
-        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens, and a
-        recorded step does what the step does."""
+        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens, a
+        recorded step does what the step does, and other code gives the same logits."""
         label = f"{model.name}/{engine}"
         if label not in self.checked:
             try:
@@ -220,6 +220,9 @@ class Bench:
                 )
                 if engine == "graph":
                     peers.guarded(lambda: peers.require_replay(model, ids))
+                if engine == peers.LLAMA_CPP:
+                    limit = DISAGREEMENT_LIMITS[self.dtype]
+                    peers.guarded(lambda: peers.require_same_logits(model, ids, limit))
             except peers.Unavailable as reason:
                 self.checked[label] = str(reason)
         error = self.checked[label]

@@ -8,21 +8,25 @@ keeps. Weights are random and never zero: a processor can be faster on zeros tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import signal
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from . import machine
 from .sizes import StateBytes, config_of, sequence_flops, state_bytes
+
+if TYPE_CHECKING:
+    from . import llama
 
 
 class Unavailable(Exception):
@@ -49,6 +53,9 @@ CATALOGUE = (
 )
 OURS = ("rodimus-plus-1.6b", "rodimus-1.4b")
 BASELINES = ("qwen2-1.5b", "rwkv6-1.6b")
+
+LLAMA_CPP = "llama.cpp"
+"""An engine of Qwen2 and RWKV6 on a CPU, with the weights of the others."""
 
 WARM_UP_STEPS = 3
 """Steps before one is recorded: kernels are compiled and chosen in them."""
@@ -148,6 +155,24 @@ class Model(ABC):
         config = config_of(self.family, self.scale)
         return state_bytes(self.family, config, batch, context, self.dtype.itemsize)
 
+    def named_weights(self) -> Mapping[str, torch.Tensor]:
+        """Weights under the names of their checkpoints; of models that llama.cpp runs."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def in_llama_cpp(self) -> llama.LlamaCpp:
+        """The model in llama.cpp, loaded at its first use."""
+        from . import llama
+
+        config = config_of(self.family, self.scale)
+        return llama.LlamaCpp(self.family, config, self.named_weights())
+
+    def llama_cpp_session(self, batch: int, room: int) -> Session:
+        """A session of the engine ``LLAMA_CPP``."""
+        from . import llama
+
+        return llama.LlamaCppSession(self.in_llama_cpp, batch, room)
+
 
 # ----------------------------------------------------------------------------------------------
 # Models of transformers, ours among them, and of flash-linear-attention
@@ -174,11 +199,16 @@ class HuggingFaceModel(Model):
     def session(self, engine: str, batch: int, room: int) -> Session:
         if engine not in self.engines:
             raise Unavailable(f"{self.name} has the engines {self.engines}, not {engine!r}")
+        if engine == LLAMA_CPP:
+            return self.llama_cpp_session(batch, room)
         if engine == "graph":
             below = "own" if "own" in self.engines else "static"
             return GraphSession(HuggingFaceSession(self, below, batch, room))
         kind = EngineSession if engine == "engine" else HuggingFaceSession
         return kind(self, engine, batch, room)
+
+    def named_weights(self) -> Mapping[str, torch.Tensor]:
+        return self.model.state_dict()
 
 
 class HuggingFaceSession(Session):
@@ -392,6 +422,21 @@ def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
         raise Unavailable("wrong: a recorded step gives other tokens than the step itself")
 
 
+def require_same_logits(model: Model, ids: torch.Tensor, limit: float) -> None:
+    """Raise Unavailable unless llama.cpp gives the logits of the model's first engine.
+
+    Args:
+        model: Has the engine ``LLAMA_CPP``.
+        ids: The prompt ``[1, T]``.
+        limit: Of the relative error.
+    """
+    engines = (model.engines[0], LLAMA_CPP)
+    first, other = (model.session(e, 1, ids.shape[1] + 1).prefill(ids).double() for e in engines)
+    error = ((other - first).norm() / first.norm()).item()
+    if not error <= limit:
+        raise Unavailable(f"wrong: logits differ from {engines[0]}'s by {error:.1e}")
+
+
 def _build(
     entry: Entry, scale: str, dtype: torch.dtype, device: torch.device, seed: int
 ) -> HuggingFaceModel:
@@ -419,7 +464,8 @@ def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 
         config_class, model_class = PEERS["qwen2"]
         config = config_class(**fields, bos_token_id=None, eos_token_id=None)
-        return model_class, config, ("dynamic", "static", *graph)
+        other = graph or (LLAMA_CPP,)
+        return model_class, config, ("dynamic", "static", *other)
     import transformers
 
     name = {"qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}[entry.family]
@@ -510,14 +556,14 @@ def _tile(parameter: torch.Tensor, pool: torch.Tensor) -> None:
 class RwkvModel(Model):
     """RWKV6 by the package ``rwkv``, which reads a checkpoint file and knows one sequence."""
 
-    engines = ("package",)
+    engines = ("package", LLAMA_CPP)
 
     def __init__(self, scale: str, dtype: torch.dtype, seed: int):
         from rwkv.model import RWKV
 
         self.name, self.family, self.scale = "rwkv6-1.6b", "rwkv6", scale
-        self.dtype, self.device = dtype, torch.device("cpu")
-        weights = dict(_rwkv6_weights(config_of("rwkv6", scale), dtype, seed))
+        self.dtype, self.device, self.seed = dtype, torch.device("cpu"), seed
+        weights = self.named_weights()
         self.weight_bytes = sum(map(_bytes, weights.values()))
         self.token_bytes = self.weight_bytes - _bytes(weights["emb.weight"])
         self.head_parameters = weights["head.weight"].numel()
@@ -535,7 +581,13 @@ class RwkvModel(Model):
     def session(self, engine: str, batch: int, room: int) -> Session:
         if batch != 1:
             raise Unavailable(f"the package rwkv decodes one sequence, not {batch}")
+        if engine == LLAMA_CPP:
+            return self.llama_cpp_session(batch, room)
         return RwkvSession(self)
+
+    def named_weights(self) -> Mapping[str, torch.Tensor]:
+        # made anew: the package keeps its own
+        return dict(_rwkv6_weights(config_of("rwkv6", self.scale), self.dtype, self.seed))
 
 
 class RwkvSession(Session):
@@ -639,16 +691,17 @@ def _require(found: Entry, device: torch.device) -> None:
     """Raise Unavailable unless the packages that the model needs are there and run here."""
     on_cpu = device.type == "cpu"
     if found.family == "rwkv6" and on_cpu:
-        _require_package("rwkv", "rwkv")
+        require_package("rwkv", "rwkv")
     elif "fla" in found.source:
         if on_cpu:
             raise Unavailable("flash-linear-attention runs on a GPU only")
-        _require_package("fla", "flash-linear-attention")
+        require_package("fla", "flash-linear-attention")
         if found.family == "rodimus_plus":
-            _require_package("flash_attn", "flash-attn")
+            require_package("flash_attn", "flash-attn")
 
 
-def _require_package(module: str, distribution: str) -> None:
+def require_package(module: str, distribution: str) -> None:
+    """Raise Unavailable unless there is such a package."""
     if not is_installed(module):
         raise Unavailable(f"{distribution} is not installed")
 

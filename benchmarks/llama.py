@@ -1,0 +1,240 @@
+"""Peers in llama.cpp on the CPU: the weights of a model here, written as GGUF and read back.
+
+The same numbers then run in both engines, so that their logits can be compared. Needs the packages
+``llama-cpp-python`` and ``gguf``, which no extra installs: the first is compiled for the machine it
+runs on, and a binary built for another one may lack its instructions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import machine, peers
+
+_PROMPT_BATCH = 512
+"""Tokens that a prompt is read by, llama.cpp's own default."""
+
+Tensors = Iterator[tuple[str, torch.Tensor]]
+
+
+class LlamaCpp:
+    """A model that llama.cpp has loaded.
+
+    Args:
+        family: ``qwen2`` or ``rwkv6``.
+        config: Its fields, as in ``sizes``.
+        weights: Matrices in bfloat16 or float32, and vectors, under the names of transformers
+            (Qwen2) or RWKV-LM (RWKV6).
+
+    Raises:
+        peers.Unavailable: a package is missing, there is no memory, or the file is refused.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        config: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+    ):
+        peers.require_package("llama_cpp", "llama-cpp-python")
+        peers.require_package("gguf", "gguf")
+        import llama_cpp
+
+        self.library, self.vocab_size = llama_cpp, config["vocab_size"]
+        self.device, self.grows = torch.device("cpu"), family == "qwen2"
+        self.in_float32 = all(x.dtype == torch.float32 for x in weights.values())
+        self.log: list[str] = []
+        # called by threads of the library for as long as it is loaded
+        self._keep = llama_cpp.llama_log_callback(lambda _, text, __: self.log.append(str(text)))
+        llama_cpp.llama_log_set(self._keep, ctypes.c_void_p())
+        llama_cpp.llama_backend_init()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{family}.gguf"
+            write_gguf(path, family, config, weights)
+            size, free = path.stat().st_size, machine.memory_bytes(torch.device("cpu"))
+            if size > free:
+                raise peers.Unavailable(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            params = llama_cpp.llama_model_default_params()
+            # as the other engines hold weights: in pages of the process, not of a file
+            params.use_mmap = False
+            self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise peers.Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
+
+    def __del__(self):
+        if getattr(self, "model", None):
+            self.library.llama_model_free(self.model)
+
+
+class LlamaCppSession(peers.Session):
+    """One sequence in a context of llama.cpp. Beside weights in bfloat16 it has its defaults (keys
+    and values in float16, flash attention where it chooses it), beside float32 nothing shorter."""
+
+    def __init__(self, owner: LlamaCpp, batch: int, room: int):
+        if batch != 1:
+            raise peers.Unavailable(f"llama.cpp decodes one sequence here, not {batch}")
+        self.owner, self.library = owner, owner.library
+        self.token = torch.zeros(1, 1, dtype=torch.long)
+        params = self.library.llama_context_default_params()
+        params.n_ctx, params.n_batch = room, _PROMPT_BATCH
+        if owner.in_float32:
+            params.type_k = params.type_v = self.library.GGML_TYPE_F32
+            params.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        self.context = self.library.llama_init_from_model(owner.model, params)
+        if not self.context:
+            raise peers.Unavailable(f"llama.cpp made no context: {''.join(owner.log[-3:])}")
+
+    def __del__(self):
+        if getattr(self, "context", None):
+            self.library.llama_free(self.context)
+
+    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        for part in ids.split(_PROMPT_BATCH, dim=1):
+            logits = self.decode(part)
+        return logits
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        tokens = token[0].tolist()
+        array = (self.library.llama_token * len(tokens))(*tokens)
+        status = self.library.llama_decode(
+            self.context, self.library.llama_batch_get_one(array, len(tokens))
+        )
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
+        logits = self.library.llama_get_logits_ith(self.context, -1)
+        row = np.ctypeslib.as_array(logits, (self.owner.vocab_size,))
+        return torch.from_numpy(row.copy())[None]
+
+    def fill(self, context: int) -> None:
+        # keys and values cannot be set from outside; a state does not grow
+        length = context if self.owner.grows else min(context, 8)
+        self.prefill(peers.random_tokens(1, length, self.owner))
+
+    def state_bytes(self) -> peers.StateBytes:
+        raise peers.Unavailable("llama.cpp does not show the tensors of its state")
+
+
+def write_gguf(
+    path: Path,
+    family: str,
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+) -> None:
+    """Write a model without a tokenizer; arguments as those of :class:`LlamaCpp`. Matrices keep
+    their dtype, vectors are float32."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, family)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(config["vocab_size"])
+    add, tensors = {"qwen2": (_add_qwen2, _qwen2), "rwkv6": (_add_rwkv6, _rwkv6)}[family]
+    add(writer, config)
+    for name, tensor in tensors(weights, config):
+        if tensor.dim() > 1 and tensor.dtype == torch.bfloat16:
+            words = tensor.contiguous().view(torch.uint8)
+            writer.add_tensor(name, words.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor(name, tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_qwen2(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+
+
+_QWEN2 = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _qwen2(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Tensors:
+    yield "token_embd.weight", weights["model.embed_tokens.weight"]
+    yield "output_norm.weight", weights["model.norm.weight"]
+    if not config["tie_word_embeddings"]:
+        yield "output.weight", weights["lm_head.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        for theirs, name in _QWEN2.items():
+            for kind in ("weight", "bias"):
+                found = weights.get(f"model.layers.{layer}.{theirs}.{kind}")
+                if found is not None:
+                    yield f"blk.{layer}.{name}.{kind}", found
+
+
+def _add_rwkv6(writer: Any, config: Mapping[str, Any]) -> None:
+    writer.add_context_length(2**20)
+    writer.add_head_count(0)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_rescale_every_n_layers(0)
+    writer.add_wkv_head_size(config["head_dim"])
+    writer.add_time_mix_extra_dim(config["mix_rank"])
+    writer.add_time_decay_extra_dim(config["decay_rank"])
+
+
+_RWKV6 = {
+    "ln1": "attn_norm",
+    "ln2": "attn_norm_2",
+    "att.receptance": "time_mix_receptance",
+    "att.key": "time_mix_key",
+    "att.value": "time_mix_value",
+    "att.gate": "time_mix_gate",
+    "att.output": "time_mix_output",
+    "att.ln_x": "time_mix_ln",
+    "ffn.key": "channel_mix_key",
+    "ffn.receptance": "channel_mix_receptance",
+    "ffn.value": "channel_mix_value",
+}
+
+
+def _rwkv6(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Tensors:
+    yield "token_embd.weight", weights["emb.weight"]
+    for kind in ("weight", "bias"):
+        yield f"token_embd_norm.{kind}", weights[f"blocks.0.ln0.{kind}"]
+        yield f"output_norm.{kind}", weights[f"ln_out.{kind}"]
+    yield "output.weight", weights["head.weight"]
+    for layer in range(config["num_hidden_layers"]):
+        of = lambda name, layer=layer: weights[f"blocks.{layer}.{name}"]
+        block = f"blk.{layer}"
+        for theirs, name in _RWKV6.items():
+            yield f"{block}.{name}.weight", of(f"{theirs}.weight")
+            if "ln" in theirs:
+                yield f"{block}.{name}.bias", of(f"{theirs}.bias")
+        # theirs are multiplied from the right
+        yield f"{block}.time_mix_w1.weight", of("att.time_maa_w1").T
+        yield f"{block}.time_mix_w2.weight", of("att.time_maa_w2").transpose(1, 2)
+        yield f"{block}.time_mix_decay_w1.weight", of("att.time_decay_w1").T
+        yield f"{block}.time_mix_decay_w2.weight", of("att.time_decay_w2").T
+        yield f"{block}.time_mix_decay.weight", of("att.time_decay").flatten()
+        yield f"{block}.time_mix_first.weight", of("att.time_faaaa").float()
+        yield f"{block}.time_mix_lerp_x.weight", of("att.time_maa_x").flatten()
+        mixes = [of(f"att.time_maa_{name}").view(1, 1, -1) for name in "wkvrg"]
+        yield f"{block}.time_mix_lerp_fused.weight", torch.stack(mixes).float()
+        yield f"{block}.channel_mix_lerp_k.weight", of("ffn.time_maa_k").flatten()
+        yield f"{block}.channel_mix_lerp_r.weight", of("ffn.time_maa_r").flatten()
