@@ -221,7 +221,9 @@ class Bench:
                 if engine == "graph":
                     peers.guarded(lambda: peers.require_replay(model, ids))
                 if engine == peers.LLAMA_CPP:
-                    limit = DISAGREEMENT_LIMITS[self.dtype]
+                    # two engines round, each on its own: 0.12 (rwkv) and 0.06 in bfloat16, against
+                    # float32 with the same weights
+                    limit = 2 * DISAGREEMENT_LIMITS[self.dtype]
                     peers.guarded(lambda: peers.require_same_logits(model, ids, limit))
             except peers.Unavailable as reason:
                 self.checked[label] = str(reason)
