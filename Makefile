@@ -64,6 +64,8 @@ MODELS ?= rodimus-plus-1.6b,rwkv6-1.6b,qwen2-1.5b,rodimus-1.4b
 
 $(VENV)/.bench: $(STAMP)
 	$(PIP) install -c constraints.txt -e ".[bench]"
+	$(PIP) install -c constraints.txt llama-cpp-python || \
+		echo "llama.cpp could not be compiled: the peers run without it"
 	@touch $@
 
 # several sittings, because a machine changes more between runs than within one
