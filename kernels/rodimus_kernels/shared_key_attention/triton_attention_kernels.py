@@ -19,7 +19,7 @@ pointers, or by Hopper's copy engine from a descriptor of ``[B, H, T, D]`` (TMA)
 import triton
 import triton.language as tl
 
-from .._triton import exp2
+from .._triton import exp2, product
 
 
 @triton.jit
@@ -79,18 +79,6 @@ def store_tile(
     p_x += tl.cast(row, tl.int64) * x_t
     mask = (row + o_r < end)[:, None] & (o_d < D)[None, :]
     tl.store(p_x + o_r[:, None] * x_t + o_d[None, :], b_x.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in fp32, ``a`` rounded to b's dtype.
-
-    UPCAST: the interpreter multiplies bf16 operands wrongly and truncates where it should round.
-    """
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a.to(b.dtype), b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
