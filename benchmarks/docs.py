@@ -48,7 +48,7 @@ TABLES: dict[str, Table] = {}
 VALUES: dict[str, Callable[[], str]] = {}
 
 _GPU_PACKAGES = ("torch", "Triton", "transformers", "flash-linear-attention")
-_CPU_PACKAGES = ("torch", "transformers", "rwkv")
+_CPU_PACKAGES = ("torch", "transformers", "rwkv", "llama-cpp-python")
 _OPERATORS = ("torch", "Triton", "flash-linear-attention")
 RUNS = {
     "run_gpu_models": Run(GPU, ("decode-b", "train-b"), _GPU_PACKAGES),
@@ -249,8 +249,8 @@ GPU_PEERS = {
     "rwkv6-1.6b/graph": "RWKV6-1.6B, flash-linear-attention in a CUDA graph",
 }
 CPU_PEERS = {
-    "qwen2-1.5b/static": "Qwen2-1.5B, transformers static cache",
-    "rwkv6-1.6b/package": "RWKV6-1.6B, `rwkv` package",
+    "qwen2-1.5b/llama.cpp": "Qwen2-1.5B, llama.cpp",
+    "rwkv6-1.6b/llama.cpp": "RWKV6-1.6B, llama.cpp",
 }
 PLUS, PLAIN = OURS
 
@@ -376,17 +376,18 @@ def faster_peers():
     found = []
     for batch, context in DECODE:
         rows, _ = decoded(batch, context)
-        for peer in GPU_PEERS:
-            ratios = {
-                title.partition(",")[0].rpartition(" ")[0]: rows[target]["median_ms"]
-                / rows[peer]["median_ms"]
-                for target, title in OURS.items()
-            }
-            beaten = [f"{ratio:.2f} times {name}" for name, ratio in ratios.items() if ratio > 1]
-            if beaten:
-                title = GPU_PEERS[peer].partition("-")[0]
-                found.append(f"{title} at batch {batch[1:]} ({', '.join(beaten)})")
+        for peer, title in GPU_PEERS.items():
+            wall = rows[peer]["median_ms"]
+            factors = [rows[target]["median_ms"] / wall for target in OURS]
+            found += _beaten(title, f"at batch {batch[1:]}", factors)
     return " and ".join(found) or "none"
+
+
+def _beaten(title: str, place: str, factors: list[float]) -> list[str]:
+    """By what factor a peer is faster than those of ours that are slower; nothing if none is."""
+    names = (name.partition(",")[0].rpartition(" ")[0] for name in OURS.values())
+    slower = [f"{x:.2f} times {name}" for name, x in zip(names, factors, strict=True) if x > 1]
+    return [f"{title.partition('-')[0]} {place} ({', '.join(slower)})"] if slower else []
 
 
 @_value
@@ -427,6 +428,23 @@ def readme_cpu():
         chosen += [fastest_of_peer(rows, target) for target in CPU_PEERS]
         cells = (f"{row['median_ms']:.0f} ({percent(row['floor_share'])})" for row in chosen)
         yield line(tokens_of(context), *cells, *(_speedup(chosen[0], peer) for peer in CPU_PEERS))
+
+
+@_value
+def cpu_undecided():
+    """Where a peer is not slower than Rodimus+ in all but a few rounds: its contexts."""
+    found = []
+    for peer, title in CPU_PEERS.items():
+        ratios = {
+            context: measured(f"decode-b1-{context}-bfloat16", CPU)[PLUS][
+                f"ratio_to_{peer.partition('/')[0]}"
+            ]
+            for context in CPU_CONTEXTS
+        }
+        contexts = [tokens_of(context) for context, (_, low, *_) in ratios.items() if low <= 1]
+        if contexts:
+            found.append(f"{title.partition('-')[0]} after {', '.join(contexts)} tokens")
+    return "; ".join(found) or "none"
 
 
 def _speedup(row: Mapping[str, Any], peer: str) -> str:

@@ -184,7 +184,7 @@ def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
         "Engines: `dynamic` and `static` are the caches of transformers, `graph` is the static",
         "cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,",
         "`package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.",
-        "vLLM, SGLang and llama.cpp were not measured.",
+        "`llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.",
         "",
     ]
     tests = [r for r in found if r["group"] == tested.GROUP]
