@@ -1,5 +1,6 @@
 """Peers in llama.cpp compute with the weights of the models here."""
 
+import gguf
 import pytest
 import torch
 
@@ -28,9 +29,12 @@ def load(family, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_holds_every_weight(tmp_path, family, dtype):
-    gguf = pytest.importorskip("gguf")
-    weights = load(family, dtype).named_weights()
     config = config_of(family, "tiny")
+    if family == "rwkv6":
+        # of a checkpoint, without the package that runs it
+        weights = dict(peers._rwkv6_weights(config, dtype, 0))
+    else:
+        weights = load(family, dtype).named_weights()
     llama.write_gguf(tmp_path / "model.gguf", family, config, weights)
     held = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert len(held) == len({t.data.ctypes.data for t in held.values()})
