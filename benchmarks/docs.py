@@ -431,6 +431,14 @@ def readme_cpu():
 
 
 @_value
+def cpu_bytes():
+    """``3.3 GB of Rodimus+, ...``: what a token reads and writes at the shortest context."""
+    rows = measured(f"decode-b1-{CPU_CONTEXTS[0]}-bfloat16", CPU)
+    names = {PLUS: "Rodimus+"} | {t: title.partition("-")[0] for t, title in CPU_PEERS.items()}
+    return ", ".join(f"{rows[t]['moved_bytes'] / 1e9:.1f} GB of {n}" for t, n in names.items())
+
+
+@_value
 def cpu_undecided():
     """Where a peer is not slower than Rodimus+ in all but a few rounds: its contexts."""
     found = []

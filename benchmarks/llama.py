@@ -1,7 +1,7 @@
 """Peers in llama.cpp on the CPU: the weights of a model here, written as GGUF and read back.
 
 The same numbers then run in both engines, so that their logits can be compared. Needs the packages
-``llama-cpp-python`` and ``gguf``, which no extra installs: the first is compiled for the machine it
+``gguf`` and ``llama-cpp-python``. No extra installs the second: it is compiled for the machine it
 runs on, and a binary built for another one may lack its instructions.
 """
 

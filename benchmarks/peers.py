@@ -155,9 +155,9 @@ class Model(ABC):
         config = config_of(self.family, self.scale)
         return state_bytes(self.family, config, batch, context, self.dtype.itemsize)
 
+    @abstractmethod
     def named_weights(self) -> Mapping[str, torch.Tensor]:
-        """Weights under the names of their checkpoints; of models that llama.cpp runs."""
-        raise NotImplementedError
+        """Weights under the names of their checkpoints."""
 
     @functools.cached_property
     def in_llama_cpp(self) -> llama.LlamaCpp:
