@@ -32,7 +32,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 install: $(STAMP)
 
-demo: $(STAMP)
+demo: native
 	$(BIN)/python -m rodimus.train.demo
 
 native: $(STAMP)
@@ -69,7 +69,7 @@ $(VENV)/.bench: $(STAMP)
 	@touch $@
 
 # several sittings, because a machine changes more between runs than within one
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench native
 	for sitting in 1 2 3; do $(BIN)/python -m pytest -q benchmarks/bench_memory.py \
 		benchmarks/bench_decode.py benchmarks/bench_prefill.py --bench-scale full \
 		--bench-sittings 3 --bench-models "$(MODELS)" || exit 1; done

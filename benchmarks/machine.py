@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from rodimus_kernels import native
+
 from . import timing
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,9 @@ def disturbances(load: float) -> list[str]:
     """
     found = []
     cores = os.cpu_count() or 1
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if (problem := native.problem(kind)) is not None:
+        found.append(f"our models run without native operators: {problem}")
     if load > 0.5:
         found.append(f"machine busy: load average {load:.1f} on {cores} cores before the start")
     for supply in Path("/sys/class/power_supply").glob("*/online"):

@@ -48,6 +48,15 @@ def test_a_busy_machine_is_reported_with_its_load():
     assert not [w for w in machine.disturbances(0.1) if "busy" in w]
 
 
+def test_missing_native_operators_are_reported(monkeypatch):
+    """They make a token of ours twice as slow, and a ratio meaningless."""
+    monkeypatch.setattr(machine.native, "problem", lambda kind: f"{kind}: not built")
+    (warning,) = [w for w in machine.disturbances(0.1) if "native operators" in w]
+    assert "not built" in warning
+    monkeypatch.setattr(machine.native, "problem", lambda kind: None)
+    assert not [w for w in machine.disturbances(0.1) if "native operators" in w]
+
+
 def test_ceilings_are_positive():
     found = machine.ceilings(CPU, torch.float32, quick=True)
     assert set(found) == {"copy_GBps", "read_GBps", "gemv_GBps", "gemm_TFLOPs"}
