@@ -23,6 +23,7 @@ TEST = [
     "parameterized>=0.9",
     "accelerate>=1.1",
     "peft>=0.17",
+    "torchao>=0.18",
     "gguf>=0.17",
 ]
 DEV = [*TEST, "ruff>=0.17", "build>=1.2"]

@@ -21,7 +21,8 @@ constexpr int kMaxRows = 8;
 // Channels of a head that the attention step takes on CUDA.
 constexpr int kMaxHeadDim = 256;
 
-enum class Type : int { kFloat32, kBFloat16 };
+// int8 are weights of linear layers only, on a CPU.
+enum class Type : int { kFloat32, kBFloat16, kInt8 };
 
 // What a CUDA kernel, started under the end of the one before it, does before that has ended: nothing
 // but bring weights to the cache that all share, or read ahead what no kernel just before has written.
@@ -44,6 +45,9 @@ enum Weight {
   kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
 };
 constexpr int kCountWithoutAttention = kAttnNorm;
+// Those of linear layers, of which all in a block may be int8.
+constexpr Weight kMatrices[] = {kFc,    kQueryKey, kGateIn, kGateOut, kMemGate, kMixerOut,
+                                kQuery, kKey,      kValue,  kAttnOut, kFfnIn,   kFfnOut};
 
 // A ring [B, R, row] of keys and values, or of bytes with 8-bit values; type and stride are those of the
 // keys.
@@ -77,6 +81,7 @@ struct MixerStep {
   Rows x, shifted, gate;               // [B, V]
   Rows scaled;                         // [B, V] or empty; CUDA: y but for the norm's factor
   Rows gate_weight;                    // [V, R]
+  const float* gate_scale = nullptr;   // [V], of an int8 gate_weight
   Rows gate_bias;                      // [V]
   Rows residual_weight, norm_weight;   // [V]
   Rows y;                              // [B, V]
@@ -97,10 +102,12 @@ struct ConvStep {
   int64_t rows, channels, width;
 };
 
-// y = x weight^T + bias for few rows; x and weight have the same element type.
+// y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8 and each
+// of its rows is to be multiplied by a scale.
 struct Linear {
   Rows x;        // [M, K]
   Rows weight;   // [N, K]
+  const float* scale = nullptr;  // [N], of int8 weights
   Rows bias;     // [N] or empty
   Rows y;        // [M, N]
   float* scratch;  // of the size that the implementation states

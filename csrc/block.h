@@ -8,6 +8,7 @@
 
 namespace rodimus {
 
+// The weights' convolution is of the type of the activations; matrices are too, or int8.
 inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, int64_t head_dim) {
   int64_t count = static_cast<int64_t>(w.size());
   STD_TORCH_CHECK(count == kCountWithoutAttention || count == kCount, "expected ",
@@ -18,11 +19,13 @@ inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, in
     check_shape(name, w[which], {rows, size});
     check_type(name, w[which], w[kFc]);
   };
+  check_shape("conv", w[kConv], {w[kGateOut].size(0), kAny});
+  if (!is_int8(w[kFc])) check_type("conv", w[kConv], w[kFc]);
   auto vector = [&](const char* name, int which, int64_t size) {
     check_shape(name, w[which], {size});
   };
   vector("mixer_norm", kMixerNorm, width), matrix("fc", kFc, 2 * inner, width);
-  matrix("conv", kConv, inner, kAny), vector("conv_bias", kConvBias, inner);
+  vector("conv_bias", kConvBias, inner);
   int64_t gates = w[kMemGate].size(0);
   matrix("in_proj", kQueryKey, gates, inner), matrix("mem_gate", kMemGate, gates, inner);
   vector("mem_gate_bias", kMemBias, gates), matrix("gate_in", kGateIn, kAny, inner);
@@ -48,7 +51,7 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
   int64_t batch = stream.size(0);
   STD_TORCH_CHECK(ring && position, "a block with attention needs ring and position");
   Window window;
-  window.ring = ring_of("ring", *ring, w[kFc], w[kKey].size(0), w[kValue].size(0) / head_dim,
+  window.ring = ring_of("ring", *ring, w[kConv], w[kKey].size(0), w[kValue].size(0) / head_dim,
                         head_dim);
   check_shape("ring", *ring, {batch, kAny, kAny});
   STD_TORCH_CHECK(size >= 1 && ring->size(1) >= size, "ring must have at least window_size = ", size,
@@ -73,15 +76,18 @@ struct BlockArguments {
   std::vector<Tensor> weights;
   Tensor taps, state;
   std::optional<Window> window;
+  // of int8 matrices, in the order of Weight; null for everything else
+  const float* scales[kCount] = {};
 };
 
 // All arguments of all blocks, checked before the first of them runs. The lists hold those of the
-// first block, then those of the second, and so on; `rings` is empty for blocks without attention.
+// first block, then those of the second, and so on; `rings` is empty for blocks without attention, and
+// `scales` holds one for each int8 matrix.
 inline std::vector<BlockArguments> block_arguments(
-    const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& taps,
-    const std::vector<Tensor>& states, const std::vector<Tensor>& rings,
-    const OptionalTensor& position, const OptionalTensor& cos, const OptionalTensor& sin,
-    int64_t window_size, int64_t head_dim) {
+    const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+    const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
+    const std::vector<Tensor>& rings, const OptionalTensor& position, const OptionalTensor& cos,
+    const OptionalTensor& sin, int64_t window_size, int64_t head_dim) {
   check_shape("stream", stream, {kAny, kAny});
   int64_t batch = stream.size(0);
   STD_TORCH_CHECK(batch >= 1 && batch <= kMaxRows, "stream must have 1 to ", kMaxRows,
@@ -92,15 +98,16 @@ inline std::vector<BlockArguments> block_arguments(
                   "expected weights, taps, a state and a ring for each block, got ",
                   weights.size(), ", ", count, ", ", states.size(), " and ", rings.size());
   std::vector<BlockArguments> blocks;
+  auto scale = scales.begin();
   for (size_t i = 0; i < count; ++i) {
     auto first = weights.begin() + i * each;
-    BlockArguments block{{first, first + each}, taps[i], states[i], std::nullopt};
+    BlockArguments block{{first, first + each}, taps[i], states[i]};
     const std::vector<Tensor>& w = block.weights;
     check_weights(w, stream, head_dim);
     int64_t inner = w[kGateOut].size(0);
     check_shape("taps", block.taps, {batch, inner, w[kConv].size(1)});
     check_shape("state", block.state, {batch, 1, w[kMemGate].size(0) / 2, inner});
-    check_type("taps", block.taps, w[kFc]), check_device("taps", block.taps, stream);
+    check_type("taps", block.taps, w[kConv]), check_device("taps", block.taps, stream);
     STD_TORCH_CHECK(block.taps.is_contiguous(), "taps must be contiguous, got last stride ",
                     block.taps.stride(2));
     state_of(block.state, stream);
@@ -108,8 +115,16 @@ inline std::vector<BlockArguments> block_arguments(
       OptionalTensor ring = rings.empty() ? std::nullopt : OptionalTensor(rings[i]);
       block.window = window_of(w, stream, ring, position, cos, sin, window_size, head_dim);
     }
+    for (Weight matrix : kMatrices) {
+      if (matrix >= static_cast<int>(each) || !is_int8(w[matrix])) continue;
+      STD_TORCH_CHECK(scale != scales.end(), "expected a scale for each int8 matrix, got ",
+                      scales.size());
+      block.scales[matrix] = scale_of("a matrix", *scale++, w[matrix], stream);
+    }
     blocks.push_back(std::move(block));
   }
+  STD_TORCH_CHECK(scale == scales.end(), "expected a scale for each int8 matrix, got ",
+                  scales.size());
   return blocks;
 }
 

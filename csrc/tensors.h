@@ -67,7 +67,7 @@ inline void check_type(const char* name, const Tensor& x, const Tensor& like) {
 
 // A tensor of one row, or of the given number of rows of its last dimension. The last dimension must
 // be dense; rows of a matrix may be apart, rows over several dimensions may not.
-inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like) {
+inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like, Type type) {
   check_device(name, x, like);
   int64_t dim = x.dim(), size = x.size(dim - 1);
   bool dense = x.is_contiguous() || (dim <= 2 && (size == 1 || x.stride(dim - 1) == 1));
@@ -75,9 +75,31 @@ inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like) {
                   shape_of(x), " and last stride ", x.stride(dim - 1));
   Rows rows;
   rows.data = x.data_ptr();
-  rows.type = type_of(name, x);
+  rows.type = type;
   rows.stride = dim == 2 && !x.is_contiguous() ? x.stride(0) : size;
   return rows;
+}
+
+inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like) {
+  return rows_of(name, x, like, type_of(name, x));
+}
+
+inline bool is_int8(const Tensor& x) { return x.scalar_type() == ScalarType::Char; }
+
+// A matrix of a linear layer, whose elements may be int8.
+inline Rows weight_of(const char* name, const Tensor& x, const Tensor& like) {
+  return is_int8(x) ? rows_of(name, x, like, Type::kInt8) : rows_of(name, x, like);
+}
+
+// Factors of the rows of an int8 matrix.
+inline const float* scale_of(const char* name, const Tensor& scale, const Tensor& weight,
+                             const Tensor& like) {
+  STD_TORCH_CHECK(like.is_cpu(), name, " is int8, which only the CPU's operators take");
+  check_shape("scale", scale, {weight.size(0)}), check_device("scale", scale, like);
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
+                  "scale of ", name, " must be contiguous float32, got scalar type ",
+                  static_cast<int>(scale.scalar_type()));
+  return static_cast<const float*>(scale.data_ptr());
 }
 
 inline Rows optional_rows(const char* name, const OptionalTensor& x, int64_t size,
@@ -193,15 +215,19 @@ inline std::tuple<ConvStep, Tensor> conv_step_arguments(const Tensor& x, const T
 }
 
 inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor& weight,
-                                                   const OptionalTensor& bias) {
+                                                   const OptionalTensor& bias,
+                                                   const OptionalTensor& scale) {
   check_shape("x", x, {kAny, kAny});
   STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x must have at most ", kMaxRows, " rows, got ",
                   x.size(0));
   check_shape("weight", weight, {kAny, x.size(1)});
-  check_type("weight", weight, x);
+  STD_TORCH_CHECK(is_int8(weight) == scale.has_value(),
+                  "int8 weights and their scale come together, got only one of them");
+  if (!scale) check_type("weight", weight, x);
   Linear a;
   a.x = rows_of("x", x, x);
-  a.weight = rows_of("weight", weight, x);
+  a.weight = weight_of("weight", weight, x);
+  if (scale) a.scale = scale_of("weight", *scale, weight, x);
   a.bias = optional_rows("bias", bias, weight.size(0), x);
   a.rows = x.size(0), a.inputs = x.size(1), a.outputs = weight.size(0);
   a.scratch = nullptr;

@@ -6,6 +6,7 @@ Rodimus, which are converted while loading, the folders of training runs, and th
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     device: torch.device | str | None = None,
     step: int | None = None,
+    weight_dtype: str | None = None,
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, in evaluation mode.
 
@@ -179,6 +181,8 @@ def load_model(
             training run, or a name on the hub.
         dtype: what the weights are loaded in; ``"auto"`` keeps what they were saved in.
         device: where they go; default the CPU.
+        weight_dtype: ``"int8"`` rounds the matrices of all linear layers to 8 bits with torchao,
+            one scale for each output.
         step: which checkpoint of a training run; default the newest complete one.
 
     Raises:
@@ -190,15 +194,35 @@ def load_model(
     config = load_config(folder)
     # a package imported in between may have taken the model type over
     register()
+    quantize = _quantizer(weight_dtype)
     if is_run(folder):
         model = _load_run(config, sound_checkpoint(folder, step), dtype)
-        return model.to(device).eval() if device is not None else model.eval()
-    files = weight_files(folder)
-    if config.model_type == "rodimus" and convert.is_fla_config(read_json(folder / "config.json")):
-        model = _load_fla(config, files, dtype)
     else:
-        model = _load_released(config, folder, files, dtype)
-    return model.to(device).eval() if device is not None else model.eval()
+        files = weight_files(folder)
+        if config.model_type == "rodimus" and convert.is_fla_config(
+            read_json(folder / "config.json")
+        ):
+            model = _load_fla(config, files, dtype)
+        else:
+            model = _load_released(config, folder, files, dtype)
+    model = model.to(device) if device is not None else model
+    quantize(model)
+    return model.eval()
+
+
+def _quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
+    """What rounds a model's linear layers in place; found before any weight is read."""
+    if weight_dtype is None:
+        return lambda model: None
+    if weight_dtype != "int8":
+        raise InputError(f"weight_dtype must be None or 'int8', got {weight_dtype!r}")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise InputError(
+            f"weights in 8 bits need torchao (pip install torchao): {first_line(error)}"
+        ) from error
+    return lambda model: quantize_(model, Int8WeightOnlyConfig())
 
 
 def load_generator(
@@ -216,14 +240,18 @@ def load_generator(
 
 
 def load_rodimus(
-    name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    weight_dtype: str | None = None,
 ) -> RodimusForCausalLM:
     """As ``load_model``, for what runs Rodimus and Rodimus+ alone: the engine.
 
     Raises:
         InputError: as ``load_model``, or it is another model.
     """
-    model = load_model(name, dtype=dtype, device=device)
+    model = load_model(name, dtype=dtype, device=device, weight_dtype=weight_dtype)
     if not isinstance(model, RodimusForCausalLM):
         kind = type(model).__name__
         raise InputError(f"expected a Rodimus language model, {name} is a {kind}")

@@ -59,12 +59,14 @@ from .configuration_rodimus import RodimusConfig
 try:
     from rodimus_kernels import (
         BlockWeights,
+        Int8Weight,
         add_rms_norm,
         blocks_step,
         can_fuse_block,
         ddts,
         ddts_gates,
         ddts_step,
+        decode_weight,
         gated_ddts,
         gated_rms_norm,
         input_gate,
@@ -1271,7 +1273,7 @@ class RodimusBlock(GradientCheckpointingLayer):
             ffn = (self.ffn.fc, self.ffn.out_proj)
         if any(linear.bias is not None for linear in (*mixer, *attn, *ffn)):
             return None
-        fc, query_key, gate_in, mixer_out = (linear.weight for linear in mixer)
+        fc, query_key, gate_in, mixer_out = (decode_weight(linear.weight) for linear in mixer)
         weights = BlockWeights(
             mixer_norm=self.mixer_norm.weight,
             fc=fc,
@@ -1279,9 +1281,9 @@ class RodimusBlock(GradientCheckpointingLayer):
             conv_bias=conv.bias,
             query_key=query_key,
             gate_in=gate_in,
-            gate_out=gate_out.weight,
+            gate_out=decode_weight(gate_out.weight),
             gate_bias=gate_out.bias,
-            mem_gate=inner.mem_gate_proj.weight,
+            mem_gate=decode_weight(inner.mem_gate_proj.weight),
             mem_gate_bias=inner.mem_gate_proj.bias,
             residual_weight=inner.residual_weight,
             act_norm=self.mixer.act_norm.weight,
@@ -1289,7 +1291,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         )
         if not self.is_plus:
             return weights
-        query, key, value, attn_out = (linear.weight for linear in attn)
+        query, key, value, attn_out = (decode_weight(linear.weight) for linear in attn)
         return weights._replace(
             attn_norm=self.attn_norm.weight,
             query=query,
@@ -1297,8 +1299,8 @@ class RodimusBlock(GradientCheckpointingLayer):
             value=value,
             attn_out=attn_out,
             ffn_norm=self.ffn_norm.weight,
-            ffn_in=ffn[0].weight,
-            ffn_out=ffn[1].weight,
+            ffn_in=decode_weight(ffn[0].weight),
+            ffn_out=decode_weight(ffn[1].weight),
         )
 
 
@@ -1583,7 +1585,10 @@ class RodimusModel(RodimusPreTrainedModel):
             "norm_eps": {norm.eps for norm in norms},
         }
         is_one_step = all(len(values) <= 1 for values in numbers.values())
-        if not is_one_step or not all(found and can_fuse_block(1, *found) for found in weights):
+        is_one_step = is_one_step and all(
+            found and found.is_uniform and can_fuse_block(1, *found) for found in weights
+        )
+        if not is_one_step:
             return None
         return weights, {name: next(iter(values), None) for name, values in numbers.items()}
 
@@ -1923,8 +1928,9 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
     def _logits(self, hidden_states, is_step=None):
         is_step = _is_step(hidden_states) if is_step is None else is_step
         if is_step and _is_untouched(self.lm_head) and self.lm_head.bias is None:
-            weight = self.lm_head.weight
-            if type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype:
+            weight = decode_weight(self.lm_head.weight)
+            is_plain = type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype
+            if is_plain or type(weight) is Int8Weight:
                 return linear_step(hidden_states.squeeze(1), weight).unsqueeze(1)
         return self.lm_head(hidden_states)
 

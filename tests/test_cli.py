@@ -113,6 +113,27 @@ def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_generate_with_weights_of_8_bits(checkpoint, model, tokenizer, capsys):
+    arguments = ("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 20)
+    assert command(*arguments, "--weight-dtype", "int8") == 0
+    ids = tokenizer("hello", return_tensors="pt").input_ids
+    rounded = load_model(checkpoint, weight_dtype="int8")
+    assert all(
+        type(block.mixer.fc.weight) is not type(model.lm_head.weight)
+        for block in rounded.model.layers
+    )
+    expected = rounded.generate(ids, max_new_tokens=20, do_sample=False)[0]
+    assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_weights_of_8_bits_need_torchao(checkpoint, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    arguments = ("generate", checkpoint, "--prompt", "hello", "--weight-dtype", "int8")
+    assert command(*arguments) == 2
+    assert "need torchao (pip install torchao)" in capsys.readouterr().err
+
+
 def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("the quick brown"))
     assert command("generate", checkpoint, "--prompt", "-", "--max-new-tokens", 1) == 0
@@ -396,6 +417,7 @@ def test_env_tests_every_public_operator():
 
     no_operators = {"BlockWeights", "can_fuse_block", "implementations_used", "rope_tables"}
     no_operators |= {"int8_row_bytes", "ring_parts", "read_ring", "write_ring"}
+    no_operators |= {"Int8Weight", "decode_weight"}
     public = set(rodimus_kernels.__all__) - no_operators
     assert set(env.cases(torch.device("cpu"))) == public
 

@@ -8,6 +8,7 @@ namespace rodimus {
 namespace {
 
 struct Block {
+  const BlockArguments& given;
   const std::vector<Tensor>& weights;
   const Tensor& stream;
   int64_t batch, width;
@@ -15,12 +16,13 @@ struct Block {
   Workspace work;
   float* converted;  // scratch of the linear layers
 
-  Rows weight(int which) const { return rows_of("weight", weights[which], stream); }
+  Rows weight(int which) const { return weight_of("weight", weights[which], stream); }
   int64_t outputs(int which) const { return weights[which].size(0); }
 
   Linear linear(const Rows& x, int which, const Rows& y, const Rows& bias = {}) const {
     Linear a;
-    a.x = x, a.weight = weight(which), a.bias = bias, a.y = y, a.scratch = converted;
+    a.x = x, a.weight = weight(which), a.scale = given.scales[which];
+    a.bias = bias, a.y = y, a.scratch = converted;
     a.rows = batch, a.inputs = weights[which].size(1), a.outputs = outputs(which);
     return a;
   }
@@ -74,7 +76,8 @@ struct Block {
     a.select = gates, a.temper = columns(gates, keys);
     a.gate_hidden = hidden, a.x = expanded, a.shifted = shifted;
     a.gate = columns(expanded, inner);
-    a.gate_weight = weight(kGateOut), a.gate_bias = weight(kGateBias);
+    a.gate_weight = weight(kGateOut), a.gate_scale = given.scales[kGateOut];
+    a.gate_bias = weight(kGateBias);
     a.residual_weight = weight(kResidual), a.norm_weight = weight(kActNorm);
     a.y = work.rows(inner);
     a.state = static_cast<float*>(state.data_ptr());
@@ -142,7 +145,7 @@ int64_t widest_input(const std::vector<Tensor>& w) {
   int64_t most = 0;
   for (const Tensor& x : w)
     if (x.dim() == 2 && x.size(1) > most) most = x.size(1);
-  return whole_vectors(most);
+  return prepared_row(most);
 }
 
 // Numbers that the intermediate results take, with room for a line beside each of them.
@@ -161,13 +164,14 @@ int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t widt
 }
 
 Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
-                   const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
-                   const std::vector<Tensor>& rings, const OptionalTensor& position,
-                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
-                   int64_t head_dim, double key_eps, double norm_eps, bool persistent) {
+                   const std::vector<Tensor>& scales, const std::vector<Tensor>& taps,
+                   const std::vector<Tensor>& states, const std::vector<Tensor>& rings,
+                   const OptionalTensor& position, const OptionalTensor& cos,
+                   const OptionalTensor& sin, int64_t window_size, int64_t head_dim,
+                   double key_eps, double norm_eps, bool persistent) {
   STD_TORCH_CHECK(!persistent, "blocks_step(impl='persistent') needs a GPU");
   std::vector<BlockArguments> arguments = block_arguments(
-      stream, weights, taps, states, rings, position, cos, sin, window_size, head_dim);
+      stream, weights, scales, taps, states, rings, position, cos, sin, window_size, head_dim);
   int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
   for (const BlockArguments& given : arguments) {
     for (int64_t b = 0; given.window && b < batch; ++b)
@@ -181,8 +185,8 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
   size_t left = arguments.size();
   for (const BlockArguments& given : arguments) {
     Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch,
-                   type_of("fc", given.weights[kFc]));
-    Block block{given.weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
+                   type_of("conv", given.weights[kConv]));
+    Block block{given, given.weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
     // at the same place for all blocks, of which none writes the stream that it reads
     Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
     block.converted = block.work.floats(batch * widest_input(given.weights));

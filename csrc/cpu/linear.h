@@ -6,7 +6,7 @@
 // does not depend on its neighbours.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -167,8 +167,41 @@ struct Sum<BFloat16> {
 
 #endif
 
+// kLanes int8 numbers in float32.
+inline Vector widen_bytes(const int8_t* p) {
+#if defined(__AVX512F__)
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
+  Vector x;
+  for (int l = 0; l < kLanes; ++l) x[l] = widen(p[l]);
+  return x;
+#endif
+}
+
+// x is float32 here, the last run of kWidth filled with zeros. Four sums, because a run of weights is
+// no more than a line of memory.
+template <>
+struct Sum<int8_t> {
+  static constexpr int kWidth = 4 * kLanes, kPlaces = 1, kRows = 2;
+  Vector sum[4] = {};
+  void add(const int8_t* weight, const float* x) {
+    for (int i = 0; i < 4; ++i) sum[i] += widen_bytes(weight + i * kLanes) * load(x + i * kLanes);
+  }
+  void add_first(const int8_t* weight, const float* x, int64_t n) {
+    int8_t rest[kWidth] = {};
+    memcpy(rest, weight, n);
+    add(rest, x);
+  }
+  Vector total() const { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
+};
+
 // What a row of x must be turned into before the dot products: nothing where they take it as it
-// stands, else float32 in their order, `size` floats and what fills the last run.
+// stands, else float32 in their order, `size` floats and what fills the last run. For int8 weights x
+// may be of either type.
 template <class T>
 struct Operand {
   using type = T;
@@ -199,6 +232,18 @@ struct Operand<BFloat16> {
   static const float* made(const BFloat16*, const float* out) { return out; }
 };
 #endif
+
+template <>
+struct Operand<int8_t> {
+  using type = float;
+  template <class X>
+  static const float* make(const X* x, int64_t size, float* out) {
+    for (int64_t j = 0; j < size; ++j) out[j] = widen(x[j]);
+    for (int64_t j = size; j % Sum<int8_t>::kWidth; ++j) out[j] = 0.0f;
+    return out;
+  }
+  static const float* made(const int8_t*, const float* out) { return out; }
+};
 
 // Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
 // lanes are still to be added.
@@ -247,13 +292,19 @@ inline void products(const T* weight, int64_t stride, const typename Operand<T>:
 }
 
 inline float* scratch_row(const Linear& a, int64_t m) {
-  return a.scratch + m * whole_vectors(a.inputs);
+  return a.scratch + m * prepared_row(a.inputs);
 }
 
 inline void linear_prepare(const Linear& a) {
-  if (a.x.type == Type::kBFloat16)
-    for (int64_t m = 0; m < a.rows; ++m)
-      Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, scratch_row(a, m));
+  for (int64_t m = 0; m < a.rows; ++m) {
+    float* out = scratch_row(a, m);
+    if (a.weight.type == Type::kInt8 && a.x.type == Type::kFloat32)
+      Operand<int8_t>::make(row<float>(a.x, m), a.inputs, out);
+    else if (a.weight.type == Type::kInt8)
+      Operand<int8_t>::make(row<BFloat16>(a.x, m), a.inputs, out);
+    else if (a.weight.type == Type::kBFloat16)
+      Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, out);
+  }
 }
 
 // R rows of weights at a time.
@@ -265,8 +316,9 @@ inline int64_t linear_rows(const Linear& a, const typename Operand<T>::type* con
     products<R, kMostTogether>(row<T>(a.weight, n), a.weight.stride, x, a.rows, a.inputs, sums);
     for (int r = 0; r < R; ++r) {
       float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
+      float scale = a.scale ? a.scale[n + r] : 1.0f;
       for (int64_t m = 0; m < a.rows; ++m) {
-        float y = sums[r][m] + bias;
+        float y = sums[r][m] * scale + bias;
         write(a.y, m, n + r, 1, &y);
       }
     }
@@ -285,13 +337,15 @@ inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
 inline void linear(const Linear& a, int64_t begin, int64_t end) {
   if (a.weight.type == Type::kFloat32)
     linear_of<float>(a, begin, end);
-  else
+  else if (a.weight.type == Type::kBFloat16)
     linear_of<BFloat16>(a, begin, end);
+  else
+    linear_of<int8_t>(a, begin, end);
 }
 
-// out[j] = weight[first + j] . x for n rows of a narrow matrix and one row of x.
-template <class T>
-inline void narrow_products_of(const Rows& weight, const T* x, int64_t size, int64_t first,
+// out[j] = weight[first + j] . x for n rows of a narrow matrix and one row of x; scale as in Linear.
+template <class T, class X>
+inline void narrow_products_of(const Rows& weight, const X* x, int64_t size, int64_t first,
                                int64_t n, float* out) {
   float buffer[kBlock], sum[1][kMaxRows];
   for (int64_t j = 0; j < n; ++j) out[j] = 0.0f;
@@ -305,12 +359,17 @@ inline void narrow_products_of(const Rows& weight, const T* x, int64_t size, int
   }
 }
 
-inline void narrow_products(const Rows& weight, const Rows& x, int64_t x_row, int64_t size,
-                            int64_t first, int64_t n, float* out) {
+inline void narrow_products(const Rows& weight, const float* scale, const Rows& x, int64_t x_row,
+                            int64_t size, int64_t first, int64_t n, float* out) {
   if (weight.type == Type::kFloat32)
-    narrow_products_of(weight, row<float>(x, x_row), size, first, n, out);
+    narrow_products_of<float>(weight, row<float>(x, x_row), size, first, n, out);
+  else if (weight.type == Type::kBFloat16)
+    narrow_products_of<BFloat16>(weight, row<BFloat16>(x, x_row), size, first, n, out);
+  else if (x.type == Type::kFloat32)
+    narrow_products_of<int8_t>(weight, row<float>(x, x_row), size, first, n, out);
   else
-    narrow_products_of(weight, row<BFloat16>(x, x_row), size, first, n, out);
+    narrow_products_of<int8_t>(weight, row<BFloat16>(x, x_row), size, first, n, out);
+  for (int64_t j = 0; scale && j < n; ++j) out[j] *= scale[first + j];
 }
 
 }  // namespace RODIMUS_ISA

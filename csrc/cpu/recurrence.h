@@ -117,7 +117,7 @@ inline void mixer_step(const MixerStep& a, int64_t begin, int64_t end) {
     int64_t b = task / blocks(a.value_dim), block = task % blocks(a.value_dim);
     int64_t first = block * kBlock, n = at_most(a.value_dim - first, kBlock);
     MixerScratch s(a, b);
-    narrow_products(a.gate_weight, a.gate_hidden, b, a.gate_dim, first, n, v);
+    narrow_products(a.gate_weight, a.gate_scale, a.gate_hidden, b, a.gate_dim, first, n, v);
     const float* bias = read(a.gate_bias, 0, first, n, buffer);
     for (int64_t j = 0; j < n; ++j) v[j] = sigmoid(v[j] + bias[j]);
     const float* x = read(a.x, b, first, n, buffer);

@@ -46,14 +46,15 @@ void check_fits(const BlockStep& step, bool persistent) {
 }
 
 Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
-                   const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
-                   const std::vector<Tensor>& rings, const OptionalTensor& position,
-                   const OptionalTensor& cos, const OptionalTensor& sin, int64_t window_size,
-                   int64_t head_dim, double key_eps, double norm_eps, bool persistent) {
+                   const std::vector<Tensor>& scales, const std::vector<Tensor>& taps,
+                   const std::vector<Tensor>& states, const std::vector<Tensor>& rings,
+                   const OptionalTensor& position, const OptionalTensor& cos,
+                   const OptionalTensor& sin, int64_t window_size, int64_t head_dim,
+                   double key_eps, double norm_eps, bool persistent) {
   int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
   std::vector<BlockGiven> blocks;
-  for (const BlockArguments& block : block_arguments(stream, weights, taps, states, rings, position,
-                                                     cos, sin, window_size, head_dim))
+  for (const BlockArguments& block : block_arguments(stream, weights, scales, taps, states, rings,
+                                                     position, cos, sin, window_size, head_dim))
     blocks.push_back(given_of(block, stream, head_dim, key_eps, norm_eps));
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   on_stream(stream, [&](cudaStream_t queue) {

@@ -39,8 +39,9 @@ Tensor short_conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& 
   return y;
 }
 
-Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  auto [a, y] = linear_arguments(x, weight, bias);
+Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& scale) {
+  auto [a, y] = linear_arguments(x, weight, bias, scale);
   launch(launch_linear, a, x);
   return y;
 }

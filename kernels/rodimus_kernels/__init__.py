@@ -19,6 +19,7 @@ from .ddts import (
     gated_ddts,
 )
 from .input_gate import input_gate
+from .int8_weight import Int8Weight, decode_weight
 from .linear import linear_step
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import int8_row_bytes, read_ring, ring_parts, rope_tables, write_ring
@@ -36,6 +37,7 @@ for _module in (
 
 __all__ = [
     "BlockWeights",
+    "Int8Weight",
     "add_rms_norm",
     "blocks_step",
     "can_fuse_block",
@@ -45,6 +47,7 @@ __all__ = [
     "ddts_scan",
     "ddts_step",
     "ddts_summary",
+    "decode_weight",
     "gated_ddts",
     "gated_rms_norm",
     "implementations_used",

@@ -8,6 +8,7 @@ import torch
 
 from . import native
 from ._dispatch import check_same_device, check_shape, load
+from .int8_weight import Int8Weight
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:blocks_step",
@@ -15,13 +16,20 @@ _IMPLS = {
     "persistent": "rodimus_kernels.native_block:persistent_step",
 }
 IMPLS = tuple(_IMPLS)
+Matrix = torch.Tensor | Int8Weight
+
+
+MATRICES = ("fc", "query_key", "gate_in", "gate_out", "mem_gate", "mixer_out")
+MATRICES += ("query", "key", "value", "attn_out", "ffn_in", "ffn_out")
+"""Weights of a block that are matrices of linear layers."""
 
 
 class BlockWeights(NamedTuple):
     """Weights of a block; those of attention and MLP are None in a Rodimus block.
 
     D d_model, V d_inner, K mem_size, R rank of the input gate, W taps, I width of the MLP. Matrices
-    are ``[outputs, inputs]`` and of one dtype.
+    are ``[outputs, inputs]`` and of one dtype; on a CPU those of linear layers, together, may be
+    8-bit weights.
 
     Attributes:
         mixer_norm: ``[D]``. fc: ``[2V, D]``. conv: ``[V, W]``. conv_bias: ``[V]``.
@@ -34,26 +42,34 @@ class BlockWeights(NamedTuple):
     """
 
     mixer_norm: torch.Tensor
-    fc: torch.Tensor
+    fc: Matrix
     conv: torch.Tensor
     conv_bias: torch.Tensor
-    query_key: torch.Tensor
-    gate_in: torch.Tensor
-    gate_out: torch.Tensor
+    query_key: Matrix
+    gate_in: Matrix
+    gate_out: Matrix
     gate_bias: torch.Tensor
-    mem_gate: torch.Tensor
+    mem_gate: Matrix
     mem_gate_bias: torch.Tensor
     residual_weight: torch.Tensor
     act_norm: torch.Tensor
-    mixer_out: torch.Tensor
+    mixer_out: Matrix
     attn_norm: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    attn_out: torch.Tensor | None = None
+    query: Matrix | None = None
+    key: Matrix | None = None
+    value: Matrix | None = None
+    attn_out: Matrix | None = None
     ffn_norm: torch.Tensor | None = None
-    ffn_in: torch.Tensor | None = None
-    ffn_out: torch.Tensor | None = None
+    ffn_in: Matrix | None = None
+    ffn_out: Matrix | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all matrices are of one dtype, or those of linear layers all in 8 bits, as the
+        native form needs."""
+        given = (getattr(self, name) for name in MATRICES)
+        dtypes = {matrix.dtype for matrix in given if matrix is not None}
+        return dtypes in ({torch.int8}, {self.conv.dtype})
 
 
 def blocks_step(
@@ -81,7 +97,8 @@ def blocks_step(
     mixer and in the MLP, and where they do not round it does not.
 
     Args:
-        stream: Residual stream ``[B, D]``; float32 or the weights' dtype. The native form takes
+        stream: Residual stream ``[B, D]``; float32 or the weights' dtype, which for 8-bit weights
+            is that of the convolution. The native form takes
             B <= 8 on a CPU.
         weights: Each block's own tensors; nothing is copied.
         taps: Each block's last W inputs of the convolution, oldest first, ``[B, V, W]``.
@@ -113,8 +130,9 @@ def blocks_step(
         raise ValueError("blocks with attention need window_size and head_dim, got None")
     with torch.no_grad():
         if impl == "auto":
+            uniform = all(block.is_uniform for block in weights)
             fits = can_fuse_block(stream.shape[0], stream, *chain.from_iterable(weights))
-            impl = "native" if fits else "reference"
+            impl = "native" if uniform and fits else "reference"
         return load("blocks_step", impl, _IMPLS)(
             stream,
             weights,
@@ -150,10 +168,10 @@ def _check_blocks(stream, weights, taps, states, rings):
         check_same_device("stream", stream, fc=w.fc, taps=taps[i], state=states[i], ring=ring)
 
 
-def can_fuse_block(rows: int, *tensors: torch.Tensor | None) -> bool:
+def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:
     """Whether :func:`blocks_step` takes so many rows natively, at most eight on a CPU: plain
-    float32 or bfloat16 tensors on a device whose native operators are built, and no gradient to
-    record.
+    float32 or bfloat16 tensors, or 8-bit weights, on a device whose native operators are built, and
+    no gradient to record.
 
     Args:
         rows: sequences in the batch.

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from . import native
 from ._dispatch import check_same_device, check_shape, choose_compiled, load
+from .int8_weight import Int8Weight
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_step",
@@ -16,7 +17,7 @@ IMPLS = tuple(_IMPLS)
 
 def linear_step(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
     bias: torch.Tensor | None = None,
     *,
     impl: str = "auto",
@@ -25,7 +26,7 @@ def linear_step(
 
     Args:
         x: ``[M, K]``; the native form takes M <= 8.
-        weight: ``[N, K]`` of x's dtype.
+        weight: ``[N, K]`` of x's dtype, or 8-bit weights, which the native form takes on a CPU.
         bias: ``[N]`` or None; float32 or x's dtype.
         impl: ``"auto"``, ``"native"``, ``"eager"`` or ``"reference"``; an explicit choice never
             falls back.
@@ -39,7 +40,9 @@ def linear_step(
     """
     check_shape("x", x, ("M", "K"))
     check_shape("weight", weight, ("N", x.shape[1]))
-    if weight.dtype != x.dtype:
+    if type(weight) is Int8Weight:
+        check_shape("weight.scale", weight.scale, (weight.shape[0],))
+    elif weight.dtype != x.dtype:
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
@@ -52,7 +55,10 @@ def linear_step(
 
 
 def eager_linear(x, weight, bias=None):
-    """``F.linear``; a wider bias is added in its own dtype, then rounded."""
+    """``F.linear``; a wider bias is added in its own dtype, then rounded, as scales are."""
+    if type(weight) is Int8Weight:
+        y = F.linear(x, weight.values.to(x.dtype)) * weight.scale
+        return (y if bias is None else y + bias).to(x.dtype)
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
     return (F.linear(x, weight).to(bias.dtype) + bias).to(x.dtype)

@@ -4,7 +4,8 @@ Schemas and fakes stand here rather than in C++, so that torch.compile, ``opchec
 built for one device all know every operator, and an operator without its library fails with torch's
 own message. The libraries only add implementations; ``rodimus_kernels.build`` makes them.
 
-Rows are contiguous for all operators, float32 or bfloat16; states are float32 and written in place.
+Rows are contiguous for all operators, float32 or bfloat16, and on a CPU matrices of linear layers
+int8 with scales; states are float32 and written in place.
 None of them is differentiable: the public functions choose them without gradients only.
 """
 
@@ -16,6 +17,7 @@ import os
 import torch
 
 from . import build
+from .int8_weight import Int8Weight
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _SCHEMAS = {
         " -> Tensor"
     ),
     "short_conv_step": ("(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias) -> Tensor"),
-    "linear_step": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm": (
         "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor stream)"
@@ -44,9 +46,9 @@ _SCHEMAS = {
         " float scale) -> Tensor"
     ),
     "blocks_step": (
-        "(Tensor stream, Tensor[] weights, Tensor(a!)[] taps, Tensor(b!)[] states,"
-        " Tensor(c!)[] rings, Tensor? position, Tensor? cos, Tensor? sin, int window_size,"
-        " int head_dim, float key_eps, float norm_eps, bool persistent) -> Tensor"
+        "(Tensor stream, Tensor[] weights, Tensor[] scales, Tensor(a!)[] taps,"
+        " Tensor(b!)[] states, Tensor(c!)[] rings, Tensor? position, Tensor? cos, Tensor? sin,"
+        " int window_size, int head_dim, float key_eps, float norm_eps, bool persistent) -> Tensor"
     ),
 }
 CPU_ISAS = tuple(build.CPU_ISAS)
@@ -78,7 +80,7 @@ def _(x, conv_state, weight, bias):
 
 
 @torch.library.register_fake("rodimus::native_linear_step")
-def _(x, weight, bias):
+def _(x, weight, bias, scale=None):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -187,9 +189,12 @@ def select_cpu_isa(name: str) -> bool:
     return bool(library.rodimus_cpu_select_isa(name.encode()))
 
 
-def fits(*tensors: torch.Tensor | None, one_dtype: bool = False, is_decoding: bool = False) -> bool:
+def fits(
+    *tensors: torch.Tensor | Int8Weight | None, one_dtype: bool = False, is_decoding: bool = False
+) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors, the operators of their device built, and no gradient to record.
+    bfloat16 tensors or, on a CPU, 8-bit weights; the operators of their device built, and no
+    gradient to record.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
@@ -201,6 +206,10 @@ def fits(*tensors: torch.Tensor | None, one_dtype: bool = False, is_decoding: bo
     for x in tensors:
         if x is None:
             continue
+        if type(x) is Int8Weight:
+            if not _is_int8_on_cpu(x):
+                return False
+            x = x.scale
         if type(x) not in _KINDS or x.dtype not in dtypes or (records and x.requires_grad):
             return False
         if kind is None:
@@ -210,23 +219,41 @@ def fits(*tensors: torch.Tensor | None, one_dtype: bool = False, is_decoding: bo
     return _can_decode(kind) if is_decoding else is_available(kind)
 
 
-def check(operator: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> None:
+def _is_int8_on_cpu(weight):
+    values, scale = weight
+    return type(values) is torch.Tensor and (values.dtype, scale.dtype, values.device.type) == (
+        torch.int8,
+        torch.float32,
+        "cpu",
+    )
+
+
+def check(
+    operator: str, *tensors: torch.Tensor | Int8Weight | None, one_dtype: bool = False
+) -> None:
     """Raise unless an explicit ``impl="native"`` can take these tensors.
 
     Raises:
-        ValueError: a dtype other than float32 or bfloat16, dtypes that differ where the operator
-            needs one, or a gradient is asked for.
+        ValueError: a dtype other than float32 or bfloat16, 8-bit weights on another device than a
+            CPU or of other dtypes, dtypes that differ where the operator needs one, or a gradient
+            is asked for.
         ImportError: the device has no native operators here.
     """
     if fits(*tensors, one_dtype=one_dtype):
         return
-    given = [x for x in tensors if x is not None]
+    given = [x.scale if type(x) is Int8Weight else x for x in tensors if x is not None]
     dtypes = {x.dtype for x in given}
     wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)
     if wrong:
         raise ValueError(
             f"{operator}(impl='native') takes float32 and bfloat16, got {', '.join(wrong)}"
         )
+    for x in tensors:
+        if type(x) is Int8Weight and not _is_int8_on_cpu(x):
+            raise ValueError(
+                f"{operator}(impl='native') takes 8-bit weights as int8 with float32 scales on a"
+                f" CPU, got {x.values.dtype} with {x.scale.dtype} on {x.device.type}"
+            )
     if one_dtype and len(dtypes) > 1:
         names = " and ".join(sorted(map(str, dtypes)))
         raise ValueError(f"{operator}(impl='native') takes tensors of one dtype, got {names}")

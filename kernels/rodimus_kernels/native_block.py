@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from . import native
 from .ddts.mixer import ddts_mixer_step
+from .int8_weight import Int8Weight
 from .norm import add_rms_norm, rms_norm
 from .shared_key_attention import rope, shared_key_attention_step
 from .short_conv import short_conv_step
@@ -35,6 +36,8 @@ def step(
     """:func:`rodimus_kernels.blocks_step`, for up to eight rows on a CPU and any number on a
     GPU."""
     given = [x for block in weights for x in block if x is not None]
+    values = [x.values if type(x) is Int8Weight else x for x in given]
+    scales = [x.scale for x in given if type(x) is Int8Weight]
     plain_rings = [ring for ring in rings if ring.dtype != torch.uint8]
     native.check("blocks_step", stream, *given, *taps, *states, *plain_rings)
     on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
@@ -47,12 +50,12 @@ def step(
     if one_call and not (persistent and on_cpu):
         sizes = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
         return torch.ops.rodimus.native_blocks_step(
-            stream, given, taps, states, rings, position, cos, sin, *sizes, persistent
+            stream, values, scales, taps, states, rings, position, cos, sin, *sizes, persistent
         )
     if persistent:
         raise ValueError(
             "blocks_step(impl='persistent') takes bfloat16 weights on a GPU, in rows of a multiple"
-            f" of 8, and 1 to {native.MAX_ROWS} rows of x; got {weights[0].fc.dtype} on"
+            f" of 8, and 1 to {native.MAX_ROWS} rows of x; got {weights[0].conv.dtype} on"
             f" {stream.device.type} and {rows} rows"
         )
     sizes = {"window_size": window_size, "head_dim": head_dim}

@@ -850,9 +850,16 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
 
 
 @_outside_autocast
+def dense_weight(weight):
+    """A matrix ``[N, K]`` of a linear layer; ``(values, scale)``, int8 and float32 ``[N]``, are
+    multiplied out."""
+    return weight[0] * weight[1][:, None] if isinstance(weight, tuple) else weight
+
+
 def linear_step(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
-    dtype."""
+    dtype. The weight may be one of :func:`dense_weight`."""
+    weight = dense_weight(weight)
     dtype = accumulation_dtype(x, weight)
     y = x.to(dtype) @ weight.to(dtype).t()
     return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
@@ -908,7 +915,7 @@ def _block_step(
         shifted,
         gate,
         state,
-        gate_weight=w.gate_out,
+        gate_weight=dense_weight(w.gate_out),
         gate_bias=w.gate_bias,
         residual_weight=w.residual_weight,
         norm_weight=w.act_norm,

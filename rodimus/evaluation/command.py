@@ -25,7 +25,13 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("nothing to evaluate on: name DATA, or --tasks of lm-evaluation-harness")
     logging.disable_progress_bar()
     device = find_device(options.device)
-    model = load_model(options.model, dtype=options.dtype, device=device, step=options.step)
+    model = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=device,
+        step=options.step,
+        weight_dtype=options.weight_dtype,
+    )
     if model.get_output_embeddings() is None:
         raise InputError(f"{options.model} has no language-model head: it predicts no tokens")
     result: dict[str, Any] = {

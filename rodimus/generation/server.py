@@ -416,7 +416,9 @@ def _service(options) -> Service:
     device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
     try:
-        model = load_rodimus(options.model, dtype=options.dtype, device=device)
+        model = load_rodimus(
+            options.model, dtype=options.dtype, device=device, weight_dtype=options.weight_dtype
+        )
         engine = Engine(
             model,
             tokenizer,

@@ -172,7 +172,10 @@ def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToken
     logging.disable_progress_bar()
     device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
-    return load_rodimus(options.model, dtype=options.dtype, device=device), tokenizer
+    model = load_rodimus(
+        options.model, dtype=options.dtype, device=device, weight_dtype=options.weight_dtype
+    )
+    return model, tokenizer
 
 
 def _engine(model, tokenizer, longest: int) -> Engine:

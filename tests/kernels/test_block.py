@@ -8,6 +8,7 @@ import torch
 
 from rodimus_kernels import (
     BlockWeights,
+    Int8Weight,
     blocks_step,
     int8_row_bytes,
     native,
@@ -17,6 +18,7 @@ from rodimus_kernels import (
     ring_parts,
     write_ring,
 )
+from rodimus_kernels.block import MATRICES
 from rodimus_kernels.testing import assert_within_budget, relative_error
 
 PROBLEM = native.problem("cpu")
@@ -54,6 +56,28 @@ def weights_of(dtype, attends, width=18, inner=22, keys=7, rank=3, taps=4, dim=6
         found += [vector(width), matrix(width, width), matrix(dim, width), matrix(width, width)]
         found += [matrix(width, width), vector(width), matrix(2 * mlp, width), matrix(width, mlp)]
     return BlockWeights(*found)
+
+
+def in_8_bits(weights):
+    """The block with every matrix of a linear layer in 8 bits."""
+
+    def rounded(matrix):
+        scale = matrix.float().abs().amax(1) / 127
+        return Int8Weight((matrix.float() / scale[:, None]).round().to(torch.int8), scale)
+
+    found = {name: getattr(weights, name) for name in MATRICES}
+    return weights._replace(**{name: rounded(x) for name, x in found.items() if x is not None})
+
+
+def converted(weights, convert):
+    """The block with its numbers converted, but for those of 8 bits."""
+
+    def one(x):
+        if type(x) is Int8Weight:
+            return Int8Weight(x.values, convert(x.scale))
+        return x if x is None else convert(x)
+
+    return BlockWeights._make(map(one, weights))
 
 
 def int8_ring(ring, dim, dtype):
@@ -105,9 +129,9 @@ def assert_equals_reference(function, weights, states, device="cpu", int8=False,
     """Three tokens: the stream and all states against float64, in bfloat16 with the reference's
     error as the budget. ``int8`` keeps the values of the ring in 8 bits: no value of float32 may
     then fall between two steps for one side and not for the other."""
-    dtype, batch = weights.fc.dtype, states[0].shape[0]
+    dtype, batch = weights.conv.dtype, states[0].shape[0]
     stream = torch.randn(batch, weights.fc.shape[1])
-    wide = BlockWeights(*(x if x is None else x.double() for x in weights))
+    wide = converted(weights, torch.Tensor.double)
     base_states, exact_states = copied(states), copied(states, torch.double)
     dim = named.get("head_dim", NAMED["head_dim"])
     if int8:
@@ -120,7 +144,7 @@ def assert_equals_reference(function, weights, states, device="cpu", int8=False,
     there = lambda x: None if x is None else x.to(device, copy=True)
     rotary = states[4] and tuple(map(there, states[4]))
     actual_states = [*map(there, states[:4]), rotary]
-    moved = BlockWeights(*map(there, weights))
+    moved = converted(weights, there)
     actual = steps(function, stream.to(device), moved, actual_states, 3, **named)
     compared = {"stream": (actual, exact, base)}
     for i, name in enumerate(("taps", "state", "ring")):
@@ -152,6 +176,16 @@ def test_a_ring_of_bytes_equals_the_reference(isa, dtype, batch):
     torch.manual_seed(0)
     weights, states = weights_of(dtype, True), states_of(dtype, batch, True)
     assert_equals_reference(native_step, weights, states, int8=True)
+
+
+@pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_8_bits_equal_the_reference(isa, dtype, batch, attends):
+    torch.manual_seed(0)
+    # more channels than one task of the mixer has
+    weights = in_8_bits(weights_of(dtype, attends, inner=300))
+    assert_equals_reference(native_step, weights, states_of(dtype, batch, attends, inner=300))
 
 
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
@@ -228,9 +262,14 @@ def test_opcheck(attends):
     if attends:
         small = [int8_ring(ring, NAMED["head_dim"], torch.float32) for ring in rings]
         kinds = [rings, small]
-    for rings in kinds:
-        arguments = (torch.randn(2, 18), given, *lists, rings, position, *tables, *named, False)
-        torch.library.opcheck(torch.ops.rodimus.native_blocks_step.default, arguments)
+    small = [x for block in weights for x in in_8_bits(block) if x is not None]
+    values = [x.values if type(x) is Int8Weight else x for x in small]
+    scales = [x.scale for x in small if type(x) is Int8Weight]
+    for matrices in ((given, []), (values, scales)):
+        for rings in kinds:
+            arguments = (torch.randn(2, 18), *matrices, *lists, rings, position, *tables)
+            arguments += (*named, False)
+            torch.library.opcheck(torch.ops.rodimus.native_blocks_step.default, arguments)
 
 
 def test_errors_come_before_any_state_is_touched():

@@ -48,6 +48,18 @@ def linear_step(dtype, M=2, N=5, K=7):
     return rk.linear_step, reference.linear_step, [x.to(dtype) for x in arguments], {}, None
 
 
+def int8_linear_step(dtype, M=2, N=5, K=7):
+    values = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    arguments = [torch.randn(M, K, dtype=dtype), values, 0.1 * torch.rand(N)]
+    of = lambda operator: (
+        lambda x, values, scale, bias, **named: operator(
+            x, rk.Int8Weight(values, scale), bias, **named
+        )
+    )
+    arguments += [torch.randn(N, dtype=dtype)]
+    return of(rk.linear_step), of(reference.linear_step), arguments, {}, None
+
+
 def rms_norm(dtype, N=2, D=7):
     arguments = [torch.randn(N, D), torch.randn(D, dtype=dtype)]
     return rk.rms_norm, reference.rms_norm, arguments, {"eps": 1e-3}, None
@@ -104,8 +116,8 @@ def int8_attention_step(dtype, *sizes, **named):
 
 
 SMALL = [
-    *(ddts_step, mixer_step, conv_step, linear_step, rms_norm, add_rms_norm, gated_rms_norm),
-    *(attention_step, int8_attention_step),
+    *(ddts_step, mixer_step, conv_step, linear_step, int8_linear_step, rms_norm, add_rms_norm),
+    *(gated_rms_norm, attention_step, int8_attention_step),
 ]
 CASES = {
     ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],
@@ -127,6 +139,7 @@ CASES = {
     + [(1, 1, 1, (1, 1), (1, 1), 1, 1, 5)],
 }
 CASES[int8_attention_step] = CASES[attention_step]
+CASES[int8_linear_step] = CASES[linear_step]
 PARAMETERS = [
     pytest.param(maker, size, id=f"{maker.__name__}-{'x'.join(map(str, size))}")
     for maker, sizes in CASES.items()
@@ -223,6 +236,29 @@ def test_every_linear_step_agrees(impl):
 
 
 @needs_library
+@pytest.mark.parametrize("impl", ["auto", "eager", "native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_linear_step_of_8_bit_weights_agrees(dtype, impl):
+    operator, definition, (x, values, scale, bias), *_ = int8_linear_step(dtype, 5, 33, 70)
+    for given in (bias, torch.randn(33), None):
+        wide = None if given is None else given.double()
+        exact = definition(x.double(), values, scale.double(), wide)
+        y = operator(x, values, scale, given, impl=impl)
+        assert y.dtype == dtype
+        assert relative_error(y, exact) < (LIMIT if dtype == torch.float32 else 8e-3)
+
+
+@needs_library
+def test_8_bit_weights_of_every_value(isa):
+    """Each of the 256 at each place of a vector, in whole vectors and in the rest of a row."""
+    for size in (1, 3, 64, 97):
+        values = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(256, size).contiguous()
+        y = rk.linear_step(torch.eye(8, size), rk.Int8Weight(values, torch.ones(256)))
+        places = min(8, size)
+        assert torch.equal(y[:places], values[:, :places].T.float()) and not y[places:].any()
+
+
+@needs_library
 @pytest.mark.parametrize("log_decay", [0.0, -1e-6, -20.0, -87.0, -104.0, -1e4, -1e30, -torch.inf])
 def test_extreme_decays(isa, log_decay):
     case = ddts_step(torch.float32, 1, 1, 8, 40)
@@ -261,7 +297,8 @@ def test_empty_rows_of_the_ring_are_never_read(isa):
 
 @needs_library
 @pytest.mark.parametrize(
-    "maker", [linear_step, ddts_step, mixer_step, attention_step, int8_attention_step]
+    "maker",
+    [linear_step, int8_linear_step, ddts_step, mixer_step, attention_step, int8_attention_step],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_neighbours(isa, dtype, maker):
@@ -307,6 +344,7 @@ def registered(maker, dtype):
         ddts_step: lambda: (ops.native_ddts_step, (*a, 0.3)),
         conv_step: lambda: (ops.native_short_conv_step, a),
         linear_step: lambda: (ops.native_linear_step, a),
+        int8_linear_step: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
         rms_norm: lambda: (ops.native_rms_norm, (*a, 1e-3)),
         add_rms_norm: lambda: (ops.native_add_rms_norm, (*a, 1e-5)),
         attention_step: lambda: (ops.native_shared_key_attention_step, (*a, n["window_size"], 0.4)),
@@ -417,6 +455,27 @@ def test_no_gradient_and_no_mixture_are_said():
         rk.linear_step(torch.randn(9, 4), torch.randn(3, 4), impl="native")
     with pytest.raises(ValueError, match="weight must be torch.float32 like x"):
         rk.linear_step(torch.randn(2, 4), torch.randn(3, 4).bfloat16())
+
+
+@needs_library
+def test_bad_8_bit_weights_are_refused():
+    x, (values, scale) = torch.randn(2, 4), (torch.ones(3, 4, dtype=torch.int8), torch.ones(3))
+    refused = {
+        r"weight must have shape \[N, 4\], got \(3, 3\)": rk.Int8Weight(values[:, :3], scale),
+        r"weight.scale must have shape \[3\], got \(3, 1\)": rk.Int8Weight(values, scale[:, None]),
+        "as int8 with float32 scales .* got torch.int8 with torch.bfloat16": rk.Int8Weight(
+            values, scale.bfloat16()
+        ),
+        "as int8 with float32 scales .* got torch.uint8 with": rk.Int8Weight(values.byte(), scale),
+        "weight must be torch.float32 like x, got torch.int8": values,
+    }
+    for message, weight in refused.items():
+        with pytest.raises(ValueError, match=message):
+            rk.linear_step(x, weight, impl="native")
+    with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):
+        ops.native_linear_step(x, values, None)
+    with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):
+        ops.native_linear_step(x, values.float(), None, scale)
 
 
 @needs_library
