@@ -465,14 +465,20 @@ class RodimusSlidingLayer(
         self._sliding_window_tensor = size.to(self.device, non_blocking=True)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """As in transformers, but what is read first is kept, not copied to the end of nothing."""
+        """As in transformers, but what is read first is kept, not copied to the end of nothing; and
+        of a long prompt the window alone, where transformers keeps a view of everything."""
         if self.is_initialized or self.record_past:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.lazy_initialization(key_states, value_states)
-        self.cumulative_length += key_states.shape[-2]
-        newest = slice(-self.sliding_window + 1, None)
-        self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
-        return key_states, value_states
+            seen = super().update(key_states, value_states, *args, **kwargs)
+        else:
+            seen = key_states, value_states
+            self.lazy_initialization(*seen)
+            self.cumulative_length += key_states.shape[-2]
+            newest = slice(-self.sliding_window + 1, None)
+            self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
+        # a token alone leaves one row behind, which the next one frees
+        if key_states.shape[-2] > 1 and self._keys.shape[-2] < seen[0].shape[-2]:
+            self.keys, self.values = self._keys.clone(), self._values.clone()
+        return seen
 
     def step_position(self):
         taps = self.conv_states[0]

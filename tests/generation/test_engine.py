@@ -381,7 +381,8 @@ def test_an_engine_needs_a_language_model(plus):
 def _live_tensor_bytes() -> int:
     gc.collect()
     tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.slow

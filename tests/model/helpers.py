@@ -92,7 +92,8 @@ def random_ids(batch: int, length: int, *, seed: int = 1, vocab: int = 97) -> Te
 
 
 def cache_bytes(cache: Cache) -> dict[str, int]:
-    """Bytes of a cache by what they hold: ``recurrent``, ``convolution``, ``window``, ``other``."""
+    """Bytes of a cache by what they hold: ``recurrent``, ``convolution``, ``window``, ``other``.
+    What a view keeps alive counts as a whole."""
     names = {
         "recurrent_states": "recurrent",
         "conv_states": "convolution",
@@ -103,7 +104,7 @@ def cache_bytes(cache: Cache) -> dict[str, int]:
         for name, value in vars(layer).items():
             kind = names.get(name, "other")
             for tensor in _tensors(value):
-                sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+                sizes[kind] = sizes.get(kind, 0) + tensor.untyped_storage().nbytes()
     return {kind: size for kind, size in sizes.items() if size}
 
 

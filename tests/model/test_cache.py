@@ -48,11 +48,23 @@ def test_window_of_keys_is_that_of_transformers(sizes):
     assert torch.equal(ours._sliding_window_tensor, theirs._sliding_window_tensor)
 
 
-def test_a_prompt_is_not_copied_into_the_window():
+def test_a_prompt_that_fits_is_not_copied_into_the_window():
     layer = RodimusSlidingLayer(8)
-    k, v = (here(torch.randn(1, 1, 20, width)) for width in (3, 6))
+    k, v = (here(torch.randn(1, 1, 7, width)) for width in (3, 6))
     assert all(x is y for x, y in zip(layer.update(k, v), (k, v), strict=True))
     assert layer.keys.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("pieces", [[20], [5, 20], [20, 3], [20, 1, 30]])
+def test_a_longer_prompt_is_let_go(pieces):
+    """The window must be no view of all that was read."""
+    layer = RodimusSlidingLayer(8)
+    read = here(torch.randn(1, 1, sum(pieces), 3))
+    for piece in read.split(pieces, dim=2):
+        layer.update(piece, piece)
+    for kept in (layer.keys, layer.values):
+        assert torch.equal(kept, read[:, :, -7:])
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
 
 
 # ----------------------------------------------------------------------------- forks and reordering

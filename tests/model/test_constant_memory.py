@@ -28,7 +28,8 @@ def live_tensor_bytes() -> int:
     """Bytes of every tensor the interpreter can still reach."""
     gc.collect()
     tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize(
