@@ -186,12 +186,12 @@ class _RecurrentCacheLayer:
             raise ValueError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
         removed = -tokens_to_remove
         if self.is_recurrent_states_initialized[0]:
+            if removed:
+                self._rewind(removed)
             taps = self.conv_states[0]
             width = self.conv_kernel_size[0]
             kept = taps[..., : taps.shape[-1] - removed][..., -width:]
             self.conv_states[0] = kept.contiguous()
-            if removed:
-                self._rewind(removed)
         self.forget_record()
         self.crop_keys(removed)
 
@@ -758,7 +758,10 @@ def _is_plain(layer, kind):
     compiled by itself computes the same."""
     attached = (layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer))
     attached += (layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and not any(attached)
+    held = (x for x in layer._parameters.values() if x is not None)
+    # a tensor of another kind may mean more than its numbers: a quantised weight does
+    whole = all(type(x) in (torch.Tensor, nn.Parameter) for x in held)
+    return type(layer) is kind and whole and not any(attached)
 
 
 _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -996,7 +999,8 @@ class RodimusInnerMixer(nn.Module):
         v = self._gate_input(x)
         if tokens is not None:
             # Padding neither writes to the state nor decays it; v is zero with x.
-            select = select.masked_fill(~tokens[..., None], _CLOSED)
+            closed = max(_CLOSED, torch.finfo(select.dtype).min)
+            select = select.masked_fill(~tokens[..., None], closed)
         starts = None if documents is None else _document_starts(documents)
 
         one_head = (y.unsqueeze(2) for y in (q, k, v, select, temper))
@@ -1016,8 +1020,8 @@ class RodimusInnerMixer(nn.Module):
     def _joins_weights(self, x):
         """Whether one product reads x once for less than it costs to join the weights, which are
         written and read, twice in_proj's size each. On a CPU it was measured to gain nothing."""
-        pays = x.is_cuda and x.numel() > 4 * self.in_proj.weight.numel()
-        return pays and self._projections_are_plain()
+        plain = x.is_cuda and self._projections_are_plain()
+        return plain and x.numel() > 4 * self.in_proj.weight.numel()
 
     def _projections_are_plain(self):
         plain = _is_plain(self.in_proj, nn.Linear)
@@ -1720,7 +1724,8 @@ class RodimusModel(RodimusPreTrainedModel):
         """
         if past_key_values is None or getattr(past_key_values, "isolates_rows", False):
             return
-        if is_tracing(hidden_states):
+        # in training it is the loss scaler's affair, and on a GPU a look would wait
+        if self.training or is_tracing(hidden_states):
             return
         if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
             return

@@ -243,6 +243,14 @@ def test_broken_decode_state_is_reported(model, value):
         model(random_ids(2, 1), past_key_values=cache, use_cache=True)
 
 
+def test_training_does_not_look_at_the_state(model):
+    """A scaler of losses skips such a step, and on a GPU the look would wait for the device."""
+    model.train()
+    cache = model(random_ids(2, 7), use_cache=True).past_key_values
+    cache.layers[1].recurrent_states[0].data[1, 0, 3, 2] = float("nan")
+    assert not model(random_ids(2, 3), past_key_values=cache).logits.isfinite().all()
+
+
 def test_labels_of_a_wrong_shape(model):
     with pytest.raises(ValueError, match="labels.*got"):
         model(random_ids(2, 7), labels=random_ids(2, 6))

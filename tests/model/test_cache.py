@@ -258,6 +258,17 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
     assert error < BOUND
 
 
+def test_a_refused_rollback_changes_nothing(model):
+    ids = random_ids(1, 20)
+    cache = prefill(model, ids[:, :12])
+    with pytest.raises(RuntimeError, match="recorded for the last 0 only"):
+        cache.crop(-3)
+    error = relative_error(
+        in_pieces(model, ids[:, 12:], [8], cache=cache), full(model, ids)[:, 12:]
+    )
+    assert error < BOUND
+
+
 def test_a_length_asked_for_stays_what_it_was(model):
     cache = prefill(model, random_ids(1, 12), StaticCache(config=model.config, max_cache_len=64))
     before = cache.get_seq_length()

@@ -96,6 +96,19 @@ def test_trainer_accumulates_to_the_same_loss(model, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
 
 
+def test_the_trainer_predicts_logits(model, tmp_path):
+    """Metrics are computed from them alone, though the output holds the cross entropy as well."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    from transformers import Trainer, TrainingArguments
+
+    ids = random_ids(2, 12)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = Trainer(model=model, args=TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    predictions = trainer.predict(rows).predictions
+    with torch.no_grad():
+        assert (predictions == model(ids).logits.numpy()).all()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_label_smoothing_smooths_the_next_token(model, tmp_path, adapted):
     pytest.importorskip("accelerate", reason="accelerate is not installed")

@@ -104,6 +104,16 @@ def test_anything_else_runs_as_modules(model, config, chosen):
         assert relative_error(token_by_token(rounded, ids), full(rounded, ids)) < BOUND
 
 
+def test_no_kernel_is_given_a_wrapped_weight(model, monkeypatch):
+    """On a GPU long inputs join the weights of layers and gates are fused; both read numbers."""
+    rounded, ids = quantised(model), random_ids(2, 20)
+    expected = full(rounded, ids)
+    plain = lambda self, x: self._projections_are_plain()
+    monkeypatch.setattr(modeling_rodimus.RodimusInnerMixer, "_joins_weights", plain)
+    monkeypatch.setattr(modeling_rodimus, "input_gate", None)
+    assert torch.equal(full(rounded, ids), expected)
+
+
 def test_the_engine_equals_generate(model):
     rounded, ids = quantised(model), random_ids(1, 12)
     tokens = rounded.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, 12:]

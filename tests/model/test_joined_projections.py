@@ -1,5 +1,7 @@
 """The mixer's products may be joined; what is hooked or replaced in a layer keeps its say."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -155,3 +157,12 @@ def test_a_replaced_summed_projection_is_called(plus, monkeypatch, name):
     block = plus.model.layers[0]
     block.set_submodule(name, Doubled(block.get_submodule(name)))
     assert loss_and_gradients(plus)[0] != plain
+
+
+def test_a_large_input_asks_first_whether_the_layers_are_plain(model):
+    """What stands in a layer's place may have no weight to compare with."""
+    inner = model.model.layers[0].mixer.inner_mixer
+    large = SimpleNamespace(is_cuda=True, numel=lambda: 5 * inner.in_proj.weight.numel())
+    assert inner._joins_weights(large)
+    inner.in_proj = Doubled(inner.in_proj)
+    assert not inner._joins_weights(large)
