@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
 
-# A character that is not complete yet decodes to this one.
+# A character that is not complete yet decodes to this one, or each byte of it does.
 _INCOMPLETE = "\ufffd"
 # Tokens decoded again with each new one, so that joints between tokens come out right.
-_CONTEXT, _MOST = 6, 18
+_CONTEXT, _MOST, _LONGEST = 6, 18, 256
 
 
 def encode(
@@ -90,16 +90,30 @@ class TextStream:
 
     def _decode_new(self):
         self._new = 0
-        decoded = self._decode().removesuffix(_INCOMPLETE)
+        whole = self._decode()
+        decoded = whole.rstrip(_INCOMPLETE)
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
         if len(self._context) > _MOST:
-            self._context = self._context[-_CONTEXT:]
-            self._shown = len(self._decode().removesuffix(_INCOMPLETE))
+            self._forget(whole)
 
-    def _decode(self):
+    def _forget(self, decoded):
+        """Keep the last tokens: from before them on, should they begin inside a character."""
+        for start in range(len(self._context) - _CONTEXT, -1, -1):
+            kept = self._decode(start)
+            whole = kept.rstrip(_INCOMPLETE)
+            if whole and _INCOMPLETE not in whole:
+                self._context, self._shown = self._context[start:], len(whole)
+                return
+        # bytes that are no text: wait for what is held back, but not for ever
+        if self._shown >= len(decoded) or len(self._context) > _LONGEST:
+            self._release(decoded[self._shown :])
+            self._context = self._context[-_CONTEXT:]
+            self._shown = len(self._decode())
+
+    def _decode(self, start=0):
         return self._tokenizer.decode(
-            self._context, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._context[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def _release(self, piece):

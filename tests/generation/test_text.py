@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.text import TextStream
@@ -45,6 +47,33 @@ def test_bytes_that_are_no_text_come_out_as_the_tokenizer_decodes_them():
         seen, _ = released(tokenizer, tokens.tolist())
         assert seen[-1] == tokenizer.decode(tokens)
         assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
+
+
+def byte_fallback_tokenizer():
+    """As those of Llama 2: a character that the vocabulary lacks is a token for each of its bytes,
+    and a run of such tokens that is no text is a mark for each of them."""
+    bytes_ = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    letters = {letter: 256 + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")}
+    backend = Tokenizer(models.BPE({**bytes_, **letters}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("text", [*SAMPLES, "\U0001f600x", 12 * "\U0001f600" + " the end"])
+def test_characters_in_bytes_of_their_own(text):
+    tokenizer = byte_fallback_tokenizer()
+    tokens = tokenizer(text.lower()).input_ids
+    assert tokenizer.decode(tokens) == text
+    seen, _ = released(tokenizer, tokens)
+    assert seen[-1] == text
+    for before, after in itertools.pairwise(seen):
+        assert after.startswith(before) and text.startswith(before)
+
+
+def test_endless_bytes_that_are_no_text_are_released():
+    tokenizer = byte_fallback_tokenizer()
+    seen, _ = released(tokenizer, [0xF0] * 1000)
+    assert seen[-1] == "\ufffd" * 1000 and len(seen[-2]) >= 700
 
 
 @pytest.mark.parametrize(
