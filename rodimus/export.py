@@ -29,6 +29,8 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_rodimus.RodimusForSequenceClassification",
 }
 
+_SUFFIXES = {".json", ".jinja", ".model", ".safetensors"}
+
 
 def export(
     checkpoint: str | Path, out: str | Path, *, step: int | None = None, overwrite: bool = False
@@ -47,7 +49,7 @@ def export(
     Raises:
         InputError: the checkpoint cannot be read, or ``out`` exists and may not be replaced.
     """
-    out = Path(out).expanduser().absolute()
+    out = Path(out).expanduser().resolve()
     folder = checkpoint_folder(checkpoint)
     if out.exists():
         _check_replaceable(out, folder, overwrite)
@@ -63,11 +65,21 @@ def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
     """Raise InputError unless all that would be lost with ``out`` is an earlier export."""
     if not overwrite:
         raise InputError(f"{out} exists already: remove it, or pass --overwrite")
-    is_export = out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))
-    if not is_export or (out / "checkpoints").exists():
-        raise InputError(f"{out} is no exported model, so it is not replaced: remove it yourself")
     if source.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out} holds the checkpoint to export: expected another folder")
+    found = sorted(out.iterdir()) if out.is_dir() else [out]
+    others = [path.name for path in found if not _is_written(path)]
+    if found and (others or not (out / "config.json").is_file()):
+        why = f"it holds {others[0]}" if others else "it holds no config.json"
+        raise InputError(
+            f"{out} is no exported model ({why}), so it is not replaced: remove it yourself"
+        )
+
+
+def _is_written(path: Path) -> bool:
+    """Whether an export may have written this entry of its folder."""
+    names = {"merges.txt", "vocab.txt", *(name for _, name in code_files())}
+    return path.is_file() and (path.name in names or path.suffix in _SUFFIXES)
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
@@ -112,15 +124,23 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well, else disappears."""
+    """A folder beside ``out`` that takes its place when the block ends well, else disappears. What
+    was there is removed last."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    written, before = temporary / "new", temporary / "old"
+    written.mkdir()
     try:
-        yield temporary
-        _make_readable(temporary)
+        yield written
+        _make_readable(written)
         if out.exists():
-            shutil.rmtree(out)
-        os.replace(temporary, out)
+            os.replace(out, before)
+        try:
+            os.replace(written, out)
+        except OSError:
+            if before.exists():
+                os.replace(before, out)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -274,12 +274,12 @@ def test_converts_flash_linear_attention(tmp_path):
 def test_existing_folder_is_replaced_only_when_asked(tmp_path):
     save_model(tmp_path / "checkpoint")
     out = export(tmp_path / "checkpoint", tmp_path / "out")
-    (out / "stale").touch()
+    (out / "stale.json").touch()
     with pytest.raises(InputError, match="exists already"):
         export(tmp_path / "checkpoint", out)
-    assert (out / "stale").exists()
+    assert (out / "stale.json").exists()
     export(tmp_path / "checkpoint", out, overwrite=True)
-    assert not (out / "stale").exists() and (out / "config.json").exists()
+    assert not (out / "stale.json").exists() and (out / "config.json").exists()
 
 
 def test_nothing_but_an_export_is_ever_replaced(tmp_path):
@@ -291,9 +291,16 @@ def test_nothing_but_an_export_is_ever_replaced(tmp_path):
     (tmp_path / "run" / "config.json").touch()
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "models" / "config.json").touch()
+    for project in ("code", "repository"):
+        (tmp_path / project).mkdir()
+        (tmp_path / project / "config.json").touch()
+    (tmp_path / "code" / "app.py").touch()
+    (tmp_path / "repository" / ".git").mkdir()
     files = sorted(tmp_path.rglob("*"))
     for out, message in (
         ("other", "is no exported model"),
+        ("code", r"is no exported model \(it holds app.py\)"),
+        ("repository", r"is no exported model \(it holds .git\)"),
         ("run", "is no exported model"),
         ("other/precious", "is no exported model"),
         ("models", "holds the checkpoint to export"),
@@ -308,13 +315,16 @@ def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch
     save_model(tmp_path / "checkpoint")
     save_plain_tokenizer(tmp_path / "checkpoint")
     out = export(tmp_path / "checkpoint", tmp_path / "out")
-    (out / "precious").touch()
+    (out / "precious.json").touch()
 
     def fail(*arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("rodimus.export.write_tokenizer", fail)
-    with pytest.raises(OSError, match="No space"):
-        export(tmp_path / "checkpoint", out, overwrite=True)
-    assert (out / "precious").exists()
+    replace = os.replace
+    moved = lambda source, target: (fail if source.name == "new" else replace)(source, target)
+    for name, broken in (("write_tokenizer", fail), ("os.replace", moved)):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+            patch.setattr(f"rodimus.export.{name}", broken)
+            export(tmp_path / "checkpoint", out, overwrite=True)
+        assert (out / "precious.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
