@@ -344,12 +344,19 @@ class Engine:
     def step(self) -> list[Generation]:
         """Read at most one chunk of prompts, then give each running sequence one token.
 
+        A step that raises, or is interrupted, ends all that was under way with an error: states may
+        have moved on that no token belongs to. What waits goes on waiting.
+
         Returns:
             The generations with news, those cancelled since the last step included.
         """
-        self._read_prompts()
-        if self.running:
-            self._decode()
+        try:
+            self._read_prompts()
+            if self.running:
+                self._decode()
+        except BaseException:
+            self._break_off()
+            raise
         self.stats.steps += 1
         news, self._news = list(dict.fromkeys(self._news)), []
         return news
@@ -393,6 +400,13 @@ class Engine:
                 self.cancel(generation)
         return generations
 
+    def _break_off(self):
+        under_way = self.running + ([self._reading.generation] if self._reading else [])
+        self.running, self._reading = [], None
+        for generation in under_way:
+            if generation.finish_reason is None:
+                self._fail(generation, "a step of the engine failed or was interrupted")
+
     def _read_prompts(self):
         spent = 0
         if self.waiting and self._reading is None and len(self.running) < self.slots:
@@ -401,7 +415,8 @@ class Engine:
             if self._reading is None:
                 if not self.waiting or len(self.running) == self.slots:
                     return
-                self._reading = self._start_reading(self.waiting.popleft())
+                self._reading = self._start_reading(self.waiting[0])
+                self.waiting.popleft()
             # chunks are cut from each prompt's start, whatever else is read in the same step
             reading = self._reading
             chunk = reading.generation.prompt[reading.read :][: self.prefill_chunk]
@@ -420,8 +435,8 @@ class Engine:
         reading.read += len(chunk)
         self.stats.prompt_tokens += len(chunk)
         if reading.read == len(reading.generation.prompt):
-            self._reading = None
             self._enter(reading.generation, reading.cache, logits)
+            self._reading = None
 
     def _start_reading(self, generation):
         fits = [

@@ -365,6 +365,59 @@ def test_an_interrupt_leaves_nothing_behind(plus):
     ]
 
 
+@pytest.mark.parametrize("part", ["decode", "sample", "read", "enter", "start"])
+def test_a_failed_step_ends_what_was_under_way(plus, monkeypatch, part):
+    """A token of theirs may be missing; what waited is served as if nothing had been."""
+    engine = Engine(plus, slots=2)
+    foreign = [engine.submit(Request(p, 30)) for p in prompts_of(4, 5)]
+    for _ in range(5):
+        engine.step()
+    if part in ("read", "enter", "start"):
+        engine.cancel(foreign[1])
+    waiting = [Request(p, 9) for p in prompts_of(6, 7)]
+    owner, name = {
+        "decode": (engine, "decoder"),
+        "sample": (engine, "sampler"),
+        "read": (engine, "_read_chunk"),
+        "enter": (engine.states, "write"),
+        "start": (engine, "_start_reading"),
+    }[part]
+    with monkeypatch.context() as patch:
+        whole = getattr(owner, name)
+
+        def fails(*arguments, **named):
+            whole(*arguments, **named)
+            raise MemoryError
+
+        broken = Broken(whole, fails) if part in ("decode", "sample") else fails
+        patch.setattr(owner, name, broken)
+        later = [engine.submit(request) for request in waiting]
+        with pytest.raises(MemoryError):
+            while engine.has_work:
+                engine.step()
+    assert foreign[0].finish_reason == "error" and "failed" in foreign[0].error
+    while engine.has_work:
+        engine.step()
+    for request, generation in zip(waiting, later, strict=True):
+        if generation.finish_reason != "error":
+            assert generation.tokens == greedy(plus, request.prompt, 9)
+    assert later[1].finish_reason == "length"
+    assert tokens_of(engine.generate(waiting)) == [greedy(plus, r.prompt, 9) for r in waiting]
+
+
+class Broken:
+    """An object whose call fails after it has done its work."""
+
+    def __init__(self, whole, call):
+        self._whole, self._call = whole, call
+
+    def __call__(self, *arguments, **named):
+        return self._call(*arguments, **named)
+
+    def __getattr__(self, name):
+        return getattr(self._whole, name)
+
+
 @pytest.mark.parametrize("name", ["slots", "prefill_chunk", "max_length"])
 @pytest.mark.parametrize("value", [0, 1.5, "2", True])
 def test_an_engine_needs_at_least_one_of_each(plus, name, value):
