@@ -1,8 +1,9 @@
 """`rodimus train CONFIG` and `torchrun -m rodimus.train CONFIG`: one run from start to export.
 
-Exit status: 0 done, 1 stopped by the guard, 2 bad input, 143 terminated with a checkpoint (start
-the same command again to go on). torchrun makes 1 of all but 0, so rank 0 also writes its status to
-the file that ``RODIMUS_STATUS_FILE`` names, for a script that starts runs again.
+Exit status: 0 done, 1 stopped by the guard or the last checkpoint not written, 2 bad input, 143
+terminated with a checkpoint (start the same command again to go on). torchrun makes 1 of all but 0,
+so rank 0 also writes its status to the file that ``RODIMUS_STATUS_FILE`` names, for a script that
+starts runs again.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = train(argv[0], argv[1:])
     except InputError as error:
-        # every rank finds the same fault; one says it
+        # every rank finds the same fault, or all of a machine that differs; one of each says it
         if is_main:
             print(f"rodimus train: error: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK") == "0":
+            print(f"rodimus train: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         status = 2
     path = os.environ.get(STATUS_VARIABLE)
     if path and is_main:
@@ -67,9 +70,10 @@ def train(path: str, overrides: list[str]) -> int:
             sys.exit(f"rodimus train: error: rank {ranks.rank}: {error}")
         finally:
             trainer.close()
+    # the others need not wait for the export
+    parallel.stop()
     if status == 0 and ranks.is_main:
         finish(config)
-    parallel.stop()
     return status
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from glob import glob
 
 import numpy as np
@@ -45,6 +45,18 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
             if a != b:
                 raise InputError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
     return sources
+
+
+def check_apart(train: Sequence[TokenShards], held_out: Sequence[TokenShards]) -> None:
+    """Refuses to hold out what is trained on.
+
+    Raises:
+        InputError: names a manifest that is in both.
+    """
+    trained = {source.path.resolve() for source in train}
+    for source in held_out:
+        if source.path.resolve() in trained:
+            raise InputError(f"{source.path} is named by data.train and by data.val")
 
 
 def verify_share(sources: list[TokenShards], rank: int, world_size: int) -> None:

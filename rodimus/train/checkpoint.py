@@ -85,11 +85,14 @@ class Checkpointer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer: threading.Thread | None = None
 
-    def save(self, progress: Progress, *, wait: bool) -> None:
+    def save(self, progress: Progress, *, wait: bool) -> bool:
         """Starts a checkpoint of this step; with ``wait`` it is complete on return.
 
         A failure to write (a full disk) is logged as an error on every rank and leaves earlier
         checkpoints as they are; training goes on.
+
+        Returns:
+            False where it was waited for and not written.
         """
         self.wait()
         folder = step_folder(self.root, progress.step)
@@ -114,6 +117,7 @@ class Checkpointer:
                 about,
                 lambda: dcp.save(state, checkpoint_id=folder, process_group=self.group),
             )
+        return not wait or self._from_main(lambda: progress.step in complete_steps(self.root))
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written."""
@@ -137,8 +141,14 @@ class Checkpointer:
             if self.rank == 0:
                 store.remove(folder)
         elif self.rank == 0:
-            store.mark_complete(folder, {k: v for _, part in results for k, v in part.items()})
-            store.prune(self.root, self.config.keep, self.config.keep_every)
+            checksums = {k: v for _, part in results for k, v in part.items()}
+            try:
+                store.mark_complete(folder, checksums)
+            except OSError as failure:
+                logger.error("checkpoint %s not written: %s", folder.name, failure)
+                store.remove(folder)
+            else:
+                store.prune(self.root, self.config.keep, self.config.keep_every)
 
     def _hash_mine(self, folder: Path, about: dict[str, Any]) -> dict[str, str]:
         mine = sorted(folder.glob(f"__{self.rank}_*.distcp"))
@@ -161,7 +171,13 @@ class Checkpointer:
         if wanted.isdigit():
             return self._restore_step(int(wanted), steps)
         self._from_main(lambda: store.remove_incomplete(self.root))
-        return self.restore_newest()
+        restored = self.restore_newest()
+        if steps and restored is None:
+            raise InputError(
+                f"every checkpoint in {self.root} is damaged, the newest of step {steps[0]}; they"
+                " are set aside, and the same command starts from step 0"
+            )
+        return restored
 
     def _restore_step(self, step: int, steps: list[int]) -> Progress:
         if step not in steps:
@@ -171,7 +187,16 @@ class Checkpointer:
         damaged = self._damaged(folder)
         if damaged:
             raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
-        return self._load(folder)
+        progress = self._load(folder)
+        for later in (x for x in steps if x > step):
+            # of a branch that is left: nothing may resume from it, roll back to it or export it
+            moved = self._from_main(
+                lambda later=later: store.set_aside(step_folder(self.root, later), "left").name
+            )
+            if self.rank == 0:
+                logger.warning("resumed before step %d: its checkpoint is now %s", later, moved)
+        self._from_main(lambda: store.point_to(folder))
+        return progress
 
     def restore_newest(self) -> Progress | None:
         """Loads the newest sound checkpoint and moves damaged ones aside; None if there is none."""
@@ -180,7 +205,7 @@ class Checkpointer:
             damaged = self._damaged(folder)
             if not damaged:
                 return self._load(folder)
-            moved = self._from_main(lambda folder=folder: store.quarantine(folder).name)
+            moved = self._from_main(lambda folder=folder: store.set_aside(folder, "damaged").name)
             if self.rank == 0:
                 logger.warning("%s is damaged (%s): now %s", folder.name, damaged[0], moved)
         return None
@@ -201,6 +226,7 @@ class Checkpointer:
         changes = changed_settings(about.get("settings", {}), self.settings, folder)
         for message in changes if self.rank == 0 else ():
             logger.warning(message)
+        own = [dict(group) for optimizer in self.optimizers for group in optimizer.param_groups]
         state = self._state()
         dcp.load(state, checkpoint_id=folder, process_group=self.group)
         set_state_dict(
@@ -211,6 +237,10 @@ class Checkpointer:
             # the tied head is not stored a second time
             options=StateDictOptions(strict=False),
         )
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, configured in zip(groups, own, strict=True):
+            # the checkpoint's moments, this run's weight decay and betas
+            group.update({key: value for key, value in configured.items() if key != "params"})
         return Progress(**about["progress"])
 
     def _state(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from ..errors import InputError
 from ..loading import model_class
 from . import guard, parallel
-from .batches import Prefetcher, TrainData, open_sources, verify_share
+from .batches import Prefetcher, TrainData, check_apart, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
 from .config import ModelSection, TrainConfig
 from .context import check_splits, model_inputs
@@ -35,6 +35,10 @@ from .watchdog import Watchdog
 from .weights import REMARKS, ExistingWeights, has_begun, read_model_config, weights_name
 
 logger = logging.getLogger(__name__)
+
+
+# status of a run whose last checkpoint could not be written
+NOT_SAVED = 1
 
 
 class Trainer:
@@ -58,6 +62,7 @@ class Trainer:
         val = open_sources(config.data.val) if config.data.val else []
         for source in train + val:
             source.check_vocabulary(model_config.vocab_size)
+        check_apart(train, val)
         check_splits(config, model_config)
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
@@ -149,7 +154,7 @@ class Trainer:
         mean_loss, grad_norm = torch.stack((total, norm)).tolist()
         mean_loss = parallel.reduce_sum([mean_loss])[0]
 
-        verdict = self.guard.judge(progress.step, mean_loss, grad_norm)
+        verdict = self.guard.judge(progress.step + 1, mean_loss, grad_norm)
         if verdict == guard.OK:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -187,7 +192,10 @@ class Trainer:
             if due or save or terminate:
                 self.watchdog.beat(f"saving step {step}")
                 self.progress.guard = self.guard.state()
-                self.checkpoints.save(self.progress, wait=terminate or step == steps)
+                wait = terminate or step == steps
+                if not self.checkpoints.save(self.progress, wait=wait):
+                    self.log.say(f"the checkpoint of step {step}, the last, could not be written")
+                    return NOT_SAVED
             if terminate:
                 self.log.say(f"terminated: checkpoint of step {step} is complete")
                 return TERMINATED

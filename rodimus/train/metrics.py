@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ..errors import InputError
 from .config import LogSection
 from .console import Console
 from .flops import PEAK_FLOPS
+
+logger = logging.getLogger(__name__)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -35,7 +38,7 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: LogSection, *, enabled: bool) -> None:
-        self.enabled = enabled
+        self.enabled, self._has_failed = enabled, False
         self._trackers: list[Any] = []
         if not enabled:
             return
@@ -51,7 +54,13 @@ class RunLog:
         if not self.enabled:
             return
         row = {"step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row) + "\n")
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            # a full disk must not end a run that can go on
+            if not self._has_failed:
+                logger.error("%s: not written: %s", self._file.name, error)
+            self._has_failed = True
         for track in self._trackers:
             track(step, values)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import InputError
+
 # samples of one mixture block; shares of sources are exact to 1 / _BLOCK
 _BLOCK = 4096
 _ROUNDS = 6
@@ -97,11 +99,19 @@ class SampleOrder:
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """Slots of each source in a block: proportional, rounded, none left empty, summing to it."""
+    """Slots of each source in a block: proportional, rounded, none left empty, summing to it.
+
+    Raises:
+        InputError: there are more sources than slots.
+    """
+    if len(weights) > _BLOCK:
+        raise InputError(f"data.train takes at most {_BLOCK:,} sources, got {len(weights):,}")
     exact = np.asarray(weights, float) / sum(weights) * _BLOCK
     quota = np.maximum(1, np.floor(exact)).astype(np.int64)
-    # the largest remainders take what rounding left over (or the largest sources give it back)
     rest = _BLOCK - int(quota.sum())
-    order = np.argsort(quota - exact if rest > 0 else -quota, kind="stable")
-    quota[order[: abs(rest)]] += np.sign(rest)
+    # the largest remainders take what rounding left over
+    quota[np.argsort(quota - exact, kind="stable")[: max(rest, 0)]] += 1
+    # the largest sources give back what the smallest got
+    for _ in range(-rest):
+        quota[quota.argmax()] -= 1
     return quota

@@ -28,15 +28,20 @@ def write_atomic(path: Path, text: str) -> None:
 def mark_complete(folder: Path, checksums: Mapping[str, str]) -> None:
     """Makes a checkpoint count: the marker with its checksums, then the pointer to it."""
     write_atomic(folder / MARKER, json.dumps({"sha256": dict(checksums)}, indent=1))
+    point_to(folder)
+
+
+def point_to(folder: Path) -> None:
+    """Names a checkpoint the latest."""
     write_atomic(folder.parent / "latest", folder.name)
 
 
-def quarantine(folder: Path) -> Path:
-    """Moves a damaged checkpoint out of the way of resuming and keeps it for a look."""
-    target, number = folder.with_name(folder.name + ".damaged"), 1
+def set_aside(folder: Path, why: str) -> Path:
+    """Moves a checkpoint out of the way of resuming and keeps it, as ``step-N.WHY``."""
+    target, number = folder.with_name(f"{folder.name}.{why}"), 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}.damaged{number}")
+        target = folder.with_name(f"{folder.name}.{why}{number}")
     return folder.rename(target)
 
 

@@ -64,6 +64,15 @@ def test_weights_are_kept_in_every_block():
         assert np.bincount(source) / 4096 == pytest.approx([0.7, 0.2, 0.1], abs=1 / 4096)
 
 
+def test_no_source_is_left_out():
+    """However small beside the largest; and no more are taken than each can have a place."""
+    for sizes in ([10**9, 1, 1, 1], [10**9, *[10] * 20], [1] * 4096, [5, 10**7, 5]):
+        quota = SampleOrder(sizes, None, seed=0).quota
+        assert quota.min() == 1 and quota.sum() == 4096
+    with pytest.raises(InputError, match="at most 4,096 sources, got 4,097"):
+        SampleOrder([1] * 4097, None, seed=0)
+
+
 def test_rows_tile_every_shard_and_positions_restart_at_documents(tmp_path):
     shards = TokenShards(write(tmp_path))
     rows = ConcatRows(shards, 8, keep_tail=True)

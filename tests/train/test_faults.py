@@ -97,7 +97,22 @@ def test_truncated_file_and_unreadable_marker_are_damage(copied):
     shard = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-100])
     (run / "checkpoints" / "step-00000003" / "COMPLETE").write_text("{")
+    again = [str(config), "--out", str(run), "--no-export"]
+    ((status, told),) = run_ranks(1, stderr_of, again)
+    assert status == 2 and "is damaged, the newest of step 6; they are set" in told
+    # nothing starts over by itself; told again, it does
     assert sorted(resumed_losses(config, run)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_before_the_newest_step_leaves_the_later_ones(copied, trained):
+    config, run = copied
+    checkpoints = run / "checkpoints"
+    expected = metrics(trained / "run", "loss")
+    found = resumed_losses(config, run, "--checkpoint.resume", "3", "--train.steps", "5")
+    assert found == {step: expected[step] for step in (4, 5)}
+    assert (checkpoints / "step-00000006.left").is_dir()
+    assert store.complete_steps(checkpoints) == [5, 3]
+    assert (checkpoints / "latest").read_text() == "step-00000005"
 
 
 def test_kill_in_the_middle_of_a_save_loses_only_the_steps_since(config_file, tmp_path, trained):
@@ -136,6 +151,43 @@ def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, 
 
     assert run_ranks(2, disk_full_at_step_3) == [0, 0]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("file", ["progress.json", "COMPLETE", "latest"])
+def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_path, file):
+    def disk_full_at_step_6():
+        write = store.write_atomic
+
+        def refuse(path, text):
+            if path.name == file and "step-00000006" in f"{path} {text}":
+                raise OSError(28, "No space left on device")
+            write(path, text)
+
+        store.write_atomic = refuse
+        return main([str(config_file)])
+
+    assert run_ranks(2, disk_full_at_step_6) == [1, 1]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3]
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_full_disk_costs_the_metrics_and_no_more(config_file, tmp_path):
+    def disk_full():
+        class Full(io.StringIO):
+            name = "metrics.jsonl"
+
+            def write(self, text):
+                raise OSError(28, "No space left on device")
+
+        opened = Path.open
+        Path.open = lambda path, *mode, **more: (
+            Full() if path.name == "metrics.jsonl" else opened(path, *mode, **more)
+        )
+        return stderr_of([str(config_file), "--no-export"])
+
+    ((status, _),) = run_ranks(1, disk_full)
+    assert status == 0
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
 def test_evaluation_leaves_no_trace_in_training(config_file, tmp_path, trained):
@@ -327,6 +379,13 @@ def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkey
     assert error.count("\n") == 1
 
 
+def test_what_is_held_out_is_not_trained_on(config_file, packed):
+    """A glob may name both."""
+    data = str(packed / "*.json")
+    ((status, error),) = run_ranks(1, stderr_of, [str(config_file), "--data.train", data])
+    assert status == 2 and "val.json is named by data.train and by data.val" in error
+
+
 def test_damaged_shard_is_told_once_and_ends_every_rank(config_file, packed, tmp_path):
     """Either rank may be the one that checks the damaged file."""
     shutil.copytree(packed, tmp_path / "data")
@@ -383,6 +442,22 @@ def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
         "resumed with train.steps = 7, was 6",
         "rows come in another order now: some are read again, others never",
     ]
+
+
+def test_other_settings_of_the_optimizer_are_applied(copied):
+    config, run = copied
+
+    def groups(*overrides):
+        settings = load_config(config, ["--out", str(run), *overrides])
+        trainer = loop.Trainer(settings, start(settings.parallel, "cpu"))
+        moments = [float(s["exp_avg"].norm()) for s in trainer.optimizers[0].state.values()]
+        found = [(g["weight_decay"], g["betas"]) for g in trainer.optimizers[0].param_groups]
+        trainer.close()
+        return found, any(moments)
+
+    changes = ("--optim.weight-decay", "0.5", "--optim.betas", "0.8", "0.9")
+    ((found, has_moments),) = run_ranks(1, groups, *changes)
+    assert found == [(0.5, (0.8, 0.9)), (0.0, (0.8, 0.9))] and has_moments
 
 
 def test_a_checkpoint_that_tells_no_settings_is_resumed():
