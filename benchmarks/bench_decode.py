@@ -29,17 +29,13 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
     session.fill(context)
     state = model.expected_state(batch, context)
 
-    def call() -> None:
-        for _ in range(steps):
-            session.step()
-
     facts = {
         "state_bytes": state.total,
         "moved_bytes": steps * (model.token_bytes + state.traffic),
         "disagreement": bench.checked[f"{model.name}/{engine}"],
         "graph": engine == "graph",
     }
-    return Target(f"{model.name}/{engine}", model, engine, call, facts)
+    return Target(f"{model.name}/{engine}", model, engine, lambda: session.run(steps), facts)
 
 
 def engines_of(device: torch.device, batch: int, context: int):

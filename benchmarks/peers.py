@@ -103,6 +103,11 @@ class Session(ABC):
         # in float32, as transformers; torch's argmax of bfloat16 is six times as slow on a CPU
         self.token.copy_(self.decode(self.token).float().argmax(-1, keepdim=True))
 
+    def run(self, steps: int) -> None:
+        """Several greedy tokens, one after the other."""
+        for _ in range(steps):
+            self.step()
+
 
 class Model(ABC):
     """One set of weights.
@@ -349,37 +354,42 @@ class EngineSession(HuggingFaceSession):
 
 
 class GraphSession(Session):
-    """A session whose step is recorded once in a CUDA graph and replayed.
+    """A session whose steps are recorded once in a CUDA graph and replayed.
 
     Where a step replaces the cache's tensors, the graph ends by copying the new into the old ones.
     """
 
     def __init__(self, session: HuggingFaceSession):
         self.session, self.token = session, session.token
-        self.graph: torch.cuda.CUDAGraph | None = None
-        # the graph reads them at fixed addresses
+        # by the number of their steps
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        # the graphs read them at fixed addresses
         self.kept: list[torch.Tensor] = []
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        self.graph = None
+        self.graphs.clear()
         return self.session.prefill(ids)
 
     def decode(self, token: torch.Tensor) -> torch.Tensor:
         return self.session.decode(token)
 
     def fill(self, context: int) -> None:
-        self.graph = None
+        self.graphs.clear()
         self.session.fill(context)
 
     def state_bytes(self) -> StateBytes:
         return self.session.state_bytes()
 
     def step(self) -> None:
-        if self.graph is None:
-            self.graph = self._record()
-        self.graph.replay()
+        self.run(1)
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def run(self, steps: int) -> None:
+        """One replay, so that what has to be copied is copied once for all steps."""
+        if steps not in self.graphs:
+            self.graphs[steps] = self._record(steps)
+        self.graphs[steps].replay()
+
+    def _record(self, steps: int) -> torch.cuda.CUDAGraph:
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -388,7 +398,7 @@ class GraphSession(Session):
         torch.cuda.current_stream().wait_stream(stream)
         self.kept = self._replaced()
         with torch.cuda.graph(graph):
-            self.session.step()
+            self.session.run(steps)
             for old, new in zip(self.kept, self._replaced(), strict=True):
                 old.copy_(new)
         return graph
@@ -414,10 +424,9 @@ def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
     plain = model.session(replayed.session.engine, ids.shape[0], ids.shape[1] + 16)
     for session in (plain, replayed):
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
-    for _ in range(4):
-        replayed.step()
-    for _ in range(WARM_UP_STEPS + 4):
-        plain.step()
+    for _ in range(2):
+        replayed.run(2)
+    plain.run(WARM_UP_STEPS + 4)
     if not torch.equal(plain.token, replayed.token):
         raise Unavailable("wrong: a recorded step gives other tokens than the step itself")
 

@@ -149,11 +149,10 @@ class Recorded(peers.GraphSession):
         super().__init__(session)
         self.stale, self.steps = stale, 0
 
-    def step(self):
-        for _ in range(1 if self.steps else peers.WARM_UP_STEPS + 1):
-            self.session.step()
-        self.steps += 1
-        if self.stale and self.steps > 1:
+    def run(self, steps):
+        self.session.run(steps + (0 if self.steps else peers.WARM_UP_STEPS))
+        self.steps += steps
+        if self.stale and self.steps > steps:
             self.session.token.zero_()
 
 
