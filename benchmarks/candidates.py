@@ -27,7 +27,7 @@ from rodimus_kernels._schemas import TRITON_CHUNK
 from rodimus_kernels.ddts import triton_chunk
 from rodimus_kernels.shared_key_attention import triton_attention, triton_rope, triton_step
 
-VALUE_DIM, KEY_DIM, RANK, WIDTH, FFN_WIDTH, VOCABULARY = 4096, 64, 32, 2048, 5632, 126464
+VALUE_DIM, KEY_DIM, RANK, WIDTH, FFN_WIDTH, VOCABULARY = 4096, 64, 32, 2048, 2736, 126464
 HEADS, HEAD_DIM, WINDOW = 16, 128, 2049
 EPS = 1e-5
 
@@ -315,11 +315,11 @@ KERNELS = {
         operator("rms_norm_rows_backward", _stream, _weight, _branch, _stream, _dtype),
     ),
     # channels of a program: a row is few large programs or many small ones
-    "swiglu": Kernel(triton_swiglu, "_CHANNELS", "1024 2048 4096 8192", operator("swiglu", _ffn)),
+    "swiglu": Kernel(triton_swiglu, "_CHANNELS", "512 1024 2048 4096", operator("swiglu", _ffn)),
     "swiglu-backward": Kernel(
         triton_swiglu,
         "_CHANNELS",
-        "1024 2048 4096 8192",
+        "512 1024 2048 4096",
         operator("swiglu_backward", _ffn, lambda case: case.tokens(FFN_WIDTH)),
     ),
     # logits at once, warps
