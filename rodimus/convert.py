@@ -100,6 +100,10 @@ def _attention_from_fla(config: dict[str, Any]) -> dict[str, Any]:
     if "num_heads" not in ska:
         raise ValueError("ska_attn.num_heads must be given for block_type 'rodimus_plus'")
     window = ska.get("window_size", 1024)
+    if window is not None and window < 2:
+        raise ValueError(
+            f"ska_attn.window_size must be None or at least 2 to be converted, got {window}"
+        )
     ratio = config.get("hidden_ratio", 4 / 3)
     if config.get("intermediate_size") is not None:
         if config["intermediate_size"] % 8:
@@ -154,7 +158,8 @@ def config_to_fla(config: dict[str, Any]) -> dict[str, Any]:
             "num_heads": heads,
             "qkv_bias": False,
             "qk_norm": False,
-            "window_size": None if window is None else window // 2 + 1,
+            # 0 and -1 stand for none as well
+            "window_size": window // 2 + 1 if window and window > 0 else None,
             "rope_theta": attn.get("rotary_emb_base", 10000.0),
         }
         fla["hidden_ratio"] = attn.get("ffn_expand_ratio", 4 / 3)

@@ -192,10 +192,9 @@ class Engine:
             _check_at_least_one("max_length", max_length)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
-        embedding = model.get_input_embeddings().weight
-        self.device = embedding.device
+        self._place = dtype, self.device = _place_of(model)
         self.layout = StateLayout.of(
-            model.config, embedding.dtype, max_length=max_length, window_dtype=window_dtype
+            model.config, dtype, max_length=max_length, window_dtype=window_dtype
         )
         self.states = SlotStates(self.layout, slots, self.device)
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
@@ -235,6 +234,7 @@ class Engine:
             request = Request(request)
         if not isinstance(request, Request):
             raise ValueError(f"expected a Request or text, got {type(request).__name__}")
+        self._check_place()
         prompt = self._check_prompt(request.prompt)
         _check_at_least_one("max_new_tokens", request.max_new_tokens)
         total = len(prompt) + request.max_new_tokens
@@ -258,6 +258,14 @@ class Engine:
         if self.tokenizer is not None:
             generation.stream = TextStream(self.tokenizer, request.stop)
         return generation
+
+    def _check_place(self):
+        place, made_for = _place_of(self.model), self._place
+        if place != made_for:
+            raise ValueError(
+                f"the model is {place[0]} on {place[1]} now, and the engine was made for"
+                f" {made_for[0]} on {made_for[1]}: make another Engine"
+            )
 
     def cancel(self, generation: Generation) -> None:
         """End a request now, wherever it is; one that has ended is left as it is."""
@@ -563,6 +571,19 @@ def _check_model(model):
     if getattr(config, "model_type", None) != "rodimus" or not can_generate or not can_generate():
         got = type(model).__name__
         raise ValueError(f"model must be a Rodimus or Rodimus+ language model, got {got}")
+
+
+def _place_of(model):
+    """Dtype and device of a model, which ``model.half()`` or ``model.to()`` change.
+
+    Raises:
+        ValueError: its weights are on several devices, or on none.
+    """
+    weight = model.get_input_embeddings().weight
+    devices = sorted({str(x.device) for x in model.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(f"the weights must be on one device, got {' and '.join(devices)}")
+    return weight.dtype, weight.device
 
 
 def _check_at_least_one(name, value):

@@ -119,7 +119,7 @@ class Call:
                 seed = options["sampling"].seed
                 if seed is not None:
                     # choices of one request differ, and each can be had again
-                    fields = {**vars(options["sampling"]), "seed": (seed + choice) % MAX_SEED}
+                    fields = {**vars(options["sampling"]), "seed": (seed + choice) % (MAX_SEED + 1)}
                     options["sampling"] = SamplingParams(**fields)
                 requests.append(Request(prompt=ids, **options))
         return requests
@@ -199,7 +199,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         top_p=fields.number("top_p", 1.0, 1e-6, 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
-        seed=fields.integer("seed", None, 0, MAX_SEED),
+        seed=_seed(fields),
     )
     return Call(
         is_chat=is_chat,
@@ -267,7 +267,8 @@ def _message(message, name):
         content = ""
     if not isinstance(content, str):
         raise ApiError(400, f"{name}.content must be text, got {_kind(content)}", param=name)
-    return {"role": role, "content": content}
+    # OpenAI's newer name of what chat templates call system
+    return {"role": "system" if role == "developer" else role, "content": content}
 
 
 def _stop(fields, limits):
@@ -282,6 +283,12 @@ def _stop(fields, limits):
         what = f"a string or a list of at most {most}, each of 1 to {length} characters"
         raise fields.wrong("stop", what, fields.get("stop"))
     return tuple(stop)
+
+
+def _seed(fields):
+    """Any 64-bit integer, as OpenAI takes them."""
+    seed = fields.integer("seed", None, -MAX_SEED - 1, MAX_SEED)
+    return None if seed is None else seed % (MAX_SEED + 1)
 
 
 class _Fields:
@@ -400,7 +407,8 @@ class Answer:
 
     def _piece(self, choices):
         kind = "chat.completion.chunk" if self.call.is_chat else "text_completion"
-        return self._envelope(kind, choices)
+        counted = {"usage": None} if self.call.include_usage else {}
+        return self._envelope(kind, choices) | counted
 
     def _envelope(self, kind, choices):
         prefix = "chatcmpl" if self.call.is_chat else "cmpl"

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import torch
@@ -85,6 +85,8 @@ class Service:
         self.limits, self.api_key = limits or Limits(), api_key
         # the engine's thread decodes with its own tokenizer while this one encodes
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(worker.engine.tokenizer)
+        # names tokens in other threads, while that one encodes prompts; and what it named
+        self._namer, self._names = copy.deepcopy(self.tokenizer), {}
         self.metrics = Metrics(worker)
         self.created = int(time.time())
         self._encoding = threading.Lock()
@@ -102,7 +104,8 @@ class Service:
         handlers = {
             ApiError: lambda request, error: _error(error),
             HTTPException: lambda request, error: _error(
-                ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+                ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"),
+                error.headers,
             ),
             # nobody is left to read it
             ClientDisconnect: lambda request, error: Response(status_code=400),
@@ -197,7 +200,8 @@ class Service:
             async for _ in news:
                 pass
         self._finished(exchange.generations)
-        return JSONResponse(answer.whole(exchange.generations))
+        # with the logprobs of thousands of tokens it takes its time
+        return await run_in_threadpool(lambda: JSONResponse(answer.whole(exchange.generations)))
 
     async def _body(self, request):
         media_type = request.headers.get("content-type", "").partition(";")[0]
@@ -248,10 +252,13 @@ class Service:
             raise ApiError(400, message[:300], param="messages") from error
 
     def _token_text(self, token):
-        text = self.tokenizer.decode([token])
-        # part of a character: different parts must not look alike
-        is_text = "\ufffd" not in text
-        return (text if is_text else self.tokenizer.convert_ids_to_tokens(token)), is_text
+        if token not in self._names:
+            text = self._namer.decode([token])
+            # part of a character: different parts must not look alike
+            is_text = "\ufffd" not in text
+            name = text if is_text else self._namer.convert_ids_to_tokens(token)
+            self._names[token] = name, is_text
+        return self._names[token]
 
     async def _pieces(self, exchange, answer, call) -> AsyncIterator[str]:
         """Server-sent events of a streamed answer."""
@@ -377,8 +384,8 @@ def _event(value) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def _error(error: ApiError) -> Response:
-    headers = _HEADERS.get(error.status)
+def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    headers = {**_HEADERS.get(error.status, {}), **(headers or {})}
     # ASCII: a message may quote what no encoding can express
     body = json.dumps(error.body())
     return Response(body, error.status, headers=headers, media_type="application/json")

@@ -1,5 +1,6 @@
 """The engine: ``model.generate`` is the truth of its tokens, and nobody's neighbours matter."""
 
+import copy
 import gc
 
 import numpy as np
@@ -423,6 +424,24 @@ class Broken:
 def test_an_engine_needs_at_least_one_of_each(plus, name, value):
     with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value!r}"):
         Engine(plus, **{name: value})
+
+
+def test_a_model_that_was_moved_needs_another_engine(plus):
+    model = copy.deepcopy(plus)
+    engine = Engine(model)
+    model.bfloat16()
+    with pytest.raises(ValueError, match=r"is torch.bfloat16 on cpu now, .* torch.float32 on cpu"):
+        engine.generate(Request([1, 2], 3))
+    assert Engine(model).generate(Request([1, 2], 3))[0].finish_reason
+
+
+def test_weights_must_be_in_one_place(plus):
+    model = copy.deepcopy(plus)
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match="on one device, got cpu and meta"):
+        Engine(model)
+    with pytest.raises(ValueError, match="on one device, got meta"):
+        Engine(model.to("meta"))
 
 
 def test_an_engine_needs_a_language_model(plus):

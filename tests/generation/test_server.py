@@ -1,5 +1,7 @@
 """The server: the engine's own answers over HTTP, and an error in JSON for every mistake."""
 
+import contextlib
+import http.client
 import json
 import os
 import signal
@@ -88,6 +90,10 @@ class TestCompletions:
         answers = [client.complete(["a", "b"], n=3, seed=1, max_tokens=30)[1] for _ in range(2)]
         texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
         assert texts[0] == texts[1] and len(set(texts[0])) == 6
+        # any integer of 64 bits, modulo 2^63
+        seeds = (2**63 - 1, -(2**63), -1, 0, 5)
+        drawn = [client.complete("a", seed=seed, max_tokens=30) for seed in seeds]
+        assert len({answer["choices"][0]["text"] for status, answer in drawn}) == 3
         assert answers[0]["usage"]["prompt_tokens"] == 2
 
     def test_stop_strings_end_the_text(self, client, direct):
@@ -126,6 +132,7 @@ class TestCompletions:
             assert "".join(choice["text"] for choice in own) == direct(prompt, 40).text
             assert [choice["finish_reason"] for choice in own][-1] == "length"
         assert last["choices"] == [] and last["usage"]["completion_tokens"] == 80
+        assert all(piece["usage"] is None for piece in pieces)
         assert len({event["id"] for event in events}) == 1
 
 
@@ -143,6 +150,17 @@ class TestChat:
         assert status == 200
         expected = direct("<user>Hi<assistant>", 20).text
         assert answer["choices"][0]["message"]["content"] == expected
+
+    @pytest.mark.parametrize("role", ["system", "developer"])
+    def test_a_developer_is_the_system(self, client, direct, role):
+        messages = [{"role": role, "content": "Be"}, {"role": "user", "content": "Hi"}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 20}
+        status, answer = client.post("/v1/chat/completions", body)
+        assert status == 200
+        assert (
+            answer["choices"][0]["message"]["content"]
+            == direct("<system>Be<user>Hi<assistant>", 20).text
+        )
 
     def test_a_stream_opens_with_the_role(self, client, direct):
         body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 30, "temperature": 0}
@@ -285,6 +303,9 @@ class TestMistakes:
         self.refused(*client.complete("x", model=["gpt"]), 404)
         self.refused(*client.get("/v1/nothing"), 404)
         self.refused(*client.get("/v1/completions"), 405)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", client.port)) as connection:
+            connection.request("GET", "/v1/completions")
+            assert connection.getresponse().headers["Allow"] == "POST"
         form = {"Content-Type": "application/x-www-form-urlencoded"}
         self.refused(*client.post("/v1/completions", {"prompt": "x"}, **form), 415)
 

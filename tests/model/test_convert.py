@@ -127,8 +127,13 @@ def test_window_counts_visible_keys_in_fla():
     assert convert.config_from_fla(FLA_CONFIG)["attn_cfg"]["window_size"] == 16
     config, _ = golden("rodimus_plus")
     assert convert.config_to_fla(config)["ska_attn"]["window_size"] == 9
-    config["attn_cfg"]["window_size"] = None
-    assert convert.config_to_fla(config)["ska_attn"]["window_size"] is None
+    for none in (None, 0, -1):
+        config["attn_cfg"]["window_size"] = none
+        assert convert.config_to_fla(config)["ska_attn"]["window_size"] is None
+    # 1 of theirs would be 0 of ours, which is no window
+    one = FLA_CONFIG | {"ska_attn": FLA_CONFIG["ska_attn"] | {"window_size": 1}}
+    with pytest.raises(ValueError, match="window_size must be None or at least 2 .* got 1"):
+        convert.config_from_fla(one)
 
 
 @pytest.mark.parametrize("case", CASES)
