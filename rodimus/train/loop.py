@@ -190,10 +190,11 @@ class Trainer:
                 terminate, save_now = self.asked(signals)
                 save |= save_now
             if due or save or terminate:
-                self.watchdog.beat(f"saving step {step}")
                 self.progress.guard = self.guard.state()
                 wait = terminate or step == steps
-                if not self.checkpoints.save(self.progress, wait=wait):
+                with self.watchdog.paused(f"saving step {step}"):
+                    written = self.checkpoints.save(self.progress, wait=wait)
+                if not written:
                     self.log.say(f"the checkpoint of step {step}, the last, could not be written")
                     return NOT_SAVED
             if terminate:
@@ -233,10 +234,11 @@ class Trainer:
     def roll_back(self) -> bool:
         """Returns to the last checkpoint, to go on with the data after the spike; whether there is
         one."""
-        self.checkpoints.wait()
         bad_in_a_row = self.guard.seen.bad_in_a_row
         next_sample = self.progress.next_sample
-        restored = self.checkpoints.restore_newest()
+        with self.watchdog.paused("rolling back"):
+            self.checkpoints.wait()
+            restored = self.checkpoints.restore_newest()
         if restored is None:
             logger.warning("no checkpoint to roll back to: the update is skipped instead")
             return False

@@ -6,11 +6,14 @@ it waits. Here the ranks compare how many beats they have made, and the one behi
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -42,6 +45,17 @@ class Watchdog:
     def beat(self, where: str) -> None:
         """Says that this rank moves, and what it is about to do; cheap enough for any loop."""
         self._count, self._where, self._since = self._count + 1, where, time.monotonic()
+
+    @contextmanager
+    def paused(self, where: str) -> Iterator[None]:
+        """Lets this rank stand still for as long as a save or a restore inside takes: that depends
+        on the disk. A rank that does not come to it is still found by its own beats."""
+        self.beat(where)
+        self._since = math.inf
+        try:
+            yield
+        finally:
+            self.beat(f"after {where}")
 
     def close(self) -> None:
         """Stops watching."""

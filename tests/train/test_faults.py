@@ -285,6 +285,30 @@ def test_rank_that_hangs_is_reported_by_name(config_file, tmp_path, capfd):
     assert any("at: loading data of step 3" in line for line in reports), reports
 
 
+def test_a_slow_disk_is_no_hang(config_file, tmp_path):
+    """Saving and rolling back may take longer than the watchdog waits."""
+
+    def slow(name):
+        method = getattr(Checkpointer, name)
+
+        def slowly(self, *args):
+            time.sleep(1.5)
+            return method(self, *args)
+
+        setattr(Checkpointer, name, slowly)
+
+    def saves_and_rolls_back():
+        slow("_finish")
+        slow("_load")
+        options = ("--parallel.timeout-s", "1", "--train.micro-batch", "1")
+        return spike_in_step(5, str(config_file), *options)
+
+    assert run_ranks(2, saves_and_rolls_back) == [0, 0]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, rows) if "bad" in row]
+    assert steps == [1, 2, 3, 4, 5, 4, 5, 6]
+
+
 def nan_in_steps(bad, config):
     """A run in which the gradients of the last rank are NaN in some steps."""
     forward, step = RodimusForCausalLM.forward, loop.Trainer.step
