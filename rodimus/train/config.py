@@ -233,7 +233,7 @@ class GuardSection:
     """What happens when loss or gradient goes wrong."""
 
     max_bad_steps: int = 3
-    """Consecutive bad steps that end the run."""
+    """Consecutive bad steps, or rollbacks to one checkpoint, that end the run."""
     spike_sigma: float = 8.0
     """A loss this many deviations above its running mean is a spike; 0 switches it off."""
     on_spike: str = "skip"

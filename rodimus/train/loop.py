@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ class Trainer:
             if self.existing is not None:
                 self.existing.give_to(self.model)
         self.guard = guard.Guard(config.guard, self.progress.guard)
+        self.returns: Counter[int] = Counter()
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         peak = peak_flops(ranks.device)
         self.meter = Meter(config.steps, ranks.world_size, useful, spent, peak)
@@ -233,7 +235,12 @@ class Trainer:
 
     def roll_back(self) -> bool:
         """Returns to the last checkpoint, to go on with the data after the spike; whether there is
-        one."""
+        one.
+
+        Raises:
+            RunStopped: it is the ``guard.max_bad_steps``-th return to that checkpoint: other data
+                do not help.
+        """
         bad_in_a_row = self.guard.seen.bad_in_a_row
         next_sample = self.progress.next_sample
         with self.watchdog.paused("rolling back"):
@@ -242,6 +249,12 @@ class Trainer:
         if restored is None:
             logger.warning("no checkpoint to roll back to: the update is skipped instead")
             return False
+        self.returns[restored.step] += 1
+        if self.returns[restored.step] >= self.config.guard.max_bad_steps:
+            raise guard.RunStopped(
+                f"stopped: {self.returns[restored.step]} spikes after the checkpoint of step"
+                f" {restored.step}, each on other data"
+            )
         self.progress = restored
         self.progress.next_sample = next_sample
         self.guard = guard.Guard(self.config.guard, restored.guard)

@@ -340,8 +340,8 @@ def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):
     assert sorted(metrics(tmp_path / "run", "bad")) == [1, 2, 3]
 
 
-def spike_in_step(step, *arguments):
-    """Train with a loss of 50 more in one step, to be rolled back."""
+def spike_in_step(step, *arguments, every=1000):
+    """Train with a loss of 50 more in one step, and every so many after it, to be rolled back."""
     guard._WARMUP = 2
     forward, seen = RodimusForCausalLM.forward, []
 
@@ -349,7 +349,7 @@ def spike_in_step(step, *arguments):
         out = forward(self, *args, **kwargs)
         seen.append(1)
         # two micro-steps a step
-        if len(seen) == 2 * step:
+        if len(seen) >= 2 * step and (len(seen) - 2 * step) % (2 * every) == 0:
             out.cross_entropy = out.cross_entropy + 50
         return out
 
@@ -367,6 +367,18 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     bad = [(r["step"], r["bad"]) for r in map(json.loads, rows) if "bad" in r]
     assert bad == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (4, 0), (5, 0), (6, 0)]
+
+
+def test_rolling_back_to_one_checkpoint_ends(config_file, tmp_path):
+    """With a good step before every spike, so that none follows another."""
+
+    def spikes_without_end():
+        return spike_in_step(5, str(config_file), every=2)
+
+    assert run_ranks(1, spikes_without_end) == [1]
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    bad = [(r["step"], r["bad"]) for r in map(json.loads, rows) if "bad" in r]
+    assert bad[3:] == 3 * [(4, 0), (5, 1)]
 
 
 def test_spike_without_a_checkpoint_skips_the_update_and_nothing_else(config_file, tmp_path):
