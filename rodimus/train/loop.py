@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
@@ -95,6 +96,7 @@ class Trainer:
         with torch.device("meta"):
             model = model_class(model_config)(model_config)
         self.n_parameters = model.num_parameters()
+        self.has_dropout = any(v for k, v in model_config.to_dict().items() if "dropout" in k)
         useful = train_flops(model, model_config, config.data.seq_len).total
         spent = hardware_flops(
             model, model_config, config.data.seq_len, recompute=config.train.ac == "full"
@@ -131,6 +133,8 @@ class Trainer:
         waited = time.perf_counter() - began
         lr = config.optim.lr * lr_scale(progress.step, config.steps, config.schedule)
         set_lr(self.optimizers, lr)
+        if self.has_dropout:
+            seed_dropout(config.train.seed, progress.step, self.ranks.rank)
 
         self.watchdog.beat(f"computing step {progress.step + 1}")
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
@@ -285,6 +289,13 @@ class Trainer:
         self.batches.close()
         self.checkpoints.wait()
         self.log.close()
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Seeds torch for one step of one rank, so that masks differ between both and a resumed run
+    draws those of the undisturbed one."""
+    (word,) = np.random.SeedSequence((seed, step, rank)).generate_state(1)
+    torch.manual_seed(int(word))
 
 
 def make_folder(path: Path) -> None:

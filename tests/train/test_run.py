@@ -1,5 +1,6 @@
 """Whole runs on one and two ranks: the same numbers, resumed exactly, exported faithfully."""
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,9 @@ from transformers import AutoModelForCausalLM
 from rodimus import cli
 from rodimus.loading import load_model
 from rodimus.run_folder import complete_steps
-from tests.train.ranks import metrics, train
+from rodimus.train import parallel
+from rodimus.train.__main__ import main
+from tests.train.ranks import metrics, run_ranks, train
 
 
 def figures(run):
@@ -74,6 +77,31 @@ def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
     shutil.rmtree(run / "checkpoints")
     assert "has no complete checkpoint yet" in command("export", run, tmp_path / "none")[1]
     assert not (tmp_path / "none").exists()
+
+
+def test_masks_of_dropout_are_the_same_when_resumed_and_differ_by_rank(config_file, tmp_path):
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"dropout": 0.2}))
+
+    def drawn(*arguments):
+        draws, reduce_sum = [], parallel.reduce_sum
+
+        def draw(values):
+            # once the batch is there and before the model runs
+            draws.append(torch.rand(1, generator=torch.default_generator.clone_state()).item())
+            return reduce_sum(values)
+
+        parallel.reduce_sum = draw
+        assert main([str(config_file), "--no-export", *arguments]) == 0
+        return draws[0]
+
+    first = run_ranks(2, drawn)
+    assert len({*first, *run_ranks(2, drawn, "--train.seed", "1", "--out", f"{tmp_path}/s")}) == 4
+    whole = figures(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    resumed = run_ranks(2, drawn, "--checkpoint.resume", "3")
+    assert len({*first, *resumed}) == 4
+    assert figures(tmp_path / "run") == {step: whole[step] for step in (4, 5, 6)}
 
 
 def test_ranks_agree_and_a_resumed_run_equals_the_undisturbed_one(config_file, tmp_path):
