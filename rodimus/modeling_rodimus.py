@@ -960,11 +960,14 @@ def _are_products(x, *layers):
     return same_dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-class RodimusOutLinear(nn.Linear):
+def _out_linear(inputs: int, outputs: int) -> nn.Linear:
     """A projection back to the stream: initialised smaller the more branches add to it.
 
-    A class of its own because transformers initialises modules that own parameters, not those that
-    only contain them."""
+    No class of its own: quantisers replace ``nn.Linear`` alone. transformers initialises modules
+    that own parameters, so the layer says itself what it is."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    layer.ends_branch = True
+    return layer
 
 
 class RodimusInnerMixer(nn.Module):
@@ -1108,7 +1111,7 @@ class RodimusMixer(nn.Module):
         self.fc = nn.Linear(config.d_model, 2 * config.d_inner, bias=False)
         self.inner_mixer = RodimusInnerMixer(config, layer_idx)
         self.act_norm = RodimusGatedRMSNorm(config.d_inner, config.norm_epsilon)
-        self.out_proj = RodimusOutLinear(config.d_inner, config.d_model, bias=False)
+        self.out_proj = _out_linear(config.d_inner, config.d_model)
 
     def forward(self, hidden_states, layout, past_key_values=None):
         x, gate = _project_to_halves(hidden_states, self.fc)
@@ -1156,7 +1159,7 @@ class RodimusAttention(nn.Module):
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_value_heads * self.head_dim, bias=False)
-        self.out_proj = RodimusOutLinear(width, width, bias=False)
+        self.out_proj = _out_linear(width, width)
 
     def forward(self, hidden_states, rotary, layout, past_key_values=None, **kwargs):
         batch, length, _ = hidden_states.shape
@@ -1218,7 +1221,7 @@ class RodimusMLP(nn.Module):
         super().__init__()
         self.dropout, self.activation_dropout = config.dropout, config.activation_dropout
         self.fc = nn.Linear(config.d_model, 2 * config.intermediate_size, bias=False)
-        self.out_proj = RodimusOutLinear(config.intermediate_size, config.d_model, bias=False)
+        self.out_proj = _out_linear(config.intermediate_size, config.d_model)
 
     def forward(self, hidden_states):
         y = F.dropout(swiglu(self.fc(hidden_states)), self.activation_dropout, self.training)
@@ -1322,7 +1325,7 @@ def _add_then_norm(norm, stream, branch):
 
 
 # What a block is made of; other classes may compute anything.
-_KINDS = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusOutLinear, RodimusGateLinear}
+_KINDS = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusGateLinear}
 _KINDS |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
 _KINDS |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock, nn.ModuleList}
 
@@ -1381,7 +1384,7 @@ class RodimusPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, RodimusInnerMixer):
             self._init_inner_mixer(module)
-        elif isinstance(module, RodimusOutLinear) and self.config.rescale_prenorm_residual:
+        elif getattr(module, "ends_branch", False) and self.config.rescale_prenorm_residual:
             branches = 3 if self.config.block_type == "rodimus_plus" else 1
             std = self.config.initializer_range / math.sqrt(branches * self.config.n_layer)
             init.normal_(module.weight, std=std)

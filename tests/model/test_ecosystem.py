@@ -155,6 +155,16 @@ def test_no_claim_of_continuous_batching(model):
     assert not hasattr(model, "init_continuous_batching")
 
 
+def test_linear_layers_are_of_a_class_that_quantisers_replace(model):
+    """Some look for ``nn.Linear`` itself."""
+    others = {
+        name.rsplit(".", 1)[-1]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear
+    }
+    assert others == {"mem_gate_proj"}
+
+
 def by_torch(model):
     quantization = pytest.importorskip("torch.ao.quantization")
     return quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
