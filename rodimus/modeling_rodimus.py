@@ -412,16 +412,6 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
     def get_max_length(self) -> int:
         return self.window if self.is_sliding else -1
 
-    def offload(self):
-        LinearAttentionLayer.offload(self)
-        if self.ring is not None:
-            self.ring = self.ring.to("cpu", non_blocking=True)
-
-    def prefetch(self):
-        LinearAttentionLayer.prefetch(self)
-        if self.ring is not None:
-            self.ring = self.ring.to(self.device, non_blocking=True)
-
     def reset(self) -> None:
         LinearAttentionLayer.reset(self)
         self.forget_record()
@@ -536,6 +526,15 @@ class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFul
     """Cache of a Rodimus+ block without a window: the state, and all keys and values."""
 
     can_step = False
+
+    # The state stays: it does not grow, and the mixer reads it before the attention waits for what
+    # is brought back.
+
+    def offload(self):
+        DynamicLayer.offload(self)
+
+    def prefetch(self):
+        DynamicLayer.prefetch(self)
 
     def crop_keys(self, removed):
         DynamicLayer.crop(self, -removed)

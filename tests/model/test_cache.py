@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import LinearAttentionAndSlidingWindowAttentionLayer
+from transformers.cache_utils import (
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from rodimus import modeling_rodimus
-from rodimus.modeling_rodimus import RodimusSlidingLayer
+from rodimus.modeling_rodimus import RodimusFullLayer, RodimusSlidingLayer
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import relative_error
 from tests.model.helpers import cache_bytes, enliven, model_of, random_ids
@@ -379,6 +382,15 @@ def test_generate_on_a_left_padded_batch(model, kind, measure):
         assert torch.equal(tokens[row : row + 1], expected_tokens)
         error = relative_error(logits[row : row + 1], expected)
         measure(TABLE, "generate, left-padded batch", kind, error, BOUND)
+
+
+def test_a_state_is_never_offloaded(monkeypatch):
+    """The mixer reads it before the attention, which waits for what is brought back."""
+    layer = RodimusFullLayer()
+    layer.update(torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 4))
+    for name in ("offload", "prefetch"):
+        monkeypatch.setattr(LinearAttentionLayer, name, None)
+        getattr(layer, name)()
 
 
 @pytest.mark.parametrize("name", ["offloaded", "offloaded_static"])
