@@ -503,7 +503,7 @@ class Engine:
 
     def _accept(self, generations, tokens, logits, chosen) -> list[int]:
         """Give each generation its token; end those that it ends, and say which rows they are."""
-        self._report_logprobs(generations, logits, chosen)
+        self._report_logprobs(generations, tokens, logits, chosen)
         self._news += generations
         ended = []
         for row, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
@@ -522,7 +522,7 @@ class Engine:
         self.stats.generated_tokens += len(tokens) - tokens.count(-1)
         return ended
 
-    def _report_logprobs(self, generations, logits, chosen):
+    def _report_logprobs(self, generations, tokens, logits, chosen):
         asked = [i for i, g in enumerate(generations) if g.request.logprobs is not None]
         if not asked:
             return
@@ -531,9 +531,8 @@ class Engine:
         found = token_logprobs(logits[rows], chosen[rows].clamp_min(0), most)
         for i, own, values, ids in zip(asked, *(x.tolist() for x in found), strict=True):
             top = tuple(zip(ids, values, strict=True))[: generations[i].request.logprobs]
-            token = int(chosen[i])
-            if token >= 0:
-                generations[i].logprobs.append(TokenLogprobs(token, own, top))
+            if tokens[i] >= 0:
+                generations[i].logprobs.append(TokenLogprobs(tokens[i], own, top))
 
     def _fail(self, generation, error):
         generation.error = error

@@ -9,6 +9,7 @@ size and order of arrival change nothing.
 import secrets
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,18 +118,11 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
-    """Scores below each row's k-th largest become -inf; k = 0 or above V keeps all."""
-    size = scores.shape[-1]
-    ranks = [size if k == 0 else min(k, size) for k in top_k]
-    limited = [rank for rank in ranks if rank < size]
-    if not limited:
-        return scores
-    largest = scores.topk(max(limited)).values
-    last = torch.tensor([min(rank, max(limited)) - 1 for rank in ranks], device=scores.device)
-    threshold = largest.gather(-1, last[:, None])
-    unlimited = torch.tensor([rank == size for rank in ranks], device=scores.device)
-    threshold = threshold.masked_fill(unlimited[:, None], float("-inf"))
+def keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
+    """Scores below each row's k-th largest become -inf, 1 <= k <= ``most``; k = 0 keeps all."""
+    largest = scores.topk(most).values
+    threshold = largest.gather(-1, top_k.clamp_min(1)[:, None] - 1)
+    threshold = threshold.masked_fill(top_k[:, None] == 0, float("-inf"))
     return scores.masked_fill(scores < threshold, float("-inf"))
 
 
@@ -189,6 +183,56 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Te
 # ----------------------------------------------------------------------------------------------
 
 
+class _Filters:
+    """What rows asked for, on the device: made when rows change, so that a token copies nothing.
+
+    Args:
+        params: One for each row that draws.
+        vocab_size: V.
+    """
+
+    def __init__(self, params: list[SamplingParams], vocab_size: int, device: torch.device):
+        self._params, self._device = params, device
+        # a tiny one cannot overflow, since the largest is subtracted; 0 / 0 must not come up
+        self._temperature = torch.tensor([max(p.temperature, 1e-30) for p in params], device=device)
+        ranks = [p.top_k if p.top_k < vocab_size else 0 for p in params]
+        self._most, self._ranks = max(ranks), torch.tensor(ranks, device=device)
+        self._masses = [
+            (keep, *self._used(name, neutral))
+            for name, neutral, keep in (("top_p", 1.0, keep_top_p), ("min_p", 0.0, keep_min_p))
+            if any(getattr(p, name) != neutral for p in params)
+        ]
+
+    def _used(self, name, neutral):
+        """Rows in which a parameter is used, None for all of them, and its values there."""
+        chosen = [getattr(p, name) for p in self._params]
+        rows = [i for i, value in enumerate(chosen) if value != neutral]
+        used = [chosen[i] for i in rows]
+        used = torch.tensor(used, dtype=torch.float64, device=self._device)
+        every = len(rows) == len(chosen)
+        return None if every else torch.tensor(rows, device=self._device), used
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores ``[B, V]`` over the temperature, -inf for tokens that are not to be drawn."""
+        scores = (scores - scores.amax(-1, keepdim=True)) / self._temperature[:, None]
+        if self._most:
+            scores = keep_top_k(scores, self._ranks, self._most)
+        for keep, rows, used in self._masses:
+            if rows is None:
+                scores = keep(scores, used)
+            else:
+                scores = scores.index_copy(0, rows, keep(scores[rows], used))
+        return scores
+
+
+class _Plan(NamedTuple):
+    """How tokens of some rows are chosen; None for what none of them does."""
+
+    penalty: Tensor | None
+    drawing: Tensor | None
+    filters: _Filters | None
+
+
 class Sampler:
     """Chooses one token for every row; rows have their own parameters, seed and history.
 
@@ -199,8 +243,8 @@ class Sampler:
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu"):
         self.vocab_size, self.device = vocab_size, torch.device(device)
         self.params: list[SamplingParams] = [SamplingParams()] * rows
-        # looked at for every token of every row
-        self.draws, self.penalises = [False] * rows, [False] * rows
+        # by first row and number of rows
+        self._plans: dict[tuple[int, int], _Plan] = {}
         self.seeds = torch.zeros(rows, dtype=torch.long, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
@@ -208,10 +252,10 @@ class Sampler:
     def place(self, row: int, params: SamplingParams, prompt: Tensor) -> None:
         """Give a row to a new sequence; ``prompt`` int64 ``[T]`` counts as seen."""
         self.params[row] = params
-        self.draws[row], self.penalises[row] = not params.is_greedy, params.repetition_penalty != 1
+        self._plans.clear()
         self.seeds[row] = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         self.drawn[row] = 0
-        if self.penalises[row]:
+        if params.repetition_penalty != 1:
             if self.seen is None:
                 shape = (len(self.params), self.vocab_size)
                 self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
@@ -220,10 +264,10 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of one row go on in another."""
-        lists, tensors = (self.params, self.draws, self.penalises), (self.seeds, self.drawn)
-        for rows in (*lists, *tensors, self.seen):
+        for rows in (self.params, self.seeds, self.drawn, self.seen):
             if rows is not None:
                 rows[target] = rows[source]
+        self._plans.clear()
 
     def __call__(self, logits: Tensor, first_row: int = 0) -> Tensor:
         """Choose a token for each row from ``first_row`` on.
@@ -235,49 +279,32 @@ class Sampler:
             int64 ``[B]``; -1 where a row's logits hold NaN or infinity.
         """
         rows = slice(first_row, first_row + logits.shape[0])
-        scores, penalises = logits.float(), any(self.penalises[rows])
-        if penalises:
-            scores = self._penalised(scores, rows)
+        scores, plan = logits.float(), self.plan(first_row, logits.shape[0])
+        if plan.penalty is not None:
+            # rows without a penalty keep what others left in the table: by 1 nothing changes
+            scores = penalise_repetition(scores, self.seen[rows], plan.penalty)
         peak, tokens = scores.max(-1)
-        drawing = [i for i, draws in enumerate(self.draws[rows]) if draws]
-        if drawing:
-            index = torch.tensor(drawing, device=self.device)
-            at = index + first_row
+        if plan.drawing is not None:
+            at = plan.drawing + first_row
             numbers = uniform(self.seeds[at], self.drawn[at])
-            params = [self.params[first_row + i] for i in drawing]
-            tokens[index] = draw(self.filtered(scores[index], params), numbers)
+            tokens[plan.drawing] = draw(plan.filters(scores[plan.drawing]), numbers)
             self.drawn[at] += 1
-        if penalises:
+        if plan.penalty is not None:
             self.seen[rows].scatter_(1, tokens[:, None], True)
         # what is not finite, taken from itself, is NaN
         return tokens.masked_fill(peak - peak != 0, -1)
 
-    def _penalised(self, scores, rows):
-        penalty = [p.repetition_penalty for p in self.params[rows]]
-        # rows without a penalty keep what others left in the table: dividing by 1 changes nothing
-        penalty = torch.tensor(penalty, dtype=scores.dtype, device=self.device)
-        return penalise_repetition(scores, self.seen[rows], penalty)
-
-    @staticmethod
-    def filtered(scores: Tensor, params: list[SamplingParams]) -> Tensor:
-        """Scores ``[B, V]`` over the temperature, -inf for tokens that are not to be drawn."""
-
-        def values(name, neutral):
-            chosen = [getattr(p, name) for p in params]
-            rows = [i for i, value in enumerate(chosen) if value != neutral]
-            used = [chosen[i] for i in rows]
-            used = torch.tensor(used, dtype=torch.float64, device=scores.device)
-            return torch.tensor(rows, dtype=torch.long, device=scores.device), used
-
-        # after subtracting the largest, a tiny temperature cannot overflow; 0 / 0 must not come up
-        temperature = torch.tensor([max(p.temperature, 1e-30) for p in params])
-        temperature = temperature.to(scores.device)
-        scores = (scores - scores.amax(-1, keepdim=True)) / temperature[:, None]
-        scores = keep_top_k(scores, [p.top_k for p in params])
-        for name, neutral, keep in (("top_p", 1.0, keep_top_p), ("min_p", 0.0, keep_min_p)):
-            rows, used = values(name, neutral)
-            if used.numel() == len(params):
-                scores = keep(scores, used)
-            elif used.numel():
-                scores = scores.index_copy(0, rows, keep(scores[rows], used))
-        return scores
+    def plan(self, first_row: int, count: int) -> _Plan:
+        """How tokens of ``count`` rows are chosen, until a row is placed or moved."""
+        key = first_row, count
+        if key not in self._plans:
+            params = self.params[first_row : first_row + count]
+            penalty = drawing = filters = None
+            if any(p.repetition_penalty != 1 for p in params):
+                penalty = torch.tensor([p.repetition_penalty for p in params], device=self.device)
+            drawn = [i for i, p in enumerate(params) if not p.is_greedy]
+            if drawn:
+                drawing = torch.tensor(drawn, device=self.device)
+                filters = _Filters([params[i] for i in drawn], self.vocab_size, self.device)
+            self._plans[key] = _Plan(penalty, drawing, filters)
+        return self._plans[key]

@@ -19,6 +19,7 @@ from rodimus.generation.sampling import (
     SamplingParams,
     draw,
     keep_top_p,
+    penalise_repetition,
     token_logprobs,
     uniform,
 )
@@ -53,12 +54,33 @@ def test_filters_equal_transformers_for_mixed_rows_in_one_batch():
     sampler = Sampler(len(GRID), VOCAB)
     for row, params in enumerate(GRID):
         sampler.place(row, params, prompts[row])
-    penalised = sampler._penalised(logits, slice(None))
-    actual = sampler.filtered(penalised, sampler.params).softmax(-1)
+    plan = sampler.plan(0, len(GRID))
+    assert plan.drawing.tolist() == list(range(len(GRID)))
+    actual = plan.filters(penalise_repetition(logits, sampler.seen, plan.penalty)).softmax(-1)
     for row, params in enumerate(GRID):
         expected = processors(params)(prompts[row : row + 1], logits[row : row + 1]).softmax(-1)
         assert torch.equal(actual[row] > 0, expected[0] > 0), params
         torch.testing.assert_close(actual[row], expected[0], rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_are_copied_to_the_device_once(monkeypatch):
+    """Not for every token: there a copy waits. Rows that change are noticed."""
+    sampler, logits = Sampler(3, VOCAB), torch.randn(3, VOCAB)
+    mixed = [
+        SamplingParams(temperature=1, top_k=5, min_p=0.1, seed=1),
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_p=0.8, repetition_penalty=1.2, seed=2),
+    ]
+    for row, params in enumerate(mixed):
+        sampler.place(row, params, torch.tensor([1, 2]))
+    sampler(logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", None)
+        sampler(logits)
+    sampler.move(2, 0)
+    assert sampler.plan(0, 2).drawing.tolist() == [0] and sampler.plan(0, 2).penalty is not None
+    sampler.place(0, SamplingParams(), torch.tensor([1]))
+    assert sampler.plan(0, 2) == (None, None, None)
 
 
 def test_a_nucleus_wider_than_the_head_is_found_by_sorting():
