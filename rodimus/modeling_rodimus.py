@@ -139,7 +139,7 @@ class _RecurrentCacheLayer:
     tokens and those tokens' keys, values and decays; ``crop`` runs the recurrence over the ones
     that stay. Rollback is exact and costs no memory when nobody records."""
 
-    # More than a draft ever proposes; a longer prompt is recorded only in its last tokens.
+    # More than a draft ever proposes; of a longer prompt the last tokens alone are recorded.
     max_rollback = 128
 
     recorded = checkpoint = ring = window = None
@@ -167,6 +167,13 @@ class _RecurrentCacheLayer:
 
     def as_ring(self):
         return None
+
+    def update_conv_state(self, conv_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        seen, new = super().update_conv_state(conv_states, *args, **kwargs), conv_states.shape[-1]
+        kept, most = self.conv_states[0], self.max_rollback + self.conv_kernel_size[0]
+        if new > self.max_rollback and kept.shape[-1] > most:
+            self.conv_states[0] = kept[..., -most:].clone()
+        return seen
 
     def record(self, state, k, v, log_decay):
         """Remember tokens that start from ``state``; they follow those already recorded."""
@@ -465,9 +472,10 @@ class RodimusSlidingLayer(
             self.cumulative_length += key_states.shape[-2]
             newest = slice(-self.sliding_window + 1, None)
             self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
+        most = self.sliding_window - 1 + (self.max_rollback if self.record_past else 0)
         # a token alone leaves one row behind, which the next one frees
-        if key_states.shape[-2] > 1 and self._keys.shape[-2] < seen[0].shape[-2]:
-            self.keys, self.values = self._keys.clone(), self._values.clone()
+        if key_states.shape[-2] > 1 and max(x.shape[-2] for x in (seen[0], self._keys)) > most:
+            self.keys, self.values = (x[:, :, -most:].clone() for x in (self._keys, self._values))
         return seen
 
     def step_position(self):
@@ -1091,7 +1099,8 @@ class RodimusInnerMixer(nn.Module):
             o, state = ddts(*head, initial_state=state, output_final_state=True)
             outputs.append(o)
             layer.forget_record()
-        q, k, v, log_decay = (x[:, split:] for x in (q, k, v, log_decay))
+            # what is kept must be no view of a long prompt
+            q, k, v, log_decay = (x[:, split:].clone() for x in (q, k, v, log_decay))
         if state is None:
             dtype = torch.promote_types(v.dtype, torch.float32)
             state = v.new_zeros(v.shape[0], 1, k.shape[-1], v.shape[-1], dtype=dtype)

@@ -195,6 +195,23 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
 # ------------------------------------------------------------------------------------- static cache
 
 
+@pytest.mark.parametrize("read", [[], [5], [3, 200]], ids=str)
+def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
+    """Speculative decoding after a prompt of any length needs its last tokens alone."""
+    held, later = [], random_ids(1, 6, seed=9)
+    for length in (300, 900):
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        ids = random_ids(1, sum(read) + length)
+        for piece in ids.split([*read, length], dim=1):
+            prefill(model, piece, cache)
+        held.append(cache_bytes(cache))
+        cache.crop(-5)
+        expected = full(model, torch.cat((ids[:, :-5], later), 1))[:, -6:]
+        assert relative_error(in_pieces(model, later, [6], cache=cache), expected) < BOUND
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize(
     "sizes", [[1] * 40, [30] + [1] * 10, [7] + [1] * 33, [5, 20, 1, 1, 13]], ids=str
 )
