@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rodimus.loading import read_config
-from rodimus.train.flops import PEAK_FLOPS
+from rodimus.train.flops import DEVICES
 from rodimus.train.load import load_config
 from rodimus.train.plan import Plan, context_bytes, make_plan
 
@@ -19,10 +19,11 @@ RUNS = ("rodimus_plus_1b6", "rodimus_1b4", "rodimus_plus_4b")
 GPUS = (8, 64, 256)
 PER_NODE = 8
 MFU = 0.5
+TFLOPS = DEVICES["H100"].flops / 1e12
 HEAD = f"""# Scaling on paper
 
 Written by `python scripts/scaling.py` from `rodimus plan`; **nothing here was measured**. Assumed:
-H100 at {MFU:.0%} MFU of {PEAK_FLOPS["H100"] / 1e12:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs
+H100 at {MFU:.0%} MFU of {TFLOPS:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs
 per node, one replica per node (HSDP). With a fixed global batch, more GPUs mean fewer rows on each,
 hence less activation memory, which is an estimate from what backward needs with fused kernels.
 Settings are the files of the same names in `configs/train`.
@@ -69,8 +70,8 @@ def context_table(name: str) -> str:
     return CONTEXT.format(name=name, blocks=shapes.n_layer) + lines
 
 
-def main() -> None:
-    """Writes the page."""
+def page() -> str:
+    """The page."""
     text = HEAD
     for name in RUNS:
         plans = []
@@ -82,16 +83,15 @@ def main() -> None:
             changes = ["--train.micro-batch", str(rows)]
             changes += ["--parallel.replicate", str(gpus // PER_NODE)]
             config = load_config(path, changes)
-            plans.append(make_plan(config, gpus, mfu=MFU, peak=PEAK_FLOPS["H100"]))
+            plans.append(make_plan(config, gpus, mfu=MFU, gpu="H100"))
         first = plans[0]
         text += (
             f"## {name}\n\n{first.parameters:,} parameters, {first.flops.total / 1e9:.3f} GFLOP "
             f"per token in rows of {config.data.seq_len}, {first.tokens / 1e12:.1f} T tokens.\n\n"
         )
         text += TABLE + "".join(map(row, plans)) + "\n"
-    text += context_table(RUNS[0])
-    (ROOT / "docs" / "scaling.md").write_text(text.rstrip() + "\n")
+    return text + context_table(RUNS[0])
 
 
 if __name__ == "__main__":
-    main()
+    (ROOT / "docs" / "scaling.md").write_text(page())

@@ -14,7 +14,7 @@ import torch
 from ..errors import InputError
 from .config import LogSection
 from .console import Console
-from .flops import PEAK_FLOPS
+from .flops import DEVICES
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), None)
+    return next((gpu.flops for word, gpu in DEVICES.items() if word in name), None)
 
 
 class RunLog:

@@ -7,6 +7,7 @@ The same calls serve one CPU process (a mesh of one), two CPU processes (gloo), 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -189,7 +189,9 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
             # the residual stream between blocks stays in fp32
             cast_forward_inputs=False,
         ),
-        "reshard_after_forward": _reshard(model, config.parallel, ranks),
+        "reshard_after_forward": reshards(
+            config.parallel, model.num_parameters(), _memory(ranks.device)
+        ),
     }
     for module in (*blocks, model):
         fully_shard(module, **options)
@@ -210,14 +212,24 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
     return model.train()
 
 
-def _reshard(model: nn.Module, config: ParallelSection, ranks: Ranks) -> bool:
-    if config.reshard_after_forward != "auto":
-        return config.reshard_after_forward == "true"
-    if ranks.device.type == "cpu":
-        return False
-    # gathered bf16 weights of one replica against a tenth of the device's memory
-    weights = 2 * sum(p.numel() for p in model.parameters())
-    return weights > 0.1 * torch.cuda.get_device_properties(ranks.device).total_memory
+def reshards(config: ParallelSection, parameters: int, memory: float) -> bool:
+    """Whether weights are given back after a block's forward, and gathered again in backward.
+
+    Args:
+        config: ``auto`` gives them back where bf16 weights of one replica are more than a tenth of
+            the device's memory.
+        parameters: Of the whole model.
+        memory: Bytes of one device; infinite on a CPU, where a tenth says nothing.
+    """
+    if config.reshard_after_forward == "auto":
+        return 2 * parameters > 0.1 * memory
+    return config.reshard_after_forward == "true"
+
+
+def _memory(device: torch.device) -> float:
+    if device.type == "cpu":
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:

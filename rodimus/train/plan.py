@@ -20,9 +20,10 @@ from ..loading import model_class
 from ..peers import PEERS
 from .config import TrainConfig
 from .context import check_splits
-from .flops import PEAK_FLOPS, TokenFlops, train_flops
+from .flops import DEVICES, TokenFlops, train_flops
 from .load import load_config
 from .optim import parameter_groups
+from .parallel import reshards
 from .weights import read_model_config
 
 
@@ -92,14 +93,14 @@ def _peer_bytes(config: PreTrainedConfig) -> tuple[float, float, float]:
     return products + 2 * 2 * hidden, rest + 2 * stream + 2 * 2 * d + 2 * 2 * hidden, stream
 
 
-def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Plan:
+def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") -> Plan:
     """Computes the figures of a run.
 
     Args:
         config: The run.
         gpus: Ranks; ``parallel.replicate`` copies of the model share them.
-        mfu: Share of ``peak`` that is reached.
-        peak: FLOP/s of one GPU.
+        mfu: Share of its peak FLOP/s that a GPU reaches.
+        gpu: Kind of GPU, a key of ``flops.DEVICES``.
 
     Raises:
         InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, rows
@@ -117,6 +118,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
         model = model_class(model_config)(model_config)
     n = model.num_parameters()
     shards = gpus // replicas
+    gathers_twice = reshards(config.parallel, n, DEVICES[gpu].memory)
     flops = train_flops(model, model_config, config.data.seq_len)
     return Plan(
         parameters=n,
@@ -124,21 +126,27 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, peak: float) -> Pla
         flops=flops,
         steps=config.steps,
         tokens=config.steps * config.train.global_batch_tokens,
-        memory=_memory(model, model_config, config, n, shards),
-        tokens_per_s=gpus * peak * mfu / flops.total,
-        traffic=_traffic(config, n, shards, replicas) | _pieces_traffic(config, model_config),
+        memory=_memory(model, model_config, config, n, shards, gathers_twice),
+        tokens_per_s=gpus * DEVICES[gpu].flops * mfu / flops.total,
+        traffic=_traffic(n, shards, replicas, gathers_twice)
+        | _pieces_traffic(config, model_config),
     )
 
 
 def _memory(
-    model: PreTrainedModel, shapes: PreTrainedConfig, config: TrainConfig, n: int, shards: int
+    model: PreTrainedModel,
+    shapes: PreTrainedConfig,
+    config: TrainConfig,
+    n: int,
+    shards: int,
+    gathers_twice: bool,
 ) -> dict[str, float]:
     matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
     # AdamW keeps two moments, Muon one
     moments = 2 * n - (matrices if config.optim.name == "muon" else 0)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     root = n - block * len(model.model.layers)
-    gathered = root + 2 * block if config.parallel.reshard_after_forward == "true" else n
+    gathered = root + 2 * block if gathers_twice else n
     tokens = config.train.micro_batch * config.data.seq_len / config.parallel.context_parallel
     return {
         "weights, fp32": 4 * n / shards,
@@ -152,10 +160,10 @@ def _memory(
     }
 
 
-def _traffic(config: TrainConfig, n: int, shards: int, replicas: int) -> dict[str, float]:
+def _traffic(n: int, shards: int, replicas: int, gathers_twice: bool) -> dict[str, float]:
     """Bytes one GPU sends in a micro-step inside its replica, and in a step between replicas."""
     share = (shards - 1) / shards
-    gathers = 2 if config.parallel.reshard_after_forward == "true" else 1
+    gathers = 2 if gathers_twice else 1
     return {
         "inside a replica, per micro-step": (2 * gathers + 4) * n * share,
         "between replicas, per step": 2 * (replicas - 1) / replicas * 4 * n / shards,
@@ -217,12 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
-    parser.add_argument("--gpu", choices=sorted(PEAK_FLOPS), default="H100", help="kind of GPU")
+    parser.add_argument("--gpu", choices=sorted(DEVICES), default="H100", help="kind of GPU")
     parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak assumed")
     options, overrides = parser.parse_known_args(argv)
     try:
         config = load_config(options.config, overrides)
-        plan = make_plan(config, options.gpus, mfu=options.mfu, peak=PEAK_FLOPS[options.gpu])
+        plan = make_plan(config, options.gpus, mfu=options.mfu, gpu=options.gpu)
     except InputError as error:
         print(f"rodimus plan: error: {error}", file=sys.stderr)
         return 2

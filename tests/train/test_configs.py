@@ -38,7 +38,7 @@ def test_run_parses_and_divides(path):
     assert Path(config.model.config).is_file()
     assert config.steps > config.schedule.warmup_steps
     large = config.train.global_batch_tokens > 100_000
-    plan = make_plan(config, 8 if large else 1, mfu=0.5, peak=1e15)
+    plan = make_plan(config, 8 if large else 1, mfu=0.5)
     assert plan.parameters == PARAMETERS[Path(config.model.config).stem]
 
 

@@ -1,20 +1,25 @@
 """`rodimus plan` and `rodimus plot`: figures that can be checked by hand, and readable failures."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from rodimus.errors import InputError
-from rodimus.train import plan, plot
+from rodimus.train import parallel, plan, plot
+from rodimus.train.config import ParallelSection
 from rodimus.train.load import load_config
+from rodimus.train.metrics import peak_flops
 
-TRAIN = Path(__file__).parents[2] / "configs" / "train"
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "configs" / "train"
 
 
-def planned(name, gpus, *overrides, mfu=0.5):
+def planned(name, gpus, *overrides, mfu=0.5, gpu="H100"):
     config = load_config(TRAIN / f"{name}.toml", list(overrides))
-    return plan.make_plan(config, gpus, mfu=mfu, peak=989e12)
+    return plan.make_plan(config, gpus, mfu=mfu, gpu=gpu)
 
 
 def test_plan_of_the_released_plus_model():
@@ -83,6 +88,40 @@ def test_muon_keeps_one_moment_of_the_matrices():
         < planned("rodimus_plus_1b6", 8, "--optim.name", "muon").memory["optimizer"]
         < adamw
     )
+
+
+def test_auto_resharding_is_planned_as_it_is_trained():
+    """4B in bf16 is more than a tenth of an H100, and less of an H200."""
+    setting = "--parallel.reshard-after-forward"
+    for gpu, chosen in (("H100", "true"), ("H200", "false")):
+        auto, other = (planned("rodimus_plus_4b", 8, setting, x, gpu=gpu) for x in ("auto", chosen))
+        assert (auto.memory, auto.traffic) == (other.memory, other.traffic)
+    keeps, gives_back = (
+        planned("rodimus_plus_4b", 8, setting, x).memory["gathered weights, bf16"]
+        for x in ("false", "true")
+    )
+    assert gives_back < keeps / 4
+    assert not parallel.reshards(ParallelSection(), 10**12, parallel._memory(torch.device("cpu")))
+
+
+def test_mfu_counts_with_the_peak_of_that_device(monkeypatch):
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA H200 NVL": 835e12,
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA L40S": None,
+    }
+    for name, peak in peaks.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == peak, name
+
+
+def test_page_is_that_of_the_script():
+    page = runpy.run_path(str(ROOT / "scripts" / "scaling.py"))["page"]()
+    assert (ROOT / "docs" / "scaling.md").read_text() == page
 
 
 def test_plan_command_prints_or_fails_in_one_line(capsys):
