@@ -275,14 +275,14 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuses a checkpoint of another run.
+    """Refuses a checkpoint of another run. A field that only one of them has is of another version
+    of transformers, which adds its own to every configuration.
 
     Raises:
         InputError: names the first value that differs.
     """
-    for key in sorted(saved.keys() | current.keys()):
-        if saved.get(key) != current.get(key):
+    for key in sorted(saved.keys() & current.keys()):
+        if saved[key] != current[key]:
             raise InputError(
-                f"{folder} is of another model: {key} must be {current.get(key)!r}, "
-                f"got {saved.get(key)!r}"
+                f"{folder} is of another model: {key} must be {current[key]!r}, got {saved[key]!r}"
             )

@@ -500,6 +500,23 @@ def test_a_checkpoint_that_tells_no_settings_is_resumed():
     assert changed_settings({}, {"optim.name": "muon", "optim.lr": 1.0}, Path("step")) == []
 
 
+def test_fields_of_another_transformers_do_not_make_another_model(copied):
+    """One that it has more, and one that it has no longer."""
+    config, run = copied
+    folder = run / "checkpoints" / "step-00000006"
+    about = json.loads((folder / "progress.json").read_text())
+    del about["identity"]["chunk_size_feed_forward"]
+    about["identity"]["field_of_old_times"] = True
+    (folder / "progress.json").write_text(json.dumps(about))
+    again = [str(config), "--out", str(run), "--no-export", "--checkpoint.no-verify"]
+    ((status, told),) = run_ranks(1, stderr_of, again)
+    assert status == 0, told
+    about["identity"]["d_model"] = 64
+    (folder / "progress.json").write_text(json.dumps(about))
+    ((status, told),) = run_ranks(1, stderr_of, again)
+    assert status == 2 and "d_model must be 32, got 64" in told
+
+
 def test_a_finished_run_says_that_nothing_is_left(copied):
     config, run = copied
     (out,) = run_ranks(1, stdout_of, [str(config), "--out", str(run), "--no-export"])
