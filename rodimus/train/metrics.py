@@ -43,7 +43,10 @@ class RunLog:
         if not enabled:
             return
         self._console = Console()
-        self._file = (out / "metrics.jsonl").open("a", buffering=1)
+        # without a buffer, which would keep what a full disk refused to be refused again at the end
+        self._file = (out / "metrics.jsonl").open("a+b", buffering=0)
+        self._file.seek(max(0, self._file.tell() - 1))
+        self._is_cut = self._file.read(1) not in (b"", b"\n")
         if config.tensorboard:
             self._trackers.append(_tensorboard(out))
         if config.wandb:
@@ -54,15 +57,17 @@ class RunLog:
         if not self.enabled:
             return
         row = {"step": step, "time": round(time.time(), 3), **values}
+        # a killed run, or a disk that is full, leaves half a line
+        line = b"\n" * self._is_cut + json.dumps(row).encode() + b"\n"
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._is_cut = self._file.write(line) < len(line)
+            for track in self._trackers:
+                track(step, values)
         except OSError as error:
             # a full disk must not end a run that can go on
             if not self._has_failed:
                 logger.error("%s: not written: %s", self._file.name, error)
             self._has_failed = True
-        for track in self._trackers:
-            track(step, values)
 
     def say(self, line: str) -> None:
         """Prints one line."""

@@ -13,8 +13,8 @@ from ..errors import InputError
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
 
-    A run that was killed and resumed has written some steps twice: later values win. A last line
-    that was cut short is left out.
+    A run that was killed and resumed has written some steps twice: later values win. A line that
+    was cut short is left out.
 
     Raises:
         InputError: the run has no records.

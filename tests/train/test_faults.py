@@ -172,22 +172,19 @@ def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_pa
 
 
 def test_a_full_disk_costs_the_metrics_and_no_more(config_file, tmp_path):
-    def disk_full():
-        class Full(io.StringIO):
-            name = "metrics.jsonl"
-
-            def write(self, text):
-                raise OSError(28, "No space left on device")
-
-        opened = Path.open
-        Path.open = lambda path, *mode, **more: (
-            Full() if path.name == "metrics.jsonl" else opened(path, *mode, **more)
-        )
-        return stderr_of([str(config_file), "--no-export"])
-
-    ((status, _),) = run_ranks(1, disk_full)
-    assert status == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    assert train(1, config_file, "--no-export") == [0]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
+
+
+def test_a_record_after_half_a_line_is_kept(copied):
+    config, run = copied
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert train(1, config, "--out", run, "--no-export", "--checkpoint.resume", 3) == [0]
+    assert path.read_bytes().count(b'{"step": 4, ') == 2
+    assert sum(line.startswith('{"step": 4, ') for line in path.read_text().splitlines()) == 2
 
 
 def test_evaluation_leaves_no_trace_in_training(config_file, tmp_path, trained):
