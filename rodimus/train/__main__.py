@@ -67,7 +67,8 @@ def train(path: str, overrides: list[str]) -> int:
             status = 1
         except InputError as error:
             # found by this rank alone; the others end when it does
-            sys.exit(f"rodimus train: error: rank {ranks.rank}: {error}")
+            print(f"rodimus train: error: rank {ranks.rank}: {error}", file=sys.stderr)
+            return 2
         finally:
             trainer.close()
     # the others need not wait for the export

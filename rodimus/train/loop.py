@@ -121,8 +121,9 @@ class Trainer:
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         peak = peak_flops(ranks.device)
         self.meter = Meter(config.steps, ranks.world_size, useful, spent, peak)
-        if ranks.is_main:
-            save_settings(config, model_config, train[0])
+        parallel.together(
+            lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None
+        )
 
     def step(self) -> dict[str, float]:
         """One optimizer step over the global batch; returns its figures."""
@@ -210,8 +211,11 @@ class Trainer:
 
     def asked(self, signals: Signals) -> tuple[bool, bool]:
         """Whether some rank was asked to terminate, and to save; the same answer on every rank."""
-        terminate, save = parallel.reduce_sum([float(signals.terminate), float(signals.save)])
-        signals.save = False
+        asked = signals.save
+        if asked:
+            # before the exchange: what comes during it is for the next one
+            signals.save = False
+        terminate, save = parallel.reduce_sum([float(signals.terminate), float(asked)])
         return terminate > 0, save > 0
 
     def held_out(self, signals: Signals) -> Evaluation | None:
@@ -339,11 +343,17 @@ def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenSha
     """Writes the resolved run, its model and its tokenizer beside the checkpoints.
 
     `rodimus train OUT/config.toml` resumes the run from that copy.
+
+    Raises:
+        InputError: they cannot be written.
     """
     out = Path(config.out)
-    write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
     section = ModelSection("model.json", weights_name(config))
-    write_atomic(out / "config.toml", to_toml(replace(config, model=section)))
     tokenizer = source.path.parent / "tokenizer"
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+    try:
+        write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
+        write_atomic(out / "config.toml", to_toml(replace(config, model=section)))
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write the settings of the run to {out}: {error}") from error

@@ -246,6 +246,17 @@ def test_sigusr1_saves_and_training_goes_on(config_file, tmp_path, trained):
         assert loss[step] == pytest.approx(expected[step], rel=1e-5)
 
 
+def test_sigusr1_during_an_exchange_is_for_the_next(monkeypatch):
+    def exchange(values):
+        signals_of_run.save = True
+        return values
+
+    signals_of_run = signals.Signals()
+    monkeypatch.setattr(loop.parallel, "reduce_sum", exchange)
+    asked = [loop.Trainer.asked(None, signals_of_run) for _ in range(2)]
+    assert asked == [(False, False), (False, True)]
+
+
 def test_sigterm_sent_twice_at_once_saves_all_the_same(config_file, tmp_path):
     """By the scheduler to every process, and by the launcher that passes it on."""
     assert run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file) == [143]
@@ -432,16 +443,28 @@ def test_damaged_shard_is_told_once_and_ends_every_rank(config_file, packed, tmp
         assert told.count("is damaged: sha256 must be") == told.count("\n") == 1
 
 
-def test_bad_data_of_one_rank_names_rank_file_and_offset(config_file, packed, tmp_path):
+def test_bad_data_of_one_rank_names_rank_file_and_offset(
+    config_file, packed, tmp_path, monkeypatch
+):
     """Not verified at the start, so found when it is read."""
     shutil.copytree(packed, tmp_path / "data")
     file = tmp_path / "data" / "train-00000.bin"
     file.write_bytes(b"\xff" * file.stat().st_size)
     options = ["--data.train", str(tmp_path / "data" / "train.json"), "--data.no-verify"]
-    with pytest.raises(AssertionError) as failure:
-        run_ranks(2, main, [str(config_file), *options], timeout=20)
-    message = re.search("SystemExit: (.*)", str(failure.value))[1]
-    assert re.search(r"error: rank [01]: .*train-00000.bin: id 65535 at byte \d+", message)
+    monkeypatch.setenv("RODIMUS_STATUS_FILE", str(tmp_path / "status"))
+    results = run_ranks(2, stderr_of, [str(config_file), *options], timeout=20)
+    for rank, (status, error) in enumerate(results):
+        assert status == 2
+        message = rf"rodimus train: error: rank {rank}: .*train-00000.bin: id 65535 at byte \d+"
+        assert re.match(message, error)
+    assert (tmp_path / "status").read_text() == "2\n"
+
+
+def test_a_run_whose_settings_cannot_be_kept_ends_every_rank(config_file, tmp_path):
+    (tmp_path / "run" / "model.json").mkdir(parents=True)
+    results = run_ranks(2, stderr_of, [str(config_file), "--no-export"], timeout=20)
+    assert [status for status, _ in results] == [2, 2]
+    assert "cannot write the settings of the run to" in results[0][1]
 
 
 def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
