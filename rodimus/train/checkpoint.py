@@ -147,8 +147,11 @@ class Checkpointer:
             except OSError as failure:
                 logger.error("checkpoint %s not written: %s", folder.name, failure)
                 store.remove(folder)
-            else:
+                return
+            try:
                 store.prune(self.root, self.config.keep, self.config.keep_every)
+            except OSError as failure:
+                logger.warning("older checkpoints not deleted: %s", failure)
 
     def _hash_mine(self, folder: Path, about: dict[str, Any]) -> dict[str, str]:
         mine = sorted(folder.glob(f"__{self.rank}_*.distcp"))

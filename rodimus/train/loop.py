@@ -56,16 +56,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
-        require_trackers(config.log)
-        parallel.together(lambda: make_folder(self.out))
         self.accumulation = config.accumulation(ranks.world_size)
-        model_config = read_model_config(config)
-        train = open_sources(config.data.train, weighted=bool(config.data.weights))
-        val = open_sources(config.data.val) if config.data.val else []
-        for source in train + val:
-            source.check_vocabulary(model_config.vocab_size)
-        check_apart(train, val)
-        check_splits(config, model_config)
+        model_config, train, val = parallel.together(lambda: open_inputs(config))
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
         self.existing = None
@@ -293,6 +285,27 @@ class Trainer:
         self.batches.close()
         self.checkpoints.wait()
         self.log.close()
+
+
+def open_inputs(
+    config: TrainConfig,
+) -> tuple[PreTrainedConfig, list[TokenShards], list[TokenShards]]:
+    """The model's configuration, the training data and the held-out data, as this machine has them;
+    creates the folder of the run.
+
+    Raises:
+        InputError: something is missing, or does not fit the rest.
+    """
+    require_trackers(config.log)
+    make_folder(Path(config.out))
+    model = read_model_config(config)
+    train = open_sources(config.data.train, weighted=bool(config.data.weights))
+    val = open_sources(config.data.val) if config.data.val else []
+    for source in train + val:
+        source.check_vocabulary(model.vocab_size)
+    check_apart(train, val)
+    check_splits(config, model)
+    return model, train, val
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from ..errors import InputError
 from .config import ParallelSection, TrainConfig
 from .initialize import initialize, template
 
+T = TypeVar("T")
 # parameters of glibc's mallopt; a block may be at most 32 MiB to stay on the heap
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -147,21 +149,25 @@ def reduce_sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
-def together(work: Callable[[], None]) -> None:
+def together(work: Callable[[], T]) -> T:
     """Runs ``work`` on every rank; where it fails on one, all ranks raise the same error.
+
+    Returns:
+        What ``work`` returned on this rank.
 
     Raises:
         InputError: of the first rank that failed.
     """
-    problem = None
+    result = problem = None
     try:
-        work()
+        result = work()
     except InputError as error:
         problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for found in filter(None, problems):
         raise InputError(found)
+    return result
 
 
 def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Every file in configs/ parses, names a model that builds, and learns where it is small enough."""
 
+import shutil
 import sysconfig
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from rodimus.loading import model_class, read_config
+from rodimus.train.batches import open_sources
 from rodimus.train.load import load_config
 from rodimus.train.pack import pack
 from rodimus.train.plan import make_plan
@@ -40,6 +42,16 @@ def test_run_parses_and_divides(path):
     large = config.train.global_batch_tokens > 100_000
     plan = make_plan(config, 8 if large else 1, mfu=0.5)
     assert plan.parameters == PARAMETERS[Path(config.model.config).stem]
+
+
+def test_the_data_of_the_large_runs_lie_where_pack_puts_them(packed, tmp_path, monkeypatch):
+    for source in ("books", "code"):
+        shutil.copytree(packed, tmp_path / "data" / source)
+    monkeypatch.chdir(tmp_path)
+    data = load_config(ROOT / "train" / "rodimus_plus_130m.toml").data
+    for part, patterns in (("train", data.train), ("val", data.val)):
+        found = [str(source.path) for source in open_sources(patterns)]
+        assert found == [f"data/{source}/{part}.json" for source in ("books", "code")]
 
 
 def test_every_model_file_is_used_and_counted():

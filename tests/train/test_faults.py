@@ -153,6 +153,18 @@ def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, 
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path):
+    def refused():
+        def refuse(folder):
+            raise OSError(30, "Read-only file system")
+
+        store.remove = refuse
+        return main([str(config_file), "--no-export", "--checkpoint.keep", "1"])
+
+    assert run_ranks(2, refused) == [0, 0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
+
+
 @pytest.mark.parametrize("file", ["progress.json", "COMPLETE", "latest"])
 def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_path, file):
     def disk_full_at_step_6():
@@ -421,6 +433,24 @@ def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkey
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_one_rank_alone_cannot_read_ends_every_rank(config_file):
+    """A file that one machine has not."""
+
+    def missing_on_rank_1():
+        read = loop.read_model_config
+
+        def fail(config):
+            if os.environ["RANK"] == "1":
+                raise InputError("no model.json here")
+            return read(config)
+
+        loop.read_model_config = fail
+        return stderr_of([str(config_file), "--no-export"])
+
+    results = run_ranks(2, missing_on_rank_1, timeout=20)
+    assert results == [(2, "rodimus train: error: no model.json here\n"), (2, "")]
 
 
 def test_what_is_held_out_is_not_trained_on(config_file, packed):
