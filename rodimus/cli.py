@@ -5,6 +5,7 @@ Nothing heavy is imported here: each command loads what it needs when it runs.
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +43,8 @@ PASSED_ON = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 2 for bad input (told in one line)."""
+    """Run one command and return its exit code: 0, 2 for bad input (told in one line), or that of a
+    shell for a command that a signal ended: Ctrl-C (130), or a pipe that nobody reads (141)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         for name, (module, _) in PASSED_ON.items():
@@ -56,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # who read the output has gone; what is left in the buffer must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -350,7 +350,8 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         ring."""
         if self.ring is None:
             self._start_ring(torch.cat((k.flatten(2), v.flatten(2)), dim=-1))
-        read = self.read.tokens
+        # blocks may be on several devices; the count is on that of the first
+        read = self.read.tokens.to(q.device, non_blocking=True)
         return shared_key_attention_step(
             q, k, v, self.ring, read, window_size=self.window, scale=scale
         )
@@ -388,7 +389,8 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
 
     def _rows(self, places):
         """Index ``[B, n, row]`` of the ring's tokens at ``places`` counted from the next one."""
-        rows = (self.read.tokens[:, None] + places) % self.ring.shape[1]
+        read = self.read.tokens.to(places.device, non_blocking=True)
+        rows = (read[:, None] + places) % self.ring.shape[1]
         return rows[..., None].expand(*rows.shape, self.ring.shape[2])
 
     # -- what transformers asks ----------------------------------------------------------------

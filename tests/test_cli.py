@@ -140,6 +140,27 @@ def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("the quick brown")
 
 
+def test_generate_wants_text_on_standard_input(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff"), "utf-8"))
+    assert command("generate", checkpoint, "--prompt", "-") == 2
+    assert "standard input is no UTF-8 text at byte 2" in capsys.readouterr().err
+
+
+def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
+    """As in ``rodimus generate ... | head``."""
+    arguments = ("generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "50")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "rodimus", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    run.stdout.close()
+    error = run.stderr.read()
+    assert run.wait() == 141 and not re.search("Traceback|BrokenPipe", error), error
+
+
 def test_generate_from_an_export_asks_no_question(checkpoint, tmp_path):
     """Its folder carries code; the script has not registered the package when it starts."""
     assert command("export", checkpoint, tmp_path / "out") == 0
@@ -403,7 +424,7 @@ def test_env_says_what_is_chosen(capsys, monkeypatch, caplog):
     caplog.clear()
     assert command("env") == 0
     assert "no native: they are not built; build them with" in capsys.readouterr().out
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("rodimus")]
     native._say_if_not_built.cache_clear()
 
 

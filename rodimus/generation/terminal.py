@@ -127,7 +127,7 @@ class Conversation:
 def run_generate(options: argparse.Namespace) -> None:
     """The command ``rodimus generate``."""
     stop = _stop(options)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _standard_input() if options.prompt == "-" else options.prompt
     model, tokenizer = _load(options)
     ids = encode(tokenizer, prompt, model.config.vocab_size)
     engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
@@ -229,6 +229,13 @@ class _Interrupts:
     def came(self) -> bool:
         """Whether there was one."""
         return self._came
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is no UTF-8 text at byte {error.start}") from error
 
 
 def _write(text: str) -> None:

@@ -10,10 +10,13 @@ from torchao.quantization import (
     Int8WeightOnlyConfig,
     quantize_,
 )
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from rodimus import modeling_rodimus
 from rodimus.generation import Engine, Request
+from rodimus.loading import load_model
 from rodimus_kernels import Int8Weight, decode_weight, implementations_used, linear_step, native
+from tests.checkpoints import save_model
 from tests.model.golden_data import relative_error
 from tests.model.helpers import random_ids
 from tests.model.ways import BOUND, full, in_pieces
@@ -112,6 +115,17 @@ def test_no_kernel_is_given_a_wrapped_weight(model, monkeypatch):
     monkeypatch.setattr(modeling_rodimus.RodimusInnerMixer, "_joins_weights", plain)
     monkeypatch.setattr(modeling_rodimus, "input_gate", None)
     assert torch.equal(full(rounded, ids), expected)
+
+
+def test_a_saved_model_is_loaded_as_it_is(tmp_path):
+    """Its files hold other names than ``config.json`` gives a model."""
+    save_model(tmp_path / "wide")
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", quantization_config=config)
+    rounded.save_pretrained(tmp_path / "narrow")
+    loaded, ids = load_model(tmp_path / "narrow"), torch.arange(20)[None]
+    assert type(decode_weight(loaded.model.layers[0].mixer.fc.weight)) is Int8Weight
+    assert torch.equal(full(loaded, ids), full(rounded, ids))
 
 
 def test_the_engine_equals_generate(model):
