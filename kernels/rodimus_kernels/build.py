@@ -1,4 +1,4 @@
-"""Build the native operators of ``csrc/``: ``python -m rodimus_kernels.build``, or ``make native``.
+"""Build the native operators of ``csrc/``: ``python -m rodimus_kernels build``, or ``make native``.
 
 Two libraries on torch's stable ABI, without Python.h, so one build serves every Python and every
 torch from 2.11 on. ``_rodimus_cpu.so`` needs a C++17 compiler and seconds; ``_rodimus_cuda.so``
@@ -225,7 +225,7 @@ def _torch() -> Path:
     if found is None or not found.submodule_search_locations:
         raise Unavailable(
             "torch is not installed where the build runs (pip install --no-build-isolation,"
-            " or python -m rodimus_kernels.build afterwards)"
+            " or python -m rodimus_kernels build afterwards)"
         )
     version = importlib.metadata.version("torch")
     if tuple(map(int, version.split(".")[:2])) < (2, 11):

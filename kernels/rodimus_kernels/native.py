@@ -58,7 +58,7 @@ MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear_step` takes."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
 """Keys of a state, and channels of a head, that the operators take on a GPU."""
-_NOT_BUILT = "they are not built; build them with: python -m rodimus_kernels.build"
+_NOT_BUILT = "they are not built; build them with: python -m rodimus_kernels build"
 
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rodimus::native_{_name}", _schema)
@@ -152,7 +152,7 @@ def problem(device_type: str) -> str | None:
     if folder is not None and build.recorded_digest(library) != build.digest(folder):
         stale = (
             f"{library.name} was built from other sources than those in {folder.name}/;"
-            " build it again with: python -m rodimus_kernels.build"
+            " build it again with: python -m rodimus_kernels build"
         )
         logger.warning("native operators are not used: %s", stale)
         return stale

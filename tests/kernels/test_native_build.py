@@ -1,6 +1,7 @@
 """Building and loading the native operators: what is missing is said, what is stale is refused."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_a_library_of_other_sources_is_refused(monkeypatch, caplog):
     monkeypatch.setattr(build, "digest", lambda folder: "0" * 16)
     with caplog.at_level(logging.WARNING):
         reason = problem("cpu")
-    assert "built from other sources" in reason and "rodimus_kernels.build" in reason
+    assert "built from other sources" in reason and "rodimus_kernels build" in reason
     assert "native operators are not used" in caplog.text
 
 
@@ -53,7 +54,7 @@ def test_without_a_library_an_explicit_choice_says_how_to_build_it(package, monk
     monkeypatch.setattr(native, "problem", problem)
     monkeypatch.setattr(native, "is_available", lambda device_type: problem(device_type) is None)
     x, weight = torch.randn(2, 4), torch.randn(4)
-    with pytest.raises(ImportError, match=r"rms_norm\(impl='native'\).*rodimus_kernels.build"):
+    with pytest.raises(ImportError, match=r"rms_norm\(impl='native'\).*rodimus_kernels build"):
         rk.rms_norm(x, weight, impl="native")
     assert torch.equal(rk.rms_norm(x, weight), rk.rms_norm(x, weight, impl="reference"))
 
@@ -86,7 +87,7 @@ def test_a_missing_library_is_said_once_and_only_where_a_token_waits(missing, ca
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "decoding on cpu is slower" in record.message
-    assert "python -m rodimus_kernels.build" in record.message
+    assert "python -m rodimus_kernels build" in record.message
 
 
 def test_whole_blocks_say_it_too(missing, caplog):
@@ -176,3 +177,16 @@ def test_what_is_loaded_is_printed():
     lines = done.stdout.splitlines()
     devices = [line.partition(": ")[0] for line in lines]
     assert devices == [f"native operators, {kind}" for kind in build.LIBRARIES]
+
+
+def test_the_command_that_builds_says_nothing_else():
+    """What README names first must not begin with a warning."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "rodimus_kernels", "build"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RODIMUS_BUILD_CPU": "0", "RODIMUS_BUILD_CUDA": "0"},
+        cwd=build.PACKAGE.parent,
+    )
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    assert run.stdout.count("native operators (") == 2
