@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -66,12 +66,17 @@ class Watchdog:
     def _watch(self) -> None:
         period = min(5.0, self.timeout_s / 4)
         while not self._stop.wait(period):
-            self._store.set(f"beat/{self.rank}", f"{self._count}\n{self._name}\n{self._where}")
+            # rank 0 keeps the beats, and may have ended before this rank reports
+            with suppress(dist.DistError):
+                self._store.set(f"beat/{self.rank}", f"{self._count}\n{self._name}\n{self._where}")
             silent = time.monotonic() - self._since
             if silent > self.timeout_s:
                 # let the others' last beats arrive
                 time.sleep(period)
-                sys.stderr.write(f"{self._name}: no progress for {silent:.0f} s; {self._blame()}\n")
+                blame = f"at: {self._where}; the beats of the others are gone with rank 0"
+                with suppress(dist.DistError):
+                    blame = self._blame()
+                sys.stderr.write(f"{self._name}: no progress for {silent:.0f} s; {blame}\n")
                 sys.stderr.flush()
                 # the main thread waits in a collective and cannot be interrupted
                 os._exit(1)

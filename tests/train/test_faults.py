@@ -26,6 +26,7 @@ from rodimus.train.evaluate import Evaluator
 from rodimus.train.load import load_config
 from rodimus.train.parallel import start
 from rodimus.train.shards import TokenShards
+from rodimus.train.watchdog import Watchdog
 from tests.train.conftest import MODEL, RUN
 from tests.train.ranks import metrics, run_ranks, train
 
@@ -303,6 +304,24 @@ def test_rank_that_hangs_is_reported_by_name(config_file, tmp_path, capfd):
     reports = [line for line in capfd.readouterr().err.splitlines() if "no progress" in line]
     assert any("behind the others: rank 1 (" in line for line in reports), reports
     assert any("at: loading data of step 3" in line for line in reports), reports
+
+
+def test_a_rank_that_hangs_ends_though_rank_0_has_ended(monkeypatch, capsys):
+    """Rank 0 keeps the store of the beats."""
+
+    class Gone:
+        def fail(self, *args):
+            raise torch.distributed.DistNetworkError("connection reset by peer")
+
+        set = check = get = fail
+
+    watchdog = Watchdog(1, 2, timeout_s=0.1)
+    watchdog._store = Gone()
+    watchdog.beat("loading data of step 3")
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        watchdog._watch()
+    assert "at: loading data of step 3; the beats of the others" in capsys.readouterr().err
 
 
 def test_a_slow_disk_is_no_hang(config_file, tmp_path):
