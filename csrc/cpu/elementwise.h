@@ -13,13 +13,14 @@ inline void conv_block(const ConvStep& a, int64_t b, int64_t first, int64_t n) {
   const int64_t width = WIDTH ? WIDTH : a.width;
   const T* __restrict__ x = row<T>(a.x, b) + first;
   const T* __restrict__ weight = row<T>(a.weight, first);
+  const int64_t stride = a.weight.stride;
   T* __restrict__ state = static_cast<T*>(a.state) + (b * a.channels + first) * width;
   for (int64_t j = 0; j < n; ++j) {
     float sum = 0.0f;
     for (int64_t w = 0; w < width; ++w) {
       T tap = w + 1 < width ? state[j * width + w + 1] : x[j];
       state[j * width + w] = tap;
-      sum += widen(tap) * widen(weight[j * width + w]);
+      sum += widen(tap) * widen(weight[j * stride + w]);
     }
     y[j] = sum;
   }

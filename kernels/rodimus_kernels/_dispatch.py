@@ -82,6 +82,8 @@ def _gpu_runs_triton(device: torch.device) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         failure = f"compute capability {major}.{minor} is below 8.0"
+    if torch.version.hip:
+        failure = "the kernels are written for NVIDIA GPUs"
     if failure is not None:
         _logger.warning("torch operations instead of Triton kernels on %s: %s", device, failure)
     return failure is None

@@ -21,13 +21,14 @@ _assumed_capability: int | None = None
 
 
 def capability(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's device, times ten: 80, 90, 100; 0 without a GPU."""
+    """Compute capability of the tensor's device, times ten: 80, 90, 100; 0 without a GPU. That of
+    workstation Blackwells (12.x) counts as 80: a block has no more shared memory there."""
     if _assumed_capability is not None:
         return _assumed_capability
     if not x.is_cuda:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    return 80 if major >= 12 else 10 * major + minor
 
 
 @contextlib.contextmanager

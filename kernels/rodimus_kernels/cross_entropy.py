@@ -76,6 +76,9 @@ def linear_cross_entropy(
         return function(
             hidden, weight, labels, z_loss=z_loss, ignore_index=ignore_index, reduction=reduction
         )
+    if not torch.is_grad_enabled():
+        # asked for in the forward, where the mode is off: gradients would be taken for nothing
+        hidden, weight = hidden.detach(), weight.detach()
     losses = _ChunkedCrossEntropy.apply(hidden, weight, labels, z_loss, ignore_index, function)
     loss, cross_entropy = losses
     if reduction == "mean":
@@ -150,7 +153,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if need_weight:
                     _add_product(dweight, dlogits.t(), x)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
-        loss, cross_entropy = totals.clone().unbind()
+        # no views of one tensor: the loss may be changed in place
+        loss, cross_entropy = (total.clone() for total in totals)
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy
 

@@ -213,10 +213,18 @@ def fits(
         if type(x) not in _KINDS or x.dtype not in dtypes or (records and x.requires_grad):
             return False
         if kind is None:
-            kind, dtypes = x.device.type, (x.dtype,) if one_dtype else DTYPES
-    if kind not in build.LIBRARIES:
+            place, dtypes = x.device, (x.dtype,) if one_dtype else DTYPES
+            kind = place.type
+    if kind not in build.LIBRARIES or (kind == "cuda" and not _runs_here(place)):
         return False
     return _can_decode(kind) if is_decoding else is_available(kind)
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _runs_here(device: torch.device) -> bool:
+    """Whether the library has code for this GPU."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _is_int8_on_cpu(weight):

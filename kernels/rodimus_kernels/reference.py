@@ -849,13 +849,13 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
 # ----------------------------------------------------------------------------------------------
 
 
-@_outside_autocast
 def dense_weight(weight):
     """A matrix ``[N, K]`` of a linear layer; ``(values, scale)``, int8 and float32 ``[N]``, are
     multiplied out."""
     return weight[0] * weight[1][:, None] if isinstance(weight, tuple) else weight
 
 
+@_outside_autocast
 def linear_step(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
     dtype. The weight may be one of :func:`dense_weight`."""

@@ -304,6 +304,8 @@ def forward(
 ):
     """The contract is that of :func:`rodimus_kernels.short_conv`."""
     check_runs_here("short_conv", x, weight)
+    # the kernels read vectors by index
+    bias, cu_seqlens = (y if y is None else y.contiguous() for y in (bias, cu_seqlens))
     y = torch.ops.rodimus.short_conv(x, weight, bias, initial_state, cu_seqlens, seq_idx)
     final_state = None
     if output_final_state:

@@ -138,7 +138,7 @@ def input_gate_bwd_kernel(
 def input_gate(x, hidden, weight, bias):
     """The contract is that of :func:`rodimus_kernels.input_gate`."""
     check_runs_here("input_gate", x, hidden, weight, bias)
-    return torch.ops.rodimus.input_gate(x, hidden, weight, bias)
+    return torch.ops.rodimus.input_gate(x, hidden, weight, bias.contiguous())
 
 
 def _rows(x):

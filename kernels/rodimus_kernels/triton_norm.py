@@ -239,19 +239,22 @@ def gated_rms_norm_bwd_kernel(
 def rms_norm(x, weight, *, eps):
     """The contract is that of :func:`rodimus_kernels.rms_norm`; D up to ``MAX_WIDTH``."""
     _check("rms_norm", x, weight)
-    return torch.ops.rodimus.rms_norm_rows(x, weight, eps)
+    return torch.ops.rodimus.rms_norm_rows(x, weight.contiguous(), eps)
 
 
 def add_rms_norm(x, residual, weight, *, eps):
     """The contract is that of :func:`rodimus_kernels.add_rms_norm`; D up to ``MAX_WIDTH``."""
     _check("add_rms_norm", x, residual, weight)
-    return torch.ops.rodimus.add_rms_norm_rows(x, residual, weight, eps)
+    return torch.ops.rodimus.add_rms_norm_rows(x, residual, weight.contiguous(), eps)
 
 
 def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None):
     """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to ``MAX_WIDTH``."""
     given = [t for t in (residual, residual_weight) if t is not None]
     _check("gated_rms_norm", x, gate, weight, *given)
+    # the kernels read vectors by index
+    weight = weight.contiguous()
+    residual_weight = None if residual_weight is None else residual_weight.contiguous()
     return torch.ops.rodimus.gated_rms_norm_rows(x, gate, weight, eps, residual, residual_weight)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from rodimus_kernels import (
     BlockWeights,
@@ -198,6 +199,17 @@ def test_composed_equals_reference(dtype, batch, attends):
     assert_equals_reference(composed_step, weights, states)
     if attends:
         assert_equals_reference(composed_step, weights, states, int8=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_matrices_may_be_apart(isa, dtype):
+    torch.manual_seed(0)
+    weights = weights_of(dtype, True)
+    apart = lambda x: F.pad(x, (0, 3))[:, : x.shape[1]]
+    weights = weights._replace(
+        conv=apart(weights.conv), **{name: apart(getattr(weights, name)) for name in MATRICES}
+    )
+    assert_equals_reference(native_step, weights, states_of(dtype, 2, True))
 
 
 def test_stream_in_the_dtype_of_the_weights():

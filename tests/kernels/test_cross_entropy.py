@@ -115,6 +115,25 @@ def test_without_gradients_the_loss_is_the_same():
     assert plain[0] == graded[0] and plain[1] == graded[1]
 
 
+def test_without_gradients_none_are_taken(monkeypatch):
+    """Parameters ask for them whether or not the mode does."""
+    hidden, weight, labels = make()
+    weight = torch.nn.Parameter(weight)
+    monkeypatch.setattr(cross_entropy, "_add_product", None)
+    with torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels)
+    with pytest.raises(TypeError):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+def test_the_loss_may_be_changed_in_place():
+    hidden, weight, labels = make()
+    loss, _ = linear_cross_entropy(hidden.requires_grad_(), weight, labels)
+    loss /= 2
+    loss.backward()
+    assert hidden.grad.any()
+
+
 def test_opcheck():
     pytest.importorskip("rodimus_kernels.triton_cross_entropy")
     arguments = (torch.randn(4, VOCABULARY, device=DEVICE), make(4)[2], 0.1, -100, True)

@@ -258,6 +258,13 @@ def test_8_bit_weights_of_every_value(isa):
         assert torch.equal(y[:places], values[:, :places].T.float()) and not y[places:].any()
 
 
+def test_the_reference_is_not_rounded_by_autocast():
+    x, weight = torch.randn(4, 64), torch.randn(8, 64)
+    with torch.autocast("cpu"):
+        y = rk.linear_step(x, weight, impl="reference")
+    assert relative_error(y, F.linear(x.double(), weight.double())) < LIMIT
+
+
 @needs_library
 @pytest.mark.parametrize("log_decay", [0.0, -1e-6, -20.0, -87.0, -104.0, -1e4, -1e30, -torch.inf])
 def test_extreme_decays(isa, log_decay):

@@ -199,3 +199,20 @@ def test_bad_input_says_what_was_expected():
         gated_rms_norm(x, gate[..., :3], weight)
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
         rms_norm(x, weight, impl="fast")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vectors_may_have_strides(impl):
+    """A weight for all channels, and one of several that were stacked."""
+    x, gate, stacked = torch.randn(3, 2, 4, 32, device=DEVICE)
+    vectors = stacked[0, :, :].T[:, 1], torch.full((), 1.5, device=DEVICE).expand(32)
+    for weight, other in (vectors, vectors[::-1]):
+        for function, arguments, named in (
+            (rms_norm, (x,), {}),
+            (add_rms_norm, (x, gate), {}),
+            (gated_rms_norm, (x, gate), {"residual": x, "residual_weight": other}),
+        ):
+            found = function(*arguments, weight, impl=impl, **named)
+            named = {name: y.contiguous() for name, y in named.items()}
+            expected = function(*arguments, weight.contiguous(), impl=impl, **named)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

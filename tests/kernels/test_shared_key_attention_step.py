@@ -231,6 +231,20 @@ def test_writes_the_rows_of_its_tokens_and_no_other(impl, ring, device):
     assert torch.equal(cache, expected)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_age_may_be_expanded_to_all_rows(impl, device):
+    ring = Ring()
+    cache = ring.filled(device)
+    caches = cache, cache.clone()
+    new, age = ring.tokens(1, device), torch.tensor([7], device=device)
+    ages = age.expand(ring.batch), age.repeat(ring.batch)
+    found, expected = (
+        shared_key_attention_step(*new, cache, position, window_size=ring.window, impl=impl)
+        for cache, position in zip(caches, ages, strict=True)
+    )
+    assert ring.batch > 1 and torch.equal(found, expected) and torch.equal(*caches)
+
+
 @FORMATS
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strided_inputs_and_a_cache_that_is_part_of_a_larger_one(impl, int8, device):

@@ -6,6 +6,7 @@ for K = 64 in bfloat16, and nothing without gradients. The kernels are in
 ``triton_chunk_kernels.py``.
 """
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -430,7 +431,10 @@ def scan(states, log_decays, *, reverse):
         states, log_decays = states.flip(0), log_decays.flip(0)
     # written in place: a copy even where the layout is right
     local = states.movedim(0, 2).clone(memory_format=torch.contiguous_format)
-    before = _scan(local, log_decays.movedim(0, 2).exp().contiguous(), None).movedim(2, 0)
+    # Triton launches on the current device
+    guard = torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext()
+    with guard:
+        before = _scan(local, log_decays.movedim(0, 2).exp().contiguous(), None).movedim(2, 0)
     return before.flip(0) if reverse else before
 
 

@@ -91,6 +91,7 @@ def forward(
             "ddts(impl='triton_recurrent') has no gradient: expected inputs without requires_grad"
             " or torch.no_grad(); impl='triton_chunk' is differentiable"
         )
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     o, final_state = torch.ops.rodimus.ddts_recurrent(
         q, k, v, log_decay, scale, initial_state, cu_seqlens
     )

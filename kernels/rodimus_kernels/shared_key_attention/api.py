@@ -205,7 +205,8 @@ def shared_key_attention_step(
             k,
             v,
             cache,
-            position,
+            # one age for all rows may come expanded
+            position.contiguous(),
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,
         )
