@@ -186,8 +186,9 @@ def softplus_terms(b_x):
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))`` of fp32: where exp(-x) overflows, zero."""
-    return reciprocal(1.0 + exp2(tl.minimum(-x * LOG2_E, 126.0)))
+    """``1 / (1 + exp(-x))`` of fp32: where exp(-x) overflows, zero; NaN stays NaN."""
+    power = tl.minimum(-x * LOG2_E, 126.0, propagate_nan=tl.PropagateNan.ALL)
+    return reciprocal(1.0 + exp2(power))
 
 
 @triton.jit

@@ -103,3 +103,13 @@ def test_bad_input_says_what_was_expected():
     ]:
         with pytest.raises(ValueError, match=message):
             input_gate(**{**t, **change})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_broken_value_stays_visible(impl):
+    x, hidden, weight, bias = (
+        torch.ones(s, device=DEVICE) for s in ((2, 32), (2, 16), (32, 16), 32)
+    )
+    hidden[1, 3] = torch.nan
+    found = input_gate(x, hidden, weight, bias, impl=impl).isnan()
+    assert found[1].all() and not found[0].any()
