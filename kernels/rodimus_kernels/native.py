@@ -220,11 +220,14 @@ def fits(
     return _can_decode(kind) if is_decoding else is_available(kind)
 
 
+# what torch.compile takes for constant must be a plain function
 @torch.compiler.assume_constant_result
-@functools.cache
 def _runs_here(device: torch.device) -> bool:
     """Whether the library has code for this GPU."""
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _capability(device) >= (8, 0)
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def _is_int8_on_cpu(weight):

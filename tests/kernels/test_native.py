@@ -421,6 +421,12 @@ def test_auto_is_native_where_it_fits(chosen, change):
         assert native.fits(x) == (chosen or x.requires_grad)
 
 
+def test_a_gpu_that_the_library_has_no_code_for_is_not_asked(monkeypatch):
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(native, "_capability", lambda device, found=capability: found)
+        assert native._runs_here(torch.device("cuda", 0)) == runs
+
+
 class Subclass(torch.Tensor):
     """A tensor that may mean more than its numbers."""
 
