@@ -22,8 +22,9 @@ inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, in
   check_shape("conv", w[kConv], {w[kGateOut].size(0), kAny});
   if (!is_int8(w[kFc])) check_type("conv", w[kConv], w[kFc]);
   auto vector = [&](const char* name, int which, int64_t size) {
-    check_shape(name, w[which], {size});
+    check_shape(name, w[which], {size}), type_of(name, w[which]);
   };
+  type_of("conv", w[kConv]);
   vector("mixer_norm", kMixerNorm, width), matrix("fc", kFc, 2 * inner, width);
   vector("conv_bias", kConvBias, inner);
   int64_t gates = w[kMemGate].size(0);

@@ -1607,11 +1607,8 @@ class RodimusModel(RodimusPreTrainedModel):
             "key_eps": {block.mixer.inner_mixer.normalize_epsilon for block in self.layers},
             "norm_eps": {norm.eps for norm in norms},
         }
-        is_one_step = all(len(values) <= 1 for values in numbers.values())
-        is_one_step = is_one_step and all(
-            found and found.is_uniform and can_fuse_block(1, *found) for found in weights
-        )
-        if not is_one_step:
+        fits = (found and found.is_uniform and can_fuse_block(1, *found) for found in weights)
+        if not all(fits) or any(len(values) > 1 for values in numbers.values()):
             return None
         return weights, {name: next(iter(values), None) for name, values in numbers.items()}
 

@@ -16,12 +16,13 @@ struct Block {
   Workspace work;
   float* converted;  // scratch of the linear layers
 
-  Rows weight(int which) const { return weight_of("weight", weights[which], stream); }
+  Rows weight(int which) const { return rows_of("weight", weights[which], stream); }
+  Rows matrix(int which) const { return weight_of("matrix", weights[which], stream); }
   int64_t outputs(int which) const { return weights[which].size(0); }
 
   Linear linear(const Rows& x, int which, const Rows& y, const Rows& bias = {}) const {
     Linear a;
-    a.x = x, a.weight = weight(which), a.scale = given.scales[which];
+    a.x = x, a.weight = matrix(which), a.scale = given.scales[which];
     a.bias = bias, a.y = y, a.scratch = converted;
     a.rows = batch, a.inputs = weights[which].size(1), a.outputs = outputs(which);
     return a;
@@ -76,7 +77,7 @@ struct Block {
     a.select = gates, a.temper = columns(gates, keys);
     a.gate_hidden = hidden, a.x = expanded, a.shifted = shifted;
     a.gate = columns(expanded, inner);
-    a.gate_weight = weight(kGateOut), a.gate_scale = given.scales[kGateOut];
+    a.gate_weight = matrix(kGateOut), a.gate_scale = given.scales[kGateOut];
     a.gate_bias = weight(kGateBias);
     a.residual_weight = weight(kResidual), a.norm_weight = weight(kActNorm);
     a.y = work.rows(inner);

@@ -285,6 +285,36 @@ def test_opcheck(attends):
             torch.library.opcheck(torch.ops.rodimus.native_blocks_step.default, arguments)
 
 
+@pytest.mark.parametrize("name", ["mixer_norm", "conv", "conv_bias", "act_norm"])
+def test_only_matrices_of_linear_layers_may_be_int8(name):
+    """Asked of the operator itself; in the second block, before the first has changed anything."""
+    weights, taps, states, *_ = blocks_of([torch.float32] * 2, 2, False)
+    small = [in_8_bits(block) for block in weights]
+    small[1] = small[1]._replace(**{name: getattr(small[1], name).to(torch.int8)})
+    given = [x for block in small for x in block if x is not None]
+    values = [x.values if type(x) is Int8Weight else x for x in given]
+    scales = [x.scale for x in given if type(x) is Int8Weight]
+    before = copy.deepcopy((taps, states))
+    with pytest.raises(RuntimeError, match=f"{name} must be float32 or bfloat16"):
+        torch.ops.rodimus.native_blocks_step(
+            torch.randn(2, 18),
+            values,
+            scales,
+            taps,
+            states,
+            [],
+            None,
+            None,
+            None,
+            0,
+            0,
+            1e-5,
+            1e-5,
+            False,
+        )
+    assert all(map(torch.equal, flat(before), flat((taps, states))))
+
+
 def test_errors_come_before_any_state_is_touched():
     """Also those of the last block of several."""
     names = ("taps", "states", "rings")
