@@ -40,9 +40,17 @@ void on_stream(const Tensor& like, const Run& run) {
   STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
 }
 
+// Nothing to do without a row.
 template <class Arguments>
 void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, const Tensor& like) {
+  if (like.size(0) == 0) return;
   on_stream(like, [&](cudaStream_t stream) { kernel(a, stream); });
+}
+
+// Rows that a grid may have beside the blocks of a row.
+inline void check_rows(const char* what, int64_t rows) {
+  constexpr int64_t kMostRows = 65535;
+  STD_TORCH_CHECK(rows <= kMostRows, what, " must be at most ", kMostRows, " on CUDA, got ", rows);
 }
 
 inline void check_keys(int64_t keys) {

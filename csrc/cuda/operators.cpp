@@ -3,6 +3,8 @@
 
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_sources[] =
     "RODIMUS-SOURCES:" RODIMUS_SOURCES;
+extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_archs[] =
+    "RODIMUS-ARCHS:" RODIMUS_ARCHS;
 
 namespace rodimus {
 namespace {
@@ -10,7 +12,7 @@ namespace {
 Tensor ddts_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
                  const Tensor& state, double scale) {
   auto [a, o] = ddts_step_arguments(q, k, v, log_decay, state, scale);
-  check_keys(a.key_dim);
+  check_keys(a.key_dim), check_rows("B * H", a.rows);
   launch(launch_ddts_step, a, q);
   return o;
 }
@@ -24,7 +26,7 @@ Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
   auto [a, y] = mixer_step_arguments(q, k, select, temper, gate_hidden, x, shifted, gate, state,
                                      gate_weight, gate_bias, residual_weight, norm_weight, scale,
                                      key_eps, norm_eps);
-  check_keys(a.key_dim);
+  check_keys(a.key_dim), check_rows("B", a.rows);
   // torch keeps memory of a stream for that stream, so it may go before the kernel has run
   Tensor memory = output_like(x, {mixer_scratch(a, step_columns(a.rows))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
@@ -35,6 +37,7 @@ Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
 Tensor short_conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
                        const OptionalTensor& bias) {
   auto [a, y] = conv_step_arguments(x, conv_state, weight, bias);
+  check_rows("B", a.rows);
   launch(launch_conv_step, a, x);
   return y;
 }
@@ -74,6 +77,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
   STD_TORCH_CHECK(a.key_dim <= kMaxHeadDim && a.value_dim <= kMaxHeadDim,
                   "D and Dv must be at most ", kMaxHeadDim, ", got ", a.key_dim, " and ",
                   a.value_dim);
+  check_rows("B * T", a.batch * a.steps);
   Tensor memory = output_like(q, {attention_parts_scratch(a, attention_parts(a))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
   launch(launch_attention_step, a, q);

@@ -6,14 +6,16 @@ needs nvcc and a minute. They are two because either compiler may be absent, and
 without a GPU never maps megabytes of GPU code. Whatever is missing is said in one line and skipped:
 every operator has a form in plain torch.
 
-A library carries a digest of the sources and of this file. One that is up to date is not built
-again; one that does not match the sources beside it is never loaded.
+A library carries a digest of the sources and of this file, and that of CUDA the architectures it
+has code for. One that is up to date is not built again; one that does not match the sources beside
+it is never loaded.
 
 Environment:
     RODIMUS_BUILD_CPU: ``auto`` (where a compiler is found), ``0``, or ``1`` (its absence is an
         error).
     RODIMUS_BUILD_CUDA: the same for nvcc.
-    RODIMUS_CUDA_ARCHS: for example ``"80;90a"``. Default ``80;90a;100`` and PTX of the last.
+    RODIMUS_CUDA_ARCHS: for example ``"80;90a"``, from old to new. Default ``80;90a;100``, of these
+        what nvcc knows; GPUs newer than the last run its PTX.
     CXX, CUDA_HOME: compilers to use.
 
 Only the standard library is imported, so setup.py can run this file before anything is installed.
@@ -40,6 +42,7 @@ LIBRARIES = {"cpu": "_rodimus_cpu.so", "cuda": "_rodimus_cuda.so"}
 DEFAULT_ARCHS = "80;90a;100"
 
 _MARK = b"RODIMUS-SOURCES:"
+_ARCHS_MARK = b"RODIMUS-ARCHS:"
 _SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
 # torch 2.11, the oldest release the package supports
 _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -78,8 +81,33 @@ def digest(folder: Path) -> str:
 
 def recorded_digest(library: Path) -> str | None:
     """The digest a built library carries, or None if it carries none."""
-    found = re.search(_MARK + rb"([0-9a-f]{16})", library.read_bytes())
+    return _recorded(library, _MARK + rb"([0-9a-f]{16})")
+
+
+def recorded_archs(library: Path) -> str | None:
+    """The architectures that a built library has code for, as in ``RODIMUS_CUDA_ARCHS``; None if
+    it has none for a GPU."""
+    return _recorded(library, _ARCHS_MARK + rb"([0-9af;]+)\0")
+
+
+def _recorded(library, pattern):
+    found = re.search(pattern, library.read_bytes())
     return found[1].decode() if found else None
+
+
+def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability runs what was built for these architectures.
+
+    Code of an architecture runs on later minor versions of it, that of one with the letter ``a`` on
+    no other and that with ``f`` on its family; PTX of the last architecture on all from there on.
+    """
+    major, minor = capability
+    for arch in archs.split(";"):
+        known, letter = int(arch.rstrip("af")), arch.lstrip("0123456789")
+        later = known % 10 == minor if letter == "a" else known % 10 <= minor
+        if known // 10 == major and later:
+            return True
+    return int(archs.split(";")[-1].rstrip("af")) <= 10 * major + minor
 
 
 def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
@@ -96,7 +124,7 @@ def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
         RuntimeError: a library was required and cannot be built.
     """
     lines = {}
-    for kind, make in (("cpu", _build_cpu), ("cuda", _build_cuda)):
+    for kind in LIBRARIES:
         variable = f"RODIMUS_BUILD_{kind.upper()}"
         wanted = os.environ.get(variable, "auto")
         if wanted not in ("auto", "0", "1"):
@@ -105,7 +133,7 @@ def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
             lines[kind] = f"skipped: {variable}=0"
             continue
         try:
-            lines[kind] = _build_one(make, output / LIBRARIES[kind], force)
+            lines[kind] = _build_one(kind, output / LIBRARIES[kind], force)
         except (Unavailable, RuntimeError) as reason:
             if wanted == "1":
                 raise RuntimeError(f"{variable}=1, but {reason}") from None
@@ -114,7 +142,7 @@ def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
     return lines
 
 
-def _build_one(make, library, force):
+def _build_one(kind, library, force):
     folder = sources()
     if folder is None:
         raise Unavailable("the sources (csrc) are not there")
@@ -122,7 +150,9 @@ def _build_one(make, library, force):
         raise Unavailable(f"it is built on Linux only, this is {platform.system()}")
     current = digest(folder)
     if not force and library.is_file() and recorded_digest(library) == current:
-        return "up to date"
+        if kind == "cpu" or _has_wanted_archs(library):
+            return "up to date"
+    make = {"cpu": _build_cpu, "cuda": _build_cuda}[kind]
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / library.name
         make(folder, Path(scratch), built, f'-DRODIMUS_SOURCES="{current}"')
@@ -156,12 +186,15 @@ def _build_cpu(folder, scratch, library, mark):
 
 def _build_cuda(folder, scratch, library, mark):
     nvcc, cxx, torch = _nvcc(), _cxx(), _torch()
+    archs = cuda_archs(nvcc)
     objects = [scratch / f"{name}.o" for name in ("kernels", "operators", "block")]
     include = [f"-I{torch / 'include'}", f"-I{nvcc.parent.parent / 'include'}"]
     host = [cxx, *_CXX_FLAGS, *include, _TARGET, "-DUSE_CUDA", mark]
+    host.append(f'-DRODIMUS_ARCHS="{";".join(archs)}"')
+    device = [str(nvcc), *nvcc_flags(archs), "-ccbin", cxx]
     _run_all(
         [
-            [str(nvcc), *nvcc_flags(nvcc), "-c", "cuda/kernels.cu", "-o", str(objects[0])],
+            [*device, "-c", "cuda/kernels.cu", "-o", str(objects[0])],
             [*host, "-c", "cuda/operators.cpp", "-o", str(objects[1])],
             [*host, "-c", "cuda/block.cpp", "-o", str(objects[2])],
         ],
@@ -175,20 +208,38 @@ def _build_cuda(folder, scratch, library, mark):
     )
 
 
-def nvcc_flags(nvcc: Path) -> list[str]:
-    """Flags for the GPU code: one binary an architecture, and PTX of the last.
-
-    Of the default architectures those that this nvcc knows; ones that are asked for must be known.
-    """
+def cuda_archs(nvcc: Path) -> list[str]:
+    """Architectures to build for: those asked for, or of the default ones what this nvcc knows."""
     asked = os.environ.get("RODIMUS_CUDA_ARCHS")
     archs = (asked or DEFAULT_ARCHS).replace(",", ";").split(";")
-    if not asked:
-        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-        archs = [arch for arch in archs if f"compute_{arch.rstrip('af')}\n" in listed] or archs
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            raise RuntimeError(
+                f'RODIMUS_CUDA_ARCHS must be like "80;90a", got {asked!r} with {arch!r} in it'
+            )
+    if asked:
+        return archs
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in archs if f"compute_{arch.rstrip('af')}\n" in listed] or archs
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    """Flags for the GPU code: one binary an architecture, and PTX of the last for those to come,
+    which takes none of the instructions that no other architecture has."""
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0"]
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    last = archs[-1].rstrip("af")
+    return [*flags, "-gencode", f"arch=compute_{last},code=compute_{last}"]
+
+
+def _has_wanted_archs(library: Path) -> bool:
+    """Whether a library is for the architectures that are wanted; where there is no nvcc it is all
+    that there can be."""
+    try:
+        return recorded_archs(library) == ";".join(cuda_archs(_nvcc()))
+    except Unavailable:
+        return True
 
 
 def _cxx() -> str:
@@ -280,7 +331,8 @@ def report() -> list[Usage]:
     """
     nvcc, folder = _nvcc(), sources()
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(nvcc), *nvcc_flags(nvcc), "-Xptxas=-v", "-c", "cuda/kernels.cu"]
+        command = [str(nvcc), *nvcc_flags(cuda_archs(nvcc)), "-ccbin", _cxx(), "-Xptxas=-v"]
+        command += ["-c", "cuda/kernels.cu"]
         text = _run([*command, "-o", str(Path(scratch) / "kernels.o")], folder)
     pattern = (
         r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"

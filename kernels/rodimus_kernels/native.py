@@ -223,11 +223,33 @@ def fits(
 # what torch.compile takes for constant must be a plain function
 @torch.compiler.assume_constant_result
 def _runs_here(device: torch.device) -> bool:
-    """Whether the library has code for this GPU."""
-    return _capability(device) >= (8, 0)
+    """Whether the library has code for this GPU; if it was built for others, that is said once."""
+    found = _lacks_code(device)
+    if found is not None:
+        _warn_once(found)
+    return found is None
 
 
-_capability = functools.cache(torch.cuda.get_device_capability)
+@functools.cache
+def _lacks_code(device):
+    """Why the library cannot run on a GPU, or None."""
+    capability = torch.cuda.get_device_capability(device)
+    name = "{}.{}".format(*capability)
+    if capability < (8, 0):
+        return f"they need compute capability 8.0, this GPU has {name}"
+    library = build.PACKAGE / build.LIBRARIES["cuda"]
+    archs = build.recorded_archs(library) if library.is_file() else None
+    if archs is None or build.has_code_for(archs, capability):
+        return None
+    return (
+        f"{library.name} was built for {archs}, this GPU has compute capability {name}; build it"
+        " again with: RODIMUS_CUDA_ARCHS={}{} python -m rodimus_kernels build".format(*capability)
+    )
+
+
+@functools.cache
+def _warn_once(reason):
+    logger.warning("native operators are not used: %s", reason)
 
 
 def _is_int8_on_cpu(weight):
@@ -272,7 +294,10 @@ def check(
         raise ValueError(
             f"{operator}(impl='native') has no gradient; call it under torch.no_grad()"
         )
-    require(operator, given[0].device.type)
+    device = given[0].device
+    require(operator, device.type)
+    if device.type == "cuda" and _lacks_code(device):
+        raise ImportError(f"{operator}(impl='native') cannot run here: {_lacks_code(device)}")
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -421,10 +421,52 @@ def test_auto_is_native_where_it_fits(chosen, change):
         assert native.fits(x) == (chosen or x.requires_grad)
 
 
-def test_a_gpu_that_the_library_has_no_code_for_is_not_asked(monkeypatch):
-    for capability, runs in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
-        monkeypatch.setattr(native, "_capability", lambda device, found=capability: found)
-        assert native._runs_here(torch.device("cuda", 0)) == runs
+@pytest.fixture
+def gpu_of(monkeypatch, tmp_path):
+    """A function that pretends that the GPU has a capability and the library code for others."""
+    monkeypatch.setattr(native.build, "PACKAGE", tmp_path)
+    library = tmp_path / native.build.LIBRARIES["cuda"]
+
+    def pretend(capability, archs):
+        library.write_bytes(b"\x7fELF\0RODIMUS-ARCHS:" + archs.encode() + b"\0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        native._lacks_code.cache_clear()
+        native._warn_once.cache_clear()
+
+    yield pretend
+    native._lacks_code.cache_clear()
+    native._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, archs, runs",
+    [
+        ((7, 5), "80", False),
+        ((8, 0), "80", True),
+        ((8, 6), "80", True),
+        ((8, 0), "86", False),
+        ((9, 0), "80", True),  # by PTX
+        ((9, 0), "90a", True),
+        ((8, 9), "90a", False),
+        ((10, 0), "80;90a", True),
+        ((10, 3), "100f", True),
+        ((8, 0), "90a;100", False),
+        ((12, 0), "80;90a;100", True),
+        ((9, 0), "86;120", False),
+    ],
+)
+def test_a_gpu_that_the_library_has_no_code_for_is_not_asked(gpu_of, capability, archs, runs):
+    gpu_of(capability, archs)
+    assert native._runs_here(torch.device("cuda", 0)) == runs
+
+
+def test_how_to_build_for_this_gpu_is_said_once(gpu_of, caplog):
+    gpu_of((8, 9), "90a")
+    for index in (0, 1, 0):
+        native._runs_here(torch.device("cuda", index))
+    (record,) = caplog.records
+    assert "was built for 90a, this GPU has compute capability 8.9" in record.message
+    assert "RODIMUS_CUDA_ARCHS=89" in record.message
 
 
 class Subclass(torch.Tensor):

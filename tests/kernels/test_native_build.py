@@ -170,6 +170,47 @@ def test_what_is_up_to_date_is_not_built_again(tmp_path, monkeypatch):
     assert build.build(tmp_path)["cpu"] == "up to date"
 
 
+def test_other_gpu_architectures_build_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("RODIMUS_BUILD_CPU", "0")
+    monkeypatch.setattr(build, "_nvcc", lambda: "nvcc")
+    library, made = tmp_path / build.LIBRARIES["cuda"], []
+    current = build.digest(build.sources())
+
+    def make(folder, scratch, built, mark):
+        made.append(build.cuda_archs("nvcc"))
+        built.write_bytes(
+            f"RODIMUS-SOURCES:{current}\0RODIMUS-ARCHS:{';'.join(made[-1])}\0".encode()
+        )
+
+    monkeypatch.setattr(build, "_build_cuda", make)
+    for archs, line in (("90a", "built"), ("90a", "up to date"), ("80,90a", "built")):
+        monkeypatch.setenv("RODIMUS_CUDA_ARCHS", archs)
+        assert build.build(tmp_path)["cuda"] == line
+    assert made == [["90a"], ["80", "90a"]] and build.recorded_archs(library) == "80;90a"
+    # without a compiler it is all there can be
+    monkeypatch.setattr(build, "_nvcc", unavailable)
+    monkeypatch.setenv("RODIMUS_CUDA_ARCHS", "100")
+    assert build.build(tmp_path)["cuda"] == "up to date"
+
+
+def unavailable():
+    raise build.Unavailable("no nvcc")
+
+
+@pytest.mark.parametrize("archs", ["sm_90", "90a;", "9.0", "native"])
+def test_gpu_architectures_are_checked(tmp_path, monkeypatch, archs):
+    monkeypatch.setenv("RODIMUS_BUILD_CPU", "0")
+    monkeypatch.setenv("RODIMUS_CUDA_ARCHS", archs)
+    monkeypatch.setattr(build, "_nvcc", lambda: "nvcc")
+    with pytest.raises(RuntimeError, match="must be like"):
+        build.cuda_archs("nvcc")
+
+
+def test_ptx_is_of_no_single_architecture():
+    """PTX of compute_90a runs on 9.0 alone."""
+    assert build.nvcc_flags(["80", "90a"])[-1] == "arch=compute_90,code=compute_90"
+
+
 def test_what_is_loaded_is_printed():
     """In a process of its own, as a user would ask."""
     command = [sys.executable, "-m", "rodimus_kernels"]
