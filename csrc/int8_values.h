@@ -34,8 +34,8 @@ struct Int8Row {
 
 // Functions are static, so that each instruction set of the CPU kernels has its own.
 
-RODIMUS_EVERYWHERE static inline Int8Row int8_row(int64_t key_bytes, int64_t value_heads,
-                                                  int64_t value_dim) {
+RODIMUS_EVERYWHERE static constexpr Int8Row int8_row(int64_t key_bytes, int64_t value_heads,
+                                                     int64_t value_dim) {
   int64_t scales_at = (key_bytes + value_heads * value_dim + 1) / 2 * 2;
   return {key_bytes, scales_at, (scales_at + 2 * value_heads + 15) / 16 * 16};
 }

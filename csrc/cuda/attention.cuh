@@ -16,8 +16,8 @@ namespace rodimus {
 // Softmax in powers of two: the scale of the scores carries the factor.
 constexpr float kLog2E = 1.44269504f;
 
-constexpr int kMaxHeads = 16;
-constexpr int kStagedThreads = kMaxHeads * kHeadLanes;
+// Query heads of the staged kernels: those of 1.6B and of 4B parameters.
+constexpr int kFewHeads = 16, kManyHeads = 24;
 constexpr int kAnyThreads = 128;
 constexpr int kJoinThreads = 256;
 constexpr int kJoinedParts = 64;
@@ -295,13 +295,13 @@ constexpr int64_t attention_bytes(int64_t value_heads) {
   return STAGES * KEYS * row;
 }
 
-// One key head, heads of kHeadDim channels, up to kMaxHeads of them and an even number. A tile is
+// One key head, heads of kHeadDim channels, up to HEADS of them and an even number. A tile is
 // KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
 // each lane eight channels of it: the softmax of a head needs no other thread. A tile has its keys
 // first, then its values; with 8-bit values it is rows of the ring as they stand.
 // Grid: (parts, B * T), of 16 threads a head.
-template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
-__global__ void __launch_bounds__(kStagedThreads, BLOCKS) attention_staged_kernel(AttentionStep a) {
+template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS, int HEADS>
+__global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_kernel(AttentionStep a) {
   RODIMUS_DYNAMIC_SHARED(T, tiles);
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
   if (a.start != Start::kAhead) take_turn();

@@ -92,41 +92,49 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
+// Let a kernel ask for so much dynamic shared memory: for all its launches the same, as another thread
+// may be about to launch it. Said each time, because every device has to hear it.
+template <class Kernel>
+void allow_shared(Kernel* kernel, int64_t bytes) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
 template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
 void launch_step_linear_of(StepLinear a, const StepLinearLaunch& how, cudaStream_t stream) {
   a.together = how.together;
   auto* kernel = step_linear_kernel<WARPS, DEPTH, BLOCKS, SCALED>;
-  // said again each time: every device has to hear it
-  if (how.asks())
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(how.staged));
+  if (how.asks()) allow_shared(kernel, kMostShared - how.fixed);
   launch_started(kernel, dim3(static_cast<unsigned>(all_tiles(a))), WARPS * kWarp, how.staged, stream,
                  a);
 }
 
-template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS>
+template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS, int HEADS>
 void launch_attention_staged(const AttentionStep& a, dim3 grid, cudaStream_t stream) {
-  auto* kernel = attention_staged_kernel<T, INT8, KEYS, STAGES, BLOCKS>;
-  int bytes = static_cast<int>(attention_bytes<T, INT8, KEYS, STAGES>(a.value_heads));
-  // said each time: every device has to hear it
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  launch_started(kernel, grid, static_cast<unsigned>(a.heads) * kHeadLanes, bytes, stream, a);
+  auto* kernel = attention_staged_kernel<T, INT8, KEYS, STAGES, BLOCKS, HEADS>;
+  static_assert(attention_bytes<T, INT8, KEYS, STAGES>(HEADS) <= kMostShared);
+  allow_shared(kernel, attention_bytes<T, INT8, KEYS, STAGES>(HEADS));
+  launch_started(kernel, grid, static_cast<unsigned>(a.heads) * kHeadLanes,
+                 attention_bytes<T, INT8, KEYS, STAGES>(a.value_heads), stream, a);
 }
 
 template <class T, bool INT8>
 void launch_attention_of(AttentionStep a, cudaStream_t stream) {
+  constexpr bool kWide = sizeof(T) == 4;
   a.parts = attention_parts(a);
   dim3 grid(static_cast<unsigned>(a.parts), static_cast<unsigned>(a.batch * a.steps));
-  if (!fits_half_warps(a) || a.heads > kMaxHeads) {
+  if (!fits_half_warps(a) || a.heads > kManyHeads) {
     launch_started(attention_any_kernel<T, INT8>, grid, kAnyThreads, 0, stream, a);
+  } else if (a.heads > kFewHeads) {
+    // not measured: as many bytes on their way as with few heads, from two blocks of more stages
+    launch_attention_staged<T, INT8, INT8 ? 8 : kWide ? 2 : 4, 3, 2, kManyHeads>(a, grid, stream);
   } else if constexpr (INT8) {
     // as many bytes on their way as with plain values; other shapes were not measured
-    launch_attention_staged<T, INT8, 8, 3, sizeof(T) == 4 ? 2 : 3>(a, grid, stream);
-  } else if constexpr (sizeof(T) == 4) {
-    launch_attention_staged<T, INT8, 4, 2, 2>(a, grid, stream);
+    launch_attention_staged<T, INT8, 8, 3, kWide ? 2 : 3, kFewHeads>(a, grid, stream);
+  } else if constexpr (kWide) {
+    launch_attention_staged<T, INT8, 4, 2, 2, kFewHeads>(a, grid, stream);
   } else {
     // three blocks of two stages each keep more on its way than two of three
-    launch_attention_staged<T, INT8, 8, 2, 3>(a, grid, stream);
+    launch_attention_staged<T, INT8, 8, 2, 3, kFewHeads>(a, grid, stream);
   }
   if (a.parts == 1) return;
   launch_started(attention_join_kernel, dim3(static_cast<unsigned>(a.heads), grid.y), kJoinThreads, 0,
@@ -136,16 +144,14 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
 template <int STAGES, int KEYS>
 void launch_persistent_of(const BlockStep& a, cudaStream_t stream) {
   auto* kernel = persistent_kernel<STAGES, KEYS>;
-  int shared = static_cast<int>(persistent_shared(a, STAGES));
-  // said each time: every device has to hear it
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  allow_shared(kernel, cooperative_shared());
   cudaLaunchAttribute together;
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(multiprocessors()));
   config.blockDim = dim3(kPersistentThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared), config.stream = stream;
+  config.dynamicSmemBytes = static_cast<size_t>(persistent_shared(a, STAGES)), config.stream = stream;
   config.attrs = &together, config.numAttrs = 1;
   cudaLaunchKernelEx(&config, kernel, a);
 }

@@ -79,8 +79,9 @@ def _is_one_call(rows, w, cos, head_dim) -> bool:
         _fits_shared(rows, max(inputs))
         and w.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
         and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (w.gate_out, *streamed))
+        and w.mixer_norm.dtype == torch.bfloat16
         and not any(size % 8 for size in inputs)
-        and not any(x.data_ptr() % 16 for x in streamed)
+        and not any(x.data_ptr() % 16 for x in (w.mixer_norm, *streamed))
         and (cos is None or (cos.shape[1] % 8 == 0 and head_dim % 16 == 0))
     )
 

@@ -70,10 +70,13 @@ def test_emulated_mixer_leaves_the_factor_of_its_norm(differences):
 
 @pytest.mark.parametrize("kind", ["norm", "add", "scaled", "squares", "gate", "conv"])
 def test_emulated_linear_steps_equal_the_cpu(differences, kind):
-    """bfloat16 throughout; the CPU rounds where they do, so a sum may fall on the other side."""
+    """bfloat16 throughout; the CPU rounds where they do, so a sum may fall on the other side: a step
+    of the largest result, 2^-7 of it at most. Behind a norm the CPU also rounds before the rotary
+    embedding, half a step more."""
+    limit = {"squares": 1e-4, "norm": 2**-7 + 2**-8}.get(kind, 2**-7)
     found = {n: x for n, x in differences.items() if n.startswith(f"step_linear_{kind}-")}
     assert len(found) >= 2
-    assert all(x <= (1e-4 if kind == "squares" else 2**-7) for x in found.values()), found
+    assert all(x <= limit for x in found.values()), found
 
 
 @pytest.fixture(scope="module", params=["late", "eager"])
@@ -333,13 +336,14 @@ def test_cuda_equals_the_cpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("steps", [1, 2])
-def test_attention_of_the_released_heads_on_cuda(steps):
-    """One key head and sixteen value heads of 128 have kernels of their own: over the ring's end,
+@pytest.mark.parametrize("heads", [16, 24])
+def test_attention_of_the_released_heads_on_cuda(steps, heads):
+    """One key head and 16 or 24 value heads of 128 have kernels of their own: over the ring's end,
     in several parts."""
     from tests.kernels import test_native as cpu
 
     native.require("test", "cuda")
-    sizes = {"T": steps, "H": 16, "heads": (1, 16), "dims": (128, 128)}
+    sizes = {"T": steps, "H": heads, "heads": (1, heads), "dims": (128, 128)}
     for maker in (cpu.attention_step, cpu.int8_attention_step):
         for dtype in cpu.DTYPES:
             torch.manual_seed(0)

@@ -113,6 +113,7 @@ def shared_key_attention(
     keys = k.shape[1]
     if queries == 0 or keys < queries:
         raise ValueError(f"expected S >= T >= 1, got T = {queries} queries and S = {keys} keys")
+    check_same_device("q", q, cu_seqlens=cu_seqlens)
     reference.check_cu_seqlens(cu_seqlens, batch, keys)
     if impl == "auto":
         double = torch.float64 in (q.dtype, k.dtype, v.dtype)
@@ -244,7 +245,7 @@ def _fits_compiled_step(q, k, v, cache) -> bool:
     """Whether the compiled step takes this ring and, on a GPU, has more than a plain loop for these
     heads: its kernel is written for one key head and heads of 128 channels, as the models have."""
     heads, dim = q.shape[2:]
-    staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 16 and dim == v.shape[3] == 128
+    staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 24 and dim == v.shape[3] == 128
     return cache.is_contiguous() and (q.device.type == "cpu" or staged)
 
 

@@ -389,7 +389,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
                       spoil_shared();
                       a.start = steps == 1 ? Start::kAhead : Start::kUnder;
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
-                                       [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1>(a); });
+                                       [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1, kManyHeads>(a); });
                     });
 }
 
@@ -407,6 +407,8 @@ template <class T, bool INT8>
 void attention_cases_of(Type type) {
   attention_staged_case<T, INT8, 8, 3>(type, 16, 16, 1, 37, 41, 1, {0, 5, 40, 41, 100});
   attention_staged_case<T, INT8, 8, 3>(type, 16, 16, 2, 37, 38, 5, {0, 5, 37, 38, 70});
+  attention_staged_case<T, INT8, sizeof(T) == 4 ? 2 : 4, 3>(type, 24, 24, 1, 37, 41, 3, {0, 5, 41, 100});
+  attention_staged_case<T, INT8, 8, 3>(type, 24, 12, 2, 37, 38, 2, {0, 37, 70});
   attention_staged_case<T, INT8, 8, 2>(type, 4, 2, 8, 9, 16, 3, {3, 13, 31});
   attention_staged_case<T, INT8, 4, 4>(type, 2, 1, 1, 30, 32, 1, {29, 64});
   attention_any_case<T, INT8>(type, {6, 2, 3, 33, 256}, 3, 21, 23, 1, {0, 11, 22, 60});

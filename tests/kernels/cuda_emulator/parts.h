@@ -40,9 +40,10 @@ inline void run_mixer_state(const MixerStep& a) {
 
 // bfloat16 heads of the staged form.
 inline void run_attention(const AttentionStep& a) {
+  auto* kernel = a.heads > kFewHeads ? attention_staged_kernel<__nv_bfloat16, false, 4, 3, 2, kManyHeads>
+                                     : attention_staged_kernel<__nv_bfloat16, false, 8, 2, 3, kFewHeads>;
   spoil_shared();
-  emulator::launch(dim3(a.parts, a.batch * a.steps), a.heads * kHeadLanes,
-                   [&] { attention_staged_kernel<__nv_bfloat16, false, 8, 2, 3>(a); });
+  emulator::launch(dim3(a.parts, a.batch * a.steps), a.heads * kHeadLanes, [&] { kernel(a); });
   if (a.parts > 1)
     emulator::launch(dim3(a.heads, a.batch * a.steps), kJoinThreads, [&] { attention_join_kernel(a); });
 }
