@@ -9,6 +9,7 @@ import torch
 from . import native
 from ._dispatch import check_same_device, check_shape, load
 from .int8_weight import Int8Weight
+from .reference import int8_row_bytes
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:blocks_step",
@@ -126,8 +127,8 @@ def blocks_step(
     """
     rings = [ring for ring in rings if ring is not None]
     _check_blocks(stream, weights, taps, states, rings)
-    if weights[0].query is not None and None in (window_size, head_dim):
-        raise ValueError("blocks with attention need window_size and head_dim, got None")
+    if rings:
+        _check_attention(stream, weights, rings, position, rotary, window_size, head_dim)
     with torch.no_grad():
         if impl == "auto":
             uniform = all(block.is_uniform for block in weights)
@@ -161,11 +162,89 @@ def _check_blocks(stream, weights, taps, states, rings):
             f"expected {blocks} taps, {blocks} states and {attending} rings for {blocks} blocks,"
             f" got {counts[0]}, {counts[1]} and {counts[2]}"
         )
-    check_shape("stream", stream, ("B", weights[0].fc.shape[1]))
+    check_shape("stream", stream, ("B", "D"))
+    first = None
     for i, w in enumerate(weights):
-        check_shape(f"taps[{i}]", taps[i], (stream.shape[0], *w.conv.shape))
-        ring = rings[i] if rings else None
-        check_same_device("stream", stream, fc=w.fc, taps=taps[i], state=states[i], ring=ring)
+        # blocks are mostly alike, and a token should not wait for the names of their weights
+        sizes = [None if x is None else (x.shape, x.device) for x in w]
+        if sizes != first:
+            _check_weights(f"weights[{i}].", stream, w)
+            first = sizes
+        batch, (inner, width) = stream.shape[0], w.conv.shape
+        check_shape(f"taps[{i}]", taps[i], (batch, inner, width))
+        check_shape(f"states[{i}]", states[i], (batch, 1, w.mem_gate.shape[0] // 2, inner))
+        check_same_device("stream", stream, taps=taps[i], state=states[i])
+
+
+def _check_weights(prefix, stream, w):
+    check_shape(f"{prefix}gate_out", w.gate_out, ("V", "R"))
+    check_shape(f"{prefix}mem_gate", w.mem_gate, ("2K", "V"))
+    (inner, rank), gates, width = w.gate_out.shape, w.mem_gate.shape[0], stream.shape[1]
+    if gates % 2:
+        raise ValueError(f"{prefix}mem_gate must have an even number of rows, got {gates}")
+    expected = {
+        "mixer_norm": (width,),
+        "fc": (2 * inner, width),
+        "conv": (inner, "W"),
+        "conv_bias": (inner,),
+        "query_key": (gates, inner),
+        "gate_in": (rank, inner),
+        "gate_bias": (inner,),
+        "mem_gate": (gates, inner),
+        "mem_gate_bias": (gates,),
+        "residual_weight": (inner,),
+        "act_norm": (inner,),
+        "mixer_out": (width, inner),
+    }
+    if w.query is not None:
+        check_shape(f"{prefix}query", w.query, ("H * dim", width))
+        check_shape(f"{prefix}ffn_in", w.ffn_in, ("2I", width))
+        expected |= {
+            "attn_norm": (width,),
+            "key": ("Hk * dim", width),
+            "value": ("Hv * dim", width),
+            "attn_out": (width, w.query.shape[0]),
+            "ffn_norm": (width,),
+            "ffn_out": (width, w.ffn_in.shape[0] // 2),
+        }
+    for name, shape in expected.items():
+        check_shape(prefix + name, getattr(w, name), shape)
+    given = {f"{prefix}{name}": x for name, x in zip(w._fields, w, strict=True)}
+    check_same_device("stream", stream, **given)
+
+
+def _check_attention(stream, weights, rings, position, rotary, window_size, head_dim):
+    if None in (window_size, head_dim):
+        raise ValueError("blocks with attention need window_size and head_dim, got None")
+    if position is None:
+        raise ValueError("blocks with attention need position, got None")
+    batch = stream.shape[0]
+    check_shape("position", position, (batch,))
+    check_same_device("stream", stream, position=position)
+    if rotary is not None:
+        turned = rotary[0].shape[-1]
+        for name, table in zip(("cos", "sin"), rotary, strict=True):
+            check_shape(name, table, (batch, turned))
+        if 2 * turned > head_dim:
+            raise ValueError(f"rotary tables must fit heads of {head_dim}, got {turned} angles")
+    for i, (w, ring) in enumerate(zip(weights, rings, strict=True)):
+        attended, keys, values = w.query.shape[0], w.key.shape[0], w.value.shape[0]
+        whole = keys % head_dim == values % head_dim == 0 < min(keys, values)
+        if not whole or attended % keys or attended % values:
+            raise ValueError(
+                f"heads of {head_dim} do not fit {attended} query, {keys} key and {values} value"
+                " channels"
+            )
+        row, value_heads = keys + values, values // head_dim
+        if ring.dtype == torch.uint8:
+            row = int8_row_bytes(keys // head_dim, head_dim, value_heads, head_dim, w.conv.dtype)
+        check_shape(f"rings[{i}]", ring, (batch, "R", row))
+        if ring.shape[1] < window_size:
+            raise ValueError(
+                f"rings[{i}] must have at least window_size = {window_size} rows,"
+                f" got {ring.shape[1]}"
+            )
+        check_same_device("stream", stream, ring=ring)
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:

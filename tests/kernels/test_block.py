@@ -315,42 +315,55 @@ def test_only_matrices_of_linear_layers_may_be_int8(name):
     assert all(map(torch.equal, flat(before), flat((taps, states))))
 
 
-def test_errors_come_before_any_state_is_touched():
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_errors_come_before_any_state_is_touched(impl):
     """Also those of the last block of several."""
     names = ("taps", "states", "rings")
     weights, *lists, position, rotary = given = blocks_of([torch.float32] * 2, 2, True)
     stream, kept = torch.randn(2, 18), copy.deepcopy(given)
 
-    def refuses(message, error=RuntimeError, stream=stream, weights=weights, **changed):
-        arguments = {**dict(zip(names, lists, strict=True)), "position": position} | changed
+    def refuses(message, stream=stream, weights=weights, error=ValueError, **changed):
+        arguments = {**dict(zip(names, lists, strict=True)), "position": position}
+        arguments |= {"rotary": rotary, **NAMED, **changed}
         with pytest.raises(error, match=message):
-            blocks_step(stream, weights, **arguments, rotary=rotary, **NAMED, impl="native")
+            blocks_step(stream, weights, **arguments, impl=impl)
 
     second = lambda values, value: [values[0], value]
     taps, states, rings = lists
-    refuses(r"taps\[1\] must have shape \[2, 22, 4\]", ValueError, taps=second(taps, taps[1][:1]))
-    nine = [torch.zeros(9, *tap.shape[1:]) for tap in taps]
-    refuses("takes 1 to 8 rows, got 9", ValueError, torch.randn(9, 18), taps=nine)
+    refuses(r"taps\[1\] must have shape \[2, 22, 4\]", taps=second(taps, taps[1][:1]))
     state = states[1][:, :, :5]
-    refuses(r"state must have shape \[2, 1, 7, 22\]", states=second(states, state))
-    refuses("takes float32 and bfloat16", ValueError, states=second(states, states[1].double()))
-    refuses("needs ring and position", position=None)
-    refuses("2 rings for 2 blocks, got 2, 2 and 0", ValueError, rings=[])
-    refuses("2 taps, 2 states .* got 2, 1 and 2", ValueError, states=states[:1])
+    refuses(r"states\[1\] must have shape \[2, 1, 7, 22\]", states=second(states, state))
+    refuses("need position", position=None)
+    refuses("need window_size and head_dim", head_dim=None)
+    refuses("2 rings for 2 blocks, got 2, 2 and 0", rings=[])
+    refuses("2 taps, 2 states .* got 2, 1 and 2", states=states[:1])
     ring = rings[1][:, :4].contiguous()
-    refuses("at least window_size = 5 rows", rings=second(rings, ring))
+    refuses(r"rings\[1\] must have at least window_size = 5 rows", rings=second(rings, ring))
     small = int8_ring(rings[1][:, :4], NAMED["head_dim"], torch.float32)
     refuses("at least window_size = 5 rows", rings=second(rings, small))
     bytes_ = rings[1].byte()
-    refuses(r"ring must have shape \[any, any, 48\]", rings=second(rings, bytes_))
-    refuses("position must be >= 0, got -1", position=torch.tensor([-1, 0]))
-    key = weights[1]._replace(key=torch.randn(6, 17))
-    refuses(r"key must have shape \[any, 18\]", weights=second(weights, key))
-    narrow = weights[0]._replace(fc=torch.randn(4, 17))
-    refuses(r"stream must have shape \[B, 17\]", ValueError, weights=[narrow, weights[1]])
+    refuses(r"rings\[1\] must have shape \[2, R, 48\]", rings=second(rings, bytes_))
+    refuses(r"position must have shape \[2\]", position=torch.zeros(3, dtype=torch.long))
+    refuses(r"sin must have shape \[2, 2\]", rotary=(rotary[0], rotary[1][:, :1]))
+    refuses("rotary tables must fit heads of 6", rotary=(torch.zeros(2, 4), torch.zeros(2, 4)))
+    refuses("heads of 5 do not fit 18 query, 6 key and 18 value", head_dim=5)
+    for name, weight in zip(BlockWeights._fields, weights[1], strict=True):
+        if name != "conv":  # taps then are too many
+            wrong = weights[1]._replace(**{name: weight[..., :-1]})
+            refuses(r"weights\[1\]\.\w+ must have shape", weights=second(weights, wrong))
     other = weights_of(torch.float32, False)
-    refuses("2, 1 of them with attention", ValueError, weights=second(weights, other))
-    refuses("one block or more, .* got 0", ValueError, weights=[])
+    refuses("2, 1 of them with attention", weights=second(weights, other))
+    refuses("one block or more, .* got 0", weights=[])
+    if impl == "native":
+        nine = [torch.zeros(9, *tap.shape[1:]) for tap in taps]
+        states9 = [torch.zeros(9, *state.shape[1:]) for state in states]
+        rings9 = [torch.zeros(9, *ring.shape[1:]) for ring in rings]
+        changed = {"taps": nine, "states": states9, "rings": rings9, "rotary": None}
+        position9 = torch.zeros(9, dtype=torch.long)
+        refuses("takes 1 to 8 rows, got 9", torch.randn(9, 18), position=position9, **changed)
+        refuses("takes float32 and bfloat16", states=second(states, states[1].double()))
+        below = torch.tensor([-1, 0])
+        refuses("position must be >= 0, got -1", position=below, error=RuntimeError)
     with pytest.raises(ValueError, match="takes bfloat16 weights on a GPU, .* got .* on cpu"):
         blocks_step(stream, weights, *lists, position, rotary, **NAMED, impl="persistent")
     assert all(map(torch.equal, flat(kept), flat(given)))
