@@ -172,7 +172,7 @@ def observe(call: partial) -> str:
     """The module that does an operator's work; modules, where its own makes it of others."""
     try:
         used = rodimus_kernels.implementations_used(call)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what a compiler or driver says is what the report is for
         return f"fails: {first_line(error)}"
     own = call.func.__module__
     modules = [name.partition(":")[0] for name in used] or [own]
@@ -198,6 +198,9 @@ def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> I
         except (RuntimeError, ValueError):
             # not one of this operator's, or not for this device: explicit choices never fall back
             continue
+        except Exception as error:  # as in observe
+            yield f"{impl} fails"
+            missing.setdefault(impl, f"{type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -431,6 +432,23 @@ def test_env_says_what_is_chosen(capsys, monkeypatch, caplog):
 def test_env_calls_every_operator_as_it_wants_to_be():
     for name, call in env.cases(torch.device("cpu")).items():
         assert not env.observe(call).startswith("fails"), name
+
+
+def test_env_reports_what_a_compiler_says(monkeypatch, capsys):
+    """Triton's errors are of no type that torch has."""
+
+    class CompilationError(Exception):
+        pass
+
+    def operator(impl="auto"):
+        raise CompilationError("at 3:1: no such shape\nand more")
+
+    monkeypatch.setattr(env, "cases", lambda device: {"operator": partial(operator)})
+    monkeypatch.setattr(sys.modules[__name__], "IMPLS", ("triton",), raising=False)
+    assert command("env") == 0
+    out = capsys.readouterr().out
+    assert "fails: at 3:1: no such shape" in out and "[triton fails]" in out
+    assert "no triton: CompilationError: at 3:1: no such shape" in out
 
 
 def test_env_tests_every_public_operator():
