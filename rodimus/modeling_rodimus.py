@@ -1381,9 +1381,17 @@ class RodimusPreTrainedModel(PreTrainedModel):
         """As transformers'. A model whose config names its code, as an exported one's does, takes
         the code along; loaded with ``trust_remote_code``, transformers copies it."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        is_own = self._auto_class is None and kwargs.get("is_main_process", True)
-        if is_own and getattr(self.config, "auto_map", None):
-            importlib.import_module(f"{__package__}.export").copy_code(save_directory)
+        if kwargs.get("is_main_process", True):
+            self._take_code_along(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # save_pretrained(push_to_hub=True) uploads before it returns
+        self._take_code_along(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _take_code_along(self, folder):
+        if self._auto_class is None and getattr(self.config, "auto_map", None):
+            importlib.import_module(f"{__package__}.export").copy_code(folder)
 
     @torch.no_grad()
     def _init_weights(self, module):

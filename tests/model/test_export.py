@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -197,6 +198,23 @@ def test_a_model_loaded_from_an_export_takes_its_code_along(exported, tmp_path):
     assert {path.name: path.read_text() for path in (tmp_path / "tuned").glob("*.py")} == code
     model = save_model(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py")) and not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+def test_an_upload_takes_the_code_along(exported, way, tmp_path, monkeypatch):
+    folder, _ = exported
+    model, hub = RodimusForCausalLM.from_pretrained(folder), MagicMock()
+    hub.create_repo.return_value.repo_id = "someone/tuned"
+    for module in ("transformers.modeling_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.hf_api", lambda: hub)
+        monkeypatch.setattr(f"{module}.create_and_tag_model_card", MagicMock())
+    if way == "push_to_hub":
+        model.push_to_hub("someone/tuned")
+    else:
+        model.save_pretrained(tmp_path / "tuned", push_to_hub=True, repo_id="someone/tuned")
+    uploaded = {file.path_in_repo for file in hub.create_commit.call_args.kwargs["operations"]}
+    assert {path.name for path in folder.glob("*.py")} <= uploaded
 
 
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
