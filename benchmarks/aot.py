@@ -2,16 +2,15 @@
 
     python -m benchmarks.aot [--all] [--only NAME] [--arch 90] [--json PATH]
 
-Kernels are taken from their own launchers: each module of ``MODULES`` has a function
-``aot_launches(everything)`` that yields names and calls; the calls run on CPU tensors while the
-launch itself is replaced by a compilation for the target. So what is compiled is what would run.
+Kernels are taken from their own launchers: the calls of ``aot_cases.py`` run on CPU tensors while
+the launch itself is replaced by a compilation for the target, so what is compiled is what would
+run.
 One line a kernel: registers a thread, bytes of stack (spills), shared memory a program. Fails on a
 stack over 128 bytes, shared memory over the architecture's limit, or a ``wgmma`` of 8 columns.
 """
 
 import argparse
 import contextlib
-import importlib
 import json
 import re
 import subprocess
@@ -29,19 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from rodimus_kernels._triton import assume_capability
 
-MODULES = (
-    "rodimus_kernels.ddts.triton_chunk",
-    "rodimus_kernels.ddts.triton_gates",
-    "rodimus_kernels.ddts.triton_recurrent",
-    "rodimus_kernels.triton_norm",
-    "rodimus_kernels.triton_conv",
-    "rodimus_kernels.triton_input_gate",
-    "rodimus_kernels.triton_swiglu",
-    "rodimus_kernels.triton_cross_entropy",
-    "rodimus_kernels.shared_key_attention.triton_attention",
-    "rodimus_kernels.shared_key_attention.triton_rope",
-    "rodimus_kernels.shared_key_attention.triton_step",
-)
+from . import aot_cases
 
 # shared memory a program may ask for, bytes: CUDA programming guide, technical specifications
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -106,12 +93,14 @@ def compile_launch(kernel: JITFunction, args: tuple, options: dict, arch: int) -
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, values.get(parameter.name, parameter.default)
+        special = not parameter.do_not_specialize
         # None and 1 are compiled in, as at a launch
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        is_one = special and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or is_one:
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name], divisible = argument(value)
-        if divisible:
+        if divisible and special:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -153,14 +142,13 @@ def table(
     archs: tuple[int, ...] = (80, 90, 100), *, everything: bool = False, only: str = ""
 ) -> Iterator[Usage]:
     """Usage of every kernel, case and architecture; ``only`` keeps the names that contain it."""
-    for module in map(importlib.import_module, MODULES):
-        for name, launch in module.aot_launches(everything):
-            case = f"{module.__name__.split('.', 1)[1]}: {name}"
-            for arch in archs if only in case else ():
-                found: dict[Usage, None] = {}
-                with compile_instead_of_launching(case, arch, found):
-                    launch()
-                yield from found
+    for case in aot_cases.cases(everything=everything):
+        name = f"{case.module}: {case.name}"
+        for arch in archs if only in name else ():
+            found: dict[Usage, None] = {}
+            with compile_instead_of_launching(name, arch, found):
+                case.call()
+            yield from found
 
 
 def main() -> int:

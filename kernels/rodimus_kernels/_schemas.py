@@ -5,7 +5,10 @@ apart so that a schema is readable in one place, and torch.compile, selective ch
 native library can name an operator without importing its implementation.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch.autograd.function import once_differentiable
 
 from .reference import accumulation_dtype
 
@@ -34,6 +37,16 @@ torch.library.define(
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dlog_decay, Tensor dtemper,"
     " Tensor dinitial_state)",
 )
+
+
+def register_gradient(operator: str, backward: Callable, setup_context: Callable) -> None:
+    """The gradient of ``rodimus::operator``, as ``torch.library.register_autograd`` takes it. A
+    gradient of the gradient raises RuntimeError: the backward operators have none, and torch would
+    take what they return for constants."""
+    torch.library.register_autograd(
+        f"rodimus::{operator}", once_differentiable(backward), setup_context=setup_context
+    )
+
 
 EAGER_CHUNK = 64
 TRITON_CHUNK = 64

@@ -84,6 +84,11 @@ def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
 
 
+def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``x`` as rows of unit stride ``[N, D]``; a slice of a projection is not copied."""
+    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
+
+
 def strides(*tensors: torch.Tensor) -> list[int]:
     """Strides of the first three dimensions of each: batch, time and head."""
     return [stride for x in tensors for stride in x.stride()[:3]]

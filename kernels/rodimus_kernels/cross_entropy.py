@@ -1,6 +1,7 @@
 """Linear head and cross entropy in one operator that never holds all logits."""
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._dispatch import check_same_device, check_shape, load, runs_triton
 
@@ -127,6 +128,14 @@ def _add_product(total, a, b):
         total += a @ b
 
 
+def _scaled(x, factor):
+    """``x * factor`` in x's dtype, with the scalar as it is: 1 / tokens is no bfloat16."""
+    factor = factor.reshape((1,) * x.dim())
+    if torch.compiler.is_compiling():
+        return (x * factor).to(x.dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the losses; the gradients are taken in the forward and scaled in the backward."""
 
@@ -159,8 +168,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _):
-        dhidden, dweight = ctx.saved_tensors
-        dhidden = None if dhidden is None else dhidden * dloss.to(dhidden.dtype)
-        dweight = None if dweight is None else dweight * dloss.to(dweight.dtype)
+        dhidden, dweight = (x if x is None else _scaled(x, dloss) for x in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None

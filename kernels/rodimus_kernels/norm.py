@@ -113,7 +113,8 @@ def gated_rms_norm(
     if residual is not None:
         check_shape("residual", residual, tuple(x.shape))
         check_shape("residual_weight", residual_weight, (x.shape[-1],))
-    check_same_device("x", x, gate=gate, weight=weight, residual=residual)
+    given = {"gate": gate, "weight": weight, "residual": residual}
+    check_same_device("x", x, **given, residual_weight=residual_weight)
     impl = _choose(impl, x, gate, weight, residual, residual_weight)
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight

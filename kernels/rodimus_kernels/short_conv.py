@@ -61,7 +61,13 @@ def short_conv(
         check_shape("bias", bias, (channels,))
     check_floating(x=x, weight=weight)
     check_same_device(
-        "x", x, weight=weight, bias=bias, initial_state=initial_state, seq_idx=seq_idx
+        "x",
+        x,
+        weight=weight,
+        bias=bias,
+        initial_state=initial_state,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
     )
     if length == 0:
         raise ValueError("short_conv needs at least one token, got T = 0")

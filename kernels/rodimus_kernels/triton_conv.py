@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _schemas  # noqa: F401  (the schemas come first)
+from ._schemas import register_gradient
 from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
 
 # channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
@@ -117,7 +117,7 @@ def zeros(like, COUNT: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def short_conv_fwd_kernel(
     x,
     h0,
@@ -441,19 +441,4 @@ def _autograd(ctx, dy):
     return dx, dweight, dbias, None if initial_state is None else dh0, None, None
 
 
-torch.library.register_autograd("rodimus::short_conv", _autograd, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    yield "D4096 W4 bfloat16", lambda: _aot(None)
-    if everything:
-        yield "D4096 W4 bfloat16 packed", lambda: _aot(torch.tensor([0, 10, 32]))
-
-
-def _aot(cu_seqlens):
-    x = torch.empty(1, 32, 8192, dtype=torch.bfloat16)[..., :4096]
-    weight, bias = torch.empty(4096, 4, dtype=torch.bfloat16), torch.empty(4096, dtype=x.dtype)
-    h0 = torch.empty(1 if cu_seqlens is None else 2, 4096, 4, dtype=x.dtype)
-    y = torch.ops.rodimus.short_conv(x, weight, bias, h0, cu_seqlens, None)
-    torch.ops.rodimus.short_conv_backward(x, weight, bias, h0, cu_seqlens, None, y)
+register_gradient("short_conv", _autograd, _setup_context)

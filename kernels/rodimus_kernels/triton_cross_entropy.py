@@ -88,13 +88,3 @@ def _rows(logits, labels, z_loss, ignore_index, write_gradient):
         **FP_FUSION,
     )
     return losses
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
-        logits, labels = torch.empty(16, 126464, dtype=dtype), torch.zeros(16, dtype=torch.long)
-        call = lambda x=logits, y=labels: torch.ops.rodimus.cross_entropy_rows(
-            x, y, 0.1, -100, True
-        )
-        yield f"V126464 {str(dtype).removeprefix('torch.')}", call

@@ -9,15 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _schemas  # noqa: F401  (the schemas come first)
+from ._schemas import register_gradient
 from ._triton import (
     FP_FUSION,
     INTERPRETED,
+    as_rows,
     check_runs_here,
     implement,
     product,
     sigmoid,
-    unit_stride,
 )
 
 # of a tile
@@ -47,7 +47,7 @@ def gate_of(b_h, b_w, bias, o_d, D, PRECISION: tl.constexpr, UPCAST: tl.constexp
     return sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION, UPCAST))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def input_gate_fwd_kernel(
     x,
     hidden,
@@ -141,11 +141,6 @@ def input_gate(x, hidden, weight, bias):
     return torch.ops.rodimus.input_gate(x, hidden, weight, bias.contiguous())
 
 
-def _rows(x):
-    """``x`` as rows of unit stride; a slice of a projection is not copied."""
-    return unit_stride(x.reshape(-1, x.shape[-1]))
-
-
 def _tile(hidden, tokens, channels, warps):
     rank = hidden.shape[-1]
     return {
@@ -162,7 +157,7 @@ def _tile(hidden, tokens, channels, warps):
 
 @implement("input_gate")
 def _forward(x, hidden, weight, bias):
-    rows, hiddens, y = _rows(x), _rows(hidden), x.new_empty(x.shape)
+    rows, hiddens, y = as_rows(x), as_rows(hidden), x.new_empty(x.shape)
     length, width = rows.shape
     input_gate_fwd_kernel[(triton.cdiv(width, _CHANNELS), triton.cdiv(length, _TOKENS))](
         rows,
@@ -181,7 +176,7 @@ def _forward(x, hidden, weight, bias):
 
 @implement("input_gate_backward")
 def _backward(x, hidden, weight, bias, dy):
-    rows, hiddens, dys, weight = _rows(x), _rows(hidden), _rows(dy), weight.contiguous()
+    rows, hiddens, dys, weight = as_rows(x), as_rows(hidden), as_rows(dy), weight.contiguous()
     length, width = rows.shape
     tokens, channels, stages = _SUMMED_TOKENS, _BACKWARD_CHANNELS, _STAGES
     if hidden.dtype == torch.float32:
@@ -226,21 +221,4 @@ def _autograd(ctx, dy):
     return tuple(torch.ops.rodimus.input_gate_backward(*ctx.saved_tensors, dy))
 
 
-torch.library.register_autograd("rodimus::input_gate", _autograd, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    cases = [(4096, 32, torch.bfloat16)]
-    if everything:
-        cases += [(6144, 48, torch.bfloat16), (4096, 32, torch.float32)]
-    for width, rank, dtype in cases:
-        name = f"D{width} R{rank} {str(dtype).removeprefix('torch.')}"
-        yield name, lambda case=(width, rank, dtype): _aot(*case)
-
-
-def _aot(width, rank, dtype):
-    x, hidden = torch.empty(128, 2 * width, dtype=dtype)[:, :width], torch.empty(128, rank)
-    weight, bias = torch.empty(width, rank, dtype=dtype), torch.empty(width, dtype=dtype)
-    arguments = (x, hidden.to(dtype), weight, bias)
-    torch.ops.rodimus.input_gate_backward(*arguments, torch.ops.rodimus.input_gate(*arguments))
+register_gradient("input_gate", _autograd, _setup_context)

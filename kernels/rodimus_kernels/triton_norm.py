@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _schemas  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
+from ._schemas import register_gradient
+from ._triton import FP_FUSION, as_rows, check_runs_here, implement, sigmoid
 
 # a row is one block of registers
 MAX_WIDTH = 16384
@@ -266,11 +266,6 @@ def _check(operator, *tensors):
         )
 
 
-def _rows(x):
-    """``x`` as rows of unit stride; a slice of a projection is not copied."""
-    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
-
-
 def _tile(width, elements):
     """One row in a program's registers, ``elements`` a thread as far as warps allow."""
     block = triton.next_power_of_2(width)
@@ -309,7 +304,7 @@ def _partial_sums(rows, width, like):
 
 @implement("rms_norm_rows")
 def _rms_norm(x, weight, eps):
-    rows, y = _rows(x), _like(x, weight.dtype)
+    rows, y = as_rows(x), _like(x, weight.dtype)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
         rows,
         None,
@@ -326,7 +321,7 @@ def _rms_norm(x, weight, eps):
 
 @implement("add_rms_norm_rows")
 def _add_rms_norm(x, residual, weight, eps):
-    rows, streams = _rows(x), _rows(residual)
+    rows, streams = as_rows(x), as_rows(residual)
     y, stream = _like(x, weight.dtype), _like(residual)
     add_rms_norm_fwd_kernel[(rows.shape[0],)](
         rows,
@@ -344,7 +339,7 @@ def _add_rms_norm(x, residual, weight, eps):
 
 @implement("rms_norm_rows_backward")
 def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
-    rows, dys, dstreams = _rows(stream), _rows(dy), _rows(dstream)
+    rows, dys, dstreams = as_rows(stream), as_rows(dy), as_rows(dstream)
     dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
     dbranch = None if branch is None else _like(stream, branch)
     rms_norm_bwd_kernel[(dweight.shape[0],)](
@@ -368,7 +363,7 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
 
 @implement("gated_rms_norm_rows")
 def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
-    rows, gates, residuals, y = _rows(x), _rows(gate), _rows(residual), _like(x)
+    rows, gates, residuals, y = as_rows(x), as_rows(gate), as_rows(residual), _like(x)
     gated_rms_norm_fwd_kernel[(rows.shape[0],)](
         rows,
         gates,
@@ -387,7 +382,7 @@ def _gated_rms_norm(x, gate, weight, eps, residual, residual_weight):
 
 @implement("gated_rms_norm_rows_backward")
 def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy):
-    rows, gates, residuals, dys = _rows(x), _rows(gate), _rows(residual), _rows(dy)
+    rows, gates, residuals, dys = as_rows(x), as_rows(gate), as_rows(residual), as_rows(dy)
     dx, dgate, dweight = _like(x), _like(gate), _partial_sums(*rows.shape, rows)
     dresidual, dresidual_weight = x.new_empty(0), x.new_empty(0)
     if residual is not None:
@@ -467,29 +462,4 @@ for _name, _setup, _formula in (
     ("add_rms_norm", _setup_add_rms_norm, _autograd_add_rms_norm),
     ("gated_rms_norm", _setup_gated_rms_norm, _autograd_gated_rms_norm),
 ):
-    torch.library.register_autograd(f"rodimus::{_name}_rows", _formula, setup_context=_setup)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    cases = [(4096, True, torch.bfloat16)]
-    if everything:
-        cases += [(2048, True, torch.bfloat16), (6144, True, torch.bfloat16)]
-        cases += [(4096, False, torch.bfloat16), (4096, True, torch.float32)]
-    for width, residual, dtype in cases:
-        name = f"D{width} {str(dtype).removeprefix('torch.')}"
-        name += "" if residual else " without residual"
-        yield name, lambda case=(width, residual, dtype): _aot(*case)
-
-
-def _aot(width, residual, dtype):
-    x, weight = torch.empty(16, width, dtype=dtype), torch.empty(width)
-    if residual:
-        y, stream = torch.ops.rodimus.add_rms_norm_rows(x, x.float(), weight, 1e-5)
-        torch.ops.rodimus.rms_norm_rows_backward(stream, weight, 1e-5, y, stream, x.dtype)
-    else:
-        y = torch.ops.rodimus.rms_norm_rows(x, weight, 1e-5)
-        torch.ops.rodimus.rms_norm_rows_backward(x, weight, 1e-5, y, None, None)
-    extra = (x, weight) if residual else (None, None)
-    y = torch.ops.rodimus.gated_rms_norm_rows(x, x, weight, 1e-5, *extra)
-    torch.ops.rodimus.gated_rms_norm_rows_backward(x, x, weight, 1e-5, *extra, y)
+    register_gradient(f"{_name}_rows", _formula, _setup)

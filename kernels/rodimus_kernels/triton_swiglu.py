@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _schemas  # noqa: F401  (the schemas come first)
-from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
+from ._schemas import register_gradient
+from ._triton import FP_FUSION, as_rows, check_runs_here, implement, sigmoid
 
 # channels of a program: of 512 to 4096 the best on an H200 for 5632 channels; not timed for the
 # 2736 of the 1.6B model, which one program takes whole
@@ -46,11 +46,6 @@ def swiglu(projection):
     return torch.ops.rodimus.swiglu(projection)
 
 
-def _rows(x):
-    """``x`` as rows of unit stride; a slice of a projection is not copied."""
-    return unit_stride(x.reshape(-1, x.shape[-1]))
-
-
 def _launch(kernel, rows, *args):
     length, width = rows.shape[0], rows.shape[1] // 2
     block = min(_CHANNELS, triton.next_power_of_2(width))
@@ -60,7 +55,7 @@ def _launch(kernel, rows, *args):
 
 @implement("swiglu")
 def _forward(projection):
-    rows = _rows(projection)
+    rows = as_rows(projection)
     y = projection.new_empty((*projection.shape[:-1], projection.shape[-1] // 2))
     _launch(swiglu_fwd_kernel, rows, y, rows.stride(0))
     return y
@@ -68,7 +63,7 @@ def _forward(projection):
 
 @implement("swiglu_backward")
 def _backward(projection, dy):
-    rows, dys = _rows(projection), _rows(dy)
+    rows, dys = as_rows(projection), as_rows(dy)
     dprojection = projection.new_empty(projection.shape)
     _launch(swiglu_bwd_kernel, rows, dys, dprojection, rows.stride(0), dys.stride(0))
     return dprojection
@@ -82,15 +77,4 @@ def _autograd(ctx, dy):
     return torch.ops.rodimus.swiglu_backward(*ctx.saved_tensors, dy)
 
 
-torch.library.register_autograd("rodimus::swiglu", _autograd, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
-        yield str(dtype).removeprefix("torch."), lambda dtype=dtype: _aot(dtype)
-
-
-def _aot(dtype):
-    projection = torch.empty(16, 2 * 2736, dtype=dtype)
-    torch.ops.rodimus.swiglu_backward(projection, torch.ops.rodimus.swiglu(projection))
+register_gradient("swiglu", _autograd, _setup_context)

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 
 from rodimus_kernels import ddts, ddts_scan, ddts_summary, shared_key_attention
@@ -174,6 +175,7 @@ class _StateBefore(torch.autograd.Function):
         return before
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dbefore):
         before, log_decays = ctx.saved_tensors
         dstates = ddts_scan(_gather(dbefore, ctx.context), log_decays, reverse=True)
@@ -205,6 +207,7 @@ class _Extend(torch.autograd.Function):
         return torch.cat([*(theirs[rank] for rank in sorted(theirs)), x], dim=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         context, reach = ctx.context, _reach(ctx.context, ctx.tokens)
         dx = dy[:, -context.length :].clone()

@@ -134,6 +134,18 @@ def test_the_loss_may_be_changed_in_place():
     assert hidden.grad.any()
 
 
+def test_the_factor_of_a_bfloat16_gradient_is_not_rounded():
+    """A mean over tokens multiplies every gradient by 1 / tokens: rounded to bfloat16 it would
+    stretch all of them alike."""
+    hidden, weight, labels = make(200, torch.bfloat16)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss, _ = linear_cross_entropy(hidden, weight, labels, impl="eager")
+    grads = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    third = torch.autograd.grad(loss, (hidden, weight), torch.tensor(1 / 3, device=DEVICE))
+    for whole, part in zip(grads, third, strict=True):
+        assert torch.equal(part, (whole.float() / 3).bfloat16())
+
+
 def test_opcheck():
     pytest.importorskip("rodimus_kernels.triton_cross_entropy")
     arguments = (torch.randn(4, VOCABULARY, device=DEVICE), make(4)[2], 0.1, -100, True)

@@ -20,6 +20,8 @@ from rodimus_kernels import (
     ddts_step,
     ddts_summary,
     reference,
+    shared_key_attention,
+    short_conv,
 )
 from rodimus_kernels.ddts import api
 from rodimus_kernels.testing import (
@@ -65,6 +67,16 @@ def check(case, impl, limit=LIMIT, **options):
 @pytest.mark.parametrize("impl", ALL)
 def test_matches_the_float64_recurrence(impl, regime):
     check(DdtsCase(1, 150, 1, 16, 32, regime), impl)
+
+
+@pytest.mark.parametrize("impl", CHUNKED)
+def test_a_float16_nan_of_all_ones_stays_nan(impl):
+    """What NVIDIA GPUs make of 0/0: the nearest number of fewer digits would be -0."""
+    inputs = [x.half() for x in make(DdtsCase(1, 3, 1, 16, 16))[:4]]
+    state = torch.zeros(1, 1, 16, 16, device=DEVICE)
+    state[..., 5] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    o, _ = ddts(*inputs, initial_state=state, impl=impl)
+    assert o[..., 5].isnan().all() and not o[..., :5].isnan().any()
 
 
 @pytest.mark.parametrize("length", [1, 15, 63, 64, 65, 150])
@@ -643,3 +655,22 @@ def test_the_figure_of_the_documentation_is_what_the_code_does():
     folder = Path(__file__).parents[2] / "docs" / "kernels"
     figure = runpy.run_path(str(folder / "ddts_levels.py"))["figure"](16)
     assert f"```\n{figure}\n```" in (folder / "ddts.md").read_text(encoding="utf-8")
+
+
+def test_boundaries_elsewhere_are_refused():
+    """On a GPU a kernel would read them as an address of its own."""
+    x = torch.randn(1, 4, 1, 16)
+    named = {"cu_seqlens": torch.tensor([0, 4], device="meta")}
+    for call in (
+        lambda: ddts(x, x, x, x, **named),
+        lambda: short_conv(x[:, :, 0], torch.randn(16, 4), **named),
+        lambda: shared_key_attention(x, x, x, **named),
+    ):
+        with pytest.raises(ValueError, match=r"cu_seqlens must be on the device of . \(cpu\)"):
+            call()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "eager"])
+def test_an_empty_batch_is_empty(impl):
+    o, state = ddts(*(torch.randn(0, 4, 1, 16) for _ in "qkvg"), output_final_state=True, impl=impl)
+    assert o.shape == (0, 4, 1, 16) and state.shape == (0, 1, 16, 16)

@@ -5,7 +5,7 @@ import torch
 
 from rodimus_kernels import gated_ddts, reference
 from rodimus_kernels.ddts.gated import _choose
-from rodimus_kernels.testing import REGIMES, assert_close, gate_preactivations
+from rodimus_kernels.testing import REGIMES, assert_close, gate_preactivations, relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
 
 # as in test_ddts: float32 against float64; on a GPU a float32 product is three tf32 products
@@ -124,6 +124,16 @@ def test_one_row_of_starts_serves_all(impl):
     # what follows the row in memory is something else
     shared = torch.stack((starts[0], ~starts[0]))[:1]
     assert_close(run(gated_ddts, tensors, seeds, impl=impl, starts=shared), every, 1e-7)
+
+
+@pytest.mark.parametrize("impl", INSIDE)
+def test_keys_need_no_least_norm(impl):
+    """With eps = 0 the rows behind the last token, of zeros, must not be divided by their norm."""
+    tensors, *_ = make(length=65)
+    named = {"eps": 0.0, "output_final_state": True}
+    exact = token_loop(**{name: x.double() for name, x in tensors.items()}, **named)
+    for actual, expected in zip(gated_ddts(**tensors, **named, impl=impl), exact, strict=True):
+        assert relative_error(actual, expected) < LIMIT
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -125,7 +125,8 @@ def ddts(
     check_shape("v", v, (batch, length, heads, "V"))
     check_shape("log_decay", log_decay, (batch, length, heads, key_dim))
     check_floating(q=q, k=k, v=v, log_decay=log_decay)
-    check_same_device("q", q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    others = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    check_same_device("q", q, k=k, v=v, log_decay=log_decay, **others)
     if length == 0:
         raise ValueError("ddts needs at least one token, got T = 0")
     sequences = check_cu_seqlens(cu_seqlens, batch, length)
@@ -153,7 +154,7 @@ def choose_sequence(
     given = [x for x in (q, k, v, *others) if x is not None]
     double = any(x.dtype == torch.float64 for x in given)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    triton = runs_triton(q.device) and not double
+    triton = runs_triton(q.device) and not double and q.shape[0] > 0
     return _choose(triton, needs_grad, q.shape[1], q.shape[-1], v.shape[-1], v.dtype)
 
 

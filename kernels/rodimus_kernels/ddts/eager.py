@@ -11,7 +11,7 @@ holds. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
 import torch
 
 from .. import reference
-from .._schemas import EAGER_CHUNK
+from .._schemas import EAGER_CHUNK, register_gradient
 
 
 def forward(
@@ -174,4 +174,4 @@ def _autograd(ctx, do, dfinal_state, _dstates):
     return *grads, None, dinitial_state, None
 
 
-torch.library.register_autograd("rodimus::ddts_eager", _autograd, setup_context=_setup_context)
+register_gradient("ddts_eager", _autograd, _setup_context)

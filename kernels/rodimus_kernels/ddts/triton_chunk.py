@@ -7,14 +7,19 @@ for K = 64 in bfloat16, and nothing without gradients. The kernels are in
 """
 
 import contextlib
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
 from .. import reference
-from .._schemas import TRITON_CHUNK, TRITON_KEY_DIMS, chunk_columns, tile_dtype
+from .._schemas import (
+    TRITON_CHUNK,
+    TRITON_KEY_DIMS,
+    chunk_columns,
+    register_gradient,
+    tile_dtype,
+)
 from .._triton import (
     FP_FUSION,
     INTERPRETED,
@@ -224,6 +229,8 @@ class _Keys(NamedTuple):
 
 def _keys(q, k, g, temper, eps, scale, resets):
     temper = None if temper is None else unit_stride(temper)
+    # rows of zeros behind the last token are divided by their norm, too
+    eps = max(eps, torch.finfo(torch.float32).tiny)
     return _Keys(*(unit_stride(x) for x in (q, k, g)), temper, eps, scale, resets)
 
 
@@ -593,58 +600,4 @@ def _autograd(ctx, do, dfinal_state, _dstates):
     return *grads, dtemper, None, None, dinitial_state, None, None, None
 
 
-torch.library.register_autograd("rodimus::ddts_chunk", _autograd, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
-
-    Args:
-        everything: all key dimensions and dtypes, not only the models' own.
-    """
-    cases = [(64, 4096, torch.bfloat16)]
-    if everything:
-        others = [(16, 64), (32, 512), (64, 6144), (128, 4096), (256, 4096), (64, 16)]
-        cases += [(*shape, torch.bfloat16) for shape in others]
-        # not float32 with K = 256: it spills, and the dispatch of ddts does not choose it
-        wide = [(64, 4096), (128, 4096)]
-        cases += [(*shape, dtype) for shape in wide for dtype in (torch.float32, torch.float16)]
-        cases += [(256, 4096, torch.float16)]
-    for case in cases:
-        name = f"K{case[0]} V{case[1]} {str(case[2]).removeprefix('torch.')}"
-        yield f"{name} training", functools.partial(_aot_training, *case, gated=False)
-        if case[2] != torch.float32 and case[0] <= 128:
-            # the others spill, and the dispatch of gated_ddts does not choose them
-            yield f"{name} gates inside", functools.partial(_aot_training, *case, gated=True)
-    yield "K64 V4096 bfloat16 packed", functools.partial(_aot_packed, 64, 4096, torch.bfloat16)
-    yield "K64 V4096 bfloat16 segments", functools.partial(_aot_segments, 64, 4096, torch.bfloat16)
-
-
-def _aot_inputs(key_dim, value_dim, dtype):
-    q, k = (torch.empty(1, 2 * TRITON_CHUNK, 1, key_dim, dtype=dtype) for _ in range(2))
-    v = torch.empty(1, 2 * TRITON_CHUNK, 1, value_dim, dtype=dtype)
-    return q, k, v, torch.empty(q.shape)
-
-
-def _aot_training(key_dim, value_dim, dtype, gated):
-    inputs = _aot_inputs(key_dim, value_dim, dtype)
-    inputs = (*inputs, inputs[3].clone() if gated else None, 1e-5, 1.0)
-    o, state, states = torch.ops.rodimus.ddts_chunk(*inputs, None, None, None, True)
-    torch.ops.rodimus.ddts_chunk_backward(*inputs, None, None, states, o, state)
-
-
-def _aot_packed(key_dim, value_dim, dtype):
-    inputs, bounds = _aot_inputs(key_dim, value_dim, dtype), torch.tensor([0, 70, 128])
-    inputs, state = (*inputs, None, 0.0, 1.0), torch.empty(2, 1, key_dim, value_dim)
-    o, state, states = torch.ops.rodimus.ddts_chunk(*inputs, state, None, bounds, True)
-    torch.ops.rodimus.ddts_chunk_backward(*inputs, None, bounds, states, o, state)
-
-
-def _aot_segments(key_dim, value_dim, dtype):
-    q, k, v, g = _aot_inputs(key_dim, value_dim, dtype)
-    columns = _columns(1, q.shape[1], None)
-    tma = use_tma(v, dtype, columns)
-    tile = walk_tile(key_dim, value_dim, dtype, tma, capability(v), False)
-    tiles = _prepare(_keys(q, k, g, None, 0.0, 1.0, None), v, columns)
-    run = _walk_launcher(v, tiles, columns, tile, 1, tma=tma, reverse=False)
-    _segment_states(run, v, tiles, None, 1, 2)
+register_gradient("ddts_chunk", _autograd, _setup_context)

@@ -34,7 +34,9 @@ def operand(x, ROUND: tl.constexpr):
     """fp32 as it enters a product. Tensor cores cut off what tf32 does not hold, which would make
     every product smaller; with ROUND it is rounded to nearest before."""
     if ROUND:
-        return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        # the NaN of all ones would become -0
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     else:
         return x
 
@@ -50,7 +52,7 @@ def chunk_tokens(i_c, starts, ends, T, NT, C: tl.constexpr):
 
 @triton.jit
 def key_norms(p_k, o_i, k_t, mask, eps, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """``max(|k|, eps)`` of the rows of a chunk: ``[C]``."""
+    """``max(|k|, eps)`` of the rows of a chunk: ``[C]``; eps > 0, for rows outside."""
     squares = tl.zeros([C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
@@ -123,7 +125,7 @@ def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def ddts_chunk_prepare_kernel(
     q,
     k,
@@ -315,7 +317,7 @@ def store_output(
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT", "NC", "SEGMENT"])
 def ddts_chunk_walk_kernel(
     x,
     y,
@@ -421,7 +423,7 @@ def ddts_chunk_walk_kernel(
         tl.store(ht + i_nh * K * V + o_state, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def ddts_scan_segments_kernel(
     local, decay, h0, S, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
 ):

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _schemas  # noqa: F401  (the schemas come first)
+from .._schemas import register_gradient
 from .._triton import (
     FP_FUSION,
     check_runs_here,
@@ -31,7 +31,7 @@ def load_row(x, o_r, o_k, mask, T, H, x_b, x_t, x_h):
     return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "T"])
 def ddts_gates_fwd_kernel(
     k,
     select,
@@ -180,16 +180,4 @@ def _autograd(ctx, dwritten, dlog_decay):
     return *grads, None
 
 
-torch.library.register_autograd("rodimus::ddts_gates", _autograd, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    for key_dim in (16, 64, 256) if everything else (64,):
-        yield f"K{key_dim} bfloat16", lambda key_dim=key_dim: _aot(key_dim)
-
-
-def _aot(key_dim):
-    raw = torch.empty(1, 128, 1, 4 * key_dim, dtype=torch.bfloat16).split(key_dim, dim=-1)
-    written, log_decay = torch.ops.rodimus.ddts_gates(*raw[1:], 1e-5)
-    torch.ops.rodimus.ddts_gates_backward(*raw[1:], 1e-5, written, log_decay)
+register_gradient("ddts_gates", _autograd, _setup_context)

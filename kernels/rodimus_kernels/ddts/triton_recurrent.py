@@ -145,16 +145,3 @@ def _forward(q, k, v, log_decay, scale, initial_state, cu_seqlens):
 def _step(q, k, v, log_decay, state, scale):
     rows = (x.unsqueeze(1) for x in (q, k, v, log_decay))
     return _launch(*rows, scale, state, state, None).squeeze(1)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function."""
-    for key_dim in (16, 64, 256) if everything else (64,):
-        yield f"K{key_dim} V4096 bfloat16", lambda key_dim=key_dim: _aot(key_dim)
-
-
-def _aot(key_dim):
-    q, v = (torch.empty(2, 32, 1, n, dtype=torch.bfloat16) for n in (key_dim, 4096))
-    _, state = torch.ops.rodimus.ddts_recurrent(q, q, v, q.float(), 0.125, None, None)
-    row = (q[:, 0], q[:, 0], v[:, 0], q[:, 0].float())
-    torch.ops.rodimus.ddts_recurrent_step(*row, state, 0.125)

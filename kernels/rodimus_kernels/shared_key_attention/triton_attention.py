@@ -6,20 +6,22 @@ heads that share the key. Saved beyond the inputs: o, and fp32 ``lse [B, H, T]``
 ``triton_attention_kernels.py``.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 import triton
 
-from .. import _schemas  # noqa: F401  (the schemas come first)
+from .._schemas import register_gradient
 from .._triton import (
     FP_FUSION,
     INTERPRETED,
+    block_dim,
     capability,
     check_runs_here,
     implement,
+    multiprocessors,
+    strides,
     unit_stride,
 )
 from .triton_attention_kernels import (
@@ -107,20 +109,8 @@ def _with_strides(x):
     """``x`` with a dense last dimension, and a stride that the copy engine takes where it does not
     matter: one head of a key that was expanded over all heads has stride 0."""
     x = unit_stride(x)
-    strides = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
-    return x.as_strided(x.shape, [*strides[:-1], 1])
-
-
-def _multiprocessors(device):
-    """1 in the interpreter: nothing runs side by side."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def block_dim(dim: int) -> int:
-    """A tensor core's operand is a power of two and at least 16 wide."""
-    return max(triton.next_power_of_2(dim), 16)
+    given = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(x.shape, [*given[:-1], 1])
 
 
 def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
@@ -199,11 +189,6 @@ def _options(tile: Tile) -> dict:
     }
 
 
-def _strides(*tensors):
-    """Strides of batch, time and head."""
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
 class _Operands(NamedTuple):
     """Tensors, or Hopper's descriptors of them, and how they are loaded."""
 
@@ -247,7 +232,7 @@ def _forward(q, k, v, window_size, scale, cu_seqlens):
         launch.starts,
         launch.scales[0],
         *launch.sizes,
-        *_strides(q, k, v),
+        *strides(q, k, v),
         TMA=tma,
         **launch.constants,
         **_options(tile),
@@ -280,7 +265,7 @@ def _dq(q, k, v, o, lse, do, launch):
         launch.starts,
         *launch.scales,
         *launch.sizes,
-        *_strides(q, k, v, do),
+        *strides(q, k, v, do),
         TMA=tma,
         **launch.constants,
         **_options(tile),
@@ -294,7 +279,7 @@ def _dkv(q, k, v, lse, delta, do, launch):
     (b_q, b_do), (b_k, b_v), tile, tma = _operands(2, [q, do], [k, v])
     key_tiles, pairs = triton.cdiv(keys, tile.keys), math.lcm(key_heads, value_heads)
     groups = head_groups(
-        key_tiles * key_heads * batch, pairs // key_heads, _multiprocessors(k.device)
+        key_tiles * key_heads * batch, pairs // key_heads, multiprocessors(k.device)
     )
     # partial sums stay fp32; a lone one is the gradient
     dk = k.new_empty((groups, *k.shape), dtype=k.dtype if groups == 1 else torch.float32)
@@ -313,7 +298,7 @@ def _dkv(q, k, v, lse, delta, do, launch):
         launch.ends,
         *launch.scales,
         *launch.sizes,
-        *_strides(q, k, v, do),
+        *strides(q, k, v, do),
         PAIRS=pairs,
         GROUPS=groups,
         TMA=tma,
@@ -344,29 +329,4 @@ def _autograd(ctx, do, _dlse):
     return *grads, None, None, None
 
 
-torch.library.register_autograd(
-    "rodimus::shared_key_attention", _autograd, setup_context=_setup_context
-)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
-
-    Args:
-        everything: other head dimensions and dtypes, not only the models' own.
-    """
-    cases = [(128, torch.bfloat16)]
-    if everything:
-        cases += [(64, torch.bfloat16), (256, torch.bfloat16), (96, torch.bfloat16)]
-        cases += [(128, torch.float16), (128, torch.float32)]
-    for dim, dtype in cases:
-        for packed in (False, True):
-            name = f"D{dim} {str(dtype).removeprefix('torch.')}{' packed' * packed}"
-            yield name, functools.partial(_aot_training, dim, dtype, packed)
-
-
-def _aot_training(dim, dtype, packed):
-    q, k, v = (torch.empty(1, 300, heads, dim, dtype=dtype) for heads in (16, 1, 16))
-    bounds = torch.tensor([0, 100, 300]) if packed else None
-    o, lse = torch.ops.rodimus.shared_key_attention(q, k, v, 130, 0.1, bounds)
-    torch.ops.rodimus.shared_key_attention_backward(q, k, v, 130, 0.1, bounds, o, lse, o)
+register_gradient("shared_key_attention", _autograd, _setup_context)

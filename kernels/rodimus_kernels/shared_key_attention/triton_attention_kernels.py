@@ -169,7 +169,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def shared_key_attention_fwd_kernel(
     q,
     k,

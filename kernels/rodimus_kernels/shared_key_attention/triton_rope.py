@@ -5,20 +5,18 @@ Nothing is saved for the backward pass but the tables: the gradient is turned ba
 angles.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from .. import _schemas  # noqa: F401  (the schemas come first)
+from .._schemas import register_gradient
 from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
 
 # elements of a program's tile: 16 a thread at 4 warps
 _TILE = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rope_kernel(
     x,
     cos,
@@ -124,24 +122,4 @@ def _backward(ctx, dy):
     return torch.ops.rodimus.rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-torch.library.register_autograd("rodimus::rope", _backward, setup_context=_setup_context)
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
-
-    Args:
-        everything: other sizes and dtypes, not only the models' own.
-    """
-    cases = [(128, 64, torch.bfloat16)]
-    if everything:
-        cases += [(128, 32, torch.bfloat16), (96, 48, torch.bfloat16), (128, 64, torch.float32)]
-    for dim, half, dtype in cases:
-        name = f"D{dim} of {2 * half} {str(dtype).removeprefix('torch.')}"
-        yield name, functools.partial(_aot_rope, dim, half, dtype)
-
-
-def _aot_rope(dim, half, dtype):
-    x, table = torch.empty(1, 300, 16, dim, dtype=dtype), torch.empty(1, 300, half, dtype=dtype)
-    for inverse in (False, True):
-        torch.ops.rodimus.rope(x, table, table, inverse)
+register_gradient("rope", _backward, _setup_context)

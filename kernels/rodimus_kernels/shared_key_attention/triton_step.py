@@ -7,7 +7,6 @@ their rows first: a row that is overwritten holds a token that no query sees any
 may do both.
 """
 
-import functools
 import math
 
 import torch
@@ -15,7 +14,14 @@ import triton
 import triton.language as tl
 
 from .. import _schemas, reference  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from .._triton import (
+    FP_FUSION,
+    block_dim,
+    check_runs_here,
+    implement,
+    multiprocessors,
+    unit_stride,
+)
 
 MAX_DIM = 256
 # query heads of a program: 16 threads hold a head of 128 channels, so these are 8 warps
@@ -264,21 +270,13 @@ def step(q, k, v, cache, position, *, window_size, scale):
     return torch.ops.rodimus.ring_attention(q, k, v, cache, position, window_size, scale)
 
 
-@functools.cache
-def _multiprocessors(device):
-    """1 in the interpreter: nothing runs side by side."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @implement("ring_attention")
 def _step(q, k, v, cache, position, window_size, scale):
     q, k, v = (unit_stride(x) for x in (q, k, v))
     (batch, steps, heads, dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     key_heads, tokens = k.shape[2], batch * steps
     groups = key_heads * triton.cdiv(heads // key_heads, _HEADS)
-    parts, part = split_window(window_size, groups * tokens, _multiprocessors(q.device))
+    parts, part = split_window(window_size, groups * tokens, multiprocessors(q.device))
     o = v.new_empty((batch, steps, heads, value_dim))
     partial = o
     if parts > 1:
@@ -287,7 +285,6 @@ def _step(q, k, v, cache, position, window_size, scale):
     rows, int8 = (cache, cache, cache), cache.dtype == torch.uint8
     if int8:
         rows = reference.ring_parts(cache, key_heads, dim, value_heads, value_dim, k.dtype)
-    block_dim = lambda size: max(triton.next_power_of_2(size), 16)
     ring_attention_kernel[(parts, groups, tokens)](
         q,
         k,
@@ -335,41 +332,3 @@ def _step(q, k, v, cache, position, window_size, scale):
             **FP_FUSION,
         )
     return o
-
-
-def aot_launches(everything: bool):
-    """Calls that launch every kernel of this file, for ``benchmarks/aot.py``: name and function.
-
-    Args:
-        everything: other head dimensions and dtypes, not only the models' own.
-    """
-    cases = [(128, torch.bfloat16, False), (128, torch.bfloat16, True)]
-    if everything:
-        dims = ((64, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32))
-        cases += [(*case, int8) for case in dims for int8 in (False, True)]
-    for dim, dtype, int8 in cases:
-        name = f"D{dim} {str(dtype).removeprefix('torch.')}" + " int8" * int8
-        yield name, functools.partial(_aot_step, dim, dtype, int8)
-
-
-def _aot_step(dim, dtype, int8):
-    q, k, v = (torch.empty(1, 1, heads, dim, dtype=dtype) for heads in (16, 1, 16))
-    cache = torch.empty(1, 2112, 17 * dim, dtype=dtype)
-    if int8:
-        row = reference.int8_row_bytes(1, dim, 16, dim, dtype)
-        cache = torch.empty(1, 2112, row, dtype=torch.uint8)
-    torch.ops.rodimus.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
-    parts, lse = torch.empty(129, *v.shape), torch.empty(129, 1, 16)
-    join_parts_kernel[(16, 1)](
-        parts,
-        lse,
-        v,
-        129,
-        H=16,
-        DV=dim,
-        BDV=dim,
-        BP=256,
-        BN=_JOINED,
-        num_warps=4,
-        **FP_FUSION,
-    )
