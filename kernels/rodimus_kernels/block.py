@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,10 @@ class BlockWeights(NamedTuple):
         given = (getattr(self, name) for name in MATRICES)
         dtypes = {matrix.dtype for matrix in given if matrix is not None}
         return dtypes in ({torch.int8}, {self.conv.dtype})
+
+
+_WITHOUT_ATTENTION = BlockWeights._fields.index("attn_norm")
+_place = attrgetter("shape", "device")
 
 
 def blocks_step(
@@ -163,17 +168,21 @@ def _check_blocks(stream, weights, taps, states, rings):
             f" got {counts[0]}, {counts[1]} and {counts[2]}"
         )
     check_shape("stream", stream, ("B", "D"))
-    first = None
-    for i, w in enumerate(weights):
-        # blocks are mostly alike, and a token should not wait for the names of their weights
-        sizes = [None if x is None else (x.shape, x.device) for x in w]
-        if sizes != first:
-            _check_weights(f"weights[{i}].", stream, w)
-            first = sizes
-        batch, (inner, width) = stream.shape[0], w.conv.shape
-        check_shape(f"taps[{i}]", taps[i], (batch, inner, width))
-        check_shape(f"states[{i}]", states[i], (batch, 1, w.mem_gate.shape[0] // 2, inner))
-        check_same_device("stream", stream, taps=taps[i], state=states[i])
+    alike = None
+    for i, (w, tap, state) in enumerate(zip(weights, taps, states, strict=True)):
+        # mostly all are, and a token should not wait for their names
+        found = list(map(_place, (*(w if attending else w[:_WITHOUT_ATTENTION]), tap, state)))
+        if found != alike:
+            _check_block(i, stream, w, tap, state)
+            alike = found
+
+
+def _check_block(i, stream, w, taps, state):
+    _check_weights(f"weights[{i}].", stream, w)
+    batch, inner, keys = stream.shape[0], w.conv.shape[0], w.mem_gate.shape[0] // 2
+    check_shape(f"taps[{i}]", taps, (batch, *w.conv.shape))
+    check_shape(f"states[{i}]", state, (batch, 1, keys, inner))
+    check_same_device("stream", stream, taps=taps, state=state)
 
 
 def _check_weights(prefix, stream, w):
@@ -227,24 +236,31 @@ def _check_attention(stream, weights, rings, position, rotary, window_size, head
             check_shape(name, table, (batch, turned))
         if 2 * turned > head_dim:
             raise ValueError(f"rotary tables must fit heads of {head_dim}, got {turned} angles")
+    alike = None
     for i, (w, ring) in enumerate(zip(weights, rings, strict=True)):
-        attended, keys, values = w.query.shape[0], w.key.shape[0], w.value.shape[0]
-        whole = keys % head_dim == values % head_dim == 0 < min(keys, values)
-        if not whole or attended % keys or attended % values:
-            raise ValueError(
-                f"heads of {head_dim} do not fit {attended} query, {keys} key and {values} value"
-                " channels"
-            )
-        row, value_heads = keys + values, values // head_dim
-        if ring.dtype == torch.uint8:
-            row = int8_row_bytes(keys // head_dim, head_dim, value_heads, head_dim, w.conv.dtype)
-        check_shape(f"rings[{i}]", ring, (batch, "R", row))
-        if ring.shape[1] < window_size:
-            raise ValueError(
-                f"rings[{i}] must have at least window_size = {window_size} rows,"
-                f" got {ring.shape[1]}"
-            )
-        check_same_device("stream", stream, ring=ring)
+        found = [x.shape for x in (w.query, w.key, w.value, ring)], ring.dtype, ring.device
+        if found != alike:
+            _check_ring(i, stream, w, ring, window_size, head_dim)
+            alike = found
+
+
+def _check_ring(i, stream, w, ring, window_size, head_dim):
+    attended, keys, values = w.query.shape[0], w.key.shape[0], w.value.shape[0]
+    whole = keys % head_dim == values % head_dim == 0 < min(keys, values)
+    if not whole or attended % keys or attended % values:
+        raise ValueError(
+            f"heads of {head_dim} do not fit {attended} query, {keys} key and {values} value"
+            " channels"
+        )
+    row, value_heads = keys + values, values // head_dim
+    if ring.dtype == torch.uint8:
+        row = int8_row_bytes(keys // head_dim, head_dim, value_heads, head_dim, w.conv.dtype)
+    check_shape(f"rings[{i}]", ring, (stream.shape[0], "R", row))
+    if ring.shape[1] < window_size:
+        raise ValueError(
+            f"rings[{i}] must have at least window_size = {window_size} rows, got {ring.shape[1]}"
+        )
+    check_same_device("stream", stream, ring=ring)
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:
