@@ -28,7 +28,14 @@ TEST = [
 ]
 DEV = [*TEST, "ruff>=0.17", "build>=1.2"]
 TRAIN = ["matplotlib>=3.9", "rich>=13"]
-BENCH = ["pytest>=8", "pytest-benchmark>=5.1", "matplotlib>=3.9", "rwkv>=0.8.32", "gguf>=0.17"]
+BENCH = [
+    "pytest>=8",
+    "pytest-benchmark>=5.1",
+    "matplotlib>=3.9",
+    "rwkv>=0.8.32",
+    "gguf>=0.17",
+    "torchao>=0.18",
+]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 

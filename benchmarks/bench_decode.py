@@ -5,6 +5,7 @@ import torch
 
 from . import peers
 from .harness import Bench, Target
+from .peers import LLAMA_CPP
 
 # (batch, context)
 POINTS = {
@@ -28,29 +29,37 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
     session = model.session(engine, batch, context + steps * (3 * bench.rounds + 8))
     session.fill(context)
     state = model.expected_state(batch, context)
+    weight_bytes, token_bytes = model.bytes_in(engine)
 
     facts = {
+        "weight_bytes": weight_bytes,
+        "token_bytes": token_bytes,
         "state_bytes": state.total,
-        "moved_bytes": steps * (model.token_bytes + state.traffic),
+        "moved_bytes": steps * (token_bytes + state.traffic),
         "disagreement": bench.checked[f"{model.name}/{engine}"],
         "graph": engine == "graph",
     }
     return Target(f"{model.name}/{engine}", model, engine, lambda: session.run(steps), facts)
 
 
-def engines_of(device: torch.device, batch: int, context: int):
-    """All engines for one sequence; for a batch the plain one and the one meant for speed.
+def engines_of(bench: Bench, batch: int, context: int):
+    """All engines for one sequence; for a batch the plain one and the one meant for speed. With
+    8-bit weights those that read them: our own, and llama.cpp.
 
     On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
     others are left to the engines meant for speed.
     """
-    if device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
+    if bench.in_8_bits:
+        return lambda model: tuple(
+            e for e in model.engines if e == ("engine" if model.name in peers.OURS else LLAMA_CPP)
+        )
+    if bench.device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
         return lambda model: model.engines[-1:]
     if batch == 1:
         return lambda model: model.engines
 
     def ends(model: peers.Model):
-        engines = [engine for engine in model.engines if engine != peers.LLAMA_CPP]
+        engines = [engine for engine in model.engines if engine != LLAMA_CPP]
         return tuple(dict.fromkeys((engines[0], engines[-1])))
 
     return ends
@@ -64,7 +73,7 @@ def test_decode(bench, benchmark, start, point):
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, context),
-            engines_of(bench.device, batch, context),
+            engines_of(bench, batch, context),
         )
         steps = STEPS if bench.device.type == "cuda" else 1
         record = bench.interleave(

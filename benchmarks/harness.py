@@ -84,6 +84,7 @@ class Bench:
         deadline: ``time.monotonic()`` after which no further case starts.
         case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
         again: Measure cases that have a record.
+        in_8_bits: Matrices of linear layers in 8 bits, as ``peers.load`` rounds them.
         sittings: A case whose record has fewer is timed again, and its rounds are added: each run
             is one sitting.
     """
@@ -100,6 +101,7 @@ class Bench:
     case_seconds: float = float("inf")
     again: bool = False
     sittings: int = 1
+    in_8_bits: bool = False
     seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
@@ -114,8 +116,10 @@ class Bench:
         return self._ceilings
 
     def case(self, batch: int, length: int) -> str:
-        """Name of a case, and of its file: ``b1-t4096-bfloat16``."""
-        return f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
+        """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
+        ``b1-t4096-bfloat16-int8``."""
+        name = f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
+        return name + "-int8" * self.in_8_bits
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.
@@ -129,7 +133,12 @@ class Bench:
                 with torch.inference_mode(False):
                     self.models[name] = peers.guarded(
                         lambda: peers.load(
-                            name, self.scale, self.dtype, self.device, seed=self.seed
+                            name,
+                            self.scale,
+                            self.dtype,
+                            self.device,
+                            seed=self.seed,
+                            in_8_bits=self.in_8_bits,
                         )
                     )
             except peers.Unavailable as reason:
@@ -385,6 +394,7 @@ class Bench:
                 "scale": self.scale,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "seed": self.seed,
+                **({"weights": "int8"} if self.in_8_bits else {}),
                 **settings,
             },
             machine=machine.describe(self.device),

@@ -33,6 +33,11 @@ class LlamaCpp:
         config: Its fields, as in ``sizes``.
         weights: Matrices in bfloat16 or float32, and vectors, under the names of transformers
             (Qwen2) or RWKV-LM (RWKV6).
+        in_8_bits: Round matrices to llama.cpp's Q8_0, those that its own converter rounds.
+
+    Attributes:
+        weight_bytes: All weights.
+        token_bytes: Those that one token reads.
 
     Raises:
         peers.Unavailable: a package is missing, there is no memory, or the file is refused.
@@ -43,6 +48,8 @@ class LlamaCpp:
         family: str,
         config: Mapping[str, Any],
         weights: Mapping[str, torch.Tensor],
+        *,
+        in_8_bits: bool = False,
     ):
         peers.require_package("llama_cpp", "llama-cpp-python")
         peers.require_package("gguf", "gguf")
@@ -58,7 +65,10 @@ class LlamaCpp:
         llama_cpp.llama_backend_init()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{family}.gguf"
-            write_gguf(path, family, config, weights)
+            held = write_gguf(path, family, config, weights, in_8_bits=in_8_bits)
+            self.weight_bytes = self.token_bytes = sum(held.values())
+            if "output.weight" in held:
+                self.token_bytes -= held["token_embd.weight"]
             size, free = path.stat().st_size, machine.memory_bytes(torch.device("cpu"))
             if size > free:
                 raise peers.Unavailable(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -129,9 +139,11 @@ def write_gguf(
     family: str,
     config: Mapping[str, Any],
     weights: Mapping[str, torch.Tensor],
-) -> None:
+    *,
+    in_8_bits: bool = False,
+) -> dict[str, int]:
     """Write a model without a tokenizer; arguments as those of :class:`LlamaCpp`. Matrices keep
-    their dtype, vectors are float32."""
+    their dtype or are rounded, vectors are float32. Returns the bytes of each tensor."""
     import gguf
 
     writer = gguf.GGUFWriter(path, family)
@@ -142,16 +154,31 @@ def write_gguf(
     writer.add_vocab_size(config["vocab_size"])
     add, tensors = {"qwen2": (_add_qwen2, _qwen2), "rwkv6": (_add_rwkv6, _rwkv6)}[family]
     add(writer, config)
+    held = {}
     for name, tensor in tensors(weights, config):
-        if tensor.dim() > 1 and tensor.dtype == torch.bfloat16:
-            words = tensor.contiguous().view(torch.uint8)
-            writer.add_tensor(name, words.numpy(), raw_dtype=gguf.GGMLQuantizationType.BF16)
+        kind = None
+        if in_8_bits and _is_rounded(name, tensor):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            numbers = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+        elif tensor.dim() > 1 and tensor.dtype == torch.bfloat16:
+            kind = gguf.GGMLQuantizationType.BF16
+            numbers = tensor.contiguous().view(torch.uint8).numpy()
         else:
-            writer.add_tensor(name, tensor.float().contiguous().numpy())
+            numbers = tensor.float().contiguous().numpy()
+        writer.add_tensor(name, numbers, raw_dtype=kind)
+        held[name] = numbers.nbytes
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return held
+
+
+def _is_rounded(name: str, tensor: torch.Tensor) -> bool:
+    """Whether llama.cpp's converter rounds a tensor: matrices of whole blocks, but for the small
+    ones of RWKV's token shift and decay."""
+    small = any(part in name for part in ("time_mix_w", "time_mix_decay_w", "time_mix_first"))
+    return tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and not small
 
 
 def _add_qwen2(writer: Any, config: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from rodimus_kernels import Int8Weight, decode_weight
+
 from . import machine
 from .sizes import StateBytes, config_of, sequence_flops, state_bytes
 
@@ -118,6 +120,9 @@ class Model(ABC):
         dtype, device: Of the weights.
         weight_bytes: All weights.
         token_bytes: Weights that one token reads: all but an embedding that is not the head.
+        body_parameters: Of all products of a token but that which gives the logits.
+        in_8_bits: Whether the matrices of linear layers have 8 bits, in our models and in
+            llama.cpp.
         head_parameters: Of the product that gives the logits.
         vocab_size: Tokens.
     """
@@ -130,8 +135,10 @@ class Model(ABC):
     device: torch.device
     weight_bytes: int
     token_bytes: int
+    body_parameters: int
     head_parameters: int
     vocab_size: int
+    in_8_bits: bool
 
     @abstractmethod
     def session(self, engine: str, batch: int, room: int) -> Session:
@@ -150,7 +157,7 @@ class Model(ABC):
         Args:
             logits: Positions of each sequence that get logits.
         """
-        body = self.token_bytes / self.dtype.itemsize - self.head_parameters
+        body = self.body_parameters
         config = config_of(self.family, self.scale)
         mixing = sequence_flops(self.family, config, length)
         return 2.0 * batch * (length * body + logits * self.head_parameters) + batch * mixing
@@ -170,7 +177,12 @@ class Model(ABC):
         from . import llama
 
         config = config_of(self.family, self.scale)
-        return llama.LlamaCpp(self.family, config, self.named_weights())
+        return llama.LlamaCpp(self.family, config, self.named_weights(), in_8_bits=self.in_8_bits)
+
+    def bytes_in(self, engine: str) -> tuple[int, int]:
+        """``(weight_bytes, token_bytes)`` as an engine holds the weights."""
+        held = self.in_llama_cpp if engine == LLAMA_CPP else self
+        return held.weight_bytes, held.token_bytes
 
     def llama_cpp_session(self, batch: int, room: int) -> Session:
         """A session of the engine ``LLAMA_CPP``."""
@@ -187,18 +199,27 @@ class Model(ABC):
 class HuggingFaceModel(Model):
     """A causal language model with transformers' interface."""
 
-    def __init__(self, name: str, scale: str, model: nn.Module, engines: tuple[str, ...]):
+    def __init__(
+        self,
+        name: str,
+        scale: str,
+        model: nn.Module,
+        engines: tuple[str, ...],
+        in_8_bits: bool = False,
+    ):
         self.name, self.family, self.scale = name, entry(name).family, scale
         self.model, self.engines = model, engines
         parameters = {id(p): p for p in model.parameters()}.values()
         first = next(iter(parameters))
-        self.device, self.dtype = first.device, first.dtype
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
-        embedding = model.get_input_embeddings().weight
-        tied = model.get_output_embeddings().weight is embedding
-        unread = 0 if tied else embedding.numel() * embedding.element_size()
-        self.token_bytes = self.weight_bytes - unread
-        self.head_parameters = model.get_output_embeddings().weight.numel()
+        self.device, self.dtype, self.in_8_bits = first.device, first.dtype, in_8_bits
+        self.weight_bytes = sum(map(_bytes, parameters))
+        embedding, head = (
+            found.weight for found in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        self.token_bytes = self.weight_bytes - (0 if head is embedding else _bytes(embedding))
+        self.head_parameters = head.numel()
+        unread = 0 if head is embedding else embedding.numel()
+        self.body_parameters = sum(p.numel() for p in parameters) - unread - head.numel()
         self.vocab_size = embedding.shape[0]
 
     def session(self, engine: str, batch: int, room: int) -> Session:
@@ -285,7 +306,9 @@ def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    held = decode_weight(tensor)
+    parts = held if isinstance(held, Int8Weight) else (held,)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _extend(cache: Any, tokens: int) -> None:
@@ -447,11 +470,20 @@ def require_same_logits(model: Model, ids: torch.Tensor, limit: float) -> None:
 
 
 def _build(
-    entry: Entry, scale: str, dtype: torch.dtype, device: torch.device, seed: int
+    entry: Entry,
+    scale: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    in_8_bits: bool,
 ) -> HuggingFaceModel:
+    from rodimus.loading import quantizer
+
     model_class, config, engines = _classes(entry, scale, device)
     model = random_model(model_class, config, dtype, device, seed)
-    return HuggingFaceModel(entry.name, scale, model, engines)
+    if in_8_bits and entry.name in OURS:
+        quantizer("int8")(model)
+    return HuggingFaceModel(entry.name, scale, model, engines, in_8_bits)
 
 
 def _classes(entry: Entry, scale: str, device: torch.device) -> tuple[Any, Any, tuple[str, ...]]:
@@ -567,15 +599,19 @@ class RwkvModel(Model):
 
     engines = ("package", LLAMA_CPP)
 
-    def __init__(self, scale: str, dtype: torch.dtype, seed: int):
+    def __init__(self, scale: str, dtype: torch.dtype, seed: int, in_8_bits: bool = False):
         from rwkv.model import RWKV
 
         self.name, self.family, self.scale = "rwkv6-1.6b", "rwkv6", scale
         self.dtype, self.device, self.seed = dtype, torch.device("cpu"), seed
+        self.in_8_bits = in_8_bits
         weights = self.named_weights()
         self.weight_bytes = sum(map(_bytes, weights.values()))
         self.token_bytes = self.weight_bytes - _bytes(weights["emb.weight"])
         self.head_parameters = weights["head.weight"].numel()
+        self.body_parameters = sum(x.numel() for x in weights.values()) - (
+            self.head_parameters + weights["emb.weight"].numel()
+        )
         self.vocab_size = weights["emb.weight"].shape[0]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rwkv6.pth"
@@ -675,9 +711,19 @@ def _rwkv6_weights(
 
 
 def load(
-    name: str, scale: str, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    name: str,
+    scale: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    in_8_bits: bool = False,
 ) -> Model:
     """A model of the catalogue with random weights.
+
+    Args:
+        in_8_bits: Round the matrices of linear layers to 8 bits, in our models (torchao, one scale
+            for each output) and in llama.cpp (Q8_0); other engines keep what they have.
 
     Raises:
         Unavailable: a package, a GPU or the memory is missing; the message says which.
@@ -692,8 +738,8 @@ def load(
         if free < needed:
             raise Unavailable(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     if found.family == "rwkv6" and device.type == "cpu":
-        return RwkvModel(scale, dtype, seed)
-    return _build(found, scale, dtype, device, seed)
+        return RwkvModel(scale, dtype, seed, in_8_bits)
+    return _build(found, scale, dtype, device, seed, in_8_bits)
 
 
 def _require(found: Entry, device: torch.device) -> None:

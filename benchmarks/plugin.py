@@ -36,6 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--bench-scale", choices=SCALES, help="tiny models, or those of 1.5B (default on a GPU)")
     add("--bench-out", type=Path, help="folder for the records")
     add("--bench-dtype", choices=sorted(DTYPES), default="bf16", help="of every model")
+    add(
+        "--bench-weights",
+        choices=["int8"],
+        help="round linear layers to 8 bits: ours with torchao, peers to Q8_0 in llama.cpp;"
+        " decoding on a CPU only",
+    )
     add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
     seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
@@ -113,6 +119,7 @@ def bench(request: pytest.FixtureRequest):
         case_seconds=option("--bench-case-seconds") or limit,
         again=option("--bench-again"),
         sittings=option("--bench-sittings"),
+        in_8_bits=option("--bench-weights") == "int8",
     )
     torch.set_num_threads(threads)
 
@@ -126,6 +133,8 @@ def start(bench: Bench, request: pytest.FixtureRequest):
     begun: list[tuple[str, float]] = []
 
     def ask(group: str, case: str) -> None:
+        if bench.in_8_bits and (group, bench.device.type) != ("decode", "cpu"):
+            pytest.skip("8-bit weights are timed in decoding on a CPU alone")
         if bench.done(group, case):
             pytest.skip(f"{group} {case}: recorded for this commit")
         if bench.out_of_time():

@@ -194,7 +194,7 @@ def load_model(
     config = load_config(folder)
     # a package imported in between may have taken the model type over
     register()
-    quantize = _quantizer(weight_dtype)
+    quantize = quantizer(weight_dtype)
     if is_run(folder):
         model = _load_run(config, sound_checkpoint(folder, step), dtype)
     else:
@@ -210,8 +210,13 @@ def load_model(
     return model.eval()
 
 
-def _quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
-    """What rounds a model's linear layers in place; found before any weight is read."""
+def quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
+    """What rounds a model's linear layers in place, as ``load_model`` does; found before any weight
+    is read.
+
+    Raises:
+        InputError: another dtype, or torchao is missing.
+    """
     if weight_dtype is None:
         return lambda model: None
     if weight_dtype != "int8":

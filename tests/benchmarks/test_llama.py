@@ -51,6 +51,44 @@ def test_a_file_holds_every_weight(tmp_path, family, dtype):
         assert (held[name].tensor_type.name == "BF16") == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_in_8_bits_has_what_a_converter_rounds(tmp_path, family):
+    config = config_of(family, "tiny")
+    if family == "rwkv6":
+        weights = dict(peers._rwkv6_weights(config, torch.bfloat16, 0))
+    else:
+        weights = load(family, torch.bfloat16).named_weights()
+    sizes = llama.write_gguf(tmp_path / "model.gguf", family, config, weights, in_8_bits=True)
+    held = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert sizes == {name: t.n_bytes for name, t in held.items()}
+    kinds = {name: t.tensor_type.name for name, t in held.items()}
+    small = [n for n in kinds if "time_mix_w" in n or "time_mix_decay_w" in n]
+    assert {kinds[n] for n in small} <= {"BF16"} and bool(small) == (family == "rwkv6")
+    for name, theirs, turned in SAMPLES[family]:
+        if turned:
+            continue
+        assert kinds[name] == "Q8_0"
+        exact = weights[theirs].float().unflatten(1, (-1, 32))
+        found = gguf.quants.dequantize(held[name].data, held[name].tensor_type)
+        error = (torch.from_numpy(found).view(exact.shape) - exact).abs()
+        # half a step, and the scale is a float16
+        assert (error <= exact.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2**-11)).all()
+    assert {kinds[n] for n in ("token_embd.weight", "output_norm.weight")} == {"Q8_0", "F32"}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_8_bits_are_near_and_rounded(family):
+    pytest.importorskip("llama_cpp")
+    try:
+        model = peers.load(FAMILIES[family], "tiny", torch.bfloat16, CPU, in_8_bits=True)
+    except peers.Unavailable as reason:
+        pytest.skip(f"{family}: {reason}")
+    peers.require_same_logits(model, peers.random_tokens(1, 40, model), 0.2)
+    weight_bytes, token_bytes = model.bytes_in(peers.LLAMA_CPP)
+    assert 0.5 < token_bytes / model.token_bytes < 0.7 and token_bytes <= weight_bytes
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_the_first_engine(family):

@@ -37,6 +37,28 @@ def test_decoding_equals_prefilling(model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", peers.OURS)
+def test_weights_in_8_bits_are_counted_as_they_are_read(name):
+    pytest.importorskip("torchao")
+    model = peers.load(name, "tiny", torch.bfloat16, CPU, in_8_bits=True)
+    plain = peers.load(name, "tiny", torch.bfloat16, CPU)
+    expected = 0
+    for module in plain.model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, torch.nn.Linear):
+            expected += module.weight.numel() + 4 * module.out_features
+            own.remove(module.weight) if module.bias is None else own.pop(0)
+        # the embedding is not read
+        if not isinstance(module, torch.nn.Embedding):
+            expected += sum(map(peers._bytes, own))
+    assert model.token_bytes == expected < 0.7 * plain.token_bytes
+    assert model.body_parameters == plain.body_parameters
+    assert model.forward_flops(1, 8, logits=1) == plain.forward_flops(1, 8, logits=1)
+    session = model.session("engine", 1, 2 * CONTEXT)
+    assert peers.disagreement(session, peers.random_tokens(1, 20, model)) < 0.1
+
+
+@torch.inference_mode()
 def test_the_past_matters(model):
     """Random weights must not make the models deaf to everything but the last token."""
     session = model.session(model.engines[0], 1, CONTEXT)

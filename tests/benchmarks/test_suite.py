@@ -72,6 +72,19 @@ def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
     assert {"ddts/eager", "sdpa/expanded", "blocks/reference"} <= measured
 
 
+def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
+    pytest.importorskip("torchao")
+    said = run(tmp_path, "--bench-weights", "int8", files=["bench_decode.py", "bench_prefill.py"])
+    assert "8-bit weights are timed in decoding on a CPU alone" in said
+    found = records.read(tmp_path)
+    assert {r["case"].rpartition("-")[2] for r in found} == {"int8"}
+    assert {r["settings"]["weights"] for r in found} == {"int8"}
+    measured = [row for r in found for row in r["rows"] if row["status"] == "measured"]
+    assert {f"{name}/engine" for name in peers.OURS} <= {row["target"] for row in measured}
+    assert {row["engine"] for row in measured} <= {"engine", peers.LLAMA_CPP}
+    assert all(row["moved_bytes"] > row["token_bytes"] > 0 for row in measured)
+
+
 def test_every_model_is_measured_or_skipped_with_a_reason(found):
     taking_part = {"engine": [set(peers.OURS)], "trainer": [{name} for name in peers.OURS]}
     for record in found.values():
