@@ -174,10 +174,23 @@ class Model(ABC):
     @functools.cached_property
     def in_llama_cpp(self) -> llama.LlamaCpp:
         """The model in llama.cpp, loaded at its first use."""
+        return self._load_llama_cpp(self.in_8_bits)
+
+    def _load_llama_cpp(self, in_8_bits: bool) -> llama.LlamaCpp:
         from . import llama
 
         config = config_of(self.family, self.scale)
-        return llama.LlamaCpp(self.family, config, self.named_weights(), in_8_bits=self.in_8_bits)
+        return llama.LlamaCpp(self.family, config, self.named_weights(), in_8_bits=in_8_bits)
+
+    def llama_cpp_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[1, vocab]`` behind a prompt ``[1, T]`` in llama.cpp, of weights that are not
+        rounded to 8 bits."""
+        from . import llama
+
+        room = ids.shape[1] + 1
+        if not self.in_8_bits:
+            return self.session(LLAMA_CPP, 1, room).prefill(ids)
+        return llama.LlamaCppSession(self._load_llama_cpp(False), 1, room).prefill(ids)
 
     def bytes_in(self, engine: str) -> tuple[int, int]:
         """``(weight_bytes, token_bytes)`` as an engine holds the weights."""
@@ -455,18 +468,19 @@ def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
 
 
 def require_same_logits(model: Model, ids: torch.Tensor, limit: float) -> None:
-    """Raise Unavailable unless llama.cpp gives the logits of the model's first engine.
+    """Raise Unavailable unless llama.cpp gives the logits of the model's first engine, with weights
+    that are not rounded to 8 bits: those are written by the same code.
 
     Args:
         model: Has the engine ``LLAMA_CPP``.
         ids: The prompt ``[1, T]``.
         limit: Of the relative error.
     """
-    engines = (model.engines[0], LLAMA_CPP)
-    first, other = (model.session(e, 1, ids.shape[1] + 1).prefill(ids).double() for e in engines)
-    error = ((other - first).norm() / first.norm()).item()
+    engine = model.engines[0]
+    first = model.session(engine, 1, ids.shape[1] + 1).prefill(ids).double()
+    error = ((model.llama_cpp_logits(ids).double() - first).norm() / first.norm()).item()
     if not error <= limit:
-        raise Unavailable(f"wrong: logits differ from {engines[0]}'s by {error:.1e}")
+        raise Unavailable(f"wrong: logits differ from {engine}'s by {error:.1e}")
 
 
 def _build(
