@@ -8,6 +8,7 @@ runs on, and a binary built for another one may lack its instructions.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -58,11 +59,7 @@ class LlamaCpp:
         self.library, self.vocab_size = llama_cpp, config["vocab_size"]
         self.device, self.grows = torch.device("cpu"), family == "qwen2"
         self.in_float32 = all(x.dtype == torch.float32 for x in weights.values())
-        self.log: list[str] = []
-        # called by threads of the library for as long as it is loaded
-        self._keep = llama_cpp.llama_log_callback(lambda _, text, __: self.log.append(str(text)))
-        llama_cpp.llama_log_set(self._keep, ctypes.c_void_p())
-        llama_cpp.llama_backend_init()
+        self.log = _start()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{family}.gguf"
             held = write_gguf(path, family, config, weights, in_8_bits=in_8_bits)
@@ -82,6 +79,23 @@ class LlamaCpp:
     def __del__(self):
         if getattr(self, "model", None):
             self.library.llama_model_free(self.model)
+
+
+@functools.cache
+def _start() -> list[str]:
+    """Start the library; what it says from then on."""
+    import llama_cpp
+
+    said: list[str] = []
+    callback = llama_cpp.llama_log_callback(lambda _, text, __: said.append(str(text)))
+    # it calls this for as long as it is loaded, whichever models are gone
+    _KEPT.append(callback)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
+    llama_cpp.llama_backend_init()
+    return said
+
+
+_KEPT: list[Any] = []
 
 
 class LlamaCppSession(peers.Session):
