@@ -167,46 +167,89 @@ struct Sum<BFloat16> {
 
 #endif
 
-// kLanes int8 numbers in float32.
-inline Vector widen_bytes(const int8_t* p) {
+typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+typedef int16_t Words __attribute__((vector_size(kVectorBytes)));
+constexpr int kWords = kVectorBytes / 2;
+
+// kWords int8 numbers in 16 bits.
+inline Words widen_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
-  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+  return reinterpret_cast<Words>(
+      _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__AVX2__)
-  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+  return reinterpret_cast<Words>(
+      _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
-  Vector x;
-  for (int l = 0; l < kLanes; ++l) x[l] = widen(p[l]);
+  Words x;
+  for (int l = 0; l < kWords; ++l) x[l] = p[l];
   return x;
 #endif
 }
 
-// x is float32 here, the last run of kWidth filled with zeros. Four sums, because a run of weights is
-// no more than a line of memory.
+// The first n of them, fewer than kWords, and zeros.
+inline Words widen_first_bytes(const int8_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+  return reinterpret_cast<Words>(_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p)));
+#else
+  int8_t rest[kWords] = {};
+  memcpy(rest, p, n);
+  return widen_bytes(rest);
+#endif
+}
+
+// sum + w x, with the products of two neighbours in one lane.
+inline Integers add_pairs(Integers sum, Words w, const int16_t* p) {
+  Words x;
+  memcpy(&x, p, sizeof x);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Integers>(
+      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
+                          reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX512F__)
+  return sum + reinterpret_cast<Integers>(
+                   _mm512_madd_epi16(reinterpret_cast<__m512i>(w), reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+  return sum + reinterpret_cast<Integers>(
+                   _mm256_madd_epi16(reinterpret_cast<__m256i>(w), reinterpret_cast<__m256i>(x)));
+#else
+  for (int l = 0; l < kLanes; ++l) sum[l] += w[2 * l] * x[2 * l] + w[2 * l + 1] * x[2 * l + 1];
+  return sum;
+#endif
+}
+
+// x is integers here, of kUnitBits and a sign in a unit of the row, in two halves of 16 bits that are
+// summed by themselves: exactly, up to kMost numbers. Halves are at most 2^14, so that a lane stays below
+// 2^30. A run of kWidth has all upper halves first.
 template <>
 struct Sum<int8_t> {
-  static constexpr int kWidth = 4 * kLanes, kPlaces = 1, kRows = 2;
-  Vector sum[4] = {};
-  void add(const int8_t* weight, const float* x) {
-    for (int i = 0; i < 4; ++i) sum[i] += widen_bytes(weight + i * kLanes) * load(x + i * kLanes);
+  static constexpr int kWidth = kWords, kPlaces = kManyRegisters ? 2 : 1, kRows = 2;
+  static constexpr int kUnitBits = 29, kHalfBits = 15;
+  static constexpr int64_t kMost = 256 * kPlaces * kWidth;
+  Integers upper = {}, lower = {};
+  void add(const int8_t* weight, const int32_t* x) { add(widen_bytes(weight), x); }
+  void add_first(const int8_t* weight, const int32_t* x, int64_t n) {
+    add(widen_first_bytes(weight, n), x);
   }
-  void add_first(const int8_t* weight, const float* x, int64_t n) {
-    int8_t rest[kWidth] = {};
-    memcpy(rest, weight, n);
-    add(rest, x);
+  void add(Words w, const int32_t* x) {
+    const auto* halves = reinterpret_cast<const int16_t*>(x);
+    upper = add_pairs(upper, w, halves), lower = add_pairs(lower, w, halves + kWords);
   }
-  Vector total() const { return (sum[0] + sum[1]) + (sum[2] + sum[3]); }
+  Vector total() const {
+    constexpr float kUpper = 1 << kHalfBits;
+    return __builtin_convertvector(upper, Vector) * kUpper + __builtin_convertvector(lower, Vector);
+  }
 };
 
 // What a row of x must be turned into before the dot products: nothing where they take it as it
-// stands, else float32 in their order, `size` floats and what fills the last run. For int8 weights x
-// may be of either type.
+// stands, else numbers of four bytes in their order, `size` of them and what fills the last run. For
+// int8 weights x may be of either type, and the products are in the row's unit.
 template <class T>
 struct Operand {
   using type = T;
   static const T* make(const T* x, int64_t, float*) { return x; }
   static const T* made(const T* x, const float*) { return x; }
+  static float unit(const float*, int64_t) { return 1.0f; }
 };
 
 #if !defined(__AVX512BF16__)
@@ -230,20 +273,60 @@ struct Operand<BFloat16> {
     }
   }
   static const float* made(const BFloat16*, const float* out) { return out; }
+  static float unit(const float*, int64_t) { return 1.0f; }
 };
 #endif
 
 template <>
 struct Operand<int8_t> {
-  using type = float;
+  using type = int32_t;
+  // The unit is a power of two in which the largest number has kUnitBits, and NaN where one of x is
+  // no number or infinite.
   template <class X>
-  static const float* make(const X* x, int64_t size, float* out) {
-    for (int64_t j = 0; j < size; ++j) out[j] = widen(x[j]);
-    for (int64_t j = size; j % Sum<int8_t>::kWidth; ++j) out[j] = 0.0f;
-    return out;
+  static const int32_t* make(const X* x, int64_t size, float* out) {
+    uint32_t largest = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      uint32_t magnitude = to_bits(widen(x[j])) & 0x7fffffffu;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    // the exponent from which on all numbers are below 2^exponent, and no factor leaves the normal range
+    int exponent = static_cast<int>(largest >> 23) - 126;
+    exponent = exponent < -90 ? -90 : exponent;
+    float factor = power_of_two(Sum<int8_t>::kUnitBits - exponent);
+    float& unit = out[prepared_numbers(size)];
+    unit = power_of_two(exponent - Sum<int8_t>::kUnitBits);
+    if (largest >= 0x7f800000u) unit = from_bits(0x7fc00000u), factor = 0.0f, size = 0;
+    auto* halves = reinterpret_cast<int16_t*>(out);
+    for (int64_t i = 0; i < size; i += kWords, halves += 2 * kWords) {
+      float run[kWords] = {};
+      int64_t n = at_most(size - i, kWords);
+      for (int64_t l = 0; l < n; ++l) run[l] = widen(x[i + l]) * factor;
+      split(run, halves);
+    }
+    return made(x, out);
   }
-  static const float* made(const int8_t*, const float* out) { return out; }
+  // Upper halves, then lower ones, whose sign is that of what rounding the upper ones left.
+  static void split(const float* run, int16_t* halves) {
+    constexpr int kBits = Sum<int8_t>::kHalfBits;
+    for (int l = 0; l < kWords; ++l) {
+      int32_t number = static_cast<int32_t>(__builtin_rintf(run[l]));
+      int32_t upper = (number + (1 << (kBits - 1))) >> kBits;
+      halves[l] = static_cast<int16_t>(upper);
+      halves[kWords + l] = static_cast<int16_t>(number - upper * (1 << kBits));
+    }
+  }
+  static float power_of_two(int exponent) { return from_bits(static_cast<uint32_t>(exponent + 127) << 23); }
+  template <class X>
+  static const int32_t* made(const X*, const float* out) {
+    return reinterpret_cast<const int32_t*>(out);
+  }
+  static float unit(const float* out, int64_t size) { return out[prepared_numbers(size)]; }
 };
+
+// Bytes of int8 weights that are asked for before their turn, once a line. Each takes more of the
+// processor's work than one of bfloat16, so without it too few would be on their way; for those it gained
+// nothing.
+constexpr int64_t kAhead = 3072;
 
 // Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
 // lanes are still to be added.
@@ -258,8 +341,11 @@ inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, 
       for (int r = 0; r < R; ++r) sum[place][r][m].add(row(r) + i, x[m] + i);
   };
   int64_t i = 0;
-  for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth)
+  for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth) {
+    if constexpr (sizeof(T) == 1 && R * M == 1)
+      if (i % 64 < kPlaces * kWidth) __builtin_prefetch(row(0) + i + kAhead, 0, 2);
     for (int place = 0; place < kPlaces; ++place) add(place, i + place * kWidth);
+  }
   if (i + kWidth <= size) add(0, i), i += kWidth;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
@@ -270,10 +356,29 @@ inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, 
     }
 }
 
+// Those of more numbers than integers hold.
+template <int R, int M>
+void dots_of_parts(const int8_t* weight, int64_t stride, const int32_t* const* x, int64_t size,
+                   float (*out)[kMaxRows]) {
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) {
+      out[r][m] = 0.0f;
+      for (int64_t i = 0; i < size; i += Sum<int8_t>::kMost) {
+        const int32_t* part = x[m] + i;
+        each_dot<1, 1, int8_t>([&](int) { return weight + r * stride + i; }, &part,
+                               at_most(size - i, Sum<int8_t>::kMost),
+                               [&](int, int, Vector sums) { out[r][m] += horizontal_sum(sums); });
+      }
+    }
+}
+
 // out[r][m]: those of rows of weights `stride` apart.
 template <int R, int M, class T>
 inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                  int64_t size, float (*out)[kMaxRows]) {
+  if constexpr (sizeof(T) == 1) {
+    if (size > Sum<T>::kMost) return dots_of_parts<R, M>(weight, stride, x, size, out);
+  }
   each_dot<R, M, T>([&](int r) { return weight + r * stride; }, x, size,
                     [&](int r, int m, Vector sums) { out[r][m] = horizontal_sum(sums); });
 }
@@ -318,7 +423,7 @@ inline int64_t linear_rows(const Linear& a, const typename Operand<T>::type* con
       float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
       float scale = a.scale ? a.scale[n + r] : 1.0f;
       for (int64_t m = 0; m < a.rows; ++m) {
-        float y = sums[r][m] * scale + bias;
+        float y = sums[r][m] * scale * Operand<T>::unit(scratch_row(a, m), a.inputs) + bias;
         write(a.y, m, n + r, 1, &y);
       }
     }
@@ -347,14 +452,14 @@ inline void linear(const Linear& a, int64_t begin, int64_t end) {
 template <class T, class X>
 inline void narrow_products_of(const Rows& weight, const X* x, int64_t size, int64_t first,
                                int64_t n, float* out) {
-  float buffer[kBlock], sum[1][kMaxRows];
+  float buffer[prepared_row(kBlock)], sum[1][kMaxRows];
   for (int64_t j = 0; j < n; ++j) out[j] = 0.0f;
   for (int64_t i = 0; i < size; i += kBlock) {
     int64_t part = at_most(size - i, kBlock);
     const typename Operand<T>::type* ready = Operand<T>::make(x + i, part, buffer);
     for (int64_t j = 0; j < n; ++j) {
       dots<1, 1>(row<T>(weight, first + j) + i, 0, &ready, part, sum);
-      out[j] += sum[0][0];
+      out[j] += sum[0][0] * Operand<T>::unit(buffer, part);
     }
   }
 }

@@ -25,7 +25,8 @@ std::atomic<const Kernels*> chosen{nullptr};
 const Kernels* usable(const char* name) {
 #if defined(RODIMUS_HAS_avx512bf16)
   if (!std::strcmp(name, "avx512bf16") && __builtin_cpu_supports("avx512bf16") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
     return &avx512bf16::table;
 #endif
 #if defined(RODIMUS_HAS_avx512)

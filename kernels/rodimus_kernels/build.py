@@ -51,7 +51,7 @@ CPU_ISAS = {
     "portable": "",
     "avx2": "-mavx2 -mfma",
     "avx512": _AVX512,
-    "avx512bf16": f"{_AVX512} -mavx512bf16",
+    "avx512bf16": f"{_AVX512} -mavx512bf16 -mavx512vnni",
 }
 _CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # loops over numbers: no errno, no floating point exceptions to preserve

@@ -258,6 +258,53 @@ def test_8_bit_weights_of_every_value(isa):
         assert torch.equal(y[:places], values[:, :places].T.float()) and not y[places:].any()
 
 
+@needs_library
+@pytest.mark.parametrize("size", [2048, 4097, 40_000])
+def test_8_bit_sums_hold_any_number_of_inputs(isa, size):
+    """Products of the largest magnitude, more of them than an integer of 32 bits holds, by upper
+    and by lower halves."""
+    values = torch.full((3, size), -128, dtype=torch.int8)
+    values[1] = 127
+    values[2, ::2] = 127
+    # in units of 2^-28: lower halves of 2^14 - 32, and of -32 or, cut off, 2^15 - 32
+    numbers = [1.99, -1.99, 1 + (2**14 - 32) * 2**-28, 1 + (2**15 - 32) * 2**-28, -1.5]
+    x = torch.tensor(numbers)[:, None].expand(-1, size).contiguous()
+    x[4, ::3] = -1e-3
+    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(3)))
+    exact = x.double() @ values.double().T
+    assert ((y - exact).abs() <= LIMIT * (x.double().abs() @ values.double().abs().T)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 4])
+def test_8_bit_products_beside_an_outlier(isa, rows):
+    """x is kept to half of 2^-29 of the power of two above its largest number."""
+    x, values = torch.randn(rows, 515), torch.randint(-127, 128, (9, 515), dtype=torch.int8)
+    x[:, 7], values[:, 7] = 10_000.0, 0
+    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(9)))
+    kept = 2**14 * 2**-29 / 2 * values.double().abs().sum(1)
+    rounded = LIMIT * (x.double().abs() @ values.double().abs().T)
+    assert ((y - x.double() @ values.double().T).abs() <= kept + rounded).all()
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e30, 3e36])
+def test_8_bit_products_of_any_size(isa, size):
+    x, values = torch.randn(2, 70).clamp(-1, 1) * size, torch.ones(3, 70, dtype=torch.int8)
+    y = rk.linear_step(x, rk.Int8Weight(values, torch.tensor([1.0, 0.5, 2.0**-7])))
+    exact = x.double().sum(1, keepdim=True) * torch.tensor([1.0, 0.5, 2.0**-7])
+    assert ((y - exact).abs() <= 1e-5 * x.double().abs().sum(1, keepdim=True)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_or_infinite_is_seen_beside_8_bit_weights(isa, bad):
+    x, values = torch.randn(3, 40), torch.ones(2, 40, dtype=torch.int8)
+    x[1, 5] = bad
+    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(2)))
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
 def test_the_reference_is_not_rounded_by_autocast():
     x, weight = torch.randn(4, 64), torch.randn(8, 64)
     with torch.autocast("cpu"):
