@@ -61,6 +61,7 @@ RUNS = {
         GPU, ("attention-forward", "attention-training", "attention-decode"), _OPERATORS[:2]
     ),
     "run_cpu_models": Run(CPU, ("decode-b", "prefill-b"), _CPU_PACKAGES),
+    "run_cpu_int8": Run(CPU, ("decode-int8",), ("torch", "llama-cpp-python")),
     "run_cpu_quality": Run(CPU, ("quality",), _CPU_PACKAGES[:1]),
 }
 
@@ -485,6 +486,63 @@ def tokens_of_cpu():
             cells += [f"{row['floor_ms']:.1f}", f"{row['median_ms']:.1f}"]
             cells.append(f"{percent(row['floor_share'])} ({percent(low)} to {percent(high)})")
         yield line(tokens_of(context), f"{median(read_rates(case)):.1f}", *cells)
+
+
+INT8_CONTEXTS = ("t128", "t4096")
+
+
+@_table(
+    *("context", "read, GB/s", "Rodimus+ 1.6B", "Rodimus 1.4B"),
+    *("Qwen2-1.5B, Q8_0", "RWKV6-1.6B, Q8_0", "speedup over Qwen2", "over RWKV6"),
+    groups=("decode-int8",),
+    folder=CPU,
+)
+def int8_tokens_of_cpu():
+    """ms/token with 8-bit weights and the share of each model's bandwidth bound."""
+    for context in INT8_CONTEXTS:
+        case = f"decode-int8-b1-{context}-bfloat16"
+        rows = measured(case, CPU)
+        chosen = [rows[target] for target in (*OURS, *CPU_PEERS)]
+        cells = (f"{row['median_ms']:.1f} ({percent(row['floor_share'])})" for row in chosen)
+        ratios = (_speedup(chosen[0], peer) for peer in CPU_PEERS)
+        yield line(tokens_of(context), f"{median(read_rates(case)):.1f}", *cells, *ratios)
+
+
+@_value
+def int8_bytes():
+    """``1.6 GB of Rodimus+, ...``: weights that a token reads."""
+    rows = measured(f"decode-int8-b1-{INT8_CONTEXTS[0]}-bfloat16", CPU)
+    names = {PLUS: "Rodimus+"} | {t: title.partition("-")[0] for t, title in CPU_PEERS.items()}
+    return ", ".join(f"{rows[t]['token_bytes'] / 1e9:.1f} GB of {n}" for t, n in names.items())
+
+
+@_value
+def int8_rates():
+    """GB/s that the machine read, by the median of a run."""
+    rates = []
+    for context in INT8_CONTEXTS:
+        case = f"decode-int8-b1-{context}-bfloat16"
+        rates += _medians_of_runs(read_rates(case), record(case, CPU)["settings"])
+    return span(rates)
+
+
+@_value
+def int8_speedup_qwen2():
+    return _int8_speedups("qwen2-1.5b")
+
+
+@_value
+def int8_speedup_rwkv6():
+    return _int8_speedups("rwkv6-1.6b")
+
+
+def _int8_speedups(peer: str) -> str:
+    """``1.10 after 128 tokens, 1.32 after 4,096``."""
+    found = []
+    for context in INT8_CONTEXTS:
+        row = measured(f"decode-int8-b1-{context}-bfloat16", CPU)[PLUS]
+        found.append(f"{row[f'ratio_to_{peer}'][0]:.2f} after {tokens_of(context)}")
+    return found[0] + " tokens, " + ", ".join(found[1:])
 
 
 @_value

@@ -117,9 +117,9 @@ class Bench:
 
     def case(self, batch: int, length: int) -> str:
         """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
-        ``b1-t4096-bfloat16-int8``."""
+        ``int8-b1-t4096-bfloat16``."""
         name = f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
-        return name + "-int8" * self.in_8_bits
+        return "int8-" * self.in_8_bits + name
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.

@@ -22,7 +22,7 @@ from . import timing
 ROOT = Path(__file__).parent.parent
 COMMIT_VARIABLE = "RODIMUS_BENCH_COMMIT"
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn", "rwkv")
-PACKAGES += ("llama-cpp-python",)
+PACKAGES += ("llama-cpp-python", "torchao")
 
 
 def describe(device: torch.device) -> dict[str, Any]:

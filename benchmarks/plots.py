@@ -26,7 +26,9 @@ STYLES = {
 
 
 def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) -> Points:
-    """Best ``y`` of each model over setting ``x``, in the records whose settings agree."""
+    """Best ``y`` of each model over setting ``x``, in the records whose settings agree: of weights
+    that are not rounded."""
+    settings = {"weights": None, **settings}
     best = min if y.endswith("_ms") else max
     points: Points = {}
     for record in found:
