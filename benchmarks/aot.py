@@ -31,7 +31,7 @@ from rodimus_kernels._triton import assume_capability
 from . import aot_cases
 
 # shared memory a program may ask for, bytes: CUDA programming guide, technical specifications
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 STACK_LIMIT = 128
 
 _TYPES = {
@@ -139,7 +139,7 @@ def compile_instead_of_launching(case: str, arch: int, found: dict) -> Iterator[
 
 
 def table(
-    archs: tuple[int, ...] = (80, 90, 100), *, everything: bool = False, only: str = ""
+    archs: tuple[int, ...] = (80, 86, 90, 100), *, everything: bool = False, only: str = ""
 ) -> Iterator[Usage]:
     """Usage of every kernel, case and architecture; ``only`` keeps the names that contain it."""
     for case in aot_cases.cases(everything=everything):
@@ -156,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration, not the default")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 86, 90, 100])
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:

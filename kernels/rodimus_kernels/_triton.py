@@ -21,14 +21,17 @@ _assumed_capability: int | None = None
 
 
 def capability(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's device, times ten: 80, 90, 100; 0 without a GPU. That of
-    workstation Blackwells (12.x) counts as 80: a block has no more shared memory there."""
+    """Compute capability of the tensor's device, times ten: 80, 86, 90, 100; 0 without a GPU. 86
+    stands for all of the second kind of Ampere, Ada and workstation Blackwells (8.6, 8.9, 12.x),
+    where a block has 99 KiB of shared memory instead of 163."""
     if _assumed_capability is not None:
         return _assumed_capability
     if not x.is_cuda:
         return 0
     major, minor = torch.cuda.get_device_capability(x.device)
-    return 80 if major >= 12 else 10 * major + minor
+    if major >= 12 or (major == 8 and minor in (6, 9)):
+        return 86
+    return 80 if major == 8 else 10 * major + minor
 
 
 @contextlib.contextmanager

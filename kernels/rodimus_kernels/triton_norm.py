@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._schemas import register_gradient
-from ._triton import FP_FUSION, as_rows, check_runs_here, implement, sigmoid
+from ._triton import FP_FUSION, as_rows, capability, check_runs_here, implement, sigmoid
 
 # a row is one block of registers
 MAX_WIDTH = 16384
@@ -273,19 +273,19 @@ def _tile(width, elements):
     return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
 
 
-def _backward_tile(width):
-    """As :func:`_tile`, with the rows in flight."""
+def _backward_tile(width, x):
+    """As :func:`_tile`, with the rows in flight; one less where a block has 99 KiB for them."""
     tile = _tile(width, _WIDE_ELEMENTS if width > _WIDE else _BACKWARD_ELEMENTS)
     # of MAX_WIDTH, four float32 rows take 256 KiB, which no multiprocessor has: one at a time
-    rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1)
-    return {**tile, "ROWS": rows}
+    rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1) - (capability(x) == 86)
+    return {**tile, "ROWS": max(rows, 1)}
 
 
-def _gated_backward_tile(width):
+def _gated_backward_tile(width, x):
     """Programs a row, and the tile of each. All that a row beyond ``_WIDE`` needs at once is more
     than the registers hold; its parts, each with the sums over the whole, leave no room for rows
     in flight."""
-    tile = _backward_tile(min(width, _WIDE))
+    tile = _backward_tile(min(width, _WIDE), x)
     blocks = triton.cdiv(width, tile["BD"])
     return blocks, {**tile, "D": width, "ROWS": 1 if blocks > 1 else tile["ROWS"]}
 
@@ -355,7 +355,7 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
         rows.stride(0),
         dys.stride(0),
         _row_stride(dstreams),
-        **_backward_tile(stream.shape[-1]),
+        **_backward_tile(stream.shape[-1], stream),
     )
     dbranch = stream.new_empty(0) if dbranch is None else dbranch
     return dx, dweight.sum(0).to(weight.dtype), dbranch
@@ -387,7 +387,7 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
     dresidual, dresidual_weight = x.new_empty(0), x.new_empty(0)
     if residual is not None:
         dresidual, dresidual_weight = _like(residual), torch.empty_like(dweight)
-    blocks, tile = _gated_backward_tile(x.shape[-1])
+    blocks, tile = _gated_backward_tile(x.shape[-1], x)
     gated_rms_norm_bwd_kernel[(dweight.shape[0], blocks)](
         rows,
         gates,

@@ -674,3 +674,19 @@ def test_boundaries_elsewhere_are_refused():
 def test_an_empty_batch_is_empty(impl):
     o, state = ddts(*(torch.randn(0, 4, 1, 16) for _ in "qkvg"), output_final_state=True, impl=impl)
     assert o.shape == (0, 4, 1, 16) and state.shape == (0, 1, 16, 16)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to be on GPUs")
+@pytest.mark.parametrize(
+    "given, expected",
+    [((8, 0), 80), ((8, 6), 86), ((8, 7), 80), ((8, 9), 86), ((9, 0), 90), ((10, 3), 103)]
+    + [((12, 0), 86)],
+)
+def test_gpus_with_little_shared_memory_are_known(given, expected, monkeypatch):
+    triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given)
+
+    class OnGpu:
+        is_cuda, device = True, "cuda:0"
+
+    assert triton_helpers.capability(OnGpu) == expected

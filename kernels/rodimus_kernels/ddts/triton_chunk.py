@@ -82,8 +82,10 @@ def walk_tile(
     width = divisor_tile(value_dim, max(min(limit, 128), 16))
     warps = 4 if tma and key_dim <= 128 and dtype == torch.bfloat16 else 8
     stages = 2 if arch >= 90 else 3
-    if dtype == torch.float32 and arch < 90:
-        # read and write are 64 * K float32 a stage, of 163 KiB
+    # read and write are 64 * K numbers a stage, of 163 KiB, or of 99
+    if arch == 86:
+        stages = max(min(stages, 512 // dtype.itemsize // key_dim), 1)
+    elif dtype == torch.float32 and arch < 90:
         stages = max(min(stages, 256 // key_dim), 1)
     return Tile(width, warps, stages)
 
