@@ -1,5 +1,6 @@
 """Ranks as forked processes: a group starts in milliseconds, with the imports already done."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -18,12 +19,15 @@ def run_ranks(world_size, work, *args, timeout=60):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     ranks = []
+    # a rank that collected a group of this process would wait for threads that no fork has
+    gc.freeze()
     for rank in range(world_size):
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(rank, world_size, port, send, work, args))
         process.start()
         send.close()
         ranks.append((process, receive))
+    gc.unfreeze()
     results = []
     for process, receive in ranks:
         try:
