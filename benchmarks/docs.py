@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -433,10 +433,15 @@ def readme_cpu():
 
 @_value
 def cpu_bytes():
-    """``3.3 GB of Rodimus+, ...``: what a token reads and writes at the shortest context."""
-    rows = measured(f"decode-b1-{CPU_CONTEXTS[0]}-bfloat16", CPU)
+    """What a token reads and writes at the shortest context."""
+    return _gigabytes(f"decode-b1-{CPU_CONTEXTS[0]}-bfloat16", "moved_bytes")
+
+
+def _gigabytes(case: str, field: str) -> str:
+    """``3.3 GB of Rodimus+, ...``."""
+    rows = measured(case, CPU)
     names = {PLUS: "Rodimus+"} | {t: title.partition("-")[0] for t, title in CPU_PEERS.items()}
-    return ", ".join(f"{rows[t]['moved_bytes'] / 1e9:.1f} GB of {n}" for t, n in names.items())
+    return ", ".join(f"{rows[t][field] / 1e9:.1f} GB of {n}" for t, n in names.items())
 
 
 @_value
@@ -488,7 +493,7 @@ def tokens_of_cpu():
         yield line(tokens_of(context), f"{median(read_rates(case)):.1f}", *cells)
 
 
-INT8_CONTEXTS = ("t128", "t4096")
+INT8_CASES = {context: f"decode-int8-b1-{context}-bfloat16" for context in ("t128", "t4096")}
 
 
 @_table(
@@ -499,8 +504,7 @@ INT8_CONTEXTS = ("t128", "t4096")
 )
 def int8_tokens_of_cpu():
     """ms/token with 8-bit weights and the share of each model's bandwidth bound."""
-    for context in INT8_CONTEXTS:
-        case = f"decode-int8-b1-{context}-bfloat16"
+    for context, case in INT8_CASES.items():
         rows = measured(case, CPU)
         chosen = [rows[target] for target in (*OURS, *CPU_PEERS)]
         cells = (f"{row['median_ms']:.1f} ({percent(row['floor_share'])})" for row in chosen)
@@ -510,20 +514,13 @@ def int8_tokens_of_cpu():
 
 @_value
 def int8_bytes():
-    """``1.6 GB of Rodimus+, ...``: weights that a token reads."""
-    rows = measured(f"decode-int8-b1-{INT8_CONTEXTS[0]}-bfloat16", CPU)
-    names = {PLUS: "Rodimus+"} | {t: title.partition("-")[0] for t, title in CPU_PEERS.items()}
-    return ", ".join(f"{rows[t]['token_bytes'] / 1e9:.1f} GB of {n}" for t, n in names.items())
+    """Weights that a token reads."""
+    return _gigabytes(INT8_CASES["t128"], "token_bytes")
 
 
 @_value
 def int8_rates():
-    """GB/s that the machine read, by the median of a run."""
-    rates = []
-    for context in INT8_CONTEXTS:
-        case = f"decode-int8-b1-{context}-bfloat16"
-        rates += _medians_of_runs(read_rates(case), record(case, CPU)["settings"])
-    return span(rates)
+    return _rates(INT8_CASES.values())
 
 
 @_value
@@ -539,18 +536,21 @@ def int8_speedup_rwkv6():
 def _int8_speedups(peer: str) -> str:
     """``1.10 after 128 tokens, 1.32 after 4,096``."""
     found = []
-    for context in INT8_CONTEXTS:
-        row = measured(f"decode-int8-b1-{context}-bfloat16", CPU)[PLUS]
+    for context, case in INT8_CASES.items():
+        row = measured(case, CPU)[PLUS]
         found.append(f"{row[f'ratio_to_{peer}'][0]:.2f} after {tokens_of(context)}")
     return found[0] + " tokens, " + ", ".join(found[1:])
 
 
 @_value
 def cpu_rates():
+    return _rates(f"decode-b1-{context}-bfloat16" for context in CPU_CONTEXTS)
+
+
+def _rates(cases: Iterable[str]) -> str:
     """GB/s that the machine read, by the median of a run."""
     rates = []
-    for context in CPU_CONTEXTS:
-        case = f"decode-b1-{context}-bfloat16"
+    for case in cases:
         rates += _medians_of_runs(read_rates(case), record(case, CPU)["settings"])
     return span(rates)
 

@@ -19,9 +19,9 @@ SAMPLES = {
 }
 
 
-def load(family, dtype):
+def load(family, dtype, **options):
     try:
-        return peers.load(FAMILIES[family], "tiny", dtype, CPU)
+        return peers.load(FAMILIES[family], "tiny", dtype, CPU, **options)
     except peers.Unavailable as reason:
         pytest.skip(f"{family}: {reason}")
 
@@ -80,10 +80,7 @@ def test_a_file_in_8_bits_has_what_a_converter_rounds(tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_8_bits_are_near_and_rounded(family):
     pytest.importorskip("llama_cpp")
-    try:
-        model = peers.load(FAMILIES[family], "tiny", torch.bfloat16, CPU, in_8_bits=True)
-    except peers.Unavailable as reason:
-        pytest.skip(f"{family}: {reason}")
+    model = load(family, torch.bfloat16, in_8_bits=True)
     ids = peers.random_tokens(1, 40, model)
     peers.require_same_logits(model, ids, 0.2)
     rounded, exact = (
