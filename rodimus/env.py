@@ -22,7 +22,7 @@ import rodimus_kernels
 from . import __version__
 from .errors import first_line
 
-REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+REQUIRED = ("transformers", "tokenizers", "safetensors", "numpy")
 # Distribution: what it gives.
 OPTIONAL = {
     "triton": "GPU kernels",
@@ -53,6 +53,7 @@ def report() -> Iterator[str]:
     """The whole report, line by line."""
     yield f"rodimus        {__version__} ({os.path.dirname(__file__)})"
     yield f"python         {platform.python_version()}, {platform.platform()}"
+    yield f"torch          {torch.__version__}"  # with its CUDA, which the package's version lacks
     for name in REQUIRED:
         yield f"{name:<14} {_version(name) or 'MISSING'}"
     for name, gives in OPTIONAL.items():
