@@ -17,6 +17,9 @@ if "RODIMUS_CHECKPOINT" not in os.environ:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Autograd starts its threads at the first backward pass, one for each GPU, and fake tensors
+    # pretend that there are some; after that a forked rank could not train.
+    torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items):
