@@ -18,6 +18,9 @@ namespace rodimus {
 // Rows of x that a linear step takes, and tokens of an attention step.
 constexpr int kMaxRows = 8;
 
+// Taps that the convolution of a sequence takes.
+constexpr int64_t kMaxTaps = 8;
+
 // Channels of a head that the attention step takes on CUDA.
 constexpr int kMaxHeadDim = 256;
 
@@ -100,6 +103,19 @@ struct ConvStep {
   Rows bias;     // [D] or empty
   void* state;
   int64_t rows, channels, width;
+};
+
+// Convolution of sequences of any length. Before the first token of one stand the inputs of its state,
+// or zeros; with documents, a tap counts within the document of its token only.
+struct Conv {
+  Rows x;        // [B * T, D], the tokens of a sequence at the stride
+  Rows y;        // [B * T, D]
+  int64_t sequence_stride;  // of x, in elements
+  Rows weight;   // [D, W]
+  Rows bias;     // [D] or empty
+  const void* state = nullptr;         // [B, D, W] of x's type
+  const int64_t* documents = nullptr;  // [B, T]
+  int64_t batch, length, channels, width;
 };
 
 // y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8 and each

@@ -214,6 +214,44 @@ inline std::tuple<ConvStep, Tensor> conv_step_arguments(const Tensor& x, const T
   return {a, y};
 }
 
+inline std::tuple<Conv, Tensor> conv_arguments(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias,
+                                               const OptionalTensor& state,
+                                               const OptionalTensor& documents) {
+  check_shape("x", x, {kAny, kAny, kAny});
+  int64_t batch = x.size(0), length = x.size(1), channels = x.size(2);
+  check_shape("weight", weight, {channels, kAny});
+  check_type("weight", weight, x);
+  STD_TORCH_CHECK(weight.size(1) >= 1 && weight.size(1) <= kMaxTaps,
+                  "weight must have 1 to ", kMaxTaps, " taps, got ", weight.size(1));
+  STD_TORCH_CHECK(channels == 1 || x.stride(2) == 1, "x must have dense rows, got last stride ",
+                  x.stride(2));
+  Conv a;
+  a.x.data = x.data_ptr(), a.x.type = type_of("x", x), a.x.stride = x.stride(1);
+  a.sequence_stride = x.stride(0);
+  a.weight = rows_of("weight", weight, x);
+  a.bias = optional_rows("bias", bias, channels, x);
+  a.batch = batch, a.length = length, a.channels = channels, a.width = weight.size(1);
+  if (state) {
+    check_shape("initial_state", *state, {batch, channels, a.width});
+    check_type("initial_state", *state, x), check_device("initial_state", *state, x);
+    STD_TORCH_CHECK(state->is_contiguous(), "initial_state must be contiguous, got shape ",
+                    shape_of(*state), " and last stride ", state->stride(2));
+    a.state = state->data_ptr();
+  }
+  if (documents) {
+    check_shape("seq_idx", *documents, {batch, length}), check_device("seq_idx", *documents, x);
+    STD_TORCH_CHECK(!state, "initial_state and seq_idx exclude each other, got both");
+    STD_TORCH_CHECK(documents->scalar_type() == ScalarType::Long && documents->is_contiguous(),
+                    "seq_idx must be contiguous int64, got scalar type ",
+                    static_cast<int>(documents->scalar_type()));
+    a.documents = static_cast<const int64_t*>(documents->data_ptr());
+  }
+  Tensor y = output_like(x, {batch, length, channels});
+  a.y = output_rows(y);
+  return {a, y};
+}
+
 inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& bias,
                                                    const OptionalTensor& scale) {

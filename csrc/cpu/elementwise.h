@@ -44,6 +44,52 @@ inline void conv_step(const ConvStep& a, int64_t begin, int64_t end) {
   }
 }
 
+// Tokens [start, stop) of a sequence. The inputs of the last taps are kept widened, one row a token in
+// turn, so x is read once.
+template <class T>
+inline void conv_run(const Conv& a, int64_t b, int64_t start, int64_t stop, int64_t first, int64_t n) {
+  float weight[kMaxTaps][kBlock], inputs[kMaxTaps][kBlock], y[kBlock], bias_buffer[kBlock];
+  const int64_t width = a.width;
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t w = 0; w < width; ++w) weight[w][j] = widen(row<T>(a.weight, first + j)[w]);
+  const float* bias = a.bias ? read(a.bias, 0, first, n, bias_buffer) : nullptr;
+  const int64_t* documents = a.documents ? a.documents + b * a.length : nullptr;
+  const T* sequence = static_cast<const T*>(a.x.data) + b * a.sequence_stride + first;
+  const T* state = static_cast<const T*>(a.state);
+  if (state) state += (b * a.channels + first) * width;
+
+  for (int64_t t = start - width + 1; t < stop; ++t) {
+    float* __restrict__ input = inputs[(t + width) % width];
+    if (t >= 0)
+      for (int64_t j = 0; j < n; ++j) input[j] = widen(sequence[t * a.x.stride + j]);
+    else
+      for (int64_t j = 0; j < n; ++j) input[j] = state ? widen(state[j * width + width + t]) : 0.0f;
+    if (t < start) continue;
+
+    for (int64_t j = 0; j < n; ++j) y[j] = 0.0f;
+    for (int64_t w = 0; w < width; ++w) {
+      int64_t from = t - (width - 1 - w);
+      if (documents && (from < 0 || documents[from] != documents[t])) continue;
+      const float* tap = inputs[(from + width) % width];
+      for (int64_t j = 0; j < n; ++j) y[j] += tap[j] * weight[w][j];
+    }
+    if (bias)
+      for (int64_t j = 0; j < n; ++j) y[j] += bias[j];
+    for (int64_t j = 0; j < n; ++j) y[j] = silu(y[j]);
+    write(a.y, b * a.length + t, first, n, y);
+  }
+}
+
+inline void conv(const Conv& a, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t first = task % blocks(a.channels) * kBlock, run = task / blocks(a.channels);
+    int64_t b = run / conv_runs(a.length), start = run % conv_runs(a.length) * kConvTokens;
+    int64_t stop = at_most(start + kConvTokens, a.length), n = at_most(a.channels - first, kBlock);
+    a.x.type == Type::kFloat32 ? conv_run<float>(a, b, start, stop, first, n)
+                               : conv_run<BFloat16>(a, b, start, stop, first, n);
+  }
+}
+
 // What the norm sees of one block: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
 // before it goes on, as the models do.
 inline void norm_input(const Norm& a, int64_t i, int64_t first, int64_t n, float* out) {

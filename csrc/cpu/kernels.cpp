@@ -12,8 +12,8 @@ namespace RODIMUS_ISA {
 extern const Kernels table;
 const Kernels table = {
     RODIMUS_ISA_NAME, ddts_step, mixer_gates, mixer_step, mixer_norm,      conv_step,
-    linear_prepare,   linear,    norm,        rope,       add,             gate,
-    attention_write,  attention_scan,         attention_merge,
+    conv,             linear_prepare,         linear,     norm,            rope,
+    add,              gate,      attention_write,         attention_scan,  attention_merge,
 };
 
 }  // namespace RODIMUS_ISA

@@ -10,6 +10,8 @@ namespace rodimus {
 
 // Columns of the state one task carries: 1 KiB of each row, so all operands stay in the L1 cache.
 constexpr int64_t kBlock = 256;
+// Tokens of a sequence that a task convolves.
+constexpr int64_t kConvTokens = 64;
 // Keys a task scores before it reads their values.
 constexpr int64_t kKeyBlock = 16;
 
@@ -25,6 +27,8 @@ struct Kernels {
   void (*mixer_norm)(const MixerStep&, int64_t begin, int64_t end);
   // Tasks: rows * blocks(channels).
   void (*conv_step)(const ConvStep&, int64_t begin, int64_t end);
+  // Tasks: conv_tasks.
+  void (*conv)(const Conv&, int64_t begin, int64_t end);
   // Once, before the rest; then tasks: outputs. Scratch: linear_scratch floats.
   void (*linear_prepare)(const Linear&);
   void (*linear)(const Linear&, int64_t begin, int64_t end);
@@ -40,6 +44,9 @@ struct Kernels {
   void (*attention_scan)(const AttentionStep&, int64_t splits, int64_t begin, int64_t end);
   void (*attention_merge)(const AttentionStep&, int64_t splits, int64_t begin, int64_t end);
 };
+
+constexpr int64_t conv_runs(int64_t length) { return (length + kConvTokens - 1) / kConvTokens; }
+inline int64_t conv_tasks(const Conv& a) { return a.batch * conv_runs(a.length) * blocks(a.channels); }
 
 // Per row: q, k and decay, the gated output before its norm, one sum of squares a block.
 inline int64_t mixer_scratch(const MixerStep& a) {

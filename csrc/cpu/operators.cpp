@@ -57,6 +57,15 @@ Tensor short_conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& 
   return y;
 }
 
+Tensor short_conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  const OptionalTensor& initial_state, const OptionalTensor& seq_idx) {
+  auto [a, y] = conv_arguments(x, weight, bias, initial_state, seq_idx);
+  const Conv& arguments = a;
+  parallel_for(0, conv_tasks(a), 1,
+               [&](int64_t begin, int64_t end) { kernels().conv(arguments, begin, end); });
+  return y;
+}
+
 Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& scale) {
   auto [a, y] = linear_arguments(x, weight, bias, scale);
@@ -125,6 +134,7 @@ STABLE_TORCH_LIBRARY_IMPL(rodimus, CPU, m) {
   m.impl("native_ddts_step", TORCH_BOX(&rodimus::ddts_step));
   m.impl("native_ddts_mixer_step", TORCH_BOX(&rodimus::ddts_mixer_step));
   m.impl("native_short_conv_step", TORCH_BOX(&rodimus::short_conv_step));
+  m.impl("native_short_conv", TORCH_BOX(&rodimus::short_conv));
   m.impl("native_linear_step", TORCH_BOX(&rodimus::linear_step));
   m.impl("native_rms_norm", TORCH_BOX(&rodimus::rms_norm));
   m.impl("native_add_rms_norm", TORCH_BOX(&rodimus::add_rms_norm));

@@ -32,6 +32,9 @@ _SCHEMAS = {
         " -> Tensor"
     ),
     "short_conv_step": ("(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias) -> Tensor"),
+    "short_conv": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? seq_idx) -> Tensor"
+    ),
     "linear_step": "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm": (
@@ -56,6 +59,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
 MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear_step` takes."""
+MAX_TAPS = 8
+"""Taps of the convolution of a sequence, which is on a CPU alone."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
 """Keys of a state, and channels of a head, that the operators take on a GPU."""
 _NOT_BUILT = "they are not built; build them with: python -m rodimus_kernels build"
@@ -76,6 +81,11 @@ def _(q, k, select, temper, gate_hidden, x, *_):
 
 @torch.library.register_fake("rodimus::native_short_conv_step")
 def _(x, conv_state, weight, bias):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("rodimus::native_short_conv")
+def _(x, weight, bias, initial_state, seq_idx):
     return x.new_empty(x.shape)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from . import native_conv
 from ._dispatch import (
     check_floating,
     check_same_device,
@@ -15,6 +16,7 @@ from .reference import check_cu_seqlens
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:short_conv",
     "triton": "rodimus_kernels.triton_conv:forward",
+    "native": "rodimus_kernels.native_conv:forward",
 }
 _STEP = {
     "reference": "rodimus_kernels.reference:short_conv_step",
@@ -45,7 +47,8 @@ def short_conv(
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1.
         seq_idx: int ``[B, T]`` document of each token, for packed rows of any batch; without
             states.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
+        impl: ``"auto"``, ``"triton"``, ``"reference"`` or, on a CPU and without gradient,
+            ``"native"``; an explicit choice never falls back.
 
     Returns:
         ``(y, final_state)``: ``y`` is ``[B, T, D]`` in x's dtype, ``final_state`` ``[N, D, W]`` or
@@ -81,8 +84,12 @@ def short_conv(
                 "seq_idx excludes cu_seqlens and states: packed rows start and end inside the row"
             )
     if impl == "auto":
-        double = torch.float64 in (x.dtype, weight.dtype)
-        impl = "triton" if runs_triton(x.device) and not double else "reference"
+        if runs_triton(x.device) and torch.float64 not in (x.dtype, weight.dtype):
+            impl = "triton"
+        elif native_conv.takes(x, weight, bias, initial_state, output_final_state, cu_seqlens):
+            impl = "native"
+        else:
+            impl = "reference"
     function = load("short_conv", impl, _SEQUENCE)
     return function(
         x,

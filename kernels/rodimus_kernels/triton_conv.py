@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._schemas import register_gradient
 from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
+from .reference import last_inputs
 
 # channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
 _CHANNELS, _WARPS = 512, 4
@@ -309,27 +310,8 @@ def forward(
     y = torch.ops.rodimus.short_conv(x, weight, bias, initial_state, cu_seqlens, seq_idx)
     final_state = None
     if output_final_state:
-        final_state = _last_inputs(x, weight.shape[1], initial_state, cu_seqlens)
+        final_state = last_inputs(x, weight.shape[1], initial_state, cu_seqlens)
     return y, final_state
-
-
-def _last_inputs(x, width, initial_state, cu_seqlens):
-    """The last inputs of each sequence, oldest first ``[N, D, W]``, from its state where short."""
-    if cu_seqlens is None:
-        past = x.new_zeros(x.shape[0], width, x.shape[2])
-        if initial_state is not None:
-            past = initial_state.transpose(1, 2).to(x.dtype)
-        return torch.cat((past, x[:, -width:]), dim=1)[:, -width:].transpose(1, 2)
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    token = ends[:, None] - width + torch.arange(width, device=x.device)
-    last = x[0, token.clamp_min(0)]
-    inside = (token >= starts[:, None])[..., None]
-    if initial_state is None:
-        return last.masked_fill(~inside, 0).transpose(1, 2)
-    column = (width + token - starts[:, None]).clamp(0, width - 1)
-    past = initial_state.transpose(1, 2).to(x.dtype)
-    past = past.gather(1, column[..., None].expand_as(last))
-    return torch.where(inside, last, past).transpose(1, 2)
 
 
 def _packing(x, cu_seqlens, seq_idx):

@@ -43,6 +43,14 @@ def conv_step(dtype, B=2, D=7, W=4):
     return rk.short_conv_step, reference.short_conv_step, arguments, {}, 1
 
 
+def conv(dtype, B=2, T=5, D=7, W=4):
+    shapes = (B, T, D), (D, W), (D,)
+    arguments = [torch.randn(shape).to(dtype) for shape in shapes]
+    named = {"initial_state": torch.randn(B, D, W).to(dtype)}
+    first = lambda operator: lambda *given, **options: operator(*given, **options)[0]
+    return first(rk.short_conv), first(reference.short_conv), arguments, named, None
+
+
 def linear_step(dtype, M=2, N=5, K=7):
     arguments = [torch.randn(M, K), torch.randn(N, K), torch.randn(N)]
     return rk.linear_step, reference.linear_step, [x.to(dtype) for x in arguments], {}, None
@@ -116,13 +124,23 @@ def int8_attention_step(dtype, *sizes, **named):
 
 
 SMALL = [
-    *(ddts_step, mixer_step, conv_step, linear_step, int8_linear_step, rms_norm, add_rms_norm),
+    *(
+        ddts_step,
+        mixer_step,
+        conv_step,
+        conv,
+        linear_step,
+        int8_linear_step,
+        rms_norm,
+        add_rms_norm,
+    ),
     *(gated_rms_norm, attention_step, int8_attention_step),
 ]
 CASES = {
     ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],
     mixer_step: [(1, 64, 2048, 32), (3, 19, 300, 17), (8, 300, 513, 300), (1, 1, 1, 1)],
     conv_step: [(1, 2048, 4), (3, 77, 4), (2, 300, 3), (1, 1, 1)],
+    conv: [(1, 65, 2048, 4), (3, 5, 77, 4), (2, 130, 300, 3), (1, 1, 1, 1)],
     linear_step: [(1, 600, 2048), (8, 77, 131), (3, 5, 64), (5, 33, 32), (4, 9, 7), (7, 1, 1)]
     # the MLP's inner width, no whole number of vectors
     + [(1, 40, 2736)],
@@ -397,6 +415,7 @@ def registered(maker, dtype):
     return {
         ddts_step: lambda: (ops.native_ddts_step, (*a, 0.3)),
         conv_step: lambda: (ops.native_short_conv_step, a),
+        conv: lambda: (ops.native_short_conv, (*a, n["initial_state"], None)),
         linear_step: lambda: (ops.native_linear_step, a),
         int8_linear_step: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
         rms_norm: lambda: (ops.native_rms_norm, (*a, 1e-3)),

@@ -467,6 +467,7 @@ def test_engine_on_cuda_generates_what_the_model_does(dtype, kind):
 
 
 def test_launchers_cover_every_registered_operator():
-    files = ("cuda/operators.cpp", "cuda/block.cpp")
-    text = "".join((build.sources() / file).read_text() for file in files)
-    assert set(re.findall(r'm\.impl\("native_(\w+)"', text)) == set(native._SCHEMAS)
+    for device, lacks in {"cpu": set(), "cuda": {"short_conv"}}.items():
+        files = (f"{device}/operators.cpp", f"{device}/block.cpp")
+        text = "".join((build.sources() / file).read_text() for file in files)
+        assert set(re.findall(r'm\.impl\("native_(\w+)"', text)) == set(native._SCHEMAS) - lacks

@@ -6,12 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rodimus_kernels import short_conv, short_conv_step
+from rodimus_kernels import native, native_conv, reference, short_conv, short_conv_step
 from rodimus_kernels.testing import assert_close, relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
 
 LIMIT = 1e-6
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(not native.is_available("cpu"), reason="native operators not built"),
+)
 IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
+needs_native = NATIVE.marks[0]
+ALL = IMPLS if DEVICE == "cuda" else [*IMPLS, NATIVE]
 
 
 def make(batch=2, length=11, channels=24, width=4, sequences=None):
@@ -51,14 +57,14 @@ def test_matches_conv1d_with_all_gradients(impl, width, length):
     assert_close(run(ours, tensors, seed), run(exact_conv, double(tensors), seed), LIMIT)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_state_is_the_last_inputs(impl):
     x, weight, bias, past = make(length=2)
     _, state = short_conv(x, weight, bias, initial_state=past, output_final_state=True, impl=impl)
     assert torch.equal(state, torch.cat((past[..., 2:], x.transpose(1, 2)), dim=-1))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 @pytest.mark.parametrize("split", [1, 3, 8])
 def test_split_run_equals_whole_run(impl, split):
     x, weight, bias, past = make()
@@ -123,12 +129,79 @@ def test_packed_rows_equal_separate_documents_with_gradients(impl):
     assert_close(run(ours, tensors, seed), run(separate, double(tensors), seed), LIMIT)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_reads_a_slice_of_a_projection(impl):
     x, weight, bias, _ = make()
     wide = torch.cat((x + 1, x), dim=-1)
     a = short_conv(wide[..., 24:], weight, bias, impl=impl)[0]
     assert torch.equal(a, short_conv(x, weight, bias, impl=impl)[0])
+
+
+@needs_native
+@pytest.mark.parametrize("sizes", [(1, 1, 7, 1), (2, 3, 300, 4), (3, 130, 257, 2), (1, 70, 5, 8)])
+@pytest.mark.parametrize("past", [True, False])
+def test_native_matches_conv1d(isa, sizes, past):
+    batch, length, channels, width = sizes
+    x, weight, bias, state = make(batch, length, channels, width)
+    y, _ = short_conv(x, weight, bias, initial_state=state if past else None, impl="native")
+    assert relative_error(y, exact_conv(x, weight, bias, state if past else 0 * state)) < LIMIT
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_takes_documents_of_rows_and_packed_ones(isa, dtype):
+    x, weight, bias, _ = (t.to(dtype) for t in make(batch=2, length=150))
+    ids = torch.tensor([[0] * 63 + [1] + [2] * 86, [5] * 66 + [4] * 84], dtype=torch.int32)
+    y, _ = short_conv(x, weight, bias, seq_idx=ids, impl="native")
+    exact = reference.short_conv(x.double(), weight.double(), bias.double(), seq_idx=ids)[0]
+    limit = LIMIT if dtype == torch.float32 else 2**-8
+    assert relative_error(y, exact) < limit
+    bounds = torch.tensor([0, 63, 63, 64, 150])
+    packed, _ = short_conv(x[:1], weight, bias, cu_seqlens=bounds, impl="native")
+    assert torch.equal(packed, y[:1])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 4])
+def test_native_equals_its_steps(isa, width, dtype):
+    x, weight, bias, state = (t.to(dtype) for t in make(2, 70, 300, width))
+    y, final = short_conv(
+        x, weight, bias, initial_state=state, output_final_state=True, impl="native"
+    )
+    steps = [short_conv_step(x[:, t], state, weight, bias, impl="native") for t in range(70)]
+    assert torch.equal(torch.stack(steps, 1), y) and torch.equal(state, final)
+
+
+def test_native_is_chosen_where_it_can_run(monkeypatch):
+    x, weight, bias, past = (t.cpu() for t in make())
+    wide, bounds = torch.randn(24, 9), torch.tensor([0, 4, 11])
+    monkeypatch.setattr(native_conv.native, "is_available", lambda kind: True)
+    none = (None, False, None)
+    assert native_conv.takes(x, weight, bias, past, True, None)
+    assert native_conv.takes(x[:1], weight, None, None, False, bounds)
+    assert not native_conv.takes(x, wide, bias, *none)
+    assert not native_conv.takes(x[:1], weight, bias, None, True, bounds)
+    assert not native_conv.takes(x, weight.bfloat16(), bias, *none)
+    assert not native_conv.takes(x.double(), weight.double(), bias.double(), *none)
+    assert not native_conv.takes(x, weight.requires_grad_(), bias, *none)
+
+
+@needs_native
+def test_native_says_what_it_cannot_take():
+    x, weight, bias, past = (t.cpu() for t in make(batch=1))
+    for message, arguments, options in [
+        ("at most 8 taps on a CPU .* got 9 taps", (x, torch.randn(24, 9)), {}),
+        (
+            "packed documents without states, got 4 taps on cpu and packed documents with states",
+            (x, weight, bias),
+            {"initial_state": past, "cu_seqlens": torch.tensor([0, 11])},
+        ),
+        ("takes tensors of one dtype", (x.bfloat16(), weight), {}),
+        ("has no gradient", (x, weight.requires_grad_()), {}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            short_conv(*arguments, **options, impl="native")
 
 
 def test_bias_is_optional():
@@ -148,7 +221,7 @@ def test_opcheck(packed):
     torch.library.opcheck(operator, (x, weight, bias, past, *options))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL)
 def test_half_precision(impl):
     x, weight, bias, past = (t.bfloat16() for t in make())
     y, _ = short_conv(x, weight, bias, initial_state=past, impl=impl)
