@@ -61,6 +61,7 @@ RUNS = {
         GPU, ("attention-forward", "attention-training", "attention-decode"), _OPERATORS[:2]
     ),
     "run_cpu_models": Run(CPU, ("decode-b", "prefill-b"), _CPU_PACKAGES),
+    "run_cpu_decode": Run(CPU, ("decode-b",), _CPU_PACKAGES),
     "run_cpu_int8": Run(CPU, ("decode-int8",), ("torch", "llama-cpp-python")),
     "run_cpu_quality": Run(CPU, ("quality",), _CPU_PACKAGES[:1]),
 }
