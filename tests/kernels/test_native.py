@@ -124,17 +124,8 @@ def int8_attention_step(dtype, *sizes, **named):
 
 
 SMALL = [
-    *(
-        ddts_step,
-        mixer_step,
-        conv_step,
-        conv,
-        linear_step,
-        int8_linear_step,
-        rms_norm,
-        add_rms_norm,
-    ),
-    *(gated_rms_norm, attention_step, int8_attention_step),
+    *(ddts_step, mixer_step, conv_step, conv, linear_step, int8_linear_step),
+    *(rms_norm, add_rms_norm, gated_rms_norm, attention_step, int8_attention_step),
 ]
 CASES = {
     ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],

@@ -11,13 +11,11 @@ from rodimus_kernels.testing import assert_close, relative_error
 from tests.kernels.device import DEVICE, TRITON_MARKS
 
 LIMIT = 1e-6
-NATIVE = pytest.param(
-    "native",
-    marks=pytest.mark.skipif(not native.is_available("cpu"), reason="native operators not built"),
+needs_native = pytest.mark.skipif(
+    DEVICE != "cpu" or not native.is_available("cpu"), reason="needs the CPU's native operators"
 )
 IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
-needs_native = NATIVE.marks[0]
-ALL = IMPLS if DEVICE == "cuda" else [*IMPLS, NATIVE]
+ALL = [*IMPLS, pytest.param("native", marks=needs_native)]
 
 
 def make(batch=2, length=11, channels=24, width=4, sequences=None):
@@ -171,6 +169,17 @@ def test_native_equals_its_steps(isa, width, dtype):
     )
     steps = [short_conv_step(x[:, t], state, weight, bias, impl="native") for t in range(70)]
     assert torch.equal(torch.stack(steps, 1), y) and torch.equal(state, final)
+
+
+@needs_native
+def test_auto_is_native():
+    x, weight, bias, past = make(length=70)
+    auto, native_y, definition = (
+        short_conv(x, weight, bias, initial_state=past, impl=impl)[0]
+        for impl in ("auto", "native", "reference")
+    )
+    # they round differently, so that they tell which one ran
+    assert torch.equal(auto, native_y) and not torch.equal(auto, definition)
 
 
 def test_native_is_chosen_where_it_can_run(monkeypatch):

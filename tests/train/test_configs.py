@@ -1,6 +1,7 @@
 """Every file in configs/ parses, names a model that builds, and learns where it is small enough."""
 
 import shutil
+import sys
 import sysconfig
 from dataclasses import replace
 from functools import partial
@@ -121,6 +122,8 @@ def test_demo_learns_python_in_a_minute(tmp_path):
     overrides += ("--schedule.warmup-steps", 10, "--eval.tokens", 32768)
     overrides += ("--data.train", data / "train.json", "--data.val", data / "val.json")
     assert train(1, ROOT / "train" / "demo_cpu.toml", *overrides, timeout=400) == [0]
-    # 0.76 of it measured (sources of Python 3.11), 0.85 (3.12)
-    reached = metrics(tmp_path / "run", "val_bits_per_byte")[100]
-    assert reached < 0.9 * bits_per_byte_of_frequencies(data)
+    # 2.193 measured on the sources of Python 3.11 (bf16), 0.76 of what their frequencies cost; 0.85
+    # on those of 3.12, which hold out other files
+    is_3_11 = sys.version_info[:2] == (3, 11)
+    limit = 2.3 if is_3_11 else 0.9 * bits_per_byte_of_frequencies(data)
+    assert metrics(tmp_path / "run", "val_bits_per_byte")[100] < limit
