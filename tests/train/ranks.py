@@ -59,6 +59,8 @@ def _rank(rank, world_size, port, send, work, args):
         # after a fork torch's pool may be missing where several threads ask for it first
         HF_DEACTIVATE_ASYNC_LOAD="1",
     )
+    # nor do the parent's OpenMP threads exist here, and a second thread would wait for them
+    torch.set_num_threads(1)
     try:
         send.send((work(*args),))
     except BaseException:

@@ -2,6 +2,7 @@
 
 import gc
 
+import torch
 from torch import distributed
 
 from tests.train.ranks import run_ranks
@@ -19,3 +20,19 @@ def test_a_rank_does_not_collect_the_groups_of_its_parent():
         run_ranks(1, gc.collect, timeout=10)
     finally:
         gc.enable()
+
+
+def test_a_rank_does_not_wait_for_the_threads_of_its_parent():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        _in_parallel()
+        # without end where the rank asks for a second thread
+        run_ranks(1, _in_parallel, timeout=10)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _in_parallel():
+    torch.ones(1_000_000).exp()
+    torch.ones(500, 500) @ torch.ones(500, 500)
