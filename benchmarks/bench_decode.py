@@ -25,8 +25,10 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
     """A session that stands after ``context`` tokens, decoding greedily."""
     steps = STEPS if bench.device.type == "cuda" else 1
     bench.require_room(model, batch, context)
-    # warm-up, timed rounds and the steps that record a graph
-    session = model.session(engine, batch, context + steps * (3 * bench.rounds + 8))
+    rewinds = model.rewinds(engine)
+    # warm-up and timed rounds, and the steps that record a graph
+    calls = 1 if rewinds else 3 * bench.rounds + 8
+    session = model.session(engine, batch, context + steps * calls + peers.WARM_UP_STEPS)
     session.fill(context)
     state = model.expected_state(batch, context)
     weight_bytes, token_bytes = model.bytes_in(engine)
@@ -39,7 +41,9 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
         "disagreement": bench.checked[f"{model.name}/{engine}"],
         "graph": engine == "graph",
     }
-    return Target(f"{model.name}/{engine}", model, engine, lambda: session.run(steps), facts)
+    name, call = f"{model.name}/{engine}", lambda: session.run(steps)
+    before = (lambda: session.rewind(context)) if rewinds else None
+    return Target(name, model, engine, call, facts, before)
 
 
 def engines_of(bench: Bench, batch: int, context: int):

@@ -46,6 +46,7 @@ class Target:
         engine: One of the model's engines.
         call: What is timed.
         facts: Fields of the row that are known before timing.
+        before: Called before each call, and not timed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Target:
     engine: str
     call: Callable[[], object]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    before: Callable[[], object] | None = None
 
     def row(self, **fields: Any) -> dict[str, Any]:
         """The row of this target in a record."""
@@ -208,11 +210,13 @@ class Bench:
         target = prepare(model, engine)
         limit = CALL_LIMIT_SECONDS[self.device.type]
         for _ in range(2 if self.device.type == "cuda" else 1):
-            before = time.monotonic()
+            if target.before is not None:
+                target.before()
+            start = time.monotonic()
             target.call()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = time.monotonic() - before
+            seconds = time.monotonic() - start
             if seconds <= limit:
                 return target
         raise peers.Unavailable(f"too slow: one call took {seconds:.0f} s, limit {limit:.0f} s")
@@ -329,7 +333,8 @@ class Bench:
             calls = {target.name: target.call for target in targets}
             if self.device.type == "cpu" and any("moved_bytes" in x.facts for x in targets):
                 calls[READ] = lambda: self._source.sum()
-            turns = timing.RoundRobin(calls, self.device, focus=targets[0].name)
+            before = {target.name: target.before for target in targets if target.before}
+            turns = timing.RoundRobin(calls, self.device, focus=targets[0].name, before=before)
             try:
                 return turns, *turns.settle(rounds, self.case_seconds)
             except torch.OutOfMemoryError:
@@ -338,7 +343,7 @@ class Bench:
             last = targets.pop()
             reason = f"out of memory beside {', '.join(target.name for target in targets)}"
             skipped.append(records.skipped(last.name, last.model.family, last.engine, reason))
-            del calls, turns, last
+            del calls, before, turns, last
             gc.collect()
             torch.cuda.empty_cache()
 

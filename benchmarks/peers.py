@@ -96,6 +96,11 @@ class Session(ABC):
     def fill(self, context: int) -> None:
         """Stand after ``context`` random tokens, without the cost of computing them."""
 
+    def rewind(self, context: int) -> None:
+        """Stand after the first ``context`` tokens again; for engines of which the model's
+        ``rewinds`` is true."""
+        raise NotImplementedError(f"{type(self).__name__} cannot forget tokens")
+
     @abstractmethod
     def state_bytes(self) -> StateBytes:
         """Bytes the session keeps between two tokens, counted on its tensors."""
@@ -147,6 +152,11 @@ class Model(ABC):
         Raises:
             Unavailable: the engine cannot do that.
         """
+
+    def rewinds(self, engine: str) -> bool:
+        """Whether a step of the engine takes as long as its session has room, however few tokens
+        it holds: to be timed at a context it has to have no more room, and be rewound."""
+        return False
 
     def forward_flops(self, batch: int, length: int, *, logits: int) -> float:
         """Operations of a forward pass over ``[batch, length]``, a multiply-add counted as two.
@@ -246,6 +256,11 @@ class HuggingFaceModel(Model):
         kind = EngineSession if engine == "engine" else HuggingFaceSession
         return kind(self, engine, batch, room)
 
+    def rewinds(self, engine: str) -> bool:
+        # attention over all places of a static cache of transformers
+        static = engine == "static" or (engine == "graph" and "static" in self.engines)
+        return static and self.name not in OURS
+
     def named_weights(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
 
@@ -288,6 +303,11 @@ class HuggingFaceSession(Session):
         prompt = context if whole else min(context, 8)
         self.prefill(random_tokens(self.batch, prompt, self.owner))
         _extend(self.cache, context - prompt)
+
+    def rewind(self, context: int) -> None:
+        for layer in self.cache.layers:
+            # later places are masked until they are written anew
+            layer.cumulative_length.fill_(context)
 
     def state_bytes(self) -> StateBytes:
         recurrent = cached = 0
@@ -412,6 +432,9 @@ class GraphSession(Session):
     def fill(self, context: int) -> None:
         self.graphs.clear()
         self.session.fill(context)
+
+    def rewind(self, context: int) -> None:
+        self.session.rewind(context)
 
     def state_bytes(self) -> StateBytes:
         return self.session.state_bytes()

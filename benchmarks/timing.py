@@ -130,14 +130,20 @@ class RoundRobin:
         targets: Name and call of each; a call's result is dropped before the next one runs.
         device: Where they run.
         focus: The target that is timed last in each round; the others rotate.
+        before: Name and what is called before each call of a target, untimed.
     """
 
     def __init__(
-        self, targets: Mapping[str, Callable[[], object]], device: torch.device, focus: str
+        self,
+        targets: Mapping[str, Callable[[], object]],
+        device: torch.device,
+        focus: str,
+        before: Mapping[str, Callable[[], object]] | None = None,
     ):
         if focus not in targets:
             raise ValueError(f"focus must be one of {sorted(targets)}, got {focus!r}")
         self.targets, self.device, self.focus = dict(targets), device, focus
+        self.before = dict(before or {})
         self.samples: dict[str, list[Sample]] = {}
         self.clear()
         self._turn = 0
@@ -145,6 +151,8 @@ class RoundRobin:
     def time(self, name: str) -> Sample:
         """Call one target and keep its sample."""
         call = self.targets[name]
+        if name in self.before:
+            self.before[name]()
         if self.device.type == "cuda":
             sample = self._time_on_gpu(call)
         else:

@@ -205,6 +205,24 @@ def test_a_filled_static_cache_is_as_long_and_as_large_as_a_read_one():
         assert session.cache.get_seq_length() == CONTEXT - 3
 
 
+@torch.inference_mode()
+def test_a_rewound_static_cache_gives_the_same_tokens_in_the_same_place():
+    model = load("qwen2-1.5b")
+    assert [e for e in model.engines if model.rewinds(e)] == ["static"]
+    session = model.session("static", 1, CONTEXT + 2)
+    session.fill(CONTEXT)
+    assert session.cache.layers[0].keys.shape[2] == CONTEXT + 2
+    token = session.token.clone()
+    tokens = []
+    for _ in range(3):
+        session.rewind(CONTEXT)
+        session.token.copy_(token)
+        session.run(2)
+        assert session.cache.get_seq_length() == CONTEXT + 2
+        tokens.append(session.token.item())
+    assert len(set(tokens)) == 1
+
+
 def test_tensors_of_a_cache_are_found_under_the_names_of_flash_linear_attention():
     state, taps, keys, values = (torch.zeros(n) for n in (2, 3, 4, 5))
     layer = types.SimpleNamespace(

@@ -76,6 +76,20 @@ def test_each_round_calls_every_target_once_and_the_focus_last():
     assert all(len(turns.column(name)) == 2 for name in "abc")
 
 
+def test_what_comes_before_a_call_is_not_timed():
+    calls = []
+    turns = timing.RoundRobin(
+        {"a": lambda: calls.append("call")},
+        CPU,
+        focus="a",
+        before={"a": lambda: (time.sleep(0.05), calls.append("before"))},
+    )
+    turns.round()
+    turns.round()
+    assert calls == ["before", "call"] * 2
+    assert max(turns.column("a")) < 50
+
+
 def test_warm_up_leaves_no_samples():
     turns = timing.RoundRobin({"a": lambda: None}, CPU, focus="a")
     assert turns.warm_up(batch=2, most=5) <= 5
