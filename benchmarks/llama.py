@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,8 @@ class LlamaCpp:
             self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise peers.Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
-
-    def __del__(self):
-        if getattr(self, "model", None):
-            self.library.llama_model_free(self.model)
+        # __del__ would come after the library's functions where Python ends
+        weakref.finalize(self, llama_cpp.llama_model_free, self.model)
 
 
 @functools.cache
@@ -116,10 +115,7 @@ class LlamaCppSession(peers.Session):
         self.context = self.library.llama_init_from_model(owner.model, params)
         if not self.context:
             raise peers.Unavailable(f"llama.cpp made no context: {''.join(owner.log[-3:])}")
-
-    def __del__(self):
-        if getattr(self, "context", None):
-            self.library.llama_free(self.context)
+        weakref.finalize(self, self.library.llama_free, self.context)
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
