@@ -7,6 +7,8 @@
 
 #include <cuda_pipeline.h>
 
+#include <type_traits>
+
 #include "../int8_values.h"
 #include "common.cuh"
 #include "sizes.h"
@@ -271,22 +273,6 @@ __device__ inline uint16_t quantize_eight(const Eight<T>& x, EightSteps* out) {
   return scale;
 }
 
-// A row of 8-bit values in the form of the staged kernel: thread 16 h + lane has the same eight
-// channels of head h as everywhere.
-template <class T>
-struct StagedInt8Row {
-  char* bytes;
-  Int8Row at;
-
-  __device__ StagedInt8Row(T* row, const Int8Row& at) : bytes(reinterpret_cast<char*>(row)), at(at) {}
-  __device__ EightSteps* values(int channel) const {
-    return reinterpret_cast<EightSteps*>(bytes + at.values_at + channel);
-  }
-  __device__ uint16_t* scale(int h) const {
-    return reinterpret_cast<uint16_t*>(bytes + at.scales_at) + h;
-  }
-};
-
 // Bytes of shared memory of the staged form.
 template <class T, bool INT8, int KEYS, int STAGES>
 constexpr int64_t attention_bytes(int64_t value_heads) {
@@ -295,58 +281,20 @@ constexpr int64_t attention_bytes(int64_t value_heads) {
   return STAGES * KEYS * row;
 }
 
-// One key head, heads of kHeadDim channels, up to HEADS of them and an even number. A tile is
-// KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
-// each lane eight channels of it: the softmax of a head needs no other thread. A tile has its keys
-// first, then its values; with 8-bit values it is rows of the ring as they stand.
-// Grid: (parts, B * T), of 16 threads a head.
-template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS, int HEADS>
-__global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_kernel(AttentionStep a) {
-  RODIMUS_DYNAMIC_SHARED(T, tiles);
-  int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
-  if (a.start != Start::kAhead) take_turn();
-  WindowPart<T> part(a, bt / steps, bt % steps, blockIdx.x, gridDim.x);
-  // what is in the ring is there before the new tokens are
-  bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
-  if (a.start == Start::kAhead && !ahead) take_turn();
-  int h = threadIdx.x / kHeadLanes, lane = threadIdx.x % kHeadLanes;
-  int value_width = part.value_width, tile_size = KEYS * part.width;
-  bool has_values = h < a.value_heads;
-  Int8Row at = int8_row(kHeadDim * sizeof(T), a.value_heads, kHeadDim);
+// Tiles of KEYS keys and their values in shared memory, the keys of a tile first. A thread reads eight
+// channels: of a key those of its place in half a warp.
+template <class T, int KEYS>
+struct PlainTiles {
+  const WindowPart<T>& part;
+  bool has_values;
 
-  auto copy_int8_tile = [&](int n, int stage) {
-    constexpr int kPiece = 16 / sizeof(T);
-    T* tile = tiles + stage * tile_size;
-    if (part.is_run(n, KEYS)) {
-      const T* first = part.row(n);
-      for (int i = threadIdx.x * kPiece; i < tile_size; i += blockDim.x * kPiece)
-        __pipeline_memcpy_async(tile + i, first + i, 16);
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < KEYS; ++j, tile += part.width) {
-        bool kept = n + j < part.fresh && n + j < part.count;
-        for (int i = threadIdx.x * kPiece; i < part.width; i += blockDim.x * kPiece)
-          if (kept)
-            __pipeline_memcpy_async(tile + i, part.row(n + j) + i, 16);
-          else if (n + j >= part.count)
-            // weights of keys beyond the last are 0, and 0 times what stood there may be NaN
-            *reinterpret_cast<Piece<T>*>(tile + i) = {};
-        if (kept || n + j >= part.count) continue;
-        StagedInt8Row<T> row(tile, at);
-        Eight<T> given = {};
-        EightSteps steps;
-        if (has_values)
-          given = *reinterpret_cast<const Eight<T>*>(part.values(n + j) + threadIdx.x * 8);
-        uint16_t scale = quantize_eight(given, &steps);
-        if (has_values) *row.values(threadIdx.x * 8) = steps;
-        if (has_values && lane == 0) *row.scale(h) = scale;
-        if (h == 0) copy_async(tile + lane * 8, part.key(n + j) + lane * 8);
-      }
-    }
-    __pipeline_commit();
-  };
-  auto copy_plain_tile = [&](int n, int stage) {
-    T* keys = tiles + stage * tile_size;
+  __device__ PlainTiles(const AttentionStep& a, const WindowPart<T>& part)
+      : part(part), has_values(threadIdx.x / kHeadLanes < a.value_heads) {}
+
+  // Ask for keys n .. n + KEYS of the part. One beyond the last becomes 0: its weight is 0, and 0
+  // times what stood there may be NaN.
+  __device__ void copy(int n, T* tile) const {
+    T* keys = tile;
     T* values = keys + KEYS * kHeadDim + threadIdx.x * 8;
     if (part.is_run(n, KEYS)) {
       const T* first = part.row(n);
@@ -355,60 +303,155 @@ __global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_ke
       first += kHeadDim + threadIdx.x * 8;
 #pragma unroll
       for (int j = 0; j < KEYS; ++j, first += part.width)
-        if (has_values) copy_async(values + j * value_width, first);
-    } else {
-      // 0 for a key beyond the last: its weight is 0, and 0 times what stood there may be NaN
-#pragma unroll 1
-      for (int i = threadIdx.x; i < KEYS * kHeadLanes; i += blockDim.x)
-        copy_if(n + i / kHeadLanes < part.count, keys + i * 8,
-                part.key(n + i / kHeadLanes) + i % kHeadLanes * 8);
-#pragma unroll 1
-      for (int j = 0; j < KEYS; ++j)
-        if (has_values)
-          copy_if(n + j < part.count, values + j * value_width,
-                  part.values(n + j) + threadIdx.x * 8);
+        if (has_values) copy_async(values + j * part.value_width, first);
+      return;
     }
-    // also behind the last tile: the number of groups under way is constant
-    __pipeline_commit();
-  };
-  auto copy_tile = [&](int n, int stage) {
-    if constexpr (INT8)
-      copy_int8_tile(n, stage);
-    else
-      copy_plain_tile(n, stage);
-  };
+#pragma unroll 1
+    for (int i = threadIdx.x; i < KEYS * kHeadLanes; i += blockDim.x)
+      copy_if(n + i / kHeadLanes < part.count, keys + i * 8,
+              part.key(n + i / kHeadLanes) + i % kHeadLanes * 8);
+#pragma unroll 1
+    for (int j = 0; j < KEYS; ++j)
+      if (has_values)
+        copy_if(n + j < part.count, values + j * part.value_width,
+                part.values(n + j) + threadIdx.x * 8);
+  }
+
+  // Eight channels of key j of a tile: of the key, and of the values from `channel` on.
+  __device__ void key(T* tile, int j, float* out) const {
+    widen_eight(*eight(tile + j * kHeadDim + threadIdx.x % kHeadLanes * 8), out);
+  }
+  __device__ void value(T* tile, int j, int channel, float* out) const {
+    widen_eight(*eight(values(tile, j) + channel), out);
+  }
+  __device__ float scale(T*, int, int) const { return 1.0f; }
+
+  // Write a token to its row of the ring.
+  __device__ void keep(T* tile, int j, T* row) const {
+    int channel = threadIdx.x * 8;
+    if (threadIdx.x < kHeadLanes) *eight(row + channel) = *eight(tile + j * kHeadDim + channel);
+    if (has_values) *eight(row + kHeadDim + channel) = *eight(values(tile, j) + channel);
+  }
+
+ private:
+  static __device__ Eight<T>* eight(T* at) { return reinterpret_cast<Eight<T>*>(at); }
+  __device__ T* values(T* tile, int j) const {
+    return tile + KEYS * kHeadDim + j * part.value_width;
+  }
+};
+
+// The same of a ring of 8-bit values: a tile is rows as they stand there.
+template <class T, int KEYS>
+struct Int8Tiles {
+  const WindowPart<T>& part;
+  bool has_values;
+  Int8Row at;
+
+  __device__ Int8Tiles(const AttentionStep& a, const WindowPart<T>& part)
+      : part(part), has_values(threadIdx.x / kHeadLanes < a.value_heads),
+        at(int8_row(kHeadDim * sizeof(T), a.value_heads, kHeadDim)) {}
+
+  __device__ void copy(int n, T* tile) const {
+    int size = KEYS * part.width;
+    if (part.is_run(n, KEYS)) {
+      const T* first = part.row(n);
+      for (int i = threadIdx.x * kPiece; i < size; i += blockDim.x * kPiece)
+        __pipeline_memcpy_async(tile + i, first + i, 16);
+      return;
+    }
+#pragma unroll 1
+    for (int j = 0; j < KEYS; ++j, tile += part.width) copy_row(n + j, tile);
+  }
+
+  __device__ void key(T* tile, int j, float* out) const {
+    widen_eight(*eight(row(tile, j) + threadIdx.x % kHeadLanes * 8), out);
+  }
+  __device__ void value(T* tile, int j, int channel, float* out) const {
+    widen_eight(*values(row(tile, j), channel), out);
+  }
+  __device__ float scale(T* tile, int j, int head) const {
+    return scale_value(*scale_bits(row(tile, j), head));
+  }
+
+  __device__ void keep(T* tile, int j, T* to) const {
+    T* from = row(tile, j);
+    int channel = threadIdx.x * 8, head = threadIdx.x / kHeadLanes;
+    if (head == 0) *eight(to + channel) = *eight(from + channel);
+    if (!has_values) return;
+    *values(to, channel) = *values(from, channel);
+    if (threadIdx.x % kHeadLanes == 0) *scale_bits(to, head) = *scale_bits(from, head);
+  }
+
+ private:
+  static constexpr int kPiece = 16 / sizeof(T);
+
+  static __device__ Eight<T>* eight(T* at) { return reinterpret_cast<Eight<T>*>(at); }
+  __device__ T* row(T* tile, int j) const { return tile + j * part.width; }
+  __device__ EightSteps* values(T* row, int channel) const {
+    return reinterpret_cast<EightSteps*>(reinterpret_cast<char*>(row) + at.values_at + channel);
+  }
+  __device__ uint16_t* scale_bits(T* row, int head) const {
+    return reinterpret_cast<uint16_t*>(reinterpret_cast<char*>(row) + at.scales_at) + head;
+  }
+
+  __device__ void copy_row(int n, T* to) const {
+    bool kept = n < part.fresh && n < part.count;
+    for (int i = threadIdx.x * kPiece; i < part.width; i += blockDim.x * kPiece)
+      if (kept)
+        __pipeline_memcpy_async(to + i, part.row(n) + i, 16);
+      else if (n >= part.count)
+        *reinterpret_cast<Piece<T>*>(to + i) = {};
+    if (kept || n >= part.count) return;
+    // a new token: its values become what the ring will hold
+    int channel = threadIdx.x * 8, head = threadIdx.x / kHeadLanes;
+    Eight<T> given = {};
+    EightSteps steps;
+    if (has_values) given = *reinterpret_cast<const Eight<T>*>(part.values(n) + channel);
+    uint16_t scale = quantize_eight(given, &steps);
+    if (has_values) *values(to, channel) = steps;
+    if (has_values && threadIdx.x % kHeadLanes == 0) *scale_bits(to, head) = scale;
+    if (head == 0) copy_async(to + channel, part.key(n) + channel);
+  }
+};
+
+// One key head, heads of kHeadDim channels, up to HEADS of them and an even number. A tile is
+// KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
+// each lane eight channels of it: the softmax of a head needs no other thread.
+// Grid: (parts, B * T), of 16 threads a head.
+template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS, int HEADS>
+__global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_kernel(AttentionStep a) {
+  RODIMUS_DYNAMIC_SHARED(T, shared);
+  int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
+  if (a.start != Start::kAhead) take_turn();
+  WindowPart<T> part(a, bt / steps, bt % steps, blockIdx.x, gridDim.x);
+  // what is in the ring is there before the new tokens are
+  bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
+  if (a.start == Start::kAhead && !ahead) take_turn();
+  std::conditional_t<INT8, Int8Tiles<T, KEYS>, PlainTiles<T, KEYS>> tiles(a, part);
+  int tile_size = KEYS * part.width;
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) copy_tile(s * KEYS, s);
+  for (int s = 0; s < STAGES - 1; ++s) {
+    tiles.copy(s * KEYS, shared + s * tile_size);
+    __pipeline_commit();
+  }
   if (ahead) take_turn();
 
   HeadSum sum(static_cast<const T*>(a.q.data) + bt * a.q.stride + threadIdx.x * 8, a.scale);
-  int value_head = h % static_cast<int>(a.value_heads), value_offset = value_head * kHeadDim + lane * 8;
-  int key_stride = INT8 ? part.width : kHeadDim;
-
+  int h = threadIdx.x / kHeadLanes, lane = threadIdx.x % kHeadLanes;
+  int value_head = h % static_cast<int>(a.value_heads), channel = value_head * kHeadDim + lane * 8;
   int stage = 0, next = STAGES - 1;
   for (int n = 0; n < part.count; n += KEYS) {
     __pipeline_wait_prior(STAGES - 2);
     // the tile is there for all threads, and none of them uses the one that is overwritten next
     __syncthreads();
-    copy_tile(n + (STAGES - 1) * KEYS, next);
-    T* keys = tiles + stage * tile_size;
-    const T* values = keys + KEYS * kHeadDim + value_offset;
-    auto key = [&](int j, float* out) {
-      widen_eight(*reinterpret_cast<const Eight<T>*>(keys + j * key_stride + lane * 8), out);
-    };
-    auto scale = [&](int j) {
-      if constexpr (INT8)
-        return scale_value(*StagedInt8Row<T>(keys + j * key_stride, at).scale(value_head));
-      else
-        return 1.0f;
-    };
-    auto value = [&](int j, float* out) {
-      if constexpr (INT8)
-        widen_eight(*StagedInt8Row<T>(keys + j * key_stride, at).values(value_offset), out);
-      else
-        widen_eight(*reinterpret_cast<const Eight<T>*>(values + j * value_width), out);
-    };
-    sum.add<KEYS>(part.count - n, key, scale, value);
+    tiles.copy(n + (STAGES - 1) * KEYS, shared + next * tile_size);
+    // also behind the last tile: the number of groups under way is constant
+    __pipeline_commit();
+    T* tile = shared + stage * tile_size;
+    sum.add<KEYS>(
+        part.count - n, [&](int j, float* out) { tiles.key(tile, j, out); },
+        [&](int j) { return tiles.scale(tile, j, value_head); },
+        [&](int j, float* out) { tiles.value(tile, j, channel, out); });
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     next = next + 1 == STAGES ? 0 : next + 1;
   }
@@ -424,22 +467,9 @@ __global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_ke
     sum.keep(PartResult(a, gridDim.x, blockIdx.x, bt, h));
   }
   // the token itself is the last key of the last part, and stands in the last tile
-  if (blockIdx.x + 1 == gridDim.x) {
-    int last = part.count - 1;
-    T* tile = tiles + last / KEYS % STAGES * tile_size;
-    const T* keys = tile + last % KEYS * key_stride;
-    auto* row = reinterpret_cast<Eight<T>*>(part.newest());
-    if (h == 0) row[lane] = reinterpret_cast<const Eight<T>*>(keys)[lane];
-    if constexpr (INT8) {
-      StagedInt8Row<T> from(tile + last % KEYS * key_stride, at), to(part.newest(), at);
-      if (has_values) *to.values(threadIdx.x * 8) = *from.values(threadIdx.x * 8);
-      if (has_values && lane == 0) *to.scale(h) = *from.scale(h);
-    } else {
-      const T* values = tile + KEYS * kHeadDim + last % KEYS * value_width;
-      if (has_values)
-        row[kHeadLanes + threadIdx.x] = reinterpret_cast<const Eight<T>*>(values)[threadIdx.x];
-    }
-  }
+  int last = part.count - 1;
+  if (blockIdx.x + 1 == gridDim.x)
+    tiles.keep(shared + last / KEYS % STAGES * tile_size, last % KEYS, part.newest());
 }
 
 // Any heads of up to kMaxHeadDim channels: a warp takes a head, each lane every 32nd channel.
