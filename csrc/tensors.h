@@ -324,6 +324,9 @@ inline Ring ring_of(const char* name, const Tensor& x, const Tensor& like, int64
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous, got shape ", shape_of(x),
                   " and last stride ", x.stride(2));
   ring.rows.data = x.data_ptr();
+  STD_TORCH_CHECK(!ring.int8_values || reinterpret_cast<uintptr_t>(ring.rows.data) % 16 == 0, name,
+                  " of 8-bit values must start on a multiple of 16 bytes, got offset ",
+                  x.storage_offset());
   ring.rows.stride = ring.int8_values ? row / size : row;
   return ring;
 }

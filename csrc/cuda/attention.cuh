@@ -102,7 +102,8 @@ struct WindowPart {
   int count, fresh, first_row, newest_row;
 
   __device__ WindowPart(const AttentionStep& a, int b, int t, int i, int parts) {
-    int64_t last = a.position[b] + t;
+    // a negative position would write before the ring, and only the device knows it
+    int64_t last = (a.position[b] > 0 ? a.position[b] : 0) + t;
     int visible = static_cast<int>(last < a.window ? last + 1 : a.window);
     // parts differ by one key at most; the last has one, the token itself, if others have none
     int share = visible / parts, shorter = parts - visible % parts;

@@ -24,6 +24,8 @@ BlockGiven given_of(const BlockArguments& block, const Tensor& stream, int64_t h
   check_keys(w[kMemGate].size(0) / 2);
   if (!given.attends) return given;
   given.window = *block.window;
+  STD_TORCH_CHECK(head_dim <= kMaxHeadDim, "heads of at most ", kMaxHeadDim,
+                  " channels are expected, got ", head_dim);
   STD_TORCH_CHECK(given.window.half % kHalfTile == 0 && (!given.window.half || head_dim % kTile == 0),
                   "rotary tables of a multiple of ", kHalfTile, " and heads of a multiple of ", kTile,
                   " are expected, got ", given.window.half, " and ", head_dim);
@@ -31,10 +33,13 @@ BlockGiven given_of(const BlockArguments& block, const Tensor& stream, int64_t h
 }
 
 void check_fits(const BlockStep& step, bool persistent) {
-  for (int i = 0; i < step.count; ++i)
-    STD_TORCH_CHECK(fits_step_linear(step.steps[i]), "blocks_step on CUDA takes bfloat16 weights whose"
-                    " rows start on 16 bytes and hold whole ones; got ", step.steps[i].inputs,
-                    " inputs and ", step.steps[i].layers[0].outputs, " outputs");
+  for (int i = 0; i < step.count; ++i) {
+    const StepLinear& a = step.steps[i];
+    STD_TORCH_CHECK(persistent ? suits_step_linear(a) : fits_step_linear(a),
+                    "blocks_step on CUDA takes bfloat16 weights whose rows start on 16 bytes and hold"
+                    " whole ones, and a stream alike; got ", a.inputs, " inputs and ",
+                    a.layers[0].outputs, " outputs");
+  }
   if (!persistent) return;
   STD_TORCH_CHECK(step.count < BlockStep::kSteps || fits_persistent(step.attention),
                   "blocks_step(impl='persistent') takes a plain ring, one key head and an even"

@@ -24,17 +24,21 @@ inline bool in_pieces(const Rows& a) {
   return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.stride * size % 16 == 0;
 }
 
-// Whether launch_step_linear takes these layers.
-inline bool fits_step_linear(const StepLinear& a) {
-  // the kernel with the most warps, which many processors get, needs the most memory
-  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows &&
-              step_linear_launch(a, int64_t{1} << 40).fits();
+// Whether these layers are what the kernels of linear steps are written for.
+inline bool suits_step_linear(const StepLinear& a) {
+  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows;
   for (int64_t i = 0; i < a.count; ++i)
     fits = fits && a.layers[i].weight.type == Type::kBFloat16 && in_pieces(a.layers[i].weight) &&
            in_pieces(a.layers[i].x);
   return fits && (!a.norm_weight || (in_pieces(a.norm_weight) && a.squares == nullptr &&
                                     a.norm_weight.type == Type::kBFloat16)) &&
          (a.norm_weight || a.layers[0].x.type == Type::kBFloat16);
+}
+
+// Whether launch_step_linear takes them: the kernel with the most warps, which many processors get,
+// needs the most memory.
+inline bool fits_step_linear(const StepLinear& a) {
+  return suits_step_linear(a) && step_linear_launch(a, int64_t{1} << 40).fits();
 }
 
 // Blocks of an attention step that fill a GPU, the fewest keys worth a part, the most parts that are

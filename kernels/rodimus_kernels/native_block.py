@@ -46,8 +46,12 @@ def step(
             f"blocks_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}"
         )
     cos, sin = (None, None) if rotary is None else rotary
-    one_call = on_cpu or all(_is_one_call(rows, block, cos, head_dim) for block in weights)
+    one_call = on_cpu or all(
+        _is_one_call(rows, block, cos, head_dim, persistent) for block in weights
+    )
     if one_call and not (persistent and on_cpu):
+        if not on_cpu and not _in_pieces(stream):
+            stream = stream.clone(memory_format=torch.contiguous_format)
         sizes = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
         return torch.ops.rodimus.native_blocks_step(
             stream, values, scales, taps, states, rings, position, cos, sin, *sizes, persistent
@@ -67,7 +71,7 @@ def persistent_step(*arguments, **named):
     return step(*arguments, **named, persistent=True)
 
 
-def _is_one_call(rows, w, cos, head_dim) -> bool:
+def _is_one_call(rows, w, cos, head_dim, persistent) -> bool:
     """Whether the GPU's kernels take a block whole: few rows, and weights in 16-byte pieces."""
     streamed = [w.fc, w.query_key, w.mem_gate, w.gate_in, w.mixer_out]
     if w.query is not None:
@@ -76,7 +80,9 @@ def _is_one_call(rows, w, cos, head_dim) -> bool:
             return False
     inputs = [x.shape[1] for x in streamed]
     return (
-        _fits_shared(rows, max(inputs))
+        rows <= native.MAX_ROWS
+        # the persistent kernel asks its GPU how much there is
+        and (persistent or _fits_shared(rows, max(inputs)))
         and w.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
         and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (w.gate_out, *streamed))
         and w.mixer_norm.dtype == torch.bfloat16
@@ -87,8 +93,12 @@ def _is_one_call(rows, w, cos, head_dim) -> bool:
 
 
 def _fits_shared(rows, inputs) -> bool:
-    staged = 2 * rows * (-(-inputs // 64) * 64 + 32)
-    return rows <= native.MAX_ROWS and _MOST_FIXED + staged <= _MOST_SHARED
+    return _MOST_FIXED + 2 * rows * (-(-inputs // 64) * 64 + 32) <= _MOST_SHARED
+
+
+def _in_pieces(x) -> bool:
+    """Whether rows start on multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def compose(stream, weights, taps, states, rings, position, rotary, **named):

@@ -166,6 +166,23 @@ def test_emulated_block_equals_the_reference(emulated_block, case, form):
     check_whole_block(partial(emulated_block, processors=processors, shared=shared), batch, sizes)
 
 
+MOST_INPUTS = {"width": 72, "inner": 6144, "keys": 8, "rank": 8}
+
+
+def test_only_the_persistent_kernel_takes_eight_rows_of_the_4b():
+    """The ten kernels have the shared memory of any GPU, it has that of its own."""
+    from tests.kernels import test_block as block
+
+    weights = block.weights_of(torch.bfloat16, False, **MOST_INPUTS)
+    fits = lambda rows, persistent: native_block._is_one_call(rows, weights, None, None, persistent)
+    assert fits(7, False) and not fits(8, False) and fits(8, True) and not fits(9, True)
+
+
+@pytest.mark.slow
+def test_emulated_block_of_the_most_inputs(emulated_block):
+    check_whole_block(partial(emulated_block, processors=2, shared=232_448), 8, MOST_INPUTS)
+
+
 RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
 RELEASED_4B = {"width": 3072, "inner": 6144, "keys": 64, "rank": 48, "dim": 128, "mlp": 4096}
 
@@ -396,6 +413,15 @@ def test_whole_block_on_cuda_equals_the_reference(case, batch, impl):
     from tests.kernels import test_block as block
 
     native.require("test", "cuda")
+    if impl == "persistent":
+        # two stages, sums, and the rows of x
+        inputs = max(
+            size for name, size in ON_GPU[case].items() if name in ("width", "inner", "mlp")
+        )
+        needed = 65_536 + 16_896 + 2 * batch * (-(-inputs // 64) * 64 + 32)
+        shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+        if shared < needed:
+            pytest.skip(f"needs {needed:,} bytes of shared memory a block, there are {shared:,}")
     check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, ON_GPU[case], "cuda")
 
 

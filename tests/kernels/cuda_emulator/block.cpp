@@ -83,6 +83,9 @@ int main() {
   BlockStep step;
   BlockPlan(given, cut, Workspace(start, floats, given.batch, Type::kBFloat16), step);
   step.next = given.weights.rows[kFc];
+  for (int i = 0; i < step.count; ++i)
+    if (!(shared ? suits_step_linear(step.steps[i]) : fits_step_linear(step.steps[i])))
+      return fprintf(stderr, "layer %d is not taken\n", i), 1;
   if (!shared)
     for_parts(step, [&](const StepLinear& a) { run_step_linear(a, processors); }, run_mixer_state,
               run_attention);
