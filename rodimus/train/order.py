@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 
-# samples of one mixture block; shares of sources are exact to 1 / _BLOCK
+# samples of one mixture block; weights of sources are exact to 1 / _BLOCK
 _BLOCK = 4096
 _ROUNDS = 6
 
@@ -56,23 +56,29 @@ class SampleOrder:
 
     Args:
         sizes: Rows of each source.
-        weights: Share of samples drawn from each source; default in proportion to ``sizes``.
+        weights: Share of samples drawn from each source. Without, every row of all sources comes
+            once before any comes again.
         seed: Decides every permutation.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
         if min(sizes) < 1:
             raise ValueError(f"every source needs at least one row, got sizes {tuple(sizes)}")
-        self.sizes, self.seed = list(sizes), seed
-        self.quota = _quotas(weights or sizes)
+        self.sizes, self.seed = np.asarray(sizes, np.int64), seed
+        self.quota = _quotas(weights) if weights else None
 
     def __call__(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Maps sample numbers (int64, >= 0) to ``(source, row)``, both int64.
 
-        Within a block of samples each source has a fixed number of slots, in permuted places; the
-        rows of a source come in permuted order, each once before any comes again.
+        With weights, each source has a fixed number of slots within a block of samples, in permuted
+        places; the rows of a source come in permuted order, each once before any comes again.
         """
         samples = np.asarray(samples, np.int64)
+        if self.quota is None:
+            ends = self.sizes.cumsum()
+            place = self._permuted(samples, ends[-1], 0)
+            source = np.searchsorted(ends, place, side="right")
+            return source, place - (ends - self.sizes)[source]
         blocks, places = np.divmod(samples, _BLOCK)
         source, drawn = np.empty_like(samples), np.empty_like(samples)
         for block in np.unique(blocks):
@@ -82,11 +88,16 @@ class SampleOrder:
         drawn += blocks * self.quota[source]
         row = np.empty_like(samples)
         for s, size in enumerate(self.sizes):
-            epochs, numbers = np.divmod(drawn, size)
-            for epoch in np.unique(epochs[source == s]):
-                here = (source == s) & (epochs == epoch)
-                row[here] = permute(numbers[here], size, (self.seed, 1, s, int(epoch)))
+            row[source == s] = self._permuted(drawn[source == s], size, s)
         return source, row
+
+    def _permuted(self, drawn: np.ndarray, size: int, stream: int) -> np.ndarray:
+        """The number in [0, size) that each draw gives, in every epoch another permutation."""
+        epochs, numbers = np.divmod(drawn, size)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            numbers[here] = permute(numbers[here], int(size), (self.seed, 1, stream, int(epoch)))
+        return numbers
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of every place of a block, and how often it came before in that block."""

@@ -66,11 +66,25 @@ def test_weights_are_kept_in_every_block():
 
 def test_no_source_is_left_out():
     """However small beside the largest; and no more are taken than each can have a place."""
-    for sizes in ([10**9, 1, 1, 1], [10**9, *[10] * 20], [1] * 4096, [5, 10**7, 5]):
-        quota = SampleOrder(sizes, None, seed=0).quota
+    for weights in ([10**9, 1, 1, 1], [10**9, *[10] * 20], [1] * 4096, [5, 10**7, 5]):
+        quota = SampleOrder([1] * len(weights), weights, seed=0).quota
         assert quota.min() == 1 and quota.sum() == 4096
     with pytest.raises(InputError, match="at most 4,096 sources, got 4,097"):
-        SampleOrder([1] * 4097, None, seed=0)
+        SampleOrder([1] * 4097, [1.0] * 4097, seed=0)
+
+
+def test_without_weights_no_row_comes_again_before_all_have_come():
+    """Also of a source that is a millionth of the data."""
+    sizes = [10, 50_000, 1]
+    order = SampleOrder(sizes, None, seed=3)
+    rows = np.stack(order(np.arange(2 * sum(sizes))), axis=1).tolist()
+    every = [[s, row] for s, size in enumerate(sizes) for row in range(size)]
+    first, second = rows[: sum(sizes)], rows[sum(sizes) :]
+    assert sorted(first) == sorted(second) == every
+    assert first != second
+    # one source comes as it did alone
+    alone = SampleOrder([7], [1.0], seed=3)(np.arange(20))
+    assert np.array_equal(SampleOrder([7], None, seed=3)(np.arange(20)), alone)
 
 
 def test_rows_tile_every_shard_and_positions_restart_at_documents(tmp_path):
