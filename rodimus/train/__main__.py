@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = _is_main()
     logging.basicConfig(format="%(levelname)s %(message)s")
     try:
         status = train(argv[0], argv[1:])
@@ -41,10 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         elif os.environ.get("LOCAL_RANK") == "0":
             print(f"rodimus train: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         status = 2
-    path = os.environ.get(STATUS_VARIABLE)
-    if path and is_main:
-        Path(path).write_text(f"{status}\n", encoding="utf-8")
+    except Exception:
+        _leave(1)
+        raise
+    _leave(status)
     return status
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _leave(status: int) -> None:
+    """Writes the status for a script that starts runs again."""
+    path = os.environ.get(STATUS_VARIABLE)
+    if path and _is_main():
+        Path(path).write_text(f"{status}\n", encoding="utf-8")
 
 
 def train(path: str, overrides: list[str]) -> int:
@@ -55,7 +67,7 @@ def train(path: str, overrides: list[str]) -> int:
     from . import parallel
     from .guard import RunStopped
     from .loop import Trainer
-    from .signals import Signals
+    from .signals import TERMINATED, Signals
 
     ranks = parallel.start(config.parallel, config.train.device)
     with Signals() as signals:
@@ -71,6 +83,8 @@ def train(path: str, overrides: list[str]) -> int:
             return 2
         finally:
             trainer.close()
+        # at once: a launcher may kill this process when another ends, or a scheduler at its export
+        _leave(TERMINATED if status == 0 and config.export else status)
     # the others need not wait for the export
     parallel.stop()
     if status == 0 and ranks.is_main:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 DATA_ORDER = ("data.seq_len", "data.packing", "data.weights", "data.train", "train.seed")
 """Settings that decide which text is in which row, and in which order rows come."""
+STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+"""Variables that are positive in a process of a job that was started again by itself."""
 
 
 @dataclass
@@ -80,8 +84,10 @@ class Checkpointer:
         self.root, self.config = root, config
         self.identity, self.settings = identity, settings
         self.model, self.optimizers = model, list(optimizers)
-        # the writer thread's collectives must never meet the training step's
-        self.group = dist.new_group(backend="gloo")
+        # the writer thread's collectives must never meet the training step's; the watchdog comes
+        # first, and says which rank it is
+        timeout = timedelta(seconds=config.timeout_s + 60)
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer: threading.Thread | None = None
 
@@ -134,7 +140,12 @@ class Checkpointer:
             # whatever went wrong here must reach every rank, or the others wait for ever
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         results: list[Any] = [None] * self.world_size
-        dist.all_gather_object(results, (error, checksums), group=self.group)
+        try:
+            dist.all_gather_object(results, (error, checksums), group=self.group)
+        except Exception as failure:
+            # in a thread nobody would see it; the next exchange of the ranks ends the run
+            logger.error("checkpoint %s not written: %s", folder.name, error or failure)
+            return
         errors = {f"rank {r}: {e}" for r, (e, _) in enumerate(results) if e}
         if errors:
             logger.error("checkpoint %s not written: %s", folder.name, "; ".join(sorted(errors)))
@@ -148,6 +159,7 @@ class Checkpointer:
                 logger.error("checkpoint %s not written: %s", folder.name, failure)
                 store.remove(folder)
                 return
+            _point_to(folder)
             try:
                 store.prune(self.root, self.config.keep, self.config.keep_every)
             except OSError as failure:
@@ -163,11 +175,14 @@ class Checkpointer:
     def restore(self) -> Progress | None:
         """Loads what ``config.resume`` asks for; None where the run starts from nothing.
 
+        A job that a scheduler or torchrun has started again goes on from its newest checkpoint.
+
         Raises:
             InputError: the step asked for is missing or damaged, the run exists although
                 ``resume = never``, or the checkpoint is of another model, tokenizer or optimizer.
         """
-        wanted = self.config.resume
+        again = any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
+        wanted = "auto" if again else self.config.resume
         steps = self._from_main(lambda: complete_steps(self.root))
         if wanted == "never" and steps:
             raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")
@@ -198,7 +213,6 @@ class Checkpointer:
             )
             if self.rank == 0:
                 logger.warning("resumed before step %d: its checkpoint is now %s", later, moved)
-        self._from_main(lambda: store.point_to(folder))
         return progress
 
     def restore_newest(self) -> Progress | None:
@@ -244,6 +258,7 @@ class Checkpointer:
         for group, configured in zip(groups, own, strict=True):
             # the checkpoint's moments, this run's weight decay and betas
             group.update({key: value for key, value in configured.items() if key != "params"})
+        self._from_main(lambda: _point_to(folder))
         return Progress(**about["progress"])
 
     def _state(self) -> dict[str, Any]:
@@ -257,6 +272,13 @@ class Checkpointer:
         result = [compute() if self.rank == 0 else None]
         dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
+
+
+def _point_to(folder: Path) -> None:
+    try:
+        store.point_to(folder)
+    except OSError as failure:
+        logger.warning("%s does not name %s: %s", folder.parent / "latest", folder.name, failure)
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> list[str]:

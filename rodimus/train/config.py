@@ -216,11 +216,14 @@ class CheckpointSection:
     """Write in the background while training goes on."""
     verify: bool = True
     """Check sha256 of every file before loading."""
+    timeout_s: float = 3600.0
+    """A save or a restore that takes longer than this ends the run."""
     resume: str = "auto"
-    """auto: newest sound checkpoint; never: an existing run is an error; or a step."""
+    """auto: newest sound checkpoint; never: an existing run is an error; or a step. Of the first
+    start alone: a job that is started again by Slurm or torchrun goes on."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "checkpoint", 1, "every", "keep")
+        _at_least(self, "checkpoint", 1, "every", "keep", "timeout_s")
         _at_least(self, "checkpoint", 0, "keep_every")
         _require(
             self.resume in ("auto", "never") or self.resume.isdigit(),

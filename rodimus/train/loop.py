@@ -74,7 +74,9 @@ class Trainer:
             world_size=ranks.share[1],
         )
         self.batches = Prefetcher(data.batch, stride=config.rows)
-        self.watchdog = Watchdog(ranks.rank, ranks.world_size, config.parallel.timeout_s)
+        self.watchdog = Watchdog(
+            ranks.rank, ranks.world_size, config.parallel.timeout_s, config.checkpoint.timeout_s
+        )
         self.evaluate = None
         if val:
             self.evaluate = Evaluator(
@@ -355,17 +357,22 @@ def settings_of(config: TrainConfig, sources: list[TokenShards]) -> dict[str, An
 def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenShards) -> None:
     """Writes the resolved run, its model and its tokenizer beside the checkpoints.
 
-    `rodimus train OUT/config.toml` resumes the run from that copy.
+    `rodimus train OUT/config.toml` resumes the run from that copy, whatever step this start began
+    with.
 
     Raises:
         InputError: they cannot be written.
     """
     out = Path(config.out)
-    section = ModelSection("model.json", weights_name(config))
+    config = replace(
+        config,
+        model=ModelSection("model.json", weights_name(config)),
+        checkpoint=replace(config.checkpoint, resume="auto"),
+    )
     tokenizer = source.path.parent / "tokenizer"
     try:
         write_atomic(out / "model.json", json.dumps(model.to_dict(), indent=2) + "\n")
-        write_atomic(out / "config.toml", to_toml(replace(config, model=section)))
+        write_atomic(out / "config.toml", to_toml(config))
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import InputError
 from .config import LogSection
 from .console import Console
 from .flops import DEVICES
+from .store import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,9 @@ class RunLog:
         """Appends one record; ``time`` (Unix seconds) is added."""
         if not self.enabled:
             return
-        row = {"step": step, "time": round(time.time(), 3), **values}
+        # JSON has no other numbers: after a step without a finite loss there is none
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        row = {"step": step, "time": round(time.time(), 3), **finite}
         # a killed run, or a disk that is full, leaves half a line
         line = b"\n" * self._is_cut + json.dumps(row).encode() + b"\n"
         try:
@@ -159,5 +163,9 @@ def _tensorboard(out: Path) -> Any:
 def _wandb(out: Path) -> Any:
     import wandb
 
-    run = wandb.init(project="rodimus", name=out.name, dir=str(out), resume="allow")
+    # a run that is started again goes on in the same place
+    known = out / "wandb_id"
+    identity = known.read_text() if known.is_file() else None
+    run = wandb.init(project="rodimus", name=out.name, dir=str(out), id=identity, resume="allow")
+    write_atomic(known, run.id)
     return lambda step, values: run.log(values, step=step)

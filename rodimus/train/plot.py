@@ -28,7 +28,8 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except ValueError:
             continue
-        steps.setdefault(row["step"], {}).update(row)
+        known = {key: value for key, value in row.items() if value is not None}
+        steps.setdefault(row["step"], {}).update(known)
     if not steps:
         raise InputError(f"{path} holds no records")
     return [steps[step] for step in sorted(steps)]

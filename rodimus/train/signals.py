@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from types import FrameType
 
@@ -28,16 +30,35 @@ class Signals:
     def __enter__(self) -> Signals:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._receive)
+        # a handler waits for the main thread, which may be in a collective: a thread hears all
+        self._heard, written = socket.socketpair()
+        written.setblocking(False)
+        self._fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False), written
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        before, written = self._fd
+        signal.set_wakeup_fd(before)
+        # the thread reads the end
+        written.close()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save = True
-        elif not self.terminate:
-            self.terminate, self._since = True, time.monotonic()
-        elif time.monotonic() - self._since > TOGETHER_S:
-            os._exit(TERMINATED)
+        else:
+            self.terminate = True
+
+    def _listen(self) -> None:
+        """Ends the process at the second request to."""
+        since = None
+        while heard := self._heard.recv(1):
+            if heard[0] != signal.SIGTERM:
+                continue
+            if since is None:
+                since = time.monotonic()
+            elif time.monotonic() - since > TOGETHER_S:
+                os._exit(TERMINATED)
+        self._heard.close()

@@ -26,13 +26,12 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def mark_complete(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Makes a checkpoint count: the marker with its checksums, then the pointer to it."""
+    """Makes a checkpoint count: the marker with its checksums."""
     write_atomic(folder / MARKER, json.dumps({"sha256": dict(checksums)}, indent=1))
-    point_to(folder)
 
 
 def point_to(folder: Path) -> None:
-    """Names a checkpoint the latest."""
+    """Names a checkpoint the latest, for people and scripts: nothing here reads it."""
     write_atomic(folder.parent / "latest", folder.name)
 
 

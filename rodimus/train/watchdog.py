@@ -6,7 +6,6 @@ it waits. Here the ranks compare how many beats they have made, and the one behi
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import sys
@@ -25,10 +24,13 @@ class Watchdog:
         rank: This process.
         world_size: Number of processes; a single one is not watched.
         timeout_s: Seconds between two beats that count as a hang.
+        save_s: The same for a save or a restore.
     """
 
-    def __init__(self, rank: int, world_size: int, timeout_s: float) -> None:
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+    def __init__(self, rank: int, world_size: int, timeout_s: float, save_s: float) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.timeout_s, self.save_s = timeout_s, save_s
+        self._limit = timeout_s
         self._count, self._where, self._since = 0, "starting", time.monotonic()
         self._stop = threading.Event()
         self._name = f"rank {rank} ({socket.gethostname()}, pid {os.getpid()})"
@@ -38,7 +40,8 @@ class Watchdog:
         """Begins to watch."""
         self.beat("starting")
         if self.world_size > 1:
-            self._store = dist.distributed_c10d._get_default_store()
+            # a connection of its own: the main thread holds the other's lock while it waits
+            self._store = dist.distributed_c10d._get_default_store().clone()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
@@ -48,14 +51,15 @@ class Watchdog:
 
     @contextmanager
     def paused(self, where: str) -> Iterator[None]:
-        """Lets this rank stand still for as long as a save or a restore inside takes: that depends
-        on the disk. A rank that does not come to it is still found by its own beats."""
+        """Lets this rank stand still for as long as a save or a restore may take. A rank that does
+        not come to it is still found by its own beats."""
         self.beat(where)
-        self._since = math.inf
+        self._limit = self.save_s
         try:
             yield
         finally:
             self.beat(f"after {where}")
+            self._limit = self.timeout_s
 
     def close(self) -> None:
         """Stops watching."""
@@ -70,7 +74,7 @@ class Watchdog:
             with suppress(dist.DistError):
                 self._store.set(f"beat/{self.rank}", f"{self._count}\n{self._name}\n{self._where}")
             silent = time.monotonic() - self._since
-            if silent > self.timeout_s:
+            if silent > self._limit:
                 # let the others' last beats arrive
                 time.sleep(period)
                 blame = f"at: {self._where}; the beats of the others are gone with rank 0"

@@ -116,6 +116,45 @@ def test_resuming_before_the_newest_step_leaves_the_later_ones(copied, trained):
     assert (checkpoints / "latest").read_text() == "step-00000005"
 
 
+@pytest.mark.parametrize("resume", ["3", "never"])
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_job_that_is_started_again_goes_on(copied, variable, resume, monkeypatch):
+    config, run = copied
+    options = ["--out", run, "--no-export", "--checkpoint.resume", resume, "--train.steps", "7"]
+    monkeypatch.setenv(variable, "1")
+    assert train(1, config, *options) == [0]
+    assert store.complete_steps(run / "checkpoints") == [7, 6, 3]
+    assert not list((run / "checkpoints").glob("*.left"))
+
+
+def test_the_settings_of_a_run_resume_it(copied):
+    """Not what its last start was told to resume from."""
+    config, run = copied
+    options = ["--out", run, "--no-export", "--checkpoint.resume", "3"]
+    assert train(1, config, *options) == [0]
+    assert train(1, run / "config.toml", "--train.steps", "7") == [0]
+    assert store.complete_steps(run / "checkpoints") == [7, 6, 3]
+    assert len(list((run / "checkpoints").glob("*.left*"))) == 1
+
+
+def test_the_pointer_is_to_what_is_there(copied, config_file, tmp_path):
+    config, run = copied
+    latest = run / "checkpoints" / "latest"
+    flip_a_bit(next((run / "checkpoints" / "step-00000006").glob("*.distcp")))
+    assert train(1, config, "--out", run, "--no-export", "--train.steps", "3") == [0]
+    assert latest.read_text() == "step-00000003"
+
+    def full():
+        def refuse(folder):
+            raise OSError(28, "No space left on device")
+
+        store.point_to = refuse
+        return main([str(config_file), "--no-export", "--out", str(tmp_path / "other")])
+
+    assert run_ranks(2, full) == [0, 0]
+    assert store.complete_steps(tmp_path / "other" / "checkpoints") == [6, 3]
+
+
 def test_kill_in_the_middle_of_a_save_loses_only_the_steps_since(config_file, tmp_path, trained):
     run = tmp_path / "run"
 
@@ -166,7 +205,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
-@pytest.mark.parametrize("file", ["progress.json", "COMPLETE", "latest"])
+@pytest.mark.parametrize("file", ["progress.json", "COMPLETE"])
 def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_path, file):
     def disk_full_at_step_6():
         write = store.write_atomic
@@ -284,6 +323,27 @@ def test_second_sigterm_ends_at_once(config_file, tmp_path, monkeypatch):
     assert sorted(metrics(tmp_path / "run", "loss")) == [1]
 
 
+def test_second_sigterm_ends_a_rank_that_waits_for_another():
+    """Python calls no handler while the main thread is in a collective."""
+
+    def rank():
+        signals.TOGETHER_S = 0.2
+        torch.distributed.init_process_group("gloo")
+        if os.environ["RANK"] == "1":
+            time.sleep(20)
+            return
+        with signals.Signals():
+            own = os.getpid()
+            for delay in (0.2, 1.0):
+                threading.Timer(delay, os.kill, (own, signal.SIGTERM)).start()
+            torch.distributed.barrier()
+
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 0: died with 143"):
+        run_ranks(2, rank, timeout=8)
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.slow
 def test_rank_that_hangs_is_reported_by_name(config_file, tmp_path, capfd):
     def one_rank_stands_still():
@@ -315,7 +375,7 @@ def test_a_rank_that_hangs_ends_though_rank_0_has_ended(monkeypatch, capsys):
 
         set = check = get = fail
 
-    watchdog = Watchdog(1, 2, timeout_s=0.1)
+    watchdog = Watchdog(1, 2, timeout_s=0.1, save_s=60.0)
     watchdog._store = Gone()
     watchdog.beat("loading data of step 3")
     monkeypatch.setattr(os, "_exit", sys.exit)
@@ -348,6 +408,20 @@ def test_a_slow_disk_is_no_hang(config_file, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 4, 5, 6]
 
 
+def test_a_save_without_end_ends_the_run(config_file, tmp_path):
+    def stuck():
+        def for_ever(self, *args):
+            time.sleep(60)
+
+        if os.environ["RANK"] == "1":
+            Checkpointer._hash_mine = for_ever
+        return main([str(config_file), "--no-export", "--checkpoint.timeout-s", "2"])
+
+    with pytest.raises(AssertionError, match="rank 0: died with 1"):
+        run_ranks(2, stuck)
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == []
+
+
 def nan_in_steps(bad, config):
     """A run in which the gradients of the last rank are NaN in some steps."""
     forward, step = RodimusForCausalLM.forward, loop.Trainer.step
@@ -372,6 +446,7 @@ def test_nan_on_one_rank_makes_all_ranks_skip_that_step(config_file, tmp_path):
     assert metrics(tmp_path / "run", "bad") == {1: 0, 2: 1, 3: 0, 4: 1, 5: 0, 6: 0}
     loss = metrics(tmp_path / "run", "loss")
     assert loss[6] < loss[1]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):

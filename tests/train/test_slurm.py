@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rodimus.train import __main__ as program
+from tests.train.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = f"""#!/bin/bash
@@ -77,6 +78,25 @@ def test_fifty_times_are_enough(slurm):
     srun = '#!/bin/bash\necho 143 > "$RODIMUS_STATUS_FILE"\nexit 1\n'
     assert slurm("run.toml", srun=srun, SLURM_RESTART_COUNT="49")[1] == ["requeue 7"]
     assert slurm("run.toml", srun=srun, SLURM_RESTART_COUNT="50")[1] == []
+
+
+@pytest.mark.parametrize("failure, said", [(SystemExit, "143\n"), (RuntimeError, "1\n")])
+def test_a_run_ended_at_its_export_is_started_again(
+    failure, said, config_file, tmp_path, monkeypatch
+):
+    """By a signal, which leaves no time to say so; not by an error, which would come again."""
+
+    def fail(config):
+        raise failure
+
+    def run():
+        monkeypatch.setenv("RODIMUS_STATUS_FILE", str(tmp_path / "status"))
+        monkeypatch.setattr(program, "finish", fail)
+        with pytest.raises(failure):
+            program.main([str(config_file), "--train.steps", "1"])
+
+    run_ranks(1, run)
+    assert (tmp_path / "status").read_text() == said
 
 
 def test_rank_0_alone_says_it(tmp_path, monkeypatch, capsys):
