@@ -62,6 +62,25 @@ class ShardAdamW(torch.optim.AdamW):
         return has_complex
 
 
+class ShardMuon(torch.optim.Muon):
+    """Muon on matrices that are whole within a replica, where DTensor would have all replicas share
+    the products of each."""
+
+    def _init_group(self, group, *lists):
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [_in_replica(x) if isinstance(x, DTensor) else x for x in tensors]
+        return has_complex
+
+
+def _in_replica(x: DTensor) -> DTensor:
+    """The same memory without the mesh's dimension of replicas."""
+    mesh, placement = x.device_mesh, x.placements[-1]
+    return DTensor.from_local(
+        x.to_local(), mesh[mesh.mesh_dim_names[-1]], [placement], shape=x.shape, stride=x.stride()
+    )
+
+
 def build_optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest.
 
@@ -83,7 +102,7 @@ def build_optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim
     )
     if config.name == "adamw":
         return [adamw]
-    muon = torch.optim.Muon(
+    muon = ShardMuon(
         groups["matrix"],
         lr=config.lr,
         momentum=config.muon_momentum,

@@ -1,15 +1,21 @@
 """Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
 
+import math
 import platform
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.errors import InputError
 from rodimus.train import parallel
-from rodimus.train.config import ParallelSection
+from rodimus.train.config import OptimSection, ParallelSection
+from rodimus.train.optim import build_optimizers
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
 
@@ -49,6 +55,33 @@ def test_muon_sees_whole_matrices_on_any_number_of_ranks(figures):
     """Its bf16 iteration amplifies rounding, so later steps agree less closely."""
     one, two = (figures(world, "--optim.name", "muon") for world in (1, 2))
     assert two == pytest.approx(one, rel=2e-2)
+
+
+def test_muon_of_replicas_exchanges_what_muon_of_one_does():
+    def stepped(*shape):
+        def step():
+            distributed.init_process_group("gloo")
+            mesh = init_device_mesh(
+                "cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+            )
+            torch.manual_seed(0)
+            model = torch.nn.Module()
+            model.layers = torch.nn.ModuleList([torch.nn.Linear(64, 128, bias=False)])
+            model.norm = torch.nn.RMSNorm(8)
+            layer = fully_shard(model.layers[0], mesh=mesh)
+            muon = build_optimizers(model, OptimSection(name="muon", lr=0.1))[0]
+            for _ in range(2):
+                layer(torch.randn(5, 64)).square().sum().backward()
+                with CommDebugMode() as exchanged:
+                    muon.step()
+            weight = layer.weight.full_tensor().tolist()
+            return weight, exchanged.get_total_counts()
+
+        return run_ranks(math.prod(shape), step)
+
+    alone = stepped(2)
+    assert alone[0][1] > 0
+    assert stepped(2, 2) == 2 * alone
 
 
 def test_auto_dtype_follows_the_hardware(monkeypatch):
