@@ -608,3 +608,8 @@ def test_bad_arguments_say_what_was_expected():
         operator(*rows, torch.tensor([-1, 0]), window, scale)
     with pytest.raises(RuntimeError, match="cache needs at least window_size"):
         operator(*rows, torch.tensor([0, 0]), 12, scale)
+    (_, k, v, cache), zeros = rows, torch.zeros(2, dtype=torch.int64)
+    size = reference.int8_row_bytes(*k.shape[2:], *v.shape[2:], k.dtype)
+    aside = torch.zeros(cache.shape[0] * cache.shape[1] * size + 1, dtype=torch.uint8)[1:]
+    with pytest.raises(RuntimeError, match="of 8-bit values must start on a multiple of 16 bytes"):
+        operator(*rows[:3], aside.view(*cache.shape[:2], size), zeros, window, scale)
