@@ -55,7 +55,7 @@ class Progress:
     next_sample: int = 0
     """First sample of the next batch; ahead of ``step`` batches where data was skipped."""
     tokens: int = 0
-    """Training tokens read."""
+    """Training tokens of these steps; for who reads the file."""
     guard: dict[str, Any] = field(default_factory=dict)
     """Running statistics of the guard."""
 
@@ -206,13 +206,11 @@ class Checkpointer:
         if damaged:
             raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
         progress = self._load(folder)
-        for later in (x for x in steps if x > step):
-            # of a branch that is left: nothing may resume from it, roll back to it or export it
-            moved = self._from_main(
-                lambda later=later: store.set_aside(step_folder(self.root, later), "left").name
-            )
-            if self.rank == 0:
-                logger.warning("resumed before step %d: its checkpoint is now %s", later, moved)
+        # of a branch that is left: nothing may resume from them, roll back to them or export them
+        left = [step_folder(self.root, later) for later in steps if later > step]
+        moved = self._from_main(lambda: [store.set_aside(folder, "left") for folder in left])
+        for before, after in zip(left, moved, strict=True) if self.rank == 0 else ():
+            logger.warning("resumed before %s: it is now %s", before.name, after.name)
         return progress
 
     def restore_newest(self) -> Progress | None:

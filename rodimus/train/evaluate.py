@@ -66,20 +66,20 @@ class Evaluator:
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
         """Evaluates; None when ``stop()`` became true on some rank in between."""
-        model.eval()
         nats, count = 0.0, 0
         mine, parts = self.ranks.share
         stride = parts * self.micro_batch
-        for first in range(0, len(self.rows), stride):
-            batch = self._batch(first + mine * self.micro_batch)
-            valid = float((batch.labels >= 0).sum()) / self.ranks.per_row
-            part, valid, stopped = reduce_sum([self._nats(model, batch), valid, float(stop())])
-            if stopped:
-                break
-            nats, count = nats + part, count + round(valid)
-        model.train()
-        if stopped:
-            return None
+        model.eval()
+        try:
+            for first in range(0, len(self.rows), stride):
+                batch = self._batch(first + mine * self.micro_batch)
+                valid = float((batch.labels >= 0).sum()) / self.ranks.per_row
+                part, valid, stopped = reduce_sum([self._nats(model, batch), valid, float(stop())])
+                if stopped:
+                    return None
+                nats, count = nats + part, count + round(valid)
+        finally:
+            model.train()
         loss = nats / max(1, count)
         return Evaluation(loss, loss / math.log(2) / self.bytes_per_token, count)
 
