@@ -190,18 +190,19 @@ class Trainer:
                 self.held_out(signals)
                 terminate, save_now = self.asked(signals)
                 save |= save_now
-            if due or save or terminate:
-                self.progress.guard = self.guard.state()
-                wait = terminate or step == steps
-                with self.watchdog.paused(f"saving step {step}"):
-                    written = self.checkpoints.save(self.progress, wait=wait)
-                if not written:
-                    self.log.say(f"the checkpoint of step {step}, the last, could not be written")
-                    return NOT_SAVED
+            if (due or save or terminate) and not self.save(wait=terminate or step == steps):
+                self.log.say(f"the checkpoint of step {step}, the last, could not be written")
+                return NOT_SAVED
             if terminate:
                 self.log.say(f"terminated: checkpoint of step {step} is complete")
                 return TERMINATED
         return 0
+
+    def save(self, *, wait: bool) -> bool:
+        """Starts a checkpoint; False where it was waited for and not written."""
+        self.progress.guard = self.guard.state()
+        with self.watchdog.paused(f"saving step {self.progress.step}"):
+            return self.checkpoints.save(self.progress, wait=wait)
 
     def asked(self, signals: Signals) -> tuple[bool, bool]:
         """Whether some rank was asked to terminate, and to save; the same answer on every rank."""
