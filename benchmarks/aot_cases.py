@@ -143,6 +143,7 @@ def _train_conv(cu_seqlens):
 
 def _input_gate():
     shapes = [(4096, 32, BF16), (6144, 48, BF16), (4096, 32, FP32)]
+    shapes += [(10240, 128, BF16), (10240, 128, FP32)]
     for i, (width, rank, dtype) in enumerate(shapes):
         name = f"D{width} R{rank} {_text(dtype)}"
         yield name, partial(_train_input_gate, width, rank, dtype), i == 0

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import logging
-import sys
 import types
 from collections.abc import Callable, Mapping
 
@@ -15,7 +14,8 @@ _logger = logging.getLogger(__name__)
 # where load says what it gives out, while somebody wants to know
 _observers: list[list[str]] = []
 
-# torch.compile sees sys.modules as it was when tracing began, and attributes as they are
+# Modules whose import has ended. In sys.modules they are from its beginning, for other threads too,
+# and torch.compile sees that as it was when tracing began, but attributes as they are.
 _imported = types.ModuleType("imported")
 
 
@@ -37,15 +37,15 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
     for used in _observers:
         used.append(implementations[impl])
     module, function = implementations[impl].split(":")
+    place = module.replace(".", "_")
     traced = torch.compiler.is_dynamo_compiling()
-    failure = None if not traced and sys.modules.get(module) else _import(module)
+    failure = None if not traced and hasattr(_imported, place) else _import(module)
     if failure is not None:
         raise ImportError(
             f"{operator}(impl={impl!r}) cannot be loaded: {failure}."
             " Install what it needs, or pass impl='auto'."
         )
-    found = getattr(_imported, module.replace(".", "_")) if traced else sys.modules[module]
-    return getattr(found, function)
+    return getattr(getattr(_imported, place), function)
 
 
 def implementations_used(call: Callable[[], object]) -> list[str]:

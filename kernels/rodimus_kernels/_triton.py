@@ -82,11 +82,6 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def rows_of(x: torch.Tensor | None) -> torch.Tensor | None:
-    """``[..., D]`` as rows of unit stride; a slice of a projection is not copied. None of None."""
-    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
-
-
 def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x`` as rows of unit stride ``[N, D]``; a slice of a projection is not copied."""
     return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))

@@ -53,8 +53,8 @@ def linear_cross_entropy(
         leaves the z term out and carries no gradient: the number to log.
 
     Raises:
-        ValueError: shapes or devices differ, a label is outside the vocabulary (checked on the
-            CPU), or an option is unknown.
+        ValueError: shapes or devices differ, a label is outside the vocabulary (on a CPU; in Triton
+            the loss is NaN then), or an option is unknown.
     """
     check_shape("hidden", hidden, ("N", "D"))
     check_shape("weight", weight, ("vocabulary", hidden.shape[1]))

@@ -34,8 +34,10 @@ def cross_entropy_rows_kernel(
     o_v = tl.arange(0, BV)
     label = tl.load(labels + i_t * labels_t)
     valid = label != ignore_index
-    # before the reductions, whose barriers keep every thread's reading ahead of the writing below
-    target = tl.load(p_x + tl.where(valid, label, 0)).to(tl.float32)
+    # A label outside the vocabulary makes the loss NaN. Before the reductions, whose barriers keep
+    # every thread's reading ahead of the writing below.
+    inside = valid & (label >= 0) & (label < V)
+    target = tl.load(p_x + label, mask=inside, other=float("nan")).to(tl.float32)
     # finite, so that a block of masked logits does not subtract infinities
     top = -3.4e38
     b_sum = tl.zeros([BV], tl.float32)

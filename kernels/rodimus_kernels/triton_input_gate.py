@@ -159,7 +159,10 @@ def _tile(hidden, tokens, channels, warps):
 def _forward(x, hidden, weight, bias):
     rows, hiddens, y = as_rows(x), as_rows(hidden), x.new_empty(x.shape)
     length, width = rows.shape
-    input_gate_fwd_kernel[(triton.cdiv(width, _CHANNELS), triton.cdiv(length, _TOKENS))](
+    tokens, channels = _TOKENS, _CHANNELS
+    if hidden.dtype == torch.float32 and hidden.shape[-1] > 64:
+        tokens, channels = tokens // 2, channels // 2
+    input_gate_fwd_kernel[(triton.cdiv(width, channels), triton.cdiv(length, tokens))](
         rows,
         hiddens,
         weight.contiguous(),
@@ -169,7 +172,7 @@ def _forward(x, hidden, weight, bias):
         width,
         rows.stride(0),
         hiddens.stride(0),
-        **_tile(hidden, _TOKENS, _CHANNELS, _WARPS),
+        **_tile(hidden, tokens, channels, _WARPS),
     )
     return y
 
@@ -182,9 +185,12 @@ def _backward(x, hidden, weight, bias, dy):
     if hidden.dtype == torch.float32:
         # tiles of twice the bytes, products of three
         tokens, channels, stages = tokens // 2, max(channels // 2, 16), 1
+    if hidden.shape[-1] > 64:
+        # what the smallest GPUs have for a block
+        tokens, stages = tokens // 2, min(stages, 2)
     blocks = triton.cdiv(length, tokens)
     tiles = triton.cdiv(width, channels)
-    group = triton.cdiv(tiles, min(triton.cdiv(_PROGRAMS, blocks), tiles)) * channels
+    group = triton.cdiv(tiles, min(triton.cdiv(_PROGRAMS, max(blocks, 1)), tiles)) * channels
     groups = triton.cdiv(width, group)
     dx = x.new_empty(x.shape)
     dhidden = hidden.new_empty((groups, *hiddens.shape), dtype=torch.float32)

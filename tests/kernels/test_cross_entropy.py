@@ -171,6 +171,16 @@ def test_logged_value_carries_no_gradient():
     assert not logged.requires_grad
 
 
+@pytest.mark.parametrize("label", [-1, 37, 10**6])
+def test_a_label_outside_the_vocabulary_is_seen_in_the_loss(label):
+    """Where nothing can look at labels without waiting for the device."""
+    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    logits = torch.randn(3, 37, device=DEVICE)
+    labels = torch.tensor([5, label, -100], device=DEVICE)
+    losses = module.rows(logits, labels, 0.1, -100, True)
+    assert losses.isnan().any(1).tolist() == [False, True, False]
+
+
 def test_bad_input_says_what_was_expected():
     hidden, weight, labels = make()
     with pytest.raises(ValueError, match=r"weight must have shape \[vocabulary, 16\]"):

@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -677,6 +678,30 @@ def test_an_empty_batch_is_empty(impl, monkeypatch):
     given = (torch.randn(0, 200, 1, 16) for _ in "qkvg")
     o, state = ddts(*given, output_final_state=True, impl=impl)
     assert o.shape == (0, 200, 1, 16) and state.shape == (0, 1, 16, 16)
+
+
+@pytest.mark.parametrize("impl", [TRITON])
+@pytest.mark.parametrize("engine", [0, 90])
+def test_an_empty_batch_has_empty_gradients(impl, engine):
+    triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+    inputs = make(DdtsCase(0, 70, 1, 16, 16))
+    with triton_helpers.assume_capability(engine):
+        found = run_ddts(ddts, inputs, impl=impl)
+    assert all(x.numel() == 0 for x in found.values() if x is not None)
+
+
+def test_a_module_is_used_when_its_import_has_ended(monkeypatch, tmp_path):
+    """Another thread finds it in sys.modules before."""
+    text = "import time\ntime.sleep(0.5)\ndef double(x): return 2 * x\n"
+    (tmp_path / "rodimus_slow.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def first_use(delay):
+        time.sleep(delay)
+        return _dispatch.load("double", "slow", {"slow": "rodimus_slow:double"})(2)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(first_use, (0.0, 0.2))) == [4, 4]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends to be on GPUs")

@@ -32,10 +32,12 @@ def run(function, tensors, dtype=None):
     return {"y": y.detach(), **{f"d{name}": x.grad for name, x in leaves.items()}}
 
 
-@pytest.mark.parametrize("tokens", [(1,), (70,), (2, 35)], ids=str)
+@pytest.mark.parametrize(
+    "tokens, rank", [((1,), 12), ((70,), 12), ((2, 35), 12), ((0, 35), 12), ((70,), 72)]
+)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_matches_the_formula_with_all_gradients(impl, tokens):
-    tensors = make(tokens)
+def test_matches_the_formula_with_all_gradients(impl, tokens, rank):
+    tensors = make(tokens, rank=rank)
     ours = lambda **t: input_gate(**t, impl=impl)
     assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
 

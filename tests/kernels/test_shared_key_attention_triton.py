@@ -119,6 +119,15 @@ def test_tiles_by_the_copy_engine(tiling, triton_attention, monkeypatch):
     check(Case(1, 5, 37, 2, 1, 2, window=17))
 
 
+@pytest.mark.parametrize("engine", [0, 90])
+def test_an_empty_batch_is_empty(triton_attention, engine):
+    _triton = importlib.import_module("rodimus_kernels._triton")
+    tensors = [torch.zeros(0, 20, heads, 16, dtype=torch.bfloat16) for heads in (2, 1, 2, 2)]
+    with _triton.assume_capability(engine):
+        found = run(shared_key_attention, *(x.to(DEVICE) for x in tensors), impl="triton")
+    assert all(x.numel() == 0 for x in found.values())
+
+
 def test_a_head_of_an_expanded_key_is_copied_by_the_engine(triton_attention, monkeypatch):
     """A model spreads its key over the heads and hands one of them on: its stride is 0."""
     seen = []

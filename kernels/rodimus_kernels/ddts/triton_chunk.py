@@ -180,7 +180,7 @@ class _Columns(NamedTuple):
 def _columns(batch, length, cu_seqlens):
     count = chunk_columns(batch, length, cu_seqlens)
     if cu_seqlens is None:
-        return _Columns(count, count // batch, None, None, None)
+        return _Columns(count, count // max(batch, 1), None, None, None)
     bounds = cu_seqlens.long()
     chunks = (bounds.diff() + TRITON_CHUNK - 1) // TRITON_CHUNK
     offsets = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
@@ -277,7 +277,7 @@ def _prepare(keys, v, columns):
 def use_tma(x: torch.Tensor, dtype: torch.dtype, columns: _Columns) -> bool:
     """Hopper's copy engine clips at the end of a row, so not at the end of a packed document; it
     converts nothing, and wants 16-byte strides."""
-    if capability(x) < 90:
+    if capability(x) < 90 or not x.numel():
         return False
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     return aligned and x.data_ptr() % 16 == 0 and x.dtype == dtype and columns.offsets is None

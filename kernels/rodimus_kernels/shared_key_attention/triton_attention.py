@@ -97,6 +97,8 @@ def use_tma(*tensors: torch.Tensor) -> bool:
     precision is taken apart in registers anyway."""
     if tensors[0].dtype == torch.float32 or capability(tensors[0]) < 90:
         return False
+    if not tensors[0].numel():
+        return False
     return all(
         x.data_ptr() % 16 == 0
         and x.shape[-1] == block_dim(x.shape[-1])
