@@ -7,6 +7,7 @@ resumed run has weights of its own and reads none.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,13 @@ from .tokenizer import tokenizer_digest
 _FLOATING = {"float64", "float32", "bfloat16", "float16"}
 REMARKS = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
 """Fields of a configuration on which nothing depends that a model computes."""
+_CARRIED = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "head_dim"),
+    *("use_fast_path", "use_fused_swiglu", "use_fused_cross_entropy"),
+    *(f"no_weight_decay_on_{what}" for what in ("bias", "embedding", "norm")),
+}
+"""Fields that a configuration may have though its class does not name them: those of generation,
+transformers' width of Qwen2's heads, switches of the released code."""
 
 
 def has_begun(config: TrainConfig) -> bool:
@@ -49,13 +57,27 @@ def read_model_config(config: TrainConfig) -> PreTrainedConfig:
     what ``model.weights`` are those of.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or ``model.config`` has a key that means nothing.
     """
     if config.model.config:
-        return read_config(Path(config.model.config))
+        model = read_config(Path(config.model.config))
+        _check_keys(config.model.config, model)
+        return model
     if has_begun(config):
         return read_config(Path(config.out) / "model.json")
     return load_config(checkpoint_folder(config.model.weights))
+
+
+def _check_keys(path: str, model: PreTrainedConfig) -> None:
+    """Refuses what transformers keeps of a configuration without knowing it: most often a typo."""
+    default = type(model)()
+    known = [*default.to_dict(), *default.attribute_map]
+    for key in vars(model):
+        if hasattr(default, key) or key in REMARKS | _CARRIED:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+        raise InputError(f"{path}: unknown key {key!r}{hint}")
 
 
 def weights_name(config: TrainConfig) -> str:

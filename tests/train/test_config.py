@@ -1,10 +1,16 @@
 """The run's TOML file: strict reading, overrides, round trip."""
 
+import json
+
 import pytest
 
 from rodimus.errors import InputError
 from rodimus.train.config import TrainConfig
 from rodimus.train.load import _one_line, build, load_config, to_toml
+from rodimus.train.weights import read_model_config
+from tests.model.golden_data import golden_config
+from tests.train.conftest import MODEL
+from tests.train.test_peers import fields
 
 MINIMAL = """
 out = "runs/x"
@@ -134,3 +140,31 @@ def test_tokens_round_up_to_steps():
         },
     )
     assert config.steps == 3
+
+
+MODELS = {
+    "rodimus": MODEL,
+    "released": golden_config("rodimus"),
+    "gla": fields("gla"),
+    "qwen2": fields("qwen2"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_key_of_the_model_that_means_nothing_is_an_error(write, kind):
+    """Not one that transformers or the released code writes, or another name of a known one."""
+    said = {"architectures": ["X"], "auto_map": {}, "transformers_version": "4.44.2"}
+    said |= {"torch_dtype": "bfloat16", "_name_or_path": "x", "eos_token_id": 1}
+    said |= {"rope_theta": 1e4} if kind == "qwen2" else {}
+    config = load_config(write(MINIMAL))
+    write(json.dumps(MODELS[kind] | said), "model.json")
+    model = read_model_config(config)
+    write(json.dumps(model.to_dict()), "model.json")
+    assert read_model_config(config).to_dict() == model.to_dict()
+    write(json.dumps(MODELS[kind] | {"num_layers": 2}), "model.json")
+    known = "n_layer" if model.model_type == "rodimus" else "num_hidden_layers"
+    with pytest.raises(InputError, match=f"json: unknown key 'num_layers', .* '{known}'"):
+        read_model_config(config)
+    write(json.dumps(MODELS[kind] | {"zzz": 2}), "model.json")
+    with pytest.raises(InputError, match="unknown key 'zzz'; known: .*vocab_size"):
+        read_model_config(config)
