@@ -41,7 +41,8 @@ def demo(out: Path, processes: int) -> None:
     data = out / "data"
     if not (data / "val.json").is_file():
         print("packing the Python standard library", flush=True)
-        if pack.main(["stdlib", str(data), "--val-fraction", "0.05"]):
+        # without val.json an earlier one was interrupted
+        if pack.main(["stdlib", str(data), "--val-fraction", "0.05", "--overwrite"]):
             raise InputError("packing failed")
     print(f"training on {processes} process{'es' if processes > 1 else ''}", flush=True)
     train(out, data, processes)

@@ -52,6 +52,7 @@ def pack(
     val_fraction: float = 0.02,
     field: str = "text",
     shard_tokens: int = 1 << 28,
+    overwrite: bool = False,
 ) -> dict[str, Manifest]:
     """Writes ``OUT/train.json``, ``OUT/val.json``, their shards and ``OUT/tokenizer``.
 
@@ -65,18 +66,24 @@ def pack(
         val_fraction: Share of documents held out.
         field: Text field of jsonl, parquet and datasets.
         shard_tokens: Size at which a shard is closed.
+        overwrite: Write into ``out`` though it holds something: an earlier pack is replaced, what
+            else is there stays.
 
     Returns:
         The manifest of each part.
 
     Raises:
-        InputError: the source cannot be read, a part would be empty, or a number makes no sense.
+        InputError: the source cannot be read, a part would be empty, a number makes no sense, or
+            ``out`` holds something.
     """
     if not 0 <= val_fraction < 1:
         raise InputError(f"--val-fraction must lie in [0, 1), got {val_fraction}")
     if shard_tokens < 1:
         raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        what = "holds a pack already" if (out / "train.json").is_file() else "is not empty"
+        raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         manifests = _write_parts(
@@ -187,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--val-fraction", type=float, default=0.02, help="share held out")
     parser.add_argument("--field", default="text", help="text field of jsonl and parquet")
     parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into OUT though it holds something"
+    )
     options = vars(parser.parse_args(argv))
     start = time.perf_counter()
     try:

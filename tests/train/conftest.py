@@ -64,8 +64,8 @@ def packed(tmp_path_factory):
             at = (at * 7 + rng.randrange(3)) % 40
         texts.append(" ".join(text))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    pack(str(folder / "text.jsonl"), folder, vocab_size=300, val_fraction=0.1)
-    return folder
+    pack(str(folder / "text.jsonl"), folder / "data", vocab_size=300, val_fraction=0.1)
+    return folder / "data"
 
 
 @pytest.fixture

@@ -234,14 +234,26 @@ def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
     assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
     assert "bytes/token" in capsys.readouterr().out
     for source, out, *options in [
-        (tmp_path / "none", tmp_path / "out"),
+        (tmp_path / "none", tmp_path / "new"),
         (corpus, "/dev/null/out"),
-        (corpus, tmp_path / "out", "--val-fraction", "1.5"),
-        (corpus, tmp_path / "out", "--shard-tokens", "0"),
-        ("", tmp_path / "out"),
+        (corpus, tmp_path / "new", "--val-fraction", "1.5"),
+        (corpus, tmp_path / "new", "--shard-tokens", "0"),
+        ("", tmp_path / "new"),
     ]:
         assert main([str(source), str(out), *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train.json", "tokenizer/tokenizer.json", "notes.md"])
+def test_a_folder_that_holds_something_is_kept_unless_told(corpus, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    command = [str(corpus), str(out), "--vocab-size", "300"]
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert [path.read_text() for path in out.rglob("*") if path.is_file()] == ["mine"]
+    assert main([*command, "--overwrite"]) == 0
 
 
 def test_a_pack_that_fails_leaves_the_earlier_one_whole(corpus, tmp_path):
@@ -250,7 +262,7 @@ def test_a_pack_that_fails_leaves_the_earlier_one_whole(corpus, tmp_path):
     before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     (tmp_path / "one.txt").write_text("one document")
     with pytest.raises(InputError, match="the val part of .* is empty"):
-        pack(str(tmp_path / "one.txt"), out, vocab_size=300)
+        pack(str(tmp_path / "one.txt"), out, vocab_size=300, overwrite=True)
     assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "one.txt", "out"]
 
@@ -261,7 +273,7 @@ def test_a_pack_replaces_the_earlier_one_and_nothing_else(corpus, tmp_path):
     (out / "notes.md").write_text("mine")
     many = len(list(out.glob("train-*.bin")))
     (tmp_path / "one.txt").write_text("one document")
-    pack(str(tmp_path / "one.txt"), out, vocab_size=300, val_fraction=0.0)
+    pack(str(tmp_path / "one.txt"), out, vocab_size=300, val_fraction=0.0, overwrite=True)
     assert many > 1 and decode(out, "train") == ["one document"]
     names = ["notes.md", "tokenizer", "train-00000.bin", "train-00000.idx", "train.json"]
     assert sorted(path.name for path in out.iterdir()) == names
