@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from glob import glob
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
     for pattern in patterns:
         found = sorted(glob(pattern, recursive=True))
         if not found:
-            raise InputError(f"no token shards at {pattern}: run `rodimus data pack` first")
+            path = Path(pattern).absolute()
+            raise InputError(f"no token shards at {path}: run `rodimus data pack` first")
         if weighted and len(found) > 1:
             raise InputError(
                 f"data.weights needs one manifest an entry, got {len(found)} for {pattern}"

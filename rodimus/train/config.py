@@ -57,7 +57,7 @@ class DataSection:
     """Token shards, written by `rodimus data pack`."""
 
     train: tuple[str, ...] = ()
-    """Manifests (NAME.json) or globs of manifests; each entry is one source."""
+    """Manifests (NAME.json) or globs of them, from the working directory; an entry is a source."""
     val: tuple[str, ...] = ()
     """Held-out manifests; empty means no evaluation."""
     weights: tuple[float, ...] = ()

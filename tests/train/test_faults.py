@@ -512,7 +512,7 @@ def test_spike_without_a_checkpoint_skips_the_update_and_nothing_else(config_fil
         (["--train.micro-batch", "3"], "do not divide by 1 ranks x train.micro_batch 3"),
         (["--data.seq-len", "65536", "--train.global-batch-tokens", "131072"], "needs a shard of"),
         (["--model.config", "none.json"], "none.json: No such file"),
-        (["--data.train", "none.json"], "no token shards at none.json"),
+        (["--data.train", "none.json"], f"no token shards at {Path('none.json').absolute()}"),
         (["--out", "/dev/null/run"], "cannot create the folder of the run, /dev/null/run: Not"),
         (["--log.wandb"], "log.wandb needs wandb: pip install wandb"),
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
