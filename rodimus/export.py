@@ -19,7 +19,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .loading import checkpoint_folder, has_tokenizer, load_model, load_tokenizer
+from .loading import (
+    checkpoint_folder,
+    has_tokenizer,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from .peers import PEERS
 
 AUTO_MAP = {
@@ -47,12 +53,15 @@ def export(
         The folder written.
 
     Raises:
-        InputError: the checkpoint cannot be read, or ``out`` exists and may not be replaced.
+        InputError: the checkpoint cannot be read, its weights are quantised, or ``out`` exists and
+            may not be replaced.
     """
     out = Path(out).expanduser().resolve()
     folder = checkpoint_folder(checkpoint)
     if out.exists():
         _check_replaceable(out, folder, overwrite)
+    if getattr(load_config(folder), "quantization_config", None) is not None:
+        raise InputError(f"{folder} holds quantised weights: export those they were made from")
     model = load_model(folder, step=step)
     with _replacing(out) as temporary:
         write_model(model, temporary)

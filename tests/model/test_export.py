@@ -289,6 +289,16 @@ def test_converts_flash_linear_attention(tmp_path):
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
+def test_quantised_weights_are_refused(tmp_path):
+    save_model(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "torchao"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="source holds quantised weights: export those they were"):
+        export(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_existing_folder_is_replaced_only_when_asked(tmp_path):
     save_model(tmp_path / "checkpoint")
     out = export(tmp_path / "checkpoint", tmp_path / "out")
