@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
@@ -46,7 +46,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         The file written.
 
     Raises:
-        InputError: the run has no records.
+        InputError: the run has no records, or ``out`` cannot be written.
         ImportError: matplotlib is not installed.
     """
     rows = read_metrics(run)
@@ -73,8 +73,13 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     for ax in axes:
         ax.grid(alpha=0.3)
     out = Path(out) if out else Path(run) / "loss.png"
-    figure.savefig(out, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(out, dpi=120)
+    # an ending that matplotlib does not know is a ValueError
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {out}: {first_line(error)}") from error
+    finally:
+        pyplot.close(figure)
     return out
 
 

@@ -152,6 +152,12 @@ def test_metrics_of_a_resumed_run_are_read_once_a_step(run):
 def test_plot_writes_a_png(run, capsys):
     assert plot.main([str(run)]) == 0
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for path in (run / "none" / "x.png", run / "x.unknown"):
+        capsys.readouterr()
+        assert plot.main([str(run), "--out", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"rodimus plot: error: cannot write {path}: ")
+        assert error.count("\n") == 1
     assert plot.main([str(run / "none")]) == 2
     with pytest.raises(InputError, match="expected the folder of a training run"):
         plot.read_metrics(run / "none")
