@@ -29,7 +29,7 @@ from .modeling_rodimus import (
     RodimusModel,
 )
 from .peers import PEERS
-from .run_folder import is_run, read_weights, sound_checkpoint
+from .run_folder import is_run, read_weights, sound_checkpoint, step_number
 
 MODELS = {
     "RodimusForCausalLM": RodimusForCausalLM,
@@ -61,8 +61,23 @@ def checkpoint_folder(name: str | Path) -> Path:
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"{folder} {what}: expected a checkpoint folder (with config.json)")
     if not (folder / "config.json").is_file() and not is_run(folder):
-        raise InputError(f"{folder} holds no config.json: not a checkpoint folder")
+        raise InputError(_why_no_checkpoint(folder))
     return folder
+
+
+def _why_no_checkpoint(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"{folder} is an adapter: merge it into its model (PEFT's merge_and_unload), save that"
+            " and name its folder"
+        )
+    run = folder.absolute().parent.parent
+    if step_number(folder) is not None and is_run(run):
+        return (
+            f"{folder} is a checkpoint of a run: name {run}, or make it a model of its own with"
+            f" `rodimus export {run} OUT --step {step_number(folder)}`"
+        )
+    return f"{folder} holds no config.json: not a checkpoint folder"
 
 
 def _download(name: str) -> Path:

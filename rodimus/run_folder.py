@@ -34,10 +34,16 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_number(folder: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None for another folder."""
+    prefix, number = folder.name[:5], folder.name[5:]
+    return int(number) if prefix == "step-" and number.isdigit() else None
+
+
 def complete_steps(root: Path) -> list[int]:
     """Steps with a complete checkpoint, newest first."""
-    found = (p.parent.name.removeprefix("step-") for p in root.glob(f"step-*/{MARKER}"))
-    return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+    found = (step_number(marker.parent) for marker in root.glob(f"step-*/{MARKER}"))
+    return sorted((step for step in found if step is not None), reverse=True)
 
 
 def recorded_checksums(folder: Path) -> dict[str, str]:

@@ -507,6 +507,21 @@ class TestBadInput:
         line = self.refused(capsys, "generate", folder, "--prompt", "x")
         assert "holds no config.json" in line
 
+    @pytest.mark.parametrize("name", ["generate", "chat", "eval"])
+    def test_adapter(self, name, tmp_path, capsys):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        arguments = {"generate": ["--prompt", "x"], "chat": [], "eval": ["stdlib"]}[name]
+        line = self.refused(capsys, name, tmp_path, *arguments)
+        assert f"{tmp_path} is an adapter: merge it into its model" in line
+
+    def test_checkpoint_of_a_run(self, tmp_path, capsys):
+        (tmp_path / "model.json").write_text("{}")
+        folder = tmp_path / "checkpoints" / "step-00000020"
+        folder.mkdir(parents=True)
+        line = self.refused(capsys, "generate", folder, "--prompt", "x")
+        assert f"is a checkpoint of a run: name {tmp_path}, or" in line
+        assert f"`rodimus export {tmp_path} OUT --step 20`" in line
+
     def test_config_that_is_no_json(self, folder, capsys):
         (folder / "config.json").write_text('{"d_model": 32,')
         line = self.refused(capsys, "export", folder, folder / "out")
