@@ -40,7 +40,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
+_TEXT_FILES = ["*.json", "*.jinja"]
+_HUB_FILES = [*_TEXT_FILES, "*.safetensors", "pytorch_model*.bin"]
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -80,11 +81,11 @@ def _why_no_checkpoint(folder: Path) -> str:
     return f"{folder} holds no config.json: not a checkpoint folder"
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: list[str] = _HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub's client raises many kinds, network errors among them
         message = f"no folder {name!r} here, and the hub does not give it: {first_line(error)}"
         raise InputError(message) from error
@@ -381,6 +382,18 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         InputError: as ``read_tokenizer``.
     """
     return read_tokenizer(tokenizer_folder(checkpoint_folder(name)))
+
+
+def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or run, with or without weights there, or ``owner/name`` on the hub.
+
+    Raises:
+        InputError: as ``read_tokenizer``, or the hub does not give it.
+    """
+    folder = Path(name).expanduser()
+    if is_hub_name(name):
+        folder = _download(str(name), _TEXT_FILES)
+    return read_tokenizer(tokenizer_folder(folder))
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

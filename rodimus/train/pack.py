@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError
-from ..loading import read_tokenizer
+from ..loading import find_tokenizer
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
 from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
@@ -59,7 +59,8 @@ def pack(
     Args:
         source: What ``sources.documents`` accepts.
         out: Folder to write.
-        tokenizer: HuggingFace tokenizer folder; by default one is trained.
+        tokenizer: Folder of a tokenizer, model or run, or ``owner/name`` on the hub; by default one
+            is trained.
         vocab_size: Size of a trained vocabulary.
         tokenizer_sample: Share of the training documents a tokenizer is trained on; all of them
             where it is none.
@@ -99,9 +100,9 @@ def pack(
 
 
 def _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field):
-    """The tokenizer in a folder, or one trained on the source."""
+    """The tokenizer that is named, or one trained on the source."""
     if tokenizer is not None:
-        return read_tokenizer(Path(tokenizer))
+        return find_tokenizer(tokenizer)
 
     def sample(share: float) -> Iterator[str]:
         for part, text, digest in split_documents(source, val_fraction, field=field):
@@ -186,7 +187,11 @@ def main(argv: list[str] | None = None) -> int:
         help="stdlib (Python's own sources), a txt, jsonl or parquet file, a folder, hf:NAME",
     )
     parser.add_argument("out", help="folder for train.json, val.json, shards and tokenizer")
-    parser.add_argument("--tokenizer", help="tokenizer folder; without it one is trained")
+    parser.add_argument(
+        "--tokenizer",
+        help="folder of a tokenizer, model or run, or owner/name on the hub; without it one is "
+        "trained",
+    )
     parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
     parser.add_argument(
         "--tokenizer-sample", type=float, default=0.2, help="share of documents it is trained on"

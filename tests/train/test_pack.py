@@ -89,6 +89,25 @@ def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
     assert first["train"].shards == second["train"].shards
 
 
+def test_a_tokenizer_is_named_as_a_model_is(corpus, tmp_path, monkeypatch):
+    """A run, or the hub: what is asked for there are no weights."""
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "run" / "tokenizer")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    first = pack(str(corpus), tmp_path / "run", vocab_size=300)
+    (tmp_path / "run" / "model.json").write_text("{}")
+    for i, name in enumerate((tmp_path / "run", "owner/name")):
+        second = pack(str(corpus), tmp_path / f"out{i}", tokenizer=str(name))
+        assert first["train"].tokenizer_sha256 == second["train"].tokenizer_sha256
+    assert asked == [("owner/name", ["*.json", "*.jinja"])]
+    with pytest.raises(InputError, match=r"corpus.jsonl holds no tokenizer: expected tokenizer.j"):
+        pack(str(corpus), tmp_path / "out", tokenizer=str(corpus))
+
+
 def test_folder_and_plain_text(tmp_path):
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "b.txt").write_text("two")
