@@ -87,7 +87,7 @@ class Call:
         prompts: Strings or lists of token ids; of a chat, the one list of messages.
         choices: Continuations of each prompt.
         options: Arguments of the engine's ``Request`` but the prompt.
-        is_open_ended: The client did not say how many tokens it wants.
+        length_field: The field that says how many tokens the client wants; None if it did not say.
         stream, include_usage: Answer in pieces; with a last piece that counts tokens.
         id, created: Of the answer.
     """
@@ -96,7 +96,7 @@ class Call:
     prompts: list
     choices: int
     options: dict[str, Any]
-    is_open_ended: bool
+    length_field: str | None
     stream: bool
     include_usage: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -107,15 +107,18 @@ class Call:
 
         Args:
             token_ids: Of each prompt.
-            max_length: Of prompt and continuation: as far as an open-ended continuation goes.
+            max_length: Of prompt and continuation: as far as a continuation goes whose length the
+                client did not say.
+
+        Raises:
+            ApiError: 400, prompt and continuation are longer.
         """
         requests = []
         for ids in token_ids:
             for choice in range(self.choices):
                 options = dict(self.options)
-                if self.is_open_ended and max_length is not None:
-                    room = max(max_length - len(ids), 1)
-                    options["max_new_tokens"] = min(options["max_new_tokens"], room)
+                if max_length is not None:
+                    options["max_new_tokens"] = self._new_tokens(len(ids), max_length)
                 seed = options["sampling"].seed
                 if seed is not None:
                     # choices of one request differ, and each can be had again
@@ -123,6 +126,20 @@ class Call:
                     options["sampling"] = SamplingParams(**fields)
                 requests.append(Request(prompt=ids, **options))
         return requests
+
+    def _new_tokens(self, prompt: int, max_length: int) -> int:
+        wanted, name = self.options["max_new_tokens"], self.length_field
+        if name is None:
+            wanted, name = min(wanted, max(max_length - prompt, 1)), "the continuation"
+        if prompt + wanted > max_length:
+            raise ApiError(
+                400,
+                f"the prompt has {prompt} tokens and {name} is {wanted}: {prompt + wanted}"
+                f" together, expected at most {max_length}",
+                code="context_length_exceeded",
+                param=self.length_field or "prompt",
+            )
+        return wanted
 
 
 # ----------------------------------------------------------------------------------------------
@@ -211,7 +228,8 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
             "stop": _stop(fields, limits),
             "logprobs": logprobs,
         },
-        is_open_ended=not {"max_tokens", "max_completion_tokens"} & fields.given(),
+        # the newer one counts, which is the first in the alphabet
+        length_field=min(fields.given() & {"max_completion_tokens", "max_tokens"}, default=None),
         stream=stream,
         include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
             "include_usage", False

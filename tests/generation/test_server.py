@@ -186,9 +186,14 @@ def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
         _, answer = client.chat("Hi")
         prompt, total = (answer["usage"][f"{kind}_tokens"] for kind in ("prompt", "total"))
         assert total == 30 > prompt
-        status, answer = client.chat("Hi", max_tokens=30)
-        assert status == 400 and "expected at most 30" in answer["error"]["message"]
-        assert client.chat("x" * 40)[0] == 400
+        for field in ("max_tokens", "max_completion_tokens"):
+            status, answer = client.chat("Hi", **{field: 30})
+            message = f"the prompt has {prompt} tokens and {field} is 30: {prompt + 30} together"
+            assert status == 400
+            assert answer["error"]["message"] == f"{message}, expected at most 30"
+            assert answer["error"]["param"] == field
+        status, answer = client.chat("x" * 40)
+        assert status == 400 and answer["error"]["param"] == "prompt"
 
 
 def test_models_are_listed_and_found(client):
