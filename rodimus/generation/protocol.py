@@ -8,7 +8,7 @@ import difflib
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ _IGNORED = {
 _SHARED = {
     *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
+    *("stop_token_ids", "ignore_eos"),
 }
 
 
@@ -87,6 +88,8 @@ class Call:
         prompts: Strings or lists of token ids; of a chat, the one list of messages.
         choices: Continuations of each prompt.
         options: Arguments of the engine's ``Request`` but the prompt.
+        stop_token_ids: Tokens that end the text besides those of the model.
+        ignore_eos: Those of the model do not end it.
         length_field: The field that says how many tokens the client wants; None if it did not say.
         stream, include_usage: Answer in pieces; with a last piece that counts tokens.
         id, created: Of the answer.
@@ -96,17 +99,25 @@ class Call:
     prompts: list
     choices: int
     options: dict[str, Any]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
     length_field: str | None
     stream: bool
     include_usage: bool
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def requests(self, token_ids: list[list[int]], max_length: int | None = None) -> list[Request]:
+    def requests(
+        self,
+        token_ids: list[list[int]],
+        end_tokens: Sequence[int],
+        max_length: int | None = None,
+    ) -> list[Request]:
         """The engine's requests, in the order of the answer's choices.
 
         Args:
             token_ids: Of each prompt.
+            end_tokens: Those of the model that end a text.
             max_length: Of prompt and continuation: as far as a continuation goes whose length the
                 client did not say.
 
@@ -114,9 +125,10 @@ class Call:
             ApiError: 400, prompt and continuation are longer.
         """
         requests = []
+        ends = (*self.stop_token_ids, *(() if self.ignore_eos else end_tokens))
         for ids in token_ids:
             for choice in range(self.choices):
-                options = dict(self.options)
+                options = {**self.options, "stop_tokens": ends}
                 if max_length is not None:
                     options["max_new_tokens"] = self._new_tokens(len(ids), max_length)
                 seed = options["sampling"].seed
@@ -212,7 +224,8 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         raise fields.wrong("stream_options", "an object, used with stream = true", options)
     sampling = SamplingParams(
         temperature=fields.number("temperature", 1.0, 0, 2),
-        top_k=fields.integer("top_k", 0, 0, 2**31),
+        # -1 is another name of all
+        top_k=max(fields.integer("top_k", 0, -1, 2**31), 0),
         top_p=fields.number("top_p", 1.0, 1e-6, 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
@@ -228,6 +241,8 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
             "stop": _stop(fields, limits),
             "logprobs": logprobs,
         },
+        stop_token_ids=_stop_token_ids(fields, limits),
+        ignore_eos=fields.boolean("ignore_eos", False),
         # the newer one counts, which is the first in the alphabet
         length_field=min(fields.given() & {"max_completion_tokens", "max_tokens"}, default=None),
         stream=stream,
@@ -301,6 +316,13 @@ def _stop(fields, limits):
         what = f"a string or a list of at most {most}, each of 1 to {length} characters"
         raise fields.wrong("stop", what, fields.get("stop"))
     return tuple(stop)
+
+
+def _stop_token_ids(fields, limits):
+    ids, most = fields.get("stop_token_ids", []), limits.stop_strings
+    if not isinstance(ids, list) or len(ids) > most or not all(map(is_integer, ids)):
+        raise fields.wrong("stop_token_ids", f"a list of at most {most} token ids", ids)
+    return tuple(ids)
 
 
 def _seed(fields):

@@ -192,7 +192,8 @@ class Service:
         call = parse(body, self.limits)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
         exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
-        exchange.submit(call.requests(token_ids, self.worker.engine.max_length))
+        engine = self.worker.engine
+        exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
         answer = Answer(self.model_name, call, self._token_text)
         if call.stream:
             return _EventStream(self._pieces(exchange, answer, call), exchange.cancel)

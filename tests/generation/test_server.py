@@ -103,6 +103,25 @@ class TestCompletions:
         assert status == 200 and answer["choices"][0]["finish_reason"] == "stop"
         assert answer["choices"][0]["text"] == text[: text.index(stop)]
 
+    def test_top_k_of_minus_one_is_all(self, client, direct):
+        options = {"seed": 7, "temperature": 0.9}
+        _, answer = client.complete("Hello", max_tokens=30, top_k=-1, **options)
+        assert answer["choices"][0]["text"] == direct("Hello", 30, **options).text
+
+    def test_tokens_end_the_text_beside_those_of_the_model(self, server, direct, monkeypatch):
+        client, service, _ = server
+        tokens = direct("Hello", 30).tokens
+        first, later = tokens[0], next(token for token in tokens if token != tokens[0])
+        monkeypatch.setattr(service.worker.engine, "end_tokens", [later])
+
+        def made(**fields):
+            _, answer = client.complete("Hello", max_tokens=30, temperature=0, **fields)
+            return answer["usage"]["completion_tokens"]
+
+        assert made() == made(stop_token_ids=[]) == tokens.index(later) + 1 > 1
+        assert made(stop_token_ids=[first]) == made(stop_token_ids=[first], ignore_eos=True) == 1
+        assert made(ignore_eos=True) == 30
+
     def test_logprobs_have_one_entry_a_token(self, client):
         _, answer = client.complete("Hello", max_tokens=5, temperature=0, logprobs=2)
         logprobs = answer["choices"][0]["logprobs"]
@@ -238,7 +257,7 @@ BAD_COMPLETIONS = {
     "max_tokens float": ({"prompt": "x", "max_tokens": 1.5}, "max_tokens must be"),
     "temperature": ({"prompt": "x", "temperature": 2.1}, "temperature must be a number in [0, 2]"),
     "top_p": ({"prompt": "x", "top_p": 0}, "top_p must be"),
-    "top_k": ({"prompt": "x", "top_k": -1}, "top_k must be"),
+    "top_k": ({"prompt": "x", "top_k": -2}, "top_k must be an integer in [-1, "),
     "min_p": ({"prompt": "x", "min_p": True}, "min_p must be"),
     "penalty": ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty must be"),
     "seed": ({"prompt": "x", "seed": 2**63}, "seed must be"),
@@ -249,6 +268,9 @@ BAD_COMPLETIONS = {
     "stop empty": ({"prompt": "x", "stop": [""]}, "stop must be"),
     "stop many": ({"prompt": "x", "stop": ["a"] * 17}, "stop must be"),
     "stop long": ({"prompt": "x", "stop": "a" * 257}, "stop must be"),
+    "stop ids": ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids must be a list of"),
+    "stop id high": ({"prompt": "x", "stop_token_ids": [257]}, "must be in [0, 257), got 257"),
+    "ignore_eos": ({"prompt": "x", "ignore_eos": 1}, "ignore_eos must be true or false"),
     "stream": ({"prompt": "x", "stream": "yes"}, "stream must be true or false"),
     "stream options": ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream = true"),
     "unknown": ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'?"),
