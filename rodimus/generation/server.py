@@ -13,6 +13,7 @@ import hmac
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -401,9 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command ``rodimus serve``: serve until told to stop.
 
     Raises:
-        InputError: the model, a state file or an option is wrong.
+        InputError: the model, a state file or an option is wrong, or the port is in use.
     """
     options = _parser().parse_args(argv)
+    _check_address(options.host, options.port)
     service = _service(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and service.api_key is None:
         logger.warning("serving on %s without an API key: set %s", options.host, API_KEY_VARIABLE)
@@ -415,6 +417,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     uvicorn.Server(config).run()
     return 0 if service.worker.failure is None else 1
+
+
+def _check_address(host: str, port: int) -> None:
+    """Tells before the model is read what would end the server after it."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise InputError(f"cannot listen: {error.strerror}") from error
 
 
 def _service(options) -> Service:

@@ -597,3 +597,8 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     with pytest.raises(InputError, match="expected a Rodimus language model, .* is a Qwen2"):
         main([str(tmp_path / "peer")])
     assert END in tokenizer.get_vocab()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for host, reason in (("127.0.0.1", "Address already in use"), ("no host", "")):
+            with pytest.raises(InputError, match=f"^cannot listen: {reason}.*'{host}', {port}"):
+                main([str(tmp_path / "nothing"), "--host", host, "--port", port])
