@@ -1429,7 +1429,8 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def __init__(self, config: RodimusConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
+        # no padding_idx: the end of a text is often what pads too, and is to be learned
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         # a look into a config of transformers takes as long as a small operator
         self.embed_scale = math.sqrt(config.mem_size) if config.use_scale_embedding else None
         self.residual_in_fp32 = config.residual_in_fp32

@@ -215,6 +215,16 @@ def test_nothing_is_left_on_the_meta_device(tmp_path):
     assert all(not t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
+def test_a_token_is_learned_though_it_pads():
+    fields = golden_config("rodimus") | {"pad_token_id": 2, "tie_word_embeddings": False}
+    model = RodimusForCausalLM(RodimusConfig.from_dict(fields))
+    weight = model.get_input_embeddings().weight
+    assert weight[2].any()
+    ids = torch.tensor([[5, 2, 7]])
+    model(ids, labels=ids).loss.backward()
+    assert weight.grad[2].any()
+
+
 def test_sequence_classification():
     config = RodimusConfig.from_dict(golden_config("rodimus_plus") | {"pad_token_id": 0})
     config.num_labels = 3
