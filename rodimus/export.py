@@ -26,6 +26,7 @@ from .loading import (
     load_model,
     load_tokenizer,
 )
+from .modeling_rodimus import RodimusForCausalLM
 from .peers import PEERS
 
 AUTO_MAP = {
@@ -63,6 +64,10 @@ def export(
     if getattr(load_config(folder), "quantization_config", None) is not None:
         raise InputError(f"{folder} holds quantised weights: export those they were made from")
     model = load_model(folder, step=step)
+    if isinstance(model, RodimusForCausalLM) and has_tokenizer(folder):
+        # a classifier made of it needs one for batches; nothing else asks for it
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     with _replacing(out) as temporary:
         write_model(model, temporary)
         if has_tokenizer(folder):

@@ -272,6 +272,24 @@ def test_classifier_stays_a_classifier(tmp_path):
     assert torch.equal(again.score.weight, model.score.weight)
 
 
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_classifies_batches_and_generates_as_before(exported):
+    """By the padding token, which the configuration of the checkpoint did not name."""
+    folder, model = exported
+    assert model.config.pad_token_id is None
+    ids = torch.tensor([[1, 1, 7, 8], [5, 6, 1, 8], [5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [1] * 4, [1] * 4])
+    classifier = RodimusForSequenceClassification.from_pretrained(folder).eval()
+    again = RodimusForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        logits = classifier(ids, attention_mask=mask).logits
+        alone = classifier(ids[:1, 2:]).logits
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    torch.testing.assert_close(logits[:1], alone, rtol=1e-5, atol=1e-5)
+    options = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(again.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_converts_flash_linear_attention(tmp_path):
     from safetensors.torch import save_file
 
