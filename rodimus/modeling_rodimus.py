@@ -1494,6 +1494,8 @@ class RodimusModel(RodimusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeds.dim() != 3:
+            raise _wrong_shape(input_ids, inputs_embeds)
         if isinstance(attention_mask, dict):
             attention_mask = Layout(**attention_mask)
         if context is not None:
@@ -1803,6 +1805,12 @@ def _check_context_alone(others, config):
             "context excludes attention_mask, position_ids, past_key_values, cu_seqlens and"
             " dropout of attention weights"
         )
+
+
+def _wrong_shape(input_ids, inputs_embeds):
+    if inputs_embeds is None:
+        return ValueError(f"input_ids must have shape [B, T], got {list(input_ids.shape)}")
+    return ValueError(f"inputs_embeds must have shape [B, T, D], got {list(inputs_embeds.shape)}")
 
 
 def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -180,6 +181,17 @@ def test_no_tokens(model):
         model(torch.zeros(2, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="at least one token.*0"):
         model(inputs_embeds=torch.zeros(2, 0, 64))
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7, 1), ()], ids=str)
+def test_tokens_of_a_wrong_shape(model, shape):
+    ids = torch.zeros(shape, dtype=torch.long)
+    got = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"input_ids must have shape \[B, T\], got {got}"):
+        model(ids)
+    got = re.escape(str([*shape, 64]))
+    with pytest.raises(ValueError, match=rf"inputs_embeds must .* \[B, T, D\], got {got}"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
 
 
 def test_ids_and_embeddings(model):
