@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="rodimus plan",
         description="Memory, operations, traffic and days of a training run, by arithmetic: "
         "nothing is measured and no GPU is needed.",
+        epilog="--section.key VALUE changes a setting of the file, as for `rodimus train`",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("config", help="TOML file of the run")

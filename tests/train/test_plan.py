@@ -124,6 +124,12 @@ def test_page_is_that_of_the_script():
     assert (ROOT / "docs" / "scaling.md").read_text() == page
 
 
+def test_plan_command_says_that_it_takes_settings(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    assert "--section.key VALUE" in capsys.readouterr().out
+
+
 def test_plan_command_prints_or_fails_in_one_line(capsys):
     path = str(TRAIN / "rodimus_plus_130m.toml")
     assert plan.main([path, "--gpus", "8"]) == 0
