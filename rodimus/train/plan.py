@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,7 +21,7 @@ from ..loading import model_class
 from ..peers import PEERS
 from .config import TrainConfig
 from .context import check_splits
-from .flops import DEVICES, TokenFlops, train_flops
+from .flops import DEVICES, TokenFlops, hardware_flops, train_flops
 from .load import load_config
 from .optim import parameter_groups
 from .parallel import reshards
@@ -34,6 +35,8 @@ class Plan:
     parameters: int
     gpus: int
     flops: TokenFlops
+    recomputed: float
+    """Operations of a token that are made a second time."""
     steps: int
     tokens: int
     memory: dict[str, float]
@@ -99,7 +102,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
     Args:
         config: The run.
         gpus: Ranks; ``parallel.replicate`` copies of the model share them.
-        mfu: Share of its peak FLOP/s that a GPU reaches.
+        mfu: Share of its peak FLOP/s that a GPU reaches; MFU, unless blocks are run again.
         gpu: Kind of GPU, a key of ``flops.DEVICES``.
 
     Raises:
@@ -120,14 +123,17 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
     shards = gpus // replicas
     gathers_twice = reshards(config.parallel, n, DEVICES[gpu].memory)
     flops = train_flops(model, model_config, config.data.seq_len)
+    made = partial(hardware_flops, model, model_config, config.data.seq_len)
+    recomputed = made(recompute=config.train.ac == "full") - made(recompute=False)
     return Plan(
         parameters=n,
         gpus=gpus,
         flops=flops,
+        recomputed=recomputed,
         steps=config.steps,
         tokens=config.steps * config.train.global_batch_tokens,
         memory=_memory(model, model_config, config, n, shards, gathers_twice),
-        tokens_per_s=gpus * DEVICES[gpu].flops * mfu / flops.total,
+        tokens_per_s=gpus * DEVICES[gpu].flops * mfu / (flops.total + recomputed),
         traffic=_traffic(n, shards, replicas, gathers_twice)
         | _pieces_traffic(config, model_config),
     )
@@ -200,16 +206,18 @@ def _pieces_traffic(config: TrainConfig, shapes: PreTrainedConfig) -> dict[str, 
 
 def render(plan: Plan, mfu: float) -> str:
     """The plan as text."""
-    flops = "  ".join(f"{k} {v / 1e9:.3f}" for k, v in plan.flops._asdict().items() if v)
+    parts = plan.flops._asdict() | {"made again": plan.recomputed}
+    flops = "  ".join(f"{k} {v / 1e9:.3f}" for k, v in parts.items() if v)
+    made = plan.flops.total + plan.recomputed
     lines = [
         f"parameters            {plan.parameters:,}",
-        f"operations a token    {plan.flops.total / 1e9:.3f} GFLOP ({flops})",
+        f"operations a token    {made / 1e9:.3f} GFLOP ({flops})",
         f"run                   {plan.steps:,} steps, {plan.tokens / 1e9:,.1f} G tokens",
         f"memory of one GPU     {plan.memory_gb:.1f} GB",
         *(f"  {name:<30}{size / 1e9:>8.2f} GB" for name, size in plan.memory.items()),
         f"traffic of one GPU    (ring; {plan.gpus} GPUs)",
         *(f"  {name:<36}{size / 1e9:>8.2f} GB" for name, size in plan.traffic.items()),
-        f"at {mfu:.0%} MFU            {plan.tokens_per_s:,.0f} tokens/s, "
+        f"at {mfu * plan.flops.total / made:.0%} MFU            {plan.tokens_per_s:,.0f} tokens/s, "
         f"{plan.tokens_per_s / plan.gpus:,.0f} a GPU, {plan.days:.1f} days",
     ]
     return "\n".join(lines)
@@ -227,7 +235,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
     parser.add_argument("--gpu", choices=sorted(DEVICES), default="H100", help="kind of GPU")
-    parser.add_argument("--mfu", type=float, default=0.5, help="share of the peak assumed")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.5,
+        help="share of the peak assumed; with train.ac = full recomputation takes its part of it",
+    )
     options, overrides = parser.parse_known_args(argv)
     try:
         config = load_config(options.config, overrides)
