@@ -127,7 +127,8 @@ def keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    """Scores outside the smallest set of likeliest tokens that reaches ``top_p`` become -inf."""
+    """Scores outside the smallest set of likeliest tokens that reaches ``top_p`` become -inf. All
+    that tie with the last of the set stay, where transformers keeps some by their order."""
     total = scores.logsumexp(-1, keepdim=True)
     head = scores.topk(min(_HEAD, scores.shape[-1])).values
     threshold, mass = _nucleus(head, total, top_p)

@@ -94,7 +94,10 @@ class TextStream:
         decoded = whole.rstrip(_INCOMPLETE)
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
-        if len(self._context) > _MOST:
+        # bytes of a character that has begun can make marks of those before them
+        if len(self._context) > _MOST and (
+            self._shown <= len(decoded) or len(self._context) > _LONGEST
+        ):
             self._forget(whole)
 
     def _forget(self, decoded):

@@ -59,7 +59,10 @@ def byte_fallback_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-@pytest.mark.parametrize("text", [*SAMPLES, "\U0001f600x", 12 * "\U0001f600" + " the end"])
+@pytest.mark.parametrize(
+    "text",
+    [*SAMPLES, "\U0001f600x", 12 * "\U0001f600" + " the end", "aa" + 9 * "é", "aaa" + 9 * "世"],
+)
 def test_characters_in_bytes_of_their_own(text):
     tokenizer = byte_fallback_tokenizer()
     tokens = tokenizer(text.lower()).input_ids
