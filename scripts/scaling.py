@@ -26,6 +26,7 @@ Written by `python scripts/scaling.py` from `rodimus plan`; **nothing here was m
 H100 at {MFU:.0%} MFU of {TFLOPS:.0f} TFLOP/s, perfect scaling, {PER_NODE} GPUs
 per node, one replica per node (HSDP). With a fixed global batch, more GPUs mean fewer rows on each,
 hence less activation memory, which is an estimate from what backward needs with fused kernels.
+The one GPU that was measured reached [less](training.md#speed-on-a-gpu), without FSDP.
 Settings are the files of the same names in `configs/train`.
 
 """
