@@ -224,8 +224,9 @@ class RodimusConfig(PreTrainedConfig):
 
     @num_attention_heads.setter
     def num_attention_heads(self, value):
-        self.attn_cfg["num_heads"] = value
-        self.attn_cfg["num_heads_v"] = None
+        if value != self.num_attention_heads:
+            self.attn_cfg["num_heads"] = value
+            self.attn_cfg["num_heads_v"] = None
 
     @property
     def num_key_value_heads(self) -> int:

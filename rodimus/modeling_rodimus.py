@@ -1148,6 +1148,13 @@ def eager_attention_forward(
     return o.transpose(1, 2).contiguous(), weights
 
 
+def _as_given(weights, order):
+    """Attention weights ``[B, H, T, T]`` of the left-padded layout, of the rows as they came."""
+    place = order.argsort(1)
+    weights = weights.gather(2, place[:, None, :, None].expand_as(weights))
+    return weights.gather(3, place[:, None, None, :].expand_as(weights))
+
+
 class RodimusAttention(nn.Module):
     """Sliding-window attention with shared keys and a value head per query head (section 3.2).
 
@@ -1187,6 +1194,8 @@ class RodimusAttention(nn.Module):
             weights = None
         else:
             o, weights = self._attend(q, k, v, layout, past_key_values, **kwargs)
+            if weights is not None and layout.order is not None and weights.shape[-1] == length:
+                weights = _as_given(weights, layout.order)
         o = self.out_proj(o.reshape(batch, length, -1))
         return F.dropout(o, self.dropout, self.training), weights
 
@@ -1580,6 +1589,9 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         rotary = self._rotary(embeds, position_ids.expand(stream.shape[0], 1)[:, 0], None)
         weights, numbers = found
+        # under autocast the modules leave taps of another dtype
+        if any(layer.conv_states[0].dtype != weights[0].conv.dtype for layer in layers):
+            return None
         first = layers[0]
         shared = (first.step_position(), rotary)
         # taps, states and rings
@@ -1588,26 +1600,25 @@ class RodimusModel(RodimusPreTrainedModel):
         stream = blocks_step(stream, weights, *states, *shared, **numbers, impl="native")
         return stream.unsqueeze(1)
 
-    def _blocks_are_untouched(self) -> bool:
-        """Whether the blocks and all in them compute what their classes say: no hook, adapter,
-        quantiser or patched forward."""
+    def _inspect(self) -> _Inspection | None:
+        """What the blocks are, where they and all in them compute what their classes say: no hook,
+        adapter, quantiser or patched forward."""
+        # threads may share the model: what one of them has found, another may replace
         found, layers = self._inspected, self.layers
         if found is None or found.parts[0] is not layers or not found.is_unchanged():
-            self._inspected = None
-            if not _is_untouched(layers):
-                return False
-            self._inspected = _Inspection(layers)
-        return True
+            found = self._inspected = _Inspection(layers) if _is_untouched(layers) else None
+        return found
 
     def _step_arguments(self):
         """``(weights, numbers)`` of the blocks for a fused step, None where they do not say all
         there is, or are no plain tensors."""
-        if not self._blocks_are_untouched():
+        found = self._inspect()
+        if found is None:
             return None
-        found = self._inspected
         if not found.is_searched:
             with torch.no_grad():
-                found.step, found.is_searched = self._find_step_arguments(), True
+                found.step = self._find_step_arguments()
+            found.is_searched = True
         return found.step
 
     def _find_step_arguments(self):
@@ -1663,7 +1674,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return False
         # the blocks of a model are sharded alike
         sharded = bool(self.layers) and _is_sharded(self.layers[0])
-        return all(map(_is_sharded, self.layers)) if sharded else self._blocks_are_untouched()
+        return all(map(_is_sharded, self.layers)) if sharded else self._inspect() is not None
 
     def _sees_whole_window(self, attention_mask, past_key_values) -> bool:
         """Whether the new token of every row is one, and attention may take every key in the
@@ -2018,6 +2029,14 @@ def _shifted_labels(rows, labels, shift_labels):
 
 class RodimusForSequenceClassification(GenericForSequenceClassification, RodimusPreTrainedModel):
     """Sequence classification from the last token that is not padding."""
+
+    def __init__(self, config: RodimusConfig):
+        # that of transformers asks AutoModel, which trusts no code of a folder by itself
+        RodimusPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RodimusModel(config)
+        self.score = nn.Linear(config.d_model, self.num_labels, bias=False)
+        self.post_init()
 
 
 __all__ = [

@@ -189,6 +189,20 @@ class TestDefault:
         config.output_attentions = True
         assert RodimusForCausalLM(config).config._attn_implementation == "eager"
 
+    def test_attentions_are_those_of_the_rows_as_they_came(self):
+        model, ids = build(config_of("rodimus_plus")), random_ids(2, 8)
+        model.set_attn_implementation("eager")
+        mask = torch.ones_like(ids)
+        mask[0, 5:] = mask[1, 2:4] = 0
+        with torch.no_grad():
+            weights = model(ids, attention_mask=mask, output_attentions=True).attentions
+            assert len(weights) == 2
+            for row, kept in enumerate(mask.bool()):
+                alone = model(ids[row : row + 1, kept], output_attentions=True).attentions
+                for given, expected in zip(weights, alone, strict=True):
+                    found = given[row][:, kept][:, :, kept]
+                    torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
+
     def test_the_choice_is_not_saved(self, tmp_path):
         build(config_of("rodimus_plus")).save_pretrained(tmp_path)
         assert "attn_implementation" not in (tmp_path / "config.json").read_text()

@@ -215,6 +215,13 @@ def test_nothing_is_left_on_the_meta_device(tmp_path):
     assert all(not t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
+def test_the_number_of_value_heads_stands_beside_that_of_all():
+    attn = {"num_heads": 4, "num_heads_v": 1}
+    named = {"block_type": "rodimus_plus", "d_model": 32, "attn_cfg": attn}
+    assert RodimusConfig(**named, num_attention_heads=4).num_value_heads == 1
+    assert RodimusConfig(**named, num_attention_heads=2).num_value_heads == 2
+
+
 def test_a_token_is_learned_though_it_pads():
     fields = golden_config("rodimus") | {"pad_token_id": 2, "tie_word_embeddings": False}
     model = RodimusForCausalLM(RodimusConfig.from_dict(fields))

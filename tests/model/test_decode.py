@@ -62,6 +62,32 @@ def test_greedy_tokens_are_those_of_the_modules(model, monkeypatch, fused):
     assert torch.equal(tokens, make()) and generation.tokens == tokens[0, 12:].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cache_of_autocast_is_gone_on_with_by_the_modules(model, dtype):
+    """It holds taps in the dtype of the products."""
+    ids, cache = random_ids(1, 14), DynamicCache(config=model.config)
+    with torch.no_grad():
+        with torch.autocast(ids.device.type, dtype):
+            model(ids[:, :12], past_key_values=cache)
+        found = [model(ids[:, n : n + 1], past_key_values=cache).logits for n in (12, 13)]
+    assert cache.get_seq_length() == 14
+    assert relative_error(torch.cat(found, 1), full(model, ids)[:, 12:]) < 0.05
+
+
+def test_what_another_thread_forgets_is_looked_for_again(model, monkeypatch, fused):
+    """Between the look at the blocks and their weights."""
+    ids = random_ids(1, 14)
+    expected = decode(model, ids)
+    unchanged = modeling_rodimus._Inspection.is_unchanged
+
+    def and_gone(self):
+        model.model._inspected = None
+        return unchanged(self)
+
+    monkeypatch.setattr(modeling_rodimus._Inspection, "is_unchanged", and_gone)
+    assert torch.equal(decode(model, ids), expected) and len(fused) == 4
+
+
 def test_a_recorded_step_is_fused(model, monkeypatch, fused):
     """While a CUDA graph is recorded, transformers calls it tracing: the engine's graphs would
     otherwise hold the modules."""

@@ -111,6 +111,22 @@ print(type(load(AutoModel)).__name__, torch.equal(again, logits))
     assert torch.equal(result["generated"], generated)
 
 
+def test_a_classifier_loads_first_and_again(exported, tmp_path):
+    """What it is made of must not need a trust of its own."""
+    script = """
+model = load(AutoModelForSequenceClassification)
+assert model.config.pad_token_id is not None
+ids = ids.view(4, 10)
+model.save_pretrained("again")
+folder = "again"
+with torch.no_grad():
+    again = load(AutoModelForSequenceClassification)(ids).logits
+    print(model(ids).logits.equal(again), tuple(again.shape))
+"""
+    output = run(script, tmp_path, exported[0], ("rodimus", "rodimus_kernels"))
+    assert output.splitlines()[-1] == "True (4, 2)"
+
+
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
 def test_running_without_the_operators_is_said_once(exported, tmp_path):
     script = """
