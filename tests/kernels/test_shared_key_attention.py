@@ -12,7 +12,7 @@ import typing
 import pytest
 import torch
 
-from rodimus_kernels import reference, rope, rope_tables, shared_key_attention
+from rodimus_kernels import _dispatch, reference, rope, rope_tables, shared_key_attention
 from rodimus_kernels.shared_key_attention import api, flex, sdpa
 from rodimus_kernels.testing import assert_close, assert_within_budget, relative_error
 
@@ -493,6 +493,10 @@ class TestFlash:
         """Makes these versions the installed ones, on a device of this compute capability."""
         home = "rodimus_kernels.shared_key_attention.flash"
 
+        def forget():
+            sys.modules.pop(home, None)
+            vars(_dispatch._imported).pop(home.replace(".", "_"), None)
+
         def install(*versions, major=9):
             found = {version: FlashLibrary(version) for version in versions}
             # version 4 alone is a folder flash_attn without functions
@@ -507,14 +511,14 @@ class TestFlash:
                     raise importlib.metadata.PackageNotFoundError(name)
 
             monkeypatch.setattr(importlib.metadata, "version", version)
-            monkeypatch.delitem(sys.modules, home, raising=False)
+            forget()
             if found:
                 flash = importlib.import_module(home)
                 monkeypatch.setattr(flash, "_capability", lambda device: major)
             return found
 
         yield install
-        sys.modules.pop(home, None)
+        forget()
 
     @pytest.mark.parametrize(
         "case",
