@@ -34,6 +34,8 @@ _IGNORED = {
     *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
     *("service_tier", "store", "user", "verbosity"),
 }
+# how many tokens a client wants, the one that counts first
+_LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
     *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
@@ -243,8 +245,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         },
         stop_token_ids=_stop_token_ids(fields, limits),
         ignore_eos=fields.boolean("ignore_eos", False),
-        # the newer one counts, which is the first in the alphabet
-        length_field=min(fields.given() & {"max_completion_tokens", "max_tokens"}, default=None),
+        length_field=next((name for name in _LENGTHS if name in fields.given()), None),
         stream=stream,
         include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
             "include_usage", False

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..run_folder import MARKER, complete_steps, step_folder
+from ..run_folder import MARKER, complete_steps, step_folder, step_number
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -54,8 +54,8 @@ def remove_incomplete(root: Path) -> None:
     """Deletes what killed runs left unfinished."""
     complete = set(complete_steps(root))
     for folder in root.glob("step-*"):
-        name = folder.name.removeprefix("step-")
-        if name.isdigit() and int(name) not in complete:
+        step = step_number(folder)
+        if step is not None and step not in complete:
             remove(folder)
 
 
