@@ -1,6 +1,7 @@
 """The CUDA operators without a GPU: their kernels run emulated on the CPU, their library loads, and
 what nvcc made of them fits the registers."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -178,9 +179,32 @@ def test_only_the_persistent_kernel_takes_eight_rows_of_the_4b():
     assert fits(7, False) and not fits(8, False) and fits(8, True) and not fits(9, True)
 
 
+def test_rows_of_a_stream_that_start_between_16_bytes_are_seen():
+    wide = torch.zeros(3, 12)
+    for stream in (wide[:, :8], wide[:1, 4:], wide.bfloat16()[::2, :8]):
+        assert native_block._in_pieces(stream)
+    for stream in (wide[:, 1:9], torch.zeros(3, 9)[:, :8], wide.bfloat16()[:, :8]):
+        assert not native_block._in_pieces(stream)
+
+
 @pytest.mark.slow
 def test_emulated_block_of_the_most_inputs(emulated_block):
     check_whole_block(partial(emulated_block, processors=2, shared=232_448), 8, MOST_INPUTS)
+
+
+def persistent_bytes(batch, sizes):
+    """Shared memory for two stages of weights, the sums, and the rows of x."""
+    inputs = max(size for name, size in sizes.items() if name in ("width", "inner", "mlp"))
+    return 65_536 + 16_896 + 2 * batch * (-(-inputs // 64) * 64 + 32)
+
+
+def test_the_persistent_kernel_takes_what_just_suffices_and_no_less(emulated_block):
+    (batch, processors, _, sizes) = PERSISTENT["rodimus_odd"]
+    step = lambda shared: partial(emulated_block, processors=processors, shared=shared)
+    needed = persistent_bytes(batch, sizes)
+    check_whole_block(step(needed), batch, sizes)
+    with pytest.raises(AssertionError, match=f"{needed - 1} bytes are too few"):
+        check_whole_block(step(needed - 1), batch, sizes)
 
 
 RELEASED = {"width": 2048, "inner": 4096, "keys": 64, "rank": 32, "dim": 128, "mlp": 2816}
@@ -413,16 +437,17 @@ def test_whole_block_on_cuda_equals_the_reference(case, batch, impl):
     from tests.kernels import test_block as block
 
     native.require("test", "cuda")
-    if impl == "persistent":
-        # two stages, sums, and the rows of x
-        inputs = max(
-            size for name, size in ON_GPU[case].items() if name in ("width", "inner", "mlp")
-        )
-        needed = 65_536 + 16_896 + 2 * batch * (-(-inputs // 64) * 64 + 32)
-        shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
-        if shared < needed:
-            pytest.skip(f"needs {needed:,} bytes of shared memory a block, there are {shared:,}")
-    check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, ON_GPU[case], "cuda")
+    needed = persistent_bytes(batch, ON_GPU[case])
+    refused = contextlib.nullcontext()
+    if impl == "persistent" and needed > most_shared():
+        refused = pytest.raises(RuntimeError, match=f"needs a GPU with .* {needed} bytes of shared")
+    with refused:
+        check_whole_block(block.of_one_block(blocks_step, impl=impl), batch, ON_GPU[case], "cuda")
+
+
+def most_shared():
+    """Bytes of shared memory that this GPU gives a block."""
+    return torch.cuda.get_device_properties(0).shared_memory_per_block_optin
 
 
 @pytest.mark.gpu

@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import torch
 from rodimus import RodimusForCausalLM
 from rodimus.errors import InputError
 from rodimus.train import guard, loop, signals, store
+from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
 from rodimus.train.checkpoint import Checkpointer, changed_settings
@@ -342,6 +345,37 @@ def test_second_sigterm_ends_a_rank_that_waits_for_another():
     with pytest.raises(AssertionError, match="rank 0: died with 143"):
         run_ranks(2, rank, timeout=8)
     assert time.monotonic() - began < 30
+
+
+def test_beats_are_told_while_the_store_is_waited_for():
+    """A new group of ranks is made by waiting for it."""
+
+    def rank():
+        torch.distributed.init_process_group("gloo")
+        watchdog = Watchdog(0, 2, timeout_s=60.0, save_s=60.0)
+        watchdog.start()
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=6))
+        threading.Thread(target=store.get, args=("never",), daemon=True).start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        watchdog._store.set("beat/0", "1")
+        return time.monotonic() - began
+
+    assert run_ranks(1, rank)[0] < 2
+
+
+def test_a_run_of_wandb_goes_on_where_it_was(tmp_path, monkeypatch):
+    asked = []
+
+    def init(**named):
+        asked.append(named["id"])
+        return SimpleNamespace(id=named["id"] or "first", log=None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for _ in range(2):
+        run_metrics._wandb(tmp_path)
+    assert asked == [None, "first"]
 
 
 @pytest.mark.slow

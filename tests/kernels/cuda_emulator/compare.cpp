@@ -363,7 +363,10 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
   cuda.o = random_rows(type, tokens, size), cuda.cache = random_rows(type, cpu.batch * ring, row);
   memcpy(cuda.cache.data, cpu.cache.data, cpu.batch * ring * row * sizeof(T));
   cuda.scratch = random_floats(parts * tokens * cpu.heads * (cpu.value_dim + 2));
-  cuda.parts = parts;
+  // a negative position, which no host can refuse in time, counts as 0
+  std::vector<int64_t> given = ages;
+  for (int64_t& age : given) age = age ? age : -3;
+  cuda.position = given.data(), cuda.parts = parts;
   kernels().attention_write(cpu, 0, cpu.batch);
   kernels().attention_scan(cpu, 3, 0, cpu.batch * 3);
   kernels().attention_merge(cpu, 3, 0, tokens * cpu.heads);
