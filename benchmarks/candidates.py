@@ -221,7 +221,7 @@ _CONV = ("512x4x4", "512x4x2", "512x4x8", "256x2x4", "1024x8x4", "512x2x4")
 KERNELS = {
     # width of K, warps, stages: four warps leave room for a second program and spill a little
     "prepare": Kernel(
-        triton_chunk, "prepare_tile", "64x4x1 64x8x1 32x8x1", partial(_ddts, "prepare")
+        triton_chunk, "prepare_tile", "64x4x1 32x4x1 32x8x1 64x8x1", partial(_ddts, "prepare")
     ),
     # five stages of 40 KiB leave too little shared memory for tiles of states
     "walk": Kernel(triton_chunk, "walk_tile", f"{_WALK} 128x4x5", partial(_ddts, "walk")),
@@ -234,7 +234,7 @@ KERNELS = {
         partial(_ddts, "products"),
     ),
     # width of K, warps; at least 16 columns for every four warps (see gate_tile)
-    "gate": Kernel(triton_chunk, "gate_tile", "16x4x1 32x8x1", partial(_ddts, "gate")),
+    "gate": Kernel(triton_chunk, "gate_tile", "16x4x1 32x4x1 32x8x1", partial(_ddts, "gate")),
     # queries, keys, warps, stages: few warps, so that several programs share a multiprocessor,
     # or large tiles, which read less; the last of each is Ampere's
     "attention": Kernel(

@@ -148,6 +148,18 @@ def exp2(x):
 
 
 @triton.jit
+def settle(x):
+    """fp32 x as it stands: without this, Triton computes everything from the loads to an operand
+    of ``mma.sync`` again in each warp that multiplies it."""
+    if _INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def reciprocal(x):
     """``1 / x`` of fp32 within 1 ulp, for x between 2 ** -126 and 2 ** 126."""
     if _INTERPRETED:

@@ -328,6 +328,15 @@ def test_log_decay_of_minus_infinity_erases_the_state(impl):
     assert relative_error(o[:, 40:], alone[0]) < LIMIT and relative_error(final, alone[1]) < LIMIT
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_a_nan_log_decay_does_not_reach_earlier_tokens(impl):
+    inputs = make(DdtsCase(1, 70, 1, 16, 16))
+    expected, _ = ddts(*inputs[:4], impl=impl)
+    inputs.log_decay[:, 40, :, 3] = torch.nan
+    o, _ = ddts(*inputs[:4], impl=impl)
+    assert torch.equal(o[:, :40], expected[:, :40]) and o[:, 40:].isnan().all()
+
+
 def test_gradcheck():
     inputs = ddts_inputs(DdtsCase(1, 9, 2, 4, 3, dtype=torch.float64))
     leaves = [x.requires_grad_() for x in inputs[:5]]

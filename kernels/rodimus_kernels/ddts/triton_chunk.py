@@ -7,6 +7,7 @@ for K = 64 in bfloat16, and nothing without gradients. The kernels are in
 """
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -53,12 +54,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def prepare_tile(key_dim: int, dtype: torch.dtype) -> Tile:
+def prepare_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """As much of K at once as the registers hold; the scores add up over the slices. Four warps
-    leave room for a second program: 45 us against 55 us on eight (H200, B = 8, T = 4096, K = 64).
+    leave room for a second program. Before sm_90 each warp holds the log-decays of all rows.
     """
     if dtype == torch.bfloat16:
-        return Tile(min(key_dim, 64), 4 if key_dim <= 64 else 8, 1)
+        return Tile(key_dim if key_dim <= 64 and arch >= 90 else min(key_dim, 32), 4, 1)
     return Tile(min(key_dim, 32), 8, 1)
 
 
@@ -241,6 +242,23 @@ def _key_strides(keys):
     return strides(keys.q, keys.k, keys.g, keys.g if keys.temper is None else keys.temper)
 
 
+@functools.cache
+def _summed(device):
+    """Which log-decays the decay of each row of a chunk sums up, ``[levels + 2, C, C]`` of zeros
+    and ones in bfloat16: at level l of the tree those from the start of the row's block to itself
+    where that is an odd block of ``2^l``, and those after it to the end of the block where it is an
+    even one; then those of the whole chunk up to the row, and after it. Copied to the device at the
+    first call, which a CUDA graph can therefore not capture."""
+    row = torch.arange(TRITON_CHUNK)
+    before = row[:, None] >= row
+    masks = []
+    for level in range(_LEVELS):
+        block = row >> level
+        odd = (block % 2 == 1)[:, None]
+        masks.append((block[:, None] == block) & (before == odd))
+    return torch.stack([*masks, before, ~before]).to(device, torch.bfloat16)
+
+
 def _prepare(keys, v, columns):
     heads, key_dim = keys.q.shape[2:]
     slots, dtype = heads * columns.count, tile_dtype(v)
@@ -250,13 +268,14 @@ def _prepare(keys, v, columns):
         v.new_empty((slots, TRITON_CHUNK, key_dim), dtype=dtype),
         v.new_empty((slots, key_dim), dtype=torch.float32),
     )
-    tile = prepare_tile(key_dim, dtype)
+    tile = prepare_tile(key_dim, dtype, capability(v))
     ddts_chunk_prepare_kernel[(columns.count, heads)](
         *keys[:4],
         keys.resets,
         columns.starts,
         columns.ends,
         *tiles,
+        _summed(v.device),
         keys.scale,
         keys.eps,
         keys.q.shape[1],
@@ -268,6 +287,7 @@ def _prepare(keys, v, columns):
         LEVELS=_LEVELS,
         PRECISION=_precision(v),
         ROUND=_round(v),
+        INTERPRETED=INTERPRETED,
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -553,6 +573,7 @@ def _gate(keys, v, columns, products):
         columns.ends,
         *products,
         *grads,
+        _summed(v.device),
         keys.scale,
         keys.eps,
         keys.q.shape[1],

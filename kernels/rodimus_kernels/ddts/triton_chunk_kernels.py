@@ -21,7 +21,15 @@ of a document; all three are made on the device, so nothing waits for it.
 import triton
 import triton.language as tl
 
-from .._triton import LOG2_E, exp2, product, reciprocal, tempered_gate_gradients, tempered_gates
+from .._triton import (
+    LOG2_E,
+    exp2,
+    product,
+    reciprocal,
+    settle,
+    tempered_gate_gradients,
+    tempered_gates,
+)
 
 # reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
 RESET = tl.constexpr(-1.4426950408889634e30)
@@ -81,39 +89,19 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
         b_select, b_temper = load_gates(p_g, p_temper, mask)
         b_in, b_g = tempered_gates(b_select, b_temper)
         b_k *= reciprocal(norms)[:, None] * b_in
-    b_g *= LOG2_E
+    # finite, so that zero times it is zero: the key tells later tokens of a NaN, and no earlier one
+    b_k = tl.where(b_g == b_g, b_k, b_g)
+    b_g = tl.maximum(b_g * LOG2_E, RESET)
     if p_resets is not None:
         b_reset = tl.load(p_resets + o_i[:, None], mask=mask, other=0)
         b_g = tl.where(b_reset != 0, RESET, b_g)
-    return b_k, b_g
-
-
-@triton.jit
-def climb(prefix, suffix, o_i, level):
-    """The sums of blocks of ``2 << level`` positions from those of ``1 << level``: additions only.
-
-    The last prefix of the sibling block is the sum of that block.
-    """
-    last = (o_i ^ (1 << level)) | ((1 << level) - 1)
-    sibling = tl.gather(prefix, last[:, None] + tl.zeros(prefix.shape, tl.int32), 0)
-    odd = ((o_i >> level) & 1)[:, None] == 1
-    return prefix + tl.where(odd, sibling, 0.0), suffix + tl.where(odd, 0.0, sibling)
-
-
-@triton.jit
-def decay_to_boundary(prefix, suffix, o_i, level):
-    """``(odd, decay)`` of a level, where blocks of ``1 << level`` positions meet in pairs: rows of
-    the odd block are queries and fade from its start, those of the even block are keys and fade to
-    its end. A row is one or the other, so each takes a single exponential."""
-    odd = ((o_i >> level) & 1)[:, None] == 1
-    return odd, exp2(tl.where(odd, prefix, suffix))
+    return b_k, settle(b_g)
 
 
 @triton.jit
 def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + mask x for a bool mask: an fp32 x is the sum of three bf16 values, of which two are
-    more than products of ``tf32`` hold."""
-    mask = tl.where(mask, 1.0, 0.0).to(tl.bfloat16)
+    """acc + mask x for a mask of zeros and ones, bf16: an fp32 x is the sum of three bf16 values,
+    of which two are more than products of ``tf32`` hold."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -123,6 +111,28 @@ def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
         acc = product(mask, low, acc, "tf32", UPCAST)
     return acc
+
+
+@triton.jit
+def is_odd(o_i, level):
+    """Whether a row is in the odd one of the two blocks of ``1 << level`` positions that meet: it
+    is a query then, and one of the even block is a key."""
+    return ((o_i >> level) & 1) == 1
+
+
+@triton.jit
+def load_summed(summed, level, C: tl.constexpr):
+    """``[C, C]``: which log-decays the decay of each row sums up at a level."""
+    o_i = tl.arange(0, C)
+    return tl.load(summed + level * C * C + o_i[:, None] * C + o_i[None, :])
+
+
+@triton.jit
+def decay_over(b_summed, b_g, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The decays ``[C, BK]`` over those log-decays. A sum of numbers <= 0, as a product with ones:
+    nothing cancels, and it takes fewer instructions than to add them."""
+    nothing = tl.zeros(b_g.shape, tl.float32)
+    return exp2(masked_sum(b_summed, b_g, nothing, PRECISION, INTERPRETED))
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
@@ -138,6 +148,7 @@ def ddts_chunk_prepare_kernel(
     read,
     write,
     keep,
+    summed,
     scale,
     eps,
     T,
@@ -160,10 +171,12 @@ def ddts_chunk_prepare_kernel(
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``.
 
     With ``temper``, k and g are a raw key and the pre-activation of the selection gate.
+    ``summed [LEVELS + 2, C, C]`` is made by ``_summed`` of ``triton_chunk.py``.
     """
     i_c = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -183,7 +196,7 @@ def ddts_chunk_prepare_kernel(
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
         b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
-        b_k, prefix = load_gated(
+        b_k, b_g = load_gated(
             p_k + o_i[:, None] * k_t + o_k,
             p_g + o_i[:, None] * g_t + o_k,
             None if temper is None else p_temper + o_i[:, None] * temper_t + o_k,
@@ -192,24 +205,24 @@ def ddts_chunk_prepare_kernel(
             o_i,
             mask,
         )
-        suffix = tl.zeros([C, BK], tl.float32)
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
         for level in tl.range(0, LEVELS, num_stages=1):
-            odd, decay = decay_to_boundary(prefix, suffix, o_i, level)
-            b_queries = operand(tl.where(odd, b_q * decay, 0.0), ROUND)
-            b_keys = operand(tl.where(odd, 0.0, b_k * decay), ROUND)
-            scores = tl.dot(b_queries, tl.trans(b_keys), input_precision=PRECISION)
-            # inside a pair of blocks queries meet keys only: the other entries are zero
-            pair = o_i >> (level + 1)
-            b_a += tl.where(pair[:, None] == pair[None, :], scores, 0.0)
-            prefix, suffix = climb(prefix, suffix, o_i, level)
+            decay = decay_over(load_summed(summed, level, C), b_g, PRECISION, INTERPRETED)
+            b_row = operand(tl.where(is_odd(o_i, level)[:, None], b_q, b_k) * decay, ROUND)
+            scores = tl.dot(b_row, tl.trans(b_row), input_precision=PRECISION)
+            siblings = ((o_i[:, None] ^ o_i[None, :]) >> level) == 1
+            b_a += tl.where(siblings, scores, 0.0)
+        prefix = decay_over(load_summed(summed, LEVELS, C), b_g, PRECISION, INTERPRETED)
+        suffix = decay_over(load_summed(summed, LEVELS + 1, C), b_g, PRECISION, INTERPRETED)
         o_ck = o_i[:, None] * K + o_k
         dtype = read.dtype.element_ty
-        tl.store(read + slot * C * K + o_ck, operand(b_q * exp2(prefix), ROUND).to(dtype))
-        tl.store(write + slot * C * K + o_ck, operand(b_k * exp2(suffix), ROUND).to(dtype))
+        tl.store(read + slot * C * K + o_ck, operand(b_q * prefix, ROUND).to(dtype))
+        tl.store(write + slot * C * K + o_ck, operand(b_k * suffix, ROUND).to(dtype))
         p_keep = keep + slot * K + o_k + tl.zeros([C, BK], tl.int32)
-        tl.store(p_keep, exp2(prefix), mask=o_i[:, None] == C - 1)
+        tl.store(p_keep, prefix, mask=o_i[:, None] == C - 1)
+    # rows times themselves: above the diagonal keys met later queries
+    b_a = tl.where(o_i[None, :] <= o_i[:, None], b_a, 0.0)
     p_a = a + slot * C * C + o_i[:, None] * C + o_i[None, :]
     tl.store(p_a, operand(b_a, ROUND).to(a.dtype.element_ty))
 
@@ -478,7 +491,7 @@ def ddts_chunk_products_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Everything of a chunk that sums over V. ``da`` above the diagonal has no meaning.
+    """Everything of a chunk that sums over V. ``da`` above the diagonal repeats what is below it.
 
     Program (column, head, slice of K). Outputs are fp32 in the layouts of prepare. ``along [slots,
     slices, C]`` takes what a slice adds to ``sum_K k dk`` of each key as written: the part of its
@@ -513,7 +526,8 @@ def ddts_chunk_products_kernel(
         b_dread = product(b_do, b_state, b_dread, PRECISION, UPCAST)
         b_dwrite = product(b_v, b_dstate, b_dwrite, PRECISION, UPCAST)
     if tl.program_id(2) == 0:
-        tl.store(da + slot * C * C + o_c[:, None] * C + o_c[None, :], b_da)
+        b_symmetric = tl.where(o_c[:, None] >= o_c[None, :], b_da, tl.trans(b_da))
+        tl.store(da + slot * C * C + o_c[:, None] * C + o_c[None, :], b_symmetric)
     o_ck = o_c[:, None] * K + o_k[None, :]
     tl.store(dread + slot * C * K + o_ck, b_dread)
     tl.store(dwrite + slot * C * K + o_ck, b_dwrite)
@@ -532,9 +546,9 @@ def ddts_chunk_products_kernel(
 def gradients_in_chunk(
     b_q,
     b_k,
+    b_g,
     p_da,
-    prefix,
-    suffix,
+    summed,
     o_i,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -542,37 +556,29 @@ def gradients_in_chunk(
     ROUND: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradients of queries and keys through the scores of a chunk, without the diagonal, what of
-    them went through the log-decays, and the sums that reach over the whole chunk.
+    """Gradients of queries and keys through the scores of a chunk, without the diagonal, and what
+    of them went through the log-decays.
 
     At each level the odd block's queries met the even block's keys, so one product with the
-    symmetric ``da`` gives both. A log-decay entered the prefix of the queries at and after it, and
-    the suffix of the keys before it, inside its own block:
-
-        dlog_decay[t] += sum over i >= t, odd block of t   of q[i] dq_level[i]
-                       + sum over j <  t, even block of t  of k[j] dk_level[j]
+    symmetric ``da`` gives both. What went through a row's decay goes to each log-decay in it.
     """
-    o_r = o_i[:, None]
-    o_c = o_i[None, :]
-    b_da = operand(tl.load(p_da + tl.maximum(o_r, o_c) * C + tl.minimum(o_r, o_c)), ROUND)
+    b_da = operand(tl.load(p_da + o_i[:, None] * C + o_i[None, :]), ROUND)
     b_dq = tl.zeros(b_q.shape, tl.float32)
     b_dk = tl.zeros(b_q.shape, tl.float32)
     b_dg = tl.zeros(b_q.shape, tl.float32)
-    for level in tl.range(0, LEVELS, num_stages=1):
-        odd, decay = decay_to_boundary(prefix, suffix, o_i, level)
+    for level in tl.range(0, LEVELS, num_stages=2):
+        odd = is_odd(o_i, level)[:, None]
+        b_summed = load_summed(summed, level, C)
+        decay = decay_over(b_summed, b_g, PRECISION, INTERPRETED)
         b_own = tl.where(odd, b_q, b_k)
         block = o_i >> level
-        siblings = (block[:, None] ^ block[None, :]) == 1
-        b_met = tl.where(siblings, b_da, 0.0)
+        b_met = tl.where((block[:, None] ^ block[None, :]) == 1, b_da, 0.0)
         b_faded = operand(b_own * decay, ROUND)
         level_d = tl.dot(b_met, b_faded, input_precision=PRECISION) * decay
         b_dq += tl.where(odd, level_d, 0.0)
         b_dk += tl.where(odd, 0.0, level_d)
-        # within a block all rows have its parity
-        reach = (block[:, None] == block[None, :]) & (odd == (o_c >= o_r))
-        b_dg = masked_sum(reach, b_own * level_d, b_dg, PRECISION, INTERPRETED)
-        prefix, suffix = climb(prefix, suffix, o_i, level)
-    return b_dq, b_dk, b_dg, prefix, suffix
+        b_dg = masked_sum(tl.trans(b_summed), b_own * level_d, b_dg, PRECISION, INTERPRETED)
+    return b_dq, b_dk, b_dg
 
 
 @triton.jit
@@ -582,30 +588,34 @@ def gradients_beyond_chunk(
     b_dq,
     b_dk,
     b_dg,
+    b_g,
     dread,
     dwrite,
     dkeep,
-    prefix,
-    suffix,
+    summed,
     slot,
     o_i,
     o_k,
     K: tl.constexpr,
     C: tl.constexpr,
+    LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Adds what queries read of the state before the chunk and what keys leave behind it."""
     o_ck = o_i[:, None] * K + o_k
-    across_d = tl.load(dread + slot * C * K + o_ck) * exp2(prefix)
-    before = o_i[None, :] < o_i[:, None]
-    b_dg = masked_sum(~before, b_q * across_d, b_dg, PRECISION, INTERPRETED)
+    before = load_summed(summed, LEVELS, C)
+    prefix = decay_over(before, b_g, PRECISION, INTERPRETED)
+    across_d = tl.load(dread + slot * C * K + o_ck) * prefix
+    b_dg = masked_sum(tl.trans(before), b_q * across_d, b_dg, PRECISION, INTERPRETED)
     b_dq += across_d
-    across_d = tl.load(dwrite + slot * C * K + o_ck) * exp2(suffix)
-    b_dg = masked_sum(before, b_k * across_d, b_dg, PRECISION, INTERPRETED)
+    after = load_summed(summed, LEVELS + 1, C)
+    suffix = decay_over(after, b_g, PRECISION, INTERPRETED)
+    across_d = tl.load(dwrite + slot * C * K + o_ck) * suffix
+    b_dg = masked_sum(tl.trans(after), b_k * across_d, b_dg, PRECISION, INTERPRETED)
     b_dk += across_d
     # before and after a position is the whole chunk
-    b_dg += exp2(prefix + suffix) * tl.load(dkeep + slot * K + o_k)
+    b_dg += prefix * suffix * tl.load(dkeep + slot * K + o_k)
     return b_dq, b_dk, b_dg
 
 
@@ -620,7 +630,7 @@ def raw_key_gradient(
         b_along += tl.load(p_along + i_s * C + o_i)
     # a norm at eps is a constant
     b_along = tl.where(norms > eps, b_along, 0.0)[:, None]
-    return (b_dunit - b_unit * b_along) / norms[:, None]
+    return (b_dunit - b_unit * b_along) * reciprocal(norms)[:, None]
 
 
 @triton.jit
@@ -641,6 +651,7 @@ def ddts_chunk_gate_kernel(
     dk,
     dg,
     dtemper,
+    summed,
     scale,
     eps,
     T,
@@ -689,18 +700,17 @@ def ddts_chunk_gate_kernel(
         p_temper = p_temper + (o_i[:, None] * temper_t + o_k)
         norms = key_norms(p_k, o_i, k_t, mask, eps, K, C, BK)
     b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
-    b_k, prefix = load_gated(p_k + o_kt, p_g + o_gt, p_temper, p_resets, norms, o_i, mask)
-    suffix = tl.zeros([C, BK], tl.float32)
+    b_k, b_g = load_gated(p_k + o_kt, p_g + o_gt, p_temper, p_resets, norms, o_i, mask)
     p_da = da + slot * C * C
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
-    b_dq, b_dk, b_dg, prefix, suffix = gradients_in_chunk(
-        b_q, b_k, p_da, prefix, suffix, o_i, C, LEVELS, PRECISION, ROUND, INTERPRETED
+    b_dq, b_dk, b_dg = gradients_in_chunk(
+        b_q, b_k, b_g, p_da, summed, o_i, C, LEVELS, PRECISION, ROUND, INTERPRETED
     )
     # fmt: off
     b_dq, b_dk, b_dg = gradients_beyond_chunk(
-        b_q, b_k, b_dq, b_dk, b_dg, dread, dwrite, dkeep, prefix, suffix, slot, o_i, o_k,
-        K, C, PRECISION, INTERPRETED,
+        b_q, b_k, b_dq, b_dk, b_dg, b_g, dread, dwrite, dkeep, summed, slot, o_i, o_k,
+        K, C, LEVELS, PRECISION, INTERPRETED,
     )
     # fmt: on
     # the diagonal of the scores carries no gate
@@ -709,7 +719,8 @@ def ddts_chunk_gate_kernel(
     b_dk += diagonal * b_q
     tl.store(dq + base + o_out, b_dq.to(dq.dtype.element_ty), mask=mask)
     if temper is not None:
-        b_unit = tl.load(p_k + o_kt, mask=mask, other=0.0).to(tl.float32) / norms[:, None]
+        b_unit = tl.load(p_k + o_kt, mask=mask, other=0.0).to(tl.float32)
+        b_unit *= reciprocal(norms)[:, None]
         b_select, b_temper = load_gates(p_g + o_gt, p_temper, mask)
         b_dk, b_dg, b_dt = tempered_gate_gradients(b_dk, b_dg, b_unit, b_select, b_temper)
         tl.store(dtemper + base + o_out, b_dt.to(dtemper.dtype.element_ty), mask=mask)
