@@ -24,6 +24,9 @@ DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 
 READ = "memory_read"
 """What takes a turn in each round on a CPU, beside the targets: reading more than a cache holds."""
 
+WHERE = ("name", "threads", "versions", "dirty")
+"""What sittings of one record have in common beside the commit."""
+
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
 
@@ -167,6 +170,12 @@ class Bench:
             if (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here)
         ]
 
+    def _continues(self, record: dict[str, Any]) -> bool:
+        """Whether one more sitting of a record's is what this run would measure."""
+        here = machine.describe(self.device)
+        alike = (here[name] == record["machine"].get(name) for name in WHERE)
+        return "sittings" in record["settings"] and all(alike)
+
     def targets(
         self,
         prepare: Callable[[peers.Model, str], Target],
@@ -269,9 +278,12 @@ class Bench:
         """
         earlier = None
         if self.sittings > 1:
-            found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
+            found = (r for r in self._recorded(group, case) if self._continues(r))
             earlier = next(found, None)
         rows, used = self.time_targets(benchmark, earlier=earlier, **options)
+        if len(used.get("sittings", ())) < 2:
+            # it had other targets: nothing of it is in the rows
+            earlier = None
         record = self.record(group, case, {**used, **settings}, rows, earlier)
         benchmark.group = f"{group} {case}"
         benchmark.extra_info.update(

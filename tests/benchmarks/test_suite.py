@@ -235,3 +235,48 @@ def test_a_second_sitting_is_added_to_the_first(tmp_path):
         # the baseline's own ratio is 1 in every round
         assert low < high or after["target"].startswith("qwen2")
     assert "recorded for this commit" in run(tmp_path, *options)
+
+
+class Fixture:
+    """What a benchmark uses of pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target()
+
+
+def sit(folder, names, load=0.0, copy_rate=10.0):
+    """One sitting of two rounds; its record."""
+    cpu = torch.device("cpu")
+    bench = harness.Bench("tiny", cpu, torch.float32, names, folder, rounds=2, load=load)
+    bench.sittings, bench._ceilings = 3, {"copy_GBps": copy_rate}
+    make = lambda model: harness.Target(f"{model.name}/dynamic", model, "dynamic", int)
+    targets = [make(bench.model(name)) for name in names]
+    asked = {"targets": targets, "skipped": [], "tokens": 1}
+    return bench.interleave(Fixture(), "decode", "case", {}, **asked)
+
+
+def test_nothing_stays_of_sittings_with_other_targets(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    sit(tmp_path, ("qwen2-1.5b", "rodimus-1.4b"), load=9.0)
+    record = sit(tmp_path, ("rodimus-1.4b",), copy_rate=100.0)
+    assert record["settings"]["sittings"] == [2]
+    assert record["ceilings"] == {"copy_GBps": 100.0}
+    assert not any("load average 9.0" in warning for warning in record["warnings"])
+
+
+def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    names, about = ("rodimus-1.4b",), machine.describe(torch.device("cpu"))
+    for other in ({}, {"threads": 77}, {"versions": {"torch": "1.0"}}, {"dirty": True}):
+        sit(tmp_path, names)
+        assert sit(tmp_path, names)["settings"]["sittings"] == [2, 2]
+        with monkeypatch.context() as patched:
+            patched.setattr(machine, "describe", lambda device, other=other: about | other)
+            joined = [2] if other else [2, 2, 2]
+            assert sit(tmp_path, names)["settings"]["sittings"] == joined
+        records.path_of({"group": "decode", "case": "case"}, tmp_path).unlink()
