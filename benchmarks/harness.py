@@ -110,6 +110,8 @@ class Bench:
     seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    # that of the code that was imported, whatever is committed while it runs
+    commit: dict[str, Any] = dataclasses.field(default_factory=lambda: machine.commit())
     _ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -160,7 +162,7 @@ class Bench:
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
         """Records of this commit; none where everything is measured again."""
-        here = machine.commit()["commit"]
+        here = self.commit["commit"]
         folders = {self.folder, self.kept} if not self.again else set()
         return [
             r
@@ -172,7 +174,7 @@ class Bench:
 
     def _continues(self, record: dict[str, Any]) -> bool:
         """Whether one more sitting of a record's is what this run would measure."""
-        here = machine.describe(self.device)
+        here = machine.describe(self.device) | self.commit
         alike = (here[name] == record["machine"].get(name) for name in WHERE)
         return "sittings" in record["settings"] and all(alike)
 
@@ -414,7 +416,7 @@ class Bench:
                 **({"weights": "int8"} if self.in_8_bits else {}),
                 **settings,
             },
-            machine=machine.describe(self.device),
+            machine=machine.describe(self.device) | self.commit,
             ceilings=self._rates(earlier),
             load=(self.load, timing.load_average()),
             warnings=warnings,

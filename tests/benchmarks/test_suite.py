@@ -272,11 +272,21 @@ def test_nothing_stays_of_sittings_with_other_targets(tmp_path, monkeypatch):
 def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypatch):
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
     names, about = ("rodimus-1.4b",), machine.describe(torch.device("cpu"))
+    here = machine.commit()
     for other in ({}, {"threads": 77}, {"versions": {"torch": "1.0"}}, {"dirty": True}):
         sit(tmp_path, names)
         assert sit(tmp_path, names)["settings"]["sittings"] == [2, 2]
         with monkeypatch.context() as patched:
             patched.setattr(machine, "describe", lambda device, other=other: about | other)
+            patched.setattr(machine, "commit", lambda other=other: here | other)
             joined = [2] if other else [2, 2, 2]
             assert sit(tmp_path, names)["settings"]["sittings"] == joined
         records.path_of({"group": "decode", "case": "case"}, tmp_path).unlink()
+
+
+def test_a_commit_during_a_run_is_not_that_of_its_records(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "first")
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "second")
+    assert bench.record("decode", "case", {}, [])["machine"]["commit"] == "first"
+    assert bench.done("decode", "case")
