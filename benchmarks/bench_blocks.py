@@ -84,9 +84,9 @@ class Blocks:
 
 def impls_of(device: torch.device) -> tuple[str, ...]:
     """What is timed, the form that is chosen by itself first."""
-    if device.type == "cuda":
-        return ("native", "persistent")
-    return ("native", "reference") if native.is_available("cpu") else ("reference",)
+    if not native.is_available(device.type):
+        return ("reference",)
+    return ("native", "persistent" if device.type == "cuda" else "reference")
 
 
 def test_blocks(bench, benchmark, start, point):
@@ -98,18 +98,25 @@ def test_blocks(bench, benchmark, start, point):
     limit = BUDGET * relative_error(blocks.copied().step("reference"), exact)
     calls: dict[str, functools.partial | str] = {}
     for impl in impls_of(bench.device):
-        found = blocks.copied().step(impl)
+        try:
+            found = blocks.copied().step(impl)
+        except (RuntimeError, ValueError) as reason:
+            # persistent needs bfloat16 and a large GPU; what is chosen by itself must run
+            if not calls:
+                raise
+            calls[f"blocks/{impl}"] = str(reason).splitlines()[0]
+            continue
         error = max(error, relative_error(found, exact))
         assert error <= limit, f"{impl}: relative error {error:.1e}, expected {limit:.1e} at most"
         calls[f"blocks/{impl}"] = functools.partial(blocks.step, impl)
-    graphs = {name: operators.captured(call, bench.device) for name, call in calls.items()}
+    timed = {name: call for name, call in calls.items() if not isinstance(call, str)}
+    graphs = {name: operators.captured(call, bench.device) for name, call in timed.items()}
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
     rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
     floor_ms = blocks.floor_bytes / BLOCKS / bench.ceilings["copy_GBps"] / 1e6
     facts = {"calls": BLOCKS, "floor_bytes": blocks.floor_bytes // BLOCKS}
-    measured = [operators.measured(name, turns, floor_ms, **facts) for name in calls]
+    found = [operators.measured(name, turns, floor_ms, **facts) for name in timed]
     settings = {"batch": batch, "context": rows, "blocks": BLOCKS, "largest_error": error}
     settings |= {"rounds": rounds, "warm_up_rounds": warm_up}
-    record = bench.record("blocks", case, settings, measured)
-    assert all(found["status"] == "measured" for found in record["rows"])
+    bench.record("blocks", case, settings, found + operators.skipped(calls))
