@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from . import machine, peers, records, timing
+from .harness import DISAGREEMENT_LIMITS
 from .sizes import SCALES
 
 GROUPS = ("decode", "prefill")
@@ -161,9 +162,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for label, commit in (("base", options.base), ("head", options.head)):
                 tree = export(commit, Path(scratch, label), options.native)
                 workers[label] = Worker(tree, options)
-                place = workers[label].answer()["place"]
+                told = workers[label].answer()
+                place, error = told["place"], told["disagreement"]
                 if Path(place).resolve() != tree.resolve():
                     raise RuntimeError(f"{label}: expected the package of {tree}, got {place}")
+                if not error <= DISAGREEMENT_LIMITS[DTYPES[options.dtype]]:
+                    raise RuntimeError(f"{label}: decoding differs from prefilling by {error:.1e}")
             for index in range(options.rounds):
                 names = ("base", "head") if index % 2 else ("head", "base")
                 for name in names:

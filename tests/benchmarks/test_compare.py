@@ -57,3 +57,22 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
     with pytest.raises(SystemExit):
         compare.parse(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [0.2, float("nan")])
+def test_a_commit_that_decodes_wrongly_is_not_timed(error, monkeypatch, capsys):
+    class Wrong:
+        samples = ()
+
+        def __init__(self, tree, options):
+            self.tree = tree
+
+        def answer(self):
+            return {"place": str(self.tree), "disagreement": error}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(compare, "Worker", Wrong)
+    assert compare.main([".", "."]) == 1
+    assert "base: decoding differs from prefilling by" in capsys.readouterr().err
