@@ -55,12 +55,13 @@ def _mqar(size: str) -> Iterator[Case]:
         )
         budget = Budget(900, (3e-3, 1e-2), seeds=(0, 1, 2), every=150)
         note = (
-            "Gates on one layer: same parameters, same state, fill is token 0."
+            "One network, other gates: same parameters, same state, fill is token 0."
             " Columns: length/pairs."
         )
         yield Case("mqar-cpu-n16", Shape(64, 64, 16), task, budget, GATES, note)
         return
-    # Zoology's mix and tests, the paper's hardest slice last; early stopping looks at 512/128
+    # Zoology's lengths and pairs, of its training in equal parts; the first test decides the
+    # learning rate and when to stop
     train = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
     tests = ((256, 64), (512, 128), (1024, 256), (128, 32), (64, 16), (64, 8), (64, 4))
     note = (
