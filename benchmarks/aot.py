@@ -156,7 +156,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every configuration, not the default")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 86, 90, 100])
+    archs = {"type": int, "nargs": "+", "default": list(SHARED_LIMIT), "choices": SHARED_LIMIT}
+    parser.add_argument("--arch", **archs)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
