@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from . import peers, sizes
+from .harness import READ
 from .machine import folder_name
 from .quality.protocols import HARDEST_RECALL, PAPER_MQAR
 
@@ -78,9 +80,25 @@ def decode_latency(found: list[Record], axes: Any) -> None:
     title = "Decoding, batch 1"
     _draw(axes, times)
     if all(line[x] <= times[name][x] for name, line in floors.items() for x in line):
-        _draw(axes, floors, linestyle=(0, (1, 3)), marker="", label="_floor", linewidth=0.9)
+        small = {"markersize": 4, "markerfacecolor": "white", "linewidth": 0.9}
+        _draw(axes, floors, linestyle=(0, (1, 3)), label="_floor", **small)
         title += " (dotted: memory floor)"
+    rates = _read_rates(found)
+    if rates and max(rates) > 1.1 * min(rates):
+        low, high = min(rates), max(rates)
+        title += f" (memory read {low:.0f} to {high:.0f} GB/s: compare at one context)"
     _finish(axes, title, "context, tokens", "ms a token")
+
+
+def _read_rates(found: list[Record]) -> list[float]:
+    """GB/s of the memory while each context of batch 1 was timed, where a read took its turn."""
+    asked = [r["settings"] for r in found if r["group"] == "decode"]
+    reads = [
+        settings[READ]
+        for settings in asked
+        if READ in settings and settings["batch"] == 1 and "weights" not in settings
+    ]
+    return [read["bytes"] / median(read["samples"]["wall_ms"]) / 1e6 for read in reads]
 
 
 def decode_throughput(found: list[Record], axes: Any) -> None:

@@ -224,3 +224,17 @@ def test_a_floor_that_was_undercut_is_not_drawn(floor, drawn):
     plots.decode_latency([decode("won", FAST, PEER, floor_ms=floor)], axes)
     assert ("memory floor" in axes.get_title()) == drawn
     assert len(axes.lines) == (4 if drawn else 2)
+    # in black and white only the marker tells whose a floor is
+    markers = [line.get_marker() for line in axes.lines]
+    assert markers == ["o", "^"] * (len(markers) // 2)
+
+
+@pytest.mark.parametrize(("faster", "told"), [(1.05, False), (1.5, True)])
+def test_contexts_timed_at_other_rates_are_not_to_be_compared(faster, told):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    found = [decode("a", FAST, PEER), decode("b", FAST, PEER, context=1024)]
+    for record, time in zip(found, (10.0, 10.0 / faster), strict=True):
+        read = {"bytes": 4 * 10**8, "samples": {"wall_ms": [time] * 3}}
+        record["settings"]["memory_read"] = read
+    plots.decode_latency(found, axes)
+    assert ("memory read 40 to 60 GB/s: compare at one context" in axes.get_title()) == told
