@@ -24,9 +24,6 @@ DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 
 READ = "memory_read"
 """What takes a turn in each round on a CPU, beside the targets: reading more than a cache holds."""
 
-WHERE = ("name", "threads", "versions", "dirty")
-"""What sittings of one record have in common beside the commit."""
-
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
 
@@ -175,8 +172,7 @@ class Bench:
     def _continues(self, record: dict[str, Any]) -> bool:
         """Whether one more sitting of a record's is what this run would measure."""
         here = machine.describe(self.device) | self.commit
-        alike = (here[name] == record["machine"].get(name) for name in WHERE)
-        return "sittings" in record["settings"] and all(alike)
+        return "sittings" in record["settings"] and machine.are_alike(here, record["machine"])
 
     def targets(
         self,

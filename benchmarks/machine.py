@@ -9,7 +9,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 COMMIT_VARIABLE = "RODIMUS_BENCH_COMMIT"
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn", "rwkv")
 PACKAGES += ("llama-cpp-python", "torchao")
+
+WHERE = ("name", "threads", "versions", "commit", "dirty")
+"""What results of one record have in common."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -38,6 +41,11 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         about |= {"cuda": torch.version.cuda, **gpu_state()}
     return about | commit()
+
+
+def are_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two descriptions are of the same machine, versions and code, for one record."""
+    return all(a.get(name) == b.get(name) for name in WHERE)
 
 
 def cpu_name() -> str:

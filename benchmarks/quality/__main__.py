@@ -1,15 +1,17 @@
 """Run the quality experiments: ``python -m benchmarks.quality mqar --size cpu``.
 
 Every variant of a case gets the same data, steps, learning rates and seeds. A variant that its
-record holds for this commit is not trained again, so a run that ends early is continued by the
-same command. The size ``gpu`` is the protocol for one large GPU.
+record holds for this commit and machine is not trained again, so a run that ends early is continued
+by the same command. The size ``gpu`` is the protocol for one large GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,14 @@ from .. import machine, records
 from . import learn, protocols
 
 
-def kept_rows(folder: Path, case: str, commit: str) -> list[dict[str, Any]]:
-    """Rows that an earlier run of this commit has measured."""
+def kept_rows(
+    folder: Path, case: str, about: Mapping[str, Any], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Rows that an earlier run of this commit has measured here, with the same settings."""
+    settings = json.loads(json.dumps(settings))
     for record in records.read(folder) if folder.is_dir() else []:
         same = (record["group"], record["case"]) == ("quality", case)
-        if same and record["machine"].get("commit") == commit:
+        if same and record["settings"] == settings and machine.are_alike(record["machine"], about):
             return [row for row in record["rows"] if row["status"] == "measured"]
     return []
 
@@ -31,7 +36,13 @@ def kept_rows(folder: Path, case: str, commit: str) -> list[dict[str, Any]]:
 def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline: float) -> bool:
     """Train the variants of a case that are missing; False if the time ran out."""
     about, load = machine.describe(device), machine.load_before()
-    rows = kept_rows(folder, case.name, about["commit"])
+    settings = {
+        "note": case.note,
+        "score": case.task.score,
+        "shape": case.shape._asdict(),
+        "budget": case.budget._asdict(),
+    }
+    rows = kept_rows(folder, case.name, about, settings)
     for variant in case.variants:
         if any(row["target"] == variant for row in rows):
             continue
@@ -44,12 +55,7 @@ def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline:
         record = records.make(
             "quality",
             case.name,
-            settings={
-                "note": case.note,
-                "score": case.task.score,
-                "shape": case.shape._asdict(),
-                "budget": case.budget._asdict(),
-            },
+            settings=settings,
             machine=about,
             rows=rows,
             load=(load, machine.load_before()),

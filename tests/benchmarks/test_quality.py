@@ -170,6 +170,14 @@ def test_an_interrupted_case_is_continued(tmp_path, monkeypatch):
     assert [row["target"] for row in record["rows"]] == ["a", "b"]
     assert not command.run_case(case._replace(variants=("c",)), tmp_path, CPU, 0.0)
 
+    longer = case._replace(budget=case.budget._replace(steps=2))
+    assert command.run_case(longer, tmp_path, CPU, float("inf"))
+    assert trained == ["a", "b", "a"]
+    about = command.machine.describe(CPU) | {"name": "another machine"}
+    monkeypatch.setattr(command.machine, "describe", lambda device: about)
+    assert command.run_case(longer, tmp_path, CPU, float("inf"))
+    assert trained == ["a", "b", "a", "a"]
+
 
 @pytest.mark.parametrize("experiment", protocols.EXPERIMENTS)
 @pytest.mark.parametrize("size", protocols.SIZES)
