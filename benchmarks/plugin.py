@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
-    seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS", "0"))
+    seconds = float(os.environ.get("RODIMUS_BENCH_SECONDS") or 0)
     add("--bench-seconds", type=float, default=seconds, help="start no case after this time")
     add(
         "--bench-case-seconds",

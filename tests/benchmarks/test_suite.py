@@ -215,6 +215,11 @@ def test_a_run_without_seconds_left_starts_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_number_of_seconds_is_no_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("RODIMUS_BENCH_SECONDS", "")
+    assert "1 test collected" in run(tmp_path, "--collect-only", "-k", "64", files=FILES[1:2])
+
+
 def test_a_second_sitting_is_added_to_the_first(tmp_path):
     options = ("--bench-sittings", "2", "--bench-models", "rodimus-1.4b,qwen2-1.5b", "-k", "decode")
     found = []
