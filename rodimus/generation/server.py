@@ -163,7 +163,8 @@ class Service:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         # a header's bytes come decoded as latin-1
-        is_key = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
+        sent, key = given.encode("latin-1").strip(), os.fsencode(self.api_key)
+        is_key = hmac.compare_digest(sent, key)
         if scheme.lower() != "bearer" or not is_key:
             raise ApiError(401, "expected the API key as a bearer token", code="invalid_api_key")
 
