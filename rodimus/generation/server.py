@@ -292,12 +292,13 @@ class Service:
         """
         for generation in generations:
             self.metrics.observe(generation)
+        # of a stream that ends with an error, other choices are unfinished
         for generation in generations:
-            if self.worker.failure is not None or generation.finish_reason in (None, "cancelled"):
-                raise ApiError(503, "the server is shutting down or has failed")
-            if generation.finish_reason == "error":
+            if generation.finish_reason == "error" and self.worker.failure is None:
                 message = f"the model could not continue this prompt: {generation.error}"
                 raise ApiError(422, message, code="generation_failed")
+        if any(x.finish_reason in (None, "cancelled", "error") for x in generations):
+            raise ApiError(503, "the server is shutting down or has failed")
 
 
 class _Exchange:

@@ -494,6 +494,24 @@ def test_a_model_that_cannot_continue_is_422(monkeypatch):
         assert last["error"]["code"] == "generation_failed"
 
 
+def test_a_choice_that_fails_ends_its_stream_by_its_own_name():
+    engine = Engine(text_model(), byte_tokenizer(), slots=2)
+    engine.end_tokens = ()
+    read = engine._read_chunk
+
+    def breaks(tokens, cache):
+        if 1 in tokens:
+            raise FloatingPointError("not finite")
+        return read(tokens, cache)
+
+    engine._read_chunk = breaks
+    with serving(engine=engine) as (client, service, _):
+        *_, last = client.stream("/v1/completions", {"prompt": [[0], [1]], "max_tokens": 4000})
+        assert last["error"]["code"] == "generation_failed"
+        wait_until(lambda: service.worker.unfinished == 0)
+        assert engine.stats.finished == {"error": 1, "cancelled": 1}
+
+
 class TestWorker:
     def test_requests_are_taken_all_or_none(self):
         worker = EngineWorker(Engine(text_model(), byte_tokenizer(), slots=2), max_waiting=1)
