@@ -180,7 +180,8 @@ class Service:
 
     async def _observed(self, request, endpoint, parse):
         try:
-            response = await self._complete(request, parse)
+            with _until_cancelled():
+                response = await self._complete(request, parse)
         except ApiError as error:
             self.metrics.count_request(endpoint, error.status)
             raise
@@ -268,14 +269,15 @@ class Service:
         for index in range(len(exchange.generations)):
             if (piece := answer.opening(index)) is not None:
                 yield _event(piece)
-        async with aclosing(exchange.news()) as news:
-            async for generation, delta in news:
-                if delta.finish_reason in ("error", "cancelled"):
-                    break
-                if delta.text or delta.logprobs or delta.finish_reason:
-                    index = exchange.generations.index(generation)
-                    yield _event(answer.piece(index, delta))
         try:
+            with _until_cancelled():
+                async with aclosing(exchange.news()) as news:
+                    async for generation, delta in news:
+                        if delta.finish_reason in ("error", "cancelled"):
+                            break
+                        if delta.text or delta.logprobs or delta.finish_reason:
+                            index = exchange.generations.index(generation)
+                            yield _event(answer.piece(index, delta))
             self._finished(exchange.generations)
         except ApiError as error:
             yield _event(error.body())
@@ -382,6 +384,15 @@ class _EventStream(Response):
                     body = event.encode()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.contextmanager
+def _until_cancelled():
+    """Requests that run when the time to shut down is over are cancelled: their answer is 503."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        raise ApiError(503, "the server is shutting down") from error
 
 
 def _event(value) -> str:

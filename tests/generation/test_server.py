@@ -468,6 +468,26 @@ def test_shutting_down_waits_for_running_requests_and_takes_no_more(narrow):
         socket.create_connection(("127.0.0.1", client.port), timeout=2).recv(1)
 
 
+def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
+    client, service, server = narrow
+    server.config.timeout_graceful_shutdown = 0.2
+    whole = endless(client, stream=False)
+    wait_until(lambda: service.worker.engine.running)
+    stream = endless(client)
+    half = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    half.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+    time.sleep(0.2)
+    server.should_exit = True
+    for connection in (whole, half, stream):
+        answer = b""
+        while piece := connection.recv(10_000):
+            answer += piece
+        assert b'"the server is shutting down", "type": "server_error"' in answer
+        assert answer.startswith(b"HTTP/1.1 503") or b"data: [DONE]" in answer
+    assert service.worker.unfinished == 0
+
+
 def test_an_engine_that_fails_answers_503_from_then_on():
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
     with serving(engine=engine) as (client, service, _):
