@@ -185,6 +185,11 @@ class Service:
         except ApiError as error:
             self.metrics.count_request(endpoint, error.status)
             raise
+        except ClientDisconnect:
+            raise
+        except Exception:
+            self.metrics.count_request(endpoint, 500)
+            raise
         self.metrics.count_request(endpoint, response.status_code)
         return response
 

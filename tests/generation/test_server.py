@@ -503,6 +503,15 @@ def test_an_engine_that_fails_answers_503_from_then_on():
         assert service.worker.unfinished == 0
 
 
+def test_a_defect_is_500_and_counted():
+    with serving() as (client, service, _):
+        service.worker.submit = None
+        status, answer = client.complete("x")
+        assert status == 500 and answer["error"]["type"] == "server_error"
+        line = 'rodimus_http_requests_total{endpoint="completions",status="500"}'
+        assert client.metric(line) == 1
+
+
 def test_a_model_that_cannot_continue_is_422(monkeypatch):
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
     with serving(engine=engine) as (client, _, _):
