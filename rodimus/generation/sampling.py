@@ -195,8 +195,8 @@ class _Filters:
     def __init__(self, params: list[SamplingParams], vocab_size: int, device: torch.device):
         self._params, self._device = params, device
         # a tiny one cannot overflow, since the largest is subtracted; 0 / 0 must not come up
-        self._temperature = torch.tensor([max(p.temperature, 1e-30) for p in params], device=device)
-        ranks = [p.top_k if p.top_k < vocab_size else 0 for p in params]
+        self._temperature = _float32([max(p.temperature, 1e-30) for p in params], device)
+        ranks = [int(p.top_k) if p.top_k < vocab_size else 0 for p in params]
         self._most, self._ranks = max(ranks), torch.tensor(ranks, device=device)
         self._masses = [
             (keep, *self._used(name, neutral))
@@ -224,6 +224,11 @@ class _Filters:
             else:
                 scores = scores.index_copy(0, rows, keep(scores[rows], used))
         return scores
+
+
+def _float32(numbers, device):
+    # said, since torch's default may be another, and knows no fractions
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 class _Plan(NamedTuple):
@@ -302,7 +307,7 @@ class Sampler:
             params = self.params[first_row : first_row + count]
             penalty = drawing = filters = None
             if any(p.repetition_penalty != 1 for p in params):
-                penalty = torch.tensor([p.repetition_penalty for p in params], device=self.device)
+                penalty = _float32([p.repetition_penalty for p in params], self.device)
             drawn = [i for i, p in enumerate(params) if not p.is_greedy]
             if drawn:
                 drawing = torch.tensor(drawn, device=self.device)

@@ -1,7 +1,10 @@
 """Sampling: transformers' processors are the truth of the filters, integers that of the numbers."""
 
 import itertools
+from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation.logits_process import (
@@ -185,6 +188,25 @@ def test_temperatures_near_zero_do_not_overflow():
     sampler.place(0, SamplingParams(temperature=1e-60, seed=3), torch.tensor([1]))
     logits = 1e4 * torch.randn(1, VOCAB)
     assert sampler(logits).item() == logits.argmax().item()
+
+
+def test_numbers_of_any_kind_mean_the_same_whatever_the_default_dtype():
+    kinds = {"temperature": Fraction(4, 5), "top_k": np.int8(90), "repetition_penalty": 1.3}
+    params = SamplingParams(**kinds, top_p=Fraction(9, 10))
+    logits = torch.randn(VOCAB).expand(50, VOCAB)
+
+    def drawn(params):
+        sampler = Sampler(50, VOCAB)
+        for row in range(50):
+            sampler.place(row, replace(params, seed=row), torch.arange(60))
+        return sampler(logits).tolist()
+
+    expected = drawn(SamplingParams(0.8, 90, 0.9, repetition_penalty=1.3))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert drawn(params) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_logprobs_are_those_of_the_model():
