@@ -34,6 +34,8 @@ _IGNORED = {
     *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
     *("service_tier", "store", "user", "verbosity"),
 }
+# what OpenAI writes for a token of probability zero, whose logarithm is no JSON
+_IMPOSSIBLE = -9999.0
 # how many tokens a client wants, the one that counts first
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
@@ -468,7 +470,7 @@ class Answer:
         def written(token, logprob):
             text, is_text = self.token_text(token)
             data = list(text.encode()) if is_text else None
-            return {"token": text, "logprob": logprob, "bytes": data}
+            return {"token": text, "logprob": max(logprob, _IMPOSSIBLE), "bytes": data}
 
         return {
             "content": [
@@ -486,10 +488,13 @@ class Answer:
         self._offsets[index] = at
         return {
             "tokens": texts,
-            "token_logprobs": [entry.logprob for entry in entries],
+            "token_logprobs": [max(entry.logprob, _IMPOSSIBLE) for entry in entries],
             # the chosen token is always among them, though it be none of the likeliest
             "top_logprobs": [
-                {self.token_text(t)[0]: p for t, p in (*e.top, (e.token, e.logprob))}
+                {
+                    self.token_text(t)[0]: max(p, _IMPOSSIBLE)
+                    for t, p in (*e.top, (e.token, e.logprob))
+                }
                 for e in entries
             ],
             "text_offset": offsets,

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import os
 import signal
 import socket
@@ -153,6 +154,20 @@ class TestCompletions:
         assert last["choices"] == [] and last["usage"]["completion_tokens"] == 80
         assert all(piece["usage"] is None for piece in pieces)
         assert len({event["id"] for event in events}) == 1
+
+
+def test_tokens_that_a_hook_rules_out_have_logprobs_that_are_json():
+    model = text_model()
+    others = torch.arange(2, 257)
+    model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, others, -math.inf))
+    with serving(engine=Engine(model, byte_tokenizer())) as (client, _, _):
+        _, answer = client.complete("x", max_tokens=2, logprobs=4)
+        for top in answer["choices"][0]["logprobs"]["top_logprobs"]:
+            assert sorted(top.values())[:2] == [-9999.0] * 2 and len(top) == 4
+        _, answer = client.chat("x", max_tokens=2, logprobs=True, top_logprobs=4)
+        for entry in answer["choices"][0]["logprobs"]["content"]:
+            values = [top["logprob"] for top in entry["top_logprobs"]]
+            assert values[2:] == [-9999.0] * 2
 
 
 class TestChat:
