@@ -66,7 +66,8 @@ class EngineWorker:
 
         Args:
             listener: Called with every generation's news, in the worker's thread: it must be quick.
-                The last news of a generation has a ``finish_reason``.
+                The last news of a generation has a ``finish_reason``. One that raises has its
+                request cancelled.
 
         Raises:
             ValueError: one of them cannot be served, or they are more than there is ever room for.
@@ -136,4 +137,8 @@ class EngineWorker:
         if delta.finish_reason is not None:
             with self._changed:
                 del self._listeners[generation]
-        listener(generation, delta)
+        try:
+            listener(generation, delta)
+        except Exception:
+            logger.exception("a listener failed; its request is cancelled")
+            self.cancel([generation])

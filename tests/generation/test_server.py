@@ -574,6 +574,25 @@ class TestWorker:
         with pytest.raises(WorkerStoppedError):
             worker.submit([Request([1])], lambda *news: None)
 
+    def test_a_listener_that_fails_harms_no_other_request(self, caplog):
+        worker = EngineWorker(Engine(text_model(), slots=2))
+        worker.start()
+        reasons = []
+
+        def breaks(generation, delta):
+            raise OSError("nobody is there")
+
+        try:
+            (broken,) = worker.submit([Request([1], 10**6, stop_tokens=())], breaks)
+            wait_until(lambda: broken.finish_reason)
+            request = Request([1], 20, stop_tokens=())
+            worker.submit([request], lambda generation, delta: reasons.append(delta.finish_reason))
+            wait_until(lambda: worker.unfinished == 0)
+        finally:
+            worker.stop()
+        assert broken.finish_reason == "cancelled" and reasons[-1] == "length"
+        assert "nobody is there" in caplog.text and worker.failure is None
+
     def test_stopping_tells_every_listener(self):
         worker = EngineWorker(Engine(text_model(), slots=1))
         worker.start()
