@@ -383,6 +383,16 @@ def test_chat_needs_a_template(tmp_path, capsys):
     assert "has no chat template" in capsys.readouterr().err
 
 
+def test_a_template_that_refuses_messages_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):
+    save_model(tmp_path)
+    save_plain_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system here') }}")
+    monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+    assert command("chat", tmp_path, "--system", "S") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("do not fit the chat template: no system here")
+
+
 def test_export_tells_where(checkpoint, tmp_path, capsys):
     assert command("export", checkpoint, tmp_path / "out") == 0
     assert capsys.readouterr().out.strip() == f"wrote {tmp_path / 'out'}"

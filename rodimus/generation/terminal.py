@@ -101,12 +101,18 @@ class Conversation:
         """Add what the user says and generate the answer to it, until ``stop`` says so.
 
         What was stopped before its first token is forgotten.
+
+        Raises:
+            InputError: the template refuses the messages, or the model's numbers are not finite.
         """
         engine, sampling = self.engine, self.sampling
         messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = engine.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered = engine.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything it likes about the messages
+            raise InputError(f"the messages do not fit the chat template: {error}") from error
         size = engine.model.config.vocab_size
         ids = encode(engine.tokenizer, rendered, size, add_special_tokens=False)
         if sampling.seed is not None:
