@@ -476,7 +476,7 @@ def _service(options) -> Service:
         prompt_tokens=options.max_prompt_tokens,
         new_tokens=options.max_new_tokens,
     )
-    name = options.name or os.path.basename(os.path.normpath(options.model))
+    name = options.name or os.path.basename(os.path.abspath(options.model))
     return Service(worker, model_name=name, limits=limits, api_key=api_key)
 
 

@@ -655,6 +655,17 @@ def test_the_command_keeps_the_window_in_the_dtype_it_is_told(tmp_path):
         assert service.worker.engine.layout.window_dtype == expected
 
 
+def test_the_model_has_its_folders_name_from_inside_too(tmp_path, monkeypatch):
+    from rodimus.generation.server import _parser, _service
+
+    folder = tmp_path / "model"
+    text_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    monkeypatch.chdir(folder)
+    for path in (".", "../model/"):
+        assert _service(_parser().parse_args([path])).model_name == "model"
+
+
 def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     from rodimus.errors import InputError
     from rodimus.generation.server import main
