@@ -227,6 +227,13 @@ def test_every_end_token_of_the_model_ends_the_text(checkpoint, model, tmp_path,
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_text_that_the_terminal_cannot_show_ends_nothing(checkpoint, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert command("generate", checkpoint, "--prompt", "hello é", "--max-new-tokens", 1) == 0
+    assert written.getvalue().startswith(b"hello ?")
+
+
 def test_stats_name_rates_and_bytes(checkpoint, capsys):
     command("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--stats")
     line = capsys.readouterr().err.strip().splitlines()[-1]

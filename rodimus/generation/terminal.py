@@ -245,7 +245,9 @@ def _standard_input() -> str:
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    # a model may write what the terminal's encoding lacks
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
 
 def _read_line() -> str:
