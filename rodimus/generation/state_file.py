@@ -78,7 +78,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
             header = file.metadata() or {}
             _check_header(path, header, model)
             # shapes are in the header too: nothing is allocated for a file that does not fit
-            _check_shapes(path, file, header, model)
+            layout = _check_shapes(path, file, header, model)
             tensors = {kind: file.get_tensor(kind) for kind in _KINDS}
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -86,7 +86,9 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
         raise InputError(f"{path} is not a state file, or is cut short: {error}") from error
     if _digest(header, tensors) != header.get("sha256"):
         raise InputError(f"{path} is damaged: its content does not have the SHA-256 it states")
-    return SequenceState(**tensors)
+    state = SequenceState(**tensors)
+    _check_values(path, state, layout, model.config.vocab_size)
+    return state
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -142,8 +144,8 @@ def _check_header(path, header, model):
         got = header.get("version")
         raise InputError(f"{path} has version {got!r} of the format, expected {VERSION!r}")
     try:
-        theirs = json.loads(header["config"])
-    except (KeyError, ValueError) as error:
+        theirs = dict(json.loads(header["config"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its header holds no configuration") from error
     # through JSON, as theirs went
     ours = json.loads(json.dumps(_architecture(model)))
@@ -172,3 +174,14 @@ def _check_shapes(path, file, header, model):
     for kind, (shape, _) in layout.shapes(layout.kept_rows(tokens)).items():
         if shapes[kind] != shape:
             raise InputError(f"{path}: {kind} must have shape {shape}, got {shapes[kind]}")
+    return layout
+
+
+def _check_values(path, state, layout, vocab_size):
+    tokens = state.tokens
+    if tokens.dtype != torch.int64 or tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise InputError(f"{path}: expected tokens as int64 from 0 to {vocab_size - 1}")
+    try:
+        layout.check(state)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error

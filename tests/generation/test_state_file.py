@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rodimus.errors import InputError
-from rodimus.generation import Engine, Request, load_state, save_state
+from rodimus.generation import Engine, Request, load_state, save_state, state_file
 from rodimus.generation.state_file import fingerprint
 from tests.generation.helpers import greedy, prompts_of
 from tests.model.helpers import build, config_of, enliven, model_of
@@ -139,6 +139,41 @@ def test_tensors_that_do_not_fit_the_header_are_refused(saved):
     tensors.pop("window")
     save_file(tensors, path, metadata=header)
     with pytest.raises(InputError, match="must hold tokens, recurrent, convolution, window"):
+        load_state(path, model)
+
+
+def forge(path, header, tensors):
+    """A file with a SHA-256 that is right."""
+    header = header | {"sha256": state_file._digest(header, tensors)}
+    save_file(tensors, path, metadata=header)
+
+
+@pytest.mark.parametrize("config", ["[]", "3", "null", "[" * 100_000, '[["a"]]'], ids=len)
+def test_a_header_with_something_else_for_a_configuration_is_refused(saved, config):
+    path, model, _ = saved
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {kind: file.get_tensor(kind) for kind in file.keys()}
+    forge(path, header | {"config": config}, tensors)
+    with pytest.raises(InputError, match="no configuration|another model"):
+        load_state(path, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "match"),
+    [
+        ("tokens", lambda x: x.float(), "tokens as int64"),
+        ("tokens", lambda x: x + 10_000, "tokens as int64 from 0 to"),
+        ("tokens", lambda x: x - 10_000, "tokens as int64 from 0 to"),
+        ("recurrent", lambda x: x.bfloat16(), "recurrent of the state must be torch.float32"),
+        ("window", lambda x: x.half(), "window of the state must be torch.float32"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused_though_the_digest_is_right(saved, kind, change, match):
+    path, model, _ = saved
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {kind: file.get_tensor(kind) for kind in file.keys()}
+    forge(path, header, tensors | {kind: change(tensors[kind])})
+    with pytest.raises(InputError, match=match):
         load_state(path, model)
 
 
