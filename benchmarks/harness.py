@@ -153,26 +153,21 @@ class Bench:
         return found
 
     def done(self, group: str, case: str) -> bool:
-        """Whether the case has a record of this commit already, and no sitting is missing."""
+        """Whether this code has a record of the case here already, and no sitting is missing."""
         found = [record["settings"].get("sittings") for record in self._recorded(group, case)]
         return any(sittings is None or len(sittings) >= self.sittings for sittings in found)
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
-        """Records of this commit; none where everything is measured again."""
-        here = self.commit["commit"]
+        """Records of this machine, versions and code; none where everything is measured again."""
+        here = machine.describe(self.device) | self.commit
         folders = {self.folder, self.kept} if not self.again else set()
         return [
             r
             for folder in folders
             if folder is not None and folder.is_dir()
             for r in records.read(folder)
-            if (r["group"], r["case"], r["machine"].get("commit")) == (group, case, here)
+            if (r["group"], r["case"]) == (group, case) and machine.are_alike(here, r["machine"])
         ]
-
-    def _continues(self, record: dict[str, Any]) -> bool:
-        """Whether one more sitting of a record's is what this run would measure."""
-        here = machine.describe(self.device) | self.commit
-        return "sittings" in record["settings"] and machine.are_alike(here, record["machine"])
 
     def targets(
         self,
@@ -276,7 +271,7 @@ class Bench:
         """
         earlier = None
         if self.sittings > 1:
-            found = (r for r in self._recorded(group, case) if self._continues(r))
+            found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
             earlier = next(found, None)
         rows, used = self.time_targets(benchmark, earlier=earlier, **options)
         if len(used.get("sittings", ())) < 2:

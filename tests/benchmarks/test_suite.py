@@ -289,6 +289,16 @@ def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypa
         records.path_of({"group": "decode", "case": "case"}, tmp_path).unlink()
 
 
+@pytest.mark.parametrize("other", [{"threads": 77}, {"versions": {"torch": "1.0"}}], ids=str)
+def test_a_record_of_other_threads_or_versions_is_measured_again(tmp_path, monkeypatch, other):
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
+    bench.record("decode", "case", {}, [])
+    assert bench.done("decode", "case")
+    about = machine.describe(torch.device("cpu")) | other
+    monkeypatch.setattr(machine, "describe", lambda device: about)
+    assert not bench.done("decode", "case")
+
+
 def test_a_commit_during_a_run_is_not_that_of_its_records(tmp_path, monkeypatch):
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "first")
     bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
