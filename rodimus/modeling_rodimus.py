@@ -244,9 +244,9 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
     """Cache of a Rodimus block: convolution taps, state, and how many tokens they hold.
 
     transformers' linear layer does not count tokens, so ``generate`` cannot ask a cache of such
-    layers for its length."""
+    layers for its length. The count is the host's: no step of a compiler."""
 
-    is_sliding = False
+    is_sliding = is_compileable = False
 
     def __init__(self, number_of_states: int = 1):
         CacheLayerMixin.__init__(self)

@@ -66,6 +66,20 @@ def test_lora_of_peft(model):
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-3)
 
 
+def test_prompt_tuning_of_peft_generates(model):
+    """Each step is that of one forward over the virtual tokens and all others."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    sizes = {"num_attention_heads": 1, "num_layers": 1, "token_dim": model.config.d_model}
+    tuned = peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **sizes)
+    ).eval()
+    ids = random_ids(2, 12)
+    found = tuned.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        logits = tuned(input_ids=found[:, :-1]).logits[:, -8:]
+    assert torch.equal(found[:, -8:], logits.argmax(-1))
+
+
 def test_trainer_accumulates_to_the_same_loss(model, tmp_path):
     """4 steps of 2 rows are one step of 8: the loss is divided by the tokens of all of them."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
