@@ -1,6 +1,7 @@
 """Configuration of Rodimus and Rodimus+ in the released format: every hyper-parameter, checked."""
 
 import difflib
+import math
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -158,10 +159,17 @@ class RodimusConfig(PreTrainedConfig):
             raise ValueError(f"block_type must be one of {BLOCK_TYPES}, got {self.block_type!r}")
         for name in ("d_model", "n_layer", "vocab_size"):
             _require_positive(name, getattr(self, name))
+        for name in ("norm_epsilon", "initializer_range"):
+            _require_number(name, getattr(self, name))
+        for name in ("dropout", "activation_dropout", "attention_dropout"):
+            _require_number(name, getattr(self, name), most=1)
         for name in ("mem_size", "d_conv"):
             _require_positive(f"mixer_cfg['{name}']", self.mixer_cfg[name])
         _require_ratio("mixer_cfg['expand_ratio']", self.mixer_cfg["expand_ratio"])
-        _require_positive("mixer_cfg['input_gate_low_rank']", self.input_gate_rank)
+        _require_number("mixer_cfg['normalize_epsilon']", self.normalize_epsilon)
+        if self.mixer_cfg["input_gate_low_rank"] != "auto":
+            rank = self.mixer_cfg["input_gate_low_rank"]
+            _require_number("mixer_cfg['input_gate_low_rank']", rank, least=1)
         if self.block_type == "rodimus_plus":
             self._check_attention()
 
@@ -177,6 +185,10 @@ class RodimusConfig(PreTrainedConfig):
             _require_positive(f"attn_cfg['{name}']", count)
             if heads % count:
                 raise ValueError(f"num_heads must be divisible by {name}, got {heads} and {count}")
+        _require_ratio("attn_cfg['rotary_emb_base']", options["rotary_emb_base"])
+        rotary = options["rotary_emb_dim"]
+        if rotary is not None and not isinstance(rotary, int):
+            raise ValueError(f"attn_cfg['rotary_emb_dim'] must be an integer, got {rotary!r}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"attn_cfg['rotary_emb_dim'] must be even and at most head_dim = {self.head_dim},"
@@ -291,8 +303,19 @@ def _require_positive(name, value):
 
 
 def _require_ratio(name, value):
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not _is_number(value) or value <= 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _require_number(name, value, least=0, most=math.inf):
+    if not _is_number(value) or not least <= value <= most:
+        limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a number, {limit}, got {value!r}")
+
+
+def _is_number(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _complete(name, given, defaults):
