@@ -1684,8 +1684,6 @@ class RodimusModel(RodimusPreTrainedModel):
         if isinstance(attention_mask, Layout):
             return attention_mask.attention is None and attention_mask.tokens is None
         has_keys = self.config.block_type == "rodimus_plus"
-        if attention_mask.dim() != 2:
-            return not has_keys
         in_keys = has_keys and not _has_rings(past_key_values)
         if is_tracing(attention_mask):
             # a recording cannot look at a mask; one token is taken as real, as when compiled
@@ -1727,7 +1725,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return _position_in_document(documents)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         places = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if isinstance(attention_mask, torch.Tensor):
             # Count tokens, not places: in the user's order, padding included.
             counted = attention_mask.long().cumsum(1)[:, -embeds.shape[1] :] - 1
             places = counted.clamp_min(0)
@@ -1777,16 +1775,15 @@ def _layout_of(
 ) -> Layout:
     """The layout of the padding, and the attention mask in it, for all blocks."""
     layout = NO_PADDING
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is not None:
         attention_mask = attention_mask.bool()
         length = inputs_embeds.shape[1]
         is_static = isinstance(past_key_values, StaticCache)
         layout = _padding_layout(attention_mask, length, is_static)
         attention_mask = _left_padded(attention_mask)
-    one_token = inputs_embeds.shape[1] == 1
-    one_token = one_token and (attention_mask is None or attention_mask.dim() == 2)
     # eager attention is asked for where somebody looks at its weights
     looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
+    one_token = inputs_embeds.shape[1] == 1
     by_ring = one_token and _has_rings(past_key_values) and not looked_at
     if config.block_type != "rodimus_plus" or by_ring:
         return layout
@@ -1828,6 +1825,12 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config)
     batch, length = embeds.shape[:2]
     if length == 0:
         raise ValueError("expected at least one token, got a sequence of length 0")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must have shape [B, cached + T], got"
+            f" {list(attention_mask.shape)}: no mask of queries by keys reaches the recurrence."
+            " position_ids or cu_seqlens tell packed documents apart"
+        )
     if is_tracing(embeds):
         return
     if past_key_values is not None:
@@ -1839,14 +1842,10 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config)
     if attention_mask is None or isinstance(attention_mask, Layout):
         return
     past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-    if attention_mask.dim() == 2 and tuple(attention_mask.shape) != (batch, past + length):
+    if tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
             f" new tokens; got {tuple(attention_mask.shape)}"
-        )
-    if attention_mask.dim() not in (2, 4):
-        raise ValueError(
-            f"attention_mask must have 2 or 4 dimensions, got {tuple(attention_mask.shape)}"
         )
 
 

@@ -216,8 +216,17 @@ def test_ids_and_embeddings(model):
 
 @pytest.mark.parametrize("shape", [(2, 5), (3, 7), (2, 8), (7,), (2, 7, 7)], ids=str)
 def test_mask_of_a_wrong_shape(model, shape):
-    with pytest.raises(ValueError, match=r"attention_mask must have (shape \(2, 7\)|2 or 4).*got"):
+    expected = r"attention_mask must have shape (\(2, 7\)|\[B, cached \+ T\]).*got"
+    with pytest.raises(ValueError, match=expected):
         model(random_ids(2, 7), attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_mask_of_queries_by_keys(model, dtype):
+    """Attention alone could follow it: the state would carry on what it forbids."""
+    mask = torch.zeros(2, 1, 7, 7, dtype=dtype)
+    with pytest.raises(ValueError, match="queries by keys.*recurrence.*cu_seqlens"):
+        model(random_ids(2, 7), attention_mask=mask)
 
 
 @pytest.mark.parametrize("length", [3, 9, 11])
