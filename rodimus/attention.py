@@ -15,9 +15,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from rodimus_kernels import shared_key_attention
+
+logger = logging.get_logger(__name__)
 
 NAME = "rodimus_ska"
 
@@ -60,6 +63,11 @@ def attention_forward(
     Raises:
         ValueError: dropout is asked for.
     """
+    if kwargs.pop("output_attentions", False):
+        logger.warning_once(
+            f"attn_implementation={NAME!r} returns no attention weights: set_attn_implementation"
+            "('eager') does"
+        )
     if attention_mask is not None and attention_mask.dim() == 4:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -167,6 +167,15 @@ def test_dropout_is_refused():
         attention.attention_forward(None, q, q, q, None, dropout=0.1)
 
 
+def test_weights_that_are_not_returned_are_said_to_be(monkeypatch):
+    said = []
+    monkeypatch.setattr(attention.logger, "warning_once", said.append)
+    model, ids = build(config_of("rodimus_plus")), random_ids(1, 9)
+    assert not model(ids).attentions and not said
+    assert not model(ids, output_attentions=True).attentions
+    assert all("'rodimus_ska' returns no attention weights" in line for line in said) and said
+
+
 class TestDefault:
     """Who asks for nothing gets the operator, unless it cannot do what is configured."""
 
