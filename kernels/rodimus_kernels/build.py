@@ -134,7 +134,7 @@ def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
             continue
         try:
             lines[kind] = _build_one(kind, output / LIBRARIES[kind], force)
-        except (Unavailable, RuntimeError) as reason:
+        except (Unavailable, RuntimeError, OSError) as reason:
             if wanted == "1":
                 raise RuntimeError(f"{variable}=1, but {reason}") from None
             word = "skipped" if isinstance(reason, Unavailable) else "failed"
@@ -157,9 +157,12 @@ def _build_one(kind, library, force):
         built = Path(scratch) / library.name
         make(folder, Path(scratch), built, f'-DRODIMUS_SOURCES="{current}"')
         # written beside its place and renamed: a process that has the old one mapped keeps it
-        beside = library.with_suffix(".new")
-        shutil.copyfile(built, beside)
-        os.replace(beside, library)
+        beside = library.with_suffix(f".{os.getpid()}.new")
+        try:
+            shutil.copyfile(built, beside)
+            os.replace(beside, library)
+        finally:
+            beside.unlink(missing_ok=True)
     return "built"
 
 

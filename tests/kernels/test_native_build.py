@@ -1,5 +1,7 @@
 """Building and loading the native operators: what is missing is said, what is stale is refused."""
 
+import errno
+import itertools
 import logging
 import os
 import shutil
@@ -154,6 +156,40 @@ def test_a_failing_compiler_does_not_stop_an_installation(tmp_path, monkeypatch)
     monkeypatch.setattr(build, "_build_cpu", fail)
     monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
     assert build.build(tmp_path, force=True)["cpu"] == "failed: no space left"
+
+
+def make_any(folder, scratch, library, mark):
+    library.write_bytes(b"a library")
+
+
+def test_two_builds_at_once_do_not_meet(tmp_path, monkeypatch):
+    """The other one, of another process, ends before this one renames what it wrote."""
+    monkeypatch.setattr(build, "_build_cpu", make_any)
+    monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
+    copy, processes = shutil.copyfile, itertools.count(1)
+    monkeypatch.setattr(build.os, "getpid", lambda: next(processes))
+
+    def copy_first(source, target):
+        copy(source, target)
+        monkeypatch.setattr(build.shutil, "copyfile", copy)
+        assert build.build(tmp_path, force=True)["cpu"] == "built"
+
+    monkeypatch.setattr(build.shutil, "copyfile", copy_first)
+    assert build.build(tmp_path, force=True)["cpu"] == "built"
+    assert [path.name for path in tmp_path.iterdir()] == [LIBRARY.name]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(source, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(build, "_build_cpu", make_any)
+    monkeypatch.setattr(build.shutil, "copyfile", fail)
+    monkeypatch.setenv("RODIMUS_BUILD_CUDA", "0")
+    line = build.build(tmp_path, force=True)["cpu"]
+    assert line.startswith("failed: [Errno 28] No space left on device")
+    assert not list(tmp_path.iterdir())
 
 
 def test_switches_are_checked(tmp_path, monkeypatch):
