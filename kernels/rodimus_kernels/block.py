@@ -67,11 +67,18 @@ class BlockWeights(NamedTuple):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all matrices are of one dtype, or those of linear layers all in 8 bits, as the
-        native form needs."""
+        """Whether all matrices are of one dtype, or those of linear layers all in 8 bits, and rows
+        of all weights are dense, as the native form needs."""
         given = (getattr(self, name) for name in MATRICES)
         dtypes = {matrix.dtype for matrix in given if matrix is not None}
-        return dtypes in ({torch.int8}, {self.conv.dtype})
+        uniform = dtypes in ({torch.int8}, {self.conv.dtype})
+        return uniform and all(map(_is_dense, self))
+
+
+def _is_dense(weight):
+    if type(weight) is Int8Weight:
+        return all(map(native.has_dense_rows, weight))
+    return weight is None or native.has_dense_rows(weight)
 
 
 _WITHOUT_ATTENTION = BlockWeights._fields.index("attn_norm")

@@ -310,7 +310,12 @@ def check(
         raise ImportError(f"{operator}(impl='native') cannot run here: {_lacks_code(device)}")
 
 
-def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """A matrix whose rows are dense, as the operators take it: a half of a wider projection is one
-    as it stands; anything else is copied."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def has_dense_rows(x: torch.Tensor) -> bool:
+    """Whether the operators take a matrix or a vector as it stands: a half of a wider projection is
+    one that they do."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def dense_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """A matrix or a vector whose rows are dense; copied where it is not. None stays None."""
+    return x if x is None or has_dense_rows(x) else x.contiguous()

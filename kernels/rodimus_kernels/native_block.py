@@ -45,7 +45,9 @@ def step(
         raise ValueError(
             f"blocks_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}"
         )
-    cos, sin = (None, None) if rotary is None else rotary
+    cos, sin = (None, None) if rotary is None else map(native.dense_rows, rotary)
+    position = None if position is None else position.contiguous()
+    stream = native.dense_rows(stream)
     one_call = on_cpu or all(
         _is_one_call(rows, block, cos, head_dim, persistent) for block in weights
     )

@@ -43,7 +43,7 @@ def forward(
     y = torch.ops.rodimus.native_short_conv(
         native.dense_rows(x),
         native.dense_rows(weight),
-        bias,
+        native.dense_rows(bias),
         None if initial_state is None else initial_state.contiguous(),
         None if seq_idx is None else seq_idx.long().contiguous(),
     )
@@ -55,5 +55,5 @@ def step(x, conv_state, weight, bias=None):
     """:func:`rodimus_kernels.short_conv_step`; all tensors float32, or all bfloat16."""
     native.check("short_conv_step", x, conv_state, weight, bias, one_dtype=True)
     return torch.ops.rodimus.native_short_conv_step(
-        native.dense_rows(x), conv_state, weight.contiguous(), bias
+        native.dense_rows(x), conv_state, weight.contiguous(), native.dense_rows(bias)
     )

@@ -15,6 +15,4 @@ def step(x, weight, bias=None):
             f"linear_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {x.shape[0]}"
         )
     values, scale = weight if type(weight) is Int8Weight else (weight, None)
-    return torch.ops.rodimus.native_linear_step(
-        native.dense_rows(x), native.dense_rows(values), bias, scale
-    )
+    return torch.ops.rodimus.native_linear_step(*map(native.dense_rows, (x, values, bias, scale)))

@@ -315,6 +315,30 @@ def test_only_matrices_of_linear_layers_may_be_int8(name):
     assert all(map(torch.equal, flat(before), flat((taps, states))))
 
 
+def test_weights_that_are_not_dense_are_left_to_the_reference():
+    weights, *given = blocks_of([torch.float32] * 2, 2, True)
+    assert weights[1].is_uniform
+    weights[1] = weights[1]._replace(mixer_out=weights[1].mixer_out.T.contiguous().T)
+    assert not weights[1].is_uniform
+    stream, one, other = torch.randn(2, 18), copy.deepcopy(given), copy.deepcopy(given)
+    y = blocks_step(stream, weights, *one, **NAMED)
+    assert torch.equal(y, blocks_step(stream, weights, *other, **NAMED, impl="reference"))
+    assert all(map(torch.equal, flat(one), flat(other)))
+    scale = torch.ones(18, 2)[:, 0]
+    assert not weights[0]._replace(mixer_out=Int8Weight(torch.ones(18, 22), scale)).is_uniform
+
+
+def test_stream_position_and_tables_need_not_be_dense():
+    weights, *lists, position, rotary = blocks_of([torch.float32] * 2, 2, True)
+    stream, columns_apart = torch.randn(2, 18), lambda x: x.T.contiguous().T
+    plain = (torch.full_like(position, 3), rotary)
+    other = (torch.tensor([3]).expand(2), tuple(map(columns_apart, rotary)))
+    step = partial(blocks_step, **NAMED, impl="native")
+    expected = step(stream, weights, *copy.deepcopy(lists), *plain)
+    y = step(columns_apart(stream), weights, *copy.deepcopy(lists), *other)
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_errors_come_before_any_state_is_touched(impl):
     """Also those of the last block of several."""

@@ -220,6 +220,23 @@ def test_halves_of_a_projection_and_leading_dimensions(isa):
     assert relative_error(expected, reference.rms_norm(x[..., 40:], weight)) < LIMIT
 
 
+def apart(x):
+    """The same numbers, each two elements behind the one before it."""
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@needs_library
+@pytest.mark.parametrize("maker", SMALL)
+def test_nothing_but_states_must_be_dense(maker):
+    operator, _, arguments, named, state = case = maker(torch.float32)
+    expected = run(operator, case, impl="native")
+    arguments = [x.clone() if i == state else apart(x) for i, x in enumerate(arguments)]
+    named = {n: apart(x) if isinstance(x, torch.Tensor) else x for n, x in named.items()}
+    results = RESULTS(operator(*arguments, **named, impl="native"))
+    results = results if state is None else (*results, arguments[state])
+    assert all(map(torch.equal, results, expected))
+
+
 @needs_library
 def test_bias_may_be_absent_or_wider():
     for dtype in DTYPES:

@@ -30,7 +30,7 @@ def mixer_step(
     rows = (q, k, select, temper, gate_hidden, x, shifted, gate)
     weights = (gate_weight, gate_bias, residual_weight, norm_weight)
     native.check("ddts_mixer_step", *rows, state, *weights)
-    rows = map(native.dense_rows, rows)
+    rows, weights = map(native.dense_rows, rows), map(native.dense_rows, weights)
     return torch.ops.rodimus.native_ddts_mixer_step(
         *rows, state, *weights, scale, key_eps, norm_eps
     )
