@@ -17,14 +17,18 @@ inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, in
   int64_t width = stream.size(1), inner = w[kGateOut].size(0);
   auto matrix = [&](const char* name, int which, int64_t rows, int64_t size) {
     check_shape(name, w[which], {rows, size});
-    check_type(name, w[which], w[kFc]);
+    check_type(name, w[which], w[kFc]), weight_of(name, w[which], stream);
   };
   check_shape("conv", w[kConv], {w[kGateOut].size(0), kAny});
   if (!is_int8(w[kFc])) check_type("conv", w[kConv], w[kFc]);
   auto vector = [&](const char* name, int which, int64_t size) {
-    check_shape(name, w[which], {size}), type_of(name, w[which]);
+    check_shape(name, w[which], {size}), rows_of(name, w[which], stream);
   };
-  type_of("conv", w[kConv]);
+  auto halves = [&](const char* name, int which) {
+    STD_TORCH_CHECK(w[which].size(0) % 2 == 0, name, " must have an even number of rows, got ",
+                    w[which].size(0));
+  };
+  rows_of("conv", w[kConv], stream), halves("mem_gate", kMemGate);
   vector("mixer_norm", kMixerNorm, width), matrix("fc", kFc, 2 * inner, width);
   vector("conv_bias", kConvBias, inner);
   int64_t gates = w[kMemGate].size(0);
@@ -38,7 +42,8 @@ inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, in
   vector("attn_norm", kAttnNorm, width), vector("ffn_norm", kFfnNorm, width);
   matrix("query", kQuery, kAny, width), matrix("key", kKey, kAny, width);
   matrix("value", kValue, kAny, width), matrix("attn_out", kAttnOut, width, attended);
-  matrix("ffn_in", kFfnIn, kAny, width), matrix("ffn_out", kFfnOut, width, w[kFfnIn].size(0) / 2);
+  matrix("ffn_in", kFfnIn, kAny, width), halves("ffn_in", kFfnIn);
+  matrix("ffn_out", kFfnOut, width, w[kFfnIn].size(0) / 2);
   STD_TORCH_CHECK(head_dim >= 1 && keys >= head_dim && values >= head_dim &&
                       attended % keys == 0 && attended % values == 0 && keys % head_dim == 0 &&
                       values % head_dim == 0,

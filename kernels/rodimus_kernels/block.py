@@ -196,8 +196,10 @@ def _check_weights(prefix, stream, w):
     check_shape(f"{prefix}gate_out", w.gate_out, ("V", "R"))
     check_shape(f"{prefix}mem_gate", w.mem_gate, ("2K", "V"))
     (inner, rank), gates, width = w.gate_out.shape, w.mem_gate.shape[0], stream.shape[1]
-    if gates % 2:
-        raise ValueError(f"{prefix}mem_gate must have an even number of rows, got {gates}")
+    for name, matrix in (("mem_gate", w.mem_gate), ("ffn_in", w.ffn_in)):
+        if matrix is not None and matrix.shape[0] % 2:
+            rows = matrix.shape[0]
+            raise ValueError(f"{prefix}{name} must have an even number of rows, got {rows}")
     expected = {
         "mixer_norm": (width,),
         "fc": (2 * inner, width),
@@ -234,9 +236,13 @@ def _check_attention(stream, weights, rings, position, rotary, window_size, head
         raise ValueError("blocks with attention need window_size and head_dim, got None")
     if position is None:
         raise ValueError("blocks with attention need position, got None")
+    if window_size < 1 or head_dim < 1:
+        raise ValueError(f"window_size and head_dim must be >= 1, got {window_size} and {head_dim}")
     batch = stream.shape[0]
     check_shape("position", position, (batch,))
     check_same_device("stream", stream, position=position)
+    if position.dtype != torch.int64:
+        raise ValueError(f"position must be int64, got {position.dtype}")
     if rotary is not None:
         turned = rotary[0].shape[-1]
         for name, table in zip(("cos", "sin"), rotary, strict=True):

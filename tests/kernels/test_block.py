@@ -375,6 +375,14 @@ def test_errors_come_before_any_state_is_touched(impl):
         if name != "conv":  # taps then are too many
             wrong = weights[1]._replace(**{name: weight[..., :-1]})
             refuses(r"weights\[1\]\.\w+ must have shape", weights=second(weights, wrong))
+    odd = weights[1]._replace(mem_gate=weights[1].mem_gate[:-1])
+    refuses(r"\]\.mem_gate must have an even number of rows", weights=second(weights, odd))
+    halves = {"ffn_in": weights[1].ffn_in[:-1], "ffn_out": weights[1].ffn_out[:, :-1]}
+    odd = weights[1]._replace(**halves)
+    refuses(r"\]\.ffn_in must have an even number of rows, got 51", weights=second(weights, odd))
+    refuses("window_size and head_dim must be >= 1, got 0 and 6", window_size=0)
+    refuses("window_size and head_dim must be >= 1, got 5 and 0", head_dim=0)
+    refuses("position must be int64, got torch.int32", position=position.int())
     other = weights_of(torch.float32, False)
     refuses("2, 1 of them with attention", weights=second(weights, other))
     refuses("one block or more, .* got 0", weights=[])
@@ -388,6 +396,10 @@ def test_errors_come_before_any_state_is_touched(impl):
         refuses("takes float32 and bfloat16", states=second(states, states[1].double()))
         below = torch.tensor([-1, 0])
         refuses("position must be >= 0, got -1", position=below, error=RuntimeError)
+        for name, weight in zip(BlockWeights._fields, weights[1], strict=True):
+            apart = weights[1]._replace(**{name: torch.stack([weight, weight], -1)[..., 0]})
+            changed = second(weights, apart)
+            refuses("or a matrix with dense rows", weights=changed, error=RuntimeError)
     with pytest.raises(ValueError, match="takes bfloat16 weights on a GPU, .* got .* on cpu"):
         blocks_step(stream, weights, *lists, position, rotary, **NAMED, impl="persistent")
     assert all(map(torch.equal, flat(kept), flat(given)))
