@@ -175,9 +175,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
       stream, weights, scales, taps, states, rings, position, cos, sin, window_size, head_dim);
   int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
   for (const BlockArguments& given : arguments) {
-    for (int64_t b = 0; given.window && b < batch; ++b)
-      STD_TORCH_CHECK(given.window->position[b] >= 0, "position must be >= 0, got ",
-                      given.window->position[b]);
+    if (given.window) check_positions(given.window->position, batch);
     floats = std::max(floats, workspace_size(given.weights, batch, width, window_size, head_dim));
   }
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());

@@ -110,8 +110,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
                                  double scale) {
   auto [a, o] = attention_step_arguments(q, k, v, cache, position, window_size, scale);
   int64_t splits = window_splits(a.window + a.steps - 1);
-  for (int64_t b = 0; b < a.batch; ++b)
-    STD_TORCH_CHECK(a.position[b] >= 0, "position must be >= 0, got ", a.position[b]);
+  check_positions(a.position, a.batch);
   Tensor memory = scratch(q, attention_scratch(a, splits));
   a.scratch = floats(memory);
   const AttentionStep& arguments = a;

@@ -623,6 +623,18 @@ def test_bad_arguments_say_what_was_expected():
     operator, (*rows, _, window, scale) = registered(attention_step, torch.float32)
     with pytest.raises(RuntimeError, match="position must be >= 0, got -1"):
         operator(*rows, torch.tensor([-1, 0]), window, scale)
+    with pytest.raises(RuntimeError, match="position must be at most 2.62, got 92233720368547758"):
+        operator(*rows, torch.tensor([2**63 - 2, 0]), window, scale)
+    with pytest.raises(RuntimeError, match="query heads must be a multiple of key and value heads"):
+        operator(
+            rows[0],
+            rows[1][:, :, :0],
+            rows[2],
+            rows[3][..., 10:].contiguous(),
+            torch.tensor([0, 0]),
+            window,
+            scale,
+        )
     with pytest.raises(RuntimeError, match="cache needs at least window_size"):
         operator(*rows, torch.tensor([0, 0]), 12, scale)
     (_, k, v, cache), zeros = rows, torch.zeros(2, dtype=torch.int64)
