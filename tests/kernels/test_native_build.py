@@ -19,6 +19,19 @@ built = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native operators a
 problem = native.problem.__wrapped__
 
 
+@pytest.fixture(autouse=True)
+def no_switches(monkeypatch):
+    """Whoever runs the tests may have set some for the library that they test."""
+    for name in (
+        "RODIMUS_BUILD_CPU",
+        "RODIMUS_BUILD_CUDA",
+        "RODIMUS_CUDA_ARCHS",
+        "CXX",
+        "CUDA_HOME",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package folder without libraries."""
