@@ -250,7 +250,7 @@ def _cxx() -> str:
     for name in [named] if named else ["g++", "clang++", "c++"]:
         found = shutil.which(name)
         if found and _accepts(found, ["-std=c++17", "-include", "optional"]):
-            return found
+            return os.path.abspath(found)
     if named:
         raise Unavailable(f"the compiler that CXX names, {named}, cannot compile C++17")
     raise Unavailable("no C++17 compiler was found (g++ or clang++, or name one in CXX)")

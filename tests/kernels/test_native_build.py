@@ -153,6 +153,14 @@ def test_absent_compilers_are_said(tmp_path, monkeypatch, kind):
         build.build(tmp_path)
 
 
+def test_a_compiler_may_be_named_from_here(tmp_path, monkeypatch):
+    """It is run in the folder of the sources."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own++").symlink_to(shutil.which("true"))
+    monkeypatch.setenv("CXX", "./own++")
+    assert build._cxx() == str(tmp_path / "own++")
+
+
 def test_absent_torch_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(build, "_cxx", lambda: "g++")
