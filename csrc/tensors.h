@@ -122,7 +122,8 @@ inline float* state_of(const Tensor& state, const Tensor& like) {
 inline void check_positions(const int64_t* position, int64_t batch) {
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(position[b] >= 0, "position must be >= 0, got ", position[b]);
-    STD_TORCH_CHECK(position[b] <= int64_t{1} << 62, "position must be at most 2^62, got ", position[b]);
+    STD_TORCH_CHECK(position[b] <= int64_t{1} << 62, "position must be at most 2^62, got ",
+                    position[b]);
   }
 }
 
@@ -350,7 +351,8 @@ inline std::tuple<AttentionStep, Tensor> attention_step_arguments(
   Ring ring = ring_of("cache", cache, q, k.size(2) * dim, v.size(2), v.size(3));
   check_shape("cache", cache, {batch, kAny, kAny});
   check_shape("position", position, {batch});
-  STD_TORCH_CHECK(k.size(2) > 0 && v.size(2) > 0 && heads % k.size(2) == 0 && heads % v.size(2) == 0,
+  STD_TORCH_CHECK(k.size(2) > 0 && v.size(2) > 0 && heads % k.size(2) == 0 &&
+                      heads % v.size(2) == 0,
                   "query heads must be a multiple of key and value heads, got ", heads, ", ",
                   k.size(2), " and ", v.size(2));
   STD_TORCH_CHECK(steps >= 1 && steps <= kMaxRows && window >= 1 &&
