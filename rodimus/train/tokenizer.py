@@ -63,6 +63,9 @@ class DocumentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.backend.encode_special_tokens = True
+        # a folder may tell both, for batches of a model: a document is neither cut nor filled up
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._head = [] if self.bos is None else [self.bos]
         self._tail = [] if self.eos is None else [self.eos]

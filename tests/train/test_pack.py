@@ -82,6 +82,16 @@ def test_a_trained_tokenizer_pads_on_the_left(corpus, tmp_path):
     assert short == [tokenizer.eos_token_id] * (len(long) - len(alone)) + alone != alone
 
 
+def test_a_tokenizer_that_truncates_and_pads_does_neither_to_documents():
+    """A folder says both, once it was saved after `tokenizer(texts, truncation=True)`."""
+    tokenizer = train_tokenizer(TEXTS, 300)
+    whole = DocumentEncoder(tokenizer)(TEXTS[:2] + ["x"])
+    tokenizer.backend_tokenizer.enable_truncation(max_length=8)
+    tokenizer.backend_tokenizer.enable_padding(length=16)
+    assert max(map(len, whole)) > 18
+    assert DocumentEncoder(tokenizer)(TEXTS[:2] + ["x"]) == whole
+
+
 def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
     first = pack(str(corpus), tmp_path / "a", vocab_size=300)
     second = pack(str(corpus), tmp_path / "b", tokenizer=str(tmp_path / "a" / "tokenizer"))
