@@ -85,8 +85,9 @@ def pack(
     if not overwrite and out.is_dir() and any(out.iterdir()):
         what = "holds a pack already" if (out / "train.json").is_file() else "is not empty"
         raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    out.mkdir(parents=True, exist_ok=True)
+    # inside: the folder around OUT may be another file system, or not ours to write to
+    with tempfile.TemporaryDirectory(prefix=".pack-", dir=out) as folder:
         manifests = _write_parts(
             source,
             Path(folder),

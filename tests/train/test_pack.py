@@ -1,7 +1,9 @@
 """`rodimus data pack`: split, deduplication, tokenizer, bad input."""
 
+import errno
 import importlib
 import json
+import os
 import sys
 import types
 
@@ -306,3 +308,36 @@ def test_a_pack_replaces_the_earlier_one_and_nothing_else(corpus, tmp_path):
     assert many > 1 and decode(out, "train") == ["one document"]
     names = ["notes.md", "tokenizer", "train-00000.bin", "train-00000.idx", "train.json"]
     assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_a_folder_on_another_file_system_is_packed_into(corpus, tmp_path, monkeypatch):
+    """A mount point, or a link: nothing can be renamed into it from beside it."""
+    out, rename = tmp_path / "out", os.replace
+
+    def replace(source, target):
+        if source.is_relative_to(out) != target.is_relative_to(out):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(2):
+        pack(str(corpus), out, vocab_size=300, overwrite=True)
+        assert sorted(decode(out, "train") + decode(out, "val")) == sorted(TEXTS)
+    names = ["tokenizer", "train-00000.bin", "train-00000.idx", "train.json"]
+    names += ["val-00000.bin", "val-00000.idx", "val.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_a_second_pack_into_a_folder_is_refused(corpus, tmp_path, monkeypatch):
+    """While the first is at work, before any of it is there."""
+    refused = []
+
+    def second(texts, vocab_size):
+        with pytest.raises(InputError, match="is not empty"):
+            pack(str(corpus), tmp_path / "out", vocab_size=300)
+        refused.append(True)
+        return train_tokenizer(texts, vocab_size)
+
+    monkeypatch.setattr(pack_module, "train_tokenizer", second)
+    pack(str(corpus), tmp_path / "out", vocab_size=300)
+    assert refused
