@@ -48,6 +48,8 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
+    if not isinstance(parent, str):
+        raise InputError(f"{path}: extends must be one path, got {parent!r}")
     return _merge(_read(path.parent / parent, (*children, path)), values)
 
 
@@ -113,9 +115,11 @@ def _field_names(section: str) -> set[str]:
 
 def _convert(name: str, kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
-        item = get_args(kind)[0]
+        item, *others = get_args(kind)
         if not isinstance(value, list):
             raise InputError(f"{name} must be a list, got {value!r}")
+        if others != [...] and len(value) != 1 + len(others):
+            raise InputError(f"{name} must have {1 + len(others)} entries, got {value!r}")
         return tuple(_convert(f"{name}[{i}]", item, v) for i, v in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)

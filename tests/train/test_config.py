@@ -50,6 +50,8 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
         ("[optim]\nlrr = 1.0", "unknown key 'optim.lrr', did you mean 'optim.lr'?"),
         ("[train]\nsteps = 'ten'", "train.steps must be int, got str 'ten'"),
         ("[data]\ntrain = 'a.json'", "data.train must be a list"),
+        ("[optim]\nbetas = [0.9]", "optim.betas must have 2 entries, got [0.9]"),
+        ("extends = ['a.toml']", "extends must be one path, got ['a.toml']"),
         ("lr = 1.0", "unknown key 'lr', did you mean 'optim.lr'?"),
         ("[data]\ntrain=['a']\npacking = 'tight'", "data.packing must be one of concat, bestfit"),
         ("[train]\nsteps = 5\ntokens = 5", "exactly one of train.steps and train.tokens"),
