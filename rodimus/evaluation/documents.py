@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from ..train.shards import TokenShards, verify
 from ..train.sources import documents
-from ..train.tokenizer import DocumentEncoder
+from ..train.tokenizer import DocumentEncoder, vocabulary_size
 
 
 class Document(NamedTuple):
@@ -68,8 +68,9 @@ def _manifest(source: str) -> Path | None:
 def _from_text(
     texts: Iterator[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Iterator[Document]:
-    if len(tokenizer) > vocab_size:
-        raise InputError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}")
+    n_ids = vocabulary_size(tokenizer)
+    if n_ids > vocab_size:
+        raise InputError(f"the tokenizer has {n_ids} tokens, the model {vocab_size}")
     encode = DocumentEncoder(tokenizer)
     for text in texts:
         if text:

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..loading import find_tokenizer
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
-from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
+from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer, vocabulary_size
 
 _BATCH_BYTES = 1 << 20
 
@@ -121,7 +121,8 @@ def _write_parts(
     learned.save_pretrained(str(folder / "tokenizer"))
     encode = DocumentEncoder(learned)
     parts = ("train", "val") if val_fraction > 0 else ("train",)
-    writers = {p: ShardWriter(folder, p, len(learned), shard_tokens=shard_tokens) for p in parts}
+    n_ids = vocabulary_size(learned)
+    writers = {p: ShardWriter(folder, p, n_ids, shard_tokens=shard_tokens) for p in parts}
     n_docs = 0
     for batch in _batches(split_documents(source, val_fraction, field=field)):
         n_docs += len(batch)
@@ -151,7 +152,7 @@ def _write_parts(
 def _replace(made: Path, out: Path) -> None:
     """Move what was packed into ``out``, over an earlier pack. Manifests go first and come last, so
     that none ever stands beside the shards of another."""
-    (out / "tokenizer").mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer").mkdir(exist_ok=True)
     for part in ("train", "val"):
         manifest = out / f"{part}.json"
         if manifest.is_file():

@@ -310,6 +310,19 @@ def test_a_pack_replaces_the_earlier_one_and_nothing_else(corpus, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
 
 
+def test_ids_may_have_gaps(corpus, tmp_path):
+    """Then a model needs rows for the largest id, not for as many as there are tokens."""
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path / "gap")
+    path = tmp_path / "gap" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["model"]["vocab"] |= {"e": 70_000}
+    path.write_text(json.dumps(described))
+    manifest = pack(str(corpus), tmp_path / "out", tokenizer=str(tmp_path / "gap"))["train"]
+    assert (manifest.vocab_size, manifest.dtype) == (70_001, "<u4")
+    train, val = decode(tmp_path / "out", "train"), decode(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(TEXTS)
+
+
 def test_a_folder_on_another_file_system_is_packed_into(corpus, tmp_path, monkeypatch):
     """A mount point, or a link: nothing can be renamed into it from beside it."""
     out, rename = tmp_path / "out", os.replace
