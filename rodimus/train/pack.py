@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -152,6 +153,9 @@ def _write_parts(
 def _replace(made: Path, out: Path) -> None:
     """Move what was packed into ``out``, over an earlier pack. Manifests go first and come last, so
     that none ever stands beside the shards of another."""
+    if (out / "train.json").is_file():
+        # what the new tokenizer has no file for would be taken for its own
+        shutil.rmtree(out / "tokenizer", ignore_errors=True)
     (out / "tokenizer").mkdir(exist_ok=True)
     for part in ("train", "val"):
         manifest = out / f"{part}.json"

@@ -323,6 +323,17 @@ def test_ids_may_have_gaps(corpus, tmp_path):
     assert sorted(train + val) == sorted(TEXTS)
 
 
+def test_a_replaced_pack_leaves_nothing_in_the_tokenizer(corpus, tmp_path):
+    """A chat template would be read as that of the new one."""
+    first = train_tokenizer(TEXTS, 300)
+    first.chat_template = "{{ messages }}"
+    first.save_pretrained(tmp_path / "chat")
+    pack(str(corpus), tmp_path / "out", tokenizer=str(tmp_path / "chat"))
+    assert read_tokenizer(tmp_path / "out" / "tokenizer").chat_template
+    pack(str(corpus), tmp_path / "out", vocab_size=300, overwrite=True)
+    assert not read_tokenizer(tmp_path / "out" / "tokenizer").chat_template
+
+
 def test_a_folder_on_another_file_system_is_packed_into(corpus, tmp_path, monkeypatch):
     """A mount point, or a link: nothing can be renamed into it from beside it."""
     out, rename = tmp_path / "out", os.replace
