@@ -80,7 +80,9 @@ def _file(path: Path, field: str) -> Iterator[str]:
 
 def _decode(data: bytes, place: str, offset: int) -> str:
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
+        # the mark that some editors begin a file with is none of its text
+        return text if offset else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{place} must be UTF-8, got byte 0x{data[error.start]:02x} "
@@ -111,7 +113,8 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            # arrays within arrays may go deeper than the parser does
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 got = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -138,7 +141,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
 
 
 def _check_column(path: Path, schema, field: str) -> None:
-    if field not in schema.names:
+    if schema.names.count(field) != 1:
         raise InputError(f"{path} must have a column {field!r}, got {', '.join(schema.names)}")
     kind = schema.field(field).type
     if str(kind).startswith("dictionary"):

@@ -127,6 +127,13 @@ def test_folder_and_plain_text(tmp_path):
     assert list(documents(str(tmp_path / "src"), field="body")) == ["one", "two"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"one")
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "two"}\r\n{"text": "three"}\r\n')
+    assert list(documents(str(tmp_path))) == ["one", "two", "three"]
+
+
 def test_stdlib_is_python_source_without_tests():
     texts = list(documents("stdlib"))
     assert len(texts) > 300
@@ -139,6 +146,7 @@ def test_stdlib_is_python_source_without_tests():
         ("a.txt", b"caf\xe9 au lait", r"a.txt must be UTF-8, got byte 0xe9 at offset 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"line 2 must be UTF-8, .* offset 24"),
         ("a.jsonl", b'{"text": "a"', r"a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b"[" * 200_000, r"a.jsonl line 1 is not JSON"),
         ("a.jsonl", b'{"body": "a"}', r"line 1 must have a string field 'text', got body"),
         ("a.jsonl", b'{"text": 5}', r"line 1 must have a string field 'text', got 5 there"),
         (
@@ -180,6 +188,14 @@ def test_a_column_that_is_no_text_is_named(tmp_path, column):
         list(documents(str(path)))
     with pytest.raises(InputError, match="must have a column 'body', got text"):
         list(documents(str(path), field="body"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    importlib.import_module("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="must have a column 'text', got text, text"):
+        list(documents(str(tmp_path / "a.parquet")))
 
 
 def test_damaged_parquet_is_named(tmp_path):
