@@ -21,6 +21,8 @@ from ..errors import InputError
 from ..run_folder import sha256_file
 
 FORMAT_VERSION = 1
+# of the ids, for vocabularies up to 65536 and for larger ones
+_DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name = folder, name
         self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.dtype = np.dtype(_DTYPES[vocab_size > 1 << 16])
         self.shards: list[ShardFile] = []
         self.n_bytes = 0
         self._bin = None
@@ -221,9 +223,18 @@ def _read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} must be shard format {FORMAT_VERSION}, got {version!r}")
     try:
         values["shards"] = tuple(ShardFile(**s) for s in values["shards"])
-        return Manifest(**values)
+        manifest = Manifest(**values)
+        counted = [sum(s.n_tokens for s in manifest.shards), sum(s.n_docs for s in manifest.shards)]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a whole shard manifest: {error}") from error
+    if manifest.dtype not in _DTYPES:
+        raise InputError(f"{path}: dtype must be {' or '.join(_DTYPES)}, got {manifest.dtype!r}")
+    if counted != [manifest.n_tokens, manifest.n_docs]:
+        raise InputError(
+            f"{path} is damaged: its shards have {counted[0]} tokens in {counted[1]} documents, it "
+            f"says {manifest.n_tokens} in {manifest.n_docs}"
+        )
+    return manifest
 
 
 def verify(files: Sequence[tuple[Path, str]]) -> None:

@@ -84,6 +84,24 @@ def test_other_format_version_is_an_error(tmp_path):
         TokenShards(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "<u1"}, "dtype must be <u2 or <u4, got '<u1'"),
+        ({"n_tokens": 29}, "shards have 30 tokens in 3 documents, it says 29 in 3"),
+        ({"n_docs": 2}, "shards have 30 tokens in 3 documents, it says 30 in 2"),
+        ({"shards": []}, "shards have 0 tokens in 0 documents, it says 30 in 3"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_itself_is_an_error(tmp_path, change, message):
+    """It has no checksum, and its counts decide bits/byte and how rows are cut."""
+    path = write(tmp_path, [[5] * 10] * 3, shard_tokens=20)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        TokenShards(path)
+
+
 def test_manifest_records_its_files(tmp_path):
     manifest = TokenShards(write(tmp_path, [[5] * 10])).manifest
     assert {f.name for f in dataclasses.fields(manifest)} == set(
