@@ -31,7 +31,8 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
     """
     sources: list[TokenShards] = []
     for pattern in patterns:
-        found = sorted(glob(pattern, recursive=True))
+        # a file of that name wins: brackets are common in the names of folders
+        found = [pattern] if Path(pattern).is_file() else sorted(glob(pattern, recursive=True))
         if not found:
             path = Path(pattern).absolute()
             raise InputError(f"no token shards at {path}: run `rodimus data pack` first")

@@ -147,6 +147,11 @@ def test_sources_must_share_a_tokenizer(tmp_path):
         open_sources((str(tmp_path / "c.json"),))
 
 
+def test_a_name_with_brackets_is_a_name(tmp_path):
+    path = write(tmp_path / "run[1] a")
+    assert [str(source.path) for source in open_sources((path,))] == [path]
+
+
 def test_prefetcher_follows_jumps_and_raises_at_the_step():
     def load(first):
         if first == 50:
