@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..loading import find_tokenizer
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
@@ -119,7 +119,10 @@ def _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field)
 def _write_parts(
     source, folder, learned, *, val_fraction, field, shard_tokens
 ) -> dict[str, Manifest]:
-    learned.save_pretrained(str(folder / "tokenizer"))
+    try:
+        learned.save_pretrained(str(folder / "tokenizer"))
+    except Exception as error:  # the Rust writer raises bare exceptions
+        raise InputError(f"the tokenizer cannot be written: {first_line(error)}") from error
     encode = DocumentEncoder(learned)
     parts = ("train", "val") if val_fraction > 0 else ("train",)
     n_ids = vocabulary_size(learned)

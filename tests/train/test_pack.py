@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import resource
 import sys
 import types
 
@@ -348,6 +349,20 @@ def test_a_replaced_pack_leaves_nothing_in_the_tokenizer(corpus, tmp_path):
     assert read_tokenizer(tmp_path / "out" / "tokenizer").chat_template
     pack(str(corpus), tmp_path / "out", vocab_size=300, overwrite=True)
     assert not read_tokenizer(tmp_path / "out" / "tokenizer").chat_template
+
+
+def test_a_disk_that_is_full_is_one_line(corpus, tmp_path, capsys):
+    """Also where the tokenizer's own writer finds it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "error: the tokenizer cannot be written: File too large" in error
+    assert error.count("\n") == 1
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_folder_on_another_file_system_is_packed_into(corpus, tmp_path, monkeypatch):
