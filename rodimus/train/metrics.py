@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.flops for word, gpu in DEVICES.items() if word in name), None)
+    # an RTX A1000 is no A100
+    known = (gpu.flops for word, gpu in DEVICES.items() if re.search(rf"{word}(?!\d)", name))
+    return next(known, None)
 
 
 class RunLog:

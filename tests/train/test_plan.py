@@ -127,6 +127,7 @@ def test_mfu_counts_with_the_peak_of_that_device(monkeypatch):
         "NVIDIA H200 NVL": 835e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA L40S": None,
+        "NVIDIA RTX A1000 Laptop GPU": None,
     }
     for name, peak in peaks.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
