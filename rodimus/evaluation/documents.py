@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from ..loading import has_tokenizer, read_tokenizer
 from ..train.shards import TokenShards, verify
 from ..train.sources import documents
 from ..train.tokenizer import DocumentEncoder, vocabulary_size
@@ -35,7 +36,7 @@ def read(
     Args:
         source: Manifest or folder of token shards; or text, as ``rodimus data pack`` takes it:
             a file (txt, md, py, jsonl, parquet), a folder of such files, ``stdlib``, ``hf:NAME``.
-        tokenizer: Gives the model's tokenizer; called for text alone.
+        tokenizer: Gives the model's tokenizer; shards do without where there is none.
         vocab_size: Of the model: larger ids are refused.
         field: Name of the text field in jsonl, parquet and datasets.
 
@@ -49,7 +50,31 @@ def read(
     shards = TokenShards(manifest)
     shards.check_vocabulary(vocab_size)
     verify(shards.files())
+    _check_tokens(shards, tokenizer)
     return _from_shards(shards)
+
+
+def _check_tokens(shards: TokenShards, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
+    """Refuses ids that are other tokens to the model; nothing is known where one side names none.
+
+    Raises:
+        InputError: names the first token that differs.
+    """
+    folder = shards.path.parent / "tokenizer"
+    if not has_tokenizer(folder):
+        return
+    try:
+        own = tokenizer().get_vocab()
+    except InputError:
+        return
+    other = read_tokenizer(folder).get_vocab()
+    differing = sorted(other.items() - own.items(), key=lambda item: item[1])
+    if differing:
+        token, number = differing[0]
+        raise InputError(
+            f"{shards.path} has other tokens than the model ({len(differing):,} differ): "
+            f"{token!r} must be {own.get(token)}, got {number}"
+        )
 
 
 def _manifest(source: str) -> Path | None:

@@ -12,6 +12,7 @@ import pytest
 from rodimus import cli
 from rodimus.loading import load_model, load_tokenizer
 from rodimus.train.pack import pack
+from rodimus.train.tokenizer import train_tokenizer
 from tests.checkpoints import TEXT, save_model, save_plain_tokenizer
 from tests.device import ON_BOTH
 
@@ -112,6 +113,17 @@ def test_what_cannot_be_evaluated_is_one_line(folder, refused, tmp_path):
     binary = tmp_path / "damaged" / "train-00000.bin"
     binary.write_bytes(bytes([binary.read_bytes()[0] ^ 1]) + binary.read_bytes()[1:])
     assert "is damaged" in refused(model, tmp_path / "damaged" / "train.json")
+
+
+def test_shards_of_another_tokenizer_are_refused(folder, refused, tmp_path):
+    shutil.copytree(folder / "shards", tmp_path / "other")
+    train_tokenizer(["other text " * 9], 280).save_pretrained(tmp_path / "other" / "tokenizer")
+    line = refused(folder / "model", tmp_path / "other" / "train.json")
+    assert re.search(
+        r"train.json has other tokens than the model .*'<\|begin\|>' must be None", line
+    )
+    save_model(tmp_path / "without")
+    assert cli.main(["eval", str(tmp_path / "without"), str(tmp_path / "other/train.json")]) == 0
 
 
 def test_missing_harness_says_how_to_get_it(folder, refused, monkeypatch):
