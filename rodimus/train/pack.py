@@ -24,6 +24,8 @@ from .sources import STDLIB_LICENCE, documents
 from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer, vocabulary_size
 
 _BATCH_BYTES = 1 << 20
+# folder within OUT where a pack is made
+_UNFINISHED = ".pack-"
 
 
 def split_documents(
@@ -85,10 +87,14 @@ def pack(
     out = Path(out)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         what = "holds a pack already" if (out / "train.json").is_file() else "is not empty"
+        if any(out.glob(f"{_UNFINISHED}*")):
+            what = "holds a pack that was killed or is at work"
         raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
+    for killed in out.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(killed, ignore_errors=True)
     # inside: the folder around OUT may be another file system, or not ours to write to
-    with tempfile.TemporaryDirectory(prefix=".pack-", dir=out) as folder:
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
         manifests = _write_parts(
             source,
             Path(folder),

@@ -383,12 +383,22 @@ def test_a_folder_on_another_file_system_is_packed_into(corpus, tmp_path, monkey
     assert sorted(path.name for path in out.iterdir()) == names
 
 
+def test_what_a_killed_pack_left_goes_with_the_next(corpus, tmp_path):
+    out = tmp_path / "out"
+    (out / ".pack-killed").mkdir(parents=True)
+    (out / ".pack-killed" / "train-00000.bin").write_bytes(bytes(100))
+    with pytest.raises(InputError, match="out holds a pack that was killed or is at work"):
+        pack(str(corpus), out, vocab_size=300)
+    pack(str(corpus), out, vocab_size=300, overwrite=True)
+    assert not list(out.glob(".*"))
+
+
 def test_a_second_pack_into_a_folder_is_refused(corpus, tmp_path, monkeypatch):
     """While the first is at work, before any of it is there."""
     refused = []
 
     def second(texts, vocab_size):
-        with pytest.raises(InputError, match="is not empty"):
+        with pytest.raises(InputError, match="was killed or is at work"):
             pack(str(corpus), tmp_path / "out", vocab_size=300)
         refused.append(True)
         return train_tokenizer(texts, vocab_size)
