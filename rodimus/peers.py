@@ -219,6 +219,13 @@ class GLAForCausalLM(ChunkedLoss, GLAPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
+        """The training loss, or ``[B, T, V]`` logits, which is what lm-evaluation-harness asks."""
+        if loss_only:
+            return super().forward(input_ids, loss_only=True, **kwargs)
+        states = self.model(input_ids, **kwargs).last_hidden_state
+        return modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
+
 
 # saved under transformers' own name, so that it is loaded without this package
 _Qwen2 = type("Qwen2ForCausalLM", (ChunkedLoss, Qwen2ForCausalLM), {})

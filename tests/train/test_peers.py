@@ -112,3 +112,18 @@ def test_trained_resumed_exported_and_evaluated(kind, config_file, tmp_path, pac
         plain = AutoModelForCausalLM.from_pretrained(run / "export")
         assert type(plain).__module__.startswith("transformers.")
         assert torch.equal(states(plain, ids).last_hidden_state, expected)
+
+
+def test_logits_are_those_of_the_loss(model):
+    """What lm-evaluation-harness asks of a model."""
+    ids, labels = torch.randint(0, 300, (2, 2, 20))
+    loss = model(
+        ids,
+        position_ids=torch.arange(20).expand(2, -1),
+        shift_labels=labels,
+        num_items_in_batch=40,
+        loss_only=True,
+    ).loss
+    logits = model(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected)
