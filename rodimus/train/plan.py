@@ -249,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rodimus plan: error: {error}", file=sys.stderr)
         return 2
     print(render(plan, options.mfu))
+    if config.train.dtype == "float32":
+        print("figures are those of bfloat16; train.dtype = float32 takes more memory and time")
     return 0
 
 

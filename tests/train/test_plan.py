@@ -148,7 +148,10 @@ def test_plan_command_says_that_it_takes_settings(capsys):
 def test_plan_command_prints_or_fails_in_one_line(capsys):
     path = str(TRAIN / "rodimus_plus_130m.toml")
     assert plan.main([path, "--gpus", "8"]) == 0
-    assert "131,477,120" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "131,477,120" in told and "float32 takes more" not in told
+    assert plan.main([path, "--train.dtype", "float32"]) == 0
+    assert "bfloat16; train.dtype = float32 takes more" in capsys.readouterr().out
     for wrong in (["--gpus", "7"], ["--gpus", "0"], ["--mfu", "0"], ["--optim.lrr", "1"]):
         assert plan.main([path, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
