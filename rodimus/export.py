@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .loading import (
     checkpoint_folder,
     has_tokenizer,
@@ -54,8 +55,8 @@ def export(
         The folder written.
 
     Raises:
-        InputError: the checkpoint cannot be read, its weights are quantised, or ``out`` exists and
-            may not be replaced.
+        InputError: the checkpoint cannot be read, its weights are quantised, or ``out`` cannot be
+            written, or exists and may not be replaced.
     """
     out = Path(out).expanduser().resolve()
     folder = checkpoint_folder(checkpoint)
@@ -68,10 +69,14 @@ def export(
         # a classifier made of it needs one for batches; nothing else asks for it
         if model.config.pad_token_id is None:
             model.config.pad_token_id = load_tokenizer(folder).pad_token_id
-    with _replacing(out) as temporary:
-        write_model(model, temporary)
-        if has_tokenizer(folder):
-            write_tokenizer(folder, temporary)
+    try:
+        with _replacing(out) as temporary:
+            write_model(model, temporary)
+            if has_tokenizer(folder):
+                write_tokenizer(folder, temporary)
+    # the second is what a full disk is to the weights' writer
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {out}: {first_line(error)}") from error
     return out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -385,8 +386,21 @@ def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch
     replace = os.replace
     moved = lambda source, target: (fail if source.name == "new" else replace)(source, target)
     for name, broken in (("write_tokenizer", fail), ("os.replace", moved)):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="No space"):
             patch.setattr(f"rodimus.export.{name}", broken)
             export(tmp_path / "checkpoint", out, overwrite=True)
         assert (out / "precious.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path):
+    """Also where the writer of the weights finds it."""
+    save_model(tmp_path / "model")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"^cannot write .*out: .*File too large[^\n]*$"):
+            export(tmp_path / "model", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
