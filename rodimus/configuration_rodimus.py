@@ -109,8 +109,8 @@ class RodimusConfig(PreTrainedConfig):
     ):
         _refuse_other_format(kwargs)
         self.block_type = block_type
-        self.d_model = kwargs.pop("hidden_size", d_model)
-        self.n_layer = kwargs.pop("num_hidden_layers", n_layer)
+        self.d_model = _one_of("d_model", d_model, 2048, "hidden_size", kwargs)
+        self.n_layer = _one_of("n_layer", n_layer, 24, "num_hidden_layers", kwargs)
         self.vocab_size = vocab_size
         self.norm_epsilon = norm_epsilon
         self.initializer_range = initializer_range
@@ -295,6 +295,14 @@ _DERIVED = (
     "intermediate_size",
     "layer_types",
 )
+
+
+def _one_of(name, value, default, alias, kwargs):
+    """A field under its own name or the usual one; not two values."""
+    other = kwargs.pop(alias, value)
+    if other != value != default:
+        raise ValueError(f"{name} and {alias} are one field, got {value!r} and {other!r}")
+    return other
 
 
 def _require_positive(name, value):

@@ -1514,6 +1514,8 @@ class RodimusModel(RodimusPreTrainedModel):
         past_key_values = adopt_cache(past_key_values)
         _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
+        if kwargs.get("seq_idx") is not None and position_ids is None and cu_seqlens is None:
+            raise ValueError("packed rows (seq_idx) need position_ids or cu_seqlens, too")
         documents = self._packed_documents(
             embeds, attention_mask, position_ids, past_key_values, cu_seqlens, is_packed
         )

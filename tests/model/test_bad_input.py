@@ -56,6 +56,8 @@ from tests.model.ways import full
         ({"attn_cfg": {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved.*True"),
         ({"attn_cfg": {"softmax_scale": "norm"}}, "softmax_scale.*'norm'"),
         ({"head_dim": 99}, "head_dim.*16.*99"),
+        ({"hidden_size": 99}, "d_model and hidden_size are one.*64 and 99"),
+        ({"num_hidden_layers": 99}, "n_layer and num_hidden_layers are one.* and 99"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -259,6 +261,11 @@ def test_boundaries_that_are_none(model, name, boundaries):
 def test_boundaries_with_a_batch(model, name):
     with pytest.raises(ValueError, match="batch.*1.*2"):
         model(random_ids(2, 6), use_cache=False, **{name: torch.tensor([0, 6])})
+
+
+def test_documents_by_their_numbers_alone(model):
+    with pytest.raises(ValueError, match="seq_idx.*position_ids or cu_seqlens"):
+        model(random_ids(1, 6), seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1]]))
 
 
 def test_packing_with_a_cache(model):
