@@ -27,7 +27,8 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
         weighted: Every pattern has a weight, so it must name exactly one manifest.
 
     Raises:
-        InputError: a pattern matches nothing, or the parts disagree on vocabulary or tokenizer.
+        InputError: a pattern matches nothing, a manifest is named twice, or the parts disagree on
+            vocabulary or tokenizer.
     """
     sources: list[TokenShards] = []
     for pattern in patterns:
@@ -41,6 +42,7 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
                 f"data.weights needs one manifest an entry, got {len(found)} for {pattern}"
             )
         sources += [TokenShards(path) for path in found]
+    _check_once(sources)
     first = sources[0]
     for other in sources[1:]:
         for name in ("vocab_size", "tokenizer_sha256"):
@@ -48,6 +50,15 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
             if a != b:
                 raise InputError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
     return sources
+
+
+def _check_once(sources: Sequence[TokenShards]) -> None:
+    seen: set[Path] = set()
+    for source in sources:
+        path = source.path.resolve()
+        if path in seen:
+            raise InputError(f"{source.path} is named twice: data.weights says how often it comes")
+        seen.add(path)
 
 
 def check_apart(train: Sequence[TokenShards], held_out: Sequence[TokenShards]) -> None:

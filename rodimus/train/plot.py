@@ -14,7 +14,7 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
 
     A run that was killed and resumed has written some steps twice: later values win. A line that
-    was cut short is left out.
+    is no record, or was cut short, is left out.
 
     Raises:
         InputError: the run has no records.
@@ -23,13 +23,14 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
     if not path.is_file():
         raise InputError(f"{path} does not exist: expected the folder of a training run")
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        known = {key: value for key, value in row.items() if value is not None}
-        steps.setdefault(row["step"], {}).update(known)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            known = {key: value for key, value in row.items() if value is not None}
+            steps.setdefault(row["step"], {}).update(known)
     if not steps:
         raise InputError(f"{path} holds no records")
     return [steps[step] for step in sorted(steps)]

@@ -147,6 +147,14 @@ def test_sources_must_share_a_tokenizer(tmp_path):
         open_sources((str(tmp_path / "c.json"),))
 
 
+def test_a_source_named_twice_is_refused(tmp_path):
+    path = write(tmp_path, "a")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (path, str(tmp_path / "*.json"), str(tmp_path / "link" / "a.json")):
+        with pytest.raises(InputError, match="a.json is named twice"):
+            open_sources((path, other))
+
+
 def test_a_name_with_brackets_is_a_name(tmp_path):
     path = write(tmp_path / "run[1] a")
     assert [str(source.path) for source in open_sources((path,))] == [path]

@@ -166,6 +166,13 @@ def run(tmp_path):
     return tmp_path
 
 
+def test_lines_that_are_no_records_are_left_out_of_a_plot(run):
+    before = plot.read_metrics(run)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'\n3\n[]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n')
+    assert plot.read_metrics(run) == before
+
+
 def test_metrics_of_a_resumed_run_are_read_once_a_step(run):
     rows = plot.read_metrics(run)
     assert [r["step"] for r in rows] == list(range(1, 101))
