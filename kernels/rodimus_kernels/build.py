@@ -252,7 +252,7 @@ def _cxx() -> str:
         if found and _accepts(found, ["-std=c++17", "-include", "optional"]):
             return os.path.abspath(found)
     if named:
-        raise Unavailable(f"the compiler that CXX names, {named}, cannot compile C++17")
+        raise Unavailable(f"CXX must name a program that compiles C++17, got {named!r}")
     raise Unavailable("no C++17 compiler was found (g++ or clang++, or name one in CXX)")
 
 

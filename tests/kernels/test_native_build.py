@@ -145,7 +145,7 @@ def test_absent_compilers_are_said(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     lines = build.build(tmp_path)
-    assert lines["cpu"] == "skipped: the compiler that CXX names, false, cannot compile C++17"
+    assert lines["cpu"] == "skipped: CXX must name a program that compiles C++17, got 'false'"
     assert lines["cuda"].startswith("skipped: nvcc was not found")
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(f"RODIMUS_BUILD_{kind.upper()}", "1")
