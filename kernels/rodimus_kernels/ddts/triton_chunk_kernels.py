@@ -91,7 +91,8 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
         b_k *= reciprocal(norms)[:, None] * b_in
     # finite, so that zero times it is zero: the key tells later tokens of a NaN, and no earlier one
     b_k = tl.where(b_g == b_g, b_k, b_g)
-    b_g = tl.maximum(b_g * LOG2_E, RESET)
+    b_g *= LOG2_E
+    b_g = tl.where(b_g > RESET, b_g, RESET)
     if p_resets is not None:
         b_reset = tl.load(p_resets + o_i[:, None], mask=mask, other=0)
         b_g = tl.where(b_reset != 0, RESET, b_g)
