@@ -104,7 +104,7 @@ def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -
 
 
 def gate_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    """Slices of K: seven ``[C, width]`` fp32 values and dA live across the levels. In float32 the
+    """Slices of K: five ``[C, width]`` fp32 values and dA live across the levels. In float32 the
     parts of three products take more registers than four warps have, so eight share them before
     sm_90. There they would make ``wgmma`` 8 columns wide, as 32 columns on 16 warps are, which
     ended in an illegal access on an H200 (Triton 3.6)."""

@@ -572,6 +572,7 @@ def gradients_in_chunk(
         b_summed = load_summed(summed, level, C)
         decay = decay_over(b_summed, b_g, PRECISION, INTERPRETED)
         b_own = tl.where(odd, b_q, b_k)
+        # as the siblings of prepare, whose o_i ^ o_j would stay in registers through this loop
         block = o_i >> level
         b_met = tl.where((block[:, None] ^ block[None, :]) == 1, b_da, 0.0)
         b_faded = operand(b_own * decay, ROUND)
