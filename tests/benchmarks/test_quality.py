@@ -247,6 +247,15 @@ def test_protocols_treat_every_variant_alike(experiment, size):
         assert batch.ids.max() < case.shape.vocab
 
 
+def test_recall_on_a_gpu_has_the_amounts_of_zoology():
+    case = next(protocols.cases("mqar", "gpu"))
+    batches = [case.task.train(step, generator()) for step in range(9)]
+    assert [batch.ids.shape[1] for batch in batches] == [64] * 5 + [128] + [256] * 3
+    # 180,000 examples 32 times
+    assert case.budget.steps * batches[0].ids.shape[0] == 180_000 * 32
+    assert case.budget.rates[-1] == pytest.approx(10**-1.5)
+
+
 def test_the_harness_learns_the_easy_case():
     """Passkeys in 8 tokens: all are found, also in rows four times as long as any seen."""
     task = learn.passkey_task(32, (8,), (16, 32), batch=32)
