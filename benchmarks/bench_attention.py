@@ -27,7 +27,7 @@ from rodimus_kernels import (
 )
 from rodimus_kernels.testing import relative_error
 
-from . import operators, peers, timing
+from . import operators, peers, records, timing
 
 HEADS = 16
 # a cache's rows in flight: several times what the last cache level holds
@@ -233,4 +233,4 @@ def test_attention(bench, benchmark, start, point):
         "largest_error": error,
     }
     record = bench.record(f"attention-{what}", case, settings, rows)
-    assert any(found["status"] == "measured" for found in record["rows"])
+    assert records.measured(record)

@@ -31,7 +31,7 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import operators, peers, timing
+from . import operators, peers, records, timing
 
 KEY_DIM, RANK = 64, 32
 
@@ -223,4 +223,4 @@ def test_ddts(bench, benchmark, start, point):
         "largest_error": error,
     }
     record = bench.record(f"ddts-{what}", name, settings, rows)
-    assert any(found["status"] == "measured" for found in record["rows"])
+    assert records.measured(record)

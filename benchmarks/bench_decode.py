@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers
+from . import peers, records
 from .harness import Bench, Target
 from .peers import LLAMA_CPP
 
@@ -89,4 +89,4 @@ def test_decode(bench, benchmark, start, point):
             skipped=skipped,
             tokens=batch * steps,
         )
-    assert any(row["status"] == "measured" for row in record["rows"])
+    assert records.measured(record)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers
+from . import peers, records
 from .harness import Bench, Target
 
 # (batch, prompt)
@@ -19,7 +19,7 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     """A prompt to the logits of its last position, and their argmax: the first token."""
     bench.require_room(model, batch, length)
     session = model.session(engine, batch, length + 1)
-    ids = peers.random_tokens(batch, length, model, seed=bench.seed)
+    ids = peers.random_tokens(batch, length, model)
 
     def call() -> None:
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
@@ -54,4 +54,4 @@ def test_prefill(bench, benchmark, start, point):
             tokens=batch * length,
             rounds=bench.few_rounds,
         )
-    assert any(row["status"] == "measured" for row in record["rows"])
+    assert records.measured(record)

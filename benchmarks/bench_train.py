@@ -53,7 +53,7 @@ def prepare(
         options = {"lr": 1e-6, "fused": True, "capturable": on_gpu}
         optimizers[model.name] = torch.optim.AdamW(network.parameters(), **options)
     optimizer = optimizers[model.name]
-    ids = peers.random_tokens(batch, length, model, seed=bench.seed)
+    ids = peers.random_tokens(batch, length, model)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
         # the chunked loss, which never holds all logits; targets do not matter for the time
@@ -145,7 +145,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
         folder = Path(name)
         shape = model.model.config.to_dict()
         (folder / "model.json").write_text(json.dumps(shape))
-        write_documents(folder, model.vocab_size, batch, length, bench.seed)
+        write_documents(folder, model.vocab_size, batch, length)
         config = sections.TrainConfig(
             out=str(folder / "run"),
             model=sections.ModelSection(str(folder / "model.json")),
@@ -172,12 +172,12 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
             parallel.stop()
 
 
-def write_documents(folder: Path, vocab_size: int, batch: int, length: int, seed: int) -> None:
+def write_documents(folder: Path, vocab_size: int, batch: int, length: int) -> None:
     """Token shards of random documents, of up to half a row each, for a few batches."""
     from rodimus.train.shards import ShardWriter
 
-    writer, lengths = ShardWriter(folder, "train", vocab_size), random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    writer, lengths = ShardWriter(folder, "train", vocab_size), random.Random(peers.SEED)
+    generator = torch.Generator().manual_seed(peers.SEED)
     left = 4 * batch * length + 1
     while left > 0:
         size = min(left, lengths.randint(1, max(1, length // 2)))

@@ -25,11 +25,10 @@ from typing import Any
 import torch
 
 from . import machine, peers, records, timing
-from .harness import DISAGREEMENT_LIMITS
+from .harness import DISAGREEMENT_LIMITS, DTYPES
 from .sizes import SCALES
 
 GROUPS = ("decode", "prefill")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Worker:
@@ -131,7 +130,7 @@ def export(commit: str, folder: Path, native: bool) -> Path:
 def serve(options: argparse.Namespace) -> None:
     """The worker: build, warm up, then time one call for each line that arrives."""
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine.device()
     model = peers.load(options.model, options.scale, DTYPES[options.dtype], device)
     steps = 3 * options.rounds + 16
     with torch.inference_mode():
@@ -181,7 +180,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "compare",
         f"{options.group}-b{options.batch}-t{options.context}-{options.dtype}",
         settings=settings,
-        machine=machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        machine=machine.describe(machine.device()),
         rows=rows,
         load=(load, timing.load_average()),
         warnings=machine.disturbances(load),

@@ -17,11 +17,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+from . import records
 from .harness import READ
+from .machine import RESULTS, ROOT
 from .records import RecordError
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 GPU, CPU = "NVIDIA_H200", "AMD_EPYC"
 
 TABLE = re.compile(r"(<!-- measured: ([a-z0-9_]+) -->\n)((?:\|.*\n)+)")
@@ -154,8 +154,7 @@ def record(name: str, folder: str = GPU) -> dict[str, Any]:
 
 def measured(name: str, folder: str = GPU) -> dict[str, dict[str, Any]]:
     """Measured rows of a record by target."""
-    rows = record(name, folder)["rows"]
-    return {row["target"]: row for row in rows if row["status"] == "measured"}
+    return {row["target"]: row for row in records.measured(record(name, folder))}
 
 
 def run_of(run: Run) -> str:

@@ -18,7 +18,9 @@ import torch
 
 from . import machine, peers, records, timing
 
-DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Relative error between decoding and prefilling above which a model is not timed."""
 
 READ = "memory_read"
@@ -104,7 +106,6 @@ class Bench:
     again: bool = False
     sittings: int = 1
     in_8_bits: bool = False
-    seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
     # that of the code that was imported, whatever is committed while it runs
@@ -135,15 +136,9 @@ class Bench:
             try:
                 # weights made in inference mode could never be trained
                 with torch.inference_mode(False):
+                    what = name, self.scale, self.dtype, self.device
                     self.models[name] = peers.guarded(
-                        lambda: peers.load(
-                            name,
-                            self.scale,
-                            self.dtype,
-                            self.device,
-                            seed=self.seed,
-                            in_8_bits=self.in_8_bits,
-                        )
+                        lambda: peers.load(*what, in_8_bits=self.in_8_bits)
                     )
             except peers.Unavailable as reason:
                 self.models[name] = str(reason)
@@ -229,7 +224,7 @@ class Bench:
         label = f"{model.name}/{engine}"
         if label not in self.checked:
             try:
-                ids = peers.random_tokens(1, 20, model, seed=self.seed)
+                ids = peers.random_tokens(1, 20, model)
                 self.checked[label] = peers.guarded(
                     lambda: peers.disagreement(model.session(engine, 1, 32), ids)
                 )
@@ -403,7 +398,7 @@ class Bench:
             settings={
                 "scale": self.scale,
                 "dtype": str(self.dtype).removeprefix("torch."),
-                "seed": self.seed,
+                "seed": peers.SEED,
                 **({"weights": "int8"} if self.in_8_bits else {}),
                 **settings,
             },

@@ -59,6 +59,9 @@ BASELINES = ("qwen2-1.5b", "rwkv6-1.6b")
 LLAMA_CPP = "llama.cpp"
 """An engine of Qwen2 and RWKV6 on a CPU, with the weights of the others."""
 
+SEED = 0
+"""Of all random weights and tokens."""
+
 WARM_UP_STEPS = 3
 """Steps before one is recorded: kernels are compiled and chosen in them."""
 
@@ -228,7 +231,7 @@ class HuggingFaceModel(Model):
         scale: str,
         model: nn.Module,
         engines: tuple[str, ...],
-        in_8_bits: bool = False,
+        in_8_bits: bool,
     ):
         self.name, self.family, self.scale = name, entry(name).family, scale
         self.model, self.engines = model, engines
@@ -511,13 +514,12 @@ def _build(
     scale: str,
     dtype: torch.dtype,
     device: torch.device,
-    seed: int,
     in_8_bits: bool,
 ) -> HuggingFaceModel:
     from rodimus.loading import quantizer
 
     model_class, config, engines = _classes(entry, scale, device)
-    model = random_model(model_class, config, dtype, device, seed)
+    model = random_model(model_class, config, dtype, device)
     if in_8_bits and entry.name in OURS:
         quantizer("int8")(model)
     return HuggingFaceModel(entry.name, scale, model, engines, in_8_bits)
@@ -587,7 +589,7 @@ def _fla_classes(entry: Entry, fields: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def random_model(
-    model_class: Any, config: Any, dtype: torch.dtype, device: torch.device, seed: int
+    model_class: Any, config: Any, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """A model of transformers with random weights, built in its dtype without a float32 copy."""
     from transformers import initialization
@@ -595,12 +597,12 @@ def random_model(
     with initialization.no_init_weights(), torch.device(device):
         model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
-    randomize(model.named_parameters(), seed)
+    randomize(model.named_parameters())
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def randomize(parameters: Iterable[tuple[str, torch.Tensor]], seed: int) -> None:
+def randomize(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Matrices get N(0, 1 / inputs), biases and log-rates 0, norms and other vectors 1.
 
     The normal numbers are one pool that is repeated with a shift: a billion parameters then take a
@@ -613,7 +615,7 @@ def randomize(parameters: Iterable[tuple[str, torch.Tensor]], seed: int) -> None
             continue
         key = parameter.dtype, parameter.device
         if key not in pools:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(SEED)
             pool = torch.randn(2**22 + 3, generator=generator)
             pools[key] = pool.to(parameter.dtype).to(parameter.device)
         _tile(parameter, pools[key].roll(7919 * i) * parameter.shape[-1] ** -0.5)
@@ -636,12 +638,11 @@ class RwkvModel(Model):
 
     engines = ("package", LLAMA_CPP)
 
-    def __init__(self, scale: str, dtype: torch.dtype, seed: int, in_8_bits: bool = False):
+    def __init__(self, scale: str, dtype: torch.dtype, in_8_bits: bool):
         from rwkv.model import RWKV
 
         self.name, self.family, self.scale = "rwkv6-1.6b", "rwkv6", scale
-        self.dtype, self.device, self.seed = dtype, torch.device("cpu"), seed
-        self.in_8_bits = in_8_bits
+        self.dtype, self.device, self.in_8_bits = dtype, torch.device("cpu"), in_8_bits
         weights = self.named_weights()
         self.weight_bytes = sum(map(_bytes, weights.values()))
         self.token_bytes = self.weight_bytes - _bytes(weights["emb.weight"])
@@ -669,7 +670,7 @@ class RwkvModel(Model):
 
     def named_weights(self) -> Mapping[str, torch.Tensor]:
         # made anew: the package keeps its own
-        return dict(_rwkv6_weights(config_of("rwkv6", self.scale), self.dtype, self.seed))
+        return dict(_rwkv6_weights(config_of("rwkv6", self.scale), self.dtype))
 
 
 class RwkvSession(Session):
@@ -699,9 +700,7 @@ class RwkvSession(Session):
         return StateBytes(sum(map(_bytes, self.state or ())), 0)
 
 
-def _rwkv6_weights(
-    c: dict[str, Any], dtype: torch.dtype, seed: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _rwkv6_weights(c: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """A random checkpoint with the names and shapes of RWKV-LM's version 6 (``x060``)."""
     width, hidden, heads = (
         c["hidden_size"],
@@ -729,7 +728,7 @@ def _rwkv6_weights(
     for layer in range(c["num_hidden_layers"]):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in matrices.items()}
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
-    randomize(tensors.items(), seed)
+    randomize(tensors.items())
     yield from tensors.items()
     for layer in range(c["num_hidden_layers"]):
         # a decay of exp(-exp(-3)) = 0.95 a token, as the published models start with
@@ -753,7 +752,6 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    seed: int = 0,
     in_8_bits: bool = False,
 ) -> Model:
     """A model of the catalogue with random weights.
@@ -775,8 +773,8 @@ def load(
         if free < needed:
             raise Unavailable(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     if found.family == "rwkv6" and device.type == "cpu":
-        return RwkvModel(scale, dtype, seed, in_8_bits)
-    return _build(found, scale, dtype, device, seed, in_8_bits)
+        return RwkvModel(scale, dtype, in_8_bits)
+    return _build(found, scale, dtype, device, in_8_bits)
 
 
 def _require(found: Entry, device: torch.device) -> None:
@@ -809,9 +807,9 @@ def is_installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
-def random_tokens(batch: int, length: int, model: Model, seed: int = 0) -> torch.Tensor:
-    """Tokens ``[B, T]`` on the model's device, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+def random_tokens(batch: int, length: int, model: Model) -> torch.Tensor:
+    """Tokens ``[B, T]`` on the model's device, the same at every call."""
+    generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(model.vocab_size, (batch, length), generator=generator)
     return ids.to(model.device)
 

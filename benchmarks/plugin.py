@@ -19,14 +19,12 @@ import pytest
 import torch
 
 from . import machine, peers, warm
-from .harness import Bench
+from .harness import DTYPES, Bench
 from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
 MODULES = ("ddts", "attention", "blocks", "decode", "train", "prefill", "memory", "engine")
 GPU_CASE_SECONDS = 20.0
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "point" not in metafunc.fixturenames:
         return
     scale = _scale(metafunc.config)
-    kind = "tiny" if scale == "tiny" else _device().type
+    kind = "tiny" if scale == "tiny" else machine.device().type
     points = metafunc.module.POINTS[kind]
     metafunc.parametrize("point", points, ids=["-".join(map(str, p)) for p in points])
 
@@ -90,12 +88,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def bench(request: pytest.FixtureRequest):
     """The run: models are loaded once and stay; nothing needs a gradient."""
     option = request.config.getoption
-    load, device, scale = machine.load_before(), _device(), _scale(request.config)
+    load, device, scale = machine.load_before(), machine.device(), _scale(request.config)
     models = tuple(model for model in option("--bench-models").split(",") if model)
     for model in models:
         peers.entry(model)
     name = machine.folder_name(machine.describe(device)["name"])
-    kept = machine.ROOT / "benchmarks" / "results" / name if scale == "full" else None
+    kept = machine.RESULTS / name if scale == "full" else None
     folder = option("--bench-out") or kept
     seconds = option("--bench-seconds")
     threads = torch.get_num_threads()
@@ -149,10 +147,6 @@ def start(bench: Bench, request: pytest.FixtureRequest):
 
 def _scale(config: pytest.Config) -> str:
     return config.getoption("--bench-scale") or ("full" if torch.cuda.is_available() else "tiny")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

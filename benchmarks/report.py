@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import docs, peers, records, tested, timing
-from .records import RecordError
+from .records import RecordError, measured, model_of
 
 HERE = Path(__file__).parent
 Record = Mapping[str, Any]
@@ -57,16 +57,6 @@ class Verdict(NamedTuple):
 # ----------------------------------------------------------------------------------------------
 # Reading records
 # ----------------------------------------------------------------------------------------------
-
-
-def measured(record: Record) -> list[Row]:
-    """The rows of a record that were measured."""
-    return [row for row in record["rows"] if row["status"] == "measured"]
-
-
-def model_of(row: Row) -> str:
-    """The model of a row: its target without the engine."""
-    return row["target"].partition("/")[0]
 
 
 def ordered(found: Iterable[Record]) -> list[Record]:

@@ -32,7 +32,7 @@ def test_a_file_holds_every_weight(tmp_path, family, dtype):
     config = config_of(family, "tiny")
     if family == "rwkv6":
         # of a checkpoint, without the package that runs it
-        weights = dict(peers._rwkv6_weights(config, dtype, 0))
+        weights = dict(peers._rwkv6_weights(config, dtype))
     else:
         weights = load(family, dtype).named_weights()
     llama.write_gguf(tmp_path / "model.gguf", family, config, weights)
@@ -55,7 +55,7 @@ def test_a_file_holds_every_weight(tmp_path, family, dtype):
 def test_a_file_in_8_bits_has_what_a_converter_rounds(tmp_path, family):
     config = config_of(family, "tiny")
     if family == "rwkv6":
-        weights = dict(peers._rwkv6_weights(config, torch.bfloat16, 0))
+        weights = dict(peers._rwkv6_weights(config, torch.bfloat16))
     else:
         weights = load(family, torch.bfloat16).named_weights()
     sizes = llama.write_gguf(tmp_path / "model.gguf", family, config, weights, in_8_bits=True)

@@ -116,7 +116,7 @@ def test_full_scale_has_the_published_number_of_parameters():
 def test_full_scale_of_rwkv6_has_the_published_number_of_parameters():
     full = sizes.config_of("rwkv6", "full")
     with torch.device("meta"):
-        count = sum(w.numel() for _, w in peers._rwkv6_weights(full, torch.bfloat16, 0))
+        count = sum(w.numel() for _, w in peers._rwkv6_weights(full, torch.bfloat16))
     assert count == 1_599_873_024
 
 
