@@ -232,15 +232,15 @@ def names(found: list[Record]) -> dict[str, str]:
     return {picture.title: picture.path for picture in pictures(found)}
 
 
-def draw_all(found: list[Record], folder: Path) -> dict[str, str]:
-    """Write the pictures of ``names`` and return them."""
+def draw_all(found: list[Record], out: Path) -> dict[str, str]:
+    """Write the pictures of ``names`` below a folder and return them."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     for picture in pictures(found):
-        path = folder.parent / picture.path
+        path = out / picture.path
         path.parent.mkdir(parents=True, exist_ok=True)
         figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
         picture.draw(picture.records, axes)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, records, tested, timing
+from . import docs, peers, plots, records, tested, timing
 from .records import RecordError, measured, model_of
 
 HERE = Path(__file__).parent
@@ -129,10 +129,10 @@ def reason(mine: Row, theirs: Row) -> str:
 def size(count: float) -> str:
     """Bytes in the decimal unit that leaves one to three digits before the point."""
     for unit in UNITS:
-        if count < 1000 or unit == UNITS[-1]:
-            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        if count < 1000:
+            return f"{count:.3g} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{1000 * count:.0f} {unit}"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
@@ -150,12 +150,12 @@ def interval(ratio: Iterable[float]) -> str:
     return f"{median:.2f}x ({low:.2f} .. {high:.2f})"
 
 
-def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
+def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> str:
     """The whole of ``RESULTS.md``.
 
     Args:
         found: Records in a stable order.
-        plots: Title and relative path of each picture.
+        pictures: Title and relative path of each.
     """
     lines = [
         "# Benchmark results",
@@ -177,20 +177,21 @@ def render(found: list[Record], plots: Mapping[str, str] | None = None) -> str:
         "`llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.",
         "",
     ]
-    tests = [r for r in found if r["group"] == tested.GROUP]
-    found = [r for r in found if r["group"] != tested.GROUP]
+    groups: dict[str, list[Record]] = {}
+    for record in found:
+        groups.setdefault(record["group"], []).append(record)
+    tests = groups.pop(tested.GROUP, [])
+    found = [record for record in found if record["group"] in groups]
     lines += _machines(found, tests)
     lines += _verdict_section(found)
-    for title, path in (plots or {}).items():
+    for title, path in (pictures or {}).items():
         lines += [f"![{title}]({path})", ""]
     for group, (title, unit) in TIMED.items():
-        lines += _timed_section(title, unit, [r for r in found if r["group"] == group])
-    lines += _memory_section([r for r in found if r["group"] == "memory"])
-    lines += _quality_section([r for r in found if r["group"] == "quality"])
-    known = {*TIMED, "memory", "quality"}
-    others = sorted({r["group"] for r in found} - known)
-    for group in others:
-        lines += _other_section(group, [r for r in found if r["group"] == group])
+        lines += _timed_section(title, unit, groups.pop(group, []))
+    lines += _memory_section(groups.pop("memory", []))
+    lines += _quality_section(groups.pop("quality", []))
+    for group in sorted(groups):
+        lines += _other_section(group, groups[group])
     lines += _skipped_section(found)
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -203,35 +204,19 @@ def _commit(about: Mapping[str, Any]) -> str:
 def _machines(found: list[Record], tests: list[Record]) -> Iterator[str]:
     yield "## Where and when"
     yield ""
-    groups: dict[tuple, list[Record]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for record in found:
         about = record["machine"]
         versions = about.get("versions", {})
-        key = (
-            about["name"],
-            about.get("threads"),
-            versions.get("torch"),
-            versions.get("transformers"),
-            _commit(about),
-        )
+        used = f"torch {versions.get('torch')}, transformers {versions.get('transformers')}"
+        key = about["name"], str(about.get("threads")), used, _commit(about)
         groups.setdefault(key, []).append(record)
     rows = []
-    for (name, threads, torch, transformers, commit), members in sorted(
-        groups.items(), key=lambda item: tuple(map(str, item[0]))
-    ):
+    for key, members in sorted(groups.items()):
         loads = [x for record in members for x in record["load"]]
         dates = sorted(record["date"] for record in members)
-        rows.append(
-            [
-                name,
-                str(threads),
-                f"torch {torch}, transformers {transformers}",
-                commit,
-                dates[0] if dates[0] == dates[-1] else f"{dates[0]} .. {dates[-1]}",
-                f"{min(loads):.1f} .. {max(loads):.1f}",
-                str(len(members)),
-            ]
-        )
+        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} .. {dates[-1]}"
+        rows.append([*key, when, f"{min(loads):.1f} .. {max(loads):.1f}", str(len(members))])
     head = ["machine", "threads", "versions", "commit", "dates", "load", "records"]
     yield from table(head, rows)
     for record in tests:
@@ -313,16 +298,15 @@ def _timed_section(title: str, unit: str, found: list[Record]) -> Iterator[str]:
         yield f"### {record['case']}, {record['machine']['name']}"
         yield ""
         rows, steps = [], record["settings"].get("steps", 1)
-        for row in sorted(
-            (row for row in measured(record) if "median_ms" in row),
-            key=lambda row: row["median_ms"],
-        ):
+        timed = [row for row in measured(record) if "median_ms" in row]
+        for row in sorted(timed, key=lambda row: row["median_ms"]):
+            median, low, high = (
+                _ms(row, name, steps) for name in ("median_ms", "p20_ms", "p80_ms")
+            )
             rows.append(
                 [
                     row["target"],
-                    " (".join(_ms(row, name, steps) for name in ("median_ms", "p20_ms"))
-                    + f" .. {_ms(row, 'p80_ms', steps)})"
-                    + (" noisy" if row["noisy"] else ""),
+                    f"{median} ({low} .. {high})" + " noisy" * row["noisy"],
                     _ms(row, "median_cpu_ms", steps),
                     f"{row['tokens_per_s']:.4g}",
                     *(_ratio(row, name) for name in peers.BASELINES),
@@ -334,11 +318,11 @@ def _timed_section(title: str, unit: str, found: list[Record]) -> Iterator[str]:
         head += ["of the hardware bound"]
         yield from table(head, rows)
         for row in measured(record):
-            yield from _kernels(row)
+            yield from _step(row)
 
 
-def _kernels(row: Row) -> Iterator[str]:
-    """Where the time of one call goes, and the bytes it needs besides the weights."""
+def _step(row: Row) -> Iterator[str]:
+    """The bytes that one call needs besides the weights, and where its time goes."""
     if "step_bytes" in row:
         yield f"{row['target']} allocates {size(row['step_bytes'])} in a step, gradients included."
         yield ""
@@ -488,22 +472,6 @@ def _skipped_section(found: list[Record]) -> Iterator[str]:
     )
 
 
-def build(
-    results: Path, out: Path, draw: Callable[[list[Record], Path], Mapping[str, str]] | None
-) -> str:
-    """Write the plots and return the text.
-
-    Args:
-        results: Folder of records.
-        out: Folder that will hold ``RESULTS.md`` and ``plots``.
-        draw: From :mod:`benchmarks.plots`, or None for no pictures.
-    """
-    found = ordered(records.read(results))
-    if not found:
-        raise RecordError(f"no records under {results.name}: run `make bench` first")
-    return render(found, draw(found, out / "plots") if draw else None)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write ``RESULTS.md`` and with ``--docs`` the documentation, or with ``--check`` tell whether
     they are what the records say."""
@@ -512,26 +480,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--docs", action="store_true", help="README and docs/ as well")
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    parser.add_argument("--no-plots", action="store_true", help="text only; needs no matplotlib")
     options = parser.parse_args(arguments)
-    draw = None
-    if not options.no_plots:
-        from .plots import draw_all as draw
     path = options.out / "RESULTS.md"
     try:
+        found = ordered(records.read(options.results))
+        if not found:
+            raise RecordError(f"no records under {options.results.name}: run `make bench` first")
         if options.check:
-            from .plots import names
-
-            found = ordered(records.read(options.results))
-            same = path.read_text(encoding="utf-8") == render(found, names(found))
+            same = path.read_text(encoding="utf-8") == render(found, plots.names(found))
             stale = [] if same else [path.name]
             stale += docs.update(write=False) if options.docs else []
             for name in stale:
                 print(f"{name} is not what the records say")
             return 1 if stale else 0
-        text = build(options.results, options.out, draw)
+        text = render(found, plots.draw_all(found, options.out))
         path.write_text(text, encoding="utf-8")
-        print(f"wrote {path.name} from {len(records.read(options.results))} records")
+        print(f"wrote {path.name} from {len(found)} records")
         for name in docs.update() if options.docs else ():
             print(f"rewrote the measured parts of {name}")
     except (RecordError, FileNotFoundError) as error:
