@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("head", nargs="?", default=".", help="commit of interest, by default the working tree")
     add("--group", choices=GROUPS, default="decode")
     add("--model", choices=peers.OURS, default=peers.OURS[0])
-    add("--engine", default="dynamic", help="as in benchmarks/peers.py")
+    add("--engine", default="dynamic", help="as in benchmarks/peers/huggingface.py")
     add("--scale", choices=SCALES, default="full")
     add("--dtype", choices=sorted(DTYPES), default="bf16")
     add("--batch", type=int, default=1)
