@@ -25,10 +25,10 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
 
     facts = {"flops": model.forward_flops(batch, length, logits=1)}
-    return Target(f"{model.name}/{engine}", model, engine, call, facts)
+    return Target(model, engine, call, facts)
 
 
-def engines_of(model: peers.Model):
+def engines_of(model: peers.Model) -> tuple[str, ...]:
     """Caches differ only in decoding: one, and llama.cpp where it is an engine."""
     first = model.engines[0]
     return tuple(engine for engine in model.engines if engine in (first, peers.LLAMA_CPP))

@@ -73,7 +73,7 @@ def prepare(
     call = {"compiled": compiled, "recorded": recorded}.get(engine, lambda step, network: step)
     # backward is twice forward
     facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-    return Target(f"{model.name}/{engine}", model, engine, call(step, network), facts)
+    return Target(model, engine, call(step, network), facts)
 
 
 def compiled(
@@ -165,7 +165,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
         try:
             trainer = Trainer(config, ranks)
             facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-            yield Target(f"{model.name}/{TRAINER}", model, TRAINER, trainer.step, facts)
+            yield Target(model, TRAINER, trainer.step, facts)
         finally:
             if trainer is not None:
                 trainer.close()

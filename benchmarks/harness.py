@@ -29,7 +29,6 @@ READ = "memory_read"
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
 
-
 CALL_LIMIT_SECONDS = {"cpu": 30.0, "cuda": 10.0}
 """A target whose single call takes longer is skipped: a round would take the whole run."""
 
@@ -43,7 +42,6 @@ class Target:
     """One model in one engine, ready to be timed.
 
     Attributes:
-        name: ``model/engine``.
         model: Its weights.
         engine: One of the model's engines.
         call: What is timed.
@@ -51,12 +49,16 @@ class Target:
         before: Called before each call, and not timed.
     """
 
-    name: str
     model: peers.Model
     engine: str
     call: Callable[[], object]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     before: Callable[[], object] | None = None
+
+    @property
+    def name(self) -> str:
+        """``model/engine``."""
+        return f"{self.model.name}/{self.engine}"
 
     def row(self, **fields: Any) -> dict[str, Any]:
         """The row of this target in a record."""
@@ -487,9 +489,7 @@ def _timed_row(
     }
     return target.row(
         samples=_rounded(turns, target.name),
-        median_ms=wall.median,
-        p20_ms=wall.p20,
-        p80_ms=wall.p80,
+        **wall.in_ms(),
         p99_ms=timing.quantile(turns.column(target.name), 0.99),
         noisy=wall.noisy,
         tokens_per_s=1e3 * tokens / wall.median,
