@@ -73,13 +73,8 @@ def test_decode(bench, benchmark, start, point):
             lambda model: engines_of(bench, model, batch, context),
         )
         steps = STEPS if bench.device.type == "cuda" else 1
+        settings = {"batch": batch, "context": context, "steps": steps}
         record = bench.interleave(
-            benchmark,
-            "decode",
-            case,
-            {"batch": batch, "context": context, "steps": steps},
-            targets=targets,
-            skipped=skipped,
-            tokens=batch * steps,
+            benchmark, "decode", case, settings, targets, skipped, tokens=batch * steps
         )
     assert records.measured(record)

@@ -41,16 +41,16 @@ def test_prefill(bench, benchmark, start, point):
     start("prefill", case)
     with torch.inference_mode():
         targets, skipped = bench.targets(
-            lambda model, engine: prepare(bench, model, engine, batch, length),
-            engines_of,
+            lambda model, engine: prepare(bench, model, engine, batch, length), engines_of
         )
+        settings = {"batch": batch, "context": length}
         record = bench.interleave(
             benchmark,
             "prefill",
             case,
-            {"batch": batch, "context": length},
-            targets=targets,
-            skipped=skipped,
+            settings,
+            targets,
+            skipped,
             tokens=batch * length,
             rounds=bench.few_rounds,
         )

@@ -258,29 +258,35 @@ class Bench:
             )
 
     def interleave(
-        self, benchmark: Any, group: str, case: str, settings: Mapping[str, Any], **options: Any
+        self,
+        benchmark: Any,
+        group: str,
+        case: str,
+        settings: Mapping[str, Any],
+        targets: list[Target],
+        skipped: list[dict[str, Any]],
+        *,
+        tokens: int,
+        rounds: int | None = None,
     ) -> dict[str, Any]:
-        """Time targets in turn and write the record; ``options`` are those of ``time_targets``.
+        """Time targets in turn, add what earlier sittings found, and write the record.
 
         Args:
-            benchmark: The fixture of pytest-benchmark; it times the focus of each round.
+            benchmark, targets, skipped, tokens, rounds: As in ``time_targets``.
             group, case, settings: As in ``records.make``.
         """
         earlier = None
         if self.sittings > 1:
             found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
             earlier = next(found, None)
-        rows, used = self.time_targets(benchmark, earlier=earlier, **options)
+        rows, used = self.time_targets(
+            benchmark, targets, skipped, tokens=tokens, rounds=rounds, earlier=earlier
+        )
         if len(used.get("sittings", ())) < 2:
             # it had other targets: nothing of it is in the rows
             earlier = None
-        record = self.record(group, case, {**used, **settings}, rows, earlier)
         benchmark.group = f"{group} {case}"
-        benchmark.extra_info.update(
-            schema=records.SCHEMA,
-            rows=[{k: v for k, v in row.items() if k != "samples"} for row in rows],
-        )
-        return record
+        return self.record(group, case, {**used, **settings}, rows, earlier)
 
     def time_targets(
         self,
@@ -295,7 +301,7 @@ class Bench:
         """Rows of all targets, and the rounds that were run.
 
         Args:
-            benchmark: The fixture of pytest-benchmark.
+            benchmark: The fixture of pytest-benchmark; it times the focus of each round.
             targets, skipped: From ``targets``; the first target is the focus.
             tokens: That one call consumes or produces.
             rounds: Timed rounds; by default those of the run.

@@ -243,9 +243,6 @@ def test_a_second_sitting_is_added_to_the_first(tmp_path):
 class Fixture:
     """What a benchmark uses of pytest-benchmark's fixture."""
 
-    def __init__(self):
-        self.extra_info = {}
-
     def pedantic(self, target, setup, rounds):
         for _ in range(rounds):
             setup()
