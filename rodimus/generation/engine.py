@@ -285,11 +285,9 @@ class Engine:
     def read(self, prompt: str | Sequence[int]) -> SequenceState:
         """The state after reading a prompt, tokens or text: for ``add_prefix``, or for a file."""
         prompt = self._check_prompt(prompt)
-        cache, read = DynamicCache(config=self.model.config), 0
-        while read < len(prompt):
-            end = min(read + self.prefill_chunk, len(prompt))
-            self._read_chunk(prompt[read:end], cache)
-            read = end
+        cache = DynamicCache(config=self.model.config)
+        for chunk in prompt.split(self.prefill_chunk):
+            self._read_chunk(chunk, cache)
         return SequenceState.from_cache(cache, prompt)
 
     def add_prefix(self, state: SequenceState) -> None:
