@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from . import operators, peers
-from .harness import Bench, Target
+from .harness import Bench, Target, dtype_name
 
 # (batch, length)
 POINTS = {
@@ -154,7 +154,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
                 steps=10**6,
                 global_batch_tokens=batch * length,
                 micro_batch=batch,
-                dtype=str(bench.dtype).removeprefix("torch."),
+                dtype=dtype_name(bench.dtype),
                 device=bench.device.type,
             ),
             optim=sections.OptimSection(lr=1e-6),

@@ -37,6 +37,11 @@ PREPARE_LIMIT_SECONDS = {"cpu": None, "cuda": 120.0}
 compiled one by one."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclasses.dataclass
 class Target:
     """One model in one engine, ready to be timed.
@@ -67,7 +72,7 @@ class Target:
             "family": self.model.family,
             "engine": self.engine,
             "status": "measured",
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.model.dtype),
             "weight_bytes": self.model.weight_bytes,
             "token_bytes": self.model.token_bytes,
             **self.facts,
@@ -125,8 +130,7 @@ class Bench:
     def case(self, batch: int, length: int) -> str:
         """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
         ``int8-b1-t4096-bfloat16``."""
-        name = f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
-        return "int8-" * self.in_8_bits + name
+        return "int8-" * self.in_8_bits + f"b{batch}-t{length}-{dtype_name(self.dtype)}"
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.
@@ -405,7 +409,7 @@ class Bench:
             case,
             settings={
                 "scale": self.scale,
-                "dtype": str(self.dtype).removeprefix("torch."),
+                "dtype": dtype_name(self.dtype),
                 "seed": peers.SEED,
                 **({"weights": "int8"} if self.in_8_bits else {}),
                 **settings,
