@@ -29,6 +29,7 @@ from .harness import DISAGREEMENT_LIMITS, DTYPES
 from .sizes import SCALES
 
 GROUPS = ("decode", "prefill")
+CLOCKS = ("wall_ms", "cpu_ms")
 
 
 class Worker:
@@ -188,25 +189,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(label: str, workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
-    samples, base = workers[label].samples, workers["base"].samples
-    wall = timing.summarize([sample.wall_ms for sample in samples])
-    pairs = {
-        clock: timing.ratio(
-            [getattr(sample, clock) for sample in base],
-            [getattr(sample, clock) for sample in samples],
-        )
-        for clock in ("wall_ms", "cpu_ms")
-    }
+    base, own = (
+        {clock: [getattr(sample, clock) for sample in workers[name].samples] for clock in CLOCKS}
+        for name in ("base", label)
+    )
+    wall = timing.summarize(own["wall_ms"])
+    ratios = {clock: list(timing.ratio(base[clock], own[clock])) for clock in CLOCKS}
     return {
         "target": f"{label} {getattr(options, label)}",
         "family": peers.entry(options.model).family,
         "engine": options.engine,
         "status": "measured",
-        "samples": {"wall_ms": [s.wall_ms for s in samples], "cpu_ms": [s.cpu_ms for s in samples]},
+        "samples": own,
         **wall.in_ms(),
         "noisy": wall.noisy,
-        "faster_than_base": list(pairs["wall_ms"]),
-        "faster_than_base_cpu": list(pairs["cpu_ms"]),
+        "faster_than_base": ratios["wall_ms"],
+        "faster_than_base_cpu": ratios["cpu_ms"],
     }
 
 
