@@ -35,13 +35,12 @@ class HuggingFaceModel(WithLlamaCpp):
         first = next(iter(parameters))
         self.device, self.dtype, self.in_8_bits = first.device, first.dtype, in_8_bits
         self.weight_bytes = sum(map(bytes_of, parameters))
-        embedding, head = (
-            found.weight for found in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
-        self.token_bytes = self.weight_bytes - (0 if head is embedding else bytes_of(embedding))
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        # of an embedding that is not the head a token reads a row
+        read = [p for p in parameters if p is head or p is not embedding]
+        self.token_bytes = sum(map(bytes_of, read))
         self.head_parameters = head.numel()
-        unread = 0 if head is embedding else embedding.numel()
-        self.body_parameters = sum(p.numel() for p in parameters) - unread - head.numel()
+        self.body_parameters = sum(p.numel() for p in read) - head.numel()
         self.vocab_size = embedding.shape[0]
 
     def session(self, engine: str, batch: int, room: int) -> Session:
