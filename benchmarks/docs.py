@@ -506,10 +506,12 @@ def _medians_of_runs(case: str, samples: list[float]) -> list[float]:
 
 @_value
 def cpu_rounds():
-    """``3 runs of 15 rounds each``, or ``2 or 3 runs``."""
+    """``one run of 15 rounds``, or ``2 or 3 runs of 15 rounds each``."""
     sittings = [record(case, CPU)["settings"]["sittings"] for case in CPU_CASES.values()]
     (rounds,) = {rounds for runs in sittings for rounds in runs}
     counts = sorted({len(runs) for runs in sittings})
+    if counts == [1]:
+        return f"one run of {rounds} rounds"
     return f"{' or '.join(map(str, counts))} runs of {rounds} rounds each"
 
 
