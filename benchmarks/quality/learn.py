@@ -101,14 +101,21 @@ def passkey_task(
     return Task(draw, {str(length): asked(length) for length in test}, "accuracy", max(train))
 
 
-def language_task(length: int, batch: int, test_lengths: tuple[int, ...]) -> Task:
-    """Next byte of Python sources, tested on held-out files, at longer rows too."""
+def language_task(
+    length: int, batch: int, test_lengths: tuple[int, ...], windows: int = 64
+) -> Task:
+    """Next byte of Python sources, tested on held-out files, at longer rows too.
+
+    Every test reads the same ``windows`` of the longest length; shorter rows are parts of them.
+    """
     train, val = tasks.python_sources("train"), tasks.python_sources("val")
 
     def asked(rows: int):
-        # as many bytes at every length
-        count = max(test_lengths) * 8 // rows
-        return lambda generator: tasks.language(val, count, rows, generator)
+        def cut(generator: torch.Generator) -> Batch:
+            whole = tasks.language(val, windows, max(test_lengths), generator)
+            return Batch(*(x.reshape(-1, rows) for x in whole))
+
+        return cut
 
     tests = {f"val at {rows}": asked(rows) for rows in test_lengths}
     draw = lambda step, generator: tasks.language(train, batch, length, generator)

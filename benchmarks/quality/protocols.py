@@ -106,5 +106,6 @@ def _language(size: str) -> Iterator[Case]:
     note = (
         "Bits a byte of held-out Python sources after the same number of bytes; less is better."
         " The gates have equal parameters; Rodimus+ and attention have more, as the table says."
+        " Every column reads the same text, in rows of that length."
     )
     yield Case(f"language-{size}", shape, task, budget, VARIANTS, note)

@@ -64,6 +64,7 @@ def test_sources_are_split_by_file_and_ask_for_the_next_byte():
     train, val = (tasks.python_sources(share, most=2**18) for share in ("train", "val"))
     assert train.numel() == 2**18 and 0 < val.numel() <= 2**18
     assert bytes(train[:2000].tolist()) not in bytes(val.tolist())
+    assert not any("encodings" in path.parts for path in tasks._library_files())
     ids, targets = tasks.language(train, 4, 32, generator())
     assert torch.equal(ids[:, 1:], targets[:, :-1])
     with pytest.raises(ValueError, match="share must be"):
@@ -137,6 +138,14 @@ def test_the_best_learning_rate_is_chosen_by_the_first_test(monkeypatch):
         row = learn.sweep("rodimus", SHAPE, learn.Task(None, tests, score, 8), budget, CPU)
         assert row["lr"] == best and row["scores"]["a"] == [scores[best]] * 2
         assert len(row["sweep"]) == 3
+
+
+def test_every_length_of_a_language_test_reads_the_same_text():
+    task = learn.language_task(32, 4, (32, 128), windows=8)
+    short, long = (draw(generator()) for draw in task.tests.values())
+    assert short.ids.shape == (32, 32) and long.ids.shape == (8, 128)
+    for name in ("ids", "targets"):
+        assert torch.equal(getattr(short, name).flatten(), getattr(long, name).flatten())
 
 
 def test_a_run_is_repeated_to_the_bit():
