@@ -182,8 +182,9 @@ def run(
     vectors = [p for p in network.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
+    # unless told not to, it also moves beta1, from 0.95 to 0.85 and back
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=budget.steps, pct_start=0.1
+        optimizer, rate, total_steps=budget.steps, pct_start=0.1, cycle_momentum=False
     )
     start, step = time.perf_counter(), 0
     for step in range(1, budget.steps + 1):

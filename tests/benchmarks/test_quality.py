@@ -140,6 +140,22 @@ def test_the_best_learning_rate_is_chosen_by_the_first_test(monkeypatch):
         assert len(row["sweep"]) == 3
 
 
+def test_only_the_learning_rate_moves_in_training(monkeypatch):
+    seen = []
+
+    class AdamW(torch.optim.AdamW):
+        def step(self, *arguments):
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["betas"]))
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+    task = learn.mqar_task(64, ((16, 2),), ((16, 2),), batch=4, test_batch=4)
+    learn.run("none", SHAPE, task, learn.Budget(20, (1e-2,)), 1e-2, 0, CPU)
+    rates, betas = zip(*seen, strict=True)
+    assert len(seen) == 20 and max(rates) == pytest.approx(1e-2) and rates[-1] < 1e-4
+    assert set(betas) == {(0.9, 0.999)}
+
+
 def test_every_length_of_a_language_test_reads_the_same_text():
     task = learn.language_task(32, 4, (32, 128), windows=8)
     short, long = (draw(generator()) for draw in task.tests.values())
