@@ -1,7 +1,7 @@
 """Run the quality experiments: ``python -m benchmarks.quality mqar --size cpu``.
 
-Every variant of a case gets the same data, steps, learning rates and seeds. A variant that its
-record holds for this commit and machine is not trained again, so a run that ends early is continued
+Every variant of a case gets the same data, steps, learning rates and seeds. Training that the
+record holds for this commit and machine is not repeated, so a command that ends early is continued
 by the same command. The size ``gpu`` is the protocol for one large GPU.
 """
 
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,20 @@ from .. import machine, records
 from . import learn, protocols
 
 
-def kept_rows(
+def kept_runs(
     folder: Path, case: str, about: Mapping[str, Any], settings: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Rows that an earlier run of this commit has measured here, with the same settings."""
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Runs by variant and learning rate that are recorded for this commit, machine and settings."""
     settings = json.loads(json.dumps(settings))
     for record in records.read(folder) if folder.is_dir() else []:
         same = (record["group"], record["case"]) == ("quality", case)
         if same and record["settings"] == settings and machine.are_alike(record["machine"], about):
-            return [row for row in record["rows"] if row["status"] == "measured"]
-    return []
+            return {row["target"]: row["sweep"] for row in record["rows"]}
+    return {}
 
 
 def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline: float) -> bool:
-    """Train the variants of a case that are missing; False if the time ran out."""
+    """Train the runs of a case that are missing; False if the time ran out."""
     about, load = machine.describe(device), machine.load_before()
     settings = {
         "note": case.note,
@@ -42,22 +43,25 @@ def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline:
         "shape": case.shape._asdict(),
         "budget": case.budget._asdict(),
     }
-    rows = kept_rows(folder, case.name, about, settings)
-    for variant in case.variants:
-        if any(row["target"] == variant for row in rows):
+    kept = kept_runs(folder, case.name, about, settings)
+    for variant, rate, seed in product(case.variants, case.budget.rates, case.budget.seeds):
+        runs = kept.setdefault(variant, {}).setdefault(f"{rate:g}", [])
+        if any(run["seed"] == seed for run in runs):
             continue
         if time.monotonic() > deadline:
             return False
-        row = learn.sweep(variant, case.shape, case.task, case.budget, device)
-        rows.append(row)
-        scores = ", ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in row["scores"].items())
-        print(f"{case.name} {variant}: {scores} (learning rate {row['lr']:g})", flush=True)
+        runs.append(learn.run(variant, case.shape, case.task, case.budget, rate, seed, device))
+        scores = ", ".join(f"{name} {score:.3f}" for name, score in runs[-1]["scores"].items())
+        print(f"{case.name} {variant}, rate {rate:g}, seed {seed}: {scores}", flush=True)
         record = records.make(
             "quality",
             case.name,
             settings=settings,
             machine=about,
-            rows=rows,
+            rows=[
+                learn.row(name, case.shape, case.task, case.budget, runs)
+                for name, runs in kept.items()
+            ],
             load=(load, machine.load_before()),
         )
         records.write(record, folder)

@@ -1,11 +1,12 @@
-"""Training and evaluation of one network on one task, and the sweep over learning rates.
+"""Training and evaluation of one network on one task, and the choice among learning rates.
 
 Every variant gets the same learning rates, seeds, steps and batches; the best learning rate is
-chosen for each by the same score, and all of them are kept in the record.
+chosen for each by the same score, on draws that are not reported, and every run is in the record.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import records
 from . import tasks
 from .networks import Shape, build, state_bytes
 from .tasks import Batch
 
 Draw = Callable[[int, torch.Generator], Batch]
+
+# two draws of every test, the same for every network: one chooses the learning rate
+REPORTED, CHOOSING = 12345, 54321
 
 
 class Task(NamedTuple):
@@ -26,7 +31,7 @@ class Task(NamedTuple):
 
     Attributes:
         train: Batch of a step, from the step's number and a generator.
-        tests: Name and batch of each evaluation; the first decides the learning rate.
+        tests: Name and batch of each evaluation.
         score: ``accuracy`` (more is better) or ``bits`` a target (less is better).
         length: Longest training row, for the state of attention.
     """
@@ -48,14 +53,11 @@ class Budget(NamedTuple):
         steps: Optimizer steps of a run.
         rates: Learning rates of the sweep.
         seeds: Of initialisation and data.
-        stop: End a run whose first test reaches this accuracy; looked at every ``every`` steps.
     """
 
     steps: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
-    stop: float = 0.99
-    every: int = 100
 
 
 def mqar_task(
@@ -135,19 +137,15 @@ def _loss(network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor,
 
 
 @torch.no_grad()
-def evaluate(
-    network: nn.Module, task: Task, device: torch.device, only_first: bool = False
-) -> dict[str, float]:
-    """Score of each test, on batches that are the same for every network."""
+def evaluate(network: nn.Module, task: Task, device: torch.device, seed: int) -> dict[str, float]:
+    """Score of each test, on a draw that is the same for every network."""
     scores = {}
     for name, draw in task.tests.items():
-        batch = _to(draw(torch.Generator(_home(task, device)).manual_seed(12345)), device)
+        batch = _to(draw(torch.Generator(_home(task, device)).manual_seed(seed)), device)
         with _precision(device):
             loss, logits, targets = _loss(network, batch)
         hit = (logits.argmax(-1) == targets).float().mean().item()
-        scores[name] = hit if task.score == "accuracy" else loss.item() / 0.6931471805599453
-        if only_first:
-            break
+        scores[name] = hit if task.score == "accuracy" else loss.item() / math.log(2)
     return scores
 
 
@@ -173,7 +171,8 @@ def run(
     """Train one network and score it; AdamW, a tenth of warm-up, then a cosine to zero.
 
     Returns:
-        ``scores`` by test, ``steps`` run, ``seconds`` and ``parameters``.
+        ``seed``, ``scores`` by test, ``choosing``, the same of the draws that choose the learning
+        rate, ``seconds`` and ``parameters``.
     """
     torch.manual_seed(seed)
     network = build(variant, shape).to(device).train()
@@ -186,9 +185,9 @@ def run(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=budget.steps, pct_start=0.1, cycle_momentum=False
     )
-    start, step = time.perf_counter(), 0
-    for step in range(1, budget.steps + 1):
-        batch = _to(task.train(step - 1, generator), device)
+    start = time.perf_counter()
+    for step in range(budget.steps):
+        batch = _to(task.train(step, generator), device)
         with _precision(device):
             loss, _, _ = _loss(network, batch)
         optimizer.zero_grad(set_to_none=True)
@@ -196,46 +195,49 @@ def run(
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % budget.every == 0 and task.score == "accuracy":
-            first = next(iter(evaluate(network, task, device, only_first=True).values()))
-            if first >= budget.stop:
-                break
+    network.eval()
     return {
-        "scores": evaluate(network.eval(), task, device),
-        "steps": step,
+        "seed": seed,
+        "scores": evaluate(network, task, device, REPORTED),
+        "choosing": evaluate(network, task, device, CHOOSING),
         "seconds": round(time.perf_counter() - start, 2),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
 
 
-def sweep(
-    variant: str, shape: Shape, task: Task, budget: Budget, device: torch.device
+def row(
+    variant: str, shape: Shape, task: Task, budget: Budget, runs: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """The row of a variant: its best learning rate's scores by seed, and every run.
 
-    The learning rate is chosen by the mean over seeds of the first test.
+    The best learning rate has the best mean over seeds and tests of the draws for choosing. Until
+    all runs are there, the row says how many are missing.
+
+    Args:
+        runs: Results of ``run`` by learning rate as text, one a seed.
     """
-    runs: dict[float, list[dict[str, Any]]] = {
-        rate: [run(variant, shape, task, budget, rate, seed, device) for seed in budget.seeds]
-        for rate in budget.rates
-    }
-    first = next(iter(task.tests))
+    count, wanted = sum(map(len, runs.values())), len(budget.rates) * len(budget.seeds)
+    if count < wanted:
+        reason = f"{count} of {wanted} runs trained"
+        return {**records.skipped(variant, variant, "train", reason), "sweep": dict(runs)}
 
     def mean(rate: float) -> float:
-        return sum(r["scores"][first] for r in runs[rate]) / len(runs[rate])
+        scores = [score for r in runs[f"{rate:g}"] for score in r["choosing"].values()]
+        return sum(scores) / len(scores)
 
     best = budget.rates[0]
     for rate in budget.rates[1:]:
         best = rate if task.better(mean(rate), mean(best)) else best
+    chosen = runs[f"{best:g}"]
     return {
         "target": variant,
         "family": variant,
         "engine": "train",
         "status": "measured",
-        "parameters": runs[best][0]["parameters"],
+        "parameters": chosen[0]["parameters"],
         "state_bytes": state_bytes(variant, shape, task.length),
         "lr": best,
         "seeds": len(budget.seeds),
-        "scores": {name: [r["scores"][name] for r in runs[best]] for name in task.tests},
-        "sweep": {f"{rate:g}": rows for rate, rows in runs.items()},
+        "scores": {name: [r["scores"][name] for r in chosen] for name in task.tests},
+        "sweep": dict(runs),
     }

@@ -120,24 +120,48 @@ def test_the_rodimus_gate_makes_the_models_own_mixer():
 @pytest.mark.parametrize("variant", networks.VARIANTS)
 def test_every_variant_trains(variant):
     task = learn.mqar_task(64, ((16, 2),), ((16, 2), (32, 2)), batch=4, test_batch=4)
-    found = learn.sweep(variant, SHAPE, task, learn.Budget(2, (1e-3, 1e-2)), CPU)
-    assert set(found["scores"]) == {"16/2", "32/2"} and set(found["sweep"]) == {"0.001", "0.01"}
-    assert found["parameters"] > 0 and found["state_bytes"] > 0
+    budget = learn.Budget(2, (1e-3,))
+    found = learn.run(variant, SHAPE, task, budget, 1e-3, 0, CPU)
+    assert set(found["scores"]) == set(found["choosing"]) == {"16/2", "32/2"}
+    row = learn.row(variant, SHAPE, task, budget, {"0.001": [found]})
+    assert row["parameters"] > 0 and row["state_bytes"] > 0
 
 
-def test_the_best_learning_rate_is_chosen_by_the_first_test(monkeypatch):
-    scores = {1e-3: 0.5, 3e-3: 0.9, 1e-2: 0.7}
+def test_the_learning_rate_is_chosen_over_all_tests_by_draws_that_are_not_reported():
+    """The first test ties and what is reported would mislead."""
+    choosing = {3e-4: (1.0, 0.5), 1e-3: (1.0, 0.9), 3e-3: (1.0, 0.7)}
+    runs = {
+        f"{rate:g}": [
+            {
+                "seed": seed,
+                "choosing": {"a": first, "b": second},
+                "scores": {"a": first, "b": 1 - second},
+                "parameters": 1,
+            }
+            for seed in (0, 1)
+        ]
+        for rate, (first, second) in choosing.items()
+    }
+    budget = learn.Budget(1, tuple(choosing), seeds=(0, 1))
+    for score, best in (("accuracy", 1e-3), ("bits", 3e-4)):
+        task = learn.Task(None, {"a": None, "b": None}, score, 8)
+        row = learn.row("rodimus", SHAPE, task, budget, runs)
+        assert row["lr"] == best and row["scores"]["b"] == [1 - choosing[best][1]] * 2
+        assert row["sweep"] == runs
 
-    def run(variant, shape, task, budget, rate, seed, device):
-        return {"scores": {"a": scores[rate], "b": 1 - scores[rate]}, "parameters": 1}
 
-    monkeypatch.setattr(learn, "run", run)
-    tests = {"a": None, "b": None}
-    budget = learn.Budget(1, tuple(scores), seeds=(0, 1))
-    for score, best in (("accuracy", 3e-3), ("bits", 1e-3)):
-        row = learn.sweep("rodimus", SHAPE, learn.Task(None, tests, score, 8), budget, CPU)
-        assert row["lr"] == best and row["scores"]["a"] == [scores[best]] * 2
-        assert len(row["sweep"]) == 3
+def test_the_two_draws_of_a_test_differ(monkeypatch):
+    drawn = []
+
+    def draw(generator):
+        drawn.append(tasks.mqar(8, 16, 2, 64, generator))
+        return drawn[-1]
+
+    task = learn.mqar_task(64, ((16, 2),), ((16, 2),), batch=4)._replace(tests={"a": draw})
+    for seed in (0, 1):
+        learn.run("none", SHAPE, task, learn.Budget(1, (1e-3,)), 1e-3, seed, CPU)
+    reported, choosing, again, _ = (batch.ids for batch in drawn)
+    assert not torch.equal(reported, choosing) and torch.equal(reported, again)
 
 
 def test_only_the_learning_rate_moves_in_training(monkeypatch):
@@ -176,39 +200,48 @@ def test_a_run_is_repeated_to_the_bit():
 def test_an_interrupted_case_is_continued(tmp_path, monkeypatch):
     trained = []
 
-    def sweep(variant, *_):
-        trained.append(variant)
-        return {
-            **{"target": variant, "family": variant, "engine": "train", "status": "measured"},
-            **{"parameters": 1, "state_bytes": 1, "lr": 1e-3, "seeds": 1, "scores": {"a": [1.0]}},
-        }
+    def run(variant, shape, task, budget, rate, seed, device):
+        trained.append((variant, rate, seed))
+        clock.append(0.0)
+        return {"seed": seed, "scores": {"a": 1.0}, "choosing": {"a": 1.0}, "parameters": 1}
 
-    monkeypatch.setattr(learn, "sweep", sweep)
+    clock = []
+    monkeypatch.setattr(learn, "run", run)
+    monkeypatch.setattr(command.time, "monotonic", lambda: float(len(clock)))
     monkeypatch.setenv("RODIMUS_BENCH_COMMIT", "same")
-    case = protocols.Case(
-        "mqar-x", SHAPE, learn.Task(None, {}, "accuracy", 8), learn.Budget(1, (1e-3,)), ("a",), ""
-    )
-    assert command.run_case(case, tmp_path, CPU, float("inf"))
-    assert command.run_case(case._replace(variants=("a", "b")), tmp_path, CPU, float("inf"))
-    assert trained == ["a", "b"]
-    (record,) = records.read(tmp_path)
-    assert [row["target"] for row in record["rows"]] == ["a", "b"]
-    assert not command.run_case(case._replace(variants=("c",)), tmp_path, CPU, 0.0)
+    task = learn.Task(None, {"a": None}, "accuracy", 8)
+    budget = learn.Budget(1, (1e-3, 1e-2), seeds=(0, 1))
+    case = protocols.Case("mqar-x", SHAPE, task, budget, ("a", "b"), "")
 
-    longer = case._replace(budget=case.budget._replace(steps=2))
+    assert not command.run_case(case, tmp_path, CPU, 2.0)
+    wanted = [(v, rate, seed) for v in "ab" for rate in (1e-3, 1e-2) for seed in (0, 1)]
+    assert trained == wanted[:3]
+    (record,) = records.read(tmp_path)
+    assert [row.get("reason") for row in record["rows"]] == ["3 of 4 runs trained"]
+
+    assert command.run_case(case, tmp_path, CPU, float("inf"))
+    assert trained == wanted
+    (record,) = records.read(tmp_path)
+    assert [(row["target"], row["status"]) for row in record["rows"]] == [
+        ("a", "measured"),
+        ("b", "measured"),
+    ]
+    assert command.run_case(case, tmp_path, CPU, 0.0)
+
+    longer = case._replace(budget=budget._replace(steps=2))
     assert command.run_case(longer, tmp_path, CPU, float("inf"))
-    assert trained == ["a", "b", "a"]
+    assert trained == wanted * 2
     about = command.machine.describe(CPU) | {"name": "another machine"}
     monkeypatch.setattr(command.machine, "describe", lambda device: about)
     assert command.run_case(longer, tmp_path, CPU, float("inf"))
-    assert trained == ["a", "b", "a", "a"]
+    assert trained == wanted * 3
 
 
 @pytest.mark.parametrize("experiment", protocols.EXPERIMENTS)
 @pytest.mark.parametrize("size", protocols.SIZES)
 def test_protocols_treat_every_variant_alike(experiment, size):
     for case in protocols.cases(experiment, size):
-        assert len(case.budget.rates) >= 2, "a learning rate is chosen, never given"
+        assert len(case.budget.rates) >= 3, "the best learning rate can have neighbours"
         assert {"rodimus", "gla", "mamba2", "rwkv6"} <= set(case.variants)
         batch = case.task.train(0, generator())
         assert batch.ids.max() < case.shape.vocab
@@ -218,6 +251,6 @@ def test_the_harness_learns_the_easy_case():
     """Passkeys in 8 tokens: all are found, also in rows four times as long as any seen."""
     task = learn.passkey_task(32, (8,), (16, 32), batch=32)
     shape = networks.Shape(vocab=32, width=32, mem_size=8, layers=1)
-    budget = learn.Budget(200, (1e-2,), every=25)
+    budget = learn.Budget(200, (1e-2,))
     scores = learn.run("rodimus", shape, task, budget, 1e-2, 0, CPU)["scores"]
     assert scores["16"] >= 0.95 and scores["32"] >= 0.9
