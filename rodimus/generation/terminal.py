@@ -260,3 +260,5 @@ def _read_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"the line is no UTF-8 text at byte {error.start}") from error
