@@ -60,7 +60,7 @@ format: $(STAMP)
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
 
-# names as in benchmarks/peers.py; empty for all of them
+# names as in benchmarks/peers/interface.py; empty for all of them
 MODELS ?= rodimus-plus-1.6b,rwkv6-1.6b,qwen2-1.5b,rodimus-1.4b
 
 $(VENV)/.bench: $(STAMP)

@@ -1,6 +1,6 @@
 """Compile every Triton kernel without a GPU and read what the machine code uses.
 
-    python -m benchmarks.aot [--all] [--only NAME] [--arch 90] [--json PATH]
+    python -m benchmarks.aot [--all] [--only NAME] [--arch 90]
 
 Kernels are taken from their own launchers: the calls of ``aot_cases.py`` run on CPU tensors while
 the launch itself is replaced by a compilation for the target, so what is compiled is what would
@@ -11,7 +11,6 @@ stack over 128 bytes, shared memory over the architecture's limit, or a ``wgmma`
 
 import argparse
 import contextlib
-import json
 import re
 import subprocess
 import sys
@@ -138,9 +137,7 @@ def compile_instead_of_launching(case: str, arch: int, found: dict) -> Iterator[
         JITFunction.run = launch
 
 
-def table(
-    archs: tuple[int, ...] = (80, 86, 90, 100), *, everything: bool = False, only: str = ""
-) -> Iterator[Usage]:
+def table(archs: tuple[int, ...], *, everything: bool = False, only: str = "") -> Iterator[Usage]:
     """Usage of every kernel, case and architecture; ``only`` keeps the names that contain it."""
     for case in aot_cases.cases(everything=everything):
         name = f"{case.module}: {case.name}"
@@ -158,13 +155,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     archs = {"type": int, "nargs": "+", "default": list(SHARED_LIMIT), "choices": SHARED_LIMIT}
     parser.add_argument("--arch", **archs)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
-    rows, case = [], None
+    kernels, faults, case = 0, 0, None
     for usage in table(tuple(options.arch), everything=options.all, only=options.only):
-        rows.append(usage)
+        kernels, faults = kernels + 1, faults + bool(usage.fault)
         if usage.case != case:
             case = usage.case
             print(case)
@@ -174,11 +170,7 @@ def main() -> int:
             f"  shared {usage.shared / 1024:6.1f} KiB  {usage.fault}",
             flush=True,
         )
-    faults = sum(bool(usage.fault) for usage in rows)
-    print(f"triton {triton.__version__}: {len(rows)} kernels, {faults} over a limit")
-    if options.json:
-        record = {"triton": triton.__version__, "rows": [usage._asdict() for usage in rows]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"triton {triton.__version__}: {kernels} kernels, {faults} over a limit")
     return 1 if faults else 0
 
 

@@ -27,11 +27,9 @@ from rodimus_kernels import (
 )
 from rodimus_kernels.testing import relative_error
 
-from . import operators, peers, timing
+from . import operators, peers, records, sizes
 
 HEADS = 16
-# a cache's rows in flight: several times what the last cache level holds
-ROTATED_BYTES = 2**28
 PEERS = ("flex", "flash", "sdpa")
 
 # what, batch, length (of the sequence, or of the ring), head dimension, window
@@ -63,16 +61,10 @@ class Call(NamedTuple):
     floor_ms: float
 
 
-def visible_pairs(length: int, window: int) -> int:
-    """Query-key pairs of one head of one sequence."""
-    whole = min(length, window)
-    return whole * (whole + 1) // 2 + (length - whole) * window
-
-
 def flops(what: str, batch: int, length: int, dim: int, window: int) -> int:
     """Forward: two products a pair. Backward: five, one of which repeats the forward's."""
     products = {"forward": 2, "training": 7}[what]
-    return products * 2 * dim * HEADS * batch * visible_pairs(length, window)
+    return products * 2 * dim * HEADS * batch * sizes.visible_pairs(length, window)
 
 
 def make_inputs(batch, length, dim, device, dtype):
@@ -166,13 +158,13 @@ def run_steps(step, tokens, caches, position, impl):
 
 
 def rings(batch, rows, dim, device, dtype, *, int8) -> list[torch.Tensor]:
-    """Full caches that take turns, or the last level would hold one."""
+    """Full caches that take turns."""
     heads, like = (1, dim, HEADS, dim), {"device": device, "dtype": dtype}
     shape = (batch, rows, (1 + HEADS) * dim)
     if int8:
         shape = (batch, rows, int8_row_bytes(*heads, dtype))
     kind = torch.uint8 if int8 else dtype
-    count = max(1, min(ROTATED_BYTES // (math.prod(shape) * kind.itemsize), 64))
+    count = operators.rotated(math.prod(shape) * kind.itemsize)
     caches = [torch.zeros(shape, dtype=kind, device=device) for _ in range(count)]
     k, v = (torch.randn(batch, rows, n, dim, **like) for n in (1, HEADS))
     for cache in caches:
@@ -214,9 +206,7 @@ def test_attention(bench, benchmark, start, point):
             if not timed:
                 raise
             calls[name] = f"{type(reason).__name__}: {reason}"
-    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
-    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
-    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
+    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
     rows = operators.skipped(calls)
     for name, call in timed.items():
         rows.append(
@@ -228,9 +218,8 @@ def test_attention(bench, benchmark, start, point):
         "heads": HEADS,
         "head_dim": dim,
         "window": window,
-        "rounds": rounds,
-        "warm_up_rounds": warm_up,
         "largest_error": error,
+        **rounds,
     }
     record = bench.record(f"attention-{what}", case, settings, rows)
-    assert any(found["status"] == "measured" for found in record["rows"])
+    assert records.measured(record)

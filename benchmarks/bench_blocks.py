@@ -17,7 +17,7 @@ from rodimus import RodimusConfig, RodimusModel
 from rodimus_kernels import BlockWeights, blocks_step, native
 from rodimus_kernels.testing import relative_error
 
-from . import operators, sizes, timing
+from . import operators, sizes
 
 BLOCKS = 4
 # batch, rows of the ring; the window is full
@@ -111,12 +111,10 @@ def test_blocks(bench, benchmark, start, point):
         calls[f"blocks/{impl}"] = functools.partial(blocks.step, impl)
     timed = {name: call for name, call in calls.items() if not isinstance(call, str)}
     graphs = {name: operators.captured(call, bench.device) for name, call in timed.items()}
-    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
-    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
-    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
+    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
     floor_ms = blocks.floor_bytes / BLOCKS / bench.ceilings["copy_GBps"] / 1e6
     facts = {"calls": BLOCKS, "floor_bytes": blocks.floor_bytes // BLOCKS}
     found = [operators.measured(name, turns, floor_ms, **facts) for name in timed]
     settings = {"batch": batch, "context": rows, "blocks": BLOCKS, "largest_error": error}
-    settings |= {"rounds": rounds, "warm_up_rounds": warm_up}
+    settings |= rounds
     bench.record("blocks", case, settings, found + operators.skipped(calls))

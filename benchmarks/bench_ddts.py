@@ -7,6 +7,7 @@ cache. Before anything is timed, its values and gradients are compared with floa
     floor   bytes: each input read once, each output written once, over the measured copy rate
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import operators, peers, timing
+from . import operators, peers, records
 
 KEY_DIM, RANK = 64, 32
 
@@ -57,10 +58,6 @@ POINTS = {
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
 
-# states of a step in flight: several times what the last cache level holds
-ROTATED_BYTES = 2**28
-
-
 class Call(NamedTuple):
     """A function to time, the bytes that one run of the operator cannot avoid, and its runs."""
 
@@ -71,7 +68,7 @@ class Call(NamedTuple):
 
 def size(*tensors: torch.Tensor) -> int:
     """Bytes of tensors."""
-    return sum(x.numel() * x.element_size() for x in tensors)
+    return sum(x.nbytes for x in tensors)
 
 
 def check(case: DdtsCase, impl: str, device: torch.device) -> float:
@@ -85,7 +82,7 @@ def check(case: DdtsCase, impl: str, device: torch.device) -> float:
 
 def make_inputs(case: DdtsCase, device: torch.device) -> DdtsInputs:
     """The case's inputs; values and gradients drawn on the device, for they are large."""
-    narrow = ddts_inputs(DdtsCase(**{**vars(case), "value_dim": 16}), device=device)
+    narrow = ddts_inputs(dataclasses.replace(case, value_dim=16), device=device)
     shape = (case.batch, case.length, case.heads, case.value_dim)
     v, do = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(2))
     return narrow._replace(v=v, do=do)
@@ -111,6 +108,9 @@ def training(inputs: DdtsInputs, function: Callable) -> Call:
 
     # forward: inputs, o; backward: inputs, do, gradients
     return Call(call, 3 * size(*leaves) + 2 * size(inputs.do))
+
+
+PASSES = {"forward": forward, "training": training}
 
 
 def surroundings(inputs: DdtsInputs, impl: str) -> dict[str, Call]:
@@ -141,7 +141,7 @@ def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], f
     q, k, v, log_decay = (x[:, 0] for x in ddts_inputs(case, device=device)[:4])
     shape = (case.batch, 1, case.key_dim, case.value_dim)
     one = torch.randn(shape, device=device)
-    count = max(1, min(ROTATED_BYTES // size(one), 64))
+    count = operators.rotated(one.nbytes)
     states = [torch.randn_like(one) for _ in range(count)]
     impls = ("triton", "native") if device.type == "cuda" else ("eager", "native")
     impls = [impl for impl in impls if impl != "native" or native.is_available(device.type)]
@@ -176,10 +176,10 @@ def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | st
             for impl in impls
             for name, call in surroundings(inputs, impl).items()
         }
-    impl, timed = "triton_chunk" if on_gpu else "eager", {"forward": forward, "training": training}
+    impl = "triton_chunk" if on_gpu else "eager"
     ours = functools.partial(ddts, impl=impl)
-    found: dict[str, Call | str] = {f"ddts/{impl}": timed[what](inputs, ours)}
-    peer = timed[what](inputs, fla_forward)
+    found: dict[str, Call | str] = {f"ddts/{impl}": PASSES[what](inputs, ours)}
+    peer = PASSES[what](inputs, fla_forward)
     try:
         peers.guarded(peer.function, operators.PEER_LIMIT_SECONDS)
         found["chunk_gla/fla"] = peer
@@ -199,14 +199,12 @@ def test_ddts(bench, benchmark, start, point):
         calls, error = step_calls(case, bench.device)
     else:
         if what != "surroundings":
-            narrow = DdtsCase(**{**vars(case), "value_dim": min(width, 64)})
+            narrow = dataclasses.replace(case, value_dim=min(width, 64))
             error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
         calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
     timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
     graphs = {name: operators.captured(call.function, bench.device) for name, call in timed.items()}
-    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
-    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
-    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
+    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
     copy_rate = bench.ceilings["copy_GBps"]
     rows = operators.skipped(calls)
     for target, call in timed.items():
@@ -218,9 +216,8 @@ def test_ddts(bench, benchmark, start, point):
         "context": length,
         "key_dim": KEY_DIM,
         "value_dim": width,
-        "rounds": rounds,
-        "warm_up_rounds": warm_up,
         "largest_error": error,
+        **rounds,
     }
     record = bench.record(f"ddts-{what}", name, settings, rows)
-    assert any(found["status"] == "measured" for found in record["rows"])
+    assert records.measured(record)

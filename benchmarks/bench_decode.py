@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers
+from . import peers, records
 from .harness import Bench, Target
 from .peers import LLAMA_CPP
 
@@ -32,7 +32,6 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
     session.fill(context)
     state = model.expected_state(batch, context)
     weight_bytes, token_bytes = model.bytes_in(engine)
-
     facts = {
         "weight_bytes": weight_bytes,
         "token_bytes": token_bytes,
@@ -41,12 +40,11 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
         "disagreement": bench.checked[f"{model.name}/{engine}"],
         "graph": engine == "graph",
     }
-    name, call = f"{model.name}/{engine}", lambda: session.run(steps)
     before = (lambda: session.rewind(context)) if rewinds else None
-    return Target(name, model, engine, call, facts, before)
+    return Target(model, engine, lambda: session.run(steps), facts, before)
 
 
-def engines_of(bench: Bench, batch: int, context: int):
+def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tuple[str, ...]:
     """All engines for one sequence; for a batch the plain one and the one meant for speed. With
     8-bit weights those that read them: our own, and llama.cpp.
 
@@ -54,19 +52,14 @@ def engines_of(bench: Bench, batch: int, context: int):
     others are left to the engines meant for speed.
     """
     if bench.in_8_bits:
-        return lambda model: tuple(
-            e for e in model.engines if e == ("engine" if model.name in peers.OURS else LLAMA_CPP)
-        )
+        reads = "engine" if model.name in peers.OURS else LLAMA_CPP
+        return tuple(engine for engine in model.engines if engine == reads)
     if bench.device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
-        return lambda model: model.engines[-1:]
+        return model.engines[-1:]
     if batch == 1:
-        return lambda model: model.engines
-
-    def ends(model: peers.Model):
-        engines = [engine for engine in model.engines if engine != LLAMA_CPP]
-        return tuple(dict.fromkeys((engines[0], engines[-1])))
-
-    return ends
+        return model.engines
+    engines = [engine for engine in model.engines if engine != LLAMA_CPP]
+    return tuple(dict.fromkeys((engines[0], engines[-1])))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -77,16 +70,11 @@ def test_decode(bench, benchmark, start, point):
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, context),
-            engines_of(bench, batch, context),
+            lambda model: engines_of(bench, model, batch, context),
         )
         steps = STEPS if bench.device.type == "cuda" else 1
+        settings = {"batch": batch, "context": context, "steps": steps}
         record = bench.interleave(
-            benchmark,
-            "decode",
-            case,
-            {"batch": batch, "context": context, "steps": steps},
-            targets=targets,
-            skipped=skipped,
-            tokens=batch * steps,
+            benchmark, "decode", case, settings, targets, skipped, tokens=batch * steps
         )
-    assert any(row["status"] == "measured" for row in record["rows"])
+    assert records.measured(record)

@@ -81,4 +81,4 @@ def test_memory(bench, start, point):
     free = machine.memory_bytes(bench.device)
     settings = {"batch": batch, "context": context, "free_bytes": free}
     record = bench.record("memory", case, settings, rows)
-    assert any(row["status"] == "measured" for row in record["rows"])
+    assert records.measured(record)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers
+from . import peers, records
 from .harness import Bench, Target
 
 # (batch, prompt)
@@ -19,16 +19,16 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
     """A prompt to the logits of its last position, and their argmax: the first token."""
     bench.require_room(model, batch, length)
     session = model.session(engine, batch, length + 1)
-    ids = peers.random_tokens(batch, length, model, seed=bench.seed)
+    ids = peers.random_tokens(batch, length, model)
 
     def call() -> None:
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
 
     facts = {"flops": model.forward_flops(batch, length, logits=1)}
-    return Target(f"{model.name}/{engine}", model, engine, call, facts)
+    return Target(model, engine, call, facts)
 
 
-def engines_of(model: peers.Model):
+def engines_of(model: peers.Model) -> tuple[str, ...]:
     """Caches differ only in decoding: one, and llama.cpp where it is an engine."""
     first = model.engines[0]
     return tuple(engine for engine in model.engines if engine in (first, peers.LLAMA_CPP))
@@ -41,17 +41,17 @@ def test_prefill(bench, benchmark, start, point):
     start("prefill", case)
     with torch.inference_mode():
         targets, skipped = bench.targets(
-            lambda model, engine: prepare(bench, model, engine, batch, length),
-            engines_of,
+            lambda model, engine: prepare(bench, model, engine, batch, length), engines_of
         )
+        settings = {"batch": batch, "context": length}
         record = bench.interleave(
             benchmark,
             "prefill",
             case,
-            {"batch": batch, "context": length},
-            targets=targets,
-            skipped=skipped,
+            settings,
+            targets,
+            skipped,
             tokens=batch * length,
             rounds=bench.few_rounds,
         )
-    assert any(row["status"] == "measured" for row in record["rows"])
+    assert records.measured(record)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from . import operators, peers
-from .harness import Bench, Target
+from .harness import Bench, Target, dtype_name
 
 # (batch, length)
 POINTS = {
@@ -53,7 +53,7 @@ def prepare(
         options = {"lr": 1e-6, "fused": True, "capturable": on_gpu}
         optimizers[model.name] = torch.optim.AdamW(network.parameters(), **options)
     optimizer = optimizers[model.name]
-    ids = peers.random_tokens(batch, length, model, seed=bench.seed)
+    ids = peers.random_tokens(batch, length, model)
     arguments = {"labels": ids, "use_cache": False}
     if model.name in peers.OURS or model.family == "qwen2":
         # the chunked loss, which never holds all logits; targets do not matter for the time
@@ -73,7 +73,7 @@ def prepare(
     call = {"compiled": compiled, "recorded": recorded}.get(engine, lambda step, network: step)
     # backward is twice forward
     facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-    return Target(f"{model.name}/{engine}", model, engine, call(step, network), facts)
+    return Target(model, engine, call(step, network), facts)
 
 
 def compiled(
@@ -145,7 +145,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
         folder = Path(name)
         shape = model.model.config.to_dict()
         (folder / "model.json").write_text(json.dumps(shape))
-        write_documents(folder, model.vocab_size, batch, length, bench.seed)
+        write_documents(folder, model.vocab_size, batch, length)
         config = sections.TrainConfig(
             out=str(folder / "run"),
             model=sections.ModelSection(str(folder / "model.json")),
@@ -154,7 +154,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
                 steps=10**6,
                 global_batch_tokens=batch * length,
                 micro_batch=batch,
-                dtype=str(bench.dtype).removeprefix("torch."),
+                dtype=dtype_name(bench.dtype),
                 device=bench.device.type,
             ),
             optim=sections.OptimSection(lr=1e-6),
@@ -165,19 +165,19 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
         try:
             trainer = Trainer(config, ranks)
             facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-            yield Target(f"{model.name}/{TRAINER}", model, TRAINER, trainer.step, facts)
+            yield Target(model, TRAINER, trainer.step, facts)
         finally:
             if trainer is not None:
                 trainer.close()
             parallel.stop()
 
 
-def write_documents(folder: Path, vocab_size: int, batch: int, length: int, seed: int) -> None:
+def write_documents(folder: Path, vocab_size: int, batch: int, length: int) -> None:
     """Token shards of random documents, of up to half a row each, for a few batches."""
     from rodimus.train.shards import ShardWriter
 
-    writer, lengths = ShardWriter(folder, "train", vocab_size), random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    writer, lengths = ShardWriter(folder, "train", vocab_size), random.Random(peers.SEED)
+    generator = torch.Generator().manual_seed(peers.SEED)
     left = 4 * batch * length + 1
     while left > 0:
         size = min(left, lengths.randint(1, max(1, length // 2)))

@@ -27,6 +27,8 @@ from rodimus_kernels._schemas import TRITON_CHUNK
 from rodimus_kernels.ddts import triton_chunk
 from rodimus_kernels.shared_key_attention import triton_attention, triton_rope, triton_step
 
+from .sizes import visible_pairs
+
 VALUE_DIM, KEY_DIM, RANK, WIDTH, FFN_WIDTH, VOCABULARY = 4096, 64, 32, 2048, 2736, 126464
 HEADS, HEAD_DIM, WINDOW = 16, 128, 2049
 EPS = 1e-5
@@ -116,9 +118,7 @@ def _ddts(stage: str, case: Case) -> Launch:
 def _attention(stage: str, case: Case) -> Launch:
     q, v, do = (case.tokens(HEADS, HEAD_DIM) for _ in range(3))
     k, given = case.tokens(1, HEAD_DIM), (WINDOW, HEAD_DIM**-0.5, None)
-    window = min(WINDOW, case.length)
-    pairs = case.batch * HEADS * (window * case.length - window * (window - 1) // 2)
-    product = 2 * HEAD_DIM * pairs
+    product = 2 * HEAD_DIM * case.batch * HEADS * visible_pairs(case.length, WINDOW)
     forward = lambda: torch.ops.rodimus.shared_key_attention(q, k, v, *given)
     if stage == "forward":
         return Launch(forward, (q, k, v), 2 * product)

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from . import machine, peers, records, timing
-from .harness import DISAGREEMENT_LIMITS
+from .harness import DISAGREEMENT_LIMITS, DTYPES
 from .sizes import SCALES
 
 GROUPS = ("decode", "prefill")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CLOCKS = ("wall_ms", "cpu_ms")
 
 
 class Worker:
@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("head", nargs="?", default=".", help="commit of interest, by default the working tree")
     add("--group", choices=GROUPS, default="decode")
     add("--model", choices=peers.OURS, default=peers.OURS[0])
-    add("--engine", default="dynamic", help="as in benchmarks/peers.py")
+    add("--engine", default="dynamic", help="as in benchmarks/peers/huggingface.py")
     add("--scale", choices=SCALES, default="full")
     add("--dtype", choices=sorted(DTYPES), default="bf16")
     add("--batch", type=int, default=1)
@@ -131,7 +131,7 @@ def export(commit: str, folder: Path, native: bool) -> Path:
 def serve(options: argparse.Namespace) -> None:
     """The worker: build, warm up, then time one call for each line that arrives."""
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine.device()
     model = peers.load(options.model, options.scale, DTYPES[options.dtype], device)
     steps = 3 * options.rounds + 16
     with torch.inference_mode():
@@ -181,7 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "compare",
         f"{options.group}-b{options.batch}-t{options.context}-{options.dtype}",
         settings=settings,
-        machine=machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        machine=machine.describe(machine.device()),
         rows=rows,
         load=(load, timing.load_average()),
         warnings=machine.disturbances(load),
@@ -189,27 +189,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row(label: str, workers: dict[str, Worker], options: argparse.Namespace) -> dict[str, Any]:
-    samples, base = workers[label].samples, workers["base"].samples
-    wall = timing.summarize([sample.wall_ms for sample in samples])
-    pairs = {
-        clock: timing.ratio(
-            [getattr(sample, clock) for sample in base],
-            [getattr(sample, clock) for sample in samples],
-        )
-        for clock in ("wall_ms", "cpu_ms")
-    }
+    base, own = (
+        {clock: [getattr(sample, clock) for sample in workers[name].samples] for clock in CLOCKS}
+        for name in ("base", label)
+    )
+    wall = timing.summarize(own["wall_ms"])
+    ratios = {clock: list(timing.ratio(base[clock], own[clock])) for clock in CLOCKS}
     return {
         "target": f"{label} {getattr(options, label)}",
         "family": peers.entry(options.model).family,
         "engine": options.engine,
         "status": "measured",
-        "samples": {"wall_ms": [s.wall_ms for s in samples], "cpu_ms": [s.cpu_ms for s in samples]},
-        "median_ms": wall.median,
-        "p20_ms": wall.p20,
-        "p80_ms": wall.p80,
+        "samples": own,
+        **wall.in_ms(),
         "noisy": wall.noisy,
-        "faster_than_base": list(pairs["wall_ms"]),
-        "faster_than_base_cpu": list(pairs["cpu_ms"]),
+        "faster_than_base": ratios["wall_ms"],
+        "faster_than_base_cpu": ratios["cpu_ms"],
     }
 
 

@@ -13,15 +13,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+from . import records
+from .bench_attention import flops
 from .harness import READ
+from .machine import RESULTS, ROOT
 from .records import RecordError
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 GPU, CPU = "NVIDIA_H200", "AMD_EPYC"
 
 TABLE = re.compile(r"(<!-- measured: ([a-z0-9_]+) -->\n)((?:\|.*\n)+)")
@@ -137,7 +140,8 @@ def _table(*head: str, groups: tuple[str, ...], folder: str = GPU):
 
 
 def _value(figure: Callable[[], str]) -> Callable[[], str]:
-    """Register a function as the figure of its name."""
+    """Register a function as the figure of its name; a figure of one expression is added to
+    ``VALUES`` at the end of its section."""
     VALUES[figure.__name__] = figure
     return figure
 
@@ -154,8 +158,7 @@ def record(name: str, folder: str = GPU) -> dict[str, Any]:
 
 def measured(name: str, folder: str = GPU) -> dict[str, dict[str, Any]]:
     """Measured rows of a record by target."""
-    rows = record(name, folder)["rows"]
-    return {row["target"]: row for row in rows if row["status"] == "measured"}
+    return {row["target"]: row for row in records.measured(record(name, folder))}
 
 
 def run_of(run: Run) -> str:
@@ -189,18 +192,21 @@ def _newest_commit() -> str:
     return newest["machine"]["commit"][:12]
 
 
-@_value
-def gpu_commit():
-    return f"`{_newest_commit()}`"
+def copy_rate(cases: Iterable[str]) -> str:
+    """TB/s of a copy in the runs of some records."""
+    return span([record(case)["ceilings"]["copy_GBps"] / 1e3 for case in cases], ".2f")
 
 
-@_value
-def later_commits():
-    return f"`git log {_newest_commit()}..`"
+def gemm_rate(cases: Iterable[str]) -> str:
+    """TFLOP/s of a large product in the runs of some records."""
+    return span(record(case)["ceilings"]["gemm_TFLOPs"] for case in cases)
 
 
-for _name, _run in RUNS.items():
-    VALUES[_name] = lambda run=_run: run_of(run)
+VALUES |= {
+    "gpu_commit": lambda: f"`{_newest_commit()}`",
+    "later_commits": lambda: f"`git log {_newest_commit()}..`",
+    **{name: partial(run_of, run) for name, run in RUNS.items()},
+}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -224,9 +230,10 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def span(values, form: str = ".0f") -> str:
+def span(values: Iterable[float], form: str = ".0f") -> str:
     """``53 to 87``; one number where all are written alike."""
-    low, high = format(min(values), form), format(max(values), form)
+    ordered = sorted(values)
+    low, high = format(ordered[0], form), format(ordered[-1], form)
     return low if low == high else f"{low} to {high}"
 
 
@@ -241,7 +248,10 @@ def tokens_of(name: str) -> str:
 
 DECODE = (("b1", "t1024"), ("b1", "t4096"), ("b1", "t32768"), ("b1", "t131072"), ("b8", "t4096"))
 DECODE += (("b64", "t1024"), ("b256", "t1024"))
-CPU_CONTEXTS = ("t128", "t1024", "t4096", "t16384")
+CPU_CASES = {
+    context: f"decode-b1-{context}-bfloat16" for context in ("t128", "t1024", "t4096", "t16384")
+}
+INT8_CASES = {context: f"decode-int8-b1-{context}-bfloat16" for context in ("t128", "t4096")}
 OURS = {
     "rodimus-plus-1.6b/engine": "Rodimus+ 1.6B, engine",
     "rodimus-1.4b/engine": "Rodimus 1.4B, engine",
@@ -255,6 +265,18 @@ CPU_PEERS = {
     "rwkv6-1.6b/llama.cpp": "RWKV6-1.6B, llama.cpp",
 }
 PLUS, PLAIN = OURS
+DYNAMIC = "rodimus-plus-1.6b/dynamic"
+SHORT = {
+    "rodimus-plus-1.6b": "Rodimus+",
+    "rodimus-1.4b": "Rodimus",
+    "qwen2-1.5b": "Qwen2",
+    "rwkv6-1.6b": "RWKV6",
+}
+
+
+def short(target: str) -> str:
+    """``Qwen2`` of ``qwen2-1.5b/graph``."""
+    return SHORT[target.partition("/")[0]]
 
 
 def decoded(batch: str, context: str) -> tuple[dict[str, dict[str, Any]], int]:
@@ -305,12 +327,12 @@ def decode():
     """ms a token of every sequence, and the bandwidth bound."""
     for batch, context in DECODE:
         rows, count = decoded(batch, context)
-        each = lambda target, rows=rows, count=count: (
+        plus, *others = (
             f"{rows[target]['median_ms'] / count:.2f} ({rows[target]['floor_ms'] / count:.2f})"
+            for target in (PLUS, PLAIN, "rwkv6-1.6b/graph", "qwen2-1.5b/graph")
         )
-        rwkv6, qwen2 = each("rwkv6-1.6b/graph"), each("qwen2-1.5b/graph")
         speed = f"{rows[PLUS]['tokens_per_s']:,.0f}"
-        yield line(batch[1:], tokens_of(context), each(PLUS), speed, each(PLAIN), rwkv6, qwen2)
+        yield line(batch[1:], tokens_of(context), plus, speed, *others)
 
 
 @_table("", "Rodimus+ 1.6B", "Rodimus 1.4B", "Qwen2-1.5B (transformers)", groups=("decode-b",))
@@ -343,63 +365,17 @@ def _token(context: str, target: str, key: str = "median_ms") -> float:
 
 
 @_value
-def engine_ms():
-    return f"{_token('t4096', PLUS):.2f}"
-
-
-@_value
-def dynamic_ms():
-    return f"{_token('t4096', 'rodimus-plus-1.6b/dynamic'):.2f}"
-
-
-@_value
-def engine_speedup():
-    return f"{_token('t4096', 'rodimus-plus-1.6b/dynamic') / _token('t4096', PLUS):.1f}"
-
-
-@_value
-def bound_ms():
-    return f"{_token('t4096', PLUS, 'floor_ms'):.2f}"
-
-
-@_value
-def bound_share():
-    return percent(_token("t4096", PLUS, "floor_ms") / _token("t4096", PLUS))
-
-
-@_value
-def long_context_cost():
-    return f"{_token('t131072', PLUS) / _token('t4096', PLUS) - 1:.1%}"
-
-
-@_value
 def faster_peers():
     """Cases in which a peer is faster than one of ours, and by what factor."""
     found = []
     for batch, context in DECODE:
         rows, _ = decoded(batch, context)
-        for peer, title in GPU_PEERS.items():
-            wall = rows[peer]["median_ms"]
-            factors = [rows[target]["median_ms"] / wall for target in OURS]
-            found += _beaten(title, f"at batch {batch[1:]}", factors)
+        for peer in GPU_PEERS:
+            factors = {name: rows[name]["median_ms"] / rows[peer]["median_ms"] for name in OURS}
+            slower = [f"{x:.2f} times {short(name)}" for name, x in factors.items() if x > 1]
+            if slower:
+                found.append(f"{short(peer)} at batch {batch[1:]} ({', '.join(slower)})")
     return " and ".join(found) or "none"
-
-
-def _beaten(title: str, place: str, factors: list[float]) -> list[str]:
-    """By what factor a peer is faster than those of ours that are slower; nothing if none is."""
-    names = (name.partition(",")[0].rpartition(" ")[0] for name in OURS.values())
-    slower = [f"{x:.2f} times {name}" for name, x in zip(names, factors, strict=True) if x > 1]
-    return [f"{title.partition('-')[0]} {place} ({', '.join(slower)})"] if slower else []
-
-
-@_value
-def qwen2_shares():
-    return _span_of_shares("qwen2-1.5b/graph")
-
-
-@_value
-def rwkv6_shares():
-    return _span_of_shares("rwkv6-1.6b/graph")
 
 
 def _span_of_shares(target: str) -> str:
@@ -407,14 +383,17 @@ def _span_of_shares(target: str) -> str:
     return span(shares, ".0%")
 
 
-@_value
-def copy_rate_decode():
-    return _ceiling("copy_GBps", 1e3, ".2f", *(f"decode-{b}-{t}-bfloat16" for b, t in DECODE))
-
-
-def _ceiling(name: str, unit: float, form: str, *cases: str) -> str:
-    """A rate of the machine in the runs of some records."""
-    return span([record(case)["ceilings"][name] / unit for case in cases], form)
+VALUES |= {
+    "engine_ms": lambda: f"{_token('t4096', PLUS):.2f}",
+    "dynamic_ms": lambda: f"{_token('t4096', DYNAMIC):.2f}",
+    "engine_speedup": lambda: f"{_token('t4096', DYNAMIC) / _token('t4096', PLUS):.1f}",
+    "bound_ms": lambda: f"{_token('t4096', PLUS, 'floor_ms'):.2f}",
+    "bound_share": lambda: percent(_token("t4096", PLUS, "floor_ms") / _token("t4096", PLUS)),
+    "long_context_cost": lambda: f"{_token('t131072', PLUS) / _token('t4096', PLUS) - 1:.1%}",
+    "qwen2_shares": lambda: _span_of_shares("qwen2-1.5b/graph"),
+    "rwkv6_shares": lambda: _span_of_shares("rwkv6-1.6b/graph"),
+    "copy_rate_decode": lambda: copy_rate(f"decode-{b}-{t}-bfloat16" for b, t in DECODE),
+}
 
 
 @_table(
@@ -424,41 +403,31 @@ def _ceiling(name: str, unit: float, form: str, *cases: str) -> str:
 )
 def readme_cpu():
     """ms/token and the share of each model's bandwidth bound; ratios of Rodimus+."""
-    for context in CPU_CONTEXTS:
-        rows = measured(f"decode-b1-{context}-bfloat16", CPU)
+    for context, case in CPU_CASES.items():
+        rows = measured(case, CPU)
         chosen = [rows[target] for target in OURS]
         chosen += [fastest_of_peer(rows, target) for target in CPU_PEERS]
         cells = (f"{row['median_ms']:.0f} ({percent(row['floor_share'])})" for row in chosen)
         yield line(tokens_of(context), *cells, *(_speedup(chosen[0], peer) for peer in CPU_PEERS))
 
 
-@_value
-def cpu_bytes():
-    """What a token reads and writes at the shortest context."""
-    return _gigabytes(f"decode-b1-{CPU_CONTEXTS[0]}-bfloat16", "moved_bytes")
-
-
 def _gigabytes(case: str, field: str) -> str:
     """``3.3 GB of Rodimus+, ...``."""
     rows = measured(case, CPU)
-    names = {PLUS: "Rodimus+"} | {t: title.partition("-")[0] for t, title in CPU_PEERS.items()}
-    return ", ".join(f"{rows[t][field] / 1e9:.1f} GB of {n}" for t, n in names.items())
+    targets = (PLUS, *CPU_PEERS)
+    return ", ".join(f"{rows[t][field] / 1e9:.1f} GB of {short(t)}" for t in targets)
 
 
 @_value
 def cpu_undecided():
     """Where a peer is not slower than Rodimus+ in all but a few rounds: its contexts."""
     found = []
-    for peer, title in CPU_PEERS.items():
-        ratios = {
-            context: measured(f"decode-b1-{context}-bfloat16", CPU)[PLUS][
-                f"ratio_to_{peer.partition('/')[0]}"
-            ]
-            for context in CPU_CONTEXTS
-        }
-        contexts = [tokens_of(context) for context, (_, low, *_) in ratios.items() if low <= 1]
+    for peer in CPU_PEERS:
+        ratio = f"ratio_to_{peer.partition('/')[0]}"
+        lows = {context: measured(case, CPU)[PLUS][ratio][1] for context, case in CPU_CASES.items()}
+        contexts = [tokens_of(context) for context, low in lows.items() if low <= 1]
         if contexts:
-            found.append(f"{title.partition('-')[0]} after {', '.join(contexts)} tokens")
+            found.append(f"{short(peer)} after {', '.join(contexts)} tokens")
     return "; ".join(found) or "none"
 
 
@@ -482,8 +451,7 @@ def read_rates(case: str) -> list[float]:
 )
 def tokens_of_cpu():
     """A token against the bytes it needs, at the memory's rate of the same rounds."""
-    for context in CPU_CONTEXTS:
-        case = f"decode-b1-{context}-bfloat16"
+    for context, case in CPU_CASES.items():
         rows = measured(case, CPU)
         cells = []
         for target in OURS:
@@ -492,9 +460,6 @@ def tokens_of_cpu():
             cells += [f"{row['floor_ms']:.1f}", f"{row['median_ms']:.1f}"]
             cells.append(f"{percent(row['floor_share'])} ({percent(low)} to {percent(high)})")
         yield line(tokens_of(context), f"{median(read_rates(case)):.1f}", *cells)
-
-
-INT8_CASES = {context: f"decode-int8-b1-{context}-bfloat16" for context in ("t128", "t4096")}
 
 
 @_table(
@@ -513,27 +478,6 @@ def int8_tokens_of_cpu():
         yield line(tokens_of(context), f"{median(read_rates(case)):.1f}", *cells, *ratios)
 
 
-@_value
-def int8_bytes():
-    """Weights that a token reads."""
-    return _gigabytes(INT8_CASES["t128"], "token_bytes")
-
-
-@_value
-def int8_rates():
-    return _rates(INT8_CASES.values())
-
-
-@_value
-def int8_speedup_qwen2():
-    return _int8_speedups("qwen2-1.5b")
-
-
-@_value
-def int8_speedup_rwkv6():
-    return _int8_speedups("rwkv6-1.6b")
-
-
 def _int8_speedups(peer: str) -> str:
     """``1.10 after 128 tokens, 1.32 after 4,096``."""
     found = []
@@ -543,70 +487,51 @@ def _int8_speedups(peer: str) -> str:
     return found[0] + " tokens, " + ", ".join(found[1:])
 
 
-@_value
-def cpu_rates():
-    return _rates(f"decode-b1-{context}-bfloat16" for context in CPU_CONTEXTS)
-
-
 def _rates(cases: Iterable[str]) -> str:
     """GB/s that the machine read, by the median of a run."""
-    rates = []
-    for case in cases:
-        rates += _medians_of_runs(read_rates(case), record(case, CPU)["settings"])
-    return span(rates)
-
-
-@_value
-def cpu_ours_ms():
-    return span(_cpu_run_medians(PLUS))
-
-
-@_value
-def cpu_peers_ms():
-    return span([x for peer in CPU_PEERS for x in _cpu_run_medians(peer)])
+    return span(rate for case in cases for rate in _medians_of_runs(case, read_rates(case)))
 
 
 def _cpu_run_medians(target: str) -> list[float]:
-    found = []
-    for context in CPU_CONTEXTS:
-        case = f"decode-b1-{context}-bfloat16"
-        times = measured(case, CPU)[target]["samples"]["wall_ms"]
-        found += _medians_of_runs(times, record(case, CPU)["settings"])
-    return found
+    """Milliseconds a token in each run at each context."""
+    walls = {case: measured(case, CPU)[target]["samples"]["wall_ms"] for case in CPU_CASES.values()}
+    return [wall for case, samples in walls.items() for wall in _medians_of_runs(case, samples)]
 
 
-def _medians_of_runs(samples: list[float], settings: Mapping[str, Any]) -> list[float]:
-    found, first = [], 0
-    for rounds in settings["sittings"]:
-        found.append(median(samples[first : first + rounds]))
-        first += rounds
-    return found
+def _medians_of_runs(case: str, samples: list[float]) -> list[float]:
+    """The median of each run of a case, whose samples follow each other."""
+    rest = iter(samples)
+    return [median(islice(rest, rounds)) for rounds in record(case, CPU)["settings"]["sittings"]]
 
 
 @_value
 def cpu_rounds():
-    """``3 runs of 15 rounds each``, or ``2 or 3 runs``."""
-    sittings = [
-        record(f"decode-b1-{context}-bfloat16", CPU)["settings"]["sittings"]
-        for context in CPU_CONTEXTS
-    ]
+    """``one run of 15 rounds``, or ``2 or 3 runs of 15 rounds each``."""
+    sittings = [record(case, CPU)["settings"]["sittings"] for case in CPU_CASES.values()]
     (rounds,) = {rounds for runs in sittings for rounds in runs}
     counts = sorted({len(runs) for runs in sittings})
+    if counts == [1]:
+        return f"one run of {rounds} rounds"
     return f"{' or '.join(map(str, counts))} runs of {rounds} rounds each"
 
 
-@_value
-def cpu_prefill_qwen2():
-    return _speedup(_prefill(), "qwen2-1.5b")
+def _prefill_speedup(peer: str) -> str:
+    return _speedup(measured("prefill-b1-t512-bfloat16", CPU)[DYNAMIC], peer)
 
 
-@_value
-def cpu_prefill_rwkv6():
-    return _speedup(_prefill(), "rwkv6-1.6b")
-
-
-def _prefill() -> dict[str, Any]:
-    return measured("prefill-b1-t512-bfloat16", CPU)["rodimus-plus-1.6b/dynamic"]
+VALUES |= {
+    # of a token at the shortest context: all that moves, and weights alone
+    "cpu_bytes": lambda: _gigabytes(CPU_CASES["t128"], "moved_bytes"),
+    "int8_bytes": lambda: _gigabytes(INT8_CASES["t128"], "token_bytes"),
+    "cpu_rates": lambda: _rates(CPU_CASES.values()),
+    "int8_rates": lambda: _rates(INT8_CASES.values()),
+    "int8_speedup_qwen2": lambda: _int8_speedups("qwen2-1.5b"),
+    "int8_speedup_rwkv6": lambda: _int8_speedups("rwkv6-1.6b"),
+    "cpu_ours_ms": lambda: span(_cpu_run_medians(PLUS)),
+    "cpu_peers_ms": lambda: span(x for peer in CPU_PEERS for x in _cpu_run_medians(peer)),
+    "cpu_prefill_qwen2": lambda: _prefill_speedup("qwen2-1.5b"),
+    "cpu_prefill_rwkv6": lambda: _prefill_speedup("rwkv6-1.6b"),
+}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -664,7 +589,7 @@ def train_kernels():
 
 def training_row() -> dict[str, Any]:
     """The step of Rodimus+ that was profiled."""
-    return measured("train-b4-t4096-bfloat16")["rodimus-plus-1.6b/dynamic"]
+    return measured("train-b4-t4096-bfloat16")[DYNAMIC]
 
 
 def _kernel_sum() -> float:
@@ -673,40 +598,28 @@ def _kernel_sum() -> float:
     return first["ms"] / first["share"]
 
 
-@_value
-def gemm_rate_train():
-    return _ceiling("gemm_TFLOPs", 1, ".0f", *(f"train-{case}-bfloat16" for case in TRAIN_CASES))
+BACKWARD = {"shared_key_attention_dkv_kernel": 4, "shared_key_attention_dq_kernel": 3}
+"""Kernels of attention's backward, and the GEMMs of visible pairs that each makes."""
 
 
-@_value
-def kernels_ms():
-    return f"{_kernel_sum():.0f}"
+def _of_gemm_rate(kernel: str) -> float:
+    """Share of the peak GEMM throughput at which a kernel of the step makes its GEMMs."""
+    (found,) = [k for k in training_row()["kernels"] if k["name"] == kernel]
+    forward = flops("forward", 4, 4096, 128, 2049)
+    rate = record("train-b4-t4096-bfloat16")["ceilings"]["gemm_TFLOPs"]
+    least_ms = BACKWARD[kernel] / 2 * forward / rate / 1e9
+    return least_ms * found["launches"] / found["ms"]
 
 
-@_value
-def kernels_alone():
-    """Tokens a second if a step took as long as its kernels."""
-    return f"{4 * 4096 / _kernel_sum() * 1e3:,.0f}"
-
-
-@_value
-def unexplained_ms():
-    return f"{training_row()['median_ms'] - _kernel_sum():.0f}"
-
-
-@_value
-def step_range_ms():
-    return span(training_row()["samples"]["wall_ms"])
+def _step_walls(case: str, target: str) -> list[float]:
+    """Milliseconds of each timed step."""
+    return measured(f"train-{case}-bfloat16")[target]["samples"]["wall_ms"]
 
 
 @_value
 def rwkv6_step_spread_ms():
-    walls = measured("train-b1-t16384-bfloat16")["rwkv6-1.6b/own"]["samples"]["wall_ms"]
+    walls = _step_walls("b1-t16384", "rwkv6-1.6b/own")
     return f"{max(walls) - min(walls):.0f}"
-
-
-BACKWARD = {"shared_key_attention_dkv_kernel": 4, "shared_key_attention_dq_kernel": 3}
-"""Kernels of attention's backward, and the GEMMs of visible pairs that each makes."""
 
 
 @_value
@@ -715,30 +628,17 @@ def attention_backward_ms():
     return f"{sum(kernel['ms'] for kernel in kernels if kernel['name'] in BACKWARD):.0f}"
 
 
-@_value
-def dkv_rate():
-    return percent(_of_gemm_rate("shared_key_attention_dkv_kernel"))
-
-
-@_value
-def dq_rate():
-    return percent(_of_gemm_rate("shared_key_attention_dq_kernel"))
-
-
-def _of_gemm_rate(kernel: str) -> float:
-    """Share of the peak GEMM throughput at which a kernel of the step makes its GEMMs."""
-    from .bench_attention import flops
-
-    (found,) = [k for k in training_row()["kernels"] if k["name"] == kernel]
-    forward = flops("forward", 4, 4096, 128, 2049)
-    rate = record("train-b4-t4096-bfloat16")["ceilings"]["gemm_TFLOPs"]
-    least_ms = BACKWARD[kernel] / 2 * forward / rate / 1e9
-    return least_ms * found["launches"] / found["ms"]
-
-
-@_value
-def other_kernels():
-    return percent(1 - sum(kernel["share"] for kernel in training_row()["kernels"]))
+VALUES |= {
+    "gemm_rate_train": lambda: gemm_rate(f"train-{case}-bfloat16" for case in TRAIN_CASES),
+    "kernels_ms": lambda: f"{_kernel_sum():.0f}",
+    # tokens a second if a step took as long as its kernels
+    "kernels_alone": lambda: f"{4 * 4096 / _kernel_sum() * 1e3:,.0f}",
+    "unexplained_ms": lambda: f"{training_row()['median_ms'] - _kernel_sum():.0f}",
+    "step_range_ms": lambda: span(_step_walls("b4-t4096", DYNAMIC)),
+    "dkv_rate": lambda: percent(_of_gemm_rate("shared_key_attention_dkv_kernel")),
+    "dq_rate": lambda: percent(_of_gemm_rate("shared_key_attention_dq_kernel")),
+    "other_kernels": lambda: percent(1 - sum(x["share"] for x in training_row()["kernels"])),
+}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -749,7 +649,7 @@ LAYERS = 24
 SHAPES = {"b8-t4096": "8 x 4,096 tokens", "b1-t32768": "1 x 32,768 tokens"}
 PASSES = {"forward": "forward", "training": "forward and backward"}
 ATTENTION = ("triton/expanded", "flex/expanded", "flex/repeated", "sdpa/expanded", "sdpa/repeated")
-STEP_BATCHES = (1, 8, 64, 256)
+STEP_CASES = {n: f"attention-decode-b{n}-t2112-bfloat16" for n in (1, 8, 64, 256)}
 
 
 @_table(
@@ -779,23 +679,11 @@ def surroundings():
     yield line("together", bound, ours, total("median_ms", "reference"))
 
 
-@_value
-def ddts_bound_us():
-    return us(measured("ddts-forward-b8-t4096-bfloat16-v4096")["ddts/triton_chunk"]["floor_ms"])
-
-
-@_value
-def copy_rate_ddts():
-    cases = (f"ddts-{what}-{shape}-bfloat16-v4096" for what in PASSES for shape in SHAPES)
-    return _ceiling("copy_GBps", 1e3, ".2f", *cases)
-
-
 @_table("operator, sequences", "bound", "CUDA", "Triton", groups=("ddts-step", "attention-decode"))
 def steps():
     """One token in one layer, by implementation."""
     cases = [("ddts_step", f"ddts-step-b{n}-t1-bfloat16-v4096", "ddts_step", n) for n in (1, 256)]
-    for batch in STEP_BATCHES:
-        case = f"attention-decode-b{batch}-t2112-bfloat16"
+    for batch, case in STEP_CASES.items():
         cases.append(("shared_key_attention_step", case, "step", batch))
     for name, case, family, batch in cases:
         native, triton = (measured(case)[f"{family}/{impl}"] for impl in ("native", "triton"))
@@ -804,27 +692,7 @@ def steps():
 
 
 def _attention_step() -> dict[str, Any]:
-    return measured("attention-decode-b1-t2112-bfloat16")["step/native"]
-
-
-@_value
-def attention_step_us():
-    return us(_attention_step()["median_ms"])
-
-
-@_value
-def attention_step_bound_us():
-    return us(_attention_step()["floor_ms"])
-
-
-@_value
-def attention_steps_ms():
-    return f"{LAYERS * _attention_step()['median_ms']:.2f}"
-
-
-@_value
-def attention_steps_bound_ms():
-    return f"{LAYERS * _attention_step()['floor_ms']:.2f}"
+    return measured(STEP_CASES[1])["step/native"]
 
 
 GEMMS_US = 43.8
@@ -875,8 +743,8 @@ def attention_bounds():
             if what == "backward":
                 bound, time = training["floor_ms"] - bound, training["median_ms"] - time
             yield line(f"{what}, {tokens}", us(bound), us(time), percent(bound / time))
-    for batch in STEP_BATCHES:
-        row = measured(f"attention-decode-b{batch}-t2112-bfloat16")["step/native"]
+    for batch, case in STEP_CASES.items():
+        row = measured(case)["step/native"]
         title = f"step at a full window, {batch} sequence{'s' if batch > 1 else ''}"
         bound, time = row["floor_ms"], row["median_ms"]
         yield line(title, us(bound), us(time), percent(bound / time))
@@ -893,16 +761,22 @@ def attention_backward_rate():
     return percent(3.5 * forward["floor_ms"] / (training["median_ms"] - forward["median_ms"]))
 
 
-@_value
-def gemm_rate_attention():
-    cases = (f"attention-{what}-{shape}-bfloat16" for what in PASSES for shape in SHAPES)
-    return _ceiling("gemm_TFLOPs", 1, ".0f", *cases)
+def _sequence_cases(name: str) -> list[str]:
+    return [name.format(what, shape) for what in PASSES for shape in SHAPES]
 
 
-@_value
-def copy_rate_attention():
-    cases = (f"attention-decode-b{batch}-t2112-bfloat16" for batch in STEP_BATCHES)
-    return _ceiling("copy_GBps", 1e3, ".2f", *cases)
+VALUES |= {
+    "ddts_bound_us": lambda: us(
+        measured("ddts-forward-b8-t4096-bfloat16-v4096")["ddts/triton_chunk"]["floor_ms"]
+    ),
+    "copy_rate_ddts": lambda: copy_rate(_sequence_cases("ddts-{}-{}-bfloat16-v4096")),
+    "copy_rate_attention": lambda: copy_rate(STEP_CASES.values()),
+    "gemm_rate_attention": lambda: gemm_rate(_sequence_cases("attention-{}-{}-bfloat16")),
+    "attention_step_us": lambda: us(_attention_step()["median_ms"]),
+    "attention_step_bound_us": lambda: us(_attention_step()["floor_ms"]),
+    "attention_steps_ms": lambda: f"{LAYERS * _attention_step()['median_ms']:.2f}",
+    "attention_steps_bound_ms": lambda: f"{LAYERS * _attention_step()['floor_ms']:.2f}",
+}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -938,6 +812,7 @@ def quality():
         for case, test in QUALITY:
             row = measured(f"quality-{case}", CPU).get(variant)
             scores = row["scores"][test] if row else []
-            span_of = lambda scores: f"({min(scores):.2f} to {max(scores):.2f})"
-            cells.append(f"{mean(scores):.2f} {span_of(scores)}" if scores else "-")
+            cells.append(
+                f"{mean(scores):.2f} ({min(scores):.2f} to {max(scores):.2f})" if scores else "-"
+            )
         yield line(title, *cells)

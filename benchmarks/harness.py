@@ -18,7 +18,9 @@ import torch
 
 from . import machine, peers, records, timing
 
-DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Relative error between decoding and prefilling above which a model is not timed."""
 
 READ = "memory_read"
@@ -26,7 +28,6 @@ READ = "memory_read"
 
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
-
 
 CALL_LIMIT_SECONDS = {"cpu": 30.0, "cuda": 10.0}
 """A target whose single call takes longer is skipped: a round would take the whole run."""
@@ -36,12 +37,16 @@ PREPARE_LIMIT_SECONDS = {"cpu": None, "cuda": 120.0}
 compiled one by one."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclasses.dataclass
 class Target:
     """One model in one engine, ready to be timed.
 
     Attributes:
-        name: ``model/engine``.
         model: Its weights.
         engine: One of the model's engines.
         call: What is timed.
@@ -49,12 +54,16 @@ class Target:
         before: Called before each call, and not timed.
     """
 
-    name: str
     model: peers.Model
     engine: str
     call: Callable[[], object]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     before: Callable[[], object] | None = None
+
+    @property
+    def name(self) -> str:
+        """``model/engine``."""
+        return f"{self.model.name}/{self.engine}"
 
     def row(self, **fields: Any) -> dict[str, Any]:
         """The row of this target in a record."""
@@ -63,7 +72,7 @@ class Target:
             "family": self.model.family,
             "engine": self.engine,
             "status": "measured",
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.model.dtype),
             "weight_bytes": self.model.weight_bytes,
             "token_bytes": self.model.token_bytes,
             **self.facts,
@@ -104,7 +113,6 @@ class Bench:
     again: bool = False
     sittings: int = 1
     in_8_bits: bool = False
-    seed: int = 0
     models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
     # that of the code that was imported, whatever is committed while it runs
@@ -122,8 +130,7 @@ class Bench:
     def case(self, batch: int, length: int) -> str:
         """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
         ``int8-b1-t4096-bfloat16``."""
-        name = f"b{batch}-t{length}-{str(self.dtype).removeprefix('torch.')}"
-        return "int8-" * self.in_8_bits + name
+        return "int8-" * self.in_8_bits + f"b{batch}-t{length}-{dtype_name(self.dtype)}"
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.
@@ -135,15 +142,9 @@ class Bench:
             try:
                 # weights made in inference mode could never be trained
                 with torch.inference_mode(False):
+                    what = name, self.scale, self.dtype, self.device
                     self.models[name] = peers.guarded(
-                        lambda: peers.load(
-                            name,
-                            self.scale,
-                            self.dtype,
-                            self.device,
-                            seed=self.seed,
-                            in_8_bits=self.in_8_bits,
-                        )
+                        lambda: peers.load(*what, in_8_bits=self.in_8_bits)
                     )
             except peers.Unavailable as reason:
                 self.models[name] = str(reason)
@@ -229,7 +230,7 @@ class Bench:
         label = f"{model.name}/{engine}"
         if label not in self.checked:
             try:
-                ids = peers.random_tokens(1, 20, model, seed=self.seed)
+                ids = peers.random_tokens(1, 20, model)
                 self.checked[label] = peers.guarded(
                     lambda: peers.disagreement(model.session(engine, 1, 32), ids)
                 )
@@ -261,29 +262,35 @@ class Bench:
             )
 
     def interleave(
-        self, benchmark: Any, group: str, case: str, settings: Mapping[str, Any], **options: Any
+        self,
+        benchmark: Any,
+        group: str,
+        case: str,
+        settings: Mapping[str, Any],
+        targets: list[Target],
+        skipped: list[dict[str, Any]],
+        *,
+        tokens: int,
+        rounds: int | None = None,
     ) -> dict[str, Any]:
-        """Time targets in turn and write the record; ``options`` are those of ``time_targets``.
+        """Time targets in turn, add what earlier sittings found, and write the record.
 
         Args:
-            benchmark: The fixture of pytest-benchmark; it times the focus of each round.
+            benchmark, targets, skipped, tokens, rounds: As in ``time_targets``.
             group, case, settings: As in ``records.make``.
         """
         earlier = None
         if self.sittings > 1:
             found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
             earlier = next(found, None)
-        rows, used = self.time_targets(benchmark, earlier=earlier, **options)
+        rows, used = self.time_targets(
+            benchmark, targets, skipped, tokens=tokens, rounds=rounds, earlier=earlier
+        )
         if len(used.get("sittings", ())) < 2:
             # it had other targets: nothing of it is in the rows
             earlier = None
-        record = self.record(group, case, {**used, **settings}, rows, earlier)
         benchmark.group = f"{group} {case}"
-        benchmark.extra_info.update(
-            schema=records.SCHEMA,
-            rows=[{k: v for k, v in row.items() if k != "samples"} for row in rows],
-        )
-        return record
+        return self.record(group, case, {**used, **settings}, rows, earlier)
 
     def time_targets(
         self,
@@ -298,7 +305,7 @@ class Bench:
         """Rows of all targets, and the rounds that were run.
 
         Args:
-            benchmark: The fixture of pytest-benchmark.
+            benchmark: The fixture of pytest-benchmark; it times the focus of each round.
             targets, skipped: From ``targets``; the first target is the focus.
             tokens: That one call consumes or produces.
             rounds: Timed rounds; by default those of the run.
@@ -402,8 +409,8 @@ class Bench:
             case,
             settings={
                 "scale": self.scale,
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "seed": self.seed,
+                "dtype": dtype_name(self.dtype),
+                "seed": peers.SEED,
                 **({"weights": "int8"} if self.in_8_bits else {}),
                 **settings,
             },
@@ -492,9 +499,7 @@ def _timed_row(
     }
     return target.row(
         samples=_rounded(turns, target.name),
-        median_ms=wall.median,
-        p20_ms=wall.p20,
-        p80_ms=wall.p80,
+        **wall.in_ms(),
         p99_ms=timing.quantile(turns.column(target.name), 0.99),
         noisy=wall.noisy,
         tokens_per_s=1e3 * tokens / wall.median,

@@ -20,12 +20,18 @@ from rodimus_kernels import native
 from . import timing
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 COMMIT_VARIABLE = "RODIMUS_BENCH_COMMIT"
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn", "rwkv")
 PACKAGES += ("llama-cpp-python", "torchao")
 
 WHERE = ("name", "threads", "versions", "commit", "dirty")
 """What results of one record have in common."""
+
+
+def device() -> torch.device:
+    """The GPU that torch sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -123,8 +129,7 @@ def disturbances(load: float) -> list[str]:
     """
     found = []
     cores = os.cpu_count() or 1
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if (problem := native.problem(kind)) is not None:
+    if (problem := native.problem(device().type)) is not None:
         found.append(f"our models run without native operators: {problem}")
     if load > 0.5:
         found.append(f"machine busy: load average {load:.1f} on {cores} cores before the start")

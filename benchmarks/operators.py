@@ -7,11 +7,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import records, timing
+from .harness import Bench
 
 RUNS_IN_A_GRAPH = 5
 
+ROTATED_BYTES = 2**28
+"""What a step reads in turn: several times what the last cache level holds."""
+
 PEER_LIMIT_SECONDS = 90.0
 """A peer that takes longer to compile and choose among its kernels is skipped."""
+
+
+def rotated(nbytes: int) -> int:
+    """How many states or caches of so many bytes take turns, or the last level would hold one."""
+    return max(1, min(ROTATED_BYTES // nbytes, 64))
 
 
 def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
@@ -80,6 +89,22 @@ def busy(spans: list[tuple[str, float, float]], top: int) -> dict[str, Any]:
     return {"kernels": rows, "kernels_ms": total, "idle_ms": idle}
 
 
+def time_in_turn(
+    bench: Bench, benchmark: Any, graphs: Mapping[str, Callable[[], object]]
+) -> tuple[timing.RoundRobin, dict[str, int]]:
+    """Time what :func:`captured` returned, the first as the focus; with the rounds that were run.
+
+    Args:
+        bench: The run.
+        benchmark: The fixture of pytest-benchmark.
+        graphs: By target.
+    """
+    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
+    rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
+    benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
+    return turns, {"rounds": rounds, "warm_up_rounds": warm_up}
+
+
 def measured(
     name: str, turns: timing.RoundRobin, floor_ms: float, *, calls: int = 1, **more: Any
 ) -> dict:
@@ -104,9 +129,7 @@ def measured(
         "engine": engine,
         "status": "measured",
         "clock": clock,
-        "median_ms": summary.median,
-        "p20_ms": summary.p20,
-        "p80_ms": summary.p80,
+        **summary.in_ms(),
         "samples_ms": samples,
         "floor_ms": floor_ms,
         "floor_share": floor_ms / summary.median,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 from . import peers, sizes
 from .harness import READ
 from .machine import folder_name
 from .quality.protocols import HARDEST_RECALL, PAPER_MQAR
+from .records import measured, model_of
 
 Record = Mapping[str, Any]
 Points = dict[str, dict[float, float]]
@@ -38,9 +39,9 @@ def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) 
             record["settings"].get(name) != value for name, value in settings.items()
         ):
             continue
-        for row in record["rows"]:
-            if row["status"] == "measured" and y in row:
-                line = points.setdefault(row["target"].partition("/")[0], {})
+        for row in measured(record):
+            if y in row:
+                line = points.setdefault(model_of(row), {})
                 place = record["settings"][x]
                 # a timed call of decoding may be several tokens
                 value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)
@@ -159,12 +160,9 @@ def recall(found: list[Record], axes: Any) -> None:
     """Accuracy of the hardest recall test over the state expansion, ours and the paper's."""
     lines: Points = {}
     for record in _recall_records(found):
-        for row in record["rows"]:
-            if row["status"] == "measured":
-                scores = row["scores"][HARDEST_RECALL]
-                expansion = record["settings"]["shape"]["mem_size"]
-                mean = sum(scores) / len(scores)
-                lines.setdefault(row["target"], {})[expansion] = mean
+        expansion = record["settings"]["shape"]["mem_size"]
+        for row in measured(record):
+            lines.setdefault(row["target"], {})[expansion] = mean(row["scores"][HARDEST_RECALL])
     for (name, line), (marker, dash, grey) in zip(
         sorted(lines.items()), STYLES.values(), strict=False
     ):
@@ -234,15 +232,15 @@ def names(found: list[Record]) -> dict[str, str]:
     return {picture.title: picture.path for picture in pictures(found)}
 
 
-def draw_all(found: list[Record], folder: Path) -> dict[str, str]:
-    """Write the pictures of ``names`` and return them."""
+def draw_all(found: list[Record], out: Path) -> dict[str, str]:
+    """Write the pictures of ``names`` below a folder and return them."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     for picture in pictures(found):
-        path = folder.parent / picture.path
+        path = out / picture.path
         path.parent.mkdir(parents=True, exist_ok=True)
         figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
         picture.draw(picture.records, axes)

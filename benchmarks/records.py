@@ -16,7 +16,7 @@ from typing import Any
 
 SCHEMA = "rodimus-bench/1"
 
-RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
+RECORD_FIELDS = {
     "schema": str,
     "group": str,
     "case": str,
@@ -29,12 +29,7 @@ RECORD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "rows": list,
 }
 
-ROW_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "target": str,
-    "family": str,
-    "engine": str,
-    "status": str,
-}
+ROW_FIELDS = dict.fromkeys(("target", "family", "engine", "status"), str)
 
 STATUSES = ("measured", "skipped")
 
@@ -93,6 +88,16 @@ def skipped(target: str, family: str, engine: str, reason: str) -> dict[str, Any
     }
 
 
+def measured(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a record that were measured."""
+    return [row for row in record["rows"] if row["status"] == "measured"]
+
+
+def model_of(row: Mapping[str, Any]) -> str:
+    """The model of a row: its target without the engine."""
+    return row["target"].partition("/")[0]
+
+
 def check(record: Mapping[str, Any]) -> None:
     """Raise RecordError, naming the field, unless the record follows the schema."""
     _check_fields(record, RECORD_FIELDS, "record")
@@ -111,12 +116,11 @@ def check(record: Mapping[str, Any]) -> None:
         raise RecordError(f"a target appears twice in {record['case']}: {names}")
 
 
-def _check_fields(values: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+def _check_fields(values: Mapping[str, Any], fields: Mapping[str, type], where: str) -> None:
     for name, kind in fields.items():
         if not isinstance(values.get(name), kind):
             raise RecordError(
-                f"{where}: {name!r} must be {getattr(kind, '__name__', kind)},"
-                f" got {values.get(name)!r}"
+                f"{where}: {name!r} must be {kind.__name__}, got {values.get(name)!r}"
             )
 
 

@@ -274,27 +274,22 @@ def sequence_flops(family: str, config: Mapping[str, Any], length: int) -> float
     A key that a query sees costs two products of the head's width for each query head; an entry of
     a recurrent state is written and read once a token, two operations each.
     """
+    layers = width = window = 0
     if family == "qwen2":
-        return 4.0 * config["num_hidden_layers"] * config["hidden_size"] * _seen(length, length)
-    if family == "qwen3_next":
+        layers, width, window = config["num_hidden_layers"], config["hidden_size"], length
+    elif family == "qwen3_next":
+        layers, window = config["num_hidden_layers"] // 4, length
         width = config["num_attention_heads"] * config["head_dim"]
-        attention = 4.0 * (config["num_hidden_layers"] // 4) * width * _seen(length, length)
-        return attention + length * _state_entries(family, config)
-    states = length * _state_entries(family, config)
-    if family == "rodimus_plus":
+    elif family == "rodimus_plus":
+        layers, width = config["n_layer"], config["d_model"]
         window = config["attn_cfg"]["window_size"] // 2 + 1
-        states += 4.0 * config["n_layer"] * config["d_model"] * _seen(length, window)
-    return states
+    # where an element has 0 bytes only the float32 states are left: four bytes and four operations
+    # an entry
+    states, _ = _FORMULAS[family](config, 1, 0)
+    return 4.0 * layers * width * visible_pairs(length, window) + length * states
 
 
-def _seen(length: int, window: int) -> float:
-    """Pairs of query and visible key in a sequence."""
+def visible_pairs(length: int, window: int) -> int:
+    """Pairs of query and visible key of a head in a sequence."""
     ramp = min(length, window)
-    return ramp * (ramp + 1) / 2 + (length - ramp) * window
-
-
-def _state_entries(family: str, config: Mapping[str, Any]) -> float:
-    """Four operations for each entry of the recurrent states of one sequence."""
-    # with an element size of 0 only the states are left, which are float32
-    float32_bytes, _ = _FORMULAS[family](config, 1, 0)
-    return 4.0 * float32_bytes / 4
+    return ramp * (ramp + 1) // 2 + (length - ramp) * window

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
-
 from . import machine, records
 
 GROUP = "tests"
@@ -63,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("reports", type=Path, nargs="+", metavar="RUN.xml")
     parser.add_argument("--out", type=Path, help="folder of the record")
     options = parser.parse_args(arguments)
-    about = machine.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    own = machine.ROOT / "benchmarks" / "results" / machine.folder_name(about["name"])
+    about = machine.describe(machine.device())
+    own = machine.RESULTS / machine.folder_name(about["name"])
     rows = [row(report) for report in options.reports]
     record = records.make(GROUP, "gpu", settings={"marked": "gpu"}, machine=about, rows=rows)
     path = records.write(record, options.out or own)

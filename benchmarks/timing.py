@@ -22,7 +22,6 @@ NOISE_LIMIT = 0.2
 AGREEMENT = 0.02
 """Warm-up ends when the medians of two successive batches of rounds differ by less."""
 
-
 FEWEST_ROUNDS = 6
 """The fewest whose range encloses the median at 95 %."""
 
@@ -41,6 +40,10 @@ class Summary(NamedTuple):
     median: float
     p20: float
     p80: float
+
+    def in_ms(self) -> dict[str, float]:
+        """Fields of a record's row: ``median_ms``, ``p20_ms``, ``p80_ms``."""
+        return {f"{name}_ms": value for name, value in self._asdict().items()}
 
     @property
     def noisy(self) -> bool:

@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--one", nargs=2, metavar=("KERNEL", "INDEX"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     deadline, load = time.monotonic() + options.seconds, machine.load_before()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = machine.device()
     if unknown := set(options.kernels) - set(KERNELS):
         parser.error(f"expected kernels of {', '.join(KERNELS)}, got {', '.join(unknown)}")
     if device.type == "cpu" and not INTERPRETED:

@@ -10,6 +10,7 @@ processes share the configurations of the same call, and only the timed run comp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import subprocess
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rodimus_kernels.testing import DdtsCase
+
 from .peers import is_installed
 
 TRIAL_MS = {"warmup": 5, "rep": 25}
 """Time of one configuration while it is chosen: Triton's 125 ms would add a minute to the run."""
-
 
 DEVICE = torch.device("cuda")
 
@@ -119,44 +121,38 @@ def model_jobs() -> Iterator[Job]:
 
 def run_ddts(index: int) -> None:
     """Ours at a point, as it is timed."""
-    from . import bench_ddts
+    from rodimus_kernels import ddts
 
-    what, batch, length, width = bench_ddts.POINTS["cuda"][index]
-    for call in _ddts_calls(what, batch, length, width)[0].values():
+    from . import bench_ddts as bench
+
+    what, case = _ddts_case(index)
+    if what == "step":
+        calls = bench.step_calls(case, DEVICE)[0].values()
+    elif what == "surroundings":
+        calls = bench.surroundings(bench.make_inputs(case, DEVICE), "triton").values()
+    else:
+        inputs = bench.make_inputs(case, DEVICE)
+        narrow = dataclasses.replace(case, value_dim=64, batch=1, length=512)
+        bench.check(narrow, "triton_chunk", inputs.v.device)
+        calls = [bench.PASSES[what](inputs, functools.partial(ddts, impl="triton_chunk"))]
+    for call in calls:
         call.function()
 
 
 def run_chunk_gla(index: int) -> None:
     """fla's at a point, as it is timed."""
-    from . import bench_ddts
+    from . import bench_ddts as bench
 
-    what, batch, length, width = bench_ddts.POINTS["cuda"][index]
-    inputs = _ddts_calls(what, batch, length, width)[1]
-    {"forward": bench_ddts.forward, "training": bench_ddts.training}[what](
-        inputs, bench_ddts.fla_forward
-    ).function()
+    what, case = _ddts_case(index)
+    bench.PASSES[what](bench.make_inputs(case, DEVICE), bench.fla_forward).function()
 
 
-def _ddts_calls(what: str, batch: int, length: int, width: int) -> tuple[dict, Any]:
-    from rodimus_kernels import ddts
+def _ddts_case(index: int) -> tuple[str, DdtsCase]:
+    from . import bench_ddts as bench
 
-    from . import bench_ddts
-
-    case = bench_ddts.DdtsCase(
-        batch, length, 1, bench_ddts.KEY_DIM, width, states=False, dtype=torch.bfloat16
-    )
-    if what == "step":
-        return bench_ddts.step_calls(case, DEVICE)[0], None
-    inputs = bench_ddts.make_inputs(case, DEVICE)
-    if what == "surroundings":
-        return bench_ddts.surroundings(inputs, "triton"), inputs
-    bench_ddts.check(
-        bench_ddts.DdtsCase(**{**vars(case), "value_dim": 64, "batch": 1, "length": 512}),
-        "triton_chunk",
-        inputs.v.device,
-    )
-    make = {"forward": bench_ddts.forward, "training": bench_ddts.training}[what]
-    return {"ours": make(inputs, functools.partial(ddts, impl="triton_chunk"))}, inputs
+    what, batch, length, width = bench.POINTS["cuda"][index]
+    sizes = batch, length, 1, bench.KEY_DIM, width
+    return what, DdtsCase(*sizes, states=False, dtype=torch.bfloat16)
 
 
 def run_attention(index: int, impl: str) -> None:

@@ -37,7 +37,7 @@ def step_folder(root: Path, step: int) -> Path:
 def step_number(folder: Path) -> int | None:
     """The step of a checkpoint's folder, by its name; None for another folder."""
     prefix, number = folder.name[:5], folder.name[5:]
-    return int(number) if prefix == "step-" and number.isdigit() else None
+    return int(number) if prefix == "step-" and number.isdecimal() else None
 
 
 def complete_steps(root: Path) -> list[int]:

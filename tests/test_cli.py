@@ -383,6 +383,12 @@ def test_chat_until_an_empty_line(checkpoint, capsys, monkeypatch):
     assert capsys.readouterr().err.count("tokens/s") >= 2
 
 
+def test_chat_wants_text(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), "utf-8"))
+    assert command("chat", checkpoint) == 2
+    assert "the line is no UTF-8 text at byte 2" in capsys.readouterr().err
+
+
 def test_chat_needs_a_template(tmp_path, capsys):
     save_model(tmp_path)
     save_plain_tokenizer(tmp_path)

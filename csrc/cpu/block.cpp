@@ -14,6 +14,7 @@ struct Block {
   int64_t batch, width;
   double key_eps, norm_eps;
   Workspace work;
+  Team& team;
   float* converted;  // scratch of the linear layers
 
   Rows weight(int which) const { return rows_of("weight", weights[which], stream); }
@@ -34,7 +35,7 @@ struct Block {
     for (const Linear& layer : layers) total += layer.outputs;
     const Kernels& table = kernels();
     table.linear_prepare(layers[0]);
-    parallel_for(0, total, grain(layers[0].inputs * batch), [&](int64_t begin, int64_t end) {
+    team.run(total, rows_at_a_time(layers[0].inputs * batch), [&](int64_t begin, int64_t end) {
       int64_t first = 0;
       for (const Linear& layer : layers) {
         int64_t from = begin > first ? begin - first : 0;
@@ -63,8 +64,8 @@ struct Block {
     conv.x = expanded, conv.y = shifted, conv.weight = weight(kConv), conv.bias = weight(kConvBias);
     conv.state = taps.data_ptr();
     conv.rows = batch, conv.channels = inner, conv.width = weights[kConv].size(1);
-    parallel_for(0, batch * blocks(inner), grain(conv.width * kBlock),
-                 [&](int64_t begin, int64_t end) { table.conv_step(conv, begin, end); });
+    team.run(batch * blocks(inner), grain(conv.width * kBlock),
+             [&](int64_t begin, int64_t end) { table.conv_step(conv, begin, end); });
 
     Rows query_key = work.rows(2 * keys), gates = work.rows(2 * keys, Type::kFloat32);
     Rows hidden = work.rows(rank);
@@ -87,8 +88,8 @@ struct Block {
     a.key_eps = static_cast<float>(key_eps), a.norm_eps = static_cast<float>(norm_eps);
     a.scratch = work.floats(mixer_scratch(a));
     table.mixer_gates(a, 0, batch);
-    parallel_for(0, batch * blocks(inner), grain(keys * kBlock),
-                 [&](int64_t begin, int64_t end) { table.mixer_step(a, begin, end); });
+    team.run(batch * blocks(inner), grain(keys * kBlock),
+             [&](int64_t begin, int64_t end) { table.mixer_step(a, begin, end); });
     table.mixer_norm(a, 0, batch);
 
     Rows y = work.rows(width);
@@ -120,10 +121,10 @@ struct Block {
     int64_t splits = window_splits(window.size);
     a.scratch = work.floats(attention_scratch(a, splits));
     table.attention_write(a, 0, batch);
-    parallel_for(0, batch * splits, 1, [&](int64_t begin, int64_t end) {
+    team.run(batch * splits, 1, [&](int64_t begin, int64_t end) {
       table.attention_scan(a, splits, begin, end);
     });
-    parallel_for(0, batch * a.heads, grain(splits * head_dim), [&](int64_t begin, int64_t end) {
+    team.run(batch * a.heads, grain(splits * head_dim), [&](int64_t begin, int64_t end) {
       table.attention_merge(a, splits, begin, end);
     });
     run({linear(a.o, kAttnOut, y)});
@@ -135,8 +136,8 @@ struct Block {
     Rows expanded = work.rows(2 * inner), gated = work.rows(inner), y = work.rows(width);
     run({linear(x, kFfnIn, expanded)});
     Pairwise a{expanded, columns(expanded, inner), gated, batch, inner};
-    parallel_for(0, batch * blocks(inner), grain(8 * kBlock),
-                 [&](int64_t begin, int64_t end) { kernels().gate(a, begin, end); });
+    team.run(batch * blocks(inner), grain(8 * kBlock),
+             [&](int64_t begin, int64_t end) { kernels().gate(a, begin, end); });
     run({linear(gated, kFfnOut, y)});
     return y;
   }
@@ -181,28 +182,30 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   Tensor memory = output_like(stream, {floats}, ScalarType::Float);
   Rows start = rows_of("stream", stream, stream), last = output_rows(result);
-  size_t left = arguments.size();
-  for (const BlockArguments& given : arguments) {
-    Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch,
-                   type_of("conv", given.weights[kConv]));
-    Block block{given, given.weights, stream, batch, width, key_eps, norm_eps, work, nullptr};
-    // at the same place for all blocks, of which none writes the stream that it reads
-    Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
-    block.converted = block.work.floats(batch * widest_input(given.weights));
-    Rows normed = block.work.rows(width);
-    block.norm(start, kMixerNorm, normed);
-    Rows branch = block.mixer(normed, given.taps, given.state);
-    if (given.window) {
-      block.norm(branch, kAttnNorm, normed, start, sum);
-      Rows attended = block.attention(normed, *given.window);
-      // the sum with what was attended reaches the MLP alone
-      Rows inside = block.work.rows(width, sum.type);
-      block.norm(attended, kFfnNorm, normed, sum, inside);
-      branch = block.mlp(normed), start = sum;
+  with_team([&](Team& team) {
+    size_t left = arguments.size();
+    for (const BlockArguments& given : arguments) {
+      Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch,
+                     type_of("conv", given.weights[kConv]));
+      Block block{given, given.weights, stream, batch, width, key_eps, norm_eps, work, team, nullptr};
+      // at the same place for all blocks, of which none writes the stream that it reads
+      Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
+      block.converted = block.work.floats(batch * widest_input(given.weights));
+      Rows normed = block.work.rows(width);
+      block.norm(start, kMixerNorm, normed);
+      Rows branch = block.mixer(normed, given.taps, given.state);
+      if (given.window) {
+        block.norm(branch, kAttnNorm, normed, start, sum);
+        Rows attended = block.attention(normed, *given.window);
+        // the sum with what was attended reaches the MLP alone
+        Rows inside = block.work.rows(width, sum.type);
+        block.norm(attended, kFfnNorm, normed, sum, inside);
+        branch = block.mlp(normed), start = sum;
+      }
+      kernels().add({start, branch, sum, batch, width}, 0, batch * blocks(width));
+      start = sum;
     }
-    kernels().add({start, branch, sum, batch, width}, 0, batch * blocks(width));
-    start = sum;
-  }
+  });
   return result;
 }
 

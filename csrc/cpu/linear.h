@@ -324,9 +324,9 @@ struct Operand<int8_t> {
 };
 
 // Bytes of int8 weights that are asked for before their turn, once a line. Each takes more of the
-// processor's work than one of bfloat16, so without it too few would be on their way; for those it gained
-// nothing.
-constexpr int64_t kAhead = 3072;
+// processor's work than one of bfloat16, so without it too few would be on their way; bfloat16 it made
+// slower.
+constexpr int64_t kAhead = 8192;
 
 // Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
 // lanes are still to be added.

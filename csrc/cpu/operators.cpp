@@ -74,8 +74,10 @@ Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& 
   const Linear& arguments = a;
   const Kernels& table = kernels();
   table.linear_prepare(a);
-  parallel_for(0, a.outputs, grain(a.inputs),
-               [&](int64_t begin, int64_t end) { table.linear(arguments, begin, end); });
+  with_team([&](Team& team) {
+    team.run(arguments.outputs, rows_at_a_time(arguments.inputs * arguments.rows),
+             [&](int64_t begin, int64_t end) { table.linear(arguments, begin, end); });
+  });
   return y;
 }
 

@@ -186,10 +186,10 @@ class Engine:
         cuda_graphs: bool = True,
     ):
         _check_model(model)
-        for name, value in (("slots", slots), ("prefill_chunk", prefill_chunk)):
-            _check_at_least_one(name, value)
+        slots = _at_least_one("slots", slots)
+        prefill_chunk = _at_least_one("prefill_chunk", prefill_chunk)
         if max_length is not None:
-            _check_at_least_one("max_length", max_length)
+            max_length = _at_least_one("max_length", max_length)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
         self._place = dtype, self.device = _place_of(model)
@@ -236,8 +236,7 @@ class Engine:
             raise ValueError(f"expected a Request or text, got {type(request).__name__}")
         self._check_place()
         prompt = self._check_prompt(request.prompt)
-        _check_at_least_one("max_new_tokens", request.max_new_tokens)
-        total = len(prompt) + request.max_new_tokens
+        total = len(prompt) + _at_least_one("max_new_tokens", request.max_new_tokens)
         if self.max_length is not None and total > self.max_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is"
@@ -285,11 +284,9 @@ class Engine:
     def read(self, prompt: str | Sequence[int]) -> SequenceState:
         """The state after reading a prompt, tokens or text: for ``add_prefix``, or for a file."""
         prompt = self._check_prompt(prompt)
-        cache, read = DynamicCache(config=self.model.config), 0
-        while read < len(prompt):
-            end = min(read + self.prefill_chunk, len(prompt))
-            self._read_chunk(prompt[read:end], cache)
-            read = end
+        cache = DynamicCache(config=self.model.config)
+        for chunk in prompt.split(self.prefill_chunk):
+            self._read_chunk(chunk, cache)
         return SequenceState.from_cache(cache, prompt)
 
     def add_prefix(self, state: SequenceState) -> None:
@@ -585,6 +582,8 @@ def _place_of(model):
     return weight.dtype, weight.device
 
 
-def _check_at_least_one(name, value):
+def _at_least_one(name, value) -> int:
     if not is_integer(value) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    # a narrow integer of numpy overflows where Python's does not
+    return int(value)

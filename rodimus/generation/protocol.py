@@ -261,20 +261,15 @@ def _prompts(fields, limits):
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(is_integer(item) for item in prompt):
+        if all(map(is_integer, prompt)):
             return [prompt]
-        if all(isinstance(item, str) for item in prompt):
-            return _limited(fields, prompt, limits)
-        if all(isinstance(item, list) and all(map(is_integer, item)) for item in prompt):
-            return _limited(fields, prompt, limits)
+        is_tokens = lambda item: isinstance(item, list) and all(map(is_integer, item))
+        if all(isinstance(item, str) for item in prompt) or all(map(is_tokens, prompt)):
+            if len(prompt) > limits.choices:
+                raise fields.wrong("prompt", f"at most {limits.choices} prompts", len(prompt))
+            return prompt
     what = "a string, a list of strings, a list of token ids, or a list of such lists"
     raise fields.wrong("prompt", what, prompt)
-
-
-def _limited(fields, prompts, limits):
-    if len(prompts) > limits.choices:
-        raise fields.wrong("prompt", f"at most {limits.choices} prompts", len(prompts))
-    return prompts
 
 
 def _messages(fields):
@@ -445,7 +440,10 @@ class Answer:
         return {**self._piece([]), "usage": usage(generations, self.call.choices)}
 
     def _choice(self, index, logprobs, finish_reason):
-        written = self._logprobs(index, logprobs) if logprobs else None
+        written = None
+        if logprobs:
+            is_chat = self.call.is_chat
+            written = self._contents(logprobs) if is_chat else self._lists(index, logprobs)
         return {"index": index, "logprobs": written, "finish_reason": finish_reason}
 
     def _piece(self, choices):
@@ -463,10 +461,9 @@ class Answer:
             "choices": choices,
         }
 
-    def _logprobs(self, index, entries):
-        return self._chat_logprobs(entries) if self.call.is_chat else self._lists(index, entries)
+    def _contents(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        """A chat's log-probabilities: an object a token."""
 
-    def _chat_logprobs(self, entries):
         def written(token, logprob):
             text, is_text = self.token_text(token)
             data = list(text.encode()) if is_text else None
@@ -480,6 +477,7 @@ class Answer:
         }
 
     def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        """A completion's log-probabilities: lists as long as the tokens."""
         texts = [self.token_text(entry.token)[0] for entry in entries]
         offsets, at = [], self._offsets.get(index, 0)
         for text in texts:

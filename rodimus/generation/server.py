@@ -21,11 +21,9 @@ from contextlib import aclosing, asynccontextmanager
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..cli import add_model, number
 from ..errors import InputError
-from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -37,6 +35,7 @@ from .protocol import (
     parse_json,
 )
 from .state_file import load_state
+from .terminal import load
 from .worker import EngineWorker, QueueFullError, WorkerStoppedError
 
 try:
@@ -449,13 +448,8 @@ def _check_address(host: str, port: int) -> None:
 def _service(options) -> Service:
     """Everything loaded: model, tokenizer, engine, prefixes."""
     api_key = _api_key()
-    transformers_logging.disable_progress_bar()
-    device = find_device(options.device)
-    tokenizer = load_tokenizer(options.model)
     try:
-        model = load_rodimus(
-            options.model, dtype=options.dtype, device=device, weight_dtype=options.weight_dtype
-        )
+        model, tokenizer = load(options)
         engine = Engine(
             model,
             tokenizer,

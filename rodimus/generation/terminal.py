@@ -134,7 +134,7 @@ def run_generate(options: argparse.Namespace) -> None:
     """The command ``rodimus generate``."""
     stop = _stop(options)
     prompt = _standard_input() if options.prompt == "-" else options.prompt
-    model, tokenizer = _load(options)
+    model, tokenizer = load(options)
     ids = encode(tokenizer, prompt, model.config.vocab_size)
     engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
     _write(prompt)
@@ -148,7 +148,7 @@ def run_generate(options: argparse.Namespace) -> None:
 def run_chat(options: argparse.Namespace) -> None:
     """The command ``rodimus chat``."""
     stop = _stop(options)
-    model, tokenizer = _load(options)
+    model, tokenizer = load(options)
     if tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer of {options.model} has no chat template, so the model was not made to"
@@ -174,7 +174,12 @@ def run_chat(options: argparse.Namespace) -> None:
             print(f"{stats(engine, generation)}; seed {seed}", file=sys.stderr)
 
 
-def _load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and the tokenizer that the options of ``cli.add_model`` name, without a bar.
+
+    Raises:
+        InputError: one of them cannot be loaded, or it is no Rodimus language model.
+    """
     logging.disable_progress_bar()
     device = find_device(options.device)
     tokenizer = load_tokenizer(options.model)
@@ -255,3 +260,5 @@ def _read_line() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise InputError(f"the line is no UTF-8 text at byte {error.start}") from error

@@ -186,7 +186,7 @@ class Checkpointer:
         steps = self._from_main(lambda: complete_steps(self.root))
         if wanted == "never" and steps:
             raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")
-        if wanted.isdigit():
+        if wanted.isdecimal():
             return self._restore_step(int(wanted), steps)
         self._from_main(lambda: store.remove_incomplete(self.root))
         restored = self.restore_newest()

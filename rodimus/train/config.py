@@ -226,7 +226,7 @@ class CheckpointSection:
         _at_least(self, "checkpoint", 1, "every", "keep", "timeout_s")
         _at_least(self, "checkpoint", 0, "keep_every")
         _require(
-            self.resume in ("auto", "never") or self.resume.isdigit(),
+            self.resume in ("auto", "never") or self.resume.isdecimal(),
             f"checkpoint.resume must be auto, never or a step, got {self.resume!r}",
         )
 

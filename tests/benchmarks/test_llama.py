@@ -4,7 +4,8 @@ import gguf
 import pytest
 import torch
 
-from benchmarks import harness, llama, peers
+from benchmarks import harness, peers
+from benchmarks.peers import guard, llama, rwkv
 from benchmarks.sizes import config_of
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def test_a_file_holds_every_weight(tmp_path, family, dtype):
     config = config_of(family, "tiny")
     if family == "rwkv6":
         # of a checkpoint, without the package that runs it
-        weights = dict(peers._rwkv6_weights(config, dtype, 0))
+        weights = dict(rwkv.random_checkpoint(config, dtype))
     else:
         weights = load(family, dtype).named_weights()
     llama.write_gguf(tmp_path / "model.gguf", family, config, weights)
@@ -55,7 +56,7 @@ def test_a_file_holds_every_weight(tmp_path, family, dtype):
 def test_a_file_in_8_bits_has_what_a_converter_rounds(tmp_path, family):
     config = config_of(family, "tiny")
     if family == "rwkv6":
-        weights = dict(peers._rwkv6_weights(config, torch.bfloat16, 0))
+        weights = dict(rwkv.random_checkpoint(config, torch.bfloat16))
     else:
         weights = load(family, torch.bfloat16).named_weights()
     sizes = llama.write_gguf(tmp_path / "model.gguf", family, config, weights, in_8_bits=True)
@@ -125,7 +126,7 @@ def test_reads_a_prompt_in_parts_and_starts_over(family, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_the_package_the_row_says_so(family, monkeypatch):
     model = load(family, torch.float32)
-    monkeypatch.setattr(peers, "is_installed", lambda module: module != "llama_cpp")
+    monkeypatch.setattr(guard, "is_installed", lambda module: module != "llama_cpp")
     with pytest.raises(peers.Unavailable, match="llama-cpp-python is not installed"):
         model.session(peers.LLAMA_CPP, 1, 64)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import machine, peers, sizes
+from benchmarks.peers import huggingface, interface, rwkv
 
 CPU = torch.device("cpu")
 CONTEXT = 48
@@ -50,7 +51,7 @@ def test_weights_in_8_bits_are_counted_as_they_are_read(name):
             own.remove(module.weight) if module.bias is None else own.pop(0)
         # the embedding is not read
         if not isinstance(module, torch.nn.Embedding):
-            expected += sum(map(peers._bytes, own))
+            expected += sum(map(interface.bytes_of, own))
     assert model.token_bytes == expected < 0.7 * plain.token_bytes
     assert model.body_parameters == plain.body_parameters
     assert model.forward_flops(1, 8, logits=1) == plain.forward_flops(1, 8, logits=1)
@@ -106,7 +107,7 @@ def test_full_scale_has_the_published_number_of_parameters():
         "qwen2-1.5b": 1_543_714_304,
     }
     for name, count in expected.items():
-        model_class, config, _ = peers._classes(peers.entry(name), "full", CPU)
+        model_class, config, _ = huggingface._classes(peers.entry(name), "full", CPU)
         with torch.device("meta"):
             model = model_class(config)
         parameters = {id(p): p.numel() for p in model.parameters()}
@@ -116,7 +117,7 @@ def test_full_scale_has_the_published_number_of_parameters():
 def test_full_scale_of_rwkv6_has_the_published_number_of_parameters():
     full = sizes.config_of("rwkv6", "full")
     with torch.device("meta"):
-        count = sum(w.numel() for _, w in peers._rwkv6_weights(full, torch.bfloat16, 0))
+        count = sum(w.numel() for _, w in rwkv.random_checkpoint(full, torch.bfloat16))
     assert count == 1_599_873_024
 
 
@@ -164,7 +165,7 @@ def test_a_call_that_takes_too_long_is_interrupted_whatever_it_catches():
         peers.guarded(lambda: peers.guarded(hangs), 0.1)
 
 
-class Recorded(peers.GraphSession):
+class Recorded(huggingface.GraphSession):
     """Replays on the CPU: the step itself, or what a stale recording would do."""
 
     def __init__(self, session, stale):
@@ -234,5 +235,5 @@ def test_tensors_of_a_cache_are_found_under_the_names_of_flash_linear_attention(
             "ffn_state": None,
         },
     )
-    states, cached = peers._tensors(layer)
+    states, cached = huggingface._tensors(layer)
     assert states == [state, taps] and cached == [keys, values]

@@ -158,7 +158,7 @@ def test_quality_shows_the_mean_and_range_of_the_seeds():
 def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
     pytest.importorskip("matplotlib")
     assert plots.names([recall(16)]) == {}
-    chosen = plots.draw_all([recall(16), recall(64)], tmp_path / "plots")
+    chosen = plots.draw_all([recall(16), recall(64)], tmp_path)
     assert list(chosen.values()) == ["plots/Test_CPU/recall.png"]
     assert (tmp_path / "plots/Test_CPU/recall.png").stat().st_size > 10_000
 
@@ -175,7 +175,7 @@ def test_machines_do_not_share_a_picture(found):
 
 
 def test_no_records_is_an_error_that_says_what_to_run(tmp_path, capsys):
-    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path), "--no-plots"]) == 2
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "make bench" in capsys.readouterr().err
 
 

@@ -173,7 +173,7 @@ def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
     monkeypatch.setitem(harness.CALL_LIMIT_SECONDS, "cpu", -1.0)
     cpu, names = torch.device("cpu"), ("qwen2-1.5b",)
     bench = harness.Bench("tiny", cpu, torch.float32, names, folder=None, rounds=1, load=0.0)
-    slow = lambda model, engine: harness.Target(f"{model.name}/{engine}", model, engine, int)
+    slow = lambda model, engine: harness.Target(model, engine, int)
     ready, rows = bench.targets(slow, lambda model: model.engines[:2])
     assert not ready and all(row["reason"].startswith("too slow: one call took") for row in rows)
 
@@ -190,9 +190,7 @@ def test_the_last_target_is_skipped_where_memory_does_not_suffice_for_all():
             resident.clear()
             raise torch.OutOfMemoryError
 
-    make = lambda model, engine: harness.Target(
-        f"{model.name}/{engine}", model, engine, lambda: needs_memory(model.name)
-    )
+    make = lambda model, engine: harness.Target(model, engine, lambda: needs_memory(model.name))
     targets = [make(bench.model(name), "dynamic") for name in names]
     skipped = []
     turns, rounds, _ = bench._settled(targets, skipped, 2)
@@ -245,9 +243,6 @@ def test_a_second_sitting_is_added_to_the_first(tmp_path):
 class Fixture:
     """What a benchmark uses of pytest-benchmark's fixture."""
 
-    def __init__(self):
-        self.extra_info = {}
-
     def pedantic(self, target, setup, rounds):
         for _ in range(rounds):
             setup()
@@ -259,7 +254,7 @@ def sit(folder, names, load=0.0, copy_rate=10.0):
     cpu = torch.device("cpu")
     bench = harness.Bench("tiny", cpu, torch.float32, names, folder, rounds=2, load=load)
     bench.sittings, bench._ceilings = 3, {"copy_GBps": copy_rate}
-    make = lambda model: harness.Target(f"{model.name}/dynamic", model, "dynamic", int)
+    make = lambda model: harness.Target(model, "dynamic", int)
     targets = [make(bench.model(name)) for name in names]
     asked = {"targets": targets, "skipped": [], "tokens": 1}
     return bench.interleave(Fixture(), "decode", "case", {}, **asked)

@@ -68,7 +68,7 @@ def test_a_recorded_qwen2_attends_without_a_dense_mask(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     cpu = torch.device("cpu")
     model = peers.load("qwen2-1.5b", "tiny", torch.float32, cpu)
-    bench = SimpleNamespace(device=cpu, seed=0)
+    bench = SimpleNamespace(device=cpu)
     bench_train.prepare(bench, model, "dynamic", 2, 16).call()
     assert masks and not any(mask is not None for mask in masks)
 

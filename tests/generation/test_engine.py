@@ -338,6 +338,13 @@ def test_numbers_of_numpy_are_numbers(plus):
     assert alone(plus, request).tokens == greedy(plus, torch.tensor([3, 5]), 4)
 
 
+def test_narrow_integers_of_numpy_do_not_overflow(plus):
+    (prompt,) = prompts_of(200)
+    engine = Engine(plus, slots=np.int8(2), prefill_chunk=np.int8(100))
+    (done,) = engine.generate([Request(prompt, np.int8(4))])
+    assert done.tokens == greedy(plus, prompt, 4)
+
+
 def test_a_wrong_request_among_others_begins_none(plus):
     engine = Engine(plus)
     with pytest.raises(ValueError, match="at least one token"):

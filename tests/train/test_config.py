@@ -56,6 +56,7 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
         ("[data]\ntrain=['a']\npacking = 'tight'", "data.packing must be one of concat, bestfit"),
         ("[train]\nsteps = 5\ntokens = 5", "exactly one of train.steps and train.tokens"),
         ("[checkpoint]\nresume = 'yes'", "checkpoint.resume must be auto, never or a step"),
+        ("[checkpoint]\nresume = '²'", "checkpoint.resume must be auto, never or a step, got '²'"),
     ],
 )
 def test_bad_value_is_one_line(text, message, write):

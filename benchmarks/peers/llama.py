@@ -12,6 +12,7 @@ import functools
 import os
 import tempfile
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import machine, peers
+from .. import machine
+from ..sizes import StateBytes, config_of
+from .guard import Unavailable, require_package
+from .interface import Model, Session, random_tokens
+
+LLAMA_CPP = "llama.cpp"
+"""An engine of Qwen2 and RWKV6 on a CPU, with the weights of the others."""
 
 _PROMPT_BATCH = 512
 """Tokens that a prompt is read by, llama.cpp's own default."""
@@ -42,7 +49,7 @@ class LlamaCpp:
         token_bytes: Those that one token reads.
 
     Raises:
-        peers.Unavailable: a package is missing, there is no memory, or the file is refused.
+        Unavailable: a package is missing, there is no memory, or the file is refused.
     """
 
     def __init__(
@@ -53,8 +60,8 @@ class LlamaCpp:
         *,
         in_8_bits: bool = False,
     ):
-        peers.require_package("llama_cpp", "llama-cpp-python")
-        peers.require_package("gguf", "gguf")
+        require_package("llama_cpp", "llama-cpp-python")
+        require_package("gguf", "gguf")
         import llama_cpp
 
         self.library, self.vocab_size = llama_cpp, config["vocab_size"]
@@ -69,13 +76,13 @@ class LlamaCpp:
                 self.token_bytes -= held["token_embd.weight"]
             size, free = path.stat().st_size, machine.memory_bytes(torch.device("cpu"))
             if size > free:
-                raise peers.Unavailable(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+                raise Unavailable(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             params = llama_cpp.llama_model_default_params()
             # as the other engines hold weights: in pages of the process, not of a file
             params.use_mmap = False
             self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
-            raise peers.Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
+            raise Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
         # __del__ would come after the library's functions where Python ends
         weakref.finalize(self, llama_cpp.llama_model_free, self.model)
 
@@ -97,13 +104,13 @@ def _start() -> list[str]:
 _KEPT: list[Any] = []
 
 
-class LlamaCppSession(peers.Session):
+class LlamaCppSession(Session):
     """One sequence in a context of llama.cpp. Beside weights in bfloat16 it has its defaults (keys
     and values in float16, flash attention where it chooses it), beside float32 nothing shorter."""
 
     def __init__(self, owner: LlamaCpp, batch: int, room: int):
         if batch != 1:
-            raise peers.Unavailable(f"llama.cpp decodes one sequence here, not {batch}")
+            raise Unavailable(f"llama.cpp decodes one sequence here, not {batch}")
         self.owner, self.library = owner, owner.library
         self.token = torch.zeros(1, 1, dtype=torch.long)
         params = self.library.llama_context_default_params()
@@ -114,7 +121,7 @@ class LlamaCppSession(peers.Session):
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
         self.context = self.library.llama_init_from_model(owner.model, params)
         if not self.context:
-            raise peers.Unavailable(f"llama.cpp made no context: {''.join(owner.log[-3:])}")
+            raise Unavailable(f"llama.cpp made no context: {''.join(owner.log[-3:])}")
         weakref.finalize(self, self.library.llama_free, self.context)
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
@@ -138,10 +145,60 @@ class LlamaCppSession(peers.Session):
     def fill(self, context: int) -> None:
         # keys and values cannot be set from outside; a state does not grow
         length = context if self.owner.grows else min(context, 8)
-        self.prefill(peers.random_tokens(1, length, self.owner))
+        self.prefill(random_tokens(1, length, self.owner))
 
-    def state_bytes(self) -> peers.StateBytes:
-        raise peers.Unavailable("llama.cpp does not show the tensors of its state")
+    def state_bytes(self) -> StateBytes:
+        raise Unavailable("llama.cpp does not show the tensors of its state")
+
+
+class WithLlamaCpp(Model):
+    """A model that llama.cpp runs as well, where ``LLAMA_CPP`` is one of its engines."""
+
+    @abstractmethod
+    def named_weights(self) -> Mapping[str, torch.Tensor]:
+        """Weights under the names of their checkpoints."""
+
+    @functools.cached_property
+    def in_llama_cpp(self) -> LlamaCpp:
+        """The model in llama.cpp, loaded at its first use."""
+        return self._load_llama_cpp(self.in_8_bits)
+
+    def _load_llama_cpp(self, in_8_bits: bool) -> LlamaCpp:
+        config = config_of(self.family, self.scale)
+        return LlamaCpp(self.family, config, self.named_weights(), in_8_bits=in_8_bits)
+
+    def llama_cpp_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[1, vocab]`` behind a prompt ``[1, T]`` in llama.cpp, of weights that are not
+        rounded to 8 bits."""
+        room = ids.shape[1] + 1
+        if not self.in_8_bits:
+            return self.session(LLAMA_CPP, 1, room).prefill(ids)
+        return LlamaCppSession(self._load_llama_cpp(False), 1, room).prefill(ids)
+
+    def bytes_in(self, engine: str) -> tuple[int, int]:
+        """``(weight_bytes, token_bytes)`` as an engine holds the weights."""
+        held = self.in_llama_cpp if engine == LLAMA_CPP else self
+        return held.weight_bytes, held.token_bytes
+
+    def llama_cpp_session(self, batch: int, room: int) -> Session:
+        """A session of the engine ``LLAMA_CPP``."""
+        return LlamaCppSession(self.in_llama_cpp, batch, room)
+
+
+def require_same_logits(model: WithLlamaCpp, ids: torch.Tensor, limit: float) -> None:
+    """Raise Unavailable unless llama.cpp gives the logits of the model's first engine, with weights
+    that are not rounded to 8 bits: those are written by the same code.
+
+    Args:
+        model: Has the engine ``LLAMA_CPP``.
+        ids: The prompt ``[1, T]``.
+        limit: Of the relative error.
+    """
+    engine = model.engines[0]
+    first = model.session(engine, 1, ids.shape[1] + 1).prefill(ids).double()
+    error = ((model.llama_cpp_logits(ids).double() - first).norm() / first.norm()).item()
+    if not error <= limit:
+        raise Unavailable(f"wrong: logits differ from {engine}'s by {error:.1e}")
 
 
 def write_gguf(
