@@ -87,7 +87,7 @@ def decode_latency(found: list[Record], axes: Any) -> None:
     rates = _read_rates(found)
     if rates and max(rates) > 1.1 * min(rates):
         low, high = min(rates), max(rates)
-        title += f" (memory read {low:.0f} to {high:.0f} GB/s: compare at one context)"
+        title += f"\n(memory read {low:.0f} to {high:.0f} GB/s: compare at one context)"
     _finish(axes, title, "context, tokens", "ms a token")
 
 
