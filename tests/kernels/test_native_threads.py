@@ -49,7 +49,7 @@ def test_threads_share_the_steps_of_one_call(compiler, sanitizer, tmp_path):
         ("std::min(begin + chunk_, part.end)", "begin + chunk_"),
     ],
 )
-def test_a_team_that_does_not_wait_is_noticed(compiler, sanitizer, tmp_path, line, without):
+def test_a_fault_of_the_team_is_noticed(compiler, sanitizer, tmp_path, line, without):
     if not sanitizer:
         pytest.skip("the thread sanitizer does not work here")
     source = (build.sources() / "cpu/threads.h").read_text()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rodimus import cli
 from rodimus.loading import load_model
-from rodimus.run_folder import complete_steps
+from rodimus.run_folder import MARKER, complete_steps
 from rodimus.train import parallel
 from rodimus.train.__main__ import main
 from tests.train.ranks import metrics, run_ranks, train
@@ -47,6 +47,13 @@ def test_run_without_held_out_data_trains(config_file, tmp_path):
     assert train(1, config_file, "--no-export", "--train.steps", 2, "--eval.every", 1) == [0]
     assert metrics(tmp_path / "run", "val_loss") == {}
     assert sorted(metrics(tmp_path / "run", "loss")) == [1, 2]
+
+
+def test_a_folder_with_another_name_is_no_checkpoint(tmp_path):
+    for name in ("step-00000003", "step-²", "step-3b", "step-"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MARKER).touch()
+    assert complete_steps(tmp_path) == [3]
 
 
 def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
