@@ -155,7 +155,7 @@ def serve(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Both commits in turn, as a record."""
-    load = machine.load_before()
+    load, others = machine.load_now(), machine.Others()
     with tempfile.TemporaryDirectory() as scratch:
         workers: dict[str, Worker] = {}
         try:
@@ -183,8 +183,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         settings=settings,
         machine=machine.describe(machine.device()),
         rows=rows,
-        load=(load, timing.load_average()),
-        warnings=machine.disturbances(load),
+        load=(load, others.cores()),
+        warnings=machine.disturbances(load, others.cores()),
     )
 
 

@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def bench(request: pytest.FixtureRequest):
     """The run: models are loaded once and stay; nothing needs a gradient."""
     option = request.config.getoption
-    load, device, scale = machine.load_before(), machine.device(), _scale(request.config)
+    load, device, scale = machine.load_now(), machine.device(), _scale(request.config)
     models = tuple(model for model in option("--bench-models").split(",") if model)
     for model in models:
         peers.entry(model)

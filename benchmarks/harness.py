@@ -91,7 +91,7 @@ class Bench:
         folder: Where records go; None writes none.
         kept: Folder of earlier records; a case of this commit in it is not measured again.
         rounds: Timed rounds of a case, and of a batch of warm-up.
-        load: Load average before the run.
+        load: Cores that other programs kept busy before the run.
         deadline: ``time.monotonic()`` after which no further case starts.
         case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
         again: Measure cases that have a record.
@@ -118,6 +118,8 @@ class Bench:
     # that of the code that was imported, whatever is committed while it runs
     commit: dict[str, Any] = dataclasses.field(default_factory=lambda: machine.commit())
     _ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
+    # since the run began or the last record was made
+    _others: machine.Others = dataclasses.field(default_factory=machine.Others)
 
     @property
     def ceilings(self) -> dict[str, float]:
@@ -401,8 +403,11 @@ class Bench:
     ) -> dict[str, Any]:
         """Make a record of this run and of the sittings before it; write it, if the run has a
         folder."""
-        warnings = machine.disturbances(self.load)
+        load = self.load, self._others.cores()
+        self._others.start()
+        warnings = machine.disturbances(*load)
         if earlier is not None:
+            load = tuple(map(max, load, earlier["load"]))
             warnings = list(dict.fromkeys((*earlier["warnings"], *warnings)))
         record = records.make(
             group,
@@ -416,7 +421,7 @@ class Bench:
             },
             machine=machine.describe(self.device) | self.commit,
             ceilings=self._rates(earlier),
-            load=(self.load, timing.load_average()),
+            load=load,
             warnings=warnings,
             rows=rows,
         )

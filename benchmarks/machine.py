@@ -17,13 +17,16 @@ import torch
 
 from rodimus_kernels import native
 
-from . import timing
-
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMMIT_VARIABLE = "RODIMUS_BENCH_COMMIT"
 PACKAGES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-attn", "rwkv")
 PACKAGES += ("llama-cpp-python", "torchao")
+
+SYSTEM_TIMES = Path("/proc/stat")
+
+BUSY = 0.05
+"""Share of the cores above which other programs are told of."""
 
 WHERE = ("name", "threads", "versions", "commit", "dirty")
 """What results of one record have in common."""
@@ -121,18 +124,19 @@ def _output(command: list[str]) -> str:
     return run.stdout.strip()
 
 
-def disturbances(load: float) -> list[str]:
+def disturbances(before: float, during: float = 0.0) -> list[str]:
     """Why timings of this moment deserve suspicion, in words; empty on a quiet machine.
 
     Args:
-        load: Load average before the benchmark started its own work.
+        before, during: Cores that other programs kept busy, before the benchmark and beside it.
     """
     found = []
     cores = os.cpu_count() or 1
     if (problem := native.problem(device().type)) is not None:
         found.append(f"our models run without native operators: {problem}")
-    if load > 0.5:
-        found.append(f"machine busy: load average {load:.1f} on {cores} cores before the start")
+    for load, when in ((before, "before the start"), (during, "beside the benchmark")):
+        if load > BUSY * cores:
+            found.append(f"machine busy: other programs took {load:.1f} of {cores} cores {when}")
     for supply in Path("/sys/class/power_supply").glob("*/online"):
         if supply.read_text(encoding="utf-8").strip() == "0":
             found.append("running on battery: the power supply is not connected")
@@ -213,6 +217,36 @@ def memory_bytes(device: torch.device) -> int:
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", text)[1])
 
 
-def load_before() -> float:
-    """Load average now; ask before the benchmark does anything."""
-    return timing.load_average()
+class Others:
+    """What programs other than this one and its ended children take of the machine's cores."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Count from now on."""
+        self._since = time.monotonic(), _seconds_of_others()
+
+    def cores(self) -> float:
+        """Cores that they kept busy since the start, what the host took from a virtual machine
+        included; 0.0 where the system does not say."""
+        since, before = self._since
+        seconds = max(time.monotonic() - since, 1e-9)
+        return max((_seconds_of_others() - before) / seconds, 0.0)
+
+
+def _seconds_of_others() -> float:
+    try:
+        line = SYSTEM_TIMES.read_text(encoding="utf-8").splitlines()[0]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, stolen = map(int, line.split()[1:9])
+    everyone = (user + nice + system + irq + softirq + stolen) / os.sysconf("SC_CLK_TCK")
+    return everyone - sum(os.times()[:4])
+
+
+def load_now(seconds: float = 0.5) -> float:
+    """Cores that other programs keep busy for a moment in which this one sleeps."""
+    others = Others()
+    time.sleep(seconds)
+    return others.cores()

@@ -58,7 +58,7 @@ def make(
         machine: From ``machine.describe``.
         rows: One a target; see ``skipped`` and ``check``.
         ceilings: From ``machine.ceilings``, in the same run.
-        load: Load average before and after.
+        load: Cores that other programs kept busy before the benchmark and beside it.
         warnings: Disturbances, in words.
     """
     record = {

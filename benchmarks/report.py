@@ -45,6 +45,9 @@ holds a memory read interleaved with the models, shares are of its bandwidth; al
 are of rates measured once per run. On a machine whose speed changes in between they are
 off, even past 100 %.
 
+Load is how many cores other programs kept busy, before a run and beside a case. In older
+records it is the load average, which a run's own work raises; their warnings say so.
+
 Engines: `dynamic` and `static` are the caches of transformers, `graph` is the static
 cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,
 `package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.

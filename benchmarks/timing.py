@@ -8,7 +8,6 @@ device's own events. A target is synchronised with the device before and after, 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -263,11 +262,3 @@ class RoundRobin:
 
 def _ms_since(start: float, clock: Callable[[], float] = time.process_time) -> float:
     return 1e3 * (clock() - start)
-
-
-def load_average() -> float:
-    """Runnable processes over the last minute; 0.0 where the system does not say."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return 0.0

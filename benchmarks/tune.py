@@ -178,8 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--one", nargs=2, metavar=("KERNEL", "INDEX"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    deadline, load = time.monotonic() + options.seconds, machine.load_before()
-    device = machine.device()
+    deadline, device = time.monotonic() + options.seconds, machine.device()
     if unknown := set(options.kernels) - set(KERNELS):
         parser.error(f"expected kernels of {', '.join(KERNELS)}, got {', '.join(unknown)}")
     if device.type == "cpu" and not INTERPRETED:
@@ -191,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             answer(options.one[0], int(options.one[1]), case)
         return 0
     names = options.kernels or list(KERNELS)
+    load, others = machine.load_now(), machine.Others()
     ceilings = machine.ceilings(device, torch.bfloat16, quick=device.type == "cpu")
     about, found = machine.describe(device), {name: [] for name in names}
     if device.type == "cuda":
@@ -213,8 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
                 machine=about,
                 rows=rows,
                 ceilings=ceilings,
-                load=(load, timing.load_average()),
-                warnings=machine.disturbances(load),
+                load=(load, others.cores()),
+                warnings=machine.disturbances(load, others.cores()),
             )
             if options.out:
                 records.write(record, options.out)

@@ -36,7 +36,7 @@ def kept_runs(
 
 def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline: float) -> bool:
     """Train the runs of a case that are missing; False if the time ran out."""
-    about, load = machine.describe(device), machine.load_before()
+    about, load, others = machine.describe(device), machine.load_now(), machine.Others()
     settings = {
         "note": case.note,
         "score": case.task.score,
@@ -62,7 +62,7 @@ def run_case(case: protocols.Case, folder: Path, device: torch.device, deadline:
                 learn.row(name, case.shape, case.task, case.budget, runs)
                 for name, runs in kept.items()
             ],
-            load=(load, machine.load_before()),
+            load=(load, others.cores()),
         )
         records.write(record, folder)
     return True

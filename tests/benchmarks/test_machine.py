@@ -2,9 +2,13 @@
 
 import getpass
 import json
+import os
 import platform
 import subprocess
+import sys
+import time
 
+import pytest
 import torch
 
 from benchmarks import machine
@@ -43,9 +47,43 @@ def test_a_copy_without_git_takes_its_commit_from_the_environment(monkeypatch, t
 
 
 def test_a_busy_machine_is_reported_with_its_load():
-    (warning,) = [w for w in machine.disturbances(3.5) if "busy" in w]
-    assert "load average 3.5" in warning
-    assert not [w for w in machine.disturbances(0.1) if "busy" in w]
+    cores = os.cpu_count()
+    busy = lambda *loads: [w for w in machine.disturbances(*loads) if "busy" in w]
+    (before,), (during,) = busy(0.6 * cores), busy(0.0, 0.6 * cores)
+    assert f"took {0.6 * cores:.1f} of {cores} cores before the start" in before
+    assert f"took {0.6 * cores:.1f} of {cores} cores beside the benchmark" in during
+    assert not busy(0.01 * cores, 0.01 * cores)
+
+
+def test_the_load_is_that_of_other_programs(monkeypatch, tmp_path):
+    """Of 10 seconds 9 are of programs, 2 the host took; 3 are this one's, 1 its children's."""
+    clock, own, ticks = [100.0], [0.0, 0.0, 0.0, 0.0], os.sysconf("SC_CLK_TCK")
+
+    def everyone(*seconds):
+        numbers = " ".join(str(int(x * ticks)) for x in seconds)
+        (tmp_path / "stat").write_text(f"cpu  {numbers} 0 0\ncpu0 1 2 3\n")
+
+    monkeypatch.setattr(machine, "SYSTEM_TIMES", tmp_path / "stat")
+    monkeypatch.setattr(machine.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(machine.os, "times", lambda: (*own, clock[0]))
+    everyone(50, 1, 20, 900, 7, 1, 1, 3)  # user, nice, system, idle, waiting, irq, softirq, stolen
+    others = machine.Others()
+    clock[0], own[:] = 110.0, [2.0, 1.0, 0.5, 0.5]
+    everyone(54, 3, 22, 909, 8, 1.5, 1.5, 5)
+    assert others.cores() == pytest.approx((9 + 2 - 4) / 10)
+    others.start()
+    clock[0] = 120.0
+    assert others.cores() == 0.0
+    monkeypatch.setattr(machine, "SYSTEM_TIMES", tmp_path / "missing")
+    assert machine.Others().cores() == 0.0
+
+
+def test_a_program_beside_this_one_is_seen():
+    code = "import time; end = time.monotonic() + 2\nwhile time.monotonic() < end: pass"
+    others = machine.Others()
+    with subprocess.Popen([sys.executable, "-c", code]):
+        time.sleep(1.5)
+        assert others.cores() > 0.2
 
 
 def test_missing_native_operators_are_reported(monkeypatch):

@@ -85,7 +85,7 @@ def test_skipped_models_are_listed_with_their_reason(found):
 
 
 def test_warnings_of_a_busy_machine_are_shown(found):
-    warning = "machine busy: load average 7.0 on 2 cores"
+    warning = "machine busy: other programs took 1.0 of 2 cores"
     busy = [{**record, "warnings": [warning]} for record in found[:2]]
     assert f"- Test CPU: {warning}: decode lost, decode even\n" in report.render(busy)
 

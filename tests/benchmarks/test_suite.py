@@ -266,7 +266,19 @@ def test_nothing_stays_of_sittings_with_other_targets(tmp_path, monkeypatch):
     record = sit(tmp_path, ("rodimus-1.4b",), copy_rate=100.0)
     assert record["settings"]["sittings"] == [2]
     assert record["ceilings"] == {"copy_GBps": 100.0}
-    assert not any("load average 9.0" in warning for warning in record["warnings"])
+    assert not any("took 9.0" in warning for warning in record["warnings"])
+
+
+def test_a_record_tells_of_the_busiest_of_its_sittings(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    taken = [0.9 * machine.os.cpu_count(), 0.0]
+    monkeypatch.setattr(machine.Others, "cores", lambda others: taken.pop(0))
+    busiest = taken[0]
+    for _ in range(2):
+        record = sit(tmp_path, ("rodimus-1.4b",))
+        assert record["load"] == [0.0, busiest]
+        assert [w for w in record["warnings"] if f"took {busiest:.1f}" in w]
+    assert record["settings"]["sittings"] == [2, 2] and not taken
 
 
 def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypatch):
