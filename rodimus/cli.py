@@ -4,10 +4,13 @@ Nothing heavy is imported here: each command loads what it needs when it runs.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from . import __version__
 from .errors import InputError
@@ -43,25 +46,68 @@ PASSED_ON = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input (told in one line), or that of a
-    shell for a command that a signal ended: Ctrl-C (130), or a pipe that nobody reads (141)."""
+    """Run one command and return its exit code: 0, 2 for bad input (told in one line), 1 where what
+    it prints cannot be written, or that of a shell for a command that a signal ended: Ctrl-C (130),
+    or a pipe that nobody reads (141)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # there is none where it was closed
+    out = _Output(sys.stdout or io.StringIO())
     try:
-        for name, (module, _) in PASSED_ON.items():
-            words = name.split()
-            if argv[: len(words)] == words:
-                return importlib.import_module(module).main(argv[len(words) :]) or 0
-        options = build_parser().parse_args(argv)
-        return options.command(options) or 0
+        with contextlib.redirect_stdout(out):
+            try:
+                code = _run(argv)
+            except SystemExit as stop:
+                code = stop.code
+            # the last words fail here, not while Python shuts down
+            out.flush()
+            return code or 0
     except InputError as error:
         print(f"rodimus: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # who read the output has gone; what is left in the buffer must not be tried again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except OSError as error:
+        if error is not out.error:
+            raise
+        # what is left in the buffer must not be tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"rodimus: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int | None:
+    for name, (module, _) in PASSED_ON.items():
+        words = name.split()
+        if argv[: len(words)] == words:
+            return importlib.import_module(module).main(argv[len(words) :])
+    options = build_parser().parse_args(argv)
+    return options.command(options)
+
+
+class _Output:
+    """Standard output that remembers why it could not be written: the same error of a file that a
+    command writes keeps its traceback."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.error = stream, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, function: Callable, *arguments):
+        try:
+            return function(*arguments)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def build_parser() -> argparse.ArgumentParser:

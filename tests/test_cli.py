@@ -1,5 +1,6 @@
 """The command ``rodimus``: what each command prints, and one clear line for bad input."""
 
+import errno
 import io
 import json
 import re
@@ -160,6 +161,35 @@ def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     run.stdout.close()
     error = run.stderr.read()
     assert run.wait() == 141 and not re.search("Traceback|BrokenPipe", error), error
+
+
+def test_output_that_cannot_be_written_is_an_error_of_one_line(checkpoint, capsys, monkeypatch):
+    """At once, as text that appears while it is made, or at the end, from the buffer."""
+    generate = ("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 1)
+    for arguments in (generate, ("env",), ("--help",), ("serve", "--help")):
+        with open("/dev/full", "w") as full:
+            monkeypatch.setattr(sys, "stdout", full)
+            assert command(*arguments) == 1
+        error = capsys.readouterr().err
+        assert error == "rodimus: error: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize("kind", [BrokenPipeError, OSError])
+def test_an_error_of_another_file_keeps_its_traceback(kind, monkeypatch):
+    """A full disk in the middle of a run, or a process of ours that has gone."""
+
+    def run(options):
+        print("begun")
+        raise kind(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(env, "run", run)
+    with pytest.raises(kind):
+        cli.main(["env"])
+
+
+def test_generate_without_standard_output(checkpoint, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert command("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 1) == 0
 
 
 def test_generate_from_an_export_asks_no_question(checkpoint, tmp_path):
