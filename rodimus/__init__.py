@@ -88,5 +88,7 @@ if importlib.util.find_spec("rodimus_kernels") is None:
         " install both with `pip install -e .`, or put kernels/ on the path"
     )
 # The command `rodimus` answers --help without waiting for torch; its commands load what they use.
-if not sys.argv or Path(sys.argv[0]).stem != "rodimus":
+# While `python -m NAME` imports NAME's package, "-m" stands where the program will.
+_program = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else Path(*sys.argv[:1]).stem
+if _program != "rodimus":
     register()

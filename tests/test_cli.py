@@ -65,19 +65,36 @@ def test_help_of_every_command(name, capsys):
     assert all(len(line) < 100 for line in text.splitlines())
 
 
-def test_help_comes_without_torch():
-    """Not a time, which depends on the machine: what it must not import."""
-    code = (
-        "import sys; sys.argv = ['rodimus', '--help']\n"
-        "import rodimus.cli\n"
-        "try: rodimus.cli.main()\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
-    )
+def python(*arguments, **options) -> subprocess.CompletedProcess:
+    """A Python of its own that finds what this one finds."""
     path = {"PYTHONPATH": ":".join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path)
-    assert run.stderr.strip() == "[]"
-    assert "commands:" in run.stdout
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=path, **options)
+
+
+SCRIPT = "import sys; sys.argv[0] = 'rodimus'; from rodimus.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("program", [("-c", SCRIPT), ("-m", "rodimus")], ids=["script", "-m"])
+def test_help_comes_without_torch(program):
+    """Not a time, which depends on the machine: what it must not import."""
+    run = python("-X", "importtime", *program, "--help")
+    imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert not {"torch", "transformers", "numpy"} & imported and "rodimus.cli" in imported
+    assert run.returncode == 0 and "commands:" in run.stdout
+
+
+def test_programs_that_import_the_package_can_load_its_models(tmp_path):
+    """Whatever they are called with."""
+    package = tmp_path / "other"
+    package.mkdir()
+    (package / "__init__.py").write_text("import rodimus")
+    code = "from transformers import AutoConfig; print(type(AutoConfig.for_model('rodimus')))"
+    (package / "__main__.py").write_text(code)
+    (package / "rodimus.py").write_text(code)
+    for arguments in (["-m", "other", "rodimus"], ["-m", "other.rodimus"]):
+        run = python(*arguments, cwd=tmp_path)
+        assert "RodimusConfig" in run.stdout, run.stderr
 
 
 @pytest.mark.parametrize("name", cli.PASSED_ON)
@@ -199,13 +216,7 @@ def test_generate_from_an_export_asks_no_question(checkpoint, tmp_path):
         "import sys; sys.argv = ['rodimus', 'generate', sys.argv[1], '--prompt', 'hello']\n"
         "from rodimus.cli import main; sys.exit(main())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        input="",
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": ":".join(sys.path)},
-    )
+    run = python("-c", code, tmp_path / "out", input="")
     assert run.returncode == 0 and run.stdout.startswith("hello"), run.stderr
     assert "custom code" not in run.stdout + run.stderr
 
@@ -704,10 +715,9 @@ class TestBadInput:
 def test_help_in_less_than_a_third_of_a_second():
     """The quickest of five, because other work on the machine only ever adds."""
     code = "import sys; sys.argv = ['rodimus', '--help']; import rodimus.cli; rodimus.cli.main()"
-    path = {"PYTHONPATH": ":".join(sys.path)}
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], capture_output=True, env=path, check=True)
+        python("-c", code).check_returncode()
         times.append(time.perf_counter() - start)
     assert min(times) < 0.3
