@@ -605,7 +605,8 @@ class TestWorker:
         assert worker.unfinished == 0 and not worker.engine.has_work
 
 
-def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=["term", "int"])
+def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_path, signals):
     model, tokenizer = text_model(), byte_tokenizer()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -613,7 +614,7 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     save_state(tmp_path / "prefix", Engine(model).read(prefix), model)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "rodimus.generation.server", str(tmp_path / "model")]
+    command = [sys.executable, "-m", "rodimus", "serve", str(tmp_path / "model")]
     options = ["--port", str(port), "--prefix", str(tmp_path / "prefix"), "--slots", "2"]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     process = subprocess.Popen(
@@ -639,8 +640,17 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
         expected = Engine(model, tokenizer).generate([Request(tokenizer(text).input_ids, 12)])[0]
         assert answer["choices"][0]["text"] == expected.text
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prefix)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            # a second signal comes while the first waits for this
+            endless = {"prompt": "x", "ignore_eos": True, "max_tokens": 4096, "stream": True}
+            head = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(endless), head)
+            connection.getresponse().read(100)
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.5)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors and "Application shutdown complete" in errors
 
