@@ -667,6 +667,15 @@ class TestBadInput:
         line = self.refused(capsys, "generate", folder, "--prompt", "a\udcff")
         assert "the prompt is no UTF-8 text at character 1" in line
 
+    @pytest.mark.parametrize(
+        "tokens, message", [(10**14, "can't allocate memory"), (10**23, "max_length must be")]
+    )
+    def test_more_tokens_than_memory_holds(self, tmp_path, capsys, tokens, message):
+        save_model(tmp_path, attn_cfg={"num_heads": 4, "window_size": None})
+        save_released_tokenizer(tmp_path)
+        arguments = ("generate", tmp_path, "--prompt", "x", "--max-new-tokens", tokens)
+        assert message in self.refused(capsys, *arguments)
+
     def test_device_that_is_not_there(self, folder, capsys):
         arguments = ("generate", folder, "--prompt", "x", "--device")
         for unknown in ("abacus", "meta"):

@@ -583,7 +583,8 @@ def _place_of(model):
 
 
 def _at_least_one(name, value) -> int:
-    if not is_integer(value) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    # torch takes none beyond 64 bits
+    if not is_integer(value) or not 1 <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of at least 1, below 2^63, got {value!r}")
     # a narrow integer of numpy overflows where Python's does not
     return int(value)

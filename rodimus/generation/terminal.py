@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..loading import find_device, load_rodimus, load_tokenizer
 from .engine import Engine, Generation, Request
 from .protocol import Limits
@@ -192,7 +192,11 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 def _engine(model, tokenizer, longest: int) -> Engine:
     """An engine for one text; only attention without a window limits its length."""
     limited = model.config.block_type == "rodimus_plus" and model.config.sliding_window is None
-    return Engine(model, tokenizer, slots=1, max_length=longest if limited else None)
+    try:
+        return Engine(model, tokenizer, slots=1, max_length=longest if limited else None)
+    except (ValueError, RuntimeError) as error:
+        # the memory for so many tokens is not there
+        raise InputError(first_line(error)) from error
 
 
 def _sampling(options: argparse.Namespace, seed: int) -> SamplingParams:
