@@ -185,7 +185,8 @@ def _add_eval(commands) -> None:
     )
     _add_step(parser)
     add("--field", default="text", help="text field of jsonl and parquet (default: %(default)s)")
-    at_least_one = number(int, 1, float("inf"), "at least 1")
+    inf = float("inf")
+    at_least_one, count = number(int, 1, inf, "at least 1"), number(int, 0, inf, "at least 0")
     add(
         "--max-tokens",
         type=at_least_one,
@@ -204,8 +205,10 @@ def _add_eval(commands) -> None:
     add("--json", action="store_true", help="print JSON instead of tables")
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm_eval[hf])")
     tasks.add_argument("--tasks", metavar="A,B", help="names, for example arc_easy,hellaswag")
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt")
-    tasks.add_argument("--limit", type=int, metavar="N", help="questions of a task, to try it out")
+    tasks.add_argument("--num-fewshot", type=count, metavar="N", help="examples in the prompt")
+    tasks.add_argument(
+        "--limit", type=at_least_one, metavar="N", help="questions of a task, to try it out"
+    )
     tasks.add_argument("--batch-size", type=at_least_one, default=8, metavar="N")
     tasks.add_argument("--task-folder", metavar="FOLDER", help="folder of further task definitions")
     parser.set_defaults(command=_lazily("rodimus.evaluation.command", "run"))

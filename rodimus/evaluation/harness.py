@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 
 def run_tasks(
@@ -30,7 +30,8 @@ def run_tasks(
         task_folder: Folder of further task definitions (YAML).
 
     Raises:
-        InputError: a task is unknown.
+        InputError: a task is unknown, its questions cannot be had, or it asks for text and the
+            model writes none.
         ImportError: lm-evaluation-harness is not installed.
     """
     try:
@@ -45,13 +46,22 @@ def run_tasks(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    if not model.can_generate():
+        loaded = manager.load(tasks)["tasks"].items()
+        generating = [name for name, task in loaded if task.OUTPUT_TYPE == "generate_until"]
+        if generating:
+            kind = type(model).__name__
+            raise InputError(f"{', '.join(generating)} asks for generated text, {kind} has none")
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    results = simple_evaluate(
-        model=adapter,
-        tasks=tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-    )
+    try:
+        results = simple_evaluate(
+            model=adapter,
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    except ConnectionError as error:
+        raise InputError(f"a task's questions cannot be had: {first_line(error)}") from error
     return results["results"]

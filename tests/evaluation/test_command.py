@@ -11,6 +11,7 @@ import pytest
 
 from rodimus import cli
 from rodimus.loading import load_model, load_tokenizer
+from rodimus.peers import GLAConfig, GLAForCausalLM
 from rodimus.train.pack import pack
 from rodimus.train.tokenizer import train_tokenizer
 from tests.checkpoints import TEXT, save_model, save_plain_tokenizer
@@ -132,6 +133,13 @@ def test_missing_harness_says_how_to_get_it(folder, refused, monkeypatch):
     assert 'pip install "lm_eval[hf]"' in line
 
 
+@pytest.mark.parametrize("option", [("--limit", "0"), ("--limit", "-3"), ("--num-fewshot", "-1")])
+def test_numbers_of_the_harness_are_checked(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["eval", "model", "--tasks", "arc_easy", *option])
+    assert f"argument {option[0]}: must be at least" in capsys.readouterr().err
+
+
 QUESTIONS = """
 task: two_words
 dataset_path: json
@@ -145,7 +153,45 @@ metric_list: [{{metric: acc}}]
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval not installed")
+SAYINGS = QUESTIONS.replace("two_words", "sayings").replace("multiple_choice", "generate_until")
+SAYINGS = SAYINGS.replace("acc", "exact_match")
+HARNESS = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval not installed"
+)
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_writes_no_text_gets_no_task_that_asks_for_it(tmp_path, capsys):
+    config = GLAConfig(
+        hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, vocab_size=300
+    )
+    GLAForCausalLM(config).save_pretrained(tmp_path)
+    save_plain_tokenizer(tmp_path)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "hello", "answer": 0}))
+    for name, task in (("two_words", QUESTIONS), ("sayings", SAYINGS)):
+        (tmp_path / f"{name}.yaml").write_text(task.format(file=tmp_path / "q.jsonl"))
+    arguments = ["eval", str(tmp_path), "--task-folder", str(tmp_path), "--tasks"]
+    assert cli.main([*arguments, "two_words"]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "two_words,sayings"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.endswith("sayings asks for generated text, GLAForCausalLM has none")
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_questions_that_cannot_be_had_are_one_line(folder, capsys, monkeypatch):
+    def unreachable(**options):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    assert cli.main(["eval", str(folder / "model"), "--tasks", "arc_easy"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "questions cannot be had: Couldn't reach 'allenai/ai2_arc'" in line
+
+
+@HARNESS
 @pytest.mark.filterwarnings("ignore")
 def test_harness_scores_as_the_model_does(folder, evaluated, tmp_path):
     import torch
