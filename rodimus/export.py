@@ -82,6 +82,10 @@ def export(
 
 def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
     """Raise InputError unless all that would be lost with ``out`` is an earlier export."""
+    # a folder that is replaced is another one afterwards
+    if out.is_mount() or out.samefile("."):
+        what = "a mount point" if out.is_mount() else "the current folder"
+        raise InputError(f"{out} is {what}, which cannot be replaced: name a folder in it")
     if not overwrite:
         raise InputError(f"{out} exists already: remove it, or pass --overwrite")
     if source.resolve().is_relative_to(out.resolve()):

@@ -374,6 +374,20 @@ def test_nothing_but_an_export_is_ever_replaced(tmp_path):
     assert sorted(tmp_path.rglob("*")) == files
 
 
+def test_the_current_folder_and_mount_points_are_not_replaced(tmp_path, monkeypatch):
+    save_model(tmp_path / "checkpoint")
+    out = export(tmp_path / "checkpoint", tmp_path / "out")
+    (out / "precious.json").touch()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="is the current folder"):
+        patch.chdir(out)
+        export(tmp_path / "checkpoint", ".", overwrite=True)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="is a mount point"):
+        patch.setattr("pathlib.Path.is_mount", lambda path: path == out)
+        patch.setattr("rodimus.export.load_model", None)
+        export(tmp_path / "checkpoint", out, overwrite=True)
+    assert (out / "precious.json").exists()
+
+
 def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch):
     save_model(tmp_path / "checkpoint")
     save_plain_tokenizer(tmp_path / "checkpoint")
