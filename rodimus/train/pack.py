@@ -165,7 +165,6 @@ def _replace(made: Path, out: Path) -> None:
     if (out / "train.json").is_file():
         # what the new tokenizer has no file for would be taken for its own
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    (out / "tokenizer").mkdir(exist_ok=True)
     for part in ("train", "val"):
         manifest = out / f"{part}.json"
         if manifest.is_file():
@@ -174,6 +173,8 @@ def _replace(made: Path, out: Path) -> None:
                 shard.unlink()
     files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path.suffix == ".json" and len(path.parts) == 1):
+        # a tokenizer's further chat templates lie in a folder of their own
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / path, out / path)
 
 

@@ -102,6 +102,15 @@ def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
     assert first["train"].shards == second["train"].shards
 
 
+def test_every_chat_template_of_a_tokenizer_is_kept(corpus, tmp_path):
+    """All but the first are files in a folder of their own."""
+    given = train_tokenizer(TEXTS, 300)
+    given.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    given.save_pretrained(tmp_path / "given")
+    pack(str(corpus), tmp_path / "out", tokenizer=str(tmp_path / "given"))
+    assert read_tokenizer(tmp_path / "out" / "tokenizer").chat_template == given.chat_template
+
+
 def test_a_tokenizer_is_named_as_a_model_is(corpus, tmp_path, monkeypatch):
     """A run, or the hub: what is asked for there are no weights."""
     asked = []
