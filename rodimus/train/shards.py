@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +153,8 @@ class TokenShards:
         manifest: Path of NAME.json; the shards lie beside it.
 
     Raises:
-        InputError: the manifest is missing or of another format, or a file has the wrong size.
+        InputError: the manifest is missing or of another format, or a file has the wrong size or
+            cannot be opened.
     """
 
     def __init__(self, manifest: str | Path) -> None:
@@ -161,6 +163,7 @@ class TokenShards:
         if not self.manifest.n_tokens:
             raise InputError(f"{self.path} holds no tokens")
         self.dtype = np.dtype(self.manifest.dtype)
+        _allow_open_files()
         self.tokens = [
             self._map(s.name + ".bin", self.dtype, s.n_tokens) for s in self.manifest.shards
         ]
@@ -174,7 +177,10 @@ class TokenShards:
         if size != count * dtype.itemsize:
             got = "a missing file" if size < 0 else f"{size} bytes"
             raise InputError(f"{path} must have {count * dtype.itemsize} bytes, got {got}")
-        return np.memmap(path, dtype, mode="r")
+        try:
+            return np.memmap(path, dtype, mode="r")
+        except OSError as error:
+            raise InputError(f"cannot open {path}: {error.strerror}") from error
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuses ids that a model of ``vocab_size`` has no rows for.
@@ -209,6 +215,16 @@ class TokenShards:
                 f"is outside the vocabulary of {self.manifest.vocab_size}"
             )
         return ids
+
+
+def _allow_open_files() -> None:
+    """Lets this process have as many files open as it may. Each mapped one stays open: a trillion
+    tokens are some 7,500, where most systems allow 1,024 until more are asked for."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _read_manifest(path: Path) -> Manifest:

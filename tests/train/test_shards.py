@@ -1,7 +1,10 @@
 """Token shards on disk: what is written is what is read, and damage is found."""
 
 import dataclasses
+import errno
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -71,6 +74,28 @@ def test_truncated_or_missing_shard_is_an_error(tmp_path):
         TokenShards(path)
     (tmp_path / "train-00000.bin").unlink()
     with pytest.raises(InputError, match="got a missing file"):
+        TokenShards(path)
+
+
+def test_more_shards_are_open_than_a_shell_allows_at_first(tmp_path):
+    path = write(tmp_path, [[7] * 6] * 40, shard_tokens=6)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        assert len(TokenShards(path).tokens) == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_shard_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path, [[7] * 6])
+
+    def no_more(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(np, "memmap", no_more)
+    with pytest.raises(InputError, match="cannot open .*train-00000.bin: Too many open files"):
         TokenShards(path)
 
 
