@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from ..errors import InputError, first_line
 
 
@@ -92,14 +94,13 @@ def _line(ax, rows: list[dict[str, float]], key: str, label: str, **style) -> No
 
 def _smooth(ax, rows: list[dict[str, float]]) -> None:
     """The training loss as a running mean of about 2% of the run."""
-    points = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    points = np.array([(row["step"], row["loss"]) for row in rows if "loss" in row])
     span = max(1, len(points) // 50)
     if len(points) > span:
-        means = [
-            (points[i][0], sum(loss for _, loss in points[max(0, i - span + 1) : i + 1]) / span)
-            for i in range(span - 1, len(points))
-        ]
-        ax.plot(*zip(*means, strict=True), label=f"training, mean of {span}", color="tab:blue")
+        sums = np.cumsum([0.0, *points[:, 1]])
+        means = (sums[span:] - sums[:-span]) / span
+        label = f"training, mean of {span}"
+        ax.plot(points[span - 1 :, 0], means, label=label, color="tab:blue")
 
 
 def main(argv: list[str] | None = None) -> int:
