@@ -115,7 +115,9 @@ class RowReader:
         tokens = self.shards.read(window.shard, window.start, window.length + 1)
         out[0], out[1, : len(tokens) - 1] = tokens[: window.length], tokens[1:]
         starts = self.shards.starts[window.shard]
-        low, high = np.searchsorted(starts, [window.start, window.start + window.length + 1])
+        # in the index's own dtype: numpy would convert all of it to one for both
+        ends = np.array([window.start, window.start + window.length + 1], starts.dtype)
+        low, high = np.searchsorted(starts, ends)
         inside = starts[low:high].astype(np.int64) - window.start
         position = np.arange(window.length)
         begin = np.zeros(window.length, np.int64)

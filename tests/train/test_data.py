@@ -1,5 +1,7 @@
 """Order and rows: bijective, world-size free, boundaries where documents begin."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +113,19 @@ def test_first_token_of_a_document_is_not_predicted(tmp_path):
     predicted = predicted[predicted >= 0]
     assert (predicted % 100 != 0).all()
     assert len(predicted) == sum(len(d) - 1 for d in DOCS)
+
+
+def test_a_row_takes_a_few_entries_of_the_index(tmp_path):
+    """The one of a full shard is megabytes, and a row wants a page of it."""
+    shards = TokenShards(write(tmp_path, docs=[[1, 2]] * 50_000, shard_tokens=100_000))
+    read = RowReader(ConcatRows(shards, 64), mask_doc_start=True)
+    read(0)
+    tracemalloc.start()
+    try:
+        read(700)
+        assert tracemalloc.get_traced_memory()[1] < shards.starts[0].nbytes / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
