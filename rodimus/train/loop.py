@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from ..loading import model_class
@@ -91,10 +91,7 @@ class Trainer:
             model = model_class(model_config)(model_config)
         self.n_parameters = model.num_parameters()
         self.has_dropout = any(v for k, v in model_config.to_dict().items() if "dropout" in k)
-        useful = train_flops(model, model_config, config.data.seq_len).total
-        spent = hardware_flops(
-            model, model_config, config.data.seq_len, recompute=config.train.ac == "full"
-        )
+        self.meter = meter_of(model, model_config, config, ranks)
         self.model = parallel.build_model(model, config, ranks)
         self.optimizers = build_optimizers(self.model, config.optim)
         self.checkpoints = Checkpointer(
@@ -113,8 +110,6 @@ class Trainer:
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.returns: Counter[int] = Counter()
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
-        peak = peak_flops(ranks.device)
-        self.meter = Meter(config.steps, ranks.world_size, useful, spent, peak)
         parallel.together(
             lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None
         )
@@ -309,6 +304,20 @@ def open_inputs(
     check_apart(train, val)
     check_splits(config, model)
     return model, train, val
+
+
+def meter_of(
+    model: PreTrainedModel, shapes: PreTrainedConfig, config: TrainConfig, ranks: parallel.Ranks
+) -> Meter:
+    """A meter for a run with this model, which is not sharded yet."""
+    recompute = config.train.ac == "full"
+    return Meter(
+        config.steps,
+        ranks.world_size,
+        useful=train_flops(model, shapes, config.data.seq_len).total,
+        spent=hardware_flops(model, shapes, config.data.seq_len, recompute=recompute),
+        peak=peak_flops(ranks.device),
+    )
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
