@@ -246,20 +246,6 @@ def quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
     return lambda model: quantize_(model, Int8WeightOnlyConfig())
 
 
-def load_generator(
-    name: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str | None = None
-) -> PreTrainedModel:
-    """As ``load_model``, for a model that writes text.
-
-    Raises:
-        InputError: as ``load_model``, or the model predicts tokens but cannot generate.
-    """
-    model = load_model(name, dtype=dtype, device=device)
-    if not model.can_generate():
-        raise InputError(f"{name}: {type(model).__name__} is trained and evaluated here, not run")
-    return model
-
-
 def load_rodimus(
     name: str | Path,
     *,

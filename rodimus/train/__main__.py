@@ -113,10 +113,16 @@ def finish(config: TrainConfig) -> None:
 
 
 def sample(folder: Path, prompt: str, new_tokens: int) -> str:
-    """Text of ``prompt`` and its most likely continuation by an exported model."""
-    from ..loading import load_generator, load_tokenizer
+    """Text of ``prompt`` and its most likely continuation by an exported model.
 
-    model, tokenizer = load_generator(folder), load_tokenizer(folder)
+    Raises:
+        InputError: the model predicts tokens but cannot generate.
+    """
+    from ..loading import load_model, load_tokenizer
+
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    if not model.can_generate():
+        raise InputError(f"{folder}: {type(model).__name__} is trained and evaluated here, not run")
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(
         ids,

@@ -18,6 +18,9 @@ from .order import SampleOrder
 from .rows import Batch, ConcatRows, RowReader
 from .shards import TokenShards, verify
 
+# batches held ready
+_AHEAD = 2
+
 
 def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[TokenShards]:
     """Opens every manifest that the patterns name; one pattern may name several.
@@ -122,11 +125,10 @@ class Prefetcher:
         load: Called with the first sample of consecutive batches; its exception is raised by the
             ``get`` of that batch.
         stride: Samples from one batch to the next.
-        depth: Batches held ready.
     """
 
-    def __init__(self, load: Callable[[int], Batch], *, stride: int, depth: int = 2) -> None:
-        self.load, self.stride, self.depth = load, stride, depth
+    def __init__(self, load: Callable[[int], Batch], *, stride: int) -> None:
+        self.load, self.stride = load, stride
         self._thread: threading.Thread | None = None
 
     def get(self, first: int) -> Batch:
@@ -141,7 +143,7 @@ class Prefetcher:
         return item
 
     def _start(self, first: int) -> None:
-        self._queue: queue.Queue = queue.Queue(self.depth)
+        self._queue: queue.Queue = queue.Queue(_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(first, self._queue, self._stop), name="prefetch", daemon=True
