@@ -114,6 +114,7 @@ class TrainSection:
     """Weight of logsumexp(logits)^2, which keeps logits from drifting."""
 
     def __post_init__(self) -> None:
+        _at_least(self, "train", 0, "steps", "tokens", "seed", "z_loss")
         _require(
             (self.steps > 0) != (self.tokens > 0),
             f"exactly one of train.steps and train.tokens must be positive, "
@@ -127,7 +128,6 @@ class TrainSection:
             self.max_grad_norm > 0,
             f"train.max_grad_norm must be positive, got {self.max_grad_norm}",
         )
-        _at_least(self, "train", 0, "seed", "z_loss")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
         ("lr = 1.0", "unknown key 'lr', did you mean 'optim.lr'?"),
         ("[data]\ntrain=['a']\npacking = 'tight'", "data.packing must be one of concat, bestfit"),
         ("[train]\nsteps = 5\ntokens = 5", "exactly one of train.steps and train.tokens"),
+        ("[train]\nsteps = -5\ntokens = 5", "train.steps must be at least 0, got -5"),
         ("[checkpoint]\nresume = 'yes'", "checkpoint.resume must be auto, never or a step"),
         ("[checkpoint]\nresume = '²'", "checkpoint.resume must be auto, never or a step, got '²'"),
     ],
