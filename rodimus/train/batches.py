@@ -46,13 +46,17 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
             )
         sources += [TokenShards(path) for path in found]
     _check_once(sources)
+    _check_tokens(sources)
+    return sources
+
+
+def _check_tokens(sources: Sequence[TokenShards]) -> None:
     first = sources[0]
     for other in sources[1:]:
         for name in ("vocab_size", "tokenizer_sha256"):
             a, b = getattr(first.manifest, name), getattr(other.manifest, name)
             if a != b:
                 raise InputError(f"{other.path} must have {name} {a} as {first.path}, got {b}")
-    return sources
 
 
 def _check_once(sources: Sequence[TokenShards]) -> None:
@@ -64,16 +68,17 @@ def _check_once(sources: Sequence[TokenShards]) -> None:
         seen.add(path)
 
 
-def check_apart(train: Sequence[TokenShards], held_out: Sequence[TokenShards]) -> None:
-    """Refuses to hold out what is trained on.
+def check_held_out(train: Sequence[TokenShards], held_out: Sequence[TokenShards]) -> None:
+    """Refuses to hold out what is trained on, or what has other tokens.
 
     Raises:
-        InputError: names a manifest that is in both.
+        InputError: names a manifest that is in both, or whose tokens are others.
     """
     trained = {source.path.resolve() for source in train}
     for source in held_out:
         if source.path.resolve() in trained:
             raise InputError(f"{source.path} is named by data.train and by data.val")
+    _check_tokens([*train, *held_out])
 
 
 def verify_share(sources: list[TokenShards], rank: int, world_size: int) -> None:

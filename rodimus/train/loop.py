@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import InputError
 from ..loading import model_class
 from . import guard, parallel
-from .batches import Prefetcher, TrainData, check_apart, open_sources, verify_share
+from .batches import Prefetcher, TrainData, check_held_out, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
 from .config import ModelSection, TrainConfig
 from .context import check_splits, model_inputs
@@ -301,7 +301,7 @@ def open_inputs(
     val = open_sources(config.data.val) if config.data.val else []
     for source in train + val:
         source.check_vocabulary(model.vocab_size)
-    check_apart(train, val)
+    check_held_out(train, val)
     check_splits(config, model)
     return model, train, val
 

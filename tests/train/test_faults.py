@@ -27,6 +27,7 @@ from rodimus.train.batches import TrainData
 from rodimus.train.checkpoint import Checkpointer, changed_settings
 from rodimus.train.evaluate import Evaluator
 from rodimus.train.load import load_config
+from rodimus.train.pack import pack
 from rodimus.train.parallel import start
 from rodimus.train.shards import TokenShards
 from rodimus.train.watchdog import Watchdog
@@ -586,6 +587,14 @@ def test_what_is_held_out_is_not_trained_on(config_file, packed):
     data = str(packed / "*.json")
     ((status, error),) = run_ranks(1, stderr_of, [str(config_file), "--data.train", data])
     assert status == 2 and "val.json is named by data.train and by data.val" in error
+
+
+def test_what_is_held_out_has_the_tokens_of_the_training_data(config_file, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "these are"}\n{"text": "other tokens"}\n')
+    other = tmp_path / "other" / "train.json"
+    pack(str(tmp_path / "text.jsonl"), other.parent, vocab_size=300, val_fraction=0)
+    ((status, error),) = run_ranks(1, stderr_of, [str(config_file), "--data.val", str(other)])
+    assert status == 2 and f"{other} must have " in error and error.count("\n") == 1
 
 
 def test_damaged_shard_is_told_once_and_ends_every_rank(config_file, packed, tmp_path):
