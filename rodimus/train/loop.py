@@ -34,7 +34,14 @@ from .shards import TokenShards
 from .signals import TERMINATED, Signals
 from .store import write_atomic
 from .watchdog import Watchdog
-from .weights import REMARKS, ExistingWeights, has_begun, read_model_config, weights_name
+from .weights import (
+    REMARKS,
+    ExistingWeights,
+    has_begun,
+    read_model_config,
+    take_marks,
+    weights_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ class Trainer:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.accumulation = config.accumulation(ranks.world_size)
         model_config, train, val = parallel.together(lambda: open_inputs(config))
+        self.told = take_marks(model_config, train[0])
         if config.data.verify:
             parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
         self.existing = None
@@ -270,7 +278,7 @@ class Trainer:
             f"({self.accumulation} micro-steps of {self.config.train.micro_batch} rows), "
             f"{self.config.steps:,} steps"
         )
-        for line in self.existing.told if self.existing else ():
+        for line in (*self.told, *(self.existing.told if self.existing else ())):
             self.log.say(line)
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")

@@ -36,10 +36,14 @@ from .shards import TokenShards
 from .tokenizer import tokenizer_digest
 
 _FLOATING = {"float64", "float32", "bfloat16", "float16"}
-REMARKS = {"transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"}
+_MARKS = ("bos_token_id", "eos_token_id")
+REMARKS = {
+    *("transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"),
+    *_MARKS,
+}
 """Fields of a configuration on which nothing depends that a model computes."""
 _CARRIED = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "head_dim"),
+    *("pad_token_id", "use_cache", "head_dim"),
     *("use_fast_path", "use_fused_swiglu", "use_fused_cross_entropy"),
     *(f"no_weight_decay_on_{what}" for what in ("bias", "embedding", "norm")),
 }
@@ -66,6 +70,22 @@ def read_model_config(config: TrainConfig) -> PreTrainedConfig:
     if has_begun(config):
         return read_config(Path(config.out) / "model.json")
     return load_config(checkpoint_folder(config.model.weights))
+
+
+def take_marks(model: PreTrainedConfig, data: TokenShards) -> list[str]:
+    """Gives a configuration the tokens that begin and end the documents of its data: what it says
+    ends a text wherever the model generates, and another tokenizer may have words there.
+
+    Returns:
+        What to say of those that it had otherwise.
+    """
+    told = []
+    for name in _MARKS:
+        own, mark = getattr(model, name, None), getattr(data.manifest, name)
+        if mark is not None and mark not in (own if isinstance(own, list) else [own]):
+            setattr(model, name, mark)
+            told.append(f"{name} of the model is {mark}, as in the data, and not {own}")
+    return told
 
 
 def _check_keys(path: str, model: PreTrainedConfig) -> None:

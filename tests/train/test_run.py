@@ -12,6 +12,7 @@ from rodimus.loading import load_model
 from rodimus.run_folder import MARKER, complete_steps
 from rodimus.train import parallel
 from rodimus.train.__main__ import main
+from tests.train.conftest import MODEL
 from tests.train.ranks import metrics, run_ranks, train
 
 
@@ -39,6 +40,21 @@ def test_loss_falls_and_export_equals_the_trained_model(config_file, tmp_path):
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, load_model(run)(ids).logits)
     assert exported.lm_head.weight is exported.get_input_embeddings().weight
+
+
+def test_a_trained_model_ends_its_texts_as_its_data_do(config_file, tmp_path, capfd):
+    """Its JSON may have been written for another tokenizer; here 2 is an exclamation mark."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(MODEL | {"bos_token_id": 1, "eos_token_id": 2}))
+    assert train(1, config_file, "--train.steps", 3) == [0]
+    assert "eos_token_id of the model is 1, as in the data, and not 2" in capfd.readouterr().out
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
+    assert (exported.config.bos_token_id, exported.config.eos_token_id) == (0, 1)
+    assert exported.generation_config.eos_token_id == 1
+    # another such file does not make it another run
+    model.write_text(json.dumps(MODEL | {"eos_token_id": [7, 1]}))
+    assert train(1, config_file, "--no-export", "--train.steps", 4) == [0]
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["eos_token_id"] == [7, 1]
 
 
 def test_run_without_held_out_data_trains(config_file, tmp_path):
