@@ -247,7 +247,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         },
         stop_token_ids=_stop_token_ids(fields, limits),
         ignore_eos=fields.boolean("ignore_eos", False),
-        length_field=next((name for name in _LENGTHS if name in fields.given()), None),
+        length_field=next((name for name in _LENGTHS if fields.get(name) is not None), None),
         stream=stream,
         include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
             "include_usage", False
@@ -348,9 +348,6 @@ class _Fields:
     def get(self, name, default=None):
         value = self.body.get(name)
         return default if value is None else value
-
-    def given(self):
-        return {name for name, value in self.body.items() if value is not None}
 
     def wrong(self, name, what, got):
         shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
