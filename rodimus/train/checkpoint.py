@@ -260,7 +260,11 @@ class Checkpointer:
         return Progress(**about["progress"])
 
     def _state(self) -> dict[str, Any]:
+        fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
         model, optim = get_state_dict(self.model, self.optimizers)
+        # torch gives an optimizer its state by an update without gradients, which is none of a run
+        for count in (x["step"] for o in fresh for x in o.state.values() if "step" in x):
+            count.zero_()
         for tied in self.model.all_tied_weights_keys:
             model.pop(tied, None)
         return {"model": model, "optim": optim}

@@ -457,7 +457,7 @@ def test_a_save_without_end_ends_the_run(config_file, tmp_path):
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == []
 
 
-def nan_in_steps(bad, config):
+def nan_in_steps(bad, config, *options):
     """A run in which the gradients of the last rank are NaN in some steps."""
     forward, step = RodimusForCausalLM.forward, loop.Trainer.step
     now = {}
@@ -473,7 +473,7 @@ def nan_in_steps(bad, config):
         return out
 
     loop.Trainer.step, RodimusForCausalLM.forward = remember_the_step, poisoned
-    return main([str(config), "--no-export"])
+    return main([str(config), "--no-export", *options])
 
 
 def test_nan_on_one_rank_makes_all_ranks_skip_that_step(config_file, tmp_path):
@@ -482,6 +482,17 @@ def test_nan_on_one_rank_makes_all_ranks_skip_that_step(config_file, tmp_path):
     loss = metrics(tmp_path / "run", "loss")
     assert loss[6] < loss[1]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_save_before_the_first_update_leaves_no_trace(config_file, tmp_path):
+    """The optimizer has no state yet, and torch makes one."""
+    losses = []
+    for every in ("1", "100"):
+        options = ("--checkpoint.every", every, "--out", str(tmp_path / every))
+        assert run_ranks(2, nan_in_steps, {1}, config_file, *options) == [0, 0]
+        losses.append(metrics(tmp_path / every, "loss"))
+    del losses[0][1], losses[1][1]
+    assert losses[0] == losses[1]
 
 
 def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):
