@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .errors import InputError, first_line
 from .loading import (
@@ -101,6 +102,8 @@ def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
 
 def _is_written(path: Path) -> bool:
     """Whether an export may have written this entry of its folder."""
+    if path.name == CHAT_TEMPLATE_DIR and path.is_dir():
+        return all(file.suffix == ".jinja" for file in path.iterdir())
     names = {"merges.txt", "vocab.txt", *(name for _, name in code_files())}
     return path.is_file() and (path.name in names or path.suffix in _SUFFIXES)
 
@@ -172,9 +175,8 @@ def _make_readable(folder: Path) -> None:
     """Permissions of newly made files: temporary folders, and safetensors' files, are private."""
     mask = os.umask(0)
     os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from rodimus import RodimusForCausalLM, RodimusForSequenceClassification, convert
 from rodimus.errors import InputError
 from rodimus.export import AUTO_MAP, export
+from rodimus.loading import load_tokenizer
 from tests.checkpoints import (
     save_model,
     save_plain_tokenizer,
@@ -266,6 +267,23 @@ def test_tokenizer_without_template_stays_without(tmp_path):
     folder = export(tmp_path / "checkpoint", tmp_path / "export")
     assert (folder / "tokenizer.json").is_file()
     assert not (folder / "chat_template.jinja").exists()
+
+
+def test_every_chat_template_is_kept_readable_and_replaced(tmp_path):
+    """All but the first lie in a folder, which is nobody's without its permissions."""
+    save_model(tmp_path / "checkpoint")
+    save_plain_tokenizer(tmp_path / "checkpoint")
+    tokenizer = load_tokenizer(tmp_path / "checkpoint")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    for overwrite in (False, True):
+        folder = export(tmp_path / "checkpoint", tmp_path / "export", overwrite=overwrite)
+        assert load_tokenizer(folder).chat_template == tokenizer.chat_template
+    (inner,) = (path for path in folder.iterdir() if path.is_dir())
+    assert stat.S_IMODE(inner.stat().st_mode) == stat.S_IMODE(folder.stat().st_mode)
+    (inner / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=f"it holds {inner.name}"):
+        export(tmp_path / "checkpoint", folder, overwrite=True)
 
 
 def test_dtypes_and_untied_heads_are_kept(tmp_path):
