@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **installed(PACKAGES)},
     }
     if device.type == "cuda":
-        about |= {"cuda": torch.version.cuda, **gpu_state()}
+        about |= {"cuda": torch.version.cuda, **gpu_state(device)}
     return about | commit()
 
 
@@ -83,9 +83,11 @@ def installed(distributions: tuple[str, ...]) -> dict[str, str | None]:
     return found
 
 
-def gpu_state() -> dict[str, str]:
-    """Driver, clocks, temperature and throttling as the driver's tool reports them."""
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, temperature and throttling of a GPU, as the driver's tool reports them. The
+    tool counts GPUs that torch may not see."""
     fields = {
+        "uuid": "uuid",
         "driver": "driver_version",
         "sm_clock": "clocks.sm",
         "memory_clock": "clocks.mem",
@@ -94,11 +96,15 @@ def gpu_state() -> dict[str, str]:
         "throttle": "clocks_throttle_reasons.active",
     }
     command = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader"]
-    text = _output(command)
-    if not text:
-        return {}
-    values = text.splitlines()[0].split(",")
-    return {name: value.strip() for name, value in zip(fields, values, strict=False)}
+    listed = [
+        dict(zip(fields, map(str.strip, line.split(",")), strict=False))
+        for line in _output(command).splitlines()
+    ]
+    uuids = [found.pop("uuid") for found in listed]
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    if uuid in uuids:
+        return listed[uuids.index(uuid)]
+    return listed[0] if len(listed) == 1 else {}
 
 
 def commit() -> dict[str, Any]:
@@ -132,7 +138,8 @@ def disturbances(before: float, during: float = 0.0) -> list[str]:
     """
     found = []
     cores = os.cpu_count() or 1
-    if (problem := native.problem(device().type)) is not None:
+    where = device()
+    if (problem := native.problem(where.type)) is not None:
         found.append(f"our models run without native operators: {problem}")
     for load, when in ((before, "before the start"), (during, "beside the benchmark")):
         if load > BUSY * cores:
@@ -140,7 +147,7 @@ def disturbances(before: float, during: float = 0.0) -> list[str]:
     for supply in Path("/sys/class/power_supply").glob("*/online"):
         if supply.read_text(encoding="utf-8").strip() == "0":
             found.append("running on battery: the power supply is not connected")
-    throttle = gpu_state().get("throttle", "") if torch.cuda.is_available() else ""
+    throttle = gpu_state(where).get("throttle", "") if where.type == "cuda" else ""
     # bit 0 is an idle GPU, bit 1 a clock that an application asked for
     if throttle.startswith("0x") and int(throttle, 16) & ~0b11:
         found.append(f"the GPU reports reduced clocks, reasons {throttle}")

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_a_program_beside_this_one_is_seen():
     with subprocess.Popen([sys.executable, "-c", code]):
         time.sleep(1.5)
         assert others.cores() > 0.2
+
+
+@pytest.mark.parametrize(
+    "listed, driver",
+    [
+        ("GPU-a, 580.1, 1980 MHz, 2619 MHz, 40, 700 W, 0x0\nGPU-b, 580.2, 345 MHz", "580.2"),
+        # part of a GPU has a UUID of its own: that of the whole is known where it is the only one
+        ("GPU-c, 580.3, 1980 MHz", "580.3"),
+        ("GPU-a, 580.1, 1980 MHz\nGPU-c, 580.3, 1980 MHz", None),
+        ("", None),
+    ],
+)
+def test_the_state_is_that_of_the_gpu_that_torch_uses(monkeypatch, listed, driver):
+    """The first that the driver lists may be another, by CUDA_VISIBLE_DEVICES."""
+    properties = lambda device: SimpleNamespace(uuid="b")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(machine, "_output", lambda command: listed)
+    found = machine.gpu_state(torch.device("cuda", 0))
+    assert found.get("driver") == driver
+    assert "GPU-" not in json.dumps(found)
 
 
 def test_missing_native_operators_are_reported(monkeypatch):
