@@ -713,6 +713,30 @@ def test_a_module_is_used_when_its_import_has_ended(monkeypatch, tmp_path):
         assert list(threads.map(first_use, (0.0, 0.2))) == [4, 4]
 
 
+@pytest.mark.parametrize("kind", [pytest.param(DEVICE, marks=TRITON_MARKS)])
+def test_what_stays_for_all_calls_has_nothing_of_the_first_callers_thread(kind):
+    """Not its default device, and on a GPU not its memory: that may be of a recording."""
+    triton_chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_chunk._summed.cache_clear()
+    with torch.device("meta"):
+        found = triton_chunk._summed(torch.device(kind))
+    assert found.device.type == kind and found.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_the_first_call_may_be_one_that_is_recorded():
+    """By torch.compile, which refuses tensors that stay in the memory of a recording."""
+    triton_chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_chunk._summed.cache_clear()
+    torch._dynamo.reset()
+    x = make(DdtsCase(1, 200, 1, 64, 64, states=False, dtype=torch.bfloat16))[:4]
+    call = lambda *x: ddts(*x, impl="triton_chunk")[0]
+    recorded = torch.compile(call, mode="reduce-overhead")
+    with torch.no_grad():
+        found = [recorded(*x).clone() for _ in range(3)]
+        assert all(torch.equal(o, call(*x)) for o in found)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends to be on GPUs")
 @pytest.mark.parametrize(
     "given, expected",

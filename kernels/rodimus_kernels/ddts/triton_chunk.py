@@ -9,6 +9,7 @@ for K = 64 in bfloat16, and nothing without gradients. The kernels are in
 import contextlib
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -248,7 +249,16 @@ def _summed(device):
     and ones in bfloat16: at level l of the tree those from the start of the row's block to itself
     where that is an odd block of ``2^l``, and those after it to the end of the block where it is an
     even one; then those of the whole chunk up to the row, and after it. Copied to the device at the
-    first call, which a CUDA graph can therefore not capture."""
+    first call, which a CUDA graph can therefore not capture.
+
+    Made in a thread of its own: while torch.compile(mode="reduce-overhead") runs a function for the
+    first time, all that its thread allocates is memory of the graph to be, where nothing may stay.
+    """
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(_make_summed, device).result()
+
+
+def _make_summed(device):
     row = torch.arange(TRITON_CHUNK)
     before = row[:, None] >= row
     masks = []
