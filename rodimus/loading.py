@@ -46,23 +46,32 @@ _HUB_FILES = [*_TEXT_FILES, "*.safetensors", "pytorch_model*.bin"]
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether a name is one on the hub, ``owner/name``, and not that of a folder here."""
-    return bool(_HUB_NAME.fullmatch(str(name))) and not Path(name).exists()
+    try:
+        is_here = Path(name).exists()
+    except OSError:
+        # it may not be looked at, or is too long
+        is_here = True
+    return bool(_HUB_NAME.fullmatch(str(name))) and not is_here
 
 
 def checkpoint_folder(name: str | Path) -> Path:
     """The folder of a checkpoint: the path itself, or ``owner/name`` downloaded from the hub.
 
     Raises:
-        InputError: there is no such folder, or it is neither a model's nor a training run's.
+        InputError: there is no such folder, it may not be read, or it is neither a model's nor a
+            training run's.
     """
     folder = Path(name).expanduser()
     if is_hub_name(name):
         folder = _download(str(name))
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}: expected a checkpoint folder (with config.json)")
-    if not (folder / "config.json").is_file() and not is_run(folder):
-        raise InputError(_why_no_checkpoint(folder))
+    try:
+        if not folder.is_dir():
+            what = "is a file" if folder.exists() else "does not exist"
+            raise InputError(f"{folder} {what}: expected a checkpoint folder (with config.json)")
+        if not (folder / "config.json").is_file() and not is_run(folder):
+            raise InputError(_why_no_checkpoint(folder))
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
     return folder
 
 
@@ -174,8 +183,11 @@ def _check_complete(file: Path) -> None:
     if file.suffix != ".safetensors":
         return
     try:
-        with safe_open(file, framework="pt"):
+        # opened first, because safetensors says of a file without permission that there is none
+        with file.open("rb"), safe_open(file, framework="pt"):
             pass
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
     except SafetensorError as error:
         size = file.stat().st_size
         message = f"{file} is damaged or cut short ({size:,} bytes; {error}): copy it again"

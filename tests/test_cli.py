@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -566,6 +567,26 @@ class TestBadInput:
         path = folder / "config.json"
         assert "is a file" in self.refused(capsys, "generate", path, "--prompt", "x")
 
+    def test_path_that_cannot_be_looked_at(self, tmp_path, capsys, monkeypatch):
+        """As one of a folder without permission, which root has everywhere; it may look like a name
+        on the hub."""
+        (tmp_path / "owner").mkdir()
+        monkeypatch.chdir(tmp_path)
+        for path in ("x" * 300, "owner/" + "x" * 300):
+            line = self.refused(capsys, "generate", path, "--prompt", "x")
+            assert line.endswith(f"cannot read {path}: File name too long")
+
+    def test_weights_without_permission(self, folder, capsys, monkeypatch):
+        def forbid(path, *arguments, **options):
+            if path.suffix == ".safetensors":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return original(path, *arguments, **options)
+
+        original = Path.open
+        monkeypatch.setattr(Path, "open", forbid)
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert line.endswith(f"cannot read {folder / 'model.safetensors'}: Permission denied")
+
     def test_folder_without_config(self, folder, capsys):
         (folder / "config.json").unlink()
         line = self.refused(capsys, "generate", folder, "--prompt", "x")
@@ -586,9 +607,11 @@ class TestBadInput:
         assert f"is a checkpoint of a run: name {tmp_path}, or" in line
         assert f"`rodimus export {tmp_path} OUT --step 20`" in line
 
-    def test_config_that_is_no_json(self, folder, capsys):
+    @pytest.mark.parametrize("name", ["export", "generate", "chat"])
+    def test_config_that_is_no_json(self, name, folder, capsys):
         (folder / "config.json").write_text('{"d_model": 32,')
-        line = self.refused(capsys, "export", folder, folder / "out")
+        arguments = {"export": [folder / "out"], "generate": ["--prompt", "x"], "chat": []}[name]
+        line = self.refused(capsys, name, folder, *arguments)
         assert "config.json is not valid JSON" in line
 
     @pytest.mark.parametrize(

@@ -82,7 +82,11 @@ def _manifest(source: str) -> Path | None:
     path = Path(source)
     if path.suffix == ".json":
         return path
-    if not any(path.glob("*.idx")):
+    try:
+        if not any(path.glob("*.idx")):
+            return None
+    except OSError:
+        # who reads it as text says why it cannot be read
         return None
     if not (path / "val.json").is_file():
         found = ", ".join(sorted(p.name for p in path.glob("*.json")))

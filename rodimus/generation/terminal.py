@@ -12,7 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import InputError, first_line
-from ..loading import find_device, load_rodimus, load_tokenizer
+from ..loading import (
+    checkpoint_folder,
+    find_device,
+    load_config,
+    load_rodimus,
+    load_tokenizer,
+)
 from .engine import Engine, Generation, Request
 from .protocol import Limits
 from .sampling import MAX_SEED, SamplingParams
@@ -182,6 +188,8 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     """
     logging.disable_progress_bar()
     device = find_device(options.device)
+    # the tokenizer's loader reads it too, and would blame the tokenizer
+    load_config(checkpoint_folder(options.model))
     tokenizer = load_tokenizer(options.model)
     model = load_rodimus(
         options.model, dtype=options.dtype, device=device, weight_dtype=options.weight_dtype

@@ -82,6 +82,8 @@ def pack(
     """
     if not 0 <= val_fraction < 1:
         raise InputError(f"--val-fraction must lie in [0, 1), got {val_fraction}")
+    if not 0 <= tokenizer_sample <= 1:
+        raise InputError(f"--tokenizer-sample must lie in [0, 1], got {tokenizer_sample}")
     if shard_tokens < 1:
         raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)

@@ -30,19 +30,22 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
         field: Name of the text field in jsonl, parquet and datasets.
 
     Raises:
-        InputError: the source does not exist, is damaged, is not UTF-8, or lacks the field; names
-            the place.
+        InputError: the source does not exist, may not be read, is damaged, is not UTF-8, or lacks
+            the field; names the place.
         ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
     """
     if not source:
         raise InputError("the source is empty: expected stdlib, hf:NAME, a file or a folder")
-    if source == "stdlib":
-        yield from _stdlib()
-    elif source.startswith("hf:"):
-        yield from _dataset(source.removeprefix("hf:"), field)
-    else:
-        for path in _files(Path(source)):
-            yield from _file(path, field)
+    try:
+        if source == "stdlib":
+            yield from _stdlib()
+        elif source.startswith("hf:"):
+            yield from _dataset(source.removeprefix("hf:"), field)
+        else:
+            for path in _files(Path(source)):
+                yield from _file(path, field)
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or source}: {error.strerror}") from error
 
 
 def _stdlib() -> Iterator[str]:

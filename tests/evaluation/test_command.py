@@ -104,6 +104,7 @@ def test_what_cannot_be_evaluated_is_one_line(folder, refused, tmp_path):
     assert "holds token shards but no val.json" in refused(model, folder / "shards")
     assert "must have a string field 'text', got body" in refused(model, folder / "texts.jsonl")
     assert "none is not there: a source is stdlib" in refused(model, tmp_path / "none")
+    assert f"cannot read {'x' * 300}: File name too long" in refused(model, "x" * 300)
     assert "cannot read token shards" in refused(model, tmp_path / "none.json")
     (tmp_path / "empty.txt").write_text("")
     assert "holds no token to predict" in refused(model, tmp_path / "empty.txt")

@@ -295,6 +295,8 @@ def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
         (corpus, "/dev/null/out"),
         (corpus, tmp_path / "new", "--val-fraction", "1.5"),
         (corpus, tmp_path / "new", "--shard-tokens", "0"),
+        (corpus, tmp_path / "new", "--tokenizer-sample", "-0.5"),
+        ("x" * 300, tmp_path / "new"),
         ("", tmp_path / "new"),
     ]:
         assert main([str(source), str(out), *options]) == 2
