@@ -61,8 +61,11 @@ def export(
     """
     out = Path(out).expanduser().resolve()
     folder = checkpoint_folder(checkpoint)
-    if out.exists():
-        _check_replaceable(out, folder, overwrite)
+    try:
+        if out.exists():
+            _check_replaceable(out, folder, overwrite)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}") from error
     if getattr(load_config(folder), "quantization_config", None) is not None:
         raise InputError(f"{folder} holds quantised weights: export those they were made from")
     model = load_model(folder, step=step)

@@ -132,6 +132,8 @@ def read_config(path: Path) -> PreTrainedConfig:
     Raises:
         InputError: the file is none of these, or one of its values is wrong.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     fields = read_json(path)
     kind = fields.get("model_type", "rodimus")
     known = ("rodimus", *PEERS)
@@ -145,8 +147,9 @@ def read_config(path: Path) -> PreTrainedConfig:
         if convert.is_fla_config(fields):
             fields = convert.config_from_fla(fields)
         return RodimusConfig.from_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        # the last, transformers' own checks of types, takes several lines
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -567,14 +567,16 @@ class TestBadInput:
         path = folder / "config.json"
         assert "is a file" in self.refused(capsys, "generate", path, "--prompt", "x")
 
-    def test_path_that_cannot_be_looked_at(self, tmp_path, capsys, monkeypatch):
+    def test_path_that_cannot_be_looked_at(self, folder, capsys, monkeypatch):
         """As one of a folder without permission, which root has everywhere; it may look like a name
         on the hub."""
-        (tmp_path / "owner").mkdir()
-        monkeypatch.chdir(tmp_path)
+        (folder / "owner").mkdir()
+        monkeypatch.chdir(folder)
         for path in ("x" * 300, "owner/" + "x" * 300):
             line = self.refused(capsys, "generate", path, "--prompt", "x")
             assert line.endswith(f"cannot read {path}: File name too long")
+            line = self.refused(capsys, "export", ".", path)
+            assert "cannot write" in line and line.endswith("File name too long")
 
     def test_weights_without_permission(self, folder, capsys, monkeypatch):
         def forbid(path, *arguments, **options):
@@ -623,6 +625,7 @@ class TestBadInput:
             ({"mixer_cfg": {"mem_sise": 8}}, "did you mean 'mem_size'"),
             ({"mixer_cfg": {"mem_size": 16}}, "must be (32, 64), got (16, 64)"),
             ({"d_model": 64}, "must be (300, 64), got (300, 32)"),
+            ({"model_type": "qwen2", "hidden_size": "x"}, "'hidden_size' expected int, got str"),
             ({"n_layer": 3}, "model.layers.2.mixer_norm.weight is missing"),
             ({"n_layer": 1}, "it gives a model without model.layers.1"),
             ({"tie_word_embeddings": False}, "lm_head.weight is missing"),

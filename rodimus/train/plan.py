@@ -107,10 +107,11 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
 
     Raises:
         InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, rows
-            of this model cannot be cut, or a figure is not positive.
+            of this model cannot be cut, or a figure makes no sense.
     """
-    if gpus < 1 or mfu <= 0:
-        raise InputError(f"--gpus and --mfu must be positive, got {gpus} and {mfu}")
+    if gpus < 1 or not 0 < mfu <= 1:
+        what = "--gpus must be at least 1 and --mfu a share, above 0 and at most 1"
+        raise InputError(f"{what}, got {gpus} and {mfu}")
     config.accumulation(gpus)
     replicas = config.parallel.replicate
     if gpus % replicas:

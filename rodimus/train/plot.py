@@ -19,13 +19,16 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
     is no record, or was cut short, is left out.
 
     Raises:
-        InputError: the run has no records.
+        InputError: the run has no records, or they may not be read.
     """
     path = Path(run) / "metrics.jsonl"
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: expected the folder of a training run")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        what = f"cannot read {path}: {error.strerror}"
+        raise InputError(f"{what}; expected the folder of a training run") from error
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -152,7 +152,7 @@ def test_plan_command_prints_or_fails_in_one_line(capsys):
     assert "131,477,120" in told and "float32 takes more" not in told
     assert plan.main([path, "--train.dtype", "float32"]) == 0
     assert "bfloat16; train.dtype = float32 takes more" in capsys.readouterr().out
-    for wrong in (["--gpus", "7"], ["--gpus", "0"], ["--mfu", "0"], ["--optim.lrr", "1"]):
+    for wrong in (["--gpus", "7"], ["--gpus", "0"], ["--mfu", "50"], ["--optim.lrr", "1"]):
         assert plan.main([path, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -189,6 +189,7 @@ def test_plot_writes_a_png(run, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"rodimus plot: error: cannot write {path}: ")
         assert error.count("\n") == 1
-    assert plot.main([str(run / "none")]) == 2
+    for path in (run / "none", "x" * 300):
+        assert plot.main([str(path)]) == 2
     with pytest.raises(InputError, match="expected the folder of a training run"):
         plot.read_metrics(run / "none")
