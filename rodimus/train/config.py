@@ -305,6 +305,7 @@ class TrainConfig:
             value = getattr(self, section.name)
             if is_dataclass(value):
                 _finite(value, section.name)
+        _require(bool(self.out.strip()), f"out must name a folder, got {self.out!r}")
         rows, rest = divmod(self.train.global_batch_tokens, self.data.seq_len)
         _require(
             rest == 0 and rows > 0,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,9 +60,19 @@ def _stdlib() -> Iterator[str]:
                 continue
 
 
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, which leaves out what it may not read, without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=refuse)
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        found = [Path(folder, name) for folder, _, names in _walk(path) for name in names]
+        found = sorted(p for p in found if p.suffix in _SUFFIXES and p.is_file())
         if not found:
             raise InputError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
         return found

@@ -70,6 +70,7 @@ def test_bad_value_is_one_line(text, message, write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("--out=", "out must name a folder, got ''"),
         ("--optim.lrr 1", "Unrecognized options: --optim.lrr, 1, did you mean --optim.lr?"),
         ("--optim.lr abc", "Error parsing --optim.lr: could not convert string to float: 'abc'"),
         ("--optim.betas 0.9", "Missing value for argument '--optim.betas'. Expected 2 values."),

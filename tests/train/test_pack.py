@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -45,6 +46,23 @@ def test_every_text_lands_once_in_one_part(corpus, tmp_path):
     assert sorted(train + val) == sorted(TEXTS)
     assert 0 < len(val) < 30
     assert sum(m.n_bytes for m in manifests.values()) == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_a_part_of_a_corpus_that_may_not_be_read_is_not_left_out(tmp_path, monkeypatch):
+    """As one without permission, which root has everywhere."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    (tmp_path / "open.txt").write_text("text")
+
+    def scandir(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(closed))
+        return original(path)
+
+    original = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match=f"cannot read {closed}: Permission denied"):
+        list(documents(str(tmp_path)))
 
 
 def test_part_depends_on_the_text_alone(corpus, tmp_path):
