@@ -14,12 +14,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from . import records
+from . import records, timing
 from .bench_attention import flops
 from .harness import READ
 from .machine import RESULTS, ROOT
@@ -513,6 +513,21 @@ def cpu_rounds():
     if counts == [1]:
         return f"one run of {rounds} rounds"
     return f"{' or '.join(map(str, counts))} runs of {rounds} rounds each"
+
+
+@_value
+def cpu_reproduced():
+    """``23 of 24``: median ratios of a case's last run inside the interval of those before it."""
+    inside = []
+    for case in (*CPU_CASES.values(), *INT8_CASES.values()):
+        *earlier, _ = sittings = record(case, CPU)["settings"]["sittings"]
+        before = sum(earlier)
+        for ours, peer in product(OURS, CPU_PEERS) if len(sittings) > 1 else ():
+            mine, theirs = (measured(case, CPU)[x]["samples"]["wall_ms"] for x in (ours, peer))
+            held = timing.ratio(theirs[:before], mine[:before], earlier)
+            last = timing.ratio(theirs[before:], mine[before:])
+            inside.append(held.low <= last.median <= held.high)
+    return f"{sum(inside)} of {len(inside)}"
 
 
 def _prefill_speedup(peer: str) -> str:

@@ -126,6 +126,24 @@ def test_records_of_two_commits_are_both_named(copy):
     assert f"commits `{before[:12]}` and `ffffffffffff`" in docs.VALUES["run_gpu_models"]()
 
 
+def test_ratios_of_the_last_run_are_counted_where_those_before_it_had_them(copy):
+    count = lambda: [int(x) for x in docs.VALUES["cpu_reproduced"]().split(" of ")]
+    inside, of = count()
+    path = copy / "results" / docs.CPU / f"{docs.INT8_CASES['t128']}.json"
+    found = json.loads(path.read_text())
+    last = found["settings"]["sittings"][-1]
+    for row in found["rows"]:
+        if row["target"] == "qwen2-1.5b/llama.cpp":
+            walls = row["samples"]["wall_ms"]
+            walls[-last:] = [10 * wall for wall in walls[-last:]]
+    path.write_text(json.dumps(found))
+    assert count() == [inside - 2, of], "against two models of ours"
+    # a single run has none before it
+    found["settings"]["sittings"] = [sum(found["settings"]["sittings"])]
+    path.write_text(json.dumps(found))
+    assert count()[1] == of - 4
+
+
 def test_a_marker_of_nothing_is_an_error():
     with pytest.raises(RecordError, match="the marker 'speed'"):
         docs.rewrite("<!--speed-->1<!--/-->")
