@@ -119,7 +119,8 @@ setup(
     package_data={"rodimus": ["*.jinja", "py.typed"], "rodimus_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.17,<6",
+        # from 5.24 on generate() hands a model its cache by another name
+        "transformers>=5.17,<5.24",
         "safetensors>=0.5",
         "numpy>=1.26",
         "jinja2>=3.1",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as module_hooks
@@ -55,6 +56,10 @@ from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rodimus import RodimusConfig
+
+if "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__:
+    # from 5.24 on generate() would give every token no cache, and be wrong without a word
+    raise ImportError(f"expected transformers 5.17 to 5.23, got {transformers.__version__}")
 
 try:
     from rodimus_kernels import (
