@@ -498,18 +498,23 @@ def _cpu_run_medians(target: str) -> list[float]:
     return [wall for case, samples in walls.items() for wall in _medians_of_runs(case, samples)]
 
 
+def _runs(case: str) -> list[int]:
+    """Rounds of each run of a case."""
+    return record(case, CPU)["settings"]["sittings"]
+
+
 def _medians_of_runs(case: str, samples: list[float]) -> list[float]:
     """The median of each run of a case, whose samples follow each other."""
     rest = iter(samples)
-    return [median(islice(rest, rounds)) for rounds in record(case, CPU)["settings"]["sittings"]]
+    return [median(islice(rest, rounds)) for rounds in _runs(case)]
 
 
 @_value
 def cpu_rounds():
     """``one run of 15 rounds``, or ``2 or 3 runs of 15 rounds each``."""
-    sittings = [record(case, CPU)["settings"]["sittings"] for case in CPU_CASES.values()]
-    (rounds,) = {rounds for runs in sittings for rounds in runs}
-    counts = sorted({len(runs) for runs in sittings})
+    every = [_runs(case) for case in CPU_CASES.values()]
+    (rounds,) = {rounds for runs in every for rounds in runs}
+    counts = sorted({len(runs) for runs in every})
     if counts == [1]:
         return f"one run of {rounds} rounds"
     return f"{' or '.join(map(str, counts))} runs of {rounds} rounds each"
@@ -520,9 +525,11 @@ def cpu_reproduced():
     """``23 of 24``: median ratios of a case's last run inside the interval of those before it."""
     inside = []
     for case in (*CPU_CASES.values(), *INT8_CASES.values()):
-        *earlier, _ = sittings = record(case, CPU)["settings"]["sittings"]
+        earlier = _runs(case)[:-1]
         before = sum(earlier)
-        for ours, peer in product(OURS, CPU_PEERS) if len(sittings) > 1 else ():
+        if not before:
+            continue
+        for ours, peer in product(OURS, CPU_PEERS):
             mine, theirs = (measured(case, CPU)[x]["samples"]["wall_ms"] for x in (ours, peer))
             held = timing.ratio(theirs[:before], mine[:before], earlier)
             last = timing.ratio(theirs[before:], mine[before:])

@@ -152,7 +152,8 @@ def test_plan_command_prints_or_fails_in_one_line(capsys):
     assert "131,477,120" in told and "float32 takes more" not in told
     assert plan.main([path, "--train.dtype", "float32"]) == 0
     assert "bfloat16; train.dtype = float32 takes more" in capsys.readouterr().out
-    for wrong in (["--gpus", "7"], ["--gpus", "0"], ["--mfu", "50"], ["--optim.lrr", "1"]):
+    refused = [["--gpus", "7"], ["--gpus", "0"], ["--mfu", "0"], ["--mfu", "50"]]
+    for wrong in (*refused, ["--optim.lrr", "1"]):
         assert plan.main([path, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
