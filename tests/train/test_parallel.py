@@ -104,7 +104,10 @@ def heap() -> tuple[int, int]:
 
 
 def allocate_and_free() -> tuple[bool, int]:
-    """Whether a block is of the heap, and by how much that has grown when it is free."""
+    """Whether a block is of the heap, and by how much that has grown when it is free.
+
+    Other threads of the process may make it grow; what is given back makes it shrink.
+    """
     parallel.keep_freed_memory()
     block = torch.empty(30 << 20, dtype=torch.uint8)
     (low, high), place = heap(), block.data_ptr()
@@ -116,7 +119,8 @@ def allocate_and_free() -> tuple[bool, int]:
 def test_freed_memory_is_kept():
     """In a process with nothing behind its heap; a fork of this one may have."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        assert fresh.submit(allocate_and_free).result() == (True, 0)
+        of_the_heap, grown = fresh.submit(allocate_and_free).result()
+    assert of_the_heap and grown >= 0
 
 
 def test_replicas_must_divide_the_ranks(monkeypatch):
