@@ -119,8 +119,9 @@ setup(
     package_data={"rodimus": ["*.jinja", "py.typed"], "rodimus_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        # from 5.24 on generate() hands a model its cache by another name
-        "transformers>=5.17,<5.24",
+        # its minor versions change what generate() and a model say to each other: 5.24 the name of
+        # the cache, without which every token is wrong and no error says so
+        "transformers>=5.17,<5.25",
         "safetensors>=0.5",
         "numpy>=1.26",
         "jinja2>=3.1",

@@ -74,7 +74,7 @@ class RodimusConfig(PreTrainedConfig):
     """
 
     model_type = "rodimus"
-    keys_to_ignore_at_inference = ["past_key_values", "cross_entropy"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",

@@ -11,6 +11,7 @@ Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys,
 import importlib
 import math
 from dataclasses import dataclass
+from functools import wraps
 from itertools import chain, starmap, zip_longest
 from operator import is_
 from typing import NamedTuple
@@ -56,10 +57,6 @@ from transformers.utils.import_utils import is_cuda_stream_capturing, is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_rodimus import RodimusConfig
-
-if "past_key_values" not in CausalLMOutputWithPast.__dataclass_fields__:
-    # from 5.24 on generate() would give every token no cache, and be wrong without a word
-    raise ImportError(f"expected transformers 5.17 to 5.23, got {transformers.__version__}")
 
 try:
     from rodimus_kernels import (
@@ -127,6 +124,11 @@ if blocks_step is None:
 
 # A window kept as a ring has a multiple of this many places: whole tiles for the attention kernels.
 RING_TILE = 64
+
+# transformers' name of a cache, among arguments and in outputs.
+CACHE_NAME = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
 
 # A pre-activation of the selection gate at which a token neither writes to the state nor decays it.
 _CLOSED = -1e30
@@ -562,6 +564,20 @@ def _recurrent_state(layer):
     return layer.recurrent_states[0]
 
 
+def only_cache(cache, past_key_values):
+    """The one that is given of both names of a cache, or None.
+
+    Raises:
+        ValueError: both are given, and they are not the same.
+    """
+    if None not in (cache, past_key_values) and cache is not past_key_values:
+        raise ValueError(
+            "expected one cache, got cache and past_key_values, which are two names of the same"
+            f" argument; generate() of transformers {transformers.__version__} takes {CACHE_NAME}"
+        )
+    return past_key_values if cache is None else cache
+
+
 def adopt_cache(cache: Cache | None) -> Cache | None:
     """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept.
 
@@ -588,7 +604,8 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
         for name, value in vars(layer).items():
             setattr(ours, name, value)
         cache.layers[i] = ours
-    if getattr(cache, "offloading", False) and all(cache.is_linear):
+    may_leave = getattr(cache, "offloading", False)
+    if may_leave and not any(type(layer) is RodimusFullLayer for layer in cache.layers):
         logger.warning_once("The cache does not grow with the tokens: it stays on the device.")
         cache.offloading = False
     return cache
@@ -1001,16 +1018,16 @@ class RodimusInnerMixer(nn.Module):
         )
         self.mem_gate_proj = RodimusGateLinear(width, 2 * keys)
 
-    def forward(self, x, layout, past_key_values=None):
+    def forward(self, x, layout, cache=None):
         """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike, and
         the weight ``[d_inner]`` of the latter: where it is offloaded, it is here for now only."""
         tokens, documents = layout.tokens, layout.documents
         if tokens is not None:
             x = x * tokens[..., None]
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if cache is None else cache.layers[self.layer_idx]
         # The state is read first: updating the taps marks the layer as started.
         state = _recurrent_state(layer)
-        shifted = self._convolve(x, layout, past_key_values)
+        shifted = self._convolve(x, layout, cache)
 
         q, k, select, temper = self._project(shifted)
         v = self._gate_input(x)
@@ -1021,7 +1038,7 @@ class RodimusInnerMixer(nn.Module):
         starts = None if documents is None else _document_starts(documents)
 
         one_head = (y.unsqueeze(2) for y in (q, k, v, select, temper))
-        o = self._recur(*one_head, starts, layout.context, state, layer, past_key_values)
+        o = self._recur(*one_head, starts, layout.context, state, layer, cache)
         return o.squeeze(2), shifted, self.residual_weight
 
     def _project(self, x):
@@ -1052,21 +1069,19 @@ class RodimusInnerMixer(nn.Module):
             return input_gate(x, gate[0](x), gate[1].weight, gate[1].bias)
         return gate(x) * x
 
-    def _convolve(self, x, layout, past_key_values):
+    def _convolve(self, x, layout, cache):
         conv = self.short_conv["conv1d"]
         if layout.context is not None:
             return layout.context.convolve(conv, x)
-        if past_key_values is None:
+        if cache is None:
             return conv(x, documents=layout.documents)
         layer, length, width = (
-            past_key_values.layers[self.layer_idx],
+            cache.layers[self.layer_idx],
             x.shape[1],
             conv.kernel_size[0],
         )
         started = layer.has_previous_state[0]
-        taps = past_key_values.update_conv_state(
-            x.transpose(1, 2), self.layer_idx, conv_kernel_size=width
-        )
+        taps = cache.update_conv_state(x.transpose(1, 2), self.layer_idx, conv_kernel_size=width)
         if not started:
             return conv(x)
         if layout.pads is not None:
@@ -1076,7 +1091,7 @@ class RodimusInnerMixer(nn.Module):
         past, new = taps[..., :-length], taps[..., -length:]
         return conv(new.transpose(1, 2), past=F.pad(past, (width, 0))[..., -width:])
 
-    def _recur(self, q, k, v, select, temper, starts, context, state, layer, past_key_values):
+    def _recur(self, q, k, v, select, temper, starts, context, state, layer, cache):
         """The recurrence from raw projections ``[B, T, 1, K]``; where the keys and decays are
         wanted by themselves, after their gates."""
         eps, record = self.normalize_epsilon, layer is not None and layer.record_past
@@ -1085,7 +1100,7 @@ class RodimusInnerMixer(nn.Module):
             options = {"initial_state": state, "output_final_state": layer is not None}
             o, state = gated_ddts(q, k, v, select, temper, eps=eps, starts=starts, **options)
             if layer is not None:
-                past_key_values.update_recurrent_state(state, self.layer_idx)
+                cache.update_recurrent_state(state, self.layer_idx)
             return o
         k, log_decay = ddts_gates(k, select, temper, eps=eps)
         if starts is not None:
@@ -1093,11 +1108,11 @@ class RodimusInnerMixer(nn.Module):
         if context is not None:
             return context.recur(q, k, v, log_decay)
         if record:
-            return self._recur_recorded(q, k, v, log_decay, state, layer, past_key_values)
+            return self._recur_recorded(q, k, v, log_decay, state, layer, cache)
         one_token = (x.squeeze(1) for x in (q, k, v, log_decay))
         return ddts_step(*one_token, state).unsqueeze(1)
 
-    def _recur_recorded(self, q, k, v, log_decay, state, layer, past_key_values):
+    def _recur_recorded(self, q, k, v, log_decay, state, layer, cache):
         """The recurrence in two parts, so that the newest tokens can be taken back."""
         split = max(q.shape[1] - layer.max_rollback, 0)
         outputs = []
@@ -1113,7 +1128,7 @@ class RodimusInnerMixer(nn.Module):
             state = v.new_zeros(v.shape[0], 1, k.shape[-1], v.shape[-1], dtype=dtype)
         layer.record(state, k, v, log_decay)
         o, state = ddts(q, k, v, log_decay, initial_state=state, output_final_state=True)
-        past_key_values.update_recurrent_state(state, self.layer_idx)
+        cache.update_recurrent_state(state, self.layer_idx)
         return torch.cat((*outputs, o), dim=1)
 
 
@@ -1128,9 +1143,9 @@ class RodimusMixer(nn.Module):
         self.act_norm = RodimusGatedRMSNorm(config.d_inner, config.norm_epsilon)
         self.out_proj = _out_linear(config.d_inner, config.d_model)
 
-    def forward(self, hidden_states, layout, past_key_values=None):
+    def forward(self, hidden_states, layout, cache=None):
         x, gate = _project_to_halves(hidden_states, self.fc)
-        o, shifted, residual_weight = self.inner_mixer(x, layout, past_key_values)
+        o, shifted, residual_weight = self.inner_mixer(x, layout, cache)
         y = self.act_norm(o, gate, shifted, residual_weight)
         y = F.dropout(y, self.activation_dropout, self.training)
         return F.dropout(self.out_proj(y), self.dropout, self.training)
@@ -1183,13 +1198,13 @@ class RodimusAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_value_heads * self.head_dim, bias=False)
         self.out_proj = _out_linear(width, width)
 
-    def forward(self, hidden_states, rotary, layout, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, rotary, layout, cache=None, **kwargs):
         batch, length, _ = hidden_states.shape
         projected = _project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if rotary is not None:
             q, k = rope(q, *rotary), rope(k, *rotary)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        layer = None if cache is None else cache.layers[self.layer_idx]
         if hasattr(layer, "attend") and length == 1 and layout.attention is None:
             # rings attend by themselves: their rows have different ages
             o, weights = layer.attend(q, k, v, scale=self.scaling), None
@@ -1198,15 +1213,15 @@ class RodimusAttention(nn.Module):
             o = layout.context.attend(q, k, v, window_size=window, scale=self.scaling)
             weights = None
         else:
-            o, weights = self._attend(q, k, v, layout, past_key_values, **kwargs)
+            o, weights = self._attend(q, k, v, layout, cache, **kwargs)
             if weights is not None and layout.order is not None and weights.shape[-1] == length:
                 weights = _as_given(weights, layout.order)
         o = self.out_proj(o.reshape(batch, length, -1))
         return F.dropout(o, self.dropout, self.training), weights
 
-    def _attend(self, q, k, v, layout, past_key_values, **kwargs):
-        if past_key_values is not None:
-            k, v = self._cache(k, v, layout, past_key_values)
+    def _attend(self, q, k, v, layout, cache, **kwargs):
+        if cache is not None:
+            k, v = self._cache(k, v, layout, cache)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -1222,17 +1237,17 @@ class RodimusAttention(nn.Module):
             **kwargs,
         )
 
-    def _cache(self, k, v, layout, past_key_values):
+    def _cache(self, k, v, layout, cache):
         length, pads = k.shape[1], layout.pads
         new = (x.flatten(2)[:, None] for x in (k, v))
-        keys, values = past_key_values.update(*new, self.layer_idx, tokens=layout.tokens)
-        if self.sliding_window is not None and past_key_values.layers[self.layer_idx].record_past:
+        keys, values = cache.update(*new, self.layer_idx, tokens=layout.tokens)
+        if self.sliding_window is not None and cache.layers[self.layer_idx].record_past:
             # transformers 5.17 returns all that is recorded, more than its own mask counts
             visible = self.sliding_window - 1 + length
             keys, values = keys[:, :, -visible:], values[:, :, -visible:]
         if pads is not None:
             keys, values = (_close_gap(x[:, 0], pads, length)[:, None] for x in (keys, values))
-            layer = past_key_values.layers[self.layer_idx]
+            layer = cache.layers[self.layer_idx]
             held = layer.keys.shape[2]
             layer.keys, layer.values = keys[:, :, -held:], values[:, :, -held:]
         return (x[:, 0].unflatten(-1, (-1, self.head_dim)) for x in (keys, values))
@@ -1277,25 +1292,25 @@ class RodimusBlock(GradientCheckpointingLayer):
             self.ffn_norm = RodimusAddRMSNorm(config.d_model, config.norm_epsilon)
             self.ffn = RodimusMLP(config)
 
-    def forward(self, stream, rotary, layout, past_key_values=None, **kwargs):
+    def forward(self, stream, rotary, layout, cache=None, **kwargs):
         order = layout.order
         if order is not None:
             order = order[..., None].expand_as(stream)
             stream = stream.gather(1, order)
         # not the instance's: what wraps that one too has wrapped this call already
         stream, branch = RodimusBlock.forward_unsummed(
-            self, stream, None, rotary, layout, past_key_values, **kwargs
+            self, stream, None, rotary, layout, cache, **kwargs
         )
         stream = stream + branch
         return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
 
-    def forward_unsummed(self, stream, branch, rotary, layout, past_key_values=None, **kwargs):
+    def forward_unsummed(self, stream, branch, rotary, layout, cache=None, **kwargs):
         """The stream and the branch still to be added to it, from what the block before left."""
         normed, stream = _add_then_norm(self.mixer_norm, stream, branch)
-        branch = self.mixer(normed, layout, past_key_values)
+        branch = self.mixer(normed, layout, cache)
         if self.is_plus:
             normed, stream = self.attn_norm(branch, stream)
-            attended, _ = self.attn(normed, rotary, layout, past_key_values, **kwargs)
+            attended, _ = self.attn(normed, rotary, layout, cache, **kwargs)
             branch = self.ffn(self.ffn_norm(attended, stream)[0])
         return stream, branch
 
@@ -1362,7 +1377,7 @@ class RodimusPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RodimusBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -1475,7 +1490,7 @@ class RodimusModel(RodimusPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | Layout | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
@@ -1491,7 +1506,8 @@ class RodimusModel(RodimusPreTrainedModel):
                 step of one token takes that token as real in every row.
             position_ids: ``[B, T]`` rotary positions. Without mask and cache, a position that
                 does not follow its predecessor starts a packed document: nothing crosses into it.
-            past_key_values: transformers cache; continued by any number of tokens.
+            cache: transformers cache; continued by any number of tokens. ``past_key_values``, its
+                name before transformers 5.24, does the same in every version.
             inputs_embeds: ``[B, T, D]`` in place of input_ids.
             use_cache: Return a cache to continue from.
             cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
@@ -1505,6 +1521,7 @@ class RodimusModel(RodimusPreTrainedModel):
         Raises:
             ValueError: an argument's shape is wrong, or arguments exclude each other.
         """
+        cache = only_cache(cache, kwargs.pop("past_key_values", None))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -1513,46 +1530,45 @@ class RodimusModel(RodimusPreTrainedModel):
         if isinstance(attention_mask, dict):
             attention_mask = Layout(**attention_mask)
         if context is not None:
-            others = (attention_mask, position_ids, past_key_values, cu_seqlens)
+            others = (attention_mask, position_ids, cache, cu_seqlens)
             _check_context_alone(others, self.config)
             position_ids, use_cache, attention_mask = context.position_ids, False, NO_PADDING
-        past_key_values = adopt_cache(past_key_values)
-        _check_inputs(embeds, attention_mask, position_ids, past_key_values, self.config)
+        if cache is not None and self._checkpoints() and torch.is_grad_enabled():
+            raise ValueError(
+                "expected no cache with gradient checkpointing: the backward pass would run the"
+                " blocks, and move the cache on, a second time"
+            )
+        cache = adopt_cache(cache)
+        _check_inputs(embeds, attention_mask, position_ids, cache, self.config)
         cu_seqlens = kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens
         if kwargs.get("seq_idx") is not None and position_ids is None and cu_seqlens is None:
             raise ValueError("packed rows (seq_idx) need position_ids or cu_seqlens, too")
         documents = self._packed_documents(
-            embeds, attention_mask, position_ids, past_key_values, cu_seqlens, is_packed
+            embeds, attention_mask, position_ids, cache, cu_seqlens, is_packed
         )
         use_cache = use_cache and documents is None
-        if use_cache and past_key_values is None:
-            past_key_values = adopt_cache(DynamicCache(config=self.config))
-        position_ids = self._positions(
-            embeds, attention_mask, position_ids, past_key_values, documents
-        )
+        if use_cache and cache is None:
+            cache = adopt_cache(DynamicCache(config=self.config))
+        position_ids = self._positions(embeds, attention_mask, position_ids, cache, documents)
 
         captured = self._is_captured(kwargs)
         stream = branch = tokens = None
         if not captured:
-            stream = self._step(embeds, attention_mask, position_ids, past_key_values)
+            stream = self._step(embeds, attention_mask, position_ids, cache)
         if stream is None:
-            layout = self._layout(
-                embeds, attention_mask, position_ids, past_key_values, documents, context
-            )
+            layout = self._layout(embeds, attention_mask, position_ids, cache, documents, context)
             tokens = layout.tokens
             stream, branch = self._run_blocks(
-                embeds, position_ids, layout, captured, past_key_values=past_key_values, **kwargs
+                embeds, position_ids, layout, captured, cache=cache, **kwargs
             )
-        _count_read(past_key_values, embeds.shape[1], tokens)
+        _count_read(cache, embeds.shape[1], tokens)
         hidden_states, _ = _add_then_norm(self.norm_f, stream, branch)
-        self._report_broken_state(hidden_states, past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-        )
+        self._report_broken_state(hidden_states, cache)
+        returned = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **returned)
 
     def step(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor | None:
         """What ``forward`` gives for one token of each row, ``[B, 1, D]``, by fused blocks and
         without what transformers wraps around a forward: for a small model that is nearly a quarter
@@ -1560,15 +1576,15 @@ class RodimusModel(RodimusPreTrainedModel):
 
         Args:
             input_ids, position_ids: ``[B, 1]``; no row is padding.
-            past_key_values: A cache that has read something, advanced by the token.
+            cache: A cache that has read something, advanced by the token.
         """
         embeds = self.embeddings(input_ids)
-        stream = self._step(embeds, None, position_ids, past_key_values)
+        stream = self._step(embeds, None, position_ids, cache)
         if stream is None:
             return None
-        _count_read(past_key_values, 1)
+        _count_read(cache, 1)
         hidden_states = self.norm_f(stream)
-        self._report_broken_state(hidden_states, past_key_values)
+        self._report_broken_state(hidden_states, cache)
         return hidden_states
 
     def _is_captured(self, kwargs) -> bool:
@@ -1577,16 +1593,16 @@ class RodimusModel(RodimusPreTrainedModel):
         asked = (f"output_{name}" for name in self._can_record_outputs)
         return any(kwargs.get(name, getattr(self.config, name, False)) for name in asked)
 
-    def _step(self, embeds, attention_mask, position_ids, past_key_values):
+    def _step(self, embeds, attention_mask, position_ids, cache):
         """The stream after one token a row through fused blocks, ``[B, 1, D]``; None where the
         modules have to run: more tokens, a gradient, padding that a query would see, a cache that
         has read nothing, anything attached to a block, no native operators."""
-        if not _is_step(embeds) or self.training or past_key_values is None:
+        if not _is_step(embeds) or self.training or cache is None:
             return None
-        layers = past_key_values.layers
+        layers = cache.layers
         if not all(getattr(layer, "can_step", False) for layer in layers):
             return None
-        if not self._sees_whole_window(attention_mask, past_key_values):
+        if not self._sees_whole_window(attention_mask, cache):
             return None
         found = self._step_arguments()
         if found is None:
@@ -1641,14 +1657,10 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         return weights, {name: next(iter(values), None) for name, values in numbers.items()}
 
-    def _layout(
-        self, embeds, attention_mask, position_ids, past_key_values, documents, context
-    ) -> Layout:
+    def _layout(self, embeds, attention_mask, position_ids, cache, documents, context) -> Layout:
         layout = attention_mask
         if not isinstance(layout, Layout):
-            layout = _layout_of(
-                self.config, embeds, attention_mask, past_key_values, position_ids, documents
-            )
+            layout = _layout_of(self.config, embeds, attention_mask, cache, position_ids, documents)
         return layout._replace(documents=documents, context=context)
 
     def _run_blocks(self, embeds, position_ids, layout, captured, **kwargs):
@@ -1671,9 +1683,11 @@ class RodimusModel(RodimusPreTrainedModel):
         at the stream between blocks. On a CPU it is a small part of the time."""
         return stream.is_cuda and layout.order is None and self._blocks_are_plain(stream)
 
+    def _checkpoints(self) -> bool:
+        return self.training and any(x.gradient_checkpointing for x in self.layers)
+
     def _blocks_are_plain(self, stream) -> bool:
-        checkpoints = self.training and any(x.gradient_checkpointing for x in self.layers)
-        if checkpoints or _is_compiled(stream) or _has_global_hooks():
+        if self._checkpoints() or _is_compiled(stream) or _has_global_hooks():
             return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
@@ -1683,7 +1697,7 @@ class RodimusModel(RodimusPreTrainedModel):
         sharded = bool(self.layers) and _is_sharded(self.layers[0])
         return all(map(_is_sharded, self.layers)) if sharded else self._inspect() is not None
 
-    def _sees_whole_window(self, attention_mask, past_key_values) -> bool:
+    def _sees_whole_window(self, attention_mask, cache) -> bool:
         """Whether the new token of every row is one, and attention may take every key in the
         window, whatever the mask says."""
         if attention_mask is None:
@@ -1691,7 +1705,7 @@ class RodimusModel(RodimusPreTrainedModel):
         if isinstance(attention_mask, Layout):
             return attention_mask.attention is None and attention_mask.tokens is None
         has_keys = self.config.block_type == "rodimus_plus"
-        in_keys = has_keys and not _has_rings(past_key_values)
+        in_keys = has_keys and not _has_rings(cache)
         if is_tracing(attention_mask):
             # a recording cannot look at a mask; one token is taken as real, as when compiled
             return not in_keys
@@ -1700,37 +1714,42 @@ class RodimusModel(RodimusPreTrainedModel):
 
     @staticmethod
     def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+        config,
+        inputs_embeds,
+        attention_mask,
+        cache=None,
+        position_ids=None,
+        past_key_values=None,
+        **kwargs,
     ) -> dict:
         """The fields of a layout, named and called as transformers does: generation with a
         compileable cache asks for the masks outside the compiled step, makes each value of a dict
         contiguous, and passes them as ``attention_mask``."""
-        given = (inputs_embeds, attention_mask, past_key_values, position_ids)
-        return _layout_of(config, *given)._asdict()
+        cache = only_cache(cache, past_key_values)
+        layout = _layout_of(config, inputs_embeds, attention_mask, cache, position_ids)
+        return layout._asdict()
 
-    def _packed_documents(
-        self, embeds, attention_mask, position_ids, past_key_values, cu_seqlens, is_packed
-    ):
+    def _packed_documents(self, embeds, attention_mask, position_ids, cache, cu_seqlens, is_packed):
         if is_packed and position_ids is None and cu_seqlens is None:
             raise ValueError("packed rows (is_packed) need position_ids, which say where")
         if cu_seqlens is not None:
             if not is_tracing(cu_seqlens):
                 check_cu_seqlens(cu_seqlens, *embeds.shape[:2])
         if cu_seqlens is not None or is_packed:
-            if past_key_values is not None or attention_mask is not None:
+            if cache is not None or attention_mask is not None:
                 given = "is_packed" if cu_seqlens is None else "cu_seqlens"
                 raise ValueError(f"packed rows ({given}) take neither a cache nor a mask")
-        elif attention_mask is not None or past_key_values is not None:
+        elif attention_mask is not None or cache is not None:
             return None
         documents = _documents(position_ids, cu_seqlens, embeds.shape[1], is_packed)
         return None if documents is None else documents.expand(embeds.shape[0], -1)
 
-    def _positions(self, embeds, attention_mask, position_ids, past_key_values, documents):
+    def _positions(self, embeds, attention_mask, position_ids, cache, documents):
         if position_ids is not None:
             return position_ids
         if documents is not None:
             return _position_in_document(documents)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         places = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
         if isinstance(attention_mask, torch.Tensor):
             # Count tokens, not places: in the user's order, padding included.
@@ -1754,12 +1773,12 @@ class RodimusModel(RodimusPreTrainedModel):
             position_ids = position_ids.expand(order.shape[0], -1).gather(1, order)
         return rope_tables(position_ids, self.rotary_dim, base=self.rotary_base, dtype=embeds.dtype)
 
-    def _report_broken_state(self, hidden_states, past_key_values):
+    def _report_broken_state(self, hidden_states, cache):
         """Name the layer whose state is not finite, instead of generating from it in silence.
 
         Looked for where it costs nothing: on the CPU, or when several tokens are added at once.
         """
-        if past_key_values is None or getattr(past_key_values, "isolates_rows", False):
+        if cache is None or getattr(cache, "isolates_rows", False):
             return
         # in training it is the loss scaler's affair, and on a GPU a look would wait
         if self.training or is_tracing(hidden_states):
@@ -1768,7 +1787,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return
         if hidden_states[:, -1].isfinite().all():
             return
-        for i, layer in enumerate(past_key_values.layers):
+        for i, layer in enumerate(cache.layers):
             state = getattr(layer, "recurrent_states", {}).get(0)
             if state is not None and not state.isfinite().all():
                 raise FloatingPointError(
@@ -1778,20 +1797,20 @@ class RodimusModel(RodimusPreTrainedModel):
 
 
 def _layout_of(
-    config, inputs_embeds, attention_mask, past_key_values, position_ids=None, documents=None
+    config, inputs_embeds, attention_mask, cache, position_ids=None, documents=None
 ) -> Layout:
     """The layout of the padding, and the attention mask in it, for all blocks."""
     layout = NO_PADDING
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
         length = inputs_embeds.shape[1]
-        is_static = isinstance(past_key_values, StaticCache)
+        is_static = isinstance(cache, StaticCache)
         layout = _padding_layout(attention_mask, length, is_static)
         attention_mask = _left_padded(attention_mask)
     # eager attention is asked for where somebody looks at its weights
     looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
     one_token = inputs_embeds.shape[1] == 1
-    by_ring = one_token and _has_rings(past_key_values) and not looked_at
+    by_ring = one_token and _has_rings(cache) and not looked_at
     if config.block_type != "rodimus_plus" or by_ring:
         return layout
     if documents is not None:
@@ -1802,7 +1821,7 @@ def _layout_of(
         config=config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        **{CACHE_NAME: cache},
     )
     return layout._replace(attention=mask)
 
@@ -1817,7 +1836,7 @@ def _count_read(cache, length, tokens=None):
 def _check_context_alone(others, config):
     if any(x is not None for x in others) or config.attention_dropout:
         raise ValueError(
-            "context excludes attention_mask, position_ids, past_key_values, cu_seqlens and"
+            "context excludes attention_mask, position_ids, cache, cu_seqlens and"
             " dropout of attention weights"
         )
 
@@ -1828,7 +1847,7 @@ def _wrong_shape(input_ids, inputs_embeds):
     return ValueError(f"inputs_embeds must have shape [B, T, D], got {list(inputs_embeds.shape)}")
 
 
-def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config):
+def _check_inputs(embeds, attention_mask, position_ids, cache, config):
     batch, length = embeds.shape[:2]
     if length == 0:
         raise ValueError("expected at least one token, got a sequence of length 0")
@@ -1840,15 +1859,15 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config)
         )
     if is_tracing(embeds):
         return
-    if past_key_values is not None:
-        _check_cache(past_key_values, batch, length, config)
+    if cache is not None:
+        _check_cache(cache, batch, length, config)
     if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
         )
     if attention_mask is None or isinstance(attention_mask, Layout):
         return
-    past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    past = 0 if cache is None else int(cache.get_seq_length())
     if tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
@@ -1859,7 +1878,7 @@ def _check_inputs(embeds, attention_mask, position_ids, past_key_values, config)
 def _check_cache(cache, batch, length, config):
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values must be a cache, got {type(cache).__name__};"
+            f"cache must be one of transformers, got {type(cache).__name__};"
             " make one with DynamicCache(config=model.config)"
         )
     layers, n_layer = cache.layers, config.n_layer
@@ -1906,7 +1925,15 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        adopt_cache(model_kwargs.get("past_key_values"))
+        adopt_cache(model_kwargs.get(CACHE_NAME))
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            # PEFT 0.21 asks by the name of before whether the virtual tokens were read
+            inputs["past_key_values"] = inputs["cache"]
+        return inputs
 
     @can_return_tuple
     def forward(
@@ -1914,7 +1941,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | Layout | dict | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -1939,7 +1966,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -1964,20 +1991,20 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         return RodimusCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_entropy=cross_entropy,
         )
 
     def step(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, past_key_values: Cache
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor | None:
         """Logits ``[B, 1, V]`` after one token of each row, or None: see
         :meth:`RodimusModel.step`."""
         if not (_is_bare(self) and _is_bare(self.model)):
             return None
-        hidden_states = self.model.step(input_ids, position_ids, past_key_values)
+        hidden_states = self.model.step(input_ids, position_ids, cache)
         return None if hidden_states is None else self._logits(hidden_states, is_step=True)
 
     def _logits(self, hidden_states, is_step=None):

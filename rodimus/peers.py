@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rodimus_kernels import ddts, linear_cross_entropy
 from rodimus_kernels.reference import RESET
 
-from .modeling_rodimus import RodimusCausalLMOutput, RodimusRMSNorm
+from .modeling_rodimus import CACHE_NAME, RodimusCausalLMOutput, RodimusRMSNorm, only_cache
 
 
 class ChunkedLoss:
@@ -186,25 +186,27 @@ class GLAModel(GLAPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
-        past_key_values: dict[int, torch.Tensor] | None = None,
+        cache: dict[int, torch.Tensor] | None = None,
         use_cache: bool = False,
+        past_key_values: dict[int, torch.Tensor] | None = None,
     ) -> modeling_outputs.BaseModelOutputWithPast:
         """Hidden states ``[B, T, D]`` of tokens ``[B, T]``.
 
         Args:
             input_ids: ``[B, T]``.
             position_ids: ``[B, T]``; a position of 0 starts a packed document.
-            past_key_values: State of each layer, as returned; written in place.
+            cache, past_key_values: State of each layer, as returned; written in place. Two names
+                of one argument, as in transformers.
             use_cache: Return the states.
         """
         stream = self.embeddings(input_ids)
         stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
         starts = None if position_ids is None else position_ids == 0
-        states = (past_key_values or {}) if use_cache else None
+        states = (only_cache(cache, past_key_values) or {}) if use_cache else None
         for block in self.layers:
             stream = block(stream, starts, states)
         return modeling_outputs.BaseModelOutputWithPast(
-            last_hidden_state=self.norm(stream), past_key_values=states
+            last_hidden_state=self.norm(stream), **{CACHE_NAME: states}
         )
 
 

@@ -14,6 +14,9 @@ from .guard import Unavailable, is_installed
 from .interface import OURS, Entry, Session, bytes_of, entry, random_tokens, randomize
 from .llama import LLAMA_CPP, WithLlamaCpp
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What models call their cache: since transformers 5.24; before it; Mamba's before it."""
+
 WARM_UP_STEPS = 3
 """Steps before one is recorded: kernels are compiled and chosen in them."""
 
@@ -69,7 +72,7 @@ class HuggingFaceSession(Session):
     def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
         self.owner, self.engine, self.batch, self.room = owner, engine, batch, room
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=owner.device)
-        self.cache_name = "cache_params" if owner.family == "mamba2" else "past_key_values"
+        self.cache_name = _cache_name(owner.family, engine)
         self.cache: Any = None
 
     def _new_cache(self) -> Any:
@@ -92,7 +95,8 @@ class HuggingFaceSession(Session):
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         cache = {self.cache_name: self.cache}
         output = self.owner.model(ids, use_cache=True, logits_to_keep=1, **cache)
-        self.cache = output[self.cache_name]
+        # a model with a cache of its own has made it
+        self.cache = next(output[name] for name in CACHE_NAMES if name in output)
         return output.logits[:, -1]
 
     def fill(self, context: int) -> None:
@@ -116,6 +120,16 @@ class HuggingFaceSession(Session):
         if recurrent + cached == 0:
             raise Unavailable(f"the cache of {self.owner.name} does not show its tensors")
         return StateBytes(recurrent, cached)
+
+
+def _cache_name(family: str, engine: str) -> str:
+    from rodimus.modeling_rodimus import CACHE_NAME
+
+    since, before, of_mamba = CACHE_NAMES
+    if engine == "own":
+        # flash-linear-attention's
+        return before
+    return of_mamba if family == "mamba2" and CACHE_NAME != since else CACHE_NAME
 
 
 def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..modeling_rodimus import CACHE_NAME
 from .documents import Document
 
 # buckets of positions and lengths: below 128, then each twice as long as the one before
@@ -150,10 +151,10 @@ def _in_pieces(model: PreTrainedModel, ids: np.ndarray, size: int) -> Iterable:
         labels = ids[start + 1 : start + 1 + size]
         out = model.base_model(
             input_ids=_tensor(ids[start : start + len(labels)], model),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
         )
-        cache = out.past_key_values
+        cache = out[CACHE_NAME]
         yield start + 1, _nats(model, out.last_hidden_state[0], labels)
 
 

@@ -74,7 +74,7 @@ class Decoder:
                 token[0],
                 position_ids=token[1],
                 attention_mask=NO_PADDING,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -463,7 +463,7 @@ class Engine:
         """Logits ``[1, V]`` after more tokens of one prompt."""
         output = self.model(
             input_ids=tokens[None].to(self.device),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -268,6 +268,25 @@ def test_documents_by_their_numbers_alone(model):
         model(random_ids(1, 6), seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1]]))
 
 
+def test_two_caches_are_refused(model):
+    """generate() of a transformers that calls it otherwise makes one beside the user's."""
+    one, other = (model(random_ids(2, 7), use_cache=True).past_key_values for _ in range(2))
+    with pytest.raises(ValueError, match="expected one cache, got cache and past_key_values"):
+        model(random_ids(2, 1), cache=one, past_key_values=other)
+
+
+def test_a_cache_is_refused_where_blocks_run_twice(model):
+    """Only where there is a backward pass: TRL generates from models in training mode."""
+    ids, options = random_ids(2, 7), {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **options)
+    model.train()
+    model.gradient_checkpointing_enable()
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="expected no cache with gradient checkpointing"):
+        model(ids, cache=cache)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
 def test_packing_with_a_cache(model):
     cache = model(random_ids(1, 7), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cu_seqlens.*cache|cache.*cu_seqlens"):

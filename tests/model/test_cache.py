@@ -36,6 +36,41 @@ def prefill(model, ids, cache=None):
         return model(ids, past_key_values=cache, use_cache=True).past_key_values
 
 
+# --------------------------------------------------------------------------------- two names
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_has_two_names_in_every_version(model, name):
+    """transformers 5.24 renamed it; an exported folder is loaded by whatever is installed."""
+    ids = random_ids(2, 12)
+    cache = prefill(model, ids[:, :7])
+    with torch.no_grad():
+        out = model(ids[:, 7:], use_cache=True, **{name: cache})
+        assert relative_error(out.logits, full(model, ids)[:, 7:]) < BOUND
+        assert out[modeling_rodimus.CACHE_NAME] is cache
+        base = model.model(ids[:, :7], **{name: DynamicCache(config=model.config)})
+    assert base[modeling_rodimus.CACHE_NAME].get_seq_length() == 7
+
+
+def test_generate_gives_every_token_the_cache(model, monkeypatch):
+    """By whichever name; without one the first token alone would be right."""
+    ids, read = random_ids(2, 12), []
+    embed = type(model.model)._embed
+    monkeypatch.setattr(
+        type(model.model), "_embed", lambda self, x: read.append(x.shape[1]) or embed(self, x)
+    )
+    found = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert read == [12, *[1] * 7]
+    assert torch.equal(found[:, 12:], full(model, found)[:, 11:-1].argmax(-1))
+
+
+def test_generate_goes_on_with_a_cache(model):
+    ids = random_ids(2, 12)
+    cache = {modeling_rodimus.CACHE_NAME: prefill(model, ids[:, :9])}
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options, **cache), model.generate(ids, **options))
+
+
 # ----------------------------------------------------------------------------- keys of a window
 
 
