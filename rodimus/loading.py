@@ -168,8 +168,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            files = [folder / shard for shard in shards]
+            files = _files_of_index(index)
         elif (folder / name).is_file():
             files = [folder / name]
         else:
@@ -178,6 +177,17 @@ def weight_files(folder: Path) -> list[Path]:
             _check_complete(file)
         return files
     raise InputError(f"{folder} holds no weights: expected {' or '.join(WEIGHT_FILES)}")
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(
+            f"{index}: expected weight_map, the file of each weight, got {files!r:.99}"
+        )
+    if not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{index}: expected names of files in weight_map, got {files!r:.99}")
+    return [index.parent / file for file in sorted(set(files.values()))]
 
 
 def _check_complete(file: Path) -> None:

@@ -669,6 +669,13 @@ class TestBadInput:
         line = self.refused(capsys, "export", folder, folder / "out")
         assert "model-00001-of-00002.safetensors is missing" in line
 
+    @pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"a": 3}, {"a": {}}], ids=str)
+    def test_damaged_index_of_weights(self, folder, capsys, weight_map):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert f"{index}: expected" in line and "weight_map" in line
+
     def test_missing_tokenizer(self, folder, capsys):
         (folder / "tokenizer.json").unlink()
         line = self.refused(capsys, "generate", folder, "--prompt", "x")

@@ -34,7 +34,7 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            known = {key: value for key, value in row.items() if value is not None}
+            known = {key: value for key, value in row.items() if isinstance(value, int | float)}
             steps.setdefault(row["step"], {}).update(known)
     if not steps:
         raise InputError(f"{path} holds no records")

@@ -170,7 +170,7 @@ def run(tmp_path):
 def test_lines_that_are_no_records_are_left_out_of_a_plot(run):
     before = plot.read_metrics(run)
     with open(run / "metrics.jsonl", "ab") as file:
-        file.write(b'\n3\n[]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n')
+        file.write(b'\n3\n[]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 7, "loss": {}}\n')
     assert plot.read_metrics(run) == before
 
 
