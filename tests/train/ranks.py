@@ -15,7 +15,7 @@ import torch
 from rodimus.train.__main__ import main
 
 
-def run_ranks(world_size, work, *args, timeout=60):
+def run_ranks(world_size, work, *args, timeout=180):
     """Calls ``work(*args)`` in forked processes that form a group; returns the results by rank."""
     if torch.cuda.is_available():
         pytest.skip("no fork can use autograd where torch sees a GPU: CUDA_VISIBLE_DEVICES=")
@@ -71,12 +71,12 @@ def _rank(rank, world_size, port, send, work, args):
         os._exit(0)
 
 
-def train(world_size, config, *overrides, timeout=60):
+def train(world_size, config, *overrides, timeout=180):
     """Runs `rodimus train` on some ranks; returns the exit status of every rank."""
     return run_ranks(world_size, main, [str(config), *map(str, overrides)], timeout=timeout)
 
 
-def train_alone(config, *overrides, timeout=60):
+def train_alone(config, *overrides, timeout=180):
     """Runs `rodimus train` in a new process, as no fork can use a GPU; returns its exit status."""
     command = [sys.executable, "-m", "rodimus.train", str(config), *map(str, overrides)]
     return [subprocess.run(command, timeout=timeout).returncode]

@@ -589,7 +589,7 @@ def test_what_one_rank_alone_cannot_read_ends_every_rank(config_file):
         loop.read_model_config = fail
         return stderr_of([str(config_file), "--no-export"])
 
-    results = run_ranks(2, missing_on_rank_1, timeout=20)
+    results = run_ranks(2, missing_on_rank_1)
     assert results == [(2, "rodimus train: error: no model.json here\n"), (2, "")]
 
 
@@ -630,7 +630,7 @@ def test_bad_data_of_one_rank_names_rank_file_and_offset(
     file.write_bytes(b"\xff" * file.stat().st_size)
     options = ["--data.train", str(tmp_path / "data" / "train.json"), "--data.no-verify"]
     monkeypatch.setenv("RODIMUS_STATUS_FILE", str(tmp_path / "status"))
-    results = run_ranks(2, stderr_of, [str(config_file), *options], timeout=20)
+    results = run_ranks(2, stderr_of, [str(config_file), *options])
     for rank, (status, error) in enumerate(results):
         assert status == 2
         message = rf"rodimus train: error: rank {rank}: .*train-00000.bin: id 65535 at byte \d+"
@@ -640,7 +640,7 @@ def test_bad_data_of_one_rank_names_rank_file_and_offset(
 
 def test_a_run_whose_settings_cannot_be_kept_ends_every_rank(config_file, tmp_path):
     (tmp_path / "run" / "model.json").mkdir(parents=True)
-    results = run_ranks(2, stderr_of, [str(config_file), "--no-export"], timeout=20)
+    results = run_ranks(2, stderr_of, [str(config_file), "--no-export"])
     assert [status for status, _ in results] == [2, 2]
     assert "cannot write the settings of the run to" in results[0][1]
 
