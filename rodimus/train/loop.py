@@ -278,6 +278,12 @@ class Trainer:
             f"({self.accumulation} micro-steps of {self.config.train.micro_batch} rows), "
             f"{self.config.steps:,} steps"
         )
+        steps, warmup_steps = self.config.steps, self.config.schedule.warmup_steps
+        if warmup_steps > steps:
+            self.log.say(
+                f"the learning rate ends at {steps / warmup_steps:.1%} of its peak, still rising:"
+                f" schedule.warmup_steps is {warmup_steps:,}, the run has {steps:,} steps"
+            )
         for line in (*self.told, *(self.existing.told if self.existing else ())):
             self.log.say(line)
         if self.progress.step:

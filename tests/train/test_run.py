@@ -42,6 +42,14 @@ def test_loss_falls_and_export_equals_the_trained_model(config_file, tmp_path):
     assert exported.lm_head.weight is exported.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("warmup, told", [(12, True), (3, False)])
+def test_a_warm_up_longer_than_the_run_is_told(config_file, capfd, warmup, told):
+    options = ("--train.steps", 3, "--schedule.warmup-steps", warmup, "--no-export")
+    assert train(1, config_file, *options) == [0]
+    out = capfd.readouterr().out
+    assert out.count("of its peak") == out.count("ends at 25.0% of its peak") == told
+
+
 def test_a_trained_model_ends_its_texts_as_its_data_do(config_file, tmp_path, capfd):
     """Its JSON may have been written for another tokenizer; here 2 is an exclamation mark."""
     model = tmp_path / "model.json"
