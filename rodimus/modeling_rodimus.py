@@ -1684,7 +1684,9 @@ class RodimusModel(RodimusPreTrainedModel):
         return stream.is_cuda and layout.order is None and self._blocks_are_plain(stream)
 
     def _checkpoints(self) -> bool:
-        return self.training and any(x.gradient_checkpointing for x in self.layers)
+        return self.training and any(
+            getattr(block, "gradient_checkpointing", False) for block in self.layers
+        )
 
     def _blocks_are_plain(self, stream) -> bool:
         if self._checkpoints() or _is_compiled(stream) or _has_global_hooks():

@@ -202,7 +202,9 @@ class GLAModel(GLAPreTrainedModel):
         stream = self.embeddings(input_ids)
         stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
         starts = None if position_ids is None else position_ids == 0
-        states = (only_cache(cache, past_key_values) or {}) if use_cache else None
+        states = only_cache(cache, past_key_values) if use_cache else None
+        if use_cache and states is None:
+            states = {}
         for block in self.layers:
             stream = block(stream, starts, states)
         return modeling_outputs.BaseModelOutputWithPast(

@@ -406,9 +406,7 @@ def test_assisted_by_a_draft_that_disagrees(model, kind, length, measure):
     measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
 
 
-@pytest.mark.parametrize("length", PROMPTS)
-def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
-    """Some guesses are taken and some refused: rollback by less than a whole round."""
+def draft_that_often_agrees(kind):
     draft = model_of(kind)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -416,11 +414,33 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
     draft.generation_config.num_assistant_tokens = 5
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
+    """Some guesses are taken and some refused: rollback by less than a whole round."""
     ids = random_ids(1, length)
     expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
-    tokens, logits = generate(model, ids, new=20, assistant_model=draft)
+    tokens, logits = generate(model, ids, new=20, assistant_model=draft_that_often_agrees(kind))
     assert torch.equal(tokens, expected_tokens)
     measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
+
+
+@pytest.mark.parametrize("length", PROMPTS)
+def test_assisted_in_a_static_cache(model, kind, length, measure):
+    """From transformers 5.24 on, where the cache can be rolled back; an error otherwise."""
+    ids = random_ids(1, length)
+    options = {"cache_implementation": "static", "assistant_model": draft_that_often_agrees(kind)}
+    if modeling_rodimus.CACHE_NAME == "past_key_values" or kind != "rodimus":
+        with pytest.raises(ValueError, match="Static cache|cropped"):
+            generate(model, ids, new=20, **options)
+        return
+    expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
+    tokens, logits = generate(model, ids, new=20, **options)
+    assert torch.equal(tokens, expected_tokens)
+    error = relative_error(logits, expected)
+    measure(TABLE, "generate, assisted, static cache", kind, error, BOUND)
 
 
 def test_generate_on_a_left_padded_batch(model, kind, measure):
