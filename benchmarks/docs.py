@@ -156,9 +156,21 @@ def record(name: str, folder: str = GPU) -> dict[str, Any]:
     return json.loads((RESULTS / folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def measured(name: str, folder: str = GPU) -> dict[str, dict[str, Any]]:
-    """Measured rows of a record by target."""
-    return {row["target"]: row for row in records.measured(record(name, folder))}
+class Rows(dict[str, dict[str, Any]]):
+    """Measured rows of a record by target; a target that was not measured is an error of the
+    record."""
+
+    def __init__(self, name: str, rows: Iterable[dict[str, Any]]):
+        self.name = name
+        super().__init__((row["target"], row) for row in rows)
+
+    def __missing__(self, target: str):
+        raise RecordError(f"{self.name}: expected {target} to be measured, got {[*self]}")
+
+
+def measured(name: str, folder: str = GPU) -> Rows:
+    """Measured rows of a record."""
+    return Rows(name, records.measured(record(name, folder)))
 
 
 def run_of(run: Run) -> str:
@@ -285,19 +297,21 @@ def decoded(batch: str, context: str) -> tuple[dict[str, dict[str, Any]], int]:
     return measured(name), record(name)["settings"]["steps"]
 
 
-def fastest_of_peer(rows: Mapping[str, dict[str, Any]], target: str) -> dict[str, Any]:
+def fastest_of_peer(rows: Rows, target: str) -> dict[str, Any]:
     """The row of a peer.
 
     Raises:
-        RecordError: another engine of it is faster, and the column's heading would not be true.
+        RecordError: another engine of it is faster, and the column's heading would not be true; or
+            it was not measured.
     """
+    row = rows[target]
     model = target.partition("/")[0]
     best = min(
         (t for t in rows if t.partition("/")[0] == model), key=lambda t: rows[t]["median_ms"]
     )
     if best != target:
         raise RecordError(f"expected {target} to be the fastest engine of {model}, got {best}")
-    return rows[target]
+    return row
 
 
 @_table("", *OURS.values(), *GPU_PEERS.values(), groups=("decode-b",))

@@ -109,6 +109,16 @@ def test_a_heading_that_names_a_slower_engine_is_an_error(copy):
         docs.update(copy)
 
 
+@pytest.mark.parametrize("target", [*docs.OURS, *docs.GPU_PEERS])
+def test_a_target_that_was_not_measured_is_named(copy, target):
+    path = copy / "results" / docs.GPU / "decode-b1-t4096-bfloat16.json"
+    found = json.loads(path.read_text())
+    found["rows"] = [row for row in found["rows"] if row["target"] != target]
+    path.write_text(json.dumps(found))
+    with pytest.raises(RecordError, match=f"{path.stem}: expected {target} to be measured"):
+        docs.update(copy)
+
+
 def test_records_of_two_versions_are_an_error(copy):
     path = copy / "results" / docs.GPU / "train-b4-t4096-bfloat16.json"
     found = json.loads(path.read_text())
