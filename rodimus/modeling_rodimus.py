@@ -1932,9 +1932,9 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if "cache" in inputs:
+        if CACHE_NAME in inputs:
             # PEFT 0.21 asks by the name of before whether the virtual tokens were read
-            inputs["past_key_values"] = inputs["cache"]
+            inputs["past_key_values"] = inputs[CACHE_NAME]
         return inputs
 
     @can_return_tuple

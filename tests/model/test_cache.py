@@ -64,10 +64,15 @@ def test_generate_gives_every_token_the_cache(model, monkeypatch):
     assert torch.equal(found[:, 12:], full(model, found)[:, 11:-1].argmax(-1))
 
 
-def test_generate_goes_on_with_a_cache(model):
-    ids = random_ids(2, 12)
-    cache = {modeling_rodimus.CACHE_NAME: prefill(model, ids[:, :9])}
-    options = {"max_new_tokens": 8, "do_sample": False}
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generate_goes_on_with_a_cache(model, name):
+    """By the names that the installed version knows; it would read the prompt again by another."""
+    ids, options = random_ids(2, 12), {"max_new_tokens": 8, "do_sample": False}
+    cache = {name: prefill(model, ids[:, :9])}
+    if name == "cache" != modeling_rodimus.CACHE_NAME:
+        with pytest.raises(ValueError, match=r"got cache and past_key_values.* takes past_key"):
+            model.generate(ids, **options, **cache)
+        return
     assert torch.equal(model.generate(ids, **options, **cache), model.generate(ids, **options))
 
 
