@@ -181,13 +181,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _files_of_index(index: Path) -> list[Path]:
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise InputError(
-            f"{index}: expected weight_map, the file of each weight, got {files!r:.99}"
-        )
-    if not all(isinstance(file, str) for file in files.values()):
-        raise InputError(f"{index}: expected names of files in weight_map, got {files!r:.99}")
-    return [index.parent / file for file in sorted(set(files.values()))]
+    names = list(files.values()) if isinstance(files, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index}: expected weight_map, a file for each weight, got {files!r:.99}")
+    return [index.parent / file for file in sorted(set(names))]
 
 
 def _check_complete(file: Path) -> None:

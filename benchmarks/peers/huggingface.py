@@ -14,9 +14,6 @@ from .guard import Unavailable, is_installed
 from .interface import OURS, Entry, Session, bytes_of, entry, random_tokens, randomize
 from .llama import LLAMA_CPP, WithLlamaCpp
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What models call their cache: since transformers 5.24; before it; Mamba's before it."""
-
 WARM_UP_STEPS = 3
 """Steps before one is recorded: kernels are compiled and chosen in them."""
 
@@ -95,8 +92,7 @@ class HuggingFaceSession(Session):
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         cache = {self.cache_name: self.cache}
         output = self.owner.model(ids, use_cache=True, logits_to_keep=1, **cache)
-        # a model with a cache of its own has made it
-        self.cache = next(output[name] for name in CACHE_NAMES if name in output)
+        self.cache = output[self.cache_name]
         return output.logits[:, -1]
 
     def fill(self, context: int) -> None:
@@ -125,11 +121,11 @@ class HuggingFaceSession(Session):
 def _cache_name(family: str, engine: str) -> str:
     from rodimus.modeling_rodimus import CACHE_NAME
 
-    since, before, of_mamba = CACHE_NAMES
     if engine == "own":
         # flash-linear-attention's
-        return before
-    return of_mamba if family == "mamba2" and CACHE_NAME != since else CACHE_NAME
+        return "past_key_values"
+    # one name for all since transformers 5.24
+    return "cache_params" if family == "mamba2" and CACHE_NAME != "cache" else CACHE_NAME
 
 
 def _tensors(layer: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -287,6 +287,23 @@ def test_a_cache_is_refused_where_blocks_run_twice(model):
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_blocks_of_other_classes_take_a_cache_in_training(model):
+    """They need not know of gradient checkpointing."""
+
+    class Other(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args, **kwargs):
+            return self.block(*args, **kwargs)
+
+    model.model.layers = torch.nn.ModuleList(map(Other, model.model.layers))
+    cache = DynamicCache(config=model.config)
+    model.train()(random_ids(2, 7), cache=cache)
+    assert cache.get_seq_length() == 7
+
+
 def test_packing_with_a_cache(model):
     cache = model(random_ids(1, 7), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="cu_seqlens.*cache|cache.*cu_seqlens"):

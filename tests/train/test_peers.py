@@ -55,6 +55,14 @@ def test_pieces_equal_one_pass(model):
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
 
 
+def test_states_of_a_gla_are_written_where_the_caller_keeps_them():
+    config_class, model_class = PEERS["gla"]
+    model, states = model_class(config_class(**fields("gla"))), {}
+    with torch.no_grad():
+        model.model(torch.tensor([[1, 2, 3]]), cache=states, use_cache=True)
+    assert sorted(states) == [0, 1]
+
+
 def test_loss_is_the_sum_over_labels_and_the_z_term_counts(model):
     ids, labels = torch.randint(0, 300, (2, 2, 20))
     labels[0, :5] = -100
