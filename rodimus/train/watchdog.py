@@ -42,6 +42,8 @@ class Watchdog:
         if self.world_size > 1:
             # a connection of its own: the main thread holds the other's lock while it waits
             self._store = dist.distributed_c10d._get_default_store().clone()
+            # rank 0 may hold the store, and end at its first error: others would wait for it
+            dist.barrier()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 

@@ -348,6 +348,23 @@ def test_second_sigterm_ends_a_rank_that_waits_for_another():
     assert time.monotonic() - began < 30
 
 
+def test_rank_0_keeps_the_store_until_every_rank_has_reached_it(monkeypatch):
+    """It ends at once where its data are damaged."""
+    store = torch.distributed.distributed_c10d._get_default_store
+
+    def late():
+        if os.environ["RANK"] == "1":
+            time.sleep(1)
+        return store()
+
+    def rank():
+        torch.distributed.init_process_group("gloo")
+        monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", late)
+        Watchdog(int(os.environ["RANK"]), 2, timeout_s=60.0, save_s=60.0).start()
+
+    assert run_ranks(2, rank, timeout=20) == [None, None]
+
+
 def test_beats_are_told_while_the_store_is_waited_for():
     """A new group of ranks is made by waiting for it."""
 
