@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration_rodimus import RodimusConfig
+
 # Our name: the names in fla. Where there are two, our rows are theirs stacked in this order.
 MODEL_KEYS: dict[str, tuple[str, ...]] = {
     "model.embeddings.weight": ("model.embeddings.weight",),
@@ -64,6 +66,14 @@ _SAME_FIELDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
+# What fla takes for a field that config.json leaves out, where we take another value.
+_FLA_DEFAULTS = {
+    "block_type": "rodimus_plus",
+    "vocab_size": 126464,
+    "tie_word_embeddings": True,
+    "bos_token_id": 126080,
+    "eos_token_id": 126081,
+}
 # What fla can be configured to do and Rodimus as published does not: field, the value we need.
 _FLA_REQUIRED = {"attn": None, "use_short_conv": True, "hidden_act": "swish"}
 _SKA_REQUIRED = {"qkv_bias": False, "qk_norm": False}
@@ -75,11 +85,12 @@ def is_fla_config(config: dict[str, Any]) -> bool:
 
 
 def config_from_fla(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``RodimusConfig`` for fla's ``config.json``.
+    """The fields of ``RodimusConfig`` for fla's ``config.json``; an absent one has fla's default.
 
     Raises:
         ValueError: the configuration uses what the published architecture does not have.
     """
+    config = _FLA_DEFAULTS | config
     _require(config, _FLA_REQUIRED, "")
     ours = {name: config[theirs] for name, theirs in _SAME_FIELDS.items() if theirs in config}
     ours["mixer_cfg"] = {
@@ -89,7 +100,7 @@ def config_from_fla(config: dict[str, Any]) -> dict[str, Any]:
         "d_conv": config.get("conv_size", 4),
         "normalize_epsilon": config.get("k_norm_eps") or 1e-12,
     }
-    if config.get("block_type", "rodimus_plus") == "rodimus_plus":
+    if config["block_type"] == "rodimus_plus":
         ours["attn_cfg"] = _attention_from_fla(config)
     return ours
 
@@ -124,45 +135,44 @@ def _attention_from_fla(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_fla(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of fla's ``config.json`` for ours (as a dict, see ``RodimusConfig.to_dict``).
+    """The fields of fla's ``config.json`` for ours; an absent one has our default.
 
     Raises:
         ValueError: the configuration uses what fla fixes (one key head, full rotary embedding,
-            expansion by 2, no embedding scale or norm).
+            expansion by 2, no embedding scale or norm), or is none of ``RodimusConfig``.
     """
-    mixer = config.get("mixer_cfg") or {}
+    ours = RodimusConfig.from_dict(config)
+    config = ours.to_dict()
+    mixer = config["mixer_cfg"]
     required = {"use_scale_embedding": False, "use_norm_embedding": False}
     _require(config, required, "")
     _require(mixer, {"expand_ratio": 2}, "mixer_cfg.")
-    fla = {theirs: config[name] for name, theirs in _SAME_FIELDS.items() if name in config}
+    fla = {theirs: config[name] for name, theirs in _SAME_FIELDS.items()}
     fla |= {
         "model_type": "rodimus",
         "architectures": ["RodimusForCausalLM"],
-        "expand_ratio": mixer.get("mem_size", 64),
-        "input_gate_low_rank": mixer.get("input_gate_low_rank", "auto"),
-        "conv_size": mixer.get("d_conv", 4),
-        "k_norm_eps": mixer.get("normalize_epsilon"),
+        "expand_ratio": mixer["mem_size"],
+        "input_gate_low_rank": mixer["input_gate_low_rank"],
+        "conv_size": mixer["d_conv"],
+        "k_norm_eps": mixer["normalize_epsilon"],
         # fla runs with both or neither: its blocks read the first, its model the second
-        "block_residual_in_fp32": config.get("residual_in_fp32", True),
+        "block_residual_in_fp32": config["residual_in_fp32"],
     }
     if config["block_type"] == "rodimus_plus":
         attn = config["attn_cfg"]
-        heads = attn.get("num_heads") or config["d_model"] // 128
         _require(
             attn,
-            {"num_heads_k": 1, "num_heads_v": heads, "rotary_emb_dim": -1},
+            {"num_heads_k": 1, "num_heads_v": ours.num_attention_heads, "rotary_emb_dim": -1},
             "attn_cfg.",
         )
-        window = attn.get("window_size")
         fla["ska_attn"] = {
-            "num_heads": heads,
+            "num_heads": ours.num_attention_heads,
             "qkv_bias": False,
             "qk_norm": False,
-            # 0 and -1 stand for none as well
-            "window_size": window // 2 + 1 if window and window > 0 else None,
-            "rope_theta": attn.get("rotary_emb_base", 10000.0),
+            "window_size": ours.sliding_window,
+            "rope_theta": attn["rotary_emb_base"],
         }
-        fla["hidden_ratio"] = attn.get("ffn_expand_ratio", 4 / 3)
+        fla["hidden_ratio"] = attn["ffn_expand_ratio"]
     return fla
 
 

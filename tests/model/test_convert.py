@@ -151,6 +151,25 @@ def test_config_round_trip_keeps_the_model(case):
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in two.items()}
 
 
+def test_absent_fields_have_the_defaults_of_fla():
+    """transformers 4 leaves tied embeddings out of config.json; what is given wins."""
+    least = {"hidden_size": 64, "ska_attn": {"num_heads": 4}}
+    config = RodimusConfig(**convert.config_from_fla(least))
+    assert (config.block_type, config.tie_word_embeddings) == ("rodimus_plus", True)
+    assert (config.n_layer, config.vocab_size) == (24, 126464)
+    assert (config.bos_token_id, config.eos_token_id) == (126080, 126081)
+    assert (config.mem_size, config.sliding_window) == (64, 1024)
+    given = {"hidden_size": 64, "block_type": "rodimus", "tie_word_embeddings": False}
+    config = RodimusConfig(**convert.config_from_fla(given))
+    assert (config.block_type, config.tie_word_embeddings) == ("rodimus", False)
+
+
+def test_absent_fields_have_our_defaults_in_fla():
+    fla = convert.config_to_fla({"block_type": "rodimus_plus", "d_model": 64})
+    assert (fla["tie_word_embeddings"], fla["vocab_size"], fla["eos_token_id"]) == (False, 50277, 0)
+    assert (fla["ska_attn"]["num_heads"], fla["ska_attn"]["window_size"]) == (1, 2049)
+
+
 def test_feed_forward_width_given_directly():
     config = convert.config_from_fla(FLA_CONFIG | {"intermediate_size": 104})
     model = RodimusForCausalLM(RodimusConfig(**config))
