@@ -160,17 +160,18 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, all present and, where that can be told, complete.
+    """The files that hold the weights, all present and, where that can be told, complete; chosen as
+    transformers does, one file before an index of several.
 
     Raises:
         InputError: there are none, one of several is missing, or one is cut short.
     """
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            files = _files_of_index(index)
-        elif (folder / name).is_file():
+        if (folder / name).is_file():
             files = [folder / name]
+        elif index.is_file():
+            files = _files_of_index(index)
         else:
             continue
         for file in files:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from rodimus import cli, convert, env
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.terminal import Conversation, run
-from rodimus.loading import load_model, load_tokenizer
+from rodimus.loading import load_model, load_tokenizer, weight_files
 from rodimus_kernels import native
 from tests.checkpoints import (
     save_model,
@@ -467,6 +467,20 @@ def test_generate_reads_flash_linear_attention(tmp_path, capsys):
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
+def test_one_file_of_weights_beside_an_older_index_is_read(tmp_path):
+    """Saved over shards, a model leaves their index, and transformers reads the one file."""
+    save_model(tmp_path).save_pretrained(tmp_path / "tuned", max_shard_size="10KB")
+    shards = list((tmp_path / "tuned").glob("model-*.safetensors"))
+    assert len(weight_files(tmp_path / "tuned")) == len(shards) > 1
+    model = load_model(tmp_path / "tuned")
+    with torch.no_grad():
+        model.model.norm_f.weight.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "model.safetensors.index.json").is_file()
+    again = load_model(tmp_path / "tuned")
+    assert torch.equal(again.model.norm_f.weight, model.model.norm_f.weight)
+
+
 def test_env_names_versions_and_every_operator(capsys):
     assert command("env") == 0
     text = capsys.readouterr().out
@@ -664,6 +678,7 @@ class TestBadInput:
         assert f"{folder / 'pytorch_model.bin'} cannot be read" in line
 
     def test_missing_shard(self, folder, capsys):
+        (folder / "model.safetensors").unlink()
         index = {"weight_map": {"model.embeddings.weight": "model-00001-of-00002.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         line = self.refused(capsys, "export", folder, folder / "out")
@@ -671,6 +686,7 @@ class TestBadInput:
 
     @pytest.mark.parametrize("weight_map", [None, {}, [], "x", {"a": 3}, {"a": {}}], ids=str)
     def test_damaged_index_of_weights(self, folder, capsys, weight_map):
+        (folder / "model.safetensors").unlink()
         index = folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}))
         line = self.refused(capsys, "export", folder, folder / "out")
