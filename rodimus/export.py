@@ -147,7 +147,7 @@ def write_tokenizer(source: Path, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "RodimusTokenizer":
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -32,4 +32,6 @@ class RodimusTokenizer(PreTrainedTokenizerFast):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         # the code it names is this class; a folder saved from here needs none
         tokenizer.init_kwargs.pop("auto_map", None)
+        # by itself transformers saves no attribute of a class
+        tokenizer.init_kwargs.setdefault("padding_side", tokenizer.padding_side)
         return tokenizer

@@ -1,9 +1,11 @@
 """The released tokenizer layout loads without its code; the chat format is the published one."""
 
+import json
+
 import pytest
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import rodimus
 from tests.checkpoints import save_model, save_plain_tokenizer, save_released_tokenizer
@@ -53,6 +55,11 @@ def test_saved_again_it_needs_no_code(released, tokenizer, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("hello world").input_ids == tokenizer("hello world").input_ids
     assert again.chat_template == tokenizer.chat_template
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["padding_side"] == "left"
+    # as where this package is not installed
+    plain = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert (plain.padding_side, plain.pad_token) == ("left", "<|endoftext|>")
 
 
 def test_batches_are_padded_on_the_left(tokenizer):
