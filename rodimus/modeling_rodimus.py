@@ -116,6 +116,22 @@ except ImportError as error:
 
 logger = logging.get_logger(__name__)
 
+# The first and the last minor version of transformers that this file was tested with.
+TRANSFORMERS_VERSIONS = ("5.17", "5.24")
+
+
+def _minor_version(version):
+    """``(5, 25)`` of 5.25.0.dev0."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
+_first, _last = map(_minor_version, TRANSFORMERS_VERSIONS)
+if not _first <= _minor_version(transformers.__version__) <= _last:
+    logger.warning(
+        f"expected transformers {' to '.join(TRANSFORMERS_VERSIONS)}, got"
+        f" {transformers.__version__}: what the model generates may be wrong without an error."
+    )
+
 if blocks_step is None:
     logger.warning(
         "The model runs in plain torch, which is slow: rodimus_kernels is not installed. It comes"

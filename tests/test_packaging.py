@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import rodimus
+from rodimus.modeling_rodimus import TRANSFORMERS_VERSIONS
 
 ROOT = Path(__file__).parent.parent
 IGNORED = shutil.ignore_patterns(
@@ -150,6 +152,16 @@ def test_constraints_pin_what_ci_runs():
     assert len(versions) == len(pins)
     tested = {"torch": "2.13.0", "transformers": "5.24.0", "triton": "3.9.0"}
     assert versions | tested == versions
+
+
+def test_the_range_of_transformers_is_that_of_the_model():
+    """What pip keeps to, the model warns of, and the documents say."""
+    first, last = TRANSFORMERS_VERSIONS
+    (required,) = re.findall(r'"transformers(>.*)"', (ROOT / "setup.py").read_text("utf-8"))
+    major, minor = last.split(".")
+    assert SpecifierSet(required) == SpecifierSet(f">={first},<{major}.{int(minor) + 1}")
+    for document in ("README.md", "CHANGELOG.md", "docs/checkpoints.md"):
+        assert f"{first} to {last}" in (ROOT / document).read_text("utf-8"), document
 
 
 def test_the_changelog_begins_with_this_version():

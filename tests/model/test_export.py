@@ -144,6 +144,21 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForCausalLM):
 
 
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+@pytest.mark.parametrize("version", ["5.9.0", "5.24.3", "5.25.0.dev0"])
+def test_a_transformers_that_was_not_tried_is_said(exported, version, tmp_path):
+    """Nothing else holds it in its range where a folder is loaded by its own code."""
+    script = f"""
+import logging, transformers
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+transformers.__version__ = {version!r}
+load(AutoModelForCausalLM)
+"""
+    output = run(script, tmp_path, exported[0], ("rodimus",))
+    line = f"WARNING expected transformers 5.17 to 5.24, got {version}"
+    assert output.count(line) == (version != "5.24.3")
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
 def test_operators_of_another_version_are_an_error_that_says_so(exported, tmp_path):
     """Never the reference in silence; nor is a package missing that they need."""
     script = """
