@@ -1422,11 +1422,15 @@ class RodimusPreTrainedModel(PreTrainedModel):
         can_be_ours = requested_attention is None and not self.config.attention_dropout
         return ours if can_be_ours and ours in ALL_ATTENTION_FUNCTIONS.valid_keys() else chosen
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As transformers'. A model whose config names its code, as an exported one's does, takes
-        the code along; loaded with ``trust_remote_code``, transformers copies it."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        the code along, under the names of all its classes; loaded with ``trust_remote_code``,
+        transformers copies it."""
+        if self._takes_code_along():
+            code = importlib.import_module(f"{__package__}.export")
+            self.config.auto_map = code.AUTO_MAP | self.config.auto_map
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             self._take_code_along(save_directory)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
@@ -1434,8 +1438,11 @@ class RodimusPreTrainedModel(PreTrainedModel):
         self._take_code_along(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def _takes_code_along(self):
+        return self._auto_class is None and bool(getattr(self.config, "auto_map", None))
+
     def _take_code_along(self, folder):
-        if self._auto_class is None and getattr(self.config, "auto_map", None):
+        if self._takes_code_along():
             importlib.import_module(f"{__package__}.export").copy_code(folder)
 
     @torch.no_grad()

@@ -233,6 +233,32 @@ def test_a_model_loaded_from_an_export_takes_its_code_along(exported, tmp_path):
     assert not list((tmp_path / "plain").glob("*.py")) and not hasattr(model.config, "auto_map")
 
 
+def test_a_classifier_of_a_released_folder_loads_by_its_own_code(tmp_path):
+    """Such a folder names only some of the classes; what it names is kept."""
+    named = {"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModelForCausalLM": "other.Model"}
+    config = tiny_config(num_labels=3, auto_map=named)
+    model = RodimusForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "tuned")
+    saved = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert saved["auto_map"] == AUTO_MAP | named
+    script = """
+with torch.no_grad():
+    torch.save(load(AutoModelForSequenceClassification)(ids).logits, "logits.pt")
+"""
+    run(script, tmp_path, tmp_path / "tuned", ("rodimus",))
+    with torch.no_grad():
+        expected = model(torch.arange(40)[None] % 290).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
+def test_only_the_main_process_takes_the_code_along(exported, tmp_path):
+    model = RodimusForCausalLM.from_pretrained(exported[0])
+    model.save_pretrained(tmp_path / "named", is_main_process=False)
+    model.save_pretrained(tmp_path / "by place", False)
+    assert not list(tmp_path.rglob("*.py"))
+
+
 @pytest.mark.parametrize("exported", ["rodimus_plus"], indirect=True)
 @pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
 def test_an_upload_takes_the_code_along(exported, way, tmp_path, monkeypatch):
