@@ -157,6 +157,8 @@ class RodimusConfig(PreTrainedConfig):
         """Raise ValueError for a configuration that no model can have."""
         if self.block_type not in BLOCK_TYPES:
             raise ValueError(f"block_type must be one of {BLOCK_TYPES}, got {self.block_type!r}")
+        _require_complete("mixer_cfg", self.mixer_cfg, MIXER_DEFAULTS)
+        _require_complete("attn_cfg", self.attn_cfg, ATTENTION_DEFAULTS)
         for name in ("d_model", "n_layer", "vocab_size"):
             _require_positive(name, getattr(self, name))
         for name in ("norm_epsilon", "initializer_range"):
@@ -334,6 +336,18 @@ def _complete(name, given, defaults):
             hint = f", did you mean {close[0]!r}?" if close else f"; known: {sorted(defaults)}"
             raise ValueError(f"unknown option {key!r} in {name}{hint}")
     return {**defaults, **(given or {})}
+
+
+def _require_complete(name, options, defaults):
+    """``from_pretrained(folder, attn_cfg=...)`` puts what it is given in place of all options."""
+    missing = [key for key in defaults if key not in options]
+    if missing:
+        key, value = next(iter(options.items()), (missing[0], ...))
+        raise ValueError(
+            f"{name} lacks {', '.join(map(repr, missing))}: what from_pretrained is given replaces"
+            f" all options. To change one, load the config, set config.{name}[{key!r}] = {value!r},"
+            " and pass it as config="
+        )
 
 
 def _refuse_other_format(fields):

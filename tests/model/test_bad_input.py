@@ -69,6 +69,16 @@ def test_impossible_configuration(change, message):
         RodimusConfig.from_dict(fields)
 
 
+@pytest.mark.parametrize("name, key", [("attn_cfg", "window_size"), ("mixer_cfg", "mem_size")])
+def test_options_that_replace_others_unasked(name, key):
+    """Transformers assigns what from_pretrained is given, so nothing completes it."""
+    with pytest.raises(ValueError, match=rf"{name} lacks .*'\w+'.* config.{name}\['{key}'\] = 16"):
+        RodimusForCausalLM.from_pretrained(GOLDENS / "rodimus_plus", **{name: {key: 16}})
+    config = RodimusConfig.from_pretrained(GOLDENS / "rodimus_plus")
+    getattr(config, name)[key] = 16
+    config.check()
+
+
 def test_configuration_of_flash_linear_attention():
     """The same model_type, other names and meanings: refused by name, not read as defaults."""
     fields = {
