@@ -1411,8 +1411,8 @@ class RodimusPreTrainedModel(PreTrainedModel):
 
     @property
     def init_continuous_batching(self):
-        # Its allocator knows attention layers only; servers ask with hasattr and fall back.
-        raise AttributeError("continuous batching of transformers has no recurrent states")
+        # its allocator knows attention layers only; servers ask with hasattr and fall back
+        raise AttributeError
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         """The shared-key operator where nothing was asked for, the package registered it and the
@@ -1947,6 +1947,12 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         self.post_init()
 
     create_masks_for_generate = staticmethod(RodimusModel.create_masks_for_generate)
+
+    def generate_batch(self, *args, **kwargs):
+        raise NotImplementedError(
+            "a recurrent state has no pages for transformers' continuous batching:"
+            " rodimus.generation.Engine runs many requests at once"
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -167,6 +167,12 @@ def test_pipeline_gives_each_prompt_its_own_text(model):
 def test_no_claim_of_continuous_batching(model):
     """Servers ask ``hasattr``; a recurrent state has no pages to share."""
     assert not hasattr(model, "init_continuous_batching")
+    for start in (
+        lambda: model.generate_batch([[5, 6]], max_new_tokens=2),
+        lambda: model.generate(torch.tensor([[5, 6]]), cache_implementation="paged"),
+    ):
+        with pytest.raises(NotImplementedError, match="no pages.*rodimus.generation.Engine"):
+            start()
 
 
 def test_linear_layers_are_of_a_class_that_quantisers_replace(model):
