@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 
+from rodimus.modeling_rodimus import CACHE_NAME
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import BLOCK_TYPES, golden_config, relative_error
 from tests.model.helpers import build, random_ids
@@ -79,6 +80,20 @@ def test_training_step(model, kind, packed, measure):
     assert graphs() == 1
     error = worst_gradient(take_gradients(model), expected)
     measure(TABLE, f"training step{' packed' if packed else ''}, gradients", kind, error, BOUND)
+
+
+def test_positions_return_a_cache_where_rows_are_said_to_be_unpacked(model):
+    """A recording cannot look at positions, and takes them for those of packed rows."""
+    ids = random_ids(2, 12)
+    positions = here(torch.arange(12)[None])
+    run = compiled(model)
+    with torch.no_grad():
+        taken_as_packed = run(ids, position_ids=positions, use_cache=True)
+        unpacked = run(ids, position_ids=positions, use_cache=True, is_packed=False)
+    assert CACHE_NAME not in taken_as_packed
+    assert int(unpacked[CACHE_NAME].get_seq_length()) == 12
+    for out in (taken_as_packed, unpacked):
+        assert relative_error(out.logits, full(model, ids)) < BOUND
 
 
 def decode_compiled(model, ids, prompt, backend="eager"):
