@@ -669,7 +669,7 @@ def _left_padded(attention_mask):
     return torch.arange(length, device=attention_mask.device) >= padding
 
 
-def _padding_layout(attention_mask, length, is_static) -> Layout:
+def _padding_layout(attention_mask, length, has_static_keys) -> Layout:
     """How the new tokens of a padded batch are laid out, without the mask of attention.
 
     Blocks run on left-padded rows, where padding neither separates tokens nor follows them. Rows
@@ -688,7 +688,7 @@ def _padding_layout(attention_mask, length, is_static) -> Layout:
         order = torch.argsort(given.int(), dim=1, stable=True)
     cached = attention_mask[:, :-length].any(1)
     if (cached & ~tokens[:, 0]).any():
-        if is_static:
+        if has_static_keys:
             raise ValueError(
                 "padding after cached tokens needs a dynamic cache: a static one cannot move its"
                 " keys. Use DynamicCache, or left-pad the new tokens' first chunk only."
@@ -1829,8 +1829,8 @@ def _layout_of(
     if attention_mask is not None:
         attention_mask = attention_mask.bool()
         length = inputs_embeds.shape[1]
-        is_static = isinstance(cache, StaticCache)
-        layout = _padding_layout(attention_mask, length, is_static)
+        has_static_keys = isinstance(cache, StaticCache) and config.block_type == "rodimus_plus"
+        layout = _padding_layout(attention_mask, length, has_static_keys)
         attention_mask = _left_padded(attention_mask)
     # eager attention is asked for where somebody looks at its weights
     looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)

@@ -279,6 +279,29 @@ def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatc
     measure(TABLE, "static cache, left padding", kind, error, BOUND)
 
 
+@pytest.mark.parametrize(
+    "sizes", [[24] + [1] * 8, [24, 3, 3, 2], [5, 7, 12, 8], [2] * 16, [1] * 32], ids=str
+)
+@pytest.mark.parametrize("padding", ["right", "both", "interior"])
+def test_static_cache_with_padding_between_turns(padding, sizes, measure):
+    """A state does not know where its tokens stood; of a window, whose keys would have to move, it
+    is refused."""
+    model = model_of("rodimus")
+    ids, mask = padded_batch(padding, tail=8)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    logits = in_pieces(model, ids, sizes, cache=cache, mask=mask)
+    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    measure(TABLE, f"static cache, {padding} padding", "rodimus", error, BOUND)
+
+
+def test_a_static_window_takes_no_padding_between_turns():
+    model = model_of("rodimus_plus")
+    ids, mask = padded_batch("right", tail=8)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(ValueError, match="padding after cached tokens needs a dynamic cache"):
+        in_pieces(model, ids, [5, 7, 12, 8], cache=cache, mask=mask)
+
+
 def contents(cache):
     """``(addresses of all tensors, everything else)`` that the layers of a cache hold."""
     tensors, others = [], []
