@@ -404,6 +404,10 @@ GENERATIONS = {
     "generate without a cache": {"use_cache": False},
     "generate, static cache": {"cache_implementation": "static"},
     "generate, chunked prefill": {"prefill_chunk_size": 4},
+    "generate, static cache, chunked prefill": {
+        "cache_implementation": "static",
+        "prefill_chunk_size": 4,
+    },
     "generate, prompt lookup": {"prompt_lookup_num_tokens": 3},
 }
 
