@@ -65,10 +65,7 @@ def register() -> None:
         RodimusForSequenceClassification,
         RodimusModel,
     )
-    from .tokenization_rodimus import RodimusTokenizer
-
-    class TokenizerKey(RodimusConfig):
-        """Stands for the config: only a class that no model uses wins over a folder's own code."""
+    from .tokenization_rodimus import RodimusTokenizer, TokenizerKey
 
     AutoConfig.register("rodimus", RodimusConfig, exist_ok=True)
     AutoModel.register(RodimusConfig, RodimusModel, exist_ok=True)

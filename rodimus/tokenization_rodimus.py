@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .configuration_rodimus import RodimusConfig
+
 CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -35,3 +37,8 @@ class RodimusTokenizer(PreTrainedTokenizerFast):
         # by itself transformers saves no attribute of a class
         tokenizer.init_kwargs.setdefault("padding_side", tokenizer.padding_side)
         return tokenizer
+
+
+class TokenizerKey(RodimusConfig):
+    """What the tokenizer is registered for: only a config that no model uses wins over a folder's
+    own code."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import rodimus
 from tests.checkpoints import save_model, save_plain_tokenizer, save_released_tokenizer
@@ -34,6 +34,13 @@ def test_loads_whatever_is_trusted(released, trust):
     assert tokenizer.padding_side == "left"
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|endoftext|>")
     assert (tokenizer.bos_token, tokenizer.gmask_token) == ("<|startoftext|>", "[gMASK]")
+
+
+def test_registered_again_it_is_registered_once():
+    """Every model that is loaded registers the package."""
+    before = len(TOKENIZER_MAPPING)
+    rodimus.register()
+    assert len(TOKENIZER_MAPPING) == before
 
 
 def test_tokens_are_those_of_the_file(released, tokenizer):
