@@ -223,7 +223,9 @@ def _add_export(commands) -> None:
         "or a checkpoint of flash-linear-attention, which is converted.",
     )
     parser.add_argument(
-        "checkpoint", metavar="CKPT", help="folder of a model or run, or owner/name on the hub"
+        "checkpoint",
+        metavar="CKPT",
+        help="folder of a model or run, or owner/name[@revision] on the hub",
     )
     parser.add_argument("out", metavar="OUT", help="folder to write")
     _add_step(parser)
@@ -250,7 +252,9 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What every command that runs a model asks for: which, where, and in which dtypes."""
     parser.add_argument(
-        "model", metavar="MODEL", help="folder of a model or run, or owner/name on the hub"
+        "model",
+        metavar="MODEL",
+        help="folder of a model or run, or owner/name[@revision] on the hub",
     )
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU if there is one"

@@ -38,14 +38,16 @@ MODELS = {
 }
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TEXT_FILES = ["*.json", "*.jinja"]
-_HUB_FILES = [*_TEXT_FILES, "*.safetensors", "pytorch_model*.bin"]
+# What transformers' Trainer keeps of earlier steps.
+_NOT_FROM_HUB = ["checkpoint-*/*"]
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a name is one on the hub, ``owner/name``, and not that of a folder here."""
+    """Whether a name is one on the hub, ``owner/name`` or ``owner/name@revision``, and not that of
+    a folder here."""
     try:
         is_here = Path(name).exists()
     except OSError:
@@ -55,7 +57,7 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint: the path itself, or ``owner/name`` downloaded from the hub.
+    """The folder of a checkpoint: the path itself, or what the hub has under a name, downloaded.
 
     Raises:
         InputError: there is no such folder, it may not be read, or it is neither a model's nor a
@@ -90,14 +92,21 @@ def _why_no_checkpoint(folder: Path) -> str:
     return f"{folder} holds no config.json: not a checkpoint folder"
 
 
-def _download(name: str, files: list[str] = _HUB_FILES) -> Path:
+def _download(name: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
+    repository, _, revision = name.partition("@")
+    options = {"revision": revision or None, "ignore_patterns": _NOT_FROM_HUB}
+    wanted = [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES
     try:
-        return Path(snapshot_download(name, allow_patterns=files))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))
+        if weights and not any(folder.glob("*.safetensors")):
+            wanted = [*_TEXT_FILES, "pytorch_model*.bin"]
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))
     except Exception as error:  # the hub's client raises many kinds, network errors among them
         message = f"no folder {name!r} here, and the hub does not give it: {first_line(error)}"
         raise InputError(message) from error
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -394,14 +403,14 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or run, with or without weights there, or ``owner/name`` on the hub.
+    """The tokenizer of a model or run, with or without weights there, or of a name on the hub.
 
     Raises:
         InputError: as ``read_tokenizer``, or the hub does not give it.
     """
     folder = Path(name).expanduser()
     if is_hub_name(name):
-        folder = _download(str(name), _TEXT_FILES)
+        folder = _download(str(name), weights=False)
     return read_tokenizer(tokenizer_folder(folder))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from rodimus import cli, convert, env
@@ -465,6 +466,57 @@ def test_generate_reads_flash_linear_attention(tmp_path, capsys):
     ids = tokenizer("hello", return_tensors="pt").input_ids
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=1)[0]
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """``(folder of owner/name there, revisions asked for)``; files are copied when asked for."""
+    repository, revisions = tmp_path / "repository", []
+
+    def download(name, *, allow_patterns, revision=None, ignore_patterns=None):
+        assert name == "owner/name"
+        revisions.append(revision)
+        files = [str(path.relative_to(repository)) for path in repository.rglob("*.*")]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for file in filter_repo_objects(files, **patterns):
+            (tmp_path / "snapshot" / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / file, tmp_path / "snapshot" / file)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    return repository, revisions
+
+
+def test_a_name_on_the_hub_brings_each_weight_once(hub, tmp_path):
+    """Neither the older format beside safetensors nor what the Trainer kept of earlier steps."""
+    repository, _ = hub
+    for folder in (repository, repository / "checkpoint-10"):
+        model = save_model(folder)
+        save_plain_tokenizer(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    load_model("owner/name")
+    found = {path.name for path in (tmp_path / "snapshot").iterdir()}
+    files = {"config.json", "generation_config.json", "model.safetensors"}
+    assert found == files | {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_name_on_the_hub_with_the_older_format_alone(hub):
+    repository, _ = hub
+    model = save_model(repository)
+    torch.save(model.state_dict(), repository / "pytorch_model.bin")
+    (repository / "model.safetensors").unlink()
+    again = load_model("owner/name").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_name_on_the_hub_may_have_a_revision(hub):
+    repository, revisions = hub
+    save_model(repository)
+    save_plain_tokenizer(repository)
+    load_model("owner/name@v1.0")
+    load_tokenizer("owner/name@refs/pr/3")
+    load_tokenizer("owner/name")
+    assert revisions == ["v1.0", "refs/pr/3", None]
 
 
 def test_one_file_of_weights_beside_an_older_index_is_read(tmp_path):

@@ -133,7 +133,7 @@ def test_a_tokenizer_is_named_as_a_model_is(corpus, tmp_path, monkeypatch):
     """A run, or the hub: what is asked for there are no weights."""
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, **options):
         asked.append((name, allow_patterns))
         return str(tmp_path / "run" / "tokenizer")
 
