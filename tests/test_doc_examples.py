@@ -86,6 +86,9 @@ def test_huggingface(names, dtype):
     heads, length = 4, space["text"].input_ids.shape[1]
     assert [tuple(w.shape) for w in space["weights"]] == [(1, heads, length, length)] * 2
     assert space["trainer"].state.global_step == 2
+    end = space["tokenizer"].eos_token_id
+    assert all(row["input_ids"][-1] == end for row in space["trainer"].train_dataset)
+    assert space["scores"].shape == (2, 2)
     tuned = {name for name, p in space["tuned"].named_parameters() if "lora_" in name}
     assert not tuned, "merged"
 
