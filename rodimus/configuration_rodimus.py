@@ -44,8 +44,9 @@ def align(size: int, multiple: int = 8) -> int:
 class RodimusConfig(PreTrainedConfig):
     """Configuration of a Rodimus or Rodimus+ model; ``config.json`` keeps the released field names.
 
-    The usual names (``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``head_dim``,
-    ``sliding_window``, ...) are derived from them and can be passed or assigned as well.
+    The usual names are derived from them: ``hidden_size``, ``num_hidden_layers``,
+    ``num_attention_heads`` and ``sliding_window`` can be passed or assigned as well, others
+    (``head_dim``, ``num_key_value_heads``, ``intermediate_size``, ...) follow and can be read.
 
     Args:
         block_type: ``"rodimus"`` (mixer only) or ``"rodimus_plus"`` (mixer, attention, gated MLP).
@@ -63,7 +64,8 @@ class RodimusConfig(PreTrainedConfig):
             lower bound of the key norm, None for 1e-12; ``mode`` is kept, not used.
         attn_cfg: ``num_heads``, None for d_model // 128; ``num_heads_k``; ``num_heads_v``, None for
             num_heads; ``window_size`` w: a query sees the w // 2 keys before it and its own, None
-            or 0 for all; ``rotary_emb_dim`` channels rotated, -1 for all, 0 for none;
+            or 0 for all, which is also what a dict without it means, while no ``attn_cfg`` at all
+            means 4096; ``rotary_emb_dim`` channels rotated, -1 for all, 0 for none;
             ``rotary_emb_base``; ``ffn_expand_ratio`` of the MLP.
         max_position_embeddings: Training length; a hint for tools, not a limit.
         use_scale_embedding: Multiply embeddings by sqrt(mem_size).
