@@ -10,6 +10,7 @@ Rodimus* (arXiv 2410.06577). Dimensions: B batch, T time, S cached and new keys,
 
 import importlib
 import math
+import re
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain, starmap, zip_longest
@@ -121,8 +122,8 @@ TRANSFORMERS_VERSIONS = ("5.17", "5.24")
 
 
 def _minor_version(version):
-    """``(5, 25)`` of 5.25.0.dev0."""
-    return tuple(map(int, version.split(".")[:2]))
+    """``(5, 25)`` of 5.25.0.dev0 or 5.25rc1."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 _first, _last = map(_minor_version, TRANSFORMERS_VERSIONS)
