@@ -12,10 +12,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial, wraps
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -23,7 +25,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
 
 from ..errors import InputError
@@ -182,7 +188,7 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
         ranks: What ``start`` returned.
     """
     units = template(model)
-    blocks = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    blocks = _blocks(model)
     checkpoint_activations(model, config.train.ac)
     if config.train.compile:
         for block in blocks:
@@ -238,21 +244,38 @@ def _memory(device: torch.device) -> float:
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+
+
 def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     """Recomputes block activations in backward: all of them, or all but the costly products.
 
+    Each block gets a forward of its own, inside of what compiles or shards the block afterwards.
+    transformers would checkpoint the call of a block in some versions: around the compiled block,
+    into which no policy sees.
+
     Args:
-        model: A transformers model with gradient checkpointing.
+        model: A transformers model, neither compiled nor sharded yet.
         mode: ``none``, ``full`` or ``selective`` (results of ``SAVED_OPS`` are kept).
     """
-    if mode == "none":
-        return
+    if mode != "none":
+        for block in _blocks(model):
+            block.forward = _checkpointed(block.forward, mode)
+
+
+def _checkpointed(forward: Callable, mode: str) -> Callable:
     options = {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = lambda: create_selective_checkpoint_contexts(_keep_products)
-    # transformers renamed it between the versions we support
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable(options)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+
+    @wraps(forward)
+    def checkpointed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return checkpointed
 
 
 # matrix products, attention, and every operator of ours

@@ -1,22 +1,29 @@
 """Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
 
+import contextlib
+import inspect
 import math
 import platform
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial, partialmethod
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.errors import InputError
+from rodimus.modeling_rodimus import RodimusBlock
 from rodimus.train import parallel
 from rodimus.train.config import OptimSection, ParallelSection
+from rodimus.train.load import load_config
 from rodimus.train.optim import build_optimizers
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
@@ -39,6 +46,72 @@ def test_selective_checkpointing_does_not_run_our_operators_again():
             model(ids, labels=ids, use_cache=False).loss.backward()
         products[mode] = sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
     assert products["none"] == products["selective"] < products["full"]
+
+
+@pytest.fixture
+def calls_are_checkpointed(monkeypatch):
+    """As transformers did before 5.24; since then it is a block's forward."""
+
+    def call(self, *args, **kwargs):
+        inner = partial(torch.nn.Module.__call__, self, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(inner, *args)
+        return inner(*args)
+
+    monkeypatch.setattr(RodimusBlock, "__call__", call, raising=False)
+    monkeypatch.setattr(RodimusBlock, "forward", inspect.unwrap(RodimusBlock.forward))
+    monkeypatch.delattr(GradientCheckpointingLayer, "__init_subclass__", raising=False)
+
+
+def second_of_two_steps(config_file, variants):
+    """``(loss, gradients, launches by operator, frames compiled)`` of each variant."""
+    # what is kept is decided as with the default backend, without its minute of compilation
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    ranks = parallel.start(ParallelSection(), "cpu")
+    torch.manual_seed(ranks.rank)
+    ids, positions = torch.randint(3, 300, (2, 32)), torch.arange(32).expand(2, -1) % 20
+    options = {"position_ids": positions, "is_packed": True, "use_cache": False}
+    outcomes = []
+    for overrides in variants:
+        counters.clear()
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            model = RodimusForCausalLM(RodimusConfig(**MODEL))
+        model = parallel.build_model(model, load_config(config_file, list(overrides)), ranks)
+        for profile in (contextlib.nullcontext(), torch.profiler.profile()):
+            model.zero_grad()
+            with profile:
+                out = model(ids, shift_labels=ids, num_items_in_batch=9, loss_only=True, **options)
+                out.loss.backward()
+        grads = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+        launches = {e.key: e.count for e in profile.key_averages()}
+        outcomes.append((out.loss.item(), grads.numpy(), launches, counters["frames"]["ok"]))
+    parallel.stop()
+    return outcomes
+
+
+def check_compiled_checkpointing(config_file, world_size):
+    """The recurrence is run again where checkpointing is full, norms in both modes; and the
+    compiler knows it, so that no policy is asked about what it has fused."""
+    variants = [(), *(("--train.ac", mode, "--train.compile") for mode in ("selective", "full"))]
+    for plain, *compiled in run_ranks(world_size, second_of_two_steps, config_file, variants):
+        assert plain[3] == 0
+        for outcome, times in zip(compiled, (1, 2), strict=True):
+            loss, grads, launches, frames = outcome
+            assert frames and loss == pytest.approx(plain[0], rel=1e-6)
+            torch.testing.assert_close(*map(torch.from_numpy, (grads, plain[1])))
+            assert launches["rodimus::ddts_eager"] == times * plain[2]["rodimus::ddts_eager"]
+            assert launches["aten::rsqrt"] > plain[2]["aten::rsqrt"]
+
+
+def test_compiled_blocks_know_their_checkpoints(config_file):
+    check_compiled_checkpointing(config_file, 1)
+
+
+def test_compiled_blocks_know_their_checkpoints_whatever_transformers_does(
+    config_file, calls_are_checkpointed
+):
+    check_compiled_checkpointing(config_file, 2)
 
 
 def test_replicas_equal_shards(figures):
