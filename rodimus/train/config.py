@@ -105,7 +105,7 @@ class TrainSection:
     compile: bool = False
     """torch.compile every block."""
     ac: str = "none"
-    """Activation checkpointing: none, full, or selective (keep products and operators)."""
+    """Activation checkpointing: none, full, or selective (keep products, recurrence, attention)."""
     seed: int = 0
     """Decides the initial weights and the order of the data."""
     max_grad_norm: float = 1.0

@@ -136,8 +136,9 @@ def hardware_flops(
 
     Args:
         model, config, seq_len: As in ``train_flops``.
-        recompute: Whether blocks are run a second time in backward (``train.ac = full``); with
-            ``selective`` nothing that is counted here is.
+        recompute: Whether blocks are run a second time in backward (``train.ac = full``). What
+            ``selective`` makes again is not counted: no product of a layer but, on a GPU, the
+            small one inside the input gate; and the convolution.
     """
     layer = _layer(config)
     spent = sum(train_flops(model, config, seq_len))

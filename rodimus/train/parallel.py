@@ -257,17 +257,20 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
 
     Args:
         model: A transformers model, neither compiled nor sharded yet.
-        mode: ``none``, ``full`` or ``selective`` (results of ``SAVED_OPS`` are kept).
+        mode: ``none``, ``full`` or ``selective``: results of ``SAVED_OPS`` are kept, but that of
+            the product which ends a block, for nothing in its backward needs it.
     """
     if mode != "none":
         for block in _blocks(model):
-            block.forward = _checkpointed(block.forward, mode)
+            block.forward = _checkpointed(block, mode)
 
 
-def _checkpointed(forward: Callable, mode: str) -> Callable:
-    options = {"use_reentrant": False}
+def _checkpointed(block: nn.Module, mode: str) -> Callable:
+    forward, options = block.forward, {"use_reentrant": False}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        *_, last = (m for m in block.modules() if isinstance(m, nn.Linear))
+        keeps = partial(_keep_products, last.weight.shape[::-1])
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keeps)
 
     @wraps(forward)
     def checkpointed(*args, **kwargs):
@@ -278,17 +281,24 @@ def _checkpointed(forward: Callable, mode: str) -> Callable:
     return checkpointed
 
 
-# matrix products, attention, and every operator of ours
+# what costs most to make again for its size: products, attention and the recurrence; a result that
+# autograd would not keep, as that of a norm, is kept all the same where it is named here
 SAVED_OPS = frozenset(
-    ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention")
-    + ("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+    """
+    aten::mm aten::addmm aten::bmm aten::baddbmm
+    aten::_scaled_dot_product_flash_attention aten::_scaled_dot_product_flash_attention_for_cpu
+    aten::_scaled_dot_product_efficient_attention aten::_scaled_dot_product_cudnn_attention
+    rodimus::ddts_chunk rodimus::ddts_eager rodimus::shared_key_attention
+    """.split()
 )
 
 
-def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    name = op.name() if hasattr(op, "name") else str(op)
-    namespace, _, rest = name.partition("::")
-    if namespace == "rodimus" or rest.partition(".")[0] in SAVED_OPS:
+def _keep_products(last: torch.Size, context, op, *args, **kwargs) -> CheckpointPolicy:
+    """last: shape of the transposed weight whose product ends the block; where another weight has
+    it, that product is made again."""
+    name = (op.name() if hasattr(op, "name") else str(op)).partition(".")[0]
+    ends = name == "aten::mm" and args[1].shape == last
+    if name in SAVED_OPS and not ends:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -21,7 +21,7 @@ from ..loading import model_class
 from ..peers import PEERS
 from .config import TrainConfig
 from .context import check_splits
-from .flops import DEVICES, TokenFlops, hardware_flops, train_flops
+from .flops import CHUNK, DEVICES, TokenFlops, hardware_flops, train_flops
 from .load import load_config
 from .optim import parameter_groups
 from .parallel import reshards
@@ -55,7 +55,7 @@ class Plan:
 
 
 def activation_bytes(config: PreTrainedConfig, mode: str) -> float:
-    """Estimated bytes a token and block keeps for backward in bf16, by activation checkpointing.
+    """Bytes a token and block keeps for backward in bf16, with the fused kernels of a GPU.
 
     Args:
         config: Model shapes.
@@ -63,37 +63,50 @@ def activation_bytes(config: PreTrainedConfig, mode: str) -> float:
     """
     if mode == "full":
         return 4 * config.hidden_size
-    products, rest, stream = (_peer_bytes if config.model_type in PEERS else _rodimus_bytes)(config)
-    return products + (rest if mode == "none" else stream)
+    plain, selective = (_peer_bytes if config.model_type in PEERS else _rodimus_bytes)(config)
+    return plain if mode == "none" else selective
 
 
-def _rodimus_bytes(config: RodimusConfig) -> tuple[float, float, float]:
-    """Bytes of results of products, of everything else, and of the stream among it."""
+def _rodimus_bytes(config: RodimusConfig) -> tuple[float, float]:
+    """Bytes without checkpointing, and with the results of products, DDTS and attention alone."""
     d, mem, wide, stream = config.d_model, config.mem_size, config.d_inner, 4 * config.d_model
-    # residual stream; [x, gate]; convolution; input gate, gated input; DDTS output; q, k, gates
-    products = 2 * (2 * wide + wide + wide) + 2 * 4 * mem
-    rest = stream + 2 * d + 2 * 3 * wide + 4 * 4 * mem
+    # [x, gate]; low rank of the input gate; q and k; output and states of the recurrence
+    both = 2 * 2 * wide + 2 * config.input_gate_rank + 2 * 2 * mem
+    both += 2 * wide + 2 * mem * wide / CHUNK
+    # norm, stream; convolution, gated input, gated norm; gates in fp32
+    plain = both + 2 * d + stream + 2 * 3 * wide + 4 * 2 * mem
+    # gates
+    selective = both + stream + 2 * 2 * mem
     if config.block_type == "rodimus_plus":
-        hidden = config.intermediate_size
-        # q, v, output, projection; then [x, gate] and their product
-        products += 2 * (4 * d) + 2 * 2 * hidden
-        rest += 2 * stream + 2 * (3 * d) + 2 * hidden
-    return products, rest, stream
+        hidden, heads = config.intermediate_size, config.num_attention_heads
+        keys = config.num_key_value_heads + config.num_value_heads
+        # q, k, v, output, its logsumexp; [x, gate]
+        both = 2 * (2 * d + keys * config.head_dim) + 4 * heads + 2 * 2 * hidden
+        # two norms and streams; product with the gate
+        plain += both + 2 * 2 * d + 2 * stream + 2 * hidden
+        # the products that end mixer and attention
+        selective += both + 2 * 2 * d
+    return plain, selective
 
 
-def _peer_bytes(config: PreTrainedConfig) -> tuple[float, float, float]:
+def _peer_bytes(config: PreTrainedConfig) -> tuple[float, float]:
     """As ``_rodimus_bytes``, for a mixer or attention with a gated MLP."""
     d, hidden, stream = config.hidden_size, config.intermediate_size, 4 * config.hidden_size
     if config.model_type == "gla":
-        # q, k, v, gate, output, projection; then log-decays in fp32, norm, gated output
-        products = 2 * (2 * config.key_dim + 3 * config.value_dim + d)
-        rest = 4 * config.key_dim + 2 * 2 * config.value_dim
-    else:
-        # q, k, v, output, projection; then rotated q and k
-        keys = d * config.num_key_value_heads // config.num_attention_heads
-        products, rest = 2 * (3 * d + 2 * keys), 2 * (d + keys)
-    # [gate, up]; two norms, two streams, silu and product
-    return products + 2 * 2 * hidden, rest + 2 * stream + 2 * 2 * d + 2 * 2 * hidden, stream
+        keys, values = config.key_dim, config.value_dim
+        # q, k, v, gate, output; states of the recurrence; [gate, up]
+        both = 2 * (2 * keys + 3 * values) + 2 * keys * values / config.num_heads / CHUNK
+        both += 2 * 2 * hidden + stream
+        # decays in fp32, three times; norm, silu and product; two norms, stream; silu and product
+        plain = both + 3 * 4 * keys + 3 * 2 * values + 2 * 2 * d + stream + 2 * 2 * hidden
+        # decays, projection
+        return plain, both + 2 * keys + 2 * d
+    keys = d * config.num_key_value_heads // config.num_attention_heads
+    # q, k, v, output, projection; [gate, up]
+    products = 2 * (3 * d + 2 * keys) + 2 * 2 * hidden
+    # rotated q and k; two norms, two streams, silu and product
+    rest = 2 * (d + keys) + 2 * 2 * d + 2 * stream + 2 * 2 * hidden
+    return products + rest, products + stream
 
 
 def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") -> Plan:

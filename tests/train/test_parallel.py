@@ -1,6 +1,7 @@
 """Sharding, replicas, activation checkpointing and compilation change speed, never the numbers."""
 
 import contextlib
+import copy
 import inspect
 import math
 import platform
@@ -11,22 +12,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, is_tensor
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.errors import InputError
+from rodimus.loading import model_class, read_config
 from rodimus.modeling_rodimus import RodimusBlock
 from rodimus.train import parallel
 from rodimus.train.config import OptimSection, ParallelSection
 from rodimus.train.load import load_config
 from rodimus.train.optim import build_optimizers
+from rodimus.train.plan import activation_bytes
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
 
 def test_activation_checkpointing_changes_nothing(figures):
@@ -35,7 +43,7 @@ def test_activation_checkpointing_changes_nothing(figures):
         assert figures(1, "--train.ac", mode) == pytest.approx(plain, rel=1e-6)
 
 
-def test_selective_checkpointing_does_not_run_our_operators_again():
+def test_selective_checkpointing_does_not_run_the_recurrence_again():
     """Counted in batched products, of which the chunked DDTS consists."""
     products = {}
     for mode in ("none", "selective", "full"):
@@ -46,6 +54,73 @@ def test_selective_checkpointing_does_not_run_our_operators_again():
             model(ids, labels=ids, use_cache=False).loss.backward()
         products[mode] = sum(e.count for e in profile.key_averages() if e.key == "aten::bmm")
     assert products["none"] == products["selective"] < products["full"]
+
+
+def test_selective_checkpointing_keeps_what_is_costly_for_its_size():
+    """Products, attention and recurrence; of ours neither norms nor gates nor the convolution."""
+    for name in parallel.SAVED_OPS:
+        namespace, name = name.split("::")
+        assert hasattr(getattr(torch.ops, namespace), name), name
+    ours = {name for name in parallel.SAVED_OPS if name.startswith("rodimus::")}
+    assert ours == {f"rodimus::{x}" for x in ("ddts_chunk", "ddts_eager", "shared_key_attention")}
+    assert {"aten::mm", "aten::addmm", "aten::bmm"} <= parallel.SAVED_OPS
+
+
+class Allocations(TorchDispatchMode):
+    """Remembers what operators allocate, without keeping it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        for x in filter(is_tensor, tree_leaves(out)):
+            storage = x.untyped_storage()
+            if storage._cdata not in given:
+                self.seen.append((StorageWeakRef(storage), storage.nbytes()))
+        return out
+
+    def alive(self):
+        """Bytes that something still needs."""
+        return sum(size for storage, size in self.seen if not storage.expired())
+
+
+@pytest.fixture
+def kept(operators_of_a_gpu):
+    """Bytes that a block keeps of a token for backward, by checkpointing, on a GPU."""
+
+    def after_forward(config, mode, layers, length=4096):
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = layers
+        with torch.device("meta"):
+            model = model_class(config)(config).train().bfloat16()
+            parallel.checkpoint_activations(model, mode)
+            ids = torch.zeros(1, length, dtype=torch.long)
+            options = {"position_ids": ids, "num_items_in_batch": length, "loss_only": True}
+            if config.model_type == "rodimus":
+                options["is_packed"] = True
+            with Allocations() as allocations:
+                loss = model(ids, shift_labels=ids, use_cache=False, **options).loss
+        assert loss.requires_grad
+        return allocations.alive() / length
+
+    def kept(config, mode):
+        return after_forward(config, mode, 2) - after_forward(config, mode, 1)
+
+    return kept
+
+
+@pytest.mark.parametrize("name", ["rodimus_plus_1b6", "rodimus_1b4", "gla_340m"])
+def test_a_block_keeps_what_is_planned(name, kept):
+    """But for the last state of a row."""
+    config = read_config(CONFIGS / f"{name}.json")
+    sizes = {mode: kept(config, mode) for mode in ("none", "selective", "full")}
+    for mode, size in sizes.items():
+        assert size == pytest.approx(activation_bytes(config, mode), rel=0.01), mode
+    assert sizes["selective"] < 0.65 * sizes["none"]
+    assert sizes["full"] == 4 * config.hidden_size
 
 
 @pytest.fixture

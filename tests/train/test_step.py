@@ -1,7 +1,6 @@
 """What a step costs beside its arithmetic: waits of the host, passes that a norm can make."""
 
 import contextlib
-import sys
 
 import pytest
 import torch
@@ -84,16 +83,9 @@ def test_what_is_said_of_packing_must_fit():
 
 
 @pytest.fixture
-def without_values(monkeypatch):
+def without_values(operators_of_a_gpu):
     """Runs a step of a model on packed rows by the operators of a GPU, on tensors without values:
     reading one raises. Returns the launches of our operators."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("rodimus_kernels.") and hasattr(module, "runs_triton"):
-            monkeypatch.setattr(module, "runs_triton", lambda device: device.type == "meta")
-
-    # there is no autocast of tensors without values
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
     def step(block_type, **known):
         changes = {"block_type": block_type, "mixer_cfg": MODEL["mixer_cfg"] | {"mem_size": 64}}
