@@ -41,6 +41,7 @@ class Evaluator:
         tokens: Tokens to evaluate, spread evenly; 0 means all.
         micro_batch: Rows in one forward pass of one rank.
         ranks: This process among the others.
+        compiled: The model's blocks are compiled; all rows are then given as packed ones.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Evaluator:
         tokens: int,
         micro_batch: int,
         ranks: Ranks,
+        compiled: bool = False,
     ) -> None:
         self.readers = [
             RowReader(ConcatRows(s, config.seq_len, keep_tail=True), mask_doc_start=True)
@@ -61,6 +63,7 @@ class Evaluator:
             picks = np.linspace(0, len(rows) - 1, max(1, tokens // config.seq_len))
             rows = [rows[i] for i in np.unique(picks.round().astype(int))]
         self.rows, self.micro_batch, self.ranks = rows, micro_batch, ranks
+        self.compiled = compiled
         predictable = sum(s.manifest.n_tokens - s.manifest.n_docs for s in sources)
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
 
@@ -85,7 +88,9 @@ class Evaluator:
 
     @torch.no_grad()
     def _nats(self, model: nn.Module, batch: Batch) -> float:
-        is_packed, batch = batch.is_packed(), batch.to(self.ranks.device)
+        # as in training
+        is_packed = self.compiled or batch.is_packed()
+        batch = batch.to(self.ranks.device)
         return model(
             **model_inputs(batch, self.ranks.context, is_packed=is_packed),
             num_items_in_batch=1,

@@ -93,6 +93,7 @@ class Trainer:
                 tokens=config.eval.tokens,
                 micro_batch=config.train.micro_batch,
                 ranks=ranks,
+                compiled=config.train.compile,
             )
 
         with torch.device("meta"):
@@ -138,7 +139,11 @@ class Trainer:
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
         labelled = float((batch.labels >= 0).sum()) / self.ranks.per_row
         predicted = round(parallel.reduce_sum([labelled])[0])
-        packed = [micro.is_packed() for micro in batch.split(config.train.micro_batch)]
+        # packed rows are any rows; a compiler makes a graph for each answer, and the ranks wait
+        packed = [
+            config.train.compile or micro.is_packed()
+            for micro in batch.split(config.train.micro_batch)
+        ]
         total = torch.zeros((), device=self.ranks.device)
         micro_batches = batch.to(self.ranks.device).split(config.train.micro_batch)
         for i, micro in enumerate(micro_batches):

@@ -1,9 +1,12 @@
 """What a step costs beside its arithmetic: waits of the host, passes that a norm can make."""
 
 import contextlib
+import json
+from functools import partialmethod
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from rodimus import RodimusConfig, RodimusForCausalLM, RodimusModel
@@ -114,6 +117,47 @@ def test_no_value_is_read_where_packing_is_known(block_type, is_packed, without_
 def test_values_are_read_where_packing_is_not_known(block_type, without_values):
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         without_values(block_type)
+
+
+def test_packing_of_one_micro_batch_makes_no_graph_of_its_own(config_file, monkeypatch):
+    """Every rank would compile it at its own step, while the others wait."""
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    )
+    shapes = MODEL | {"block_type": "rodimus"}
+    (config_file.parent / "model.json").write_text(json.dumps(shapes))
+
+    def steps(*overrides):
+        config = load_config(config_file, list(overrides))
+        trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
+        get, made, kinds, losses = trainer.batches.get, [], [], []
+
+        def third_begins_unpacked(first):
+            batch = get(first)
+            if len(made) == 2:
+                batch.position_ids[:2] = torch.arange(32)
+            kinds.extend(micro.is_packed() for micro in batch.split(2))
+            return batch
+
+        trainer.batches.get = third_begins_unpacked
+        for _ in range(4):
+            losses.append(trainer.step()["loss"])
+            made.append(counters["stats"]["unique_graphs"])
+        evaluate = trainer.evaluate
+        packed, blank = map(evaluate._batch, (0, len(evaluate.rows)))
+        kinds += [packed.is_packed(), blank.is_packed()]
+        evaluate._batch = lambda first: blank if first else packed
+        losses.append(evaluate(trainer.model, lambda: False).loss)
+        made.append(counters["stats"]["unique_graphs"])
+        trainer.close()
+        return kinds, made, losses
+
+    ((kinds, made, losses),) = run_ranks(1, steps, "--train.compile")
+    assert kinds[:5] == [*[True] * 4, False] and kinds[-2:] == [True, False]
+    assert made[0] > 0 and made[1:4] == made[:1] * 3
+    # without gradients
+    assert made[4] == made[0] + 1
+    assert losses == pytest.approx(run_ranks(1, steps)[0][2], rel=1e-6)
 
 
 class NoReading(TorchDispatchMode):
