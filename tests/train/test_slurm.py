@@ -51,6 +51,12 @@ def slurm(tmp_path):
     return run
 
 
+def test_ranks_get_the_cores_of_the_job(slurm, tmp_path):
+    srun = f'#!/bin/bash\necho "$SRUN_CPUS_PER_TASK" > {tmp_path}/cores\n'
+    slurm("run.toml", srun=srun, SLURM_CPUS_PER_TASK="8")
+    assert (tmp_path / "cores").read_text() == "8\n"
+
+
 def test_a_typo_is_not_queued_again(slurm, tmp_path):
     (tmp_path / "run.toml").write_text("[train]\nstepz = 3\n")
     status, requests, said = slurm("run.toml")
