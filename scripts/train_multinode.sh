@@ -1,19 +1,19 @@
 #!/bin/bash
-# Starts the training processes of this node. Under Slurm it is called by train.slurm; by hand, on
-# every node, with the address of the first one:
+# Starts the training processes of this node with torchrun, where there is no scheduler; on every
+# node, with the address of the first one:
 #   MASTER_ADDR=node0 NODES=2 bash scripts/train_multinode.sh configs/train/rodimus_plus_1b6.toml \
 #       --parallel.replicate 2
 set -eu
 
-nodes=${NODES:-${SLURM_NNODES:-1}}
-per_node=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 : "${MASTER_ADDR:?must name the first node}"
+# torchrun passes SIGTERM on and kills its workers 30 s later; newer ones wait as long as is said here
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-# exec: the signals of the scheduler reach torchrun itself
+# exec: signals reach torchrun itself
 exec torchrun \
-    --nnodes "$nodes" \
-    --nproc-per-node "$per_node" \
+    --nnodes "${NODES:-1}" \
+    --nproc-per-node "${GPUS_PER_NODE:-8}" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" \
-    --rdzv-id "${SLURM_JOB_ID:-rodimus}" \
+    --rdzv-id rodimus \
     -m rodimus.train "$@"

@@ -11,9 +11,17 @@ from rodimus.train import __main__ as program
 from tests.train.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
-TORCHRUN = f"""#!/bin/bash
-while [ "$1" != -m ]; do shift; done
-{sys.executable} "$@" || exit 1
+PYTHON = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+# starts each task of a node, and passes SIGTERM on
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+for ((i = 0; i < ${SLURM_NTASKS:=1}; i++)); do
+    SLURM_NTASKS=$SLURM_NTASKS SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!)
+done
+trap 'kill -TERM "${tasks[@]}"' TERM
+status=0
+for task in "${tasks[@]}"; do wait $task || status=$?; done
+exit $status
 """
 
 
@@ -29,9 +37,9 @@ def slurm(tmp_path):
         path.write_text(text)
         path.chmod(0o755)
 
-    def run(*arguments, srun='#!/bin/bash\nshift\nexec "$@"\n', **variables):
+    def run(*arguments, srun=SRUN, python=PYTHON, **variables):
         program("srun", srun)
-        program("torchrun", TORCHRUN)
+        program("python", python)
         program("scontrol", f'#!/bin/bash\necho "$@" >> {asked}\necho node0\n')
         path = [str(tmp_path / "bin"), os.environ["PATH"]]
         environment = os.environ | {
@@ -44,11 +52,28 @@ def slurm(tmp_path):
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
         )
         assert not list(tmp_path.glob(".rodimus-status*")), "it leaves its file behind"
-        requests = [line for line in asked.read_text().splitlines() if "hostnames" not in line]
-        asked.unlink()
+        requests = asked.read_text().splitlines() if asked.exists() else []
+        requests = [line for line in requests if "hostnames" not in line]
+        asked.unlink(missing_ok=True)
         return done.returncode, requests, done.stderr
 
     return run
+
+
+def test_each_task_is_a_rank(slurm, tmp_path):
+    said = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" >> ranks'
+    tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "2"}
+    python = f"#!/bin/bash\n{said}\nexit 7\n"
+    status, requests, _ = slurm("run.toml", "--train.steps", "3", python=python, **tasks)
+    assert (status, requests) == (7, [])
+    expected = [f"{i} {i} 2 node0 -m rodimus.train run.toml --train.steps 3" for i in range(2)]
+    assert sorted((tmp_path / "ranks").read_text().splitlines()) == expected
+
+
+def test_a_task_for_each_gpu(slurm):
+    status, requests, said = slurm("x", SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="8")
+    assert (status, requests) == (2, [])
+    assert said == "train.slurm: expected one task per GPU, got 1 tasks and 8 GPUs per node\n"
 
 
 def test_ranks_get_the_cores_of_the_job(slurm, tmp_path):
@@ -66,7 +91,7 @@ def test_a_typo_is_not_queued_again(slurm, tmp_path):
 
 @pytest.mark.parametrize("ended, requests", [("143", ["requeue 7"]), ("0", []), ("1", [])])
 def test_a_run_says_itself_how_it_ended(slurm, ended, requests):
-    """Whatever torchrun makes of it."""
+    """Whatever srun makes of it."""
     srun = f'#!/bin/bash\necho {ended} > "$RODIMUS_STATUS_FILE"\nexit {min(int(ended), 1)}\n'
     assert slurm("run.toml", srun=srun)[:2] == (int(ended), requests)
 
