@@ -1,9 +1,8 @@
 """`rodimus train CONFIG` and `torchrun -m rodimus.train CONFIG`: one run from start to export.
 
 Exit status: 0 done, 1 stopped by the guard or the last checkpoint not written, 2 bad input, 143
-terminated with a checkpoint (start the same command again to go on). torchrun makes 1 of all but 0,
-so rank 0 also writes its status to the file that ``RODIMUS_STATUS_FILE`` names, for a script that
-starts runs again.
+terminated with a checkpoint (start the same command again to go on); ``status`` leaves it in a file
+too.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from ..errors import InputError
 from .config import TrainConfig
+from .status import leave, leave_crashed
 
-STATUS_VARIABLE = "RODIMUS_STATUS_FILE"
 USAGE = """usage: rodimus train CONFIG.toml [--section.key VALUE ...]
        torchrun --nproc-per-node N -m rodimus.train CONFIG.toml [--section.key VALUE ...]
 
@@ -42,21 +41,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"rodimus train: error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         status = 2
     except Exception:
-        _leave(1)
+        leave_crashed()
         raise
-    _leave(status)
+    leave(status)
     return status
 
 
 def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _leave(status: int) -> None:
-    """Writes the status for a script that starts runs again."""
-    path = os.environ.get(STATUS_VARIABLE)
-    if path and _is_main():
-        Path(path).write_text(f"{status}\n", encoding="utf-8")
 
 
 def train(path: str, overrides: list[str]) -> int:
@@ -84,7 +76,7 @@ def train(path: str, overrides: list[str]) -> int:
         finally:
             trainer.close()
         # at once: a launcher may kill this process when another ends, or a scheduler at its export
-        _leave(TERMINATED if status == 0 and config.export else status)
+        leave(TERMINATED if status == 0 and config.export else status)
     # the others need not wait for the export
     parallel.stop()
     if status == 0 and ranks.is_main:

@@ -37,6 +37,7 @@ from ..run_folder import (
 )
 from . import store
 from .config import CheckpointSection
+from .status import leave_saved
 
 logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
@@ -159,6 +160,7 @@ class Checkpointer:
                 logger.error("checkpoint %s not written: %s", folder.name, failure)
                 store.remove(folder)
                 return
+            leave_saved()
             _point_to(folder)
             try:
                 store.prune(self.root, self.config.keep, self.config.keep_every)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rodimus.train import __main__ as program
+from rodimus.train import guard, loop
 from tests.train.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -103,6 +104,52 @@ def test_a_run_that_says_nothing_has_crashed(slurm, tmp_path, status):
     (tmp_path / ".rodimus-status-7").write_text("143\n")
     srun = f"#!/bin/bash\nexit {status}\n"
     assert slurm("run.toml", srun=srun)[:2] == (status, [])
+
+
+@pytest.mark.parametrize("status", [1, 137, 143])
+def test_a_crash_after_a_checkpoint_is_started_again(slurm, status):
+    srun = f'#!/bin/bash\necho saved > "$RODIMUS_STATUS_FILE"\nexit {status}\n'
+    assert slurm("run.toml", srun=srun)[:2] == (status, ["requeue 7"])
+
+
+@pytest.mark.parametrize("every, said", [(2, "saved\n"), (100, "1\n")])
+@pytest.mark.parametrize("writes", ["--checkpoint.async-save", "--checkpoint.no-async-save"])
+def test_a_run_says_that_it_has_saved(config_file, tmp_path, monkeypatch, every, said, writes):
+    """Also where a resumed run crashes before its next checkpoint: then it says nothing of it."""
+    status, step = tmp_path / "status", loop.Trainer.step
+    monkeypatch.setenv("RODIMUS_STATUS_FILE", str(status))
+
+    def fail_at(limit):
+        def fails(self):
+            if self.progress.step == limit:
+                raise RuntimeError("NCCL error")
+            return step(self)
+
+        monkeypatch.setattr(loop.Trainer, "step", fails)
+        with pytest.raises(RuntimeError, match="NCCL error"):
+            program.main([str(config_file), "--checkpoint.every", str(every), writes])
+
+    run_ranks(1, fail_at, 3)
+    assert status.read_text() == said
+    # as the batch script does between two starts
+    status.unlink()
+    run_ranks(1, fail_at, 3)
+    assert status.read_text() == "1\n"
+
+
+def test_a_run_that_is_stopped_is_not_started_again(config_file, tmp_path, monkeypatch):
+    """Though it has saved: the guard would stop it again."""
+    monkeypatch.setenv("RODIMUS_STATUS_FILE", str(tmp_path / "status"))
+
+    def stopped(self, signals):
+        self.step()
+        self.save(wait=True)
+        assert (tmp_path / "status").read_text() == "saved\n"
+        raise guard.RunStopped("stopped")
+
+    monkeypatch.setattr(loop.Trainer, "run", stopped)
+    assert run_ranks(1, program.main, [str(config_file)]) == [1]
+    assert (tmp_path / "status").read_text() == "1\n"
 
 
 def test_fifty_times_are_enough(slurm):
