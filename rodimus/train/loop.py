@@ -118,6 +118,9 @@ class Trainer:
                 self.existing.give_to(self.model)
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.returns: Counter[int] = Counter()
+        self.signals = Signals()
+        # of all ranks, by the last step
+        self.asked_to_end = self.asked_to_save = False
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         parallel.together(
             lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None
@@ -138,7 +141,8 @@ class Trainer:
         self.watchdog.beat(f"computing step {progress.step + 1}")
         # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
         labelled = float((batch.labels >= 0).sum()) / self.ranks.per_row
-        predicted = round(parallel.reduce_sum([labelled])[0])
+        predicted = parallel.sum_over_ranks([labelled], self.ranks.device)[0]
+        predicted = predicted.round().clamp_min(1).float()
         # packed rows are any rows; a compiler makes a graph for each answer, and the ranks wait
         packed = [
             config.train.compile or micro.is_packed()
@@ -150,7 +154,7 @@ class Trainer:
             parallel.mark_micro_step(self.model, last=i == self.accumulation - 1)
             out = self.model(
                 **model_inputs(micro, self.ranks.context, is_packed=packed[i]),
-                num_items_in_batch=max(1, predicted),
+                num_items_in_batch=predicted,
                 z_loss=config.train.z_loss,
                 use_cache=False,
                 loss_only=True,
@@ -159,9 +163,12 @@ class Trainer:
             total += out.cross_entropy.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        asked = take_requests(self.signals)
+        sums = parallel.sum_over_ranks([total, *asked], self.ranks.device)
         # the only wait of a step for the device: the guard decides whether its update is made
-        mean_loss, grad_norm = torch.stack((total, norm)).tolist()
-        mean_loss = parallel.reduce_sum([mean_loss])[0]
+        mean_loss, terminate, save, grad_norm = torch.cat((sums, norm.double()[None])).tolist()
+        self.asked_to_end = terminate > 0
+        self.asked_to_save |= save > 0
 
         verdict = self.guard.judge(progress.step + 1, mean_loss, grad_norm)
         if verdict == guard.OK:
@@ -179,6 +186,7 @@ class Trainer:
 
     def run(self, signals: Signals) -> int:
         """Trains to the end, or to SIGTERM; returns the exit status."""
+        self.signals = signals
         self.greet()
         self.watchdog.start()
         config, steps = self.config, self.config.steps
@@ -192,7 +200,8 @@ class Trainer:
             self.log.record(step, **values)
             if self.verdict == guard.ROLLBACK and self.roll_back():
                 continue
-            terminate, save = self.asked(signals)
+            terminate, save = self.asked_to_end, self.asked_to_save
+            self.asked_to_save = False
             due = step % config.checkpoint.every == 0 or step == steps
             if not terminate and (step % config.eval.every == 0 or step == steps):
                 self.held_out(signals)
@@ -214,11 +223,7 @@ class Trainer:
 
     def asked(self, signals: Signals) -> tuple[bool, bool]:
         """Whether some rank was asked to terminate, and to save; the same answer on every rank."""
-        asked = signals.save
-        if asked:
-            # before the exchange: what comes during it is for the next one
-            signals.save = False
-        terminate, save = parallel.reduce_sum([float(signals.terminate), float(asked)])
+        terminate, save = parallel.reduce_sum(take_requests(signals))
         return terminate > 0, save > 0
 
     def held_out(self, signals: Signals) -> Evaluation | None:
@@ -323,6 +328,15 @@ def open_inputs(
     check_held_out(train, val)
     check_splits(config, model)
     return model, train, val
+
+
+def take_requests(signals: Signals) -> list[float]:
+    """What this rank was asked for, to end and to save, as 0 or 1; what comes after that is for the
+    next exchange of the ranks."""
+    save = signals.save
+    if save:
+        signals.save = False
+    return [float(signals.terminate), float(save)]
 
 
 def meter_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, wraps
@@ -153,6 +153,28 @@ def reduce_sum(values: list[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Sums a few numbers over all ranks on their device, where no host waits for them.
+
+    Args:
+        values: Numbers, or tensors ``[]`` on the device.
+        device: That of every rank.
+
+    Returns:
+        float64 ``[len(values)]`` on the device, the same on every rank.
+    """
+    options = {"dtype": torch.float64, "device": device}
+    # a number that is copied to a GPU waits for it, one that is filled in does not
+    total = torch.stack(
+        [
+            x.double() if isinstance(x, torch.Tensor) else torch.full((), x, **options)
+            for x in values
+        ]
+    )
+    dist.all_reduce(total)
+    return total
 
 
 def together(work: Callable[[], T]) -> T:

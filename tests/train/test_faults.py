@@ -546,6 +546,22 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
     assert bad == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (4, 0), (5, 0), (6, 0)]
 
 
+def test_sigusr1_in_a_step_that_is_rolled_back_is_for_the_next(config_file, tmp_path):
+    def asked_in_the_spike():
+        step = loop.Trainer.step
+
+        def interrupted(self):
+            if self.progress.step == 4 and not self.returns:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return step(self)
+
+        loop.Trainer.step = interrupted
+        return spike_in_step(5, str(config_file))
+
+    assert run_ranks(1, asked_in_the_spike) == [0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 4, 3]
+
+
 def test_rolling_back_to_one_checkpoint_ends(config_file, tmp_path):
     """With a good step before every spike, so that none follows another."""
 

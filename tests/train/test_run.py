@@ -115,14 +115,14 @@ def test_masks_of_dropout_are_the_same_when_resumed_and_differ_by_rank(config_fi
     model.write_text(json.dumps(json.loads(model.read_text()) | {"dropout": 0.2}))
 
     def drawn(*arguments):
-        draws, reduce_sum = [], parallel.reduce_sum
+        draws, sum_over_ranks = [], parallel.sum_over_ranks
 
-        def draw(values):
+        def draw(*values):
             # once the batch is there and before the model runs
             draws.append(torch.rand(1, generator=torch.default_generator.clone_state()).item())
-            return reduce_sum(values)
+            return sum_over_ranks(*values)
 
-        parallel.reduce_sum = draw
+        parallel.sum_over_ranks = draw
         assert main([str(config_file), "--no-export", *arguments]) == 0
         return draws[0]
 

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from rodimus import RodimusConfig, RodimusForCausalLM, RodimusModel
 from rodimus.modeling_rodimus import RodimusBlock
-from rodimus.train import loop, optim, parallel
+from rodimus.train import optim, parallel
 from rodimus.train.load import load_config
 from rodimus.train.loop import Trainer
 from rodimus.train.rows import Batch
+from rodimus.train.signals import Signals
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
 
@@ -175,19 +176,19 @@ def from_batch_to_figures(monkeypatch):
     """Forbids reading from where the batch goes to the device to where its figures are read; the
     list of what was read there."""
     forbidden, figures = contextlib.ExitStack(), []
-    to, stack, model_forward = Batch.to, torch.stack, RodimusForCausalLM.forward
+    to, sums, model_forward = Batch.to, parallel.sum_over_ranks, RodimusForCausalLM.forward
 
     def no_reading(batch, device):
         assert device == torch.device("cpu")
         forbidden.enter_context(NoReading())
         return to(batch, device)
 
-    def read(tensors, *args, **kwargs):
-        stacked = stack(tensors, *args, **kwargs)
-        if isinstance(tensors, tuple) and stacked.shape == (2,):
+    def read(values, device):
+        summed = sums(values, device)
+        if len(values) > 1:
             forbidden.close()
-            figures.append(stacked)
-        return stacked
+            figures.append(summed)
+        return summed
 
     def forward(self, *args, **kwargs):
         # its own reading is looked for above; on a CPU it looks at labels, for nobody waits there
@@ -196,7 +197,7 @@ def from_batch_to_figures(monkeypatch):
 
     monkeypatch.setattr(RodimusForCausalLM, "forward", forward)
     monkeypatch.setattr(Batch, "to", no_reading)
-    monkeypatch.setattr(loop.torch, "stack", read)
+    monkeypatch.setattr(parallel, "sum_over_ranks", read)
     yield figures
     forbidden.close()
 
@@ -214,6 +215,30 @@ def test_a_step_reads_its_figures_once(config_file, from_batch_to_figures):
 
     ((losses, read),) = run_ranks(1, steps)
     assert read == 2 and losses[1] != losses[0]
+
+
+def test_a_step_exchanges_figures_twice(config_file, monkeypatch):
+    """Labels before it, loss and signals after it, on the device of the ranks."""
+
+    def steps():
+        config = load_config(config_file)
+        trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
+        exchanged, all_reduce = [], torch.distributed.all_reduce
+
+        def counted(tensor, *args, **kwargs):
+            exchanged.append((tensor.device, len(tensor)))
+            return all_reduce(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", counted)
+        monkeypatch.setattr(trainer, "held_out", lambda signals: None)
+        monkeypatch.setattr(trainer, "save", lambda wait: True)
+        assert trainer.run(Signals()) == 0
+        trainer.close()
+        return [len(exchanged), *exchanged[:3]]
+
+    device = torch.device("cpu")
+    # one more where held-out data was read after the last step
+    assert run_ranks(2, steps) == [[2 * 6 + 1, (device, 1), (device, 3), (device, 1)]] * 2
 
 
 def test_shards_are_updated_as_sharded_parameters_are(figures, monkeypatch):
