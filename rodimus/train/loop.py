@@ -64,10 +64,12 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.accumulation = config.accumulation(ranks.world_size)
-        model_config, train, val = parallel.together(lambda: open_inputs(config))
+        model_config, train, val = parallel.together(lambda: open_inputs(config), ranks)
         self.told = take_marks(model_config, train[0])
         if config.data.verify:
-            parallel.together(lambda: verify_share(train + val, ranks.rank, ranks.world_size))
+            parallel.together(
+                lambda: verify_share(train + val, ranks.rank, ranks.world_size), ranks
+            )
         self.existing = None
         if config.model.weights:
             self.existing = ExistingWeights(config, model_config, train[0], ranks)
@@ -123,7 +125,7 @@ class Trainer:
         self.asked_to_end = self.asked_to_save = False
         self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
         parallel.together(
-            lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None
+            lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None, ranks
         )
 
     def step(self) -> dict[str, float]:

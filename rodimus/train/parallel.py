@@ -39,6 +39,8 @@ from .initialize import initialize, template
 T = TypeVar("T")
 # parameters of glibc's mallopt; a block may be at most 32 MiB to stay on the heap
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# to hash terabytes or to wait for a hub; a rank that has died is noticed at once
+_START_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Ranks:
     mesh: DeviceMesh
     context: dist.ProcessGroup | None = None
     """Neighbours that share this rank's rows; None where every rank has rows of its own."""
+    patient: dist.ProcessGroup | None = None
+    """All ranks, for what may take hours on one of them before training begins; None for all."""
 
     @property
     def per_row(self) -> int:
@@ -138,6 +142,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
         where or torch.device("cpu"),
         mesh,
         context=None if context is None else context.get_group(),
+        patient=dist.new_group(backend="gloo", timeout=_START_TIMEOUT),
     )
 
 
@@ -177,8 +182,9 @@ def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device)
     return total
 
 
-def together(work: Callable[[], T]) -> T:
-    """Runs ``work`` on every rank; where it fails on one, all ranks raise the same error.
+def together(work: Callable[[], T], ranks: Ranks) -> T:
+    """Runs ``work`` on every rank, for hours if it takes them; where it fails on one, all ranks
+    raise the same error.
 
     Returns:
         What ``work`` returned on this rank.
@@ -191,8 +197,8 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except InputError as error:
         problem = str(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    problems: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(problems, problem, group=ranks.patient)
     for found in filter(None, problems):
         raise InputError(found)
     return result

@@ -134,7 +134,7 @@ class ExistingWeights:
             InputError: there is no such folder, it is damaged, its model is another one, its tokens
                 are others than those of the data, or its weights are no floating-point numbers.
         """
-        parallel.together(lambda: self._read() if self.ranks.is_main else None)
+        parallel.together(lambda: self._read() if self.ranks.is_main else None, self.ranks)
         self._is_read = True
 
     def _read(self) -> None:

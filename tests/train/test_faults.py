@@ -20,7 +20,7 @@ import torch
 
 from rodimus import RodimusForCausalLM
 from rodimus.errors import InputError
-from rodimus.train import guard, loop, signals, store
+from rodimus.train import guard, loop, parallel, signals, store
 from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
@@ -434,6 +434,22 @@ def test_a_rank_that_hangs_ends_though_rank_0_has_ended(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1"):
         watchdog._watch()
     assert "at: loading data of step 3; the beats of the others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("slow", ["open_inputs", "verify_share"])
+def test_a_slow_disk_at_the_start_is_no_hang(config_file, monkeypatch, slow):
+    """The ranks wait longer than in training, where limits are a twentieth here."""
+    work = getattr(loop, slow)
+
+    def slowly(*args):
+        if os.environ["RANK"] == "1":
+            time.sleep(8)
+        return work(*args)
+
+    monkeypatch.setattr(loop, slow, slowly)
+    monkeypatch.setattr(parallel, "timedelta", lambda **given: timedelta(**given) / 20)
+    options = ("--parallel.timeout-s", 30, "--train.steps", 1, "--no-export")
+    assert train(2, config_file, *options) == [0, 0]
 
 
 def test_a_slow_disk_is_no_hang(config_file, tmp_path):
