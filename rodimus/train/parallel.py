@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -118,32 +118,43 @@ def start(config: ParallelSection, device: str) -> Ranks:
     where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else None
     if where is not None:
         torch.cuda.set_device(where)
+    # the watchdog comes first and knows more
+    timeout = timedelta(seconds=config.timeout_s + 60)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=None if "RANK" in os.environ else dist.HashStore(),
         rank=rank,
         world_size=world,
-        # the watchdog comes first and knows more
-        timeout=timedelta(seconds=config.timeout_s + 60),
+        timeout=timeout,
     )
+    shape, names = (world,), ("shard",)
     if config.replicate > 1:
         shape, names = (config.replicate, world // config.replicate), ("replicate", "shard")
-    else:
-        shape, names = (world,), ("shard",)
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
-    context = None
-    if pieces > 1:
-        # gradients are summed over all ranks anyway, so the mesh of the shards does not change
-        names = ("rows", "context")
-        context = init_device_mesh(kind, (world // pieces, pieces), mesh_dim_names=names)["context"]
+    groups = [_group_along(shape, dim, timeout) for dim in range(len(shape))]
+    mesh = DeviceMesh.from_group(
+        groups if len(groups) > 1 else groups[0],
+        kind,
+        mesh=torch.arange(world).view(shape),
+        mesh_dim_names=names,
+    )
     return Ranks(
         rank,
         world,
         where or torch.device("cpu"),
         mesh,
-        context=None if context is None else context.get_group(),
+        # gradients are summed over all ranks anyway, so the mesh of the shards does not change
+        context=_group_along((world // pieces, pieces), 1, timeout) if pieces > 1 else None,
         patient=dist.new_group(backend="gloo", timeout=_START_TIMEOUT),
     )
+
+
+def _group_along(shape: tuple[int, ...], dim: int, timeout: timedelta) -> dist.ProcessGroup:
+    """This rank's group along a dimension of all ranks in that shape; a mesh would give its own the
+    timeout of torch. All ranks together are the group that is there."""
+    if len(shape) == 1:
+        return dist.group.WORLD
+    ranks = torch.arange(math.prod(shape)).view(shape).movedim(dim, -1).flatten(0, -2)
+    return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout)[0]
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ import inspect
 import math
 import platform
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from functools import partial, partialmethod
 from multiprocessing import get_context
 from pathlib import Path
@@ -232,6 +233,24 @@ def test_muon_of_replicas_exchanges_what_muon_of_one_does():
     alone = stepped(2)
     assert alone[0][1] > 0
     assert stepped(2, 2) == 2 * alone
+
+
+def test_every_group_waits_as_long_as_all_ranks_do():
+    """Those of torch's own meshes end a collective before the watchdog can say who hangs."""
+
+    def timeouts():
+        config = ParallelSection(replicate=2, context_parallel=2, timeout_s=5000)
+        ranks = parallel.start(config, "cpu")
+        groups = [distributed.group.WORLD, ranks.context, *ranks.mesh.get_all_groups()]
+        members = [distributed.get_process_group_ranks(group) for group in groups]
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        return ranks.rank, members, {backend.options._timeout for backend in backends}
+
+    for rank, members, waits in run_ranks(4, timeouts):
+        first = rank - rank % 2
+        neighbours, across = [first, first + 1], [rank % 2, rank % 2 + 2]
+        assert members == [[0, 1, 2, 3], neighbours, across, neighbours]
+        assert waits == {timedelta(seconds=5060)}
 
 
 def test_auto_dtype_follows_the_hardware(monkeypatch):
