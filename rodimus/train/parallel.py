@@ -245,6 +245,9 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
         ),
     }
     for module in (*blocks, model):
+        if module is model:
+            # backward begins with the head: it would be gathered again at once
+            options["reshard_after_forward"] = False
         fully_shard(module, **options)
         # the loss is a sum over all ranks divided once by all predicted tokens: gradients are
         # summed, by a plain sum because gloo has no scaled one; neither call reaches children

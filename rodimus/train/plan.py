@@ -135,6 +135,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
         model = model_class(model_config)(model_config)
     n = model.num_parameters()
     shards = gpus // replicas
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
     gathers_twice = reshards(config.parallel, n, DEVICES[gpu].memory)
     flops = train_flops(model, model_config, config.data.seq_len)
     made = partial(hardware_flops, model, model_config, config.data.seq_len)
@@ -148,7 +149,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
         tokens=config.steps * config.train.global_batch_tokens,
         memory=_memory(model, model_config, config, n, shards, gathers_twice),
         tokens_per_s=gpus * DEVICES[gpu].flops * mfu / (flops.total + recomputed),
-        traffic=_traffic(n, shards, replicas, gathers_twice)
+        traffic=_traffic(n, blocks if gathers_twice else 0, shards, replicas)
         | _pieces_traffic(config, model_config),
     )
 
@@ -164,28 +165,28 @@ def _memory(
     matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
     # AdamW keeps two moments, Muon one
     moments = 2 * n - (matrices if config.optim.name == "muon" else 0)
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    root = n - block * len(model.model.layers)
-    gathered = root + 2 * block if gathers_twice else n
+    layers = model.model.layers
+    block = sum(p.numel() for p in layers[0].parameters())
+    gathered = n - block * (len(layers) - 2) if gathers_twice else n
     tokens = config.train.micro_batch * config.data.seq_len / config.parallel.context_parallel
     return {
         "weights, fp32": 4 * n / shards,
         "gradients, fp32": 4 * n / shards,
         "optimizer": 4 * moments / shards,
         "gathered weights, bf16": 2.0 * gathered,
-        "activations (estimate)": tokens
-        * len(model.model.layers)
-        * activation_bytes(shapes, config.train.ac),
+        "activations (estimate)": tokens * len(layers) * activation_bytes(shapes, config.train.ac),
         "gradient of the head, fp32": 4.0 * model.lm_head.weight.numel(),
     }
 
 
-def _traffic(n: int, shards: int, replicas: int, gathers_twice: bool) -> dict[str, float]:
-    """Bytes one GPU sends in a micro-step inside its replica, and in a step between replicas."""
+def _traffic(n: int, again: int, shards: int, replicas: int) -> dict[str, float]:
+    """Bytes one GPU sends in a micro-step inside its replica, and in a step between replicas.
+
+    again: Parameters that backward gathers a second time, all but embedding, head and last norm.
+    """
     share = (shards - 1) / shards
-    gathers = 2 if gathers_twice else 1
     return {
-        "inside a replica, per micro-step": (2 * gathers + 4) * n * share,
+        "inside a replica, per micro-step": (2 * (n + again) + 4 * n) * share,
         "between replicas, per step": 2 * (replicas - 1) / replicas * 4 * n / shards,
     }
 

@@ -27,7 +27,7 @@ from rodimus import RodimusConfig, RodimusForCausalLM
 from rodimus.errors import InputError
 from rodimus.loading import model_class, read_config
 from rodimus.modeling_rodimus import RodimusBlock
-from rodimus.train import parallel
+from rodimus.train import loop, parallel
 from rodimus.train.config import OptimSection, ParallelSection
 from rodimus.train.load import load_config
 from rodimus.train.optim import build_optimizers
@@ -233,6 +233,24 @@ def test_muon_of_replicas_exchanges_what_muon_of_one_does():
     alone = stepped(2)
     assert alone[0][1] > 0
     assert stepped(2, 2) == 2 * alone
+
+
+@pytest.mark.parametrize("reshard, gathers", [("true", 2 * 2 + 1), ("false", 2 + 1)])
+def test_embedding_and_head_are_gathered_once(config_file, reshard, gathers):
+    """For a forward and backward of two blocks, of which each may be gathered twice."""
+
+    def gathered():
+        options = ["--parallel.reshard-after-forward", reshard, "--train.micro-batch", "1"]
+        config = load_config(config_file, options)
+        trainer = loop.Trainer(config, parallel.start(config.parallel, "cpu"))
+        trainer.step()
+        with torch.profiler.profile() as profile:
+            trainer.step()
+        trainer.close()
+        counts = {e.key: e.count for e in profile.key_averages()}
+        return counts["c10d::_allgather_base_"] / trainer.accumulation
+
+    assert run_ranks(2, gathered) == [gathers] * 2
 
 
 def test_every_group_waits_as_long_as_all_ranks_do():

@@ -118,6 +118,16 @@ def test_auto_resharding_is_planned_as_it_is_trained():
     assert not parallel.reshards(ParallelSection(), 10**12, parallel._memory(torch.device("cpu")))
 
 
+def test_blocks_that_are_given_back_are_gathered_twice():
+    """By hand: bf16 weights of the blocks once more, not the tied embedding and the last norm."""
+    setting = "--parallel.reshard-after-forward"
+    plans = [planned("rodimus_plus_1b6", 8, setting, x) for x in ("false", "true")]
+    kept, given_back = (plan_.traffic["inside a replica, per micro-step"] for plan_ in plans)
+    blocks = 1_607_095_296 - 126464 * 2048 - 2048
+    assert kept == 6 * 1_607_095_296 * 7 / 8
+    assert given_back - kept == 2 * blocks * 7 / 8
+
+
 def test_mfu_counts_with_the_peak_of_that_device(monkeypatch):
     peaks = {
         "NVIDIA H100 80GB HBM3": 989e12,
