@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -58,11 +58,15 @@ class Evaluator:
             RowReader(ConcatRows(s, config.seq_len, keep_tail=True), mask_doc_start=True)
             for s in sources
         ]
-        rows = [(r, i) for r, reader in enumerate(self.readers) for i in range(len(reader.rows))]
-        if tokens and tokens < len(rows) * config.seq_len:
-            picks = np.linspace(0, len(rows) - 1, max(1, tokens // config.seq_len))
-            rows = [rows[i] for i in np.unique(picks.round().astype(int))]
-        self.rows, self.micro_batch, self.ranks = rows, micro_batch, ranks
+        sizes = np.array([len(reader.rows) for reader in self.readers])
+        # of each source among the rows of all
+        self.ends = sizes.cumsum()
+        self.starts = self.ends - sizes
+        self.rows: Sequence[int] | np.ndarray = range(int(self.ends[-1]))
+        if tokens and tokens < len(self.rows) * config.seq_len:
+            picks = np.linspace(0, len(self.rows) - 1, max(1, tokens // config.seq_len))
+            self.rows = np.unique(picks.round().astype(int))
+        self.micro_batch, self.ranks = micro_batch, ranks
         self.compiled = compiled
         predictable = sum(s.manifest.n_tokens - s.manifest.n_docs for s in sources)
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
@@ -100,8 +104,10 @@ class Evaluator:
 
     def _batch(self, first: int) -> Batch:
         """Rows from ``first`` on; past the end, rows without labels keep the ranks in step."""
-        chosen = self.rows[first : first + self.micro_batch]
-        read = [self.readers[source](row) for source, row in chosen]
+        chosen = np.array(self.rows[first : first + self.micro_batch], int)
+        sources = np.searchsorted(self.ends, chosen, side="right")
+        places = chosen - self.starts[sources]
+        read = [self.readers[s](int(row)) for s, row in zip(sources, places, strict=True)]
         while len(read) < self.micro_batch:
             blank = np.zeros((3, self.readers[0].rows.seq_len), np.int64)
             blank[1] = IGNORE

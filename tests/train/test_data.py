@@ -10,7 +10,9 @@ from rodimus.errors import InputError
 from rodimus.train.batches import Prefetcher, TrainData, open_sources
 from rodimus.train.bestfit import BestFitRows, best_fit
 from rodimus.train.config import DataSection
+from rodimus.train.evaluate import Evaluator
 from rodimus.train.order import SampleOrder, permute
+from rodimus.train.parallel import Ranks
 from rodimus.train.rows import ConcatRows, RowReader
 from rodimus.train.shards import ShardWriter, TokenShards
 
@@ -143,6 +145,40 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
         for world in (2, 4, 8):
             for a, b in zip(whole(1, step), whole(world, step), strict=True):
                 assert torch.equal(a, b)
+
+
+def evaluator(sources, tokens):
+    ranks = Ranks(0, 1, torch.device("cpu"), mesh=None)
+    config = DataSection(train=("x",), seq_len=10)
+    return Evaluator(sources, config, tokens=tokens, micro_batch=2, ranks=ranks)
+
+
+@pytest.mark.parametrize("tokens", [0, 60])
+def test_held_out_rows_of_all_sources_come_in_turn(tmp_path, tokens):
+    docs = [DOCS, DOCS[:3], DOCS[3:]]
+    sources = [
+        TokenShards(write(tmp_path, name, docs=d)) for name, d in zip("abc", docs, strict=True)
+    ]
+    evaluate = evaluator(sources, tokens)
+    expected = [
+        reader(i)[0].tolist() for reader in evaluate.readers for i in range(len(reader.rows))
+    ]
+    if tokens:
+        # the first, the last, and four between
+        expected = [expected[round(i * (len(expected) - 1) / 5)] for i in range(6)]
+    read = [evaluate._batch(first).input_ids for first in range(0, len(evaluate.rows), 2)]
+    assert torch.cat(read).tolist()[: len(expected)] == expected
+    assert len(read) == (len(expected) + 1) // 2
+
+
+def test_held_out_rows_are_not_listed(tmp_path, monkeypatch):
+    source = TokenShards(write(tmp_path))
+    monkeypatch.setattr(ConcatRows, "__len__", lambda self: 1_000_000)
+    tracemalloc.start()
+    evaluate = evaluator([source], 0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(evaluate.rows) == 1_000_000 and most < 1e6
 
 
 def test_seq_len_beyond_the_shard_is_an_error(tmp_path):
