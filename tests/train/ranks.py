@@ -15,15 +15,19 @@ import torch
 from rodimus.train.__main__ import main
 
 
+def free_port():
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(world_size, work, *args, timeout=180):
     """Calls ``work(*args)`` in forked processes that form a group; returns the results by rank."""
     if torch.cuda.is_available():
         pytest.skip("no fork can use autograd where torch sees a GPU: CUDA_VISIBLE_DEVICES=")
     context = multiprocessing.get_context("fork")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    ranks = []
+    port, ranks = free_port(), []
     # a rank that collected a group of this process would wait for threads that no fork has
     gc.freeze()
     for rank in range(world_size):

@@ -9,17 +9,18 @@ import pytest
 
 from rodimus.train import __main__ as program
 from rodimus.train import guard, loop
-from tests.train.ranks import run_ranks
+from rodimus.train.store import complete_steps, step_folder
+from tests.train.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
-# starts each task of a node, and passes SIGTERM on
+# starts each task of a node
 SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do shift; done
 for ((i = 0; i < ${SLURM_NTASKS:=1}; i++)); do
     SLURM_NTASKS=$SLURM_NTASKS SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!)
 done
-trap 'kill -TERM "${tasks[@]}"' TERM
+# meanwhile
 status=0
 for task in "${tasks[@]}"; do wait $task || status=$?; done
 exit $status
@@ -38,10 +39,10 @@ def slurm(tmp_path):
         path.write_text(text)
         path.chmod(0o755)
 
-    def run(*arguments, srun=SRUN, python=PYTHON, **variables):
+    def run(*arguments, srun=SRUN, python=PYTHON, node="node0", **variables):
         program("srun", srun)
         program("python", python)
-        program("scontrol", f'#!/bin/bash\necho "$@" >> {asked}\necho node0\n')
+        program("scontrol", f'#!/bin/bash\necho "$@" >> {asked}\necho {node}\n')
         path = [str(tmp_path / "bin"), os.environ["PATH"]]
         environment = os.environ | {
             **{"PATH": ":".join(path), "PYTHONPATH": ":".join(sys.path)},
@@ -69,6 +70,22 @@ def test_each_task_is_a_rank(slurm, tmp_path):
     assert (status, requests) == (7, [])
     expected = [f"{i} {i} 2 node0 -m rodimus.train run.toml --train.steps 3" for i in range(2)]
     assert sorted((tmp_path / "ranks").read_text().splitlines()) == expected
+
+
+@pytest.mark.slow
+def test_ranks_that_are_terminated_save_and_are_queued_again(slurm, config_file, tmp_path):
+    """Two real ranks, each told by the scheduler once there is a first step."""
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    terminate = f'(until [ -s {metrics} ]; do sleep 0.1; done; kill -TERM "${{tasks[@]}}") &'
+    srun = SRUN.replace("# meanwhile", terminate)
+    tasks = {"SLURM_NTASKS": "2", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
+    arguments = (str(config_file), "--train.steps", "100000", "--checkpoint.every", "100000")
+    status, requests, said = slurm(*arguments, srun=srun, node="localhost", **tasks)
+    assert (status, requests) == (143, ["requeue 7"]), said
+    root = tmp_path / "run" / "checkpoints"
+    (step,) = complete_steps(root)
+    # of each rank
+    assert {path.name[:3] for path in step_folder(root, step).glob("*.distcp")} == {"__0", "__1"}
 
 
 def test_a_task_for_each_gpu(slurm):
