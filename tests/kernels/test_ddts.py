@@ -236,6 +236,21 @@ def test_segments_equal_the_whole_walk(documents, monkeypatch):
     assert len(asked) == 2
 
 
+def test_the_last_segment_is_walked_once(monkeypatch):
+    """Nobody starts from the state it leaves, so its values are not read for one."""
+    chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    monkeypatch.setattr(chunk, "_segments", lambda *_: 2)
+    scan, own = chunk._scan, []
+    monkeypatch.setattr(chunk, "_scan", lambda *x: own.append(x[0].clone()) or scan(*x))
+    inputs = make(DdtsCase(2, 160, 2, 16, 16, "mixed"))
+    call = lambda v: ddts(*inputs[:2], v, inputs.log_decay, impl="triton_chunk")[0]
+    expected = call(inputs.v)
+    inputs.v[:, 128:] = torch.nan
+    o = call(inputs.v)
+    assert len(own) == 2 and all(x.isfinite().all() for x in own)
+    assert torch.equal(o[:, :128], expected[:, :128]) and o[:, 128:].isnan().all()
+
+
 @pytest.mark.parametrize("heads, states", [(1, True), (2, False)])
 def test_descriptors_equal_pointers(heads, states):
     triton_helpers = pytest.importorskip("rodimus_kernels._triton")

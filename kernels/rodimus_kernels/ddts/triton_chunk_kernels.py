@@ -372,9 +372,9 @@ def ddts_chunk_walk_kernel(
 
     Program (block of V, segment, sequence * H + head). ``h0`` and ``ht`` are fp32 ``[sequences * H,
     segments, K, V]``. With ``y=None`` only the state is computed, from zero, and the total decay
-    of the segment goes to ``segment_keep [sequences * H, segments, K]``. ``states [slots, V, K]``
-    takes the state at the start of each chunk. With ``TMA`` x, y, a, read, write and states are
-    descriptors.
+    of the segment goes to ``segment_keep [sequences * H, segments, K]``, but the last segment,
+    whose state nobody starts from, is not walked. ``states [slots, V, K]`` takes the state at the
+    start of each chunk. With ``TMA`` x, y, a, read, write and states are descriptors.
     """
     i_v = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -393,7 +393,10 @@ def ddts_chunk_walk_kernel(
         state = tl.load(h0 + segment * K * V + o_state)
     if segment_keep is not None:
         all_keep = tl.full([K], 1.0, tl.float32)
-    for j in tl.range(i_s * SEGMENT, min((i_s + 1) * SEGMENT, count), num_stages=STAGES):
+    stop = min((i_s + 1) * SEGMENT, count)
+    if y is None:
+        stop = tl.where(i_s == tl.num_programs(1) - 1, 0, stop)
+    for j in tl.range(i_s * SEGMENT, stop, num_stages=STAGES):
         if REVERSE:
             i_c = first + count - 1 - j
         else:
