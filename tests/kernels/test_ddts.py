@@ -549,25 +549,42 @@ def test_activation_checkpointing_changes_nothing(impl):
 
 
 @pytest.mark.parametrize(
-    "triton, needs_grad, length, key_dim, value_dim, expected",
+    "triton, needs_grad, rows, length, key_dim, value_dim, expected",
     [
-        (True, True, 4096, 64, 4096, "triton_chunk"),
-        (True, False, 4096, 64, 4096, "triton_chunk"),
-        (True, True, 1, 64, 4096, "triton_chunk"),
-        (True, False, 64, 64, 4096, "triton_recurrent"),
-        (True, False, 64, 48, 4001, "triton_recurrent"),
-        (True, True, 4096, 48, 4096, "eager"),
-        (True, True, 4096, 64, 4001, "eager"),
-        (False, True, 4096, 64, 4096, "eager"),
-        (False, False, 8, 64, 4096, "reference"),
+        (True, True, 8, 4096, 64, 4096, "triton_chunk"),
+        (True, False, 8, 4096, 64, 4096, "triton_chunk"),
+        (True, True, 1, 1, 64, 4096, "triton_chunk"),
+        (True, False, 1, 32, 64, 4096, "triton_recurrent"),
+        (True, False, 1, 33, 64, 4096, "triton_chunk"),
+        (True, False, 4, 32, 64, 4096, "triton_recurrent"),
+        (True, False, 8, 16, 64, 4096, "triton_recurrent"),
+        (True, False, 8, 17, 64, 4096, "triton_chunk"),
+        (True, False, 256, 64, 64, 4096, "triton_chunk"),
+        (True, False, 1, 64, 48, 4001, "triton_recurrent"),
+        (True, False, 256, 64, 48, 4001, "triton_recurrent"),
+        (True, False, 1, 65, 48, 4001, "eager"),
+        (True, True, 8, 4096, 48, 4096, "eager"),
+        (True, True, 8, 4096, 64, 4001, "eager"),
+        (False, True, 8, 4096, 64, 4096, "eager"),
+        (False, False, 1, 8, 64, 4096, "reference"),
     ],
 )
-def test_automatic_choice(triton, needs_grad, length, key_dim, value_dim, expected):
-    case = (triton, needs_grad, length, key_dim, value_dim)
-    assert api._choose(*case, torch.bfloat16) == expected
+def test_automatic_choice(triton, needs_grad, rows, length, key_dim, value_dim, expected):
+    case = (triton, needs_grad, rows, length)
+    assert api._choose(*case, key_dim, value_dim, torch.bfloat16) == expected
     if expected == "triton_chunk":
-        assert api._choose(*case[:3], 256, value_dim, torch.bfloat16) == "triton_chunk"
-        assert api._choose(*case[:3], 256, value_dim, torch.float32) != "triton_chunk"
+        assert api._choose(*case, 256, value_dim, torch.bfloat16) == "triton_chunk"
+        assert api._choose(*case, 256, value_dim, torch.float32) != "triton_chunk"
+
+
+def test_automatic_choice_counts_rows_and_heads(monkeypatch):
+    monkeypatch.setattr(api, "runs_triton", lambda device: True)
+    for shape, expected in [
+        ((1, 16, 4, 64), "triton_recurrent"),
+        ((1, 16, 16, 64), "triton_chunk"),
+        ((16, 16, 1, 64), "triton_chunk"),
+    ]:
+        assert api.choose_sequence(*(torch.empty(shape) for _ in "qkv")) == expected
 
 
 def test_implementations_are_loaded_while_compiling(monkeypatch, tmp_path):

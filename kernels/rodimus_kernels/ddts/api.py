@@ -36,7 +36,13 @@ IMPLS = tuple(_SEQUENCE)
 # Below this many tokens the token loop beats a padded chunk of 64 on a CPU.
 _SHORT = 8
 
-# Up to one chunk the chunked form has no parallelism over the recurrent one's (not measured).
+# Counted in machine code, not timed (K = 64, V = 4096, bfloat16, sm_90, Triton 3.9): a row takes
+# 129,000 warp instructions a token in the recurrent kernel, and 164,000 for up to 64 tokens in the
+# chunked ones. Recurrent pays while most of a GPU is idle: up to 4 rows, 64 programs each, take the
+# time of one, and the latency of the two chunked kernels is estimated at that of 32 tokens.
+_RECURRENT_ROWS, _RECURRENT_TOKENS = 4, 128
+
+# The longest that shapes the chunked form does not take go to the recurrent one (not timed).
 _ONE_CHUNK = 64
 
 
@@ -155,23 +161,27 @@ def choose_sequence(
     double = any(x.dtype == torch.float64 for x in given)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
     triton = runs_triton(q.device) and not double and q.shape[0] > 0
-    return _choose(triton, needs_grad, q.shape[1], q.shape[-1], v.shape[-1], v.dtype)
+    rows = q.shape[0] * q.shape[2]
+    return _choose(triton, needs_grad, rows, q.shape[1], q.shape[-1], v.shape[-1], v.dtype)
 
 
 def _choose(
     triton: bool,
     needs_grad: bool,
+    rows: int,
     length: int,
     key_dim: int,
     value_dim: int,
     dtype: torch.dtype,
 ) -> str:
     """What ``impl="auto"`` means, by where it runs, what is asked of it and the shape."""
-    if triton and not needs_grad and length <= _ONE_CHUNK:
-        return "triton_recurrent"
     # 256 channels of a state and their float32 operands are more than the registers hold
     spills = key_dim == 256 and dtype == torch.float32
-    if triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not spills:
+    chunked = triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not spills
+    short = max(rows, _RECURRENT_ROWS) * length <= _RECURRENT_TOKENS
+    if triton and not needs_grad and (short if chunked else length <= _ONE_CHUNK):
+        return "triton_recurrent"
+    if chunked:
         return "triton_chunk"
     return "eager" if length > _SHORT else "reference"
 
