@@ -328,6 +328,9 @@ def test_segments_fill_the_machine_and_no_more():
         (128, 512): 2,
         (32, 64): 8,
         (32, 7): 1,
+        # two launches more are not worth less than eight chunks
+        (32, 8): 1,
+        (32, 16): 4,
         (384, 64): 1,
         (32, 1): 1,
     }

@@ -45,6 +45,8 @@ _LEVELS = int(math.log2(TRITON_CHUNK))
 
 _MIN_CHUNKS_PER_SEGMENT = 4
 _MAX_SEGMENTS = 16
+# of a walk, in the time of the two launches that segments add (an estimate, not timed)
+_CHUNKS_OF_SPLITTING = 8
 
 
 class Tile(NamedTuple):
@@ -317,7 +319,8 @@ def segments(programs: int, chunks: int, slots: int) -> int:
     """Into how many segments to cut each sequence, by the time of the waves.
 
     A segment costs its chunks once more, at about half the work, to know the state it leaves
-    behind: worth it where few sequences leave multiprocessors idle.
+    behind, and the launches of two more kernels: worth it where few sequences leave multiprocessors
+    idle.
 
     Args:
         programs: of a walk without segments.
@@ -329,7 +332,7 @@ def segments(programs: int, chunks: int, slots: int) -> int:
         if count > 1 and chunks < count * _MIN_CHUNKS_PER_SEGMENT:
             break
         waves = -(-programs * count // slots) + 0.5 * -(-programs * (count - 1) // slots)
-        duration = waves * -(-chunks // count)
+        duration = waves * -(-chunks // count) + (_CHUNKS_OF_SPLITTING if count > 1 else 0)
         if best_time is None or duration < best_time:
             best, best_time = count, duration
     return best
