@@ -119,6 +119,23 @@ def test_packed_documents(impl, documents, states):
     assert_close(actual, truth(inputs), LIMIT)
 
 
+@pytest.mark.parametrize("documents", PACKED.values(), ids=PACKED)
+def test_nothing_is_read_that_was_not_written(documents):
+    """Packed documents have columns that no token fills."""
+    pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    inputs = make(DdtsCase(1, sum(documents), 1, 16, 16, documents=documents))
+    expected = run_ddts(ddts, inputs, impl="triton_chunk")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # fills new memory with NaN
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert inputs.q.new_empty(1).isnan()
+        actual = run_ddts(ddts, inputs, impl="triton_chunk")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert all(torch.equal(x, expected[name]) for name, x in actual.items())
+
+
 @pytest.mark.parametrize("impl", ALL)
 def test_an_empty_document_keeps_its_state(impl):
     inputs = make(DdtsCase(1, 10, 1, 16, 16, documents=(0, 10, 0)))

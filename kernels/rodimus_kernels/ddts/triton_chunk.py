@@ -492,9 +492,10 @@ def _forward(
         initial_state = initial_state.to(torch.float32).contiguous()
     tiles = _prepare(keys, v, columns)
     saved = columns.count if save_states else 0
-    # columns behind the last packed document are never walked
-    new_states = v.new_empty if cu_seqlens is None else v.new_zeros
-    states = new_states((heads, saved, value_dim, key_dim), dtype=tile_dtype(v))
+    states = v.new_empty((heads, saved, value_dim, key_dim), dtype=tile_dtype(v))
+    if cu_seqlens is not None:
+        # what is behind the last document is not read, but the same in each run
+        states[:, -(-q.shape[1] // TRITON_CHUNK) :] = 0.0
     o, final_state = _walk(
         v,
         tiles,
@@ -516,7 +517,7 @@ def _backward(q, k, v, log_decay, temper, eps, scale, resets, cu_seqlens, states
     if dfinal_state is not None:
         dfinal_state = dfinal_state.to(torch.float32).contiguous()
     tiles = _prepare(keys, v, columns)
-    dstates = torch.empty_like(states) if cu_seqlens is None else torch.zeros_like(states)
+    dstates = torch.empty_like(states)
     dv, dinitial_state = _walk(
         do, tiles, columns, dfinal_state, sequences, reverse=True, states=dstates
     )
