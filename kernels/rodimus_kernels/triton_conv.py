@@ -161,7 +161,7 @@ def short_conv_fwd_kernel(
             past = inputs[1:]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def short_conv_bwd_kernel(
     x,
     h0,
@@ -243,7 +243,7 @@ def short_conv_bwd_kernel(
     tl.store(dbias + part * D + o_d, b_db, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def short_conv_dstate_kernel(
     x,
     h0,

@@ -58,7 +58,7 @@ def add_rms_norm_fwd_kernel(
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_bwd_kernel(
     stream,
     weight,
@@ -159,7 +159,7 @@ def gated_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, 
     return r_square, r_dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gated_rms_norm_bwd_kernel(
     x,
     gate,

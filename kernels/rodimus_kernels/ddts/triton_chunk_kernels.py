@@ -463,7 +463,7 @@ def ddts_scan_segments_kernel(
         state = b_decay[:, None] * state + b_local
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NT"])
 def ddts_chunk_products_kernel(
     v,
     do,
@@ -638,7 +638,7 @@ def raw_key_gradient(
     return (b_dunit - b_unit * b_along) * reciprocal(norms)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "NT"])
 def ddts_chunk_gate_kernel(
     q,
     k,

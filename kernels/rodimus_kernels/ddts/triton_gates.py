@@ -69,7 +69,7 @@ def ddts_gates_fwd_kernel(
     tl.store(log_decay + o_rk, b_decay, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "T"])
 def ddts_gates_bwd_kernel(
     k,
     select,

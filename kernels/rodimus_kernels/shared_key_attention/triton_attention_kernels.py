@@ -169,7 +169,7 @@ def attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["T", "S"])
+@triton.jit(do_not_specialize=["T", "S", "W"])
 def shared_key_attention_fwd_kernel(
     q,
     k,
@@ -295,7 +295,7 @@ def query_gradient(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "W"])
 def shared_key_attention_dq_kernel(
     q,
     k,
@@ -443,7 +443,7 @@ def key_gradients(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S", "W"])
 def shared_key_attention_dkv_kernel(
     q,
     k,
