@@ -210,8 +210,9 @@ def _logits(case: Case) -> tuple:
 # ----------------------------------------------------------------------------------------------
 
 # width, warps, stages: half the width or few stages leave room for a second program, more stages
-# load further ahead; the last two are for GPUs without a copy engine
-_WALK = "64x4x3 128x4x2 128x4x3 128x4x4 128x8x3 128x8x2 64x8x3"
+# load further ahead, twice the width reads read, write and a half as often; the last two are for
+# GPUs without a copy engine
+_WALK = "64x4x3 128x4x2 128x4x3 128x4x4 128x8x3 256x8x2 128x8x2 64x8x3"
 # elements a thread, rows loaded together, programs: fewer leave fewer partial sums
 _NORM_BACKWARD = " ".join(f"{e}x{r}x{p}" for e in (8, 16) for r in (1, 2, 3) for p in (264, 528))
 _NORM_NAMES = "_BACKWARD_ELEMENTS _ROWS _PROGRAMS"
@@ -223,8 +224,8 @@ KERNELS = {
     "prepare": Kernel(
         triton_chunk, "prepare_tile", "64x4x1 32x4x1 32x8x1 64x8x1", partial(_ddts, "prepare")
     ),
-    # five stages of 40 KiB leave too little shared memory for tiles of states
-    "walk": Kernel(triton_chunk, "walk_tile", f"{_WALK} 128x4x5", partial(_ddts, "walk")),
+    # five stages of 40 KiB or three of 56 leave too little shared memory for tiles of states
+    "walk": Kernel(triton_chunk, "walk_tile", f"{_WALK} 128x4x5 256x8x3", partial(_ddts, "walk")),
     "walk-states": Kernel(triton_chunk, "walk_tile", _WALK, partial(_ddts, "walk-states")),
     # width, warps, stages: wide tiles need fewer products, narrow ones load further ahead
     "products": Kernel(

@@ -247,7 +247,7 @@ def test_segments_equal_the_whole_walk(documents, monkeypatch):
     inputs = make(DdtsCase(1, 160, 2, 16, 16, "mixed", documents=documents))
     asked = []
     number = 2 if documents is None else 1
-    count = lambda x, programs, columns, tile: asked.append(columns) or number
+    count = lambda x, programs, columns, _: asked.append(columns) or number
     monkeypatch.setattr(chunk, "_segments", count)
     assert_close(run_ddts(ddts, inputs, impl="triton_chunk"), truth(inputs), LIMIT)
     assert len(asked) == 2
@@ -352,6 +352,23 @@ def test_segments_fill_the_machine_and_no_more():
         (32, 1): 1,
     }
     assert {case: segments(*case, 264) for case in table} == table
+
+
+def test_programs_that_share_a_multiprocessor():
+    """As registers and shared memory of `python -m benchmarks.aot` for sm_90 allow."""
+    chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    for tile, key_dim, dtype, saves, expected in [
+        ((64, 4, 3), 64, torch.bfloat16, True, 2),  # 112.6 KiB
+        ((128, 4, 4), 64, torch.bfloat16, False, 1),  # 176.8 KiB
+        ((128, 4, 3), 64, torch.bfloat16, False, 1),  # 136.6 KiB
+        ((128, 4, 2), 64, torch.bfloat16, False, 2),  # 96.3 KiB
+        ((64, 4, 2), 128, torch.bfloat16, False, 2),  # 104.5 KiB
+        ((64, 4, 2), 128, torch.bfloat16, True, 1),  # 120.5 KiB
+        ((256, 8, 2), 64, torch.bfloat16, False, 1),  # 144.3 KiB, 197 registers
+        ((32, 8, 2), 64, torch.float32, False, 1),  # 255 registers
+    ]:
+        found = chunk.programs_per_multiprocessor(chunk.Tile(*tile), key_dim, dtype, saves)
+        assert found == expected, (tile, key_dim, dtype, saves)
 
 
 @pytest.mark.parametrize("impl", CHUNKED)

@@ -338,22 +338,41 @@ def segments(programs: int, chunks: int, slots: int) -> int:
     return best
 
 
-def _segments(x, programs, columns, tile):
+def programs_per_multiprocessor(tile: Tile, key_dim: int, dtype: torch.dtype, saves: bool) -> int:
+    """How many programs of a walk run on a multiprocessor at the same time: two, if their registers
+    and, of 228 KiB, their shared memory leave room.
+
+    Args:
+        tile: of the walk.
+        key_dim: K.
+        dtype: of the products' operands.
+        saves: states are saved, from a tile in shared memory.
+    """
+    # x, read, write and a of each stage; y and states on their way out
+    stage = TRITON_CHUNK * (tile.width + 2 * key_dim + TRITON_CHUNK)
+    out = tile.width * (TRITON_CHUNK + (key_dim if saves else 0))
+    shared = (tile.num_stages * stage + out) * dtype.itemsize
+    # barriers, and 1 KiB that each program has for the system; 8 warps hold over 128 registers each
+    return 2 if tile.num_warps <= 4 and 2 * (shared + 1280) <= 228 * 1024 else 1
+
+
+def _segments(x, programs, columns, per_multiprocessor):
     if columns.offsets is not None or not x.is_cuda:
         return 1
-    # four stages fill a multiprocessor's shared memory, fewer leave half of it to a second program
-    slots = multiprocessors(x.device) * (1 if tile.num_stages >= 4 else 2)
+    slots = multiprocessors(x.device) * per_multiprocessor
     return segments(programs, columns.per_row, slots)
 
 
 def _walk(x, tiles, columns, initial_state, sequences, *, reverse, states):
     """``(y, final state)`` of the walk; with ``states`` filled by the way."""
     heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
-    tma = use_tma(x, tiles.a.dtype, columns)
-    tile = walk_tile(key_dim, value_dim, tiles.a.dtype, tma, capability(x), states is not None)
+    dtype, saves = tiles.a.dtype, states is not None
+    tma = use_tma(x, dtype, columns)
+    tile = walk_tile(key_dim, value_dim, dtype, tma, capability(x), saves)
     final_state = x.new_empty((sequences, heads, key_dim, value_dim), dtype=torch.float32)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    count = _segments(x, sequences * heads * (value_dim // tile.width), columns, tile)
+    side_by_side = programs_per_multiprocessor(tile, key_dim, dtype, saves)
+    count = _segments(x, sequences * heads * (value_dim // tile.width), columns, side_by_side)
     run = _walk_launcher(x, tiles, columns, tile, sequences, tma=tma, reverse=reverse)
     if count > 1:
         initial_state = _segment_states(run, x, tiles, initial_state, sequences, count)
