@@ -389,6 +389,21 @@ def test_a_nan_log_decay_does_not_reach_earlier_tokens(impl):
     assert torch.equal(o[:, :40], expected[:, :40]) and o[:, 40:].isnan().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("impl", CHUNKED)
+def test_a_value_that_is_not_finite_reaches_its_chunk_and_what_follows(impl, value):
+    """And nothing else: no earlier chunk, no other channel of V."""
+    inputs = make(DdtsCase(1, 150, states=False, documents=(100, 50)))
+    options = {"cu_seqlens": inputs.cu_seqlens, "impl": impl}
+    expected, _ = ddts(*inputs[:4], **options)
+    inputs.v[:, 70, :, 3] = value
+    o, _ = ddts(*inputs[:4], **options)
+    reached = torch.zeros_like(o, dtype=torch.bool)
+    reached[:, 64:, :, 3] = True
+    assert torch.equal(~o.isfinite(), reached)
+    assert torch.equal(o[~reached], expected[~reached])
+
+
 def test_gradcheck():
     inputs = ddts_inputs(DdtsCase(1, 9, 2, 4, 3, dtype=torch.float64))
     leaves = [x.requires_grad_() for x in inputs[:5]]
