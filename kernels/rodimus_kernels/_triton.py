@@ -17,6 +17,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Triton 3.10 turns this off by default; kernels are tested with it
 FP_FUSION = {"enable_fp_fusion": True}
 
+# CUDA programming guide, technical specifications: of the second and the third axis
+_GRID_LIMIT = 65_535
+
 _assumed_capability: int | None = None
 
 
@@ -75,6 +78,15 @@ def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:
             raise ValueError(
                 f"{operator}: Triton takes float32, bfloat16 and float16, got {tensor.dtype}"
             )
+
+
+def check_grid(operator: str, what: str, programs: int) -> None:
+    """Raise ValueError where a launch has more programs along the second or third axis of its grid
+    than a GPU counts there; the first takes ``2^31 - 1``."""
+    if programs > _GRID_LIMIT:
+        raise ValueError(
+            f"{operator}: expected at most {_GRID_LIMIT} {what} in a call, got {programs}"
+        )
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

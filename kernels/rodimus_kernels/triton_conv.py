@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._schemas import register_gradient
-from ._triton import FP_FUSION, check_runs_here, implement, sigmoid, unit_stride
+from ._triton import FP_FUSION, check_grid, check_runs_here, implement, sigmoid, unit_stride
 from .reference import last_inputs
 
 # channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
@@ -337,6 +337,8 @@ def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
     batch, length, channels = x.shape
     h0 = None if initial_state is None else initial_state.contiguous()
     grid = (triton.cdiv(channels, _CHANNELS), triton.cdiv(length, _FORWARD_TOKENS), batch)
+    check_grid("short_conv", "rows", batch)
+    check_grid("short_conv", f"runs of {_FORWARD_TOKENS} tokens", grid[1])
     short_conv_fwd_kernel[grid](
         x,
         h0,
@@ -391,6 +393,7 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
     )
     dh0 = x.new_empty(0)
     if h0 is not None:
+        check_grid("short_conv", "documents with a state", h0.shape[0])
         dh0 = torch.empty_like(h0)
         short_conv_dstate_kernel[(tiles, h0.shape[0])](
             x,

@@ -14,6 +14,7 @@ from ._triton import (
     FP_FUSION,
     INTERPRETED,
     as_rows,
+    check_grid,
     check_runs_here,
     implement,
     product,
@@ -162,6 +163,7 @@ def _forward(x, hidden, weight, bias):
     tokens, channels = _TOKENS, _CHANNELS
     if hidden.dtype == torch.float32 and hidden.shape[-1] > 64:
         tokens, channels = tokens // 2, channels // 2
+    check_grid("input_gate", f"blocks of {tokens} tokens", triton.cdiv(length, tokens))
     input_gate_fwd_kernel[(triton.cdiv(width, channels), triton.cdiv(length, tokens))](
         rows,
         hiddens,
@@ -189,6 +191,7 @@ def _backward(x, hidden, weight, bias, dy):
         # what the smallest GPUs have for a block
         tokens, stages = tokens // 2, min(stages, 2)
     blocks = triton.cdiv(length, tokens)
+    check_grid("input_gate", f"blocks of {tokens} tokens", blocks)
     tiles = triton.cdiv(width, channels)
     group = triton.cdiv(tiles, min(triton.cdiv(_PROGRAMS, max(blocks, 1)), tiles)) * channels
     groups = triton.cdiv(width, group)

@@ -26,6 +26,7 @@ from .._triton import (
     FP_FUSION,
     INTERPRETED,
     capability,
+    check_grid,
     check_runs_here,
     divisor_tile,
     implement,
@@ -459,6 +460,7 @@ def _segment_states(run, x, tiles, initial_state, sequences, count):
 def _scan(local, decay, initial_state):
     """Each segment's own state ``[N, H, S, K, V]`` becomes, in place, the one it starts from."""
     sequences, heads, count, key_dim, value_dim = local.shape
+    check_grid("ddts_scan", "sequences * heads", sequences * heads)
     block_k, block_v = min(key_dim, 32), divisor_tile(value_dim, 32)
     grid = (value_dim // block_v, key_dim // block_k, sequences * heads)
     ddts_scan_segments_kernel[grid](
@@ -507,6 +509,7 @@ def _forward(
     heads, key_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
     columns = _columns(q.shape[0], q.shape[1], cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_grid("ddts", "sequences * heads", sequences * heads)
     if initial_state is not None:
         initial_state = initial_state.to(torch.float32).contiguous()
     tiles = _prepare(keys, v, columns)

@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 
 from .. import _schemas  # noqa: F401  (the schemas come first)
-from .._triton import FP_FUSION, check_runs_here, implement, sequence_tokens, strides, unit_stride
+from .._triton import (
+    FP_FUSION,
+    check_grid,
+    check_runs_here,
+    implement,
+    sequence_tokens,
+    strides,
+    unit_stride,
+)
 
 # of the state a program holds; small, for one token leaves no other parallelism than V
 _ELEMENTS = 4096
@@ -107,6 +115,7 @@ def step(q, k, v, log_decay, state, *, scale):
 def _launch(q, k, v, log_decay, scale, initial_state, final_state, cu_seqlens):
     tensors = [unit_stride(x) for x in (q, k, v, log_decay)]
     _, length, heads, key_dim = q.shape
+    check_grid("ddts", "sequences * heads", final_state.shape[0] * heads)
     value_dim, block_k = v.shape[-1], triton.next_power_of_2(key_dim)
     block_v = min(triton.next_power_of_2(value_dim), max(_ELEMENTS // block_k, 16))
     o = v.new_empty(v.shape)

@@ -18,6 +18,7 @@ from .._triton import (
     INTERPRETED,
     block_dim,
     capability,
+    check_grid,
     check_runs_here,
     implement,
     multiprocessors,
@@ -221,6 +222,7 @@ def _operands(kernel: int, by_query, by_key):
 def _forward(q, k, v, window_size, scale, cu_seqlens):
     q, k, v = (_with_strides(x) for x in (q, k, v))
     batch, queries, heads, dim = q.shape
+    check_grid("shared_key_attention", "rows", batch)
     launch = _launch(q, k, v, window_size, scale, cu_seqlens)
     o = v.new_empty((batch, queries, heads, v.shape[-1]))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)

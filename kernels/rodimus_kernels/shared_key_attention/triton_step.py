@@ -17,6 +17,7 @@ from .. import _schemas, reference  # noqa: F401  (the schemas come first)
 from .._triton import (
     FP_FUSION,
     block_dim,
+    check_grid,
     check_runs_here,
     implement,
     multiprocessors,
@@ -275,6 +276,7 @@ def _step(q, k, v, cache, position, window_size, scale):
     q, k, v = (unit_stride(x) for x in (q, k, v))
     (batch, steps, heads, dim), (value_heads, value_dim) = q.shape, v.shape[2:]
     key_heads, tokens = k.shape[2], batch * steps
+    check_grid("shared_key_attention_step", "tokens", tokens)
     groups = key_heads * triton.cdiv(heads // key_heads, _HEADS)
     parts, part = split_window(window_size, groups * tokens, multiprocessors(q.device))
     o = v.new_empty((batch, steps, heads, value_dim))
