@@ -122,7 +122,8 @@ def forward(
 
     Raises:
         ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
-            float32, bfloat16 or float16, or the tensors are not where Triton runs.
+            float32, bfloat16 or float16, the sequences * heads are more than 65,535, or the tensors
+            are not where Triton runs.
     """
     resets = None
     if cu_seqlens is not None and initial_state is None and not output_final_state:
@@ -482,7 +483,8 @@ def scan(states, log_decays, *, reverse):
 
     Raises:
         ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
-            float32, or the tensors are not where Triton runs.
+            float32, the sequences * heads are more than 65,535, or the tensors are not where Triton
+            runs.
     """
     check_runs_here("ddts_scan", states, log_decays)
     if states.dtype != torch.float32 or log_decays.dtype != torch.float32:

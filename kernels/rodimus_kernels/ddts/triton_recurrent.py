@@ -89,8 +89,8 @@ def forward(
     """``ddts`` token by token; the contract is that of :func:`rodimus_kernels.ddts`.
 
     Raises:
-        ValueError: a gradient is wanted, a dtype is float64, or the tensors are not where Triton
-            runs.
+        ValueError: a gradient is wanted, a dtype is float64, the sequences * heads are more than
+            65,535, or the tensors are not where Triton runs.
     """
     check_runs_here("ddts", q, k, v, log_decay)
     inputs = (q, k, v, log_decay, initial_state)

@@ -121,8 +121,8 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     :func:`rodimus_kernels.shared_key_attention`.
 
     Raises:
-        ValueError: D or Dv is above ``MAX_DIM``, a dtype is not float32, bfloat16 or float16, or
-            the tensors are not where Triton runs.
+        ValueError: D or Dv is above ``MAX_DIM``, a dtype is not float32, bfloat16 or float16,
+            the rows are more than 65,535, or the tensors are not where Triton runs.
     """
     check_runs_here("shared_key_attention", q, k, v)
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:

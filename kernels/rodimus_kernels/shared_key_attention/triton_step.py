@@ -251,7 +251,8 @@ def step(q, k, v, cache, position, *, window_size, scale):
 
     Raises:
         ValueError: D or Dv is above ``MAX_DIM``, dtypes differ or are not float32, bfloat16 or
-            float16, the cache's rows are not dense, or the tensors are not where Triton runs.
+            float16, the cache's rows are not dense, the tokens are more than 65,535, or the tensors
+            are not where Triton runs.
     """
     alike = (q, k, v) if cache.dtype == torch.uint8 else (q, k, v, cache)
     check_runs_here("shared_key_attention_step", *alike)
