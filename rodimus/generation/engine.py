@@ -19,7 +19,7 @@ from ..loading import end_tokens
 from .decode import Decoder
 from .sampling import Sampler, SamplingParams, is_integer, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
-from .text import TextStream, encode
+from .text import TextStream, encode, skipped_tokens
 
 MAX_LOGPROBS = 20
 
@@ -200,6 +200,7 @@ class Engine:
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
         self.sampler = Sampler(slots, model.config.vocab_size, self.device)
         self.end_tokens = end_tokens(model, tokenizer)
+        self._skipped = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
         self.prefixes: list[SequenceState] = []
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
@@ -255,7 +256,7 @@ class Engine:
             ends = self._check_tokens("stop_tokens", request.stop_tokens)
         generation = Generation(request, prompt, frozenset(ends))
         if self.tokenizer is not None:
-            generation.stream = TextStream(self.tokenizer, request.stop)
+            generation.stream = TextStream(self.tokenizer, request.stop, skipped=self._skipped)
         return generation
 
     def _check_place(self):

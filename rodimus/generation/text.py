@@ -11,6 +11,8 @@ from ..errors import InputError
 _INCOMPLETE = "\ufffd"
 # Tokens decoded again with each new one, so that joints between tokens come out right.
 _CONTEXT, _MOST, _LONGEST = 6, 18, 256
+# How far back a whole character is looked for, and no further: one has at most four tokens.
+_DISTANCES = (*range(_CONTEXT, _CONTEXT + 4), 27, 81, 243)
 
 
 def encode(
@@ -43,19 +45,36 @@ def encode(
     return ids
 
 
+def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The special tokens that texts leave out, whatever is around them."""
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    return frozenset(x for x in special if not tokenizer.decode([x], skip_special_tokens=True))
+
+
 class TextStream:
     """Text of a growing list of tokens; what is released is never taken back.
 
     Held back are bytes of an unfinished character, and text that may be the beginning of a stop
     string. Tokens are decoded when somebody looks at the text, all new ones at once; with stop
-    strings as they come.
+    strings as they come. That takes a few decodings of at most some hundred tokens each.
+
+    Args:
+        stop: Strings that end the text.
+        skipped: ``skipped_tokens`` of the tokenizer, found once for many streams.
 
     Attributes:
         stopped: Whether a stop string came; the text ends before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        skipped: frozenset[int] | None = None,
+    ):
         self._tokenizer, self._stop = tokenizer, stop
+        self._skipped = skipped_tokens(tokenizer) if skipped is None else skipped
         self._context: list[int] = []
         self._new = 0
         self._shown = 0
@@ -72,6 +91,8 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Take the next token."""
+        if token in self._skipped:
+            return
         self._context.append(token)
         self._new += 1
         if self._stop:
@@ -79,8 +100,7 @@ class TextStream:
 
     def finish(self) -> None:
         """Release what was held back: no token follows."""
-        if self._new:
-            self._decode_new()
+        self._new = 0
         if self.stopped:
             return
         self._release(self._decode()[self._shown :])
@@ -94,25 +114,29 @@ class TextStream:
         decoded = whole.rstrip(_INCOMPLETE)
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
-        # bytes of a character that has begun can make marks of those before them
-        if len(self._context) > _MOST and (
-            self._shown <= len(decoded) or len(self._context) > _LONGEST
-        ):
-            self._forget(whole)
+        if len(self._context) > _MOST:
+            # bytes of a character that has begun can make marks of those before them
+            self._forget(whole, is_settled=self._shown <= len(decoded))
 
-    def _forget(self, decoded):
+    def _forget(self, whole, is_settled):
         """Keep the last tokens: from before them on, should they begin inside a character."""
-        for start in range(len(self._context) - _CONTEXT, -1, -1):
-            kept = self._decode(start)
-            whole = kept.rstrip(_INCOMPLETE)
-            if whole and _INCOMPLETE not in whole:
-                self._context, self._shown = self._context[start:], len(whole)
+        for distance in _DISTANCES if is_settled else ():
+            kept = self._decode(-distance).rstrip(_INCOMPLETE)
+            if kept and _INCOMPLETE not in kept:
+                self._context, self._shown = self._context[-distance:], len(kept)
                 return
+            if distance >= len(self._context):
+                break
         # bytes that are no text: wait for what is held back, but not for ever
-        if self._shown >= len(decoded) or len(self._context) > _LONGEST:
-            self._release(decoded[self._shown :])
-            self._context = self._context[-_CONTEXT:]
-            self._shown = len(self._decode())
+        held = whole[self._shown :]
+        is_short = len(held) <= _LONGEST and len(self._context) <= 2 * _LONGEST
+        if is_short and (held or not is_settled):
+            return
+        if len(held) > _LONGEST or not self._decode(-_LONGEST).endswith(held):
+            self._release(held)
+            held = ""
+        self._context = self._context[-(_LONGEST if held else _CONTEXT) :]
+        self._shown = len(self._decode()) - len(held)
 
     def _decode(self, start=0):
         return self._tokenizer.decode(

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.text import TextStream
-from tests.generation.helpers import byte_tokenizer, greedy, prompts_of, text_model
+from tests.generation.helpers import END, byte_tokenizer, greedy, prompts_of, text_model
 
 SAMPLES = [
     "plain text",
@@ -136,3 +136,74 @@ def test_looking_seldom_gives_the_same_text(every):
             seen = stream.text
     stream.finish()
     assert stream.text.startswith(seen) and stream.text == tokenizer.decode(tokens)
+
+
+class Counting:
+    """A tokenizer that counts how often it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def decode(self, *arguments, **options):
+        self.calls += 1
+        return self.tokenizer.decode(*arguments, **options)
+
+    def __call__(self, *arguments, **options):
+        return self.tokenizer(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+# in the alphabet's order: bytes of no text, and of half a character
+STRAYS = {"text": [], "no text": [187], "half a character": [172, 253]}
+
+
+@pytest.mark.parametrize("stop", [(), ("never",)], ids=["no stop strings", "stop strings"])
+@pytest.mark.parametrize("stray", STRAYS.values(), ids=STRAYS)
+@pytest.mark.parametrize("nothing", [256, 400], ids=["ends of text", "ids without a token"])
+def test_a_run_of_tokens_without_text_costs_a_few_decodings_each(nothing, stray, stop):
+    tokenizer = Counting(byte_tokenizer())
+    assert tokenizer.convert_tokens_to_ids(END) == 256 and tokenizer.decode([187]) == "\ufffd"
+    tokens = tokenizer("exactly twenty bytes").input_ids + stray + [nothing] * 2000 + [246, 222]
+    expected = tokenizer.decode(tokens, skip_special_tokens=True)
+    if nothing == 256 and stray == STRAYS["half a character"]:
+        assert expected == "exactly twenty bytes\U0001f600"
+    stream = TextStream(tokenizer, stop)
+    for token in tokens:
+        tokenizer.calls = 0
+        stream.push(token)
+        text = stream.text
+        assert tokenizer.calls <= 10
+        assert nothing != 256 or expected.startswith(text)
+    stream.finish()
+    if nothing == 256 or stray != STRAYS["half a character"]:
+        assert stream.text == expected
+
+
+@pytest.mark.parametrize("stray", STRAYS.values(), ids=STRAYS)
+def test_a_long_text_read_at_its_end_is_decoded_once(stray):
+    tokenizer = Counting(byte_tokenizer())
+    tokens = prompts_of(2000, vocab=94)[0].tolist() + [256] * 9 + stray + [256] * 9
+    stream = TextStream(tokenizer)
+    for token in tokens:
+        stream.push(token)
+    tokenizer.calls = 0
+    stream.finish()
+    assert stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert tokenizer.calls == 2
+
+
+@pytest.mark.parametrize("ends", range(4))
+def test_a_character_that_has_begun_is_held_back_though_a_stray_byte_is_near(ends):
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("a" * 600).input_ids + STRAYS["no text"] + tokenizer("aa").input_ids
+    character = tokenizer("\U0001f600").input_ids
+    stream = TextStream(tokenizer)
+    for token in tokens + character[:ends]:
+        stream.push(token)
+    assert stream.text == "a" * 600 + "\ufffdaa"
+    for token in character[ends:]:
+        stream.push(token)
+        assert stream.text in ("a" * 600 + "\ufffdaa", "a" * 600 + "\ufffdaa\U0001f600")
+    assert stream.text.endswith("\U0001f600")
