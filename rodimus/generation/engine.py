@@ -80,7 +80,8 @@ class Generation:
 
     Attributes:
         tokens: Generated so far, with the token that ended the text.
-        text: Of those tokens, if the engine has a tokenizer; without what stopped it.
+        text: Of those tokens, as it continues the prompt's, if the engine has a tokenizer; without
+            what stopped it.
         logprobs: One entry a token, if asked for.
         finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
             "length", "cancelled" or "error".
@@ -254,10 +255,7 @@ class Engine:
         ends = self.end_tokens
         if request.stop_tokens is not None:
             ends = self._check_tokens("stop_tokens", request.stop_tokens)
-        generation = Generation(request, prompt, frozenset(ends))
-        if self.tokenizer is not None:
-            generation.stream = TextStream(self.tokenizer, request.stop, skipped=self._skipped)
-        return generation
+        return Generation(request, prompt, frozenset(ends))
 
     def _check_place(self):
         place, made_for = _place_of(self.model), self._place
@@ -475,6 +473,13 @@ class Engine:
         row = len(self.running)
         self.sampler.place(row, generation.request.sampling, generation.prompt)
         chosen = self.sampler(logits, first_row=row)
+        if self.tokenizer is not None:
+            generation.stream = TextStream(
+                self.tokenizer,
+                generation.request.stop,
+                prompt=generation.prompt.tolist(),
+                skipped=self._skipped,
+            )
         generation.started = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)
         if generation.finish_reason == "error":

@@ -265,7 +265,9 @@ class Service:
 
     def _token_text(self, token):
         if token not in self._names:
-            text = self._namer.decode([token])
+            # of a first token, decoders leave out the blank that it begins with
+            before = self._namer("a", add_special_tokens=False).input_ids
+            text = self._namer.decode([*before, token])[len(self._namer.decode(before)) :]
             # part of a character: different parts must not look alike
             is_text = "\ufffd" not in text
             name = text if is_text else self._namer.convert_ids_to_tokens(token)

@@ -60,6 +60,8 @@ class TextStream:
 
     Args:
         stop: Strings that end the text.
+        prompt: Tokens that the text continues: at the beginning of a text, decoders leave out the
+            blank that a word begins with.
         skipped: ``skipped_tokens`` of the tokenizer, found once for many streams.
 
     Attributes:
@@ -71,16 +73,24 @@ class TextStream:
         tokenizer: PreTrainedTokenizerBase,
         stop: Sequence[str] = (),
         *,
+        prompt: Sequence[int] = (),
         skipped: frozenset[int] | None = None,
     ):
         self._tokenizer, self._stop = tokenizer, stop
         self._skipped = skipped_tokens(tokenizer) if skipped is None else skipped
-        self._context: list[int] = []
+        self._context, self._shown = self._anchor(prompt)
         self._new = 0
-        self._shown = 0
         self._held = ""
         self._text = ""
         self.stopped = False
+
+    def _anchor(self, prompt):
+        """The prompt's last token that is text by itself, and the length of that."""
+        for token in reversed(prompt[-_LONGEST:]):
+            text = "" if token in self._skipped else self._tokenizer.decode([token])
+            if text and _INCOMPLETE not in text:
+                return [token], len(text)
+        return [], 0
 
     @property
     def text(self) -> str:

@@ -39,6 +39,16 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return fast
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of Llama 2: words begin with a blank, which the decoder takes from the first one."""
+    words = [*(f"\u2581{word}" for word in ("one", "two", "three")), "\u2581", "s", "<0xC3>"]
+    vocab = {word: i for i, word in enumerate(words)} | {"<s>": len(words)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="s"))
+    replace, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
 def text_model(kind: str = "rodimus_plus") -> RodimusForCausalLM:
     """A random model over the vocabulary of ``byte_tokenizer``, the same one every time."""
     with torch.random.fork_rng(devices=()):

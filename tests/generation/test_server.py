@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits
 from rodimus.generation.worker import EngineWorker, QueueFullError, WorkerStoppedError
-from tests.generation.helpers import END, byte_tokenizer, text_model
+from tests.generation.helpers import END, byte_tokenizer, text_model, word_tokenizer
 from tests.generation.serving import NAME, serving, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,6 +168,15 @@ def test_tokens_that_a_hook_rules_out_have_logprobs_that_are_json():
         for entry in answer["choices"][0]["logprobs"]["content"]:
             values = [top["logprob"] for top in entry["top_logprobs"]]
             assert values[2:] == [-9999.0] * 2
+
+
+def test_tokens_have_the_blank_that_they_begin_with():
+    model = text_model()
+    model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, torch.tensor([1]), 1e4))
+    with serving(engine=Engine(model, word_tokenizer())) as (client, _, _):
+        _, answer = client.complete([0], max_tokens=2, logprobs=0)
+        (choice,) = answer["choices"]
+        assert choice["text"] == " two two" and choice["logprobs"]["tokens"] == [" two"] * 2
 
 
 class TestChat:

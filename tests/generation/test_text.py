@@ -3,12 +3,20 @@
 import itertools
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.text import TextStream
-from tests.generation.helpers import END, byte_tokenizer, greedy, prompts_of, text_model
+from tests.generation.helpers import (
+    END,
+    byte_tokenizer,
+    greedy,
+    prompts_of,
+    text_model,
+    word_tokenizer,
+)
 
 SAMPLES = [
     "plain text",
@@ -207,3 +215,34 @@ def test_a_character_that_has_begun_is_held_back_though_a_stray_byte_is_near(end
         stream.push(token)
         assert stream.text in ("a" * 600 + "\ufffdaa", "a" * 600 + "\ufffdaa\U0001f600")
     assert stream.text.endswith("\U0001f600")
+
+
+ONE, TWO, THREE, BLANK, S, BYTE, BEGIN = range(7)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[BEGIN, ONE], [ONE, BEGIN], [ONE, BYTE], [ONE, BLANK], [BEGIN]],
+    ids=["word", "special", "part of a character", "blank", "no word"],
+)
+@pytest.mark.parametrize("tokens", [[TWO, S, THREE], [S, TWO], [BLANK, TWO], [BEGIN, BLANK, TWO]])
+def test_a_prompt_and_its_continuation_make_the_text_of_both(prompt, tokens):
+    tokenizer = word_tokenizer()
+    assert tokenizer.decode([TWO, S]) == "twos" and tokenizer.decode([ONE, TWO]) == "one two"
+    stream = TextStream(tokenizer, prompt=prompt)
+    for token in tokens:
+        stream.push(token)
+    stream.finish()
+    before, both = (
+        tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + tokens)
+    )
+    assert before + stream.text == both
+
+
+def test_the_engine_continues_the_prompts_text():
+    model, tokenizer = text_model(), word_tokenizer()
+    model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, torch.tensor([TWO]), 1e4))
+    prompt = torch.tensor([BEGIN, ONE])
+    for stop, text in (((), " two two two"), ((" two two",), "")):
+        request = Request(prompt, 3, stop=stop)
+        assert Engine(model, tokenizer).generate(request)[0].text == text
