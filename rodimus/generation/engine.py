@@ -22,6 +22,8 @@ from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream, encode, skipped_tokens
 
 MAX_LOGPROBS = 20
+# the error of what was under way in such a step
+STEP_FAILED = "a step of the engine failed or was interrupted"
 
 
 @dataclass(frozen=True)
@@ -409,7 +411,7 @@ class Engine:
         self.running, self._reading = [], None
         for generation in under_way:
             if generation.finish_reason is None:
-                self._fail(generation, "a step of the engine failed or was interrupted")
+                self._fail(generation, STEP_FAILED)
 
     def _read_prompts(self):
         spent = 0

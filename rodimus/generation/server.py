@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cli import add_model, number
 from ..errors import InputError
-from .engine import Delta, Engine, Generation
+from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
     Answer,
     ApiError,
@@ -300,13 +300,16 @@ class Service:
         """Take finished generations into the metrics.
 
         Raises:
-            ApiError: 503, the server shut down in between; 422, the model could not continue.
+            ApiError: 503, the server shut down in between, or a step of its engine failed; 422, the
+                model could not continue.
         """
         for generation in generations:
             self.metrics.observe(generation)
         # of a stream that ends with an error, other choices are unfinished
         for generation in generations:
             if generation.finish_reason == "error" and self.worker.failure is None:
+                if generation.error == STEP_FAILED:
+                    raise ApiError(503, f"{STEP_FAILED}: try again")
                 message = f"the model could not continue this prompt: {generation.error}"
                 raise ApiError(422, message, code="generation_failed")
         if any(x.finish_reason in (None, "cancelled", "error") for x in generations):
@@ -438,12 +441,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         port=options.port,
         timeout_graceful_shutdown=options.shutdown_seconds,
     )
-    _Server(config).run()
+    _Server(config, service.worker).run()
     return 0 if service.worker.failure is None else 1
 
 
 class _Server(uvicorn.Server):
-    """A second Ctrl-C cuts the time for running requests short; the rest goes as without it."""
+    """A second Ctrl-C cuts the time for running requests short; the rest goes as without it.
+
+    An engine that is broken ends the server, so that a supervisor may start another.
+    """
+
+    def __init__(self, config: uvicorn.Config, worker: EngineWorker):
+        super().__init__(config)
+        self.worker = worker
+
+    async def on_tick(self, counter):
+        return await super().on_tick(counter) or self.worker.failure is not None
 
     async def shutdown(self, sockets=None):
         await super().shutdown(sockets)

@@ -4,9 +4,12 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from .engine import Delta, Engine, Generation, Request
+from .engine import STEP_FAILED, Delta, Engine, Generation, Request
 
 logger = logging.getLogger(__name__)
+
+# steps that may fail one after the other until the engine counts as broken
+MOST_FAILURES = 3
 
 Listener = Callable[[Generation, Delta], None]
 
@@ -21,6 +24,9 @@ class WorkerStoppedError(Exception):
 
 class EngineWorker:
     """Runs an engine's steps as long as there is work.
+
+    A step that fails ends what was under way, and the rest goes on; after ``MOST_FAILURES`` in a
+    row everything is given up.
 
     Args:
         engine: Called by this worker's thread alone, once it is started.
@@ -97,9 +103,20 @@ class EngineWorker:
             self._changed.notify()
 
     def _run(self):
+        failures = 0
         try:
             while self._wait_for_work():
-                for generation in self.engine.step():
+                try:
+                    news = self.engine.step()
+                    failures = 0
+                except Exception:
+                    failures += 1
+                    if failures == MOST_FAILURES:
+                        raise
+                    logger.exception("a step of the engine failed; what was under way has ended")
+                    self._give_up(but=self.engine.waiting)
+                    continue
+                for generation in news:
                     self._report(generation)
         except Exception as error:
             logger.exception("the engine failed; all its requests are given up")
@@ -121,12 +138,14 @@ class EngineWorker:
             self._report(generation)
         return not stopping
 
-    def _give_up(self):
+    def _give_up(self, but=None):
+        """End everything with an error; ``but`` what waits in the engine, or on the way there."""
         with self._changed:
-            lost = list(self._listeners)
+            spared = set() if but is None else {*but, *self._arrived}
+            lost = [x for x in self._listeners if x not in spared]
         for generation in lost:
             if generation.finish_reason is None:
-                generation.finish_reason, generation.error = "error", "the engine failed"
+                generation.finish_reason, generation.error = "error", STEP_FAILED
             self._report(generation)
 
     def _report(self, generation):

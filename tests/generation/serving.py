@@ -12,7 +12,7 @@ import uvicorn
 
 from rodimus.generation import Engine
 from rodimus.generation.protocol import Limits
-from rodimus.generation.server import Service
+from rodimus.generation.server import Service, _Server
 from rodimus.generation.worker import EngineWorker
 from tests.generation.helpers import byte_tokenizer, text_model
 
@@ -85,7 +85,7 @@ def serving(
     worker = EngineWorker(engine, max_waiting=max_waiting)
     service = Service(worker, model_name=NAME, limits=limits, api_key=api_key)
     config = uvicorn.Config(service.app(), log_level="critical", timeout_graceful_shutdown=10)
-    server = uvicorn.Server(config)
+    server = _Server(config, worker)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

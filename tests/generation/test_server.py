@@ -18,7 +18,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits
-from rodimus.generation.worker import EngineWorker, QueueFullError, WorkerStoppedError
+from rodimus.generation.worker import (
+    MOST_FAILURES,
+    EngineWorker,
+    QueueFullError,
+    WorkerStoppedError,
+)
 from tests.generation.helpers import END, byte_tokenizer, text_model, word_tokenizer
 from tests.generation.serving import NAME, serving, wait_until
 
@@ -513,19 +518,51 @@ def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
     wait_until(lambda: service.worker.unfinished == 0)
 
 
-def test_an_engine_that_fails_answers_503_from_then_on():
+def fails(*args):
+    raise RuntimeError("out of memory")
+
+
+def test_a_step_that_fails_is_503_and_the_server_goes_on(monkeypatch):
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
-    with serving(engine=engine) as (client, service, _):
+    with serving(engine=engine) as (client, service, server):
+        status, expected = client.complete("x", temperature=0)
+        assert status == 200
+        # twice in a row, and again after a step that did not
+        for failures in (1, MOST_FAILURES - 1, MOST_FAILURES - 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(engine.decoder, "_forward", fails)
+                for _ in range(failures):
+                    status, answer = client.complete("x")
+                    assert status == 503 and "a step of the engine failed" in str(answer)
+            status, answer = client.complete("x", temperature=0)
+            assert status == 200 and answer["choices"] == expected["choices"]
+        assert client.get("/health")[0] == 200 and service.worker.unfinished == 0
+        assert service.worker.failure is None and not server.should_exit
 
-        def fail(*args):
-            raise RuntimeError("out of memory")
 
-        engine.decoder._forward = fail
-        status, answer = client.complete("x")
-        assert status == 503 and answer["error"]["type"] == "server_error"
-        assert client.complete("x")[0] == 503
-        assert client.get("/health") == (503, {"status": "down"})
-        assert service.worker.unfinished == 0
+def test_an_engine_that_fails_on_and_on_ends_the_server(monkeypatch):
+    engine = Engine(text_model(), byte_tokenizer(), slots=2)
+    with serving(engine=engine) as (client, service, server):
+        monkeypatch.setattr(engine.decoder, "_forward", fails)
+        for _ in range(MOST_FAILURES):
+            status, answer = client.complete("x")
+            assert status == 503 and answer["error"]["type"] == "server_error"
+        assert str(service.worker.failure) == "out of memory"
+        assert service.worker.unfinished == 0 and not service.worker.accepts
+        # sockets of tests stay open until the end
+        wait_until(lambda: not server.servers[0].is_serving())
+
+
+@pytest.mark.parametrize("failure, status", [(None, 0), (RuntimeError(), 1)])
+def test_the_command_ends_with_the_engines_status(monkeypatch, failure, status):
+    from rodimus.generation import server
+
+    worker = EngineWorker(Engine(text_model(), byte_tokenizer()))
+    worker.failure = failure
+    service = server.Service(worker, model_name=NAME)
+    monkeypatch.setattr(server, "_service", lambda options: service)
+    monkeypatch.setattr(server._Server, "run", lambda self: None)
+    assert server.main(["model", "--port", "0"]) == status
 
 
 def test_a_defect_is_500_and_counted():
@@ -602,6 +639,21 @@ class TestWorker:
             worker.stop()
         assert broken.finish_reason == "cancelled" and reasons[-1] == "length"
         assert "nobody is there" in caplog.text and worker.failure is None
+
+    def test_what_waits_outlives_a_step_that_fails(self, monkeypatch):
+        engine = Engine(text_model(), slots=1)
+        worker, reasons, forward = EngineWorker(engine), [], engine.decoder._forward
+        broken = iter([fails])
+        decode = lambda batch: next(broken, forward)(batch)
+        monkeypatch.setattr(engine.decoder, "_forward", decode)
+        requests = [Request([1], 9, stop_tokens=())] * 3
+        worker.start()
+        try:
+            worker.submit(requests, lambda generation, delta: reasons.append(delta.finish_reason))
+            wait_until(lambda: worker.unfinished == 0)
+        finally:
+            worker.stop()
+        assert [reason for reason in reasons if reason] == ["error", "length", "length"]
 
     def test_stopping_tells_every_listener(self):
         worker = EngineWorker(Engine(text_model(), slots=1))
