@@ -78,7 +78,7 @@ class Limits:
     body_seconds: float = 30.0
     prompt_tokens: int = 32768
     new_tokens: int = 4096
-    choices: int = 16
+    choices: int = 128
     stop_strings: int = 16
     stop_characters: int = 256
 

@@ -56,6 +56,9 @@ from .metrics import Metrics
 logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "RODIMUS_API_KEY"
+# longer than clients and proxies keep connections in reserve, commonly a minute: where the server
+# closes first, they send a request into a connection that is going away
+_KEEP_ALIVE_SECONDS = 75
 # of an error's answer, by its status
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -435,14 +438,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     service = _service(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and service.api_key is None:
         logger.warning("serving on %s without an API key: set %s", options.host, API_KEY_VARIABLE)
-    config = uvicorn.Config(
-        service.app(),
+    _Server(_config(service.app(), options), service.worker).run()
+    return 0 if service.worker.failure is None else 1
+
+
+def _config(app: Starlette, options: argparse.Namespace) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         host=options.host,
         port=options.port,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=options.shutdown_seconds,
     )
-    _Server(config, service.worker).run()
-    return 0 if service.worker.failure is None else 1
 
 
 class _Server(uvicorn.Server):
@@ -454,6 +461,21 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, worker: EngineWorker):
         super().__init__(config)
         self.worker = worker
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets=None):
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig, frame):
+        super().handle_exit(sig, frame)
+        # from Python 3.12.1 on, the shutdown waits until all connections are closed
+        if self.force_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self):
+        for task in self.server_state.tasks:
+            task.cancel()
 
     async def on_tick(self, counter):
         return await super().on_tick(counter) or self.worker.failure is not None
@@ -461,8 +483,6 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets=None):
         await super().shutdown(sockets)
         if self.force_exit:
-            for task in self.server_state.tasks:
-                task.cancel()
             await self.lifespan.shutdown()
 
 
@@ -499,6 +519,7 @@ def _service(options) -> Service:
         body_bytes=options.max_body_bytes,
         prompt_tokens=options.max_prompt_tokens,
         new_tokens=options.max_new_tokens,
+        choices=options.max_choices,
     )
     name = options.name or os.path.basename(os.path.abspath(options.model))
     return Service(worker, model_name=name, limits=limits, api_key=api_key)
@@ -541,6 +562,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="of one prompt")
     add("--max-new-tokens", type=positive, default=limits.new_tokens, help="of one continuation")
+    add("--max-choices", type=positive, default=limits.choices, help="n times prompts of a request")
     add("--max-body-bytes", type=positive, default=limits.body_bytes, help="of one request")
     add(
         "--prefix",

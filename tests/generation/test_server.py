@@ -1,5 +1,6 @@
 """The server: the engine's own answers over HTTP, and an error in JSON for every mistake."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -518,6 +519,28 @@ def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
     wait_until(lambda: service.worker.unfinished == 0)
 
 
+def test_a_second_interrupt_ends_requests_though_closing_waits_for_them(narrow):
+    """From Python 3.12.1 on a server's ``wait_closed`` does; here of every Python."""
+    client, service, server = narrow
+
+    async def wait_closed():
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
+
+    server.servers[0].wait_closed = wait_closed
+    server.config.timeout_graceful_shutdown = 60
+    whole = endless(client, stream=False, max_tokens=4096)
+    wait_until(lambda: service.worker.engine.running)
+    start = time.monotonic()
+    for _ in range(2):
+        server.handle_exit(signal.SIGINT, None)
+        time.sleep(0.3)
+    assert whole.recv(1000).startswith(b"HTTP/1.1 503")
+    wait_until(lambda: not service.worker._thread.is_alive())
+    # the time of 4096 tokens is longer
+    assert time.monotonic() - start < 5
+
+
 def fails(*args):
     raise RuntimeError("out of memory")
 
@@ -725,6 +748,24 @@ def test_the_command_keeps_the_window_in_the_dtype_it_is_told(tmp_path):
     for options, expected in (([], None), (["--window-dtype", "int8"], torch.int8)):
         service = _service(_parser().parse_args([str(tmp_path), *options]))
         assert service.worker.engine.layout.window_dtype == expected
+
+
+def test_the_command_keeps_connections_longer_than_clients_do():
+    from rodimus.generation.server import _config, _parser
+
+    options = _parser().parse_args(["model", "--shutdown-seconds", "7"])
+    config = _config(None, options)
+    assert config.timeout_keep_alive > 60 and config.timeout_graceful_shutdown == 7
+
+
+def test_the_command_takes_as_many_choices_as_it_is_told(tmp_path):
+    from rodimus.generation.server import _parser, _service
+
+    text_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for options, most in (([], 128), (["--max-choices", "3"], 3)):
+        service = _service(_parser().parse_args([str(tmp_path), *options]))
+        assert service.limits.choices == most
 
 
 def test_the_model_has_its_folders_name_from_inside_too(tmp_path, monkeypatch):
