@@ -202,7 +202,9 @@ class Engine:
         self.states = SlotStates(self.layout, slots, self.device)
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
         self.sampler = Sampler(slots, model.config.vocab_size, self.device)
-        self.end_tokens = end_tokens(model, tokenizer)
+        # those of a tokenizer may be none that the model knows
+        size = model.config.vocab_size
+        self.end_tokens = [x for x in end_tokens(model, tokenizer) if 0 <= x < size]
         self._skipped = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
         self.prefixes: list[SequenceState] = []
         self.waiting: deque[Generation] = deque()
@@ -371,8 +373,14 @@ class Engine:
         """Submit a request or a text and yield what it produces; other requests go on in between.
 
         Leaving the loop early cancels the request.
+
+        Raises:
+            ValueError: the request cannot be served; at once, not in the loop.
         """
-        generation = self.submit(request)
+        return self._stream(self.prepare(request))
+
+    def _stream(self, generation):
+        self.enqueue(generation)
         try:
             while generation.finish_reason is None:
                 self.step()

@@ -17,7 +17,6 @@ from .sampling import MAX_SEED, SamplingParams, is_integer
 
 # Refused unless they say what happens anyway.
 _UNSUPPORTED = {
-    "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
@@ -31,8 +30,8 @@ _UNSUPPORTED = {
     "tools": ([],),
 }
 _IGNORED = {
-    *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
-    *("service_tier", "store", "user", "verbosity"),
+    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key"),
+    *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity"),
 }
 # what OpenAI writes for a token of probability zero, whose logarithm is no JSON
 _IMPOSSIBLE = -9999.0
@@ -41,7 +40,7 @@ _LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
     *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
-    *("stop_token_ids", "ignore_eos"),
+    *("stop_token_ids", "ignore_eos", "best_of"),
 }
 
 
@@ -111,6 +110,11 @@ class Call:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def input_field(self) -> str:
+        """The field that says what to continue."""
+        return "messages" if self.is_chat else "prompt"
+
     def requests(
         self,
         token_ids: list[list[int]],
@@ -153,7 +157,7 @@ class Call:
                 f"the prompt has {prompt} tokens and {name} is {wanted}: {prompt + wanted}"
                 f" together, expected at most {max_length}",
                 code="context_length_exceeded",
-                param=self.length_field or "prompt",
+                param=self.length_field or self.input_field,
             )
         return wanted
 
@@ -222,6 +226,8 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
     if choices * len(prompts) > limits.choices:
         what = f"at most {limits.choices} together with the number of prompts"
         raise fields.wrong("n", what, choices * len(prompts))
+    if (best := fields.get("best_of")) not in (None, 1, choices):
+        raise fields.wrong("best_of", f"n = {choices}, which chooses none", best)
     stream = fields.boolean("stream", False)
     options = fields.get("stream_options", {})
     if not isinstance(options, dict) or (options and not stream):
@@ -338,7 +344,7 @@ class _Fields:
             if name in known or name in _IGNORED or value is None:
                 continue
             if name not in _UNSUPPORTED:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(name[:100], known, n=1)
                 hint = f", did you mean {close[0]!r}?" if close else ""
                 message = f"unknown field {name[:100]!r}{hint}"
                 raise ApiError(400, message, code="unknown_field", param=name[:100])

@@ -251,7 +251,7 @@ class Service:
         if len(ids) > self.limits.prompt_tokens:
             message = f"the prompt has {len(ids)} tokens, expected at most"
             message = f"{message} {self.limits.prompt_tokens}"
-            raise ApiError(400, message, code="context_length_exceeded", param="prompt")
+            raise ApiError(400, message, code="context_length_exceeded", param=call.input_field)
         return ids
 
     def _render(self, messages):

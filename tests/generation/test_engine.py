@@ -479,3 +479,10 @@ def test_nothing_grows_over_a_hundred_thousand_tokens(plus):
             held[len(generation.tokens)] = _live_tensor_bytes(), *(x.data_ptr() for x in tensors)
     assert len(generation.tokens) == 100_000 and generation.finish_reason == "length"
     assert len(set(held.values())) == 1, held
+
+
+def test_a_stream_refuses_its_request_at_once(plus):
+    engine = Engine(plus)
+    with pytest.raises(ValueError, match="at least one token"):
+        engine.stream(Request([]))
+    assert not engine.has_work

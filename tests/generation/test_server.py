@@ -242,7 +242,26 @@ def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
             assert answer["error"]["message"] == f"{message}, expected at most 30"
             assert answer["error"]["param"] == field
         status, answer = client.chat("x" * 40)
-        assert status == 400 and answer["error"]["param"] == "prompt"
+        assert status == 400 and answer["error"]["param"] == "messages"
+
+
+def test_fields_that_change_nothing_are_taken(client):
+    fields = {"n": 2, "best_of": 2, "prediction": {"type": "content"}}
+    status, _ = client.complete("x", max_tokens=1, prompt_cache_retention="24h", **fields)
+    assert status == 200
+
+
+def test_messages_that_are_too_long_are_called_so(client):
+    status, answer = client.chat("x" * 401)
+    assert status == 400 and answer["error"]["param"] == "messages"
+
+
+def test_an_end_token_that_the_model_does_not_know_ends_nothing():
+    model, tokenizer = text_model(), byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
+    assert tokenizer.eos_token_id == model.config.vocab_size
+    with serving(engine=Engine(model, tokenizer)) as (client, _, _):
+        assert client.complete("x", max_tokens=2)[0] == 200
 
 
 def test_models_are_listed_and_found(client):
@@ -305,6 +324,8 @@ BAD_COMPLETIONS = {
     "stream options": ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream = true"),
     "unknown": ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'?"),
     "unsupported": ({"prompt": "x", "echo": True}, "echo is not supported"),
+    "best_of": ({"prompt": "x", "n": 2, "best_of": 3}, "best_of must be n = 2"),
+    "best_of text": ({"prompt": "x", "best_of": "all"}, "best_of must be n = 1"),
     "logit bias": ({"prompt": "x", "logit_bias": {"5": 3}}, "logit_bias is not supported"),
 }
 BAD_CHATS = {
