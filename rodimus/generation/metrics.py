@@ -51,12 +51,15 @@ class Metrics:
         """Count an answer."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    def observe(self, generation: Generation) -> None:
-        """Take in the times of a finished generation."""
-        if generation.started is not None:
-            self._first.observe(generation.started - generation.submitted)
-        if generation.finished is not None:
-            self._whole.observe(generation.finished - generation.submitted)
+    def observe(self, generations: list[Generation]) -> None:
+        """Take in the times of a request's generations, those of a client that left included: it
+        may have left for them."""
+        for generation in generations:
+            if generation.started is not None:
+                self._first.observe(generation.started - generation.submitted)
+            is_whole = generation.finish_reason in ("stop", "length")
+            if is_whole and generation.finished is not None:
+                self._whole.observe(generation.finished - generation.submitted)
 
 
 class _EngineCollector:

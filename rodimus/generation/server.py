@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import copy
+import functools
 import hmac
 import json
 import logging
@@ -59,6 +60,8 @@ API_KEY_VARIABLE = "RODIMUS_API_KEY"
 # longer than clients and proxies keep connections in reserve, commonly a minute: where the server
 # closes first, they send a request into a connection that is going away
 _KEEP_ALIVE_SECONDS = 75
+# in the metrics, of a client that went away; proxies log the same
+_CLIENT_LEFT = 499
 # of an error's answer, by its status
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -187,19 +190,22 @@ class Service:
     async def _observed(self, request, endpoint, parse):
         try:
             with _until_cancelled():
-                response = await self._complete(request, parse)
+                response = await self._complete(request, endpoint, parse)
         except ApiError as error:
             self.metrics.count_request(endpoint, error.status)
             raise
         except ClientDisconnect:
+            self.metrics.count_request(endpoint, _CLIENT_LEFT)
             raise
         except Exception:
             self.metrics.count_request(endpoint, 500)
             raise
-        self.metrics.count_request(endpoint, response.status_code)
+        # a stream counts when it ends
+        if not isinstance(response, _EventStream):
+            self.metrics.count_request(endpoint, response.status_code)
         return response
 
-    async def _complete(self, request, parse):
+    async def _complete(self, request, endpoint, parse):
         self._authorise(request)
         body = parse_json(await self._body(request))
         self._check_model(body.get("model"))
@@ -210,10 +216,14 @@ class Service:
         exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
         answer = Answer(self.model_name, call, self._token_text)
         if call.stream:
-            return _EventStream(self._pieces(exchange, answer, call), exchange.cancel)
-        async with aclosing(exchange.news()) as news:
-            async for _ in news:
-                pass
+            ended = functools.partial(self._stream_ended, endpoint, exchange)
+            return _EventStream(self._pieces(exchange, answer, call), ended)
+        try:
+            async with aclosing(exchange.news()) as news:
+                async for _ in news:
+                    pass
+        finally:
+            self.metrics.observe(exchange.generations)
         self._finished(exchange.generations)
         # with the logprobs of thousands of tokens it takes its time
         return await run_in_threadpool(lambda: JSONResponse(answer.whole(exchange.generations)))
@@ -292,22 +302,27 @@ class Service:
                             index = exchange.generations.index(generation)
                             yield _event(answer.piece(index, delta))
             self._finished(exchange.generations)
+            exchange.status = 200
         except ApiError as error:
+            exchange.status = error.status
             yield _event(error.body())
         else:
             if call.include_usage:
                 yield _event(answer.closing(exchange.generations))
         yield "data: [DONE]\n\n"
 
+    def _stream_ended(self, endpoint, exchange):
+        exchange.cancel()
+        self.metrics.count_request(endpoint, exchange.status)
+        self.metrics.observe(exchange.generations)
+
     def _finished(self, generations: list[Generation]) -> None:
-        """Take finished generations into the metrics.
+        """Check that generations have come to their ends.
 
         Raises:
             ApiError: 503, the server shut down in between, or a step of its engine failed; 422, the
                 model could not continue.
         """
-        for generation in generations:
-            self.metrics.observe(generation)
         # of a stream that ends with an error, other choices are unfinished
         for generation in generations:
             if generation.finish_reason == "error" and self.worker.failure is None:
@@ -325,6 +340,8 @@ class _Exchange:
     def __init__(self, worker: EngineWorker, request: Request, loop: asyncio.AbstractEventLoop):
         self.worker, self.request, self.loop = worker, request, loop
         self.generations: list[Generation] = []
+        # of a stream: what its end has made of it
+        self.status = _CLIENT_LEFT
         self._news: asyncio.Queue[tuple[Generation, Delta] | None] = asyncio.Queue()
 
     def submit(self, requests):

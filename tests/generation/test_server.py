@@ -487,7 +487,11 @@ def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
         connection.close()
     wait_until(lambda: service.worker.unfinished == 0)
     assert engine.stats.finished == {"cancelled": 2}
-    assert client.complete("x")[0] == 200
+    line = 'rodimus_http_requests_total{endpoint="completions",status="499"}'
+    assert client.metric(line) == 2
+    assert client.metric("rodimus_time_to_first_token_seconds_count") == 1
+    assert client.metric("rodimus_generation_seconds_count") == 0
+    assert client.complete("x", max_tokens=1)[0] == 200
 
 
 def test_a_full_queue_is_429_and_empties_again(narrow):
@@ -643,6 +647,8 @@ def test_a_choice_that_fails_ends_its_stream_by_its_own_name():
     with serving(engine=engine) as (client, service, _):
         *_, last = client.stream("/v1/completions", {"prompt": [[0], [1]], "max_tokens": 4000})
         assert last["error"]["code"] == "generation_failed"
+        _, text = client.call("GET", "/metrics")
+        assert b'status="422"} 1.0' in text and b'status="200"' not in text
         wait_until(lambda: service.worker.unfinished == 0)
         assert engine.stats.finished == {"error": 1, "cancelled": 1}
 
