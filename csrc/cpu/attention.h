@@ -87,13 +87,14 @@ struct Wide<BFloat16> {
 
 // The rows of the next block, asked for in the order in which they stand in memory while this block is
 // computed: the passes over keys and values take a piece of every row, strides that a processor does
-// not foresee. Some pieces at a time, so that the loads in between need not wait.
+// not foresee. Some pieces at a time, so that the loads in between need not wait, and into the second
+// level: a block of a wide model is larger than the first, which can also wait for fewer lines at once.
 struct ReadAhead {
   const char* at;
   int64_t lines;  // of a whole block
 
   void part(int64_t parts) {
-    for (int64_t i = 0; i < lines; i += parts, at += 64) __builtin_prefetch(at);
+    for (int64_t i = 0; i < lines; i += parts, at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
