@@ -205,7 +205,7 @@ class Engine:
         # those of a tokenizer may be none that the model knows
         size = model.config.vocab_size
         self.end_tokens = [x for x in end_tokens(model, tokenizer) if 0 <= x < size]
-        self._skipped = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
+        self.skipped_tokens = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
         self.prefixes: list[SequenceState] = []
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
@@ -488,7 +488,7 @@ class Engine:
                 self.tokenizer,
                 generation.request.stop,
                 prompt=generation.prompt.tolist(),
-                skipped=self._skipped,
+                skipped=self.skipped_tokens,
             )
         generation.started = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)

@@ -4,13 +4,14 @@ Every wrong value is an ``ApiError`` that names its field. Fields that would cha
 way the engine cannot follow are refused, those that cannot change it are ignored.
 """
 
+import codecs
 import difflib
 import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .engine import MAX_LOGPROBS, Delta, Generation, Request, TokenLogprobs
 from .sampling import MAX_SEED, SamplingParams, is_integer
@@ -394,20 +395,48 @@ def _kind(value):
 # ----------------------------------------------------------------------------------------------
 
 
+class TokenText(NamedTuple):
+    """What a token is called and what it says.
+
+    Attributes:
+        name: Its text; if it is only part of a character, what the tokenizer calls it.
+        data: Its bytes, those of a part as well; None where they cannot be told.
+        is_shown: Whether they are in the text: a special token's are not.
+    """
+
+    name: str
+    data: bytes | None
+    is_shown: bool
+
+
+class _Place:
+    """How many characters of a text are complete."""
+
+    def __init__(self):
+        self._characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def pass_by(self, token: TokenText) -> int:
+        """Where a token begins, and go behind it."""
+        at = self._characters
+        if token.is_shown and token.data is not None:
+            self._characters += len(self._decoder.decode(token.data))
+        return at
+
+
 class Answer:
     """Writes the answers to one call.
 
     Args:
         model: Name of the model.
         call: What is answered.
-        token_text: Of one token id: its text, or a name if it is only part of a character; and
-            whether it is text.
+        token_text: Of one token id.
     """
 
-    def __init__(self, model: str, call: Call, token_text: Callable[[int], tuple[str, bool]]):
+    def __init__(self, model: str, call: Call, token_text: Callable[[int], TokenText]):
         self.model, self.call, self.token_text = model, call, token_text
         # where each choice's next token begins in its text
-        self._offsets: dict[int, int] = {}
+        self._places: dict[int, _Place] = {}
 
     def whole(self, generations: list[Generation]) -> dict[str, Any]:
         """The answer in one piece."""
@@ -468,9 +497,9 @@ class Answer:
         """A chat's log-probabilities: an object a token."""
 
         def written(token, logprob):
-            text, is_text = self.token_text(token)
-            data = list(text.encode()) if is_text else None
-            return {"token": text, "logprob": max(logprob, _IMPOSSIBLE), "bytes": data}
+            name, data, _ = self.token_text(token)
+            data = None if data is None else list(data)
+            return {"token": name, "logprob": max(logprob, _IMPOSSIBLE), "bytes": data}
 
         return {
             "content": [
@@ -481,24 +510,20 @@ class Answer:
 
     def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
         """A completion's log-probabilities: lists as long as the tokens."""
-        texts = [self.token_text(entry.token)[0] for entry in entries]
-        offsets, at = [], self._offsets.get(index, 0)
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        self._offsets[index] = at
+        texts = [self.token_text(entry.token) for entry in entries]
+        place = self._places.setdefault(index, _Place())
         return {
-            "tokens": texts,
+            "tokens": [text.name for text in texts],
             "token_logprobs": [max(entry.logprob, _IMPOSSIBLE) for entry in entries],
             # the chosen token is always among them, though it be none of the likeliest
             "top_logprobs": [
                 {
-                    self.token_text(t)[0]: max(p, _IMPOSSIBLE)
+                    self.token_text(t).name: max(p, _IMPOSSIBLE)
                     for t, p in (*e.top, (e.token, e.logprob))
                 }
                 for e in entries
             ],
-            "text_offset": offsets,
+            "text_offset": [place.pass_by(text) for text in texts],
         }
 
 

@@ -31,12 +31,14 @@ from .protocol import (
     ApiError,
     Call,
     Limits,
+    TokenText,
     parse_chat,
     parse_completion,
     parse_json,
 )
 from .state_file import load_state
 from .terminal import load
+from .text import INCOMPLETE, bytes_of_part
 from .worker import EngineWorker, QueueFullError, WorkerStoppedError
 
 try:
@@ -281,10 +283,13 @@ class Service:
             # of a first token, decoders leave out the blank that it begins with
             before = self._namer("a", add_special_tokens=False).input_ids
             text = self._namer.decode([*before, token])[len(self._namer.decode(before)) :]
-            # part of a character: different parts must not look alike
-            is_text = "\ufffd" not in text
-            name = text if is_text else self._namer.convert_ids_to_tokens(token)
-            self._names[token] = name, is_text
+            name, data = text, text.encode()
+            if INCOMPLETE in text:
+                # part of a character: different parts must not look alike
+                name = self._namer.convert_ids_to_tokens(token)
+                data = bytes_of_part(name, text)
+            is_shown = token not in self.worker.engine.skipped_tokens
+            self._names[token] = TokenText(name, data, is_shown)
         return self._names[token]
 
     async def _pieces(self, exchange, answer, call) -> AsyncIterator[str]:

@@ -1,6 +1,7 @@
 """Tokens of a text; and text from tokens as they come: whole characters only, and nothing of a stop
 string."""
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -8,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 
 # A character that is not complete yet decodes to this one, or each byte of it does.
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
 # Tokens decoded again with each new one, so that joints between tokens come out right.
 _CONTEXT, _MOST, _LONGEST = 6, 18, 256
 # How far back a whole character is looked for, and no further: one has at most four tokens.
@@ -51,6 +52,30 @@ def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(x for x in special if not tokenizer.decode([x], skip_special_tokens=True))
 
 
+# Bytes as byte-level BPE writes them: printable ones as they are, others as characters from 256 on.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+
+
+def bytes_of_part(name: str, text: str) -> bytes | None:
+    """The bytes of a token that is only part of a character.
+
+    Args:
+        name: What the tokenizer calls it: in the alphabet of byte-level BPE, or ``<0xC3>``.
+        text: What it decodes to.
+
+    Returns:
+        None where the name does not tell.
+    """
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
+        return bytes.fromhex(name[3:5])
+    if not all(character in _BYTES for character in name):
+        return None
+    data = bytes(_BYTES[character] for character in name)
+    return data if data.decode(errors="replace") == text else None
+
+
 class TextStream:
     """Text of a growing list of tokens; what is released is never taken back.
 
@@ -88,7 +113,7 @@ class TextStream:
         """The prompt's last token that is text by itself, and the length of that."""
         for token in reversed(prompt[-_LONGEST:]):
             text = "" if token in self._skipped else self._tokenizer.decode([token])
-            if text and _INCOMPLETE not in text:
+            if text and INCOMPLETE not in text:
                 return [token], len(text)
         return [], 0
 
@@ -121,7 +146,7 @@ class TextStream:
     def _decode_new(self):
         self._new = 0
         whole = self._decode()
-        decoded = whole.rstrip(_INCOMPLETE)
+        decoded = whole.rstrip(INCOMPLETE)
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
         if len(self._context) > _MOST:
@@ -131,8 +156,8 @@ class TextStream:
     def _forget(self, whole, is_settled):
         """Keep the last tokens: from before them on, should they begin inside a character."""
         for distance in _DISTANCES if is_settled else ():
-            kept = self._decode(-distance).rstrip(_INCOMPLETE)
-            if kept and _INCOMPLETE not in kept:
+            kept = self._decode(-distance).rstrip(INCOMPLETE)
+            if kept and INCOMPLETE not in kept:
                 self._context, self._shown = self._context[-distance:], len(kept)
                 return
             if distance >= len(self._context):

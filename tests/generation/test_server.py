@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits
+from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
     EngineWorker,
@@ -185,6 +186,57 @@ def test_tokens_have_the_blank_that_they_begin_with():
         assert choice["text"] == " two two" and choice["logprobs"]["tokens"] == [" two"] * 2
 
 
+@contextlib.contextmanager
+def writing(tokens):
+    """A client of a server whose model answers with these tokens of ``byte_tokenizer``."""
+    model, left = text_model(), iter(tokens)
+    model.lm_head.register_forward_hook(
+        lambda *x: x[-1].index_fill(-1, torch.tensor([next(left)]), 1e4)
+    )
+    with serving(engine=Engine(model, byte_tokenizer())) as (client, _, _):
+        yield client
+
+
+class TestPartsOfCharacters:
+    TEXT = "\u00e9 x\u20ac\x00~\u00ad\U0001f600!"
+    IDS = byte_tokenizer()(TEXT).input_ids
+    # a first half that nothing follows
+    CUT = [*IDS, IDS[0], *IDS]
+
+    @pytest.mark.parametrize("tokens", [IDS, CUT], ids=["whole", "cut"])
+    def test_bytes_together_are_the_text(self, tokens):
+        with writing(tokens) as client:
+            _, answer = client.chat("Hi", max_tokens=len(tokens), temperature=0, logprobs=True)
+        (choice,) = answer["choices"]
+        data = bytes(byte for entry in choice["logprobs"]["content"] for byte in entry["bytes"])
+        assert data.decode(errors="replace") == choice["message"]["content"]
+
+    @pytest.mark.parametrize("tokens", [IDS, CUT], ids=["whole", "cut"])
+    def test_offsets_lead_to_the_tokens_in_the_text(self, tokens):
+        end = byte_tokenizer().eos_token_id
+        tokens = [tokens[0], tokens[1], end, *tokens[2:]]
+        options = {"max_tokens": len(tokens), "temperature": 0, "logprobs": 0}
+        body = {"prompt": "x", "ignore_eos": True} | options
+        with writing(tokens * 2) as client:
+            _, answer = client.post("/v1/completions", body)
+            pieces = client.stream("/v1/completions", body)
+        (choice,) = answer["choices"]
+        names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+        whole = [(x, at) for x, at in zip(names, offsets, strict=True) if x in " x\x00~!"]
+        assert len(whole) == sum(choice["text"].count(x) for x in " x\x00~!") >= 5
+        assert all(choice["text"][at] == name for name, at in whole)
+        parts = [piece["choices"][0]["logprobs"] for piece in pieces]
+        assert [at for part in parts if part for at in part["text_offset"]] == offsets
+
+
+def test_the_bytes_of_a_part_are_those_of_its_name():
+    assert bytes_of_part("<0xC3>", "\ufffd") == b"\xc3"
+    assert bytes_of_part("\u00c3", "\ufffd") == b"\xc3"
+    # a tokenizer that writes characters as they are
+    assert bytes_of_part("\u00c3", "\u00c3\ufffd") is None
+    assert bytes_of_part("\u4e00", "\ufffd") is None
+
+
 class TestChat:
     def test_messages_are_rendered_by_the_template(self, client, direct):
         status, answer = client.chat("Hi", max_completion_tokens=20, temperature=0)
@@ -225,7 +277,7 @@ class TestChat:
         content = answer["choices"][0]["logprobs"]["content"]
         assert len(content) == 4 and all(len(entry["top_logprobs"]) == 2 for entry in content)
         for entry in content:
-            assert entry["bytes"] is None or bytes(entry["bytes"]).decode() == entry["token"]
+            assert bytes(entry["bytes"]).decode(errors="replace") in (entry["token"], "\ufffd")
 
 
 def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
