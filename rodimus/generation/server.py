@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cli import add_model, number
 from ..errors import InputError
+from ..loading import is_hub_name
 from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -543,8 +544,15 @@ def _service(options) -> Service:
         new_tokens=options.max_new_tokens,
         choices=options.max_choices,
     )
-    name = options.name or os.path.basename(os.path.abspath(options.model))
+    name = options.name or _name_of(options.model)
     return Service(worker, model_name=name, limits=limits, api_key=api_key)
+
+
+def _name_of(model):
+    """What clients call a model: its name on the hub, whatever the revision, or its folder's."""
+    if is_hub_name(model):
+        return model.partition("@")[0]
+    return os.path.basename(os.path.abspath(model))
 
 
 def _api_key() -> str | None:
@@ -571,7 +579,11 @@ def _parser() -> argparse.ArgumentParser:
     add_model(parser)
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=number(int, 0, 65535, "0 to 65535"), default=8000, help="port to listen on")
-    add("--name", default=None, help="what clients call the model; the folder's name if not given")
+    add(
+        "--name",
+        default=None,
+        help="what clients call the model; else the name of the folder, or on the hub",
+    )
     add("--slots", type=positive, default=8, help="sequences that run at once")
     add("--max-waiting", type=count, default=64, help="requests that may wait; more get 429")
     add("--prefill-chunk", type=positive, default=512, help="prompt tokens read between two steps")

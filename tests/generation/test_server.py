@@ -829,6 +829,25 @@ def test_the_command_keeps_the_window_in_the_dtype_it_is_told(tmp_path):
         assert service.worker.engine.layout.window_dtype == expected
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    {
+        "": "here",
+        "..": None,
+        "codefuse-ai/Rodimus": "codefuse-ai/Rodimus",
+        "a/b@v1.0": "a/b",
+    }.items(),
+)
+def test_a_model_is_called_by_its_folder_or_by_its_name_on_the_hub(
+    tmp_path, monkeypatch, given, expected
+):
+    from rodimus.generation.server import _name_of
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _name_of(given) == (expected or tmp_path.name)
+
+
 def test_the_command_keeps_connections_longer_than_clients_do():
     from rodimus.generation.server import _config, _parser
 
