@@ -136,7 +136,8 @@ def calls_are_checkpointed(monkeypatch):
 
     monkeypatch.setattr(RodimusBlock, "__call__", call, raising=False)
     monkeypatch.setattr(RodimusBlock, "forward", inspect.unwrap(RodimusBlock.forward))
-    monkeypatch.delattr(GradientCheckpointingLayer, "__init_subclass__", raising=False)
+    if "__init_subclass__" in vars(GradientCheckpointingLayer):
+        monkeypatch.delattr(GradientCheckpointingLayer, "__init_subclass__")
 
 
 def second_of_two_steps(config_file, variants):
