@@ -263,7 +263,10 @@ def test_every_group_waits_as_long_as_all_ranks_do():
         groups = [distributed.group.WORLD, ranks.context, *ranks.mesh.get_all_groups()]
         members = [distributed.get_process_group_ranks(group) for group in groups]
         backends = [group._get_backend(torch.device("cpu")) for group in groups]
-        return ranks.rank, members, {backend.options._timeout for backend in backends}
+        waits = {backend.options._timeout for backend in backends}
+        # rank 0 holds the store, with which others may still make their groups
+        parallel.stop()
+        return ranks.rank, members, waits
 
     for rank, members, waits in run_ranks(4, timeouts):
         first = rank - rank % 2
