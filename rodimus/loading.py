@@ -56,6 +56,12 @@ def is_hub_name(name: str | Path) -> bool:
     return bool(_HUB_NAME.fullmatch(str(name))) and not is_here
 
 
+def split_hub_name(name: str) -> tuple[str, str | None]:
+    """``(owner/name, revision)`` of a name on the hub, None for its newest."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
 def checkpoint_folder(name: str | Path) -> Path:
     """The folder of a checkpoint: the path itself, or what the hub has under a name, downloaded.
 
@@ -95,8 +101,8 @@ def _why_no_checkpoint(folder: Path) -> str:
 def _download(name: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
-    repository, _, revision = name.partition("@")
-    options = {"revision": revision or None, "ignore_patterns": _NOT_FROM_HUB}
+    repository, revision = split_hub_name(name)
+    options = {"revision": revision, "ignore_patterns": _NOT_FROM_HUB}
     wanted = [*_TEXT_FILES, "*.safetensors"] if weights else _TEXT_FILES
     try:
         folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))

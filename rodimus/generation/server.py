@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..cli import add_model, number
 from ..errors import InputError
-from ..loading import is_hub_name
+from ..loading import is_hub_name, split_hub_name
 from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
     Answer,
@@ -551,7 +551,7 @@ def _service(options) -> Service:
 def _name_of(model):
     """What clients call a model: its name on the hub, whatever the revision, or its folder's."""
     if is_hub_name(model):
-        return model.partition("@")[0]
+        return split_hub_name(model)[0]
     return os.path.basename(os.path.abspath(model))
 
 

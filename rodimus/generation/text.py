@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
 
@@ -52,10 +53,7 @@ def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(x for x in special if not tokenizer.decode([x], skip_special_tokens=True))
 
 
-# Bytes as byte-level BPE writes them: printable ones as they are, others as characters from 256 on.
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def bytes_of_part(name: str, text: str) -> bytes | None:

@@ -166,9 +166,7 @@ def stop() -> None:
 
 def reduce_sum(values: list[float]) -> list[float]:
     """Sums a few numbers over all ranks, in float64 on the CPU; every rank gets the same result."""
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
+    return sum_over_ranks(values, torch.device("cpu")).tolist()
 
 
 def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -331,6 +331,27 @@ def store_output(
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def chunk_output(
+    b_state,
+    b_read,
+    b_x,
+    b_a,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``[C, BV]`` of a chunk from the state before it ``[BV, K]`` and its own ``x [BV, C]``."""
+    if not REVERSE:
+        b_a = tl.trans(b_a)
+    b_y = tl.zeros([BV, C], tl.float32)
+    b_y = product(b_state, tl.trans(b_read), b_y, PRECISION, UPCAST)
+    b_y = product(b_x, b_a, b_y, PRECISION, UPCAST)
+    return tl.trans(b_y)
+
+
 @triton.jit(do_not_specialize=["T", "NT", "NC", "SEGMENT"])
 def ddts_chunk_walk_kernel(
     x,
@@ -423,12 +444,7 @@ def ddts_chunk_walk_kernel(
             b_read, b_a = load_read(read, a, row, o_c, K, C, TMA)
             if states is not None:
                 store_state(states, b_state, slot, i_v * BV, V, K, BV, TMA)
-            if not REVERSE:
-                b_a = tl.trans(b_a)
-            b_y = tl.zeros([BV, C], tl.float32)
-            b_y = product(b_state, tl.trans(b_read), b_y, PRECISION, UPCAST)
-            b_y = product(b_x, b_a, b_y, PRECISION, UPCAST)
-            b_y = tl.trans(b_y)
+            b_y = chunk_output(b_state, b_read, b_x, b_a, C, BV, REVERSE, PRECISION, UPCAST)
             store_output(y, b_y, i_b, i_h, start, end, i_v * BV, o_c, y_b, y_t, y_h, C, BV, TMA)
         if segment_keep is not None:
             all_keep *= b_keep

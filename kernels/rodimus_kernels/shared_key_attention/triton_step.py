@@ -58,6 +58,14 @@ def quantize_values(b_v):
 
 
 @triton.jit
+def store_quantized(p_steps, p_scale, b_v, mask, is_head, BH: tl.constexpr, BDV: tl.constexpr):
+    """Values ``[BH * BDV]`` of BH heads in 8 bits, and a scale of each head."""
+    b_steps, b_scale = quantize_values(tl.reshape(b_v.to(tl.float32), (BH, BDV)))
+    tl.store(p_steps, tl.reshape(b_steps, (BH * BDV,)).to(tl.int8), mask=mask)
+    tl.store(p_scale, b_scale.to(p_scale.dtype.element_ty), mask=is_head)
+
+
+@triton.jit
 def ring_attention_kernel(
     q,
     k,
@@ -153,13 +161,9 @@ def ring_attention_kernel(
             b_v = tl.load(p_v + t * v_t, mask=values_mask, other=0.0)
             if INT8:
                 at = i_b * c_b + ((new + t) % R) * c_t
-                b_v = tl.reshape(b_v.to(tl.float32), (BH, BDV))
-                b_steps, b_scale = quantize_values(b_v)
                 p_steps = values + at * KEY_BYTES + value_columns
-                b_steps = tl.reshape(b_steps, (BH * BDV,))
-                tl.store(p_steps, b_steps.to(tl.int8), mask=values_mask)
                 p_scale = scales + at * (KEY_BYTES // 2) + heads % HV
-                tl.store(p_scale, b_scale.to(scales.dtype.element_ty), mask=is_head)
+                store_quantized(p_steps, p_scale, b_v, values_mask, is_head, BH, BDV)
             else:
                 tl.store(p_row + value_columns, b_v, mask=values_mask)
         tl.debug_barrier()
