@@ -70,8 +70,17 @@ template <class V>
 struct Wide {
   static constexpr int kVectors = 1;
   static void make(const float* p, Vector* out) { *out = load(p); }
+  // written out: compilers widen a loop's bytes one by one
   static void make(const int8_t* p, Vector* out) {
+#if defined(__AVX512F__)
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    *out = reinterpret_cast<Vector>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+#elif defined(__AVX2__)
+    __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    *out = reinterpret_cast<Vector>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+#else
     for (int l = 0; l < kLanes; ++l) (*out)[l] = static_cast<float>(p[l]);
+#endif
   }
 };
 
