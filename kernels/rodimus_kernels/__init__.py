@@ -2,6 +2,9 @@
 
 The mathematics is in :mod:`rodimus_kernels.reference`. Importing this package needs torch alone;
 what else an implementation needs is imported when it is chosen.
+
+Forward-mode derivatives (``torch.func.jvp``) are those of the references, which ``impl="auto"``
+chooses for them; other implementations refuse.
 """
 
 import importlib

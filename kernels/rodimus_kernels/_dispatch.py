@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from . import native
+from ._schemas import in_forward_mode
 
 _logger = logging.getLogger(__name__)
 # where load says what it gives out, while somebody wants to know
@@ -70,10 +71,16 @@ def _import(module: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
-    """Whether ``impl="auto"`` may use Triton there; where a GPU has to do without, said once."""
-    return device.type == "cuda" and _gpu_runs_triton(device)
+    """Whether ``impl="auto"`` may use Triton there, which has no forward-mode derivative; where a
+    GPU has to do without, said once."""
+    return device.type == "cuda" and not in_forward_mode() and _finds_triton(device)
+
+
+# what torch.compile takes for constant must be a plain function
+@torch.compiler.assume_constant_result
+def _finds_triton(device):
+    return _gpu_runs_triton(device)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ native library can name an operator without importing its implementation.
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .reference import accumulation_dtype
@@ -46,6 +47,22 @@ def register_gradient(operator: str, backward: Callable, setup_context: Callable
     torch.library.register_autograd(
         f"rodimus::{operator}", once_differentiable(backward), setup_context=setup_context
     )
+
+
+def in_forward_mode() -> bool:
+    """Whether torch differentiates forwards (``torch.func.jvp`` and all that is made of it,
+    ``forward_ad.dual_level``). Operators of the library would drop the tangents without a word, and
+    under other transforms a tensor does not say whether it has one."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(operator: str) -> None:
+    """Raise ValueError where torch differentiates forwards."""
+    if in_forward_mode():
+        raise ValueError(
+            f"{operator}: this implementation has no forward-mode derivative;"
+            " expected impl='reference' or 'auto'"
+        )
 
 
 EAGER_CHUNK = 64

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._schemas import refuse_forward_mode
+
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
 
@@ -67,7 +69,9 @@ def implement(operator: str) -> Callable[[Callable], None]:
 
 
 def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError unless the tensors are where Triton can run and of a dtype it takes."""
+    """Raise ValueError unless the tensors are where Triton can run and of a dtype it takes, and no
+    forward-mode derivative is under way."""
+    refuse_forward_mode(operator)
     for tensor in tensors:
         if not (tensor.is_cuda or INTERPRETED):
             raise ValueError(

@@ -17,6 +17,7 @@ import os
 import torch
 
 from . import build
+from ._schemas import in_forward_mode, refuse_forward_mode
 from .int8_weight import Int8Weight
 
 logger = logging.getLogger(__name__)
@@ -203,8 +204,8 @@ def fits(
     *tensors: torch.Tensor | Int8Weight | None, one_dtype: bool = False, is_decoding: bool = False
 ) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors or, on a CPU, 8-bit weights; the operators of their device built, and no
-    gradient to record.
+    bfloat16 tensors or, on a CPU, 8-bit weights; the operators of their device built, no gradient
+    to record and no forward-mode derivative under way.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
@@ -212,6 +213,8 @@ def fits(
         is_decoding: a token waits for the operator: if only its library is missing, a warning says
             so, once a process and device, unless ``RODIMUS_BUILD_CPU`` or ``_CUDA`` is 0.
     """
+    if in_forward_mode():
+        return False
     records, dtypes, kind = torch.is_grad_enabled(), DTYPES, None
     for x in tensors:
         if x is None:
@@ -278,7 +281,7 @@ def check(
 
     Raises:
         ValueError: a dtype other than float32 or bfloat16, 8-bit weights on another device than a
-            CPU or of other dtypes, dtypes that differ where the operator needs one, or a gradient
+            CPU or of other dtypes, dtypes that differ where the operator needs one, or a derivative
             is asked for.
         ImportError: the device has no native operators here.
     """
@@ -304,6 +307,7 @@ def check(
         raise ValueError(
             f"{operator}(impl='native') has no gradient; call it under torch.no_grad()"
         )
+    refuse_forward_mode(operator)
     device = given[0].device
     require(operator, device.type)
     if device.type == "cuda" and _lacks_code(device):

@@ -11,13 +11,14 @@ holds. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
 import torch
 
 from .. import reference
-from .._schemas import EAGER_CHUNK, register_gradient
+from .._schemas import EAGER_CHUNK, refuse_forward_mode, register_gradient
 
 
 def forward(
     q, k, v, log_decay, *, scale, initial_state=None, output_final_state=False, cu_seqlens=None
 ):
     """``ddts`` by chunks; the contract is that of :func:`rodimus_kernels.ddts`."""
+    refuse_forward_mode("ddts")
     if cu_seqlens is not None and (output_final_state or initial_state is not None):
         return reference.each_document(
             lambda *piece, **states: forward(*piece, scale=scale, **states),

@@ -12,6 +12,7 @@ from .._dispatch import (
     load,
     runs_triton,
 )
+from .._schemas import in_forward_mode
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:shared_key_attention",
@@ -118,6 +119,8 @@ def shared_key_attention(
     if impl == "auto":
         double = torch.float64 in (q.dtype, k.dtype, v.dtype)
         impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)
+        # torch's kernel on a CPU has no forward-mode derivative
+        impl = "reference" if in_forward_mode() else impl
     function = load("shared_key_attention", impl, _SEQUENCE)
     return function(
         q,
