@@ -771,22 +771,23 @@ def short_conv(
 
 
 def last_inputs(x, width, initial_state=None, cu_seqlens=None):
-    """The last inputs of each sequence, oldest first ``[N, D, W]``, from its state where short."""
+    """The last inputs of each sequence, oldest first ``[N, D, W]`` and contiguous, from its state
+    where short."""
     if cu_seqlens is None:
         past = x.new_zeros(x.shape[0], width, x.shape[2])
         if initial_state is not None:
             past = initial_state.transpose(1, 2).to(x.dtype)
-        return torch.cat((past, x[:, -width:]), dim=1)[:, -width:].transpose(1, 2)
+        return torch.cat((past, x[:, -width:]), dim=1)[:, -width:].transpose(1, 2).contiguous()
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     token = ends[:, None] - width + torch.arange(width, device=x.device)
     last = x[0, token.clamp_min(0)]
     inside = (token >= starts[:, None])[..., None]
     if initial_state is None:
-        return last.masked_fill(~inside, 0).transpose(1, 2)
+        return last.masked_fill(~inside, 0).transpose(1, 2).contiguous()
     column = (width + token - starts[:, None]).clamp(0, width - 1)
     past = initial_state.transpose(1, 2).to(x.dtype)
     past = past.gather(1, column[..., None].expand_as(last))
-    return torch.where(inside, last, past).transpose(1, 2)
+    return torch.where(inside, last, past).transpose(1, 2).contiguous()
 
 
 def _each_document_conv(x, weight, bias, initial_state, output_final_state, cu_seqlens):

@@ -132,5 +132,6 @@ def short_conv_step(
     with torch.no_grad():
         if impl == "auto":
             tensors = (x, conv_state, weight, bias)
-            impl = choose_compiled("reference", *tensors, one_dtype=True)
+            fits = conv_state.is_contiguous()
+            impl = choose_compiled("reference", *tensors, one_dtype=True) if fits else "reference"
         return load("short_conv_step", impl, _STEP)(x, conv_state, weight, bias)

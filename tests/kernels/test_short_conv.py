@@ -83,6 +83,35 @@ def test_steps_equal_the_sequence():
     assert torch.equal(state, final)
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_steps_go_on_from_a_sequence(impl):
+    x, weight, bias, _ = make()
+    y, _ = short_conv(x, weight, bias, impl="reference")
+    _, state = short_conv(x[:, :8], weight, bias, output_final_state=True, impl=impl)
+    steps = [short_conv_step(x[:, t], state, weight, bias) for t in range(8, 11)]
+    torch.testing.assert_close(torch.stack(steps, dim=1), y[:, 8:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_steps_go_on_from_packed_documents(impl):
+    x, weight, bias, past = make(batch=1, sequences=2)
+    bounds = torch.tensor([0, 3, 11], device=DEVICE)
+    for states in ({}, {"initial_state": past}):
+        options = {"cu_seqlens": bounds, "output_final_state": True, "impl": impl}
+        _, state = short_conv(x, weight, bias, **states, **options)
+        expected = state.clone()
+        y = short_conv_step(x[0, :2], state, weight, bias)
+        torch.testing.assert_close(y, reference.short_conv_step(x[0, :2], expected, weight, bias))
+
+
+def test_a_step_takes_any_strides_of_its_state():
+    x, weight, bias, past = make()
+    state = past.transpose(1, 2).contiguous().transpose(1, 2)
+    y = short_conv_step(x[:, 0], state, weight, bias)
+    torch.testing.assert_close(y, reference.short_conv_step(x[:, 0], past, weight, bias))
+    assert torch.equal(state, past)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("lengths", [(4, 1, 6), (0, 2, 0, 9, 0), (11,)])
 @pytest.mark.parametrize("states", [True, False])
