@@ -400,7 +400,8 @@ def ddts_chunk(
         log_decay = reset_at_starts(log_decay, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = accumulation_dtype(q, k, v, log_decay)
-    qc, kc, vc, gc = (to_chunks(x.to(dtype), chunk) for x in (q * scale, k, v, log_decay))
+    qc, kc, vc, gc = (to_chunks(x.to(dtype), chunk) for x in (q, k, v, log_decay))
+    qc = qc * scale
     levels, grow, shrink, keep = chunk_decays(gc)
     write = (kc * shrink).transpose(-1, -2)
     state = qc.new_zeros(*qc.shape[:2], qc.shape[-1], vc.shape[-1])

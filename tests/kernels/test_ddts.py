@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,16 @@ def test_half_precision_inputs(impl, dtype):
     assert actual["final_state"].dtype == actual["dlog_decay"].dtype == torch.float32
     # a few roundings to 8 or 11 bits; the interpreter truncates where a GPU rounds to nearest
     assert_close(actual, truth(inputs), 1e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("function", [partial(ddts, impl="eager"), reference.ddts_chunk])
+def test_the_scale_is_not_rounded_to_the_queries_dtype(function):
+    inputs = make(DdtsCase(1, 70, 1, 32, 16))
+    # 32 ** -0.5 has more bits than bfloat16
+    inputs = inputs._replace(q=inputs.q.bfloat16(), k=inputs.k.bfloat16())
+    actual, exact = run_ddts(function, inputs), truth(inputs)
+    wide = ("o", "final_state", "dv", "dlog_decay", "dinitial_state")
+    assert_close(actual, {name: exact[name] for name in wide}, LIMIT)
 
 
 def test_eager_keeps_the_state_of_half_precision_inputs_exact():

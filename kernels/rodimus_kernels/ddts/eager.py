@@ -67,7 +67,7 @@ def _backward(q, k, v, log_decay, scale, states, do, dfinal_state):
 
 def _chunked_forward(q, k, v, log_decay, scale, initial_state, save_states):
     dtype = reference.accumulation_dtype(q, k, v, log_decay)
-    qc, kc, vc, gc = _chunks(dtype, q * scale, k, v, log_decay)
+    qc, kc, vc, gc = _chunks(dtype, q.to(dtype) * scale, k, v, log_decay)
     levels, grow, shrink, keep = reference.chunk_decays(gc)
     scores = reference.chunk_scores(qc, kc, levels)
     read, write = qc * grow, (kc * shrink).mT
@@ -95,7 +95,8 @@ def _chunks(dtype, *tensors):
 
 
 def _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state):
-    qc, kc, vc, gc, doc = _chunks(states.dtype, q * scale, k, v, log_decay, do)
+    dtype = states.dtype
+    qc, kc, vc, gc, doc = _chunks(dtype, q.to(dtype) * scale, k, v, log_decay, do)
     levels, grow, shrink, keep = reference.chunk_decays(gc)
     scores = reference.chunk_scores(qc, kc, levels).mT
     read, write = (qc * grow).mT, kc * shrink
