@@ -5,6 +5,7 @@ from torch.autograd.function import once_differentiable
 
 from ._dispatch import check_same_device, check_shape, load, runs_triton
 from ._schemas import in_forward_mode
+from .reference import no_autocast
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_cross_entropy",
@@ -151,7 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         rows = _chunk_rows(dtype.itemsize, weight.shape[0], hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden.device):
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 x = hidden[chunk]

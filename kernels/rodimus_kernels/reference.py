@@ -22,6 +22,7 @@ Dimensions: B batch, T time, S keys in time, H heads, K state key, V state value
 C chunk, W convolution width, N packed documents.
 """
 
+import contextlib
 import functools
 import itertools
 from types import EllipsisType
@@ -38,12 +39,21 @@ def accumulation_dtype(*tensors):
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _outside_autocast(function):
-    """Run in the dtypes that are written: autocast would round products to half precision."""
+def no_autocast(device):
+    """Context that computes in the dtypes that are written: autocast would round products to half
+    precision. Tensors without values (meta) have no autocast."""
+    # torch.compile of torch 2.11 cannot ask whether there is one
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def outside_autocast(function):
+    """Run under :func:`no_autocast` of the first argument's device."""
 
     @functools.wraps(function)
     def wrapper(x, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return function(x, *args, **kwargs)
 
     return wrapper
@@ -70,7 +80,7 @@ def log_softplus(x):
     return torch.where(far, far_value, near_value)
 
 
-@_outside_autocast
+@outside_autocast
 def ddts_gates(k, select, temper, *, eps=1e-12):
     """Tempered selection: the written key and the decay, from raw projections (paper section 3.1).
 
@@ -92,7 +102,7 @@ def ddts_gates(k, select, temper, *, eps=1e-12):
     return F.normalize(k, dim=-1, eps=eps) * written, log_decay
 
 
-@_outside_autocast
+@outside_autocast
 def input_gate(x, hidden, weight, bias):
     """What of x may enter the state: ``x * sigmoid(hidden weight^T + bias)``.
 
@@ -125,7 +135,7 @@ def swiglu(projection):
 # ----------------------------------------------------------------------------------------------
 
 
-@_outside_autocast
+@outside_autocast
 def ddts(
     q,
     k,
@@ -191,7 +201,7 @@ def each_document(function, q, k, v, log_decay, initial_state, output_final_stat
     return torch.cat(outputs, dim=1), (torch.cat(finals) if output_final_state else None)
 
 
-@_outside_autocast
+@outside_autocast
 def ddts_step(q, k, v, log_decay, state, *, scale=None):
     """One token; ``state`` is written in place.
 
@@ -231,7 +241,7 @@ def ddts_scan(states, log_decays, *, reverse=False):
     return torch.stack(before[::-1] if reverse else before)
 
 
-@_outside_autocast
+@outside_autocast
 def ddts_mixer_step(
     q,
     k,
@@ -370,7 +380,7 @@ def from_chunks(x, length):
     return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length]
 
 
-@_outside_autocast
+@outside_autocast
 def ddts_chunk(
     q,
     k,
@@ -530,7 +540,7 @@ def expand_heads(x, heads):
     return x if x.shape[1] == heads else x.repeat(1, heads // x.shape[1], 1, 1)
 
 
-@_outside_autocast
+@outside_autocast
 def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=None):
     """Causal attention with few key heads and many value heads, over a sliding window.
 
@@ -678,7 +688,7 @@ def read_ring(parts: _RingParts, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return keys.to(dtype), values.to(dtype)
 
 
-@_outside_autocast
+@outside_autocast
 def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=None):
     """A few new tokens against a ring cache; the cache is written in place.
 
@@ -876,7 +886,7 @@ def dense_weight(weight):
     return weight[0] * weight[1][:, None] if isinstance(weight, tuple) else weight
 
 
-@_outside_autocast
+@outside_autocast
 def linear_step(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
     dtype. The weight may be one of :func:`dense_weight`."""
@@ -967,7 +977,7 @@ def _block_step(
 # ----------------------------------------------------------------------------------------------
 
 
-@_outside_autocast
+@outside_autocast
 def linear_cross_entropy(hidden, weight, labels, *, z_loss=0.0, ignore_index=-100, reduction="sum"):
     """Cross entropy of ``softmax(hidden weight^T)``, with the logits in full.
 

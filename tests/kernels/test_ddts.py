@@ -598,6 +598,13 @@ def test_autocast_changes_nothing(impl):
         assert torch.equal(x, cast[name]), name
 
 
+@pytest.mark.parametrize("impl", ["eager", "reference"])
+def test_tensors_without_values_have_shapes(impl):
+    inputs = [x.to("meta") for x in make(DdtsCase(1, 70, 1, 16, 32))[:4]]
+    o, final_state = ddts(*inputs, output_final_state=True, impl=impl)
+    assert (o.shape, final_state.shape) == ((1, 70, 1, 32), (1, 1, 16, 32))
+
+
 @pytest.mark.parametrize("impl", CHUNKED)
 def test_activation_checkpointing_changes_nothing(impl):
     inputs = make(DdtsCase(1, 70))

@@ -52,7 +52,7 @@ def step(q, k, v, log_decay, state, *, scale):
 
 @torch.library.impl("rodimus::ddts_eager", "CompositeExplicitAutograd")
 def _forward(q, k, v, log_decay, scale, initial_state, save_states):
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.no_autocast(q.device):
         o, *states = _chunked_forward(q, k, v, log_decay, scale, initial_state, save_states)
     # the fake promises contiguous outputs, and torch.compile relies on it
     return o.contiguous(), *states
@@ -60,7 +60,7 @@ def _forward(q, k, v, log_decay, scale, initial_state, save_states):
 
 @torch.library.impl("rodimus::ddts_eager_backward", "CompositeExplicitAutograd")
 def _backward(q, k, v, log_decay, scale, states, do, dfinal_state):
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.no_autocast(q.device):
         grads = _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state)
     return tuple(x.contiguous() for x in grads)
 

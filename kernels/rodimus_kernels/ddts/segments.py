@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
 from .._schemas import TRITON_KEY_DIMS
-from ..reference import accumulation_dtype
+from ..reference import accumulation_dtype, no_autocast
 
 _SCAN = {
     "reference": "rodimus_kernels.reference:ddts_scan",
@@ -56,7 +56,7 @@ class _Summary(torch.autograd.Function):
         ctx.save_for_backward(k, v, log_decay)
         dtype = accumulation_dtype(k, v, log_decay)
         fade, total = _fade(log_decay.to(dtype))
-        with torch.autocast(k.device.type, enabled=False):
+        with no_autocast(k.device):
             state = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * fade, v.to(dtype))
         return state, total
 
@@ -64,7 +64,7 @@ class _Summary(torch.autograd.Function):
     def backward(ctx, dstate, dtotal):
         k, v, log_decay = ctx.saved_tensors
         fade, _ = _fade(log_decay.to(dstate.dtype))
-        with torch.autocast(k.device.type, enabled=False):
+        with no_autocast(k.device):
             dk = torch.einsum("bthv,bhkv->bthk", v.to(dstate.dtype), dstate) * fade
             dv = torch.einsum("bthk,bhkv->bthv", k.to(dstate.dtype) * fade, dstate)
         # a decay fades what all tokens before it have written

@@ -28,7 +28,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     k, v = (reference.expand_heads(x.to(dtype), heads) for x in (k, v))
     mask = block_mask(q.shape[1], k.shape[2], window_size, cu_seqlens, q.device)
     attend = _compiled() if q.is_cuda else flex_attention
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.no_autocast(q.device):
         o = attend(q.to(dtype).transpose(1, 2), k, v, block_mask=mask, scale=scale)
     return o.transpose(1, 2)
 

@@ -32,7 +32,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
         documents = reference.document_ids(cu_seqlens, k.shape[1])[unseen:]
     k, v = (reference.expand_heads(x[:, unseen:].to(v.dtype), heads) for x in (k, v))
     q = q.to(v.dtype).transpose(1, 2)
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.no_autocast(q.device):
         o = _attend(q, k, v, window, scale, documents)
     return o.transpose(1, 2)
 
@@ -68,7 +68,7 @@ def step(q, k, v, cache, position, *, window_size, scale):
         keys, values = (x.masked_fill((held < 0)[..., None, None], 0) for x in (keys, values))
     keys, values = (reference.expand_heads(x, q.shape[2]) for x in (keys, values))
     q = q.to(dtype).transpose(1, 2)
-    with torch.autocast(q.device.type, enabled=False):
+    with reference.no_autocast(q.device):
         o = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None], scale=scale)
     return o.transpose(1, 2).to(v.dtype)
 
