@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from . import native
+from . import native, reference
 from ._dispatch import check_same_device, check_shape, choose_compiled, load
 from .int8_weight import Int8Weight
 
@@ -54,6 +54,7 @@ def linear_step(
         return load("linear_step", impl, _IMPLS)(x, weight, bias)
 
 
+@reference.outside_autocast
 def eager_linear(x, weight, bias=None):
     """``F.linear``; a wider bias is added in its own dtype, then rounded, as scales are."""
     if type(weight) is Int8Weight:

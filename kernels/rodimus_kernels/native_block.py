@@ -11,6 +11,7 @@ from . import native
 from .ddts.mixer import ddts_mixer_step
 from .int8_weight import Int8Weight
 from .norm import add_rms_norm, rms_norm
+from .reference import outside_autocast
 from .shared_key_attention import rope, shared_key_attention_step
 from .short_conv import short_conv_step
 from .swiglu import swiglu
@@ -103,6 +104,7 @@ def _in_pieces(x) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
+@outside_autocast
 def compose(stream, weights, taps, states, rings, position, rotary, **named):
     """The blocks from torch's products, which read each weight once for many rows."""
     for block in zip(weights, taps, states, rings or repeat(None), strict=False):

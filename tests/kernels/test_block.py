@@ -266,6 +266,20 @@ def test_blocks_in_one_call_are_the_blocks_one_by_one(dtypes, attends):
         assert all(map(torch.equal, flat(together), flat(alone)))
 
 
+@pytest.mark.parametrize("form", ["native", "reference", "composed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_changes_nothing(dtype, form):
+    composed = form == "composed"
+    function = native_block.compose if composed else partial(blocks_step, impl=form)
+    given, stream = blocks_of([dtype] * 2, 2, True), torch.randn(2, 18).to(dtype)
+    again = copy.deepcopy(given)
+    expected = function(stream, *given, **NAMED)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(stream, *again, **NAMED)
+    assert found.dtype == dtype and torch.equal(found, expected)
+    assert all(map(torch.equal, flat(again), flat(given)))
+
+
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
 def test_opcheck(attends):
     named = (NAMED["window_size"], NAMED["head_dim"], 1e-5, 1e-5)

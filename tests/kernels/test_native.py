@@ -127,6 +127,11 @@ SMALL = [
     *(ddts_step, mixer_step, conv_step, conv, linear_step, int8_linear_step),
     *(rms_norm, add_rms_norm, gated_rms_norm, attention_step, int8_attention_step),
 ]
+FORMS = [
+    *((maker, impl) for maker in SMALL for impl in ("native", "reference")),
+    *((maker, "eager") for maker in (ddts_step, linear_step, int8_linear_step)),
+    *((maker, "sdpa") for maker in (attention_step, int8_attention_step)),
+]
 CASES = {
     ddts_step: [(1, 1, 64, 4096), (3, 2, 19, 77), (2, 1, 300, 513), (1, 1, 1, 1)],
     mixer_step: [(1, 64, 2048, 32), (3, 19, 300, 17), (8, 300, 513, 300), (1, 1, 1, 1)],
@@ -331,11 +336,15 @@ def test_what_is_no_number_or_infinite_is_seen_beside_8_bit_weights(isa, bad):
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
-def test_the_reference_is_not_rounded_by_autocast():
-    x, weight = torch.randn(4, 64), torch.randn(8, 64)
+@needs_library
+@pytest.mark.parametrize("maker, impl", FORMS)
+def test_autocast_changes_nothing(maker, impl):
+    case = maker(torch.float32)
+    plain = run(case[0], case, impl=impl)
     with torch.autocast("cpu"):
-        y = rk.linear_step(x, weight, impl="reference")
-    assert relative_error(y, F.linear(x.double(), weight.double())) < LIMIT
+        cast = run(case[0], case, impl=impl)
+    assert [x.dtype for x in cast] == [x.dtype for x in plain]
+    assert all(map(torch.equal, cast, plain))
 
 
 @needs_library

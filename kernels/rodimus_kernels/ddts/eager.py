@@ -40,6 +40,7 @@ def forward(
     return o, (final_state if output_final_state else None)
 
 
+@reference.outside_autocast
 def step(q, k, v, log_decay, state, *, scale):
     """``ddts_step``: the update in place, without a second state in memory."""
     flat = state.flatten(0, 1)
