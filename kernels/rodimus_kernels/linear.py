@@ -56,10 +56,10 @@ def linear_step(
 
 @reference.outside_autocast
 def eager_linear(x, weight, bias=None):
-    """``F.linear``; a wider bias is added in its own dtype, then rounded, as scales are."""
+    """``F.linear``; a wider bias is added in its own dtype, then rounded. 8-bit weights are
+    multiplied out: the sum of their values times x is more than float16 holds."""
     if type(weight) is Int8Weight:
-        y = F.linear(x, weight.values.to(x.dtype)) * weight.scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        return reference.linear_step(x, weight, bias)
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
     return (F.linear(x, weight).to(bias.dtype) + bias).to(x.dtype)

@@ -279,6 +279,18 @@ def test_every_linear_step_of_8_bit_weights_agrees(dtype, impl):
         assert relative_error(y, exact) < (LIMIT if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_of_8_bit_weights_are_rounded_once(dtype):
+    """After the scale, so that a sum which float16 cannot hold is no infinity."""
+    x = (40 + torch.rand(2, 2048)).to(dtype)
+    weight = rk.Int8Weight(torch.full((3, 2048), 127, dtype=torch.int8), torch.full((3,), 5e-4))
+    exact = x.double() @ reference.dense_weight(weight).double().T
+    y = rk.linear_step(x, weight, impl="eager")
+    # half a unit in the last place, and terms of one sign summed in float32
+    limit = torch.finfo(dtype).eps / 2 + 2048 * torch.finfo(torch.float32).eps / 2
+    assert ((y - exact).abs() <= limit * exact).all()
+
+
 @needs_library
 def test_8_bit_weights_of_every_value(isa):
     """Each of the 256 at each place of a vector, in whole vectors and in the rest of a row."""
