@@ -1,7 +1,7 @@
 """One token through whole blocks of the model, for decoding."""
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -144,8 +144,10 @@ def blocks_step(
     with torch.no_grad():
         if impl == "auto":
             uniform = all(block.is_uniform for block in weights)
-            fits = can_fuse_block(stream.shape[0], stream, *chain.from_iterable(weights))
-            impl = "native" if uniform and fits else "reference"
+            read = (stream, *chain.from_iterable(weights), *(rotary or ()))
+            fits = can_fuse_block(stream.shape[0], *read)
+            fits = fits and uniform and _can_write_natively(weights, taps, states, rings)
+            impl = "native" if fits else "reference"
         return load("blocks_step", impl, _IMPLS)(
             stream,
             weights,
@@ -159,6 +161,19 @@ def blocks_step(
             key_eps=key_eps,
             norm_eps=norm_eps,
         )
+
+
+def _can_write_natively(weights, taps, states, rings) -> bool:
+    """Whether the native form takes what it writes in place as it stands."""
+    for w, tap, state, ring in zip(weights, taps, states, rings or repeat(None), strict=False):
+        dtype = w.conv.dtype
+        if tap.dtype != dtype or state.dtype != torch.float32:
+            return False
+        if ring is not None and not (ring.dtype in (torch.uint8, dtype) and ring.is_contiguous()):
+            return False
+        if not (tap.is_contiguous() and state.is_contiguous()):
+            return False
+    return True
 
 
 def _check_blocks(stream, weights, taps, states, rings):
@@ -240,13 +255,14 @@ def _check_attention(stream, weights, rings, position, rotary, window_size, head
         raise ValueError(f"window_size and head_dim must be >= 1, got {window_size} and {head_dim}")
     batch = stream.shape[0]
     check_shape("position", position, (batch,))
-    check_same_device("stream", stream, position=position)
+    cos, sin = rotary or (None, None)
+    check_same_device("stream", stream, position=position, cos=cos, sin=sin)
     if position.dtype != torch.int64:
         raise ValueError(f"position must be int64, got {position.dtype}")
     if rotary is not None:
-        turned = rotary[0].shape[-1]
-        for name, table in zip(("cos", "sin"), rotary, strict=True):
-            check_shape(name, table, (batch, turned))
+        turned = cos.shape[-1]
+        check_shape("cos", cos, (batch, turned))
+        check_shape("sin", sin, (batch, turned))
         if 2 * turned > head_dim:
             raise ValueError(f"rotary tables must fit heads of {head_dim}, got {turned} angles")
     alike = None
@@ -283,7 +299,8 @@ def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> boo
 
     Args:
         rows: sequences in the batch.
-        tensors: the residual stream and the weights; None for those that a block lacks.
+        tensors: the residual stream, the weights and the rotary tables; None for those that a
+            block lacks.
     """
     few = rows <= native.MAX_ROWS or tensors[0].device.type != "cpu"
     return rows >= 1 and few and native.fits(*tensors, is_decoding=True)

@@ -342,9 +342,33 @@ def test_weights_that_are_not_dense_are_left_to_the_reference():
     assert not weights[0]._replace(mixer_out=Int8Weight(torch.ones(18, 22), scale)).is_uniform
 
 
+columns_apart = lambda x: x.mT.contiguous().mT
+NOT_NATIVE = {
+    "taps of another dtype": (1, torch.Tensor.bfloat16),
+    "taps apart": (1, columns_apart),
+    "a state apart": (2, columns_apart),
+    "a state in float64": (2, torch.Tensor.double),
+    "a ring of another dtype": (3, torch.Tensor.half),
+    "a ring apart": (3, columns_apart),
+    "tables in float16": (5, torch.Tensor.half),
+    "tables in float64": (5, torch.Tensor.double),
+}
+
+
+@pytest.mark.parametrize("which, change", NOT_NATIVE.values(), ids=NOT_NATIVE)
+def test_what_the_native_form_does_not_take_is_left_to_the_reference(which, change):
+    arguments = list(blocks_of([torch.float32] * 2, 2, True))
+    first, last = arguments[which]
+    arguments[which] = (first if which < 5 else change(first), change(last))
+    stream, other = torch.randn(2, 18), copy.deepcopy(arguments)
+    y = blocks_step(stream, *arguments, **NAMED)
+    assert torch.equal(y, blocks_step(stream, *other, **NAMED, impl="reference"))
+    assert all(map(torch.equal, flat(arguments), flat(other)))
+
+
 def test_stream_position_and_tables_need_not_be_dense():
     weights, *lists, position, rotary = blocks_of([torch.float32] * 2, 2, True)
-    stream, columns_apart = torch.randn(2, 18), lambda x: x.T.contiguous().T
+    stream = torch.randn(2, 18)
     plain = (torch.full_like(position, 3), rotary)
     other = (torch.tensor([3]).expand(2), tuple(map(columns_apart, rotary)))
     step = partial(blocks_step, **NAMED, impl="native")
@@ -369,6 +393,8 @@ def test_errors_come_before_any_state_is_touched(impl):
     second = lambda values, value: [values[0], value]
     taps, states, rings = lists
     refuses(r"taps\[1\] must have shape \[2, 22, 4\]", taps=second(taps, taps[1][:1]))
+    tables = [table.to("meta") for table in rotary]
+    refuses("cos must be on the device of stream", rotary=tables)
     state = states[1][:, :, :5]
     refuses(r"states\[1\] must have shape \[2, 1, 7, 22\]", states=second(states, state))
     refuses("need position", position=None)
