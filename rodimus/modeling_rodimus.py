@@ -1628,11 +1628,12 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         if not self._sees_whole_window(attention_mask, cache):
             return None
+        stream = self._embed(embeds).squeeze(1)
+        # before the search, whose answer is kept: a forward-mode derivative is for this call alone
+        if not can_fuse_block(stream.shape[0], stream):
+            return None
         found = self._step_arguments()
         if found is None:
-            return None
-        stream = self._embed(embeds).squeeze(1)
-        if not can_fuse_block(stream.shape[0], stream):
             return None
         rotary = self._rotary(embeds, position_ids.expand(stream.shape[0], 1)[:, 0], None)
         weights, numbers = found

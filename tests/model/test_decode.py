@@ -44,6 +44,15 @@ def decode(model, ids, cache=None):
     return in_pieces(model, ids, [12] + [1] * (ids.shape[1] - 12), cache=cache)
 
 
+def test_a_forward_mode_derivative_leaves_later_steps_fused(model, fused):
+    ids = random_ids(1, 14)
+    with torch.autograd.forward_ad.dual_level():
+        expected = decode(model, ids)
+        assert not fused
+    assert relative_error(decode(model, ids), expected) < BOUND
+    assert len(fused) == 2
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fused_equals_the_forward(model, kind, fused, batch):
     ids = random_ids(batch, 40)
