@@ -102,7 +102,8 @@ def eager_rows(logits, labels, z_loss, ignore_index, write_gradient):
     Returns:
         ``[N, 2]`` in float32 or wider: with the z term, whose gradient is written, and without.
     """
-    valid, target = (labels != ignore_index).to(logits.dtype), labels.clamp_min(0)[:, None]
+    ignored = labels == ignore_index
+    valid, target = (~ignored).to(logits.dtype), torch.where(ignored, 0, labels)[:, None]
     top, target_logit = logits.amax(-1, keepdim=True), logits.gather(-1, target)[:, 0]
     # One exponential per logit, in the logits' own memory, serves loss and gradient.
     odds = logits.sub_(top).exp_()

@@ -995,7 +995,7 @@ def linear_cross_entropy(hidden, weight, labels, *, z_loss=0.0, ignore_index=-10
     logits = hidden.to(dtype) @ weight.to(dtype).t()
     lse = logits.logsumexp(-1)
     valid = labels != ignore_index
-    target = logits.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    target = logits.gather(-1, torch.where(valid, labels, 0)[:, None])[:, 0]
     cross_entropy = ((lse - target) * valid).sum()
     loss = cross_entropy + z_loss * (lse.square() * valid).sum()
     if reduction == "mean":

@@ -76,6 +76,16 @@ def test_another_ignore_index(impl):
     assert_close(actual, run(exact, *inputs, torch.float64, ignore_index=3), 2e-6)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_ignore_index_behind_the_vocabulary(impl):
+    hidden, weight, labels = make()
+    expected = run(linear_cross_entropy, hidden, weight, labels, torch.float32, impl=impl)
+    labels = labels.masked_fill(labels == -100, VOCABULARY)
+    options = {"impl": impl, "ignore_index": VOCABULARY}
+    actual = run(linear_cross_entropy, hidden, weight, labels, torch.float32, **options)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_half_precision_keeps_float32_logits():
     inputs = make(200, torch.bfloat16)
     loss, _ = linear_cross_entropy(*inputs)
