@@ -123,11 +123,14 @@ def short_conv_step(
         ``[B, D]`` in x's dtype.
 
     Raises:
-        ValueError: a shape or device breaks the contract.
+        ValueError: a shape, dtype or device breaks the contract.
     """
     check_shape("x", x, ("B", "D"))
     check_shape("weight", weight, (x.shape[1], "W"))
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]))
+    if bias is not None:
+        check_shape("bias", bias, (x.shape[1],))
+    check_floating(x=x, weight=weight)
     check_same_device("x", x, conv_state=conv_state, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":

@@ -326,3 +326,12 @@ def test_bad_input_says_what_was_expected():
             short_conv(*arguments, **options)
     with pytest.raises(ValueError, match=r"conv_state must have shape \[2, 24, 4\]"):
         short_conv_step(x[:, 0], past[..., :3], weight)
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_bad_input_of_a_step_says_what_was_expected(impl):
+    x, weight, bias, past = make()
+    with pytest.raises(ValueError, match=r"bias must have shape \[24\], got \(1,\)"):
+        short_conv_step(x[:, 0], past, weight, bias[:1], impl=impl)
+    with pytest.raises(ValueError, match="x must be floating point, got torch.int64"):
+        short_conv_step(x[:, 0].long(), past, weight, bias, impl=impl)
