@@ -231,14 +231,15 @@ def ddts_scan(states, log_decays, *, reverse=False):
         reverse: from the last segment to the first.
 
     Returns:
-        ``[S, N, H, K, V]``.
+        ``[S, N, H, K, V]`` in the dtype of ``states``.
     """
-    before, state = [], torch.zeros_like(states[0])
+    dtype = accumulation_dtype(states, log_decays)
+    before, state = [], torch.zeros_like(states[0], dtype=dtype)
     order = range(len(states))
     for s in reversed(order) if reverse else order:
         before.append(state)
-        state = log_decays[s].exp()[..., None] * state + states[s]
-    return torch.stack(before[::-1] if reverse else before)
+        state = log_decays[s].to(dtype).exp()[..., None] * state + states[s]
+    return torch.stack(before[::-1] if reverse else before).to(states.dtype)
 
 
 @outside_autocast

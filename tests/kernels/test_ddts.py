@@ -338,6 +338,18 @@ def test_scan_matches_its_definition(impl, reverse):
     assert torch.equal(states, given)
 
 
+@pytest.mark.parametrize("decay_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scan_of_half_precision_states_is_rounded_once(decay_dtype):
+    states = torch.randn(5, 2, 1, 16, 32, device=DEVICE).bfloat16()
+    decays = -torch.rand(5, 2, 1, 16, device=DEVICE).to(decay_dtype)
+    actual = ddts_scan(states, decays)
+    exact = reference.ddts_scan(states.double(), decays.double())
+    assert actual.dtype == torch.bfloat16
+    assert_close({"before": actual}, {"before": exact}, torch.finfo(torch.bfloat16).eps / 2)
+    # to the bit but where float32 lies beside the middle of two bfloat16 numbers
+    assert (actual == exact.bfloat16()).double().mean() > 0.999
+
+
 def test_bad_summaries_say_what_was_expected():
     x = torch.zeros(1, 4, 1, 16)
     with pytest.raises(ValueError, match=r"v must have shape \[1, 4, 1, V\], got"):
