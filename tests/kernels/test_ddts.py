@@ -352,6 +352,8 @@ def test_a_scan_of_half_precision_states_is_rounded_once(decay_dtype):
 
 def test_bad_summaries_say_what_was_expected():
     x = torch.zeros(1, 4, 1, 16)
+    with pytest.raises(ValueError, match="at least one token, got T = 0"):
+        ddts_summary(x[:, :0], x[:, :0], x[:, :0])
     with pytest.raises(ValueError, match=r"v must have shape \[1, 4, 1, V\], got"):
         ddts_summary(x, x[:, :3], x)
     with pytest.raises(ValueError, match=r"log_decays must have shape \[2, 1, 1, 16\], got"):

@@ -38,13 +38,15 @@ def ddts_summary(
         inputs).
 
     Raises:
-        ValueError: a shape, dtype or device breaks the contract.
+        ValueError: a shape, dtype or device breaks the contract, or T = 0.
     """
     check_shape("k", k, ("B", "T", "H", "K"))
     check_shape("v", v, (*k.shape[:3], "V"))
     check_shape("log_decay", log_decay, tuple(k.shape))
     check_floating(k=k, v=v, log_decay=log_decay)
     check_same_device("k", k, v=v, log_decay=log_decay)
+    if k.shape[1] == 0:
+        raise ValueError("ddts_summary needs at least one token, got T = 0")
     return _Summary.apply(k, v, log_decay)
 
 
