@@ -12,8 +12,8 @@ from . import native
 from ._schemas import in_forward_mode
 
 _logger = logging.getLogger(__name__)
-# where load says what it gives out, while somebody wants to know
-_observers: list[list[str]] = []
+# where load says what it gives out, while somebody wants to know; by id, for two may be equal
+_observers: dict[int, list[str]] = {}
 
 # Modules whose import has ended. In sys.modules they are from its beginning, for other threads too,
 # and torch.compile sees that as it was when tracing began, but attributes as they are.
@@ -35,7 +35,8 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
     if impl not in implementations:
         names = ", ".join(map(repr, ("auto", *implementations)))
         raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
-    for used in _observers:
+    # threads may come and go meanwhile
+    for used in tuple(_observers.values()):
         used.append(implementations[impl])
     module, function = implementations[impl].split(":")
     place = module.replace(".", "_")
@@ -53,11 +54,11 @@ def implementations_used(call: Callable[[], object]) -> list[str]:
     """What the operators chose during a call: ``"module:function"``, in order, of those of an
     operator that is made of others too. For reports: other threads' operators count as well."""
     used: list[str] = []
-    _observers.append(used)
+    _observers[id(used)] = used
     try:
         call()
     finally:
-        _observers.pop()
+        del _observers[id(used)]
     return used
 
 

@@ -5,6 +5,7 @@ import runpy
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,6 +23,7 @@ from rodimus_kernels import (
     ddts_step,
     ddts_summary,
     reference,
+    rms_norm,
     shared_key_attention,
     short_conv,
 )
@@ -681,6 +683,30 @@ def test_implementations_are_loaded_while_compiling(monkeypatch, tmp_path):
     x = torch.ones(2, device=DEVICE)
     twice = torch.compile(lambda: load("first")(load("second")(x)), backend="eager", fullgraph=True)
     assert torch.equal(twice(), 4 * x)
+
+
+def test_what_two_threads_observe_is_each_ones_own():
+    """The first begins and ends first, while neither has seen an operator."""
+    x = torch.randn(2, 8)
+    began, second_began, ended = (threading.Event() for _ in range(3))
+
+    def first():
+        began.set()
+        assert second_began.wait(60)
+
+    def second():
+        second_began.set()
+        assert ended.wait(60)
+        rms_norm(x, x[0], impl="reference")
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(_dispatch.implementations_used, first)
+        assert began.wait(60)
+        two = pool.submit(_dispatch.implementations_used, second)
+        assert one.result(60) == []
+        ended.set()
+        assert two.result(60) == ["rodimus_kernels.reference:rms_norm"]
+    assert one.result() == [] and not _dispatch._observers
 
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch, caplog):
