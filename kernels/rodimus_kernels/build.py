@@ -365,7 +365,11 @@ def main() -> None:
     add("--report", action="store_true", help="only print the registers of the CUDA kernels")
     options = parser.parse_args()
     if options.report:
-        for usage in sorted(report()):
+        try:
+            usages = sorted(report())
+        except (Unavailable, RuntimeError) as reason:
+            sys.exit(f"native operators (cuda): {reason}")
+        for usage in usages:
             print(
                 f"sm_{usage.arch:<4} {usage.registers:>4} registers {usage.stack:>4} B stack",
                 end="",

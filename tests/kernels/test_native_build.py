@@ -153,6 +153,13 @@ def test_absent_compilers_are_said(tmp_path, monkeypatch, kind):
         build.build(tmp_path)
 
 
+def test_a_report_without_nvcc_says_why_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["build", "--report"])
+    with pytest.raises(SystemExit, match=r"native operators \(cuda\): nvcc was not found"):
+        build.main()
+
+
 def test_a_compiler_may_be_named_from_here(tmp_path, monkeypatch):
     """It is run in the folder of the sources."""
     monkeypatch.chdir(tmp_path)
