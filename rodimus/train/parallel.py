@@ -102,7 +102,8 @@ def start(config: ParallelSection, device: str) -> Ranks:
     """Joins the process group that torchrun describes, or makes a group of one.
 
     Raises:
-        InputError: the device is missing, or replicas or pieces of a row do not divide the ranks.
+        InputError: the device is missing, a machine has more ranks than GPUs, or replicas or pieces
+            of a row do not divide the ranks.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("train.device is cuda, but torch sees no CUDA device")
@@ -117,6 +118,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
         keep_freed_memory()
     where = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else None
     if where is not None:
+        _check_gpus()
         torch.cuda.set_device(where)
     # the watchdog comes first and knows more
     timeout = timedelta(seconds=config.timeout_s + 60)
@@ -146,6 +148,16 @@ def start(config: ParallelSection, device: str) -> Ranks:
         context=_group_along((world // pieces, pieces), 1, timeout) if pieces > 1 else None,
         patient=dist.new_group(backend="gloo", timeout=_START_TIMEOUT),
     )
+
+
+def _check_gpus() -> None:
+    """Every rank of the machine finds the same, so that its first one can say it."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise InputError(
+            f"{here} ranks on this machine, but torch sees {gpus} GPU{'s' if gpus > 1 else ''}:"
+            " start fewer, or set train.device = cpu"
+        )
 
 
 def _group_along(shape: tuple[int, ...], dim: int, timeout: timedelta) -> dist.ProcessGroup:

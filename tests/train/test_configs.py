@@ -127,3 +127,8 @@ def test_demo_learns_python_in_a_minute(tmp_path):
     is_3_11 = sys.version_info[:2] == (3, 11)
     limit = 2.3 if is_3_11 else 0.9 * bits_per_byte_of_frequencies(data)
     assert metrics(tmp_path / "run", "val_bits_per_byte")[100] < limit
+
+
+def test_the_demo_asks_for_no_gpu():
+    """Its two processes would want two."""
+    assert load_config(ROOT / "train" / "demo_cpu.toml").train.device == "cpu"

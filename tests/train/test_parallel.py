@@ -322,3 +322,12 @@ def test_replicas_must_divide_the_ranks(monkeypatch):
 def test_missing_gpu_is_an_error():
     with pytest.raises(InputError, match="torch sees no CUDA device"):
         parallel.start(ParallelSection(), "cuda")
+
+
+def test_more_ranks_than_gpus_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 ranks on this machine, but torch sees 1 GPU"):
+        parallel.start(ParallelSection(), "auto")
