@@ -15,8 +15,8 @@ from ..errors import InputError, first_line
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
 
-    A run that was killed and resumed has written some steps twice: later values win. A line that
-    is no record, or was cut short, is left out.
+    A run that was killed and resumed has written some steps twice: the later record wins, and what
+    an earlier start did from that step on is left out, as is a line that is no record or cut short.
 
     Raises:
         InputError: the run has no records, or they may not be read.
@@ -28,12 +28,18 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
         what = f"cannot read {path}: {error.strerror}"
         raise InputError(f"{what}; expected the folder of a training run") from error
     steps: dict[int, dict[str, float]] = {}
+    newest = -1
     for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
+            # an evaluation, which has none, belongs to the step that is there
+            if "loss" in row and isinstance(row["loss"], int | float | None):
+                if row["step"] <= newest:
+                    steps = {step: kept for step, kept in steps.items() if step < row["step"]}
+                newest = row["step"]
             known = {key: value for key, value in row.items() if isinstance(value, int | float)}
             steps.setdefault(row["step"], {}).update(known)
     if not steps:

@@ -187,8 +187,18 @@ def test_lines_that_are_no_records_are_left_out_of_a_plot(run):
 def test_metrics_of_a_resumed_run_are_read_once_a_step(run):
     rows = plot.read_metrics(run)
     assert [r["step"] for r in rows] == list(range(1, 101))
-    assert rows[-1]["loss"] == 2.5
-    assert rows[-1]["lr"] == 1e-3
+    assert rows[-1] == {"step": 100, "loss": 2.5}
+
+
+def test_a_branch_that_was_left_is_not_in_a_plot(tmp_path):
+    """A run of ten steps that went on from its fourth, and from no further than its seventh."""
+    old = [{"step": step, "loss": 1.0} for step in range(1, 11)]
+    old.append({"step": 10, "val_loss": 1.5})
+    new = [{"step": 5, "loss": None}, *({"step": step, "loss": 2.0} for step in (6, 7))]
+    new.append({"step": 7, "val_loss": 2.5})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old + new))
+    kept = [{"step": 5}, {"step": 6, "loss": 2.0}, {"step": 7, "loss": 2.0, "val_loss": 2.5}]
+    assert plot.read_metrics(tmp_path) == old[:4] + kept
 
 
 def test_plot_writes_a_png(run, capsys):
