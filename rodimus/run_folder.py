@@ -55,12 +55,15 @@ def recorded_checksums(folder: Path) -> dict[str, str]:
 
 
 def damaged_files(folder: Path, checksums: Mapping[str, str]) -> list[str]:
-    """Names of the files whose contents are missing or differ from ``checksums``."""
-    return [
-        name
-        for name, expected in checksums.items()
-        if not (folder / name).is_file() or sha256_file(folder / name) != expected
-    ]
+    """Names of the files that are missing, cannot be read, or differ from ``checksums``."""
+    return [name for name, expected in checksums.items() if not _is_sound(folder / name, expected)]
+
+
+def _is_sound(path: Path, expected: str) -> bool:
+    try:
+        return sha256_file(path) == expected
+    except OSError:
+        return False
 
 
 def sound_checkpoint(run: Path, step: int | None = None) -> Path:

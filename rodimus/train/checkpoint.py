@@ -231,7 +231,7 @@ class Checkpointer:
         """Damaged files, found by all ranks together, each hashing its share."""
         if not self.config.verify:
             return []
-        checksums = sorted(recorded_checksums(folder).items())
+        checksums = sorted(self._from_main(lambda: recorded_checksums(folder)).items())
         mine = dict(checksums[self.rank :: self.world_size])
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, damaged_files(folder, mine), group=self.group)

@@ -257,9 +257,12 @@ def verify(files: Sequence[tuple[Path, str]]) -> None:
     """Hashes files and compares with what their manifest records.
 
     Raises:
-        InputError: the first file whose contents changed.
+        InputError: the first file that cannot be read or whose contents changed.
     """
     for path, expected in files:
-        got = sha256_file(path)
+        try:
+            got = sha256_file(path)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
         if got != expected:
             raise InputError(f"{path} is damaged: sha256 must be {expected}, got {got}")

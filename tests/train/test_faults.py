@@ -1,6 +1,7 @@
 """What a long run meets: signals, kills, damaged files, bad numbers, wrong input."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -18,9 +19,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rodimus import RodimusForCausalLM
+from rodimus import RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
-from rodimus.train import guard, loop, parallel, signals, store
+from rodimus.run_folder import sha256_file
+from rodimus.train import checkpoint, guard, loop, parallel, signals, store
 from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
@@ -94,6 +96,29 @@ def test_flipped_bit_is_found_set_aside_and_the_run_goes_on(copied, trained):
     expected = metrics(trained / "run", "loss")
     assert resumed_losses(config, run) == {step: expected[step] for step in (4, 5, 6)}
     assert (run / "checkpoints" / "step-00000006.damaged").is_dir()
+    assert store.complete_steps(run / "checkpoints") == [6, 3]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_damage(copied, trained, monkeypatch):
+    def read(path):
+        if path.parent.name == "step-00000006" and path.suffix == ".distcp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_file(path)
+
+    config, run = copied
+    monkeypatch.setattr(run_folder, "sha256_file", read)
+    expected = metrics(trained / "run", "loss")
+    assert resumed_losses(config, run) == {step: expected[step] for step in (4, 5, 6)}
+    assert (run / "checkpoints" / "step-00000006.damaged").is_dir()
+
+
+def test_ranks_agree_though_one_of_them_cannot_read_the_marker(copied, monkeypatch):
+    def read(folder):
+        return {} if os.environ["RANK"] == "1" else run_folder.recorded_checksums(folder)
+
+    config, run = copied
+    monkeypatch.setattr(checkpoint, "recorded_checksums", read)
+    assert train(2, config, "--no-export", "--out", run, timeout=30) == [0, 0]
     assert store.complete_steps(run / "checkpoints") == [6, 3]
 
 

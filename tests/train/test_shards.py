@@ -99,6 +99,13 @@ def test_a_shard_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
         TokenShards(path)
 
 
+def test_a_shard_that_cannot_be_read_is_one_line(tmp_path):
+    files = TokenShards(write(tmp_path, [[7] * 6])).files()
+    (tmp_path / "train-00000.bin").unlink()
+    with pytest.raises(InputError, match="cannot read .*train-00000.bin: No such file"):
+        verify(files)
+
+
 def test_other_format_version_is_an_error(tmp_path):
     path = write(tmp_path, [[5] * 10])
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
