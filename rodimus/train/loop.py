@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .flops import hardware_flops, train_flops
 from .load import to_toml
 from .metrics import Meter, RunLog, peak_flops, require_trackers
 from .optim import build_optimizers, set_lr
+from .plot import read_metrics
 from .schedule import lr_scale
 from .shards import TokenShards
 from .signals import TERMINATED, Signals
@@ -193,6 +195,10 @@ class Trainer:
         self.watchdog.start()
         config, steps = self.config, self.config.steps
         self.meter.reset(self.progress.step)
+        if self.lacks_evaluation():
+            self.held_out(signals)
+            if self.asked(signals)[0]:
+                return TERMINATED
         while self.progress.step < steps:
             values = self.step()
             step = self.progress.step
@@ -250,6 +256,18 @@ class Trainer:
             )
         self.meter.reset(self.progress.step)
         return result
+
+    def lacks_evaluation(self) -> bool:
+        """Whether the run was terminated in the evaluation after its last step; the same answer on
+        every rank."""
+        if self.evaluate is None or self.progress.step != self.config.steps:
+            return False
+        is_missing = self.ranks.is_main
+        if is_missing:
+            with suppress(InputError):
+                known = {row["step"] for row in read_metrics(self.out) if "val_loss" in row}
+                is_missing = self.progress.step not in known
+        return parallel.reduce_sum([float(is_missing)])[0] > 0
 
     def roll_back(self) -> bool:
         """Returns to the last checkpoint, to go on with the data after the spike; whether there is

@@ -305,6 +305,32 @@ def test_sigterm_saves_at_that_step_and_the_rest_is_exact(during, config_file, t
         assert loss == pytest.approx(expected[step], rel=1e-5)
 
 
+def test_a_run_terminated_in_its_last_evaluation_makes_it_up(config_file, tmp_path, trained):
+    run = tmp_path / "run"
+
+    def terminated():
+        evaluate = Evaluator.__call__
+
+        def interrupted(self, *args):
+            if os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, *args)
+
+        Evaluator.__call__ = interrupted
+        return main([str(config_file), "--no-export"])
+
+    # in the evaluation after the last step, and again in that of the restart
+    for _ in range(2):
+        assert run_ranks(2, terminated) == [143, 143]
+        assert store.complete_steps(run / "checkpoints") == [6, 3]
+        assert metrics(run, "val_loss") == {}
+    for _ in range(2):
+        assert train(2, config_file, "--no-export") == [0, 0]
+        assert (run / "metrics.jsonl").read_text().count("val_loss") == 1
+    expected = metrics(trained / "run", "val_loss")
+    assert metrics(run, "val_loss") == pytest.approx(expected, rel=1e-5)
+
+
 def signal_in_step_2(number, times, config):
     """A run in which the last rank is sent a signal in its second step."""
     step = loop.Trainer.step
