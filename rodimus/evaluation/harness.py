@@ -1,5 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, run by that library on a model of ours."""
 
+import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def run_tasks(
     Args:
         model: On its device, in evaluation mode.
         tokenizer: Of the model.
-        tasks: Names that the library knows, groups and patterns (``mmlu_*``) included.
+        tasks: Names that the library knows, of groups too, and patterns of tasks (``mmlu_*``).
         num_fewshot: Examples in the prompt; default what each task says.
         limit: Questions of each task; default all. For trying things out only.
         batch_size: Questions in one forward pass.
@@ -43,9 +45,7 @@ def run_tasks(
             f'--tasks needs lm-evaluation-harness: pip install "lm_eval[hf]" ({error})'
         ) from error
     manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    unknown = [name for name in tasks if not manager.match_tasks([name])]
-    if unknown:
-        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    tasks = _names(tasks, manager)
     if not model.can_generate():
         loaded = manager.load(tasks)["tasks"].items()
         generating = [name for name, task in loaded if task.OUTPUT_TYPE == "generate_until"]
@@ -65,3 +65,14 @@ def run_tasks(
     except ConnectionError as error:
         raise InputError(f"a task's questions cannot be had: {first_line(error)}") from error
     return results["results"]
+
+
+def _names(wanted: list[str], manager: Any) -> list[str]:
+    """What names and patterns stand for, each once: the library loads names alone."""
+    known = set(manager.all_tasks)
+    # of a group and its tasks the library takes one
+    found = {w: [w] if w in known else fnmatch.filter(manager.all_subtasks, w) for w in wanted}
+    unknown = [name for name in wanted if not found[name]]
+    if unknown:
+        raise InputError(f"lm-evaluation-harness has no task {', '.join(unknown)}")
+    return list(dict.fromkeys(chain.from_iterable(found.values())))

@@ -161,18 +161,26 @@ HARNESS = pytest.mark.skipif(
 )
 
 
-@HARNESS
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_that_writes_no_text_gets_no_task_that_asks_for_it(tmp_path, capsys):
-    config = GLAConfig(
-        hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, vocab_size=300
-    )
-    GLAForCausalLM(config).save_pretrained(tmp_path)
-    save_plain_tokenizer(tmp_path)
+@pytest.fixture
+def task_folder(tmp_path):
+    """A task that compares answers, one that asks for text, and a group of the first."""
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "hello", "answer": 0}))
     for name, task in (("two_words", QUESTIONS), ("sayings", SAYINGS)):
         (tmp_path / f"{name}.yaml").write_text(task.format(file=tmp_path / "q.jsonl"))
-    arguments = ["eval", str(tmp_path), "--task-folder", str(tmp_path), "--tasks"]
+    (tmp_path / "group.yaml").write_text("{group: two_worded, task: [two_words]}")
+    return tmp_path
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_writes_no_text_gets_no_task_that_asks_for_it(task_folder, capsys):
+    config = GLAConfig(
+        hidden_size=16, num_hidden_layers=1, num_heads=1, intermediate_size=16, vocab_size=300
+    )
+    model = task_folder / "model"
+    GLAForCausalLM(config).save_pretrained(model)
+    save_plain_tokenizer(model)
+    arguments = ["eval", str(model), "--task-folder", str(task_folder), "--tasks"]
     assert cli.main([*arguments, "two_words"]) == 0
     capsys.readouterr()
     assert cli.main([*arguments, "two_words,sayings"]) == 2
@@ -217,3 +225,13 @@ def test_harness_scores_as_the_model_does(folder, evaluated, tmp_path):
         for r in rows
     ]
     assert scored == sum(right) / 2
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_a_pattern_means_tasks_and_no_groups_of_them(folder, evaluated, capsys, task_folder):
+    arguments = (folder / "model", "--task-folder", task_folder, "--tasks")
+    assert list(evaluated(*arguments, "two_w*,two_words")["tasks"]) == ["two_words"]
+    assert "two_words" in evaluated(*arguments, "two_worded")["tasks"]
+    assert cli.main(["eval", *map(str, arguments), "three_w*"]) == 2
+    assert capsys.readouterr().err.endswith("has no task three_w*\n")
