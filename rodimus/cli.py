@@ -210,6 +210,13 @@ def _add_eval(commands) -> None:
         "--limit", type=at_least_one, metavar="N", help="questions of a task, to try it out"
     )
     tasks.add_argument("--batch-size", type=at_least_one, default=8, metavar="N")
+    tasks.add_argument(
+        "--max-length",
+        type=at_least_one,
+        metavar="N",
+        help="tokens of prompt and answer, longer prompts are cut from the left (default: the "
+        "model's max_position_embeddings)",
+    )
     tasks.add_argument("--task-folder", metavar="FOLDER", help="folder of further task definitions")
     parser.set_defaults(command=_lazily("rodimus.evaluation.command", "run"))
 

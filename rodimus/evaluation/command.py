@@ -50,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 batch_size=options.batch_size,
+                max_length=options.max_length,
                 task_folder=options.task_folder,
             )
     except ImportError as error:

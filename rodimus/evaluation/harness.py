@@ -18,6 +18,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    max_length: int | None = None,
     task_folder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Metrics by task, as the library reports them.
@@ -29,11 +30,13 @@ def run_tasks(
         num_fewshot: Examples in the prompt; default what each task says.
         limit: Questions of each task; default all. For trying things out only.
         batch_size: Questions in one forward pass.
+        max_length: Tokens of prompt and answer; the library cuts longer prompts from the left.
+            Default the ``max_position_embeddings`` of the model.
         task_folder: Folder of further task definitions (YAML).
 
     Raises:
         InputError: a task is unknown, its questions cannot be had, or it asks for text and the
-            model writes none.
+            model writes none, or none as long.
         ImportError: lm-evaluation-harness is not installed.
     """
     try:
@@ -52,7 +55,9 @@ def run_tasks(
         if generating:
             kind = type(model).__name__
             raise InputError(f"{', '.join(generating)} asks for generated text, {kind} has none")
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    adapter = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+    )
     try:
         results = simple_evaluate(
             model=adapter,
@@ -64,6 +69,10 @@ def run_tasks(
         )
     except ConnectionError as error:
         raise InputError(f"a task's questions cannot be had: {first_line(error)}") from error
+    except AssertionError as error:
+        if "sequence length" not in str(error):
+            raise
+        raise InputError(f"{first_line(error).rstrip('.')}; --max-length N allows more") from error
     return results["results"]
 
 

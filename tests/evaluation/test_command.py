@@ -235,3 +235,17 @@ def test_a_pattern_means_tasks_and_no_groups_of_them(folder, evaluated, capsys, 
     assert "two_words" in evaluated(*arguments, "two_worded")["tasks"]
     assert cli.main(["eval", *map(str, arguments), "three_w*"]) == 2
     assert capsys.readouterr().err.endswith("has no task three_w*\n")
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_longer_than_the_model_was_trained_on_needs_to_be_asked_for(task_folder, capsys):
+    save_model(task_folder / "model", max_position_embeddings=64)
+    save_plain_tokenizer(task_folder / "model")
+    arguments = ["eval", str(task_folder / "model"), "--task-folder", str(task_folder)]
+    arguments += ["--tasks", "sayings", "--json"]
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "sequence length (64); --max-length N allows more\n" in told
+    assert "Traceback" not in told
+    assert cli.main([*arguments, "--max-length", "1024"]) == 0
