@@ -184,5 +184,5 @@ def to_toml(config: TrainConfig) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(_literal(v) for v in value)}]"
-    # JSON spells strings, numbers and booleans as TOML does
-    return json.dumps(value)
+    # JSON spells numbers, booleans and strings as TOML does, but for surrogates and for DEL
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -438,5 +438,5 @@ def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenSha
         write_atomic(out / "config.toml", to_toml(config))
         if tokenizer.is_dir():
             shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(f"cannot write the settings of the run to {out}: {error}") from error

@@ -16,9 +16,10 @@ from ..run_folder import MARKER, complete_steps, step_folder, step_number
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replaces ``path``; a reader sees the old or the new contents, also after a power cut."""
+    """Replaces ``path``, in UTF-8; a reader sees the old or the new contents, also after a power
+    cut."""
     part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
+    with part.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

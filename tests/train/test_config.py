@@ -7,6 +7,7 @@ import pytest
 from rodimus.errors import InputError
 from rodimus.train.config import TrainConfig
 from rodimus.train.load import _one_line, build, load_config, to_toml
+from rodimus.train.store import write_atomic
 from rodimus.train.weights import read_model_config
 from tests.model.golden_data import golden_config
 from tests.train.conftest import MODEL
@@ -123,9 +124,13 @@ def test_overrides_win_over_the_file(write):
     assert config.train.steps == 10
 
 
-def test_resolved_config_reads_back_equal(write):
-    config = load_config(write(MINIMAL), ["--optim.betas", "0.8", "0.99"])
-    assert load_config(write(to_toml(config), "resolved.toml")) == config
+def test_resolved_config_reads_back_equal(write, tmp_path):
+    prompt = 'a "quoted" \\ \n \x07 \x7f é \U0001f642'
+    options = ["--optim.betas", "0.8", "0.99", "--eval.sample-prompt", prompt]
+    config = load_config(write(MINIMAL), options)
+    assert config.eval.sample_prompt == prompt
+    write_atomic(tmp_path / "resolved.toml", to_toml(config))
+    assert load_config(tmp_path / "resolved.toml") == config
 
 
 def test_batch_must_divide_over_ranks(write):

@@ -739,10 +739,12 @@ def test_bad_data_of_one_rank_names_rank_file_and_offset(
 
 
 def test_a_run_whose_settings_cannot_be_kept_ends_every_rank(config_file, tmp_path):
+    """A folder stands in the way, or a byte of the command line is no UTF-8."""
     (tmp_path / "run" / "model.json").mkdir(parents=True)
-    results = run_ranks(2, stderr_of, [str(config_file), "--no-export"])
-    assert [status for status, _ in results] == [2, 2]
-    assert "cannot write the settings of the run to" in results[0][1]
+    for options in ([], ["--out", f"{tmp_path}/other", "--eval.sample-prompt", "\udcff"]):
+        results = run_ranks(2, stderr_of, [str(config_file), "--no-export", *options])
+        assert [status for status, _ in results] == [2, 2]
+        assert "cannot write the settings of the run to" in results[0][1]
 
 
 def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
