@@ -95,7 +95,7 @@ def render(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"{data['source']}: {data['documents']:,} documents, {data['tokens']:,} predicted "
-            f"tokens, {data['bytes']:,} bytes",
+            f"tokens, {'about ' * data['bytes_estimated']}{data['bytes']:,} bytes",
             f"loss {data['loss']:.4f} nats/token, perplexity {data['perplexity']:.2f}, "
             f"{data['bits_per_byte']:.4f} bits/byte",
             "",
@@ -105,7 +105,7 @@ def render(result: dict[str, Any]) -> str:
             f"  {'tokens of the document':<24}{'tokens':>12}{'loss':>9}{'bits/byte':>11}"
             f"{'documents':>11}",
             *(
-                f"  {_range(b):<24}{b['tokens']:>12,}{b['loss']:>9.4f}{b['bits_per_byte']:>11.4f}"
+                f"  {_range(b):<24}{b['tokens']:>12,}{b['loss']:>9.4f}{_bits(b):>11}"
                 f"{b['documents']:>11,}"
                 for b in data["by_length"]
             ),
@@ -118,3 +118,7 @@ def render(result: dict[str, Any]) -> str:
 
 def _range(bucket: dict[str, Any]) -> str:
     return f"{bucket['from']:,} - {bucket['below'] - 1:,}"
+
+
+def _bits(bucket: dict[str, Any]) -> str:
+    return f"{bucket['bits_per_byte']:.4f}" if "bits_per_byte" in bucket else "-"

@@ -21,7 +21,9 @@ class Document(NamedTuple):
     ids: np.ndarray
     """int64 ``[T]``, the document marks of the tokenizer included."""
     n_bytes: float
-    """UTF-8 bytes of its text; the mean over its source where only shards are left of the text."""
+    """UTF-8 bytes of its text."""
+    is_estimate: bool = False
+    """``n_bytes`` is that of its tokens by the mean over its source, as shards have no text."""
 
 
 def read(
@@ -113,4 +115,4 @@ def _from_shards(shards: TokenShards) -> Iterator[Document]:
     for number, starts in enumerate(shards.starts):
         for start, end in pairwise([*starts.tolist(), whole.shards[number].n_tokens]):
             ids = shards.read(number, start, end - start)
-            yield Document(ids, (len(ids) - 1) * bytes_per_token)
+            yield Document(ids, (len(ids) - 1) * bytes_per_token, is_estimate=True)

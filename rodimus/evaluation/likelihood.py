@@ -28,10 +28,13 @@ class Tally:
     Attributes:
         documents, tokens, n_bytes: What was evaluated; ``tokens`` counts predictions.
         nats: Sum of the losses.
+        has_estimates: Bytes of single documents are estimates; the sum over a source is exact.
+        is_cut: Documents of the source are left out.
     """
 
     def __init__(self) -> None:
         self.documents, self.tokens, self.n_bytes, self.nats = 0, 0, 0.0, 0.0
+        self.has_estimates = self.is_cut = False
         # of each bucket: nats, tokens, and by length also documents and bytes
         self._position = np.zeros((len(EDGES) + 1, 2))
         self._length = np.zeros((len(EDGES) + 1, 4))
@@ -43,6 +46,7 @@ class Tally:
         """
         new = int(first == 1)
         self.documents += new
+        self.has_estimates |= document.is_estimate
         self.n_bytes += new * document.n_bytes
         self.tokens += len(nats)
         self.nats += nats.sum()
@@ -59,11 +63,12 @@ class Tally:
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": round(self.n_bytes),
+            "bytes_estimated": self.has_estimates and self.is_cut,
             "loss": loss,
             "perplexity": float(np.exp(loss)),
             "bits_per_byte": _bits_per_byte(self.nats, self.n_bytes),
             "by_position": _buckets(self._position),
-            "by_length": _buckets(self._length),
+            "by_length": _buckets(self._length, with_bits=not self.has_estimates),
         }
 
 
@@ -71,7 +76,7 @@ def _bits_per_byte(nats: float, n_bytes: float) -> float:
     return nats / math.log(2) / max(1.0, n_bytes)
 
 
-def _buckets(sums: np.ndarray) -> list[dict[str, float]]:
+def _buckets(sums: np.ndarray, *, with_bits: bool = False) -> list[dict[str, float]]:
     edges = [0, *EDGES.tolist()]
     rows = []
     for i, (nats, tokens, *more) in enumerate(sums.tolist()):
@@ -80,8 +85,9 @@ def _buckets(sums: np.ndarray) -> list[dict[str, float]]:
             row |= {"tokens": int(tokens), "loss": nats / tokens}
             if more:
                 documents, n_bytes = more
-                bits = _bits_per_byte(nats, n_bytes)
-                row |= {"documents": int(documents), "bits_per_byte": bits}
+                row["documents"] = int(documents)
+                if with_bits:
+                    row["bits_per_byte"] = _bits_per_byte(nats, n_bytes)
             rows.append(row)
     return rows
 
@@ -108,6 +114,7 @@ def evaluate(
     waiting = 0
     for document in documents:
         if max_tokens and tally.tokens + waiting >= max_tokens:
+            tally.is_cut = True
             break
         size = len(document.ids)
         if waiting + size > tokens_at_once and row:

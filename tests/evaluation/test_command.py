@@ -81,6 +81,28 @@ def test_text_jsonl_and_shards_give_the_same_figures(folder, evaluated, device):
     assert text["perplexity"] == pytest.approx(math.exp(text["loss"]))
 
 
+def test_bytes_of_single_documents_are_not_made_up(folder, evaluated, capsys, tmp_path):
+    """Shards hold their sum alone, and these two differ in bytes per token."""
+    (tmp_path / "a.txt").write_text("hello " * 30)
+    (tmp_path / "b.txt").write_text("\U0001f642\x07" * 300)
+    options = {"tokenizer": str(folder / "model"), "val_fraction": 0.0}
+    pack(str(tmp_path), tmp_path / "shards", **options)
+    shards = (folder / "model", tmp_path / "shards" / "train.json")
+    text, packed, cut = (
+        evaluated(*arguments)["data"][0]
+        for arguments in ((folder / "model", tmp_path), shards, (*shards, "--max-tokens", 1))
+    )
+    assert len(text["by_length"]) == len(packed["by_length"]) == 2
+    assert all("bits_per_byte" in row for row in text["by_length"])
+    assert not any("bits_per_byte" in row for row in packed["by_length"])
+    assert packed["bits_per_byte"] == pytest.approx(text["bits_per_byte"], rel=1e-6)
+    assert [x["bytes_estimated"] for x in (text, packed, cut)] == [False, False, True]
+    assert cli.main(["eval", *map(str, shards), "--max-tokens", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "1 documents" in out and f"about {cut['bytes']:,} bytes" in out
+    assert re.search(r"tokens of the document .*\n .* -  +1$", out.strip())
+
+
 @ON_BOTH
 def test_bfloat16_is_close_and_says_so(folder, evaluated):
     arguments = (folder / "model", folder / "texts")
