@@ -16,6 +16,7 @@ from rodimus.train.config import GuardSection, OptimSection, ScheduleSection
 from rodimus.train.guard import Guard, RunStopped
 from rodimus.train.initialize import initialize, template
 from rodimus.train.load import load_config
+from rodimus.train.loop import Trainer
 from rodimus.train.optim import build_optimizers, is_decayed, parameter_groups
 from rodimus.train.rows import IGNORE, ConcatRows, RowReader
 from rodimus.train.schedule import lr_scale
@@ -58,6 +59,37 @@ def test_accumulation_equals_one_large_batch(config_file, tmp_path):
     for micro_batch in (1, 2):
         for key, expected in figures[4].items():
             assert figures[micro_batch][key] == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("limit", [0.1, 100.0])
+@pytest.mark.parametrize("world", [1, 2])
+def test_updates_are_made_with_the_rate_of_the_step_and_clipped_gradients(
+    config_file, world, limit
+):
+    options = "--train.steps 4 --schedule.warmup-steps 2 --schedule.decay-frac 0.5 --optim.lr 0.01"
+    options += f" --train.max-grad-norm {limit} --optim.name muon"
+
+    def updates():
+        config = load_config(config_file, options.split())
+        trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
+        seen = []
+
+        def look(*_):
+            rates = {g["lr"] for optimizer in trainer.optimizers for g in optimizer.param_groups}
+            squares = [p.grad.full_tensor().square().sum() for p in trainer.model.parameters()]
+            seen.append((rates, sum(squares).sqrt().item()))
+
+        trainer.optimizers[0].register_step_pre_hook(look)
+        reported = [trainer.step()["grad_norm"] for _ in range(config.steps)]
+        trainer.close()
+        scales = [lr_scale(step, config.steps, config.schedule) for step in range(config.steps)]
+        return seen, reported, scales
+
+    for seen, reported, scales in run_ranks(world, updates):
+        assert len(set(scales)) == 4 and (max(reported) < limit or min(reported) > limit)
+        assert [rates for rates, _ in seen] == [{0.01 * scale} for scale in scales]
+        expected = [min(norm, limit) for norm in reported]
+        assert [norm for _, norm in seen] == pytest.approx(expected, rel=1e-5)
 
 
 def test_z_loss_steers_the_gradient_and_is_left_out_of_the_loss(config_file, tmp_path):
