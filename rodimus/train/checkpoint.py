@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from ..run_folder import (
     step_folder,
 )
 from . import store
-from .config import CheckpointSection
+from .config import CheckpointSection, ScheduleSection
+from .schedule import lr_scale
 from .status import leave_saved
 
 logger = logging.getLogger(__name__)
@@ -240,8 +241,10 @@ class Checkpointer:
     def _load(self, folder: Path) -> Progress:
         about = json.loads((folder / _PROGRESS).read_text())
         check_identity(about["identity"], self.identity, folder)
-        changes = changed_settings(about.get("settings", {}), self.settings, folder)
-        for message in changes if self.rank == 0 else ():
+        saved = about.get("settings", {})
+        told = changed_settings(saved, self.settings, folder)
+        told += risen_rate(saved, self.settings, about["progress"]["step"])
+        for message in told if self.rank == 0 else ():
             logger.warning(message)
         own = [dict(group) for optimizer in self.optimizers for group in optimizer.param_groups]
         state = self._state()
@@ -301,6 +304,26 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
     if any(key in DATA_ORDER for key in changed):
         told.append("rows come in another order now: some are read again, others never")
     return told
+
+
+def risen_rate(saved: dict[str, Any], current: dict[str, Any], step: int) -> list[str]:
+    """What to say where step ``step`` now has a far higher learning rate than it was made with."""
+    before, now = (_rate(settings, step) for settings in (current | saved, current))
+    if now <= 2 * before:
+        return []
+    return [
+        f"the learning rate is at {now:.0%} of its peak again, after it had come down to"
+        f" {before:.0%}: to extend a run, resume from before its decay (checkpoint.resume = STEP)"
+    ]
+
+
+def _rate(settings: dict[str, Any], step: int) -> float:
+    """As a share of the peak."""
+    schedule = {f.name: settings[f"schedule.{f.name}"] for f in fields(ScheduleSection)}
+    tokens, at_once = settings["train.tokens"], settings["train.global_batch_tokens"]
+    return lr_scale(
+        step - 1, settings["train.steps"] or -(-tokens // at_once), ScheduleSection(**schedule)
+    )
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

@@ -777,6 +777,8 @@ def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
         "resumed with train.seed = 5, was 0",
         "resumed with train.steps = 7, was 6",
         "rows come in another order now: some are read again, others never",
+        "the learning rate is at 100% of its peak again, after it had come down to 0%: to extend a"
+        " run, resume from before its decay (checkpoint.resume = STEP)",
     ]
 
 
@@ -798,6 +800,15 @@ def test_other_settings_of_the_optimizer_are_applied(copied):
 
 def test_a_checkpoint_that_tells_no_settings_is_resumed():
     assert changed_settings({}, {"optim.name": "muon", "optim.lr": 1.0}, Path("step")) == []
+
+
+@pytest.mark.parametrize("resume, steps, told", [("auto", 6, 0), ("3", 12, 0), ("auto", 12, 1)])
+def test_a_rate_that_rises_after_its_decay_is_told(copied, resume, steps, told):
+    config, run = copied
+    options = ["--checkpoint.resume", resume, "--train.steps", str(steps)]
+    again = [str(config), "--out", str(run), "--no-export", *options]
+    (messages,) = run_ranks(1, warnings_of, again)
+    assert sum("of its peak again" in message for message in messages) == told
 
 
 def test_fields_of_another_transformers_do_not_make_another_model(copied):
