@@ -113,7 +113,7 @@ class Trainer:
             self.model,
             self.optimizers,
             identity_of(model_config, train[0]),
-            settings_of(config, train),
+            settings_of(config, train, ranks.device),
         )
         self.progress = self.checkpoints.restore()
         if self.progress is None:
@@ -403,13 +403,17 @@ def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def settings_of(config: TrainConfig, sources: list[TokenShards]) -> dict[str, Any]:
+def settings_of(
+    config: TrainConfig, sources: list[TokenShards], device: torch.device
+) -> dict[str, Any]:
     """What decides the result of a run, and may change where it is resumed; data by their tokens,
-    wherever they lie."""
-    sections = {"data": config.data, "optim": config.optim, "schedule": config.schedule}
+    wherever they lie, and the dtype that the device computes in."""
+    sections = {name: getattr(config, name) for name in ("data", "optim", "schedule", "guard")}
     values = {f"{name}.{k}": v for name, part in sections.items() for k, v in vars(part).items()}
     for key in ("steps", "tokens", "global_batch_tokens", "seed", "z_loss", "max_grad_norm"):
         values[f"train.{key}"] = getattr(config.train, key)
+    dtype = parallel.resolve_dtype(config.train.dtype, device)
+    values["train.dtype"] = str(dtype).removeprefix("torch.")
     values["data.train"] = [f"{source.manifest.n_tokens:,} tokens" for source in sources]
     values["model.weights"] = weights_name(config)
     for key in ("data.val", "data.verify"):

@@ -771,9 +771,12 @@ def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
     assert status == 2 and told.count("\n") == 1
     assert "was written with the optimizer adamw, this run has muon" in told
     changes = ["--optim.lr", "0.25", "--train.seed", "5", "--train.steps", "7"]
+    changes += ["--train.dtype", "bfloat16", "--guard.on-spike", "stop"]
     (told,) = run_ranks(1, warnings_of, [*again, *changes])
     assert told == [
+        "resumed with guard.on_spike = stop, was skip",
         "resumed with optim.lr = 0.25, was 0.01",
+        "resumed with train.dtype = bfloat16, was float32",
         "resumed with train.seed = 5, was 0",
         "resumed with train.steps = 7, was 6",
         "rows come in another order now: some are read again, others never",
