@@ -137,7 +137,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         InputError: the file, an override or a value in it cannot be used.
         SystemExit: the overrides ask for ``--help``.
     """
-    config = build(TrainConfig, read_toml(path))
+    values = read_toml(path)
+    try:
+        config = build(TrainConfig, values)
+    except InputError as error:
+        if not overrides:
+            raise
+        raise InputError(f"{error} (in {path} alone: options change a whole run)") from error
     if not overrides:
         return config
     import tyro

@@ -91,6 +91,15 @@ def test_bad_override_is_one_line(override, message, write):
     assert "\n" not in str(error.value)
 
 
+def test_options_change_a_whole_run(write):
+    path = write(MINIMAL.replace('train = ["train.json"]', ""))
+    message = r"data.train must name .* \(in .*run.toml alone: options change a whole run\)$"
+    with pytest.raises(InputError, match=message):
+        load_config(path, ["--data.train", "x/train.json"])
+    with pytest.raises(InputError, match="data.train must name at least one manifest$"):
+        load_config(path)
+
+
 def test_box_in_ascii_is_one_line_too():
     box = (
         "+- Value error ----+\n| train.seed is bad |\n| --------------- |\n| For help |\n+------+\n"
