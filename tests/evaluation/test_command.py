@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -154,6 +155,36 @@ def test_missing_harness_says_how_to_get_it(folder, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     line = refused(folder / "model", "--tasks", "arc_easy")
     assert 'pip install "lm_eval[hf]"' in line
+
+
+def test_options_of_tasks_reach_the_harness(folder, evaluated, monkeypatch):
+    """In its place one that answers with what it was given."""
+
+    def answer(**options):
+        kept = {key: options[key] for key in ("tasks", "num_fewshot", "limit")}
+        return {"results": {"given": kept | options["model"]}}
+
+    def adapter(*, pretrained, tokenizer, **options):
+        return options
+
+    class Manager:
+        all_tasks, all_subtasks = ["one", "other", "ones"], ["one", "other"]
+
+        def __init__(self, include_path):
+            assert include_path == "folder"
+
+    for name, found in (
+        ("lm_eval", {"simple_evaluate": answer}),
+        ("lm_eval.models.huggingface", {"HFLM": adapter}),
+        ("lm_eval.tasks", {"TaskManager": Manager}),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**found))
+    options = "--tasks ot*,o* --task-folder folder --num-fewshot 2 --limit 3 --batch-size 5"
+    options += " --max-length 64"
+    assert evaluated(folder / "model", *options.split())["tasks"]["given"] == {
+        "tasks": ["other", "one"],
+        **{"num_fewshot": 2, "limit": 3, "batch_size": 5, "max_length": 64},
+    }
 
 
 @pytest.mark.parametrize("option", [("--limit", "0"), ("--limit", "-3"), ("--num-fewshot", "-1")])

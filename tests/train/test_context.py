@@ -12,6 +12,7 @@ from rodimus.train import parallel
 from rodimus.train.config import ParallelSection
 from rodimus.train.context import Context
 from rodimus.train.load import load_config
+from tests.model.golden_data import l2_error
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
 
@@ -105,8 +106,7 @@ def whole():
 
 
 def error(actual, expected):
-    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
-    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+    return l2_error(torch.as_tensor(actual), torch.as_tensor(expected))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from rodimus import RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
@@ -234,6 +235,12 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
+def test_the_newest_checkpoints_are_kept_and_those_at_multiples(config_file, tmp_path):
+    options = "--train.steps 7 --checkpoint.every 1 --checkpoint.keep 1 --checkpoint.keep-every 3"
+    assert train(1, config_file, "--no-export", *options.split()) == [0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [7, 6, 3]
+
+
 @pytest.mark.parametrize("file", ["progress.json", "COMPLETE"])
 def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_path, file):
     def disk_full_at_step_6():
@@ -385,7 +392,7 @@ def test_second_sigterm_ends_a_rank_that_waits_for_another():
         signals.TOGETHER_S = 0.2
         torch.distributed.init_process_group("gloo")
         if os.environ["RANK"] == "1":
-            time.sleep(20)
+            time.sleep(4)
             return
         with signals.Signals():
             own = os.getpid()
@@ -393,10 +400,8 @@ def test_second_sigterm_ends_a_rank_that_waits_for_another():
                 threading.Timer(delay, os.kill, (own, signal.SIGTERM)).start()
             torch.distributed.barrier()
 
-    began = time.monotonic()
     with pytest.raises(AssertionError, match="rank 0: died with 143"):
         run_ranks(2, rank, timeout=8)
-    assert time.monotonic() - began < 30
 
 
 def test_rank_0_keeps_the_store_until_every_rank_has_reached_it(monkeypatch):
@@ -579,9 +584,12 @@ def test_a_save_before_the_first_update_leaves_no_trace(config_file, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_three_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path):
-    assert run_ranks(2, nan_in_steps, {2, 3, 4, 5}, config_file) == [1, 1]
-    assert sorted(metrics(tmp_path / "run", "bad")) == [1, 2, 3]
+@pytest.mark.parametrize("most", [2, 3])
+def test_so_many_bad_steps_in_a_row_stop_every_rank(config_file, tmp_path, most):
+    options = ("--guard.max-bad-steps", str(most)) if most != 3 else ()
+    assert run_ranks(2, nan_in_steps, {2, 3, 4, 5}, config_file, *options) == [1, 1]
+    # the last of them has no record
+    assert sorted(metrics(tmp_path / "run", "bad")) == list(range(1, most + 1))
 
 
 def spike_in_step(step, *arguments, every=1000):
@@ -848,14 +856,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(config_file, tmp_path, t
 
     def slow_writer():
         threads = []
-        hash_mine = Checkpointer._hash_mine
+        write_data = FileSystemWriter.write_data
 
-        def slowly(self, folder, about):
+        def slowly(self, *args):
             threads.append(threading.current_thread() is threading.main_thread())
             time.sleep(0.3)
-            return hash_mine(self, folder, about)
+            return write_data(self, *args)
 
-        Checkpointer._hash_mine = slowly
+        FileSystemWriter.write_data = slowly
         status = main([str(config_file), "--no-export", "--checkpoint.async-save"])
         return status, threads
 

@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rodimus import cli
-from rodimus.loading import load_model
+from rodimus.loading import load_model, load_tokenizer
 from rodimus.run_folder import MARKER, complete_steps
 from rodimus.train import parallel
-from rodimus.train.__main__ import main
+from rodimus.train.__main__ import main, sample
+from tests.checkpoints import save_model, save_plain_tokenizer
 from tests.train.conftest import MODEL
 from tests.train.ranks import metrics, run_ranks, train
 
@@ -63,6 +64,31 @@ def test_a_trained_model_ends_its_texts_as_its_data_do(config_file, tmp_path, ca
     model.write_text(json.dumps(MODEL | {"eos_token_id": [7, 1]}))
     assert train(1, config_file, "--no-export", "--train.steps", 4) == [0]
     assert json.loads((tmp_path / "run" / "model.json").read_text())["eos_token_id"] == [7, 1]
+
+
+def test_a_run_ends_with_what_its_model_writes(config_file, tmp_path, capfd):
+    options = ("--eval.sample-prompt", "w1 w2", "--eval.sample-tokens", 5)
+    assert train(1, config_file, "--train.steps", 3, *options) == [0]
+    text = sample(tmp_path / "run" / "export", "w1 w2", 5)
+    assert capfd.readouterr().out.endswith(f"sample:\n{text}\n")
+
+
+def test_a_sample_is_the_likeliest_text_with_a_penalty_on_repetition(tmp_path):
+    model = save_model(tmp_path)
+    save_plain_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+
+    def likeliest(penalty):
+        ids = tokenizer("the quick", return_tensors="pt").input_ids
+        for _ in range(16):
+            with torch.no_grad():
+                scores = model(ids).logits[0, -1]
+            seen = ids.unique()
+            scores[seen] = scores[seen] * torch.where(scores[seen] > 0, 1 / penalty, penalty)
+            ids = torch.cat((ids, scores.argmax().view(1, 1)), dim=1)
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    assert sample(tmp_path, "the quick", 16) == likeliest(1.1) != likeliest(1.0)
 
 
 def test_run_without_held_out_data_trains(config_file, tmp_path):

@@ -1,10 +1,10 @@
 """Token shards on disk: what is written is what is read, and damage is found."""
 
-import dataclasses
 import errno
 import json
 import os
 import resource
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -135,7 +135,17 @@ def test_a_manifest_that_contradicts_itself_is_an_error(tmp_path, change, messag
 
 
 def test_manifest_records_its_files(tmp_path):
-    manifest = TokenShards(write(tmp_path, [[5] * 10])).manifest
-    assert {f.name for f in dataclasses.fields(manifest)} == set(
-        json.loads((tmp_path / "train.json").read_text())
-    )
+    """Two shards, the second with the document that is left."""
+    path = write(tmp_path, [[5] * 10, [6] * 10, [7] * 4], shard_tokens=20)
+    manifest = json.loads(path.read_text())
+    assert (manifest["n_tokens"], manifest["n_docs"], manifest["n_bytes"]) == (24, 3, 72)
+    assert manifest["shards"] == [
+        {
+            "name": f"train-{i:05d}",
+            "n_tokens": tokens,
+            "n_docs": docs,
+            "bin_sha256": sha256((tmp_path / f"train-{i:05d}.bin").read_bytes()).hexdigest(),
+            "idx_sha256": sha256((tmp_path / f"train-{i:05d}.idx").read_bytes()).hexdigest(),
+        }
+        for i, (tokens, docs) in enumerate([(20, 2), (4, 1)])
+    ]
