@@ -25,6 +25,7 @@ TEST = [
     "peft>=0.17",
     "torchao>=0.18",
     "gguf>=0.17",
+    "pyarrow>=18",
 ]
 DEV = [*TEST, "ruff>=0.17", "build>=1.2"]
 TRAIN = ["matplotlib>=3.9", "rich>=13"]
