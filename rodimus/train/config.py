@@ -69,7 +69,8 @@ class DataSection:
     mask_doc_start: bool = True
     """Do not predict the first token of a document from the document before it."""
     verify: bool = True
-    """Check the sha256 of every shard before the first step (each rank checks its share)."""
+    """Check the sha256 of every shard before the first step. Each rank checks its share: where
+    every node has a copy of its own, no copy is checked whole."""
 
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train must name at least one manifest")
