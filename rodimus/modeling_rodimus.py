@@ -216,6 +216,8 @@ class _RecurrentCacheLayer:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes minus the tokens to remove, got {tokens_to_remove}")
         removed = -tokens_to_remove
+        if removed and not self.is_croppable:
+            raise RuntimeError("a static window cannot be rolled back: use DynamicCache")
         if self.is_recurrent_states_initialized[0]:
             if removed:
                 self._rewind(removed)
@@ -424,8 +426,6 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         return not self.is_sliding
 
     def crop_keys(self, removed):
-        if self.is_sliding and removed:
-            raise RuntimeError("a static window cannot be rolled back: use DynamicCache")
         if self.read.owner is self:
             self.read.count(-removed, -removed)
 

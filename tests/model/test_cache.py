@@ -359,15 +359,21 @@ def test_a_length_asked_for_stays_what_it_was(model):
     assert (before, cache.get_seq_length()) == (12, 15)
 
 
-def test_a_static_window_is_not_rolled_back(model):
-    cache = prefill(model, random_ids(1, 12), StaticCache(config=model.config, max_cache_len=64))
+def test_a_static_cache_is_rolled_back_or_refuses_and_stays(model):
+    """A ring has lost the tokens that the newest ones overwrote."""
+    ids = random_ids(1, 20)
+    cache = prefill(model, ids[:, :12], StaticCache(config=model.config, max_cache_len=64))
     has_window = cache.layers[0].is_sliding
     assert cache.is_croppable != has_window
-    with pytest.raises(RuntimeError) if has_window else contextlib.nullcontext():
-        cache.activate_past_recording()
-        prefill(model, random_ids(1, 3), cache)
+    cache.activate_past_recording()
+    prefill(model, ids[:, 12:15], cache)
+    read = 15 if has_window else 13
+    refused = pytest.raises(RuntimeError, match="static window cannot be rolled back")
+    with refused if has_window else contextlib.nullcontext():
         cache.crop(-2)
-        assert cache.get_seq_length() == 13
+    assert cache.get_seq_length() == read
+    rest = in_pieces(model, ids[:, read:], [20 - read], cache=cache)
+    assert relative_error(rest, full(model, ids)[:, read:]) < BOUND
 
 
 # ---------------------------------------------------------------------------------------- generate
