@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from rodimus_kernels import cross_entropy, linear_cross_entropy
 from rodimus_kernels.testing import assert_close, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 VOCABULARY = 37
 IMPLS = ["reference", "eager", pytest.param("triton", marks=TRITON_MARKS)]
@@ -46,7 +46,7 @@ def chunks(request, monkeypatch):
 # logits of a row at once: several blocks with a rest
 @pytest.fixture
 def blocks(monkeypatch):
-    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    module = triton_module("rodimus_kernels.triton_cross_entropy")
     monkeypatch.setattr(module, "_LOGITS", 16)
     monkeypatch.setattr(module, "_WARPS", 1)
 
@@ -104,7 +104,7 @@ def test_half_precision_gradients(blocks, chunks, impl):
 
 @pytest.mark.parametrize("impl", IMPLS[2:])
 def test_huge_and_masked_logits_stay_finite(blocks, impl):
-    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    module = triton_module("rodimus_kernels.triton_cross_entropy")
     logits = torch.randn(3, VOCABULARY, device=DEVICE) * 1e4
     logits[0, 20:] = -float("inf")
     logits[1, :17] = -float("inf")
@@ -157,7 +157,7 @@ def test_the_factor_of_a_bfloat16_gradient_is_not_rounded():
 
 
 def test_opcheck():
-    pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    triton_module("rodimus_kernels.triton_cross_entropy")
     arguments = (torch.randn(4, VOCABULARY, device=DEVICE), make(4)[2], 0.1, -100, True)
     torch.library.opcheck(torch.ops.rodimus.cross_entropy_rows.default, arguments)
 
@@ -184,7 +184,7 @@ def test_logged_value_carries_no_gradient():
 @pytest.mark.parametrize("label", [-1, 37, 10**6])
 def test_a_label_outside_the_vocabulary_is_seen_in_the_loss(label):
     """Where nothing can look at labels without waiting for the device."""
-    module = pytest.importorskip("rodimus_kernels.triton_cross_entropy")
+    module = triton_module("rodimus_kernels.triton_cross_entropy")
     logits = torch.randn(3, 37, device=DEVICE)
     labels = torch.tensor([5, label, -100], device=DEVICE)
     losses = module.rows(logits, labels, 0.1, -100, True)

@@ -37,7 +37,7 @@ from rodimus_kernels.testing import (
     relative_error,
     run_ddts,
 )
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 # float32 against float64 over 150 tokens: measured at most 7e-7 (log_decay at -20 a token);
 # on a GPU a float32 product is three tf32 products, each term known to 2^-21
@@ -125,7 +125,7 @@ def test_packed_documents(impl, documents, states):
 @pytest.mark.parametrize("documents", PACKED.values(), ids=PACKED)
 def test_nothing_is_read_that_was_not_written(documents):
     """Packed documents have columns that no token fills."""
-    pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_module("rodimus_kernels.ddts.triton_chunk")
     inputs = make(DdtsCase(1, sum(documents), 1, 16, 16, documents=documents))
     expected = run_ddts(ddts, inputs, impl="triton_chunk")
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -233,7 +233,7 @@ def test_eager_keeps_the_state_of_half_precision_inputs_exact():
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("regime", REGIMES)
 def test_recurrent_matches_the_float64_recurrence(regime, states, documents):
-    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    triton_module("rodimus_kernels.ddts.triton_recurrent")
     batch, length = (2, 50) if documents is None else (1, sum(documents))
     inputs = make(DdtsCase(batch, length, 2, 12, 20, regime, states, documents))
     options = {"initial_state": inputs.initial_state, "output_final_state": states}
@@ -246,7 +246,7 @@ def test_recurrent_matches_the_float64_recurrence(regime, states, documents):
 
 
 def test_recurrent_refuses_gradients():
-    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    triton_module("rodimus_kernels.ddts.triton_recurrent")
     inputs = make(DdtsCase(1, 3))
     with pytest.raises(ValueError, match="has no gradient"):
         ddts(inputs.q.requires_grad_(), *inputs[1:4], impl="triton_recurrent")
@@ -256,7 +256,7 @@ def test_recurrent_refuses_gradients():
 
 @pytest.mark.parametrize("documents", [None, (70, 0, 90)], ids=["dense", "packed"])
 def test_segments_equal_the_whole_walk(documents, monkeypatch):
-    chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     inputs = make(DdtsCase(1, 160, 2, 16, 16, "mixed", documents=documents))
     asked = []
     number = 2 if documents is None else 1
@@ -268,7 +268,7 @@ def test_segments_equal_the_whole_walk(documents, monkeypatch):
 
 def test_the_last_segment_is_walked_once(monkeypatch):
     """Nobody starts from the state it leaves, so its values are not read for one."""
-    chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     monkeypatch.setattr(chunk, "_segments", lambda *_: 2)
     scan, own = chunk._scan, []
     monkeypatch.setattr(chunk, "_scan", lambda *x: own.append(x[0].clone()) or scan(*x))
@@ -283,7 +283,7 @@ def test_the_last_segment_is_walked_once(monkeypatch):
 
 @pytest.mark.parametrize("heads, states", [(1, True), (2, False)])
 def test_descriptors_equal_pointers(heads, states):
-    triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+    triton_helpers = triton_module("rodimus_kernels._triton")
     inputs = make(DdtsCase(2, 70, heads, 16, 32, "mixed", states=states))
     plain = run_ddts(ddts, inputs, impl="triton_chunk")
     with triton_helpers.assume_capability(90 if DEVICE == "cpu" else 80):
@@ -363,7 +363,7 @@ def test_bad_summaries_say_what_was_expected():
 
 
 def test_segments_fill_the_machine_and_no_more():
-    segments = pytest.importorskip("rodimus_kernels.ddts.triton_chunk").segments
+    segments = triton_module("rodimus_kernels.ddts.triton_chunk").segments
     table = {
         # programs, chunks: V = 4096 in blocks of 128 is 32 programs a sequence
         (256, 64): 1,
@@ -383,7 +383,7 @@ def test_segments_fill_the_machine_and_no_more():
 
 def test_programs_that_share_a_multiprocessor():
     """As registers and shared memory of `python -m benchmarks.aot` for sm_90 allow."""
-    chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     for tile, key_dim, dtype, saves, expected in [
         ((64, 4, 3), 64, torch.bfloat16, True, 2),  # 112.6 KiB
         ((128, 4, 4), 64, torch.bfloat16, False, 1),  # 176.8 KiB
@@ -506,8 +506,8 @@ def test_gradients_of_the_gates(impl):
 
 
 def test_opcheck_gates_and_recurrence():
-    pytest.importorskip("rodimus_kernels.ddts.triton_gates")
-    pytest.importorskip("rodimus_kernels.ddts.triton_recurrent")
+    triton_module("rodimus_kernels.ddts.triton_gates")
+    triton_module("rodimus_kernels.ddts.triton_recurrent")
     raw = [torch.randn(2, 3, 1, 16).to(DEVICE).requires_grad_() for _ in range(3)]
     torch.library.opcheck(torch.ops.rodimus.ddts_gates.default, (*raw, 1e-5))
     inputs = make(DdtsCase(2, 3))
@@ -572,7 +572,7 @@ def test_opcheck_eager():
 
 @pytest.mark.parametrize("documents", [None, (30, 0, 40)], ids=["dense", "packed"])
 def test_opcheck_triton(documents):
-    pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_module("rodimus_kernels.ddts.triton_chunk")
     inputs = make(DdtsCase(1, 70, 2, 16, 16, documents=documents))
     leaves = [x.requires_grad_() for x in inputs[:4]]
     h0 = inputs.initial_state.requires_grad_()
@@ -746,7 +746,7 @@ def test_bad_input_says_what_was_expected(message, arguments):
 
 
 def test_triton_says_which_shapes_and_dtypes_it_takes():
-    pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_module("rodimus_kernels.ddts.triton_chunk")
     q, v = (torch.zeros(1, 5, 1, n, device=DEVICE) for n in (16, 32))
     with pytest.raises(ValueError, match="expected K in .* and V a multiple of 16, got K = 12"):
         ddts(*(q[..., :12],) * 2, v, q[..., :12], impl="triton_chunk")
@@ -834,7 +834,7 @@ def test_an_empty_batch_is_empty(impl, monkeypatch):
 @pytest.mark.parametrize("impl", [TRITON])
 @pytest.mark.parametrize("engine", [0, 90])
 def test_an_empty_batch_has_empty_gradients(impl, engine):
-    triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+    triton_helpers = triton_module("rodimus_kernels._triton")
     inputs = make(DdtsCase(0, 70, 1, 16, 16))
     with triton_helpers.assume_capability(engine):
         found = run_ddts(ddts, inputs, impl=impl)
@@ -858,7 +858,7 @@ def test_a_module_is_used_when_its_import_has_ended(monkeypatch, tmp_path):
 @pytest.mark.parametrize("kind", [pytest.param(DEVICE, marks=TRITON_MARKS)])
 def test_what_stays_for_all_calls_has_nothing_of_the_first_callers_thread(kind):
     """Not its default device, and on a GPU not its memory: that may be of a recording."""
-    triton_chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     triton_chunk._summed.cache_clear()
     with torch.device("meta"):
         found = triton_chunk._summed(torch.device(kind))
@@ -868,7 +868,7 @@ def test_what_stays_for_all_calls_has_nothing_of_the_first_callers_thread(kind):
 @pytest.mark.gpu
 def test_the_first_call_may_be_one_that_is_recorded():
     """By torch.compile, which refuses tensors that stay in the memory of a recording."""
-    triton_chunk = pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     triton_chunk._summed.cache_clear()
     torch._dynamo.reset()
     x = make(DdtsCase(1, 200, 1, 64, 64, states=False, dtype=torch.bfloat16))[:4]
@@ -886,7 +886,7 @@ def test_the_first_call_may_be_one_that_is_recorded():
     + [((12, 0), 86)],
 )
 def test_gpus_with_little_shared_memory_are_known(given, expected, monkeypatch):
-    triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+    triton_helpers = triton_module("rodimus_kernels._triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: given)
 
     class OnGpu:

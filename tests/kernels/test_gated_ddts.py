@@ -6,7 +6,7 @@ import torch
 from rodimus_kernels import gated_ddts, reference
 from rodimus_kernels.ddts.gated import _choose
 from rodimus_kernels.testing import REGIMES, assert_close, gate_preactivations, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 # as in test_ddts: float32 against float64; on a GPU a float32 product is three tf32 products
 LIMIT = 2e-6 if DEVICE == "cpu" else 5e-6
@@ -175,7 +175,7 @@ def test_half_precision_keys_with_float32_gates(impl, dtype):
 
 
 def test_opcheck():
-    pytest.importorskip("rodimus_kernels.ddts.triton_chunk")
+    triton_module("rodimus_kernels.ddts.triton_chunk")
     tensors, starts, _ = make("reset", batch=2)
     q, k, v, select, temper, h0 = (x.requires_grad_() for x in tensors.values())
     arguments = (q, k, v, select, temper, EPS, 0.25, h0, starts, None, True)

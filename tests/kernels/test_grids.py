@@ -12,9 +12,9 @@ from rodimus_kernels import (
     shared_key_attention_step,
     short_conv,
 )
-from tests.kernels.device import DEVICE
+from tests.kernels.device import DEVICE, triton_module
 
-triton_helpers = pytest.importorskip("rodimus_kernels._triton")
+triton_helpers = triton_module("rodimus_kernels._triton")
 LIMIT = 3
 
 

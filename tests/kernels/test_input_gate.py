@@ -6,7 +6,7 @@ import torch
 from rodimus_kernels import input_gate
 from rodimus_kernels.input_gate import _choose
 from rodimus_kernels.testing import assert_close, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 # a float32 product is three tf32 products on a GPU, each term known to 2^-21
 LIMIT = 1e-6 if DEVICE == "cpu" else 3e-6
@@ -46,7 +46,7 @@ def test_matches_the_formula_with_all_gradients(impl, tokens, rank):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_sums_over_blocks_of_tokens_and_groups_of_channels(impl, programs, monkeypatch):
     if impl == "triton":
-        module = pytest.importorskip("rodimus_kernels.triton_input_gate")
+        module = triton_module("rodimus_kernels.triton_input_gate")
         monkeypatch.setattr(module, "_SUMMED_TOKENS", 64)
         monkeypatch.setattr(module, "_BACKWARD_CHANNELS", 32)
         monkeypatch.setattr(module, "_PROGRAMS", programs)
@@ -82,7 +82,7 @@ def test_saturated_gates_stay_finite(impl):
 
 
 def test_opcheck():
-    pytest.importorskip("rodimus_kernels.triton_input_gate")
+    triton_module("rodimus_kernels.triton_input_gate")
     arguments = tuple(x.requires_grad_() for x in make((7,)).values())
     torch.library.opcheck(torch.ops.rodimus.input_gate.default, arguments)
 

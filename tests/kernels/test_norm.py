@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rodimus_kernels import add_rms_norm, gated_rms_norm, rms_norm
 from rodimus_kernels.norm import _gpu_form
 from rodimus_kernels.testing import assert_close, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 LIMIT = 1e-6
 EPS = 1e-5
@@ -75,7 +75,7 @@ def test_gated_rms_norm(impl, residual):
 @pytest.mark.parametrize("width", [48, 64, 100])
 def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeypatch):
     """Two whole blocks, or a last one that is not full."""
-    module = pytest.importorskip("rodimus_kernels.triton_norm")
+    module = triton_module("rodimus_kernels.triton_norm")
     monkeypatch.setattr(module, "_WIDE", 32)
     assert module._gated_backward_tile(width, torch.empty(0))[0] == -(-width // 32)
     tensors = make("x", "gate", "weight", *residual, shape=(2, 7, width))
@@ -86,7 +86,7 @@ def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeyp
 @pytest.mark.parametrize("exact", [exact_add_rms_norm, exact_gated_rms_norm])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_gradients_where_a_program_walks_over_rows(impl, exact, monkeypatch):
-    module = pytest.importorskip("rodimus_kernels.triton_norm")
+    module = triton_module("rodimus_kernels.triton_norm")
     monkeypatch.setattr(module, "_PROGRAMS", 4)
     gated = exact is exact_gated_rms_norm
     operator = gated_rms_norm if gated else add_rms_norm
@@ -168,7 +168,7 @@ def test_strided_inputs(impl):
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_opcheck(residual):
-    pytest.importorskip("rodimus_kernels.triton_norm")
+    triton_module("rodimus_kernels.triton_norm")
     t = make("x", "gate", "weight", "residual", "residual_weight")
     x, gate, weight, r, rw = (v.requires_grad_() for v in t.values())
     check, ops = torch.library.opcheck, torch.ops.rodimus

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from rodimus_kernels import native, native_conv, reference, short_conv, short_conv_step
 from rodimus_kernels.testing import assert_close, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 LIMIT = 1e-6
 needs_native = pytest.mark.skipif(
@@ -250,7 +250,7 @@ def test_bias_is_optional():
 
 @pytest.mark.parametrize("packed", ["rows", "documents", "states"])
 def test_opcheck(packed):
-    pytest.importorskip("rodimus_kernels.triton_conv")
+    triton_module("rodimus_kernels.triton_conv")
     x, weight, bias, past = (t.requires_grad_() for t in make(batch=1))
     bounds = torch.tensor([0, 4, 11], device=DEVICE)
     options = {"rows": (None, None), "documents": (bounds, None), "states": (None, None)}[packed]
@@ -287,7 +287,7 @@ def test_gradients_of_packed_documents_with_states(impl):
 @pytest.mark.parametrize("impl", [pytest.param("triton", marks=TRITON_MARKS)])
 @pytest.mark.parametrize("packed", [True, False])
 def test_runs_of_few_tokens_join(impl, packed, monkeypatch):
-    module = pytest.importorskip("rodimus_kernels.triton_conv")
+    module = triton_module("rodimus_kernels.triton_conv")
     for name in ("_FORWARD_TOKENS", "_BACKWARD_TOKENS"):
         monkeypatch.setattr(module, name, module._AHEAD)
     # documents that begin at, before and after the edge of a run, shorter and longer than the taps

@@ -5,7 +5,7 @@ import torch
 
 from rodimus_kernels import swiglu
 from rodimus_kernels.testing import assert_close
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 IMPLS = ["reference", "eager", pytest.param("triton", marks=TRITON_MARKS)]
 
@@ -62,7 +62,7 @@ def test_saturated_gates_stay_finite(impl):
 
 
 def test_opcheck():
-    pytest.importorskip("rodimus_kernels.triton_swiglu")
+    triton_module("rodimus_kernels.triton_swiglu")
     torch.library.opcheck(torch.ops.rodimus.swiglu.default, (make((7, 24)).requires_grad_(),))
 
 
