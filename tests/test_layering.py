@@ -119,7 +119,7 @@ def test_reference_imports_torch_alone():
 
 
 def _is_implementation(stem: str) -> bool:
-    return stem.startswith(("triton_", "native_", "eager", "sdpa", "flash"))
+    return stem.startswith(("triton_", "native_", "eager", "sdpa", "flash", "flex"))
 
 
 def implementations_in(found: Import) -> list[str]:
@@ -127,6 +127,14 @@ def implementations_in(found: Import) -> list[str]:
     names = [found.module, *(f"{found.module}.{name}" for name in found.names)]
     files = [KERNELS.parent / Path(*name.split(".")).with_suffix(".py") for name in names]
     return [file.stem for file in files if file.is_file() and _is_implementation(file.stem)]
+
+
+def test_every_implementation_is_known_as_one():
+    for path in sources(KERNELS):
+        text = path.read_text(encoding="utf-8")
+        for module in re.findall(r'"rodimus_kernels\.([\w.]+):\w+"', text):
+            stem = module.rpartition(".")[2]
+            assert stem in ("reference", path.stem) or _is_implementation(stem), module
 
 
 def test_implementations_do_not_import_each_other():
