@@ -141,18 +141,33 @@ def run_ddts(
     return {name: x.detach() for name, x in {**outputs, **gradients}.items()}
 
 
+def _difference(actual, exact):
+    """In float64; shapes that only broadcast are refused."""
+    if actual.shape != exact.shape:
+        raise ValueError(f"expected shape {tuple(exact.shape)}, got {tuple(actual.shape)}")
+    return actual.double() - exact.double()
+
+
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """``|actual - exact| / |exact|`` in the Frobenius norm; where the truth is zero, the norm of
-    the error itself. NaN stays NaN."""
-    exact = exact.double()
-    norm = exact.norm()
-    return ((actual.double() - exact).norm() / (norm if norm > 0 else 1.0)).item()
+    the error itself. NaN stays NaN.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    norm = exact.double().norm()
+    return (_difference(actual, exact).norm() / (norm if norm > 0 else 1.0)).item()
 
 
 def assert_close(
     actual: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], limit: float
 ) -> None:
-    """Every named tensor within a relative error; the message lists all errors."""
+    """Every named tensor of ``exact`` within a relative error; the message lists all errors.
+
+    Raises:
+        AssertionError: an error is larger.
+        ValueError: the shapes differ.
+    """
     errors = {name: relative_error(actual[name], exact[name]) for name in exact}
     table = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     assert all(error <= limit for error in errors.values()), f"limit {limit:.1e}, got {table}"
@@ -174,15 +189,17 @@ def assert_within_budget(
         exact: the float64 truth.
         baseline: what the reference gives when it computes in the dtype of the inputs.
         factor: how much worse than the baseline is still right.
+
+    Raises:
+        AssertionError: an error is larger.
+        ValueError: the shapes differ.
     """
-    measure = lambda x: (
-        (x.double() - exact).abs().max().item(),
-        (x.double() - exact).square().mean().sqrt().item(),
+    measure = lambda error: (error.abs().max().item(), error.square().mean().sqrt().item())
+    (worst, rms), (worst_allowed, rms_allowed) = (
+        measure(_difference(x, exact)) for x in (actual, baseline)
     )
-    exact = exact.double()
-    (worst, rms), (worst_allowed, rms_allowed) = measure(actual), measure(baseline)
     # one unit of float32 rounding at the size of the answer, should the baseline be exact
-    slack = torch.finfo(torch.float32).eps * exact.abs().max().item()
+    slack = torch.finfo(torch.float32).eps * exact.double().abs().max().item()
     assert worst <= factor * worst_allowed + slack and rms <= factor * rms_allowed + slack, (
         f"{name}: largest error {worst:.2e}, rms {rms:.2e};"
         f" baseline {worst_allowed:.2e}, rms {rms_allowed:.2e}; allowed {factor}x"

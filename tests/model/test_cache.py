@@ -15,7 +15,7 @@ from transformers.cache_utils import (
 from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusFullLayer, RodimusSlidingLayer
 from tests.device import ON_BOTH, here
-from tests.model.golden_data import relative_error
+from tests.model.golden_data import relative_max_error
 from tests.model.helpers import NO_ROLLBACK, cache_bytes, enliven, model_of, random_ids
 from tests.model.ways import (
     BOUND,
@@ -46,7 +46,7 @@ def test_a_cache_has_two_names_in_every_version(model, name):
     cache = prefill(model, ids[:, :7])
     with torch.no_grad():
         out = model(ids[:, 7:], use_cache=True, **{name: cache})
-        assert relative_error(out.logits, full(model, ids)[:, 7:]) < BOUND
+        assert relative_max_error(out.logits, full(model, ids)[:, 7:]) < BOUND
         assert out[modeling_rodimus.CACHE_NAME] is cache
         base = model.model(ids[:, :7], **{name: DynamicCache(config=model.config)})
     assert base[modeling_rodimus.CACHE_NAME].get_seq_length() == 7
@@ -121,7 +121,7 @@ def test_forked_cache(model, kind, measure):
     fork = copy.deepcopy(cache)
     for row, own in ((others, fork), (ids, cache)):
         logits = in_pieces(model, row[:, 17:], [1, 1, 3, 8], cache=own)
-        error = relative_error(logits, full(model, row)[:, 17:])
+        error = relative_max_error(logits, full(model, row)[:, 17:])
         measure(TABLE, "forked cache (copy.deepcopy)", kind, error, BOUND)
 
 
@@ -132,7 +132,7 @@ def test_reordered_cache(model, kind, length, measure):
     cache = prefill(model, ids[:, :length])
     cache.reorder_cache(order)
     logits = in_pieces(model, ids[order, length:], [1, 2, 3], cache=cache)
-    error = relative_error(logits, full(model, ids[order])[:, length:])
+    error = relative_max_error(logits, full(model, ids[order])[:, length:])
     measure(TABLE, "reordered cache", kind, error, BOUND)
 
 
@@ -144,12 +144,12 @@ def test_repeated_and_selected_cache(model, kind, length, measure):
     cache.batch_repeat_interleave(2)
     rows = ids.repeat_interleave(2, 0)
     logits = in_pieces(model, rows[:, length : length + 2], [1, 1], cache=cache)
-    error = relative_error(logits, full(model, rows)[:, length : length + 2])
+    error = relative_max_error(logits, full(model, rows)[:, length : length + 2])
     measure(TABLE, "batch_repeat_interleave", kind, error, BOUND)
     cache.batch_select_indices(here(torch.tensor([3, 0])))
     rows = rows[[3, 0]]
     logits = in_pieces(model, rows[:, length + 2 :], [1, 1], cache=cache)
-    error = relative_error(logits, full(model, rows)[:, length + 2 :])
+    error = relative_max_error(logits, full(model, rows)[:, length + 2 :])
     measure(TABLE, "batch_select_indices", kind, error, BOUND)
 
 
@@ -162,7 +162,7 @@ def test_reset_and_reused_cache(model, kind, static, measure):
     ids = random_ids(2, 30)
     logits = in_pieces(model, ids, [2, 17, 1, 1, 9], cache=cache)
     name = f"reset and reused {'static' if static else 'dynamic'} cache"
-    measure(TABLE, name, kind, relative_error(logits, full(model, ids)), BOUND)
+    measure(TABLE, name, kind, relative_max_error(logits, full(model, ids)), BOUND)
 
 
 def test_length_counts_every_token(model):
@@ -228,7 +228,7 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
         fork = copy.deepcopy(cache)
         logits = in_pieces(model, ids[:, at : at + 3], [1, 2], cache=fork)
         expected = full(model, ids[:, : at + 3])[:, at:]
-        worst = max(worst, relative_error(logits, expected))
+        worst = max(worst, relative_max_error(logits, expected))
     measure(TABLE, "rolled back cache", kind, worst, BOUND)
 
 
@@ -248,7 +248,7 @@ def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
         held.append(cache_bytes(cache))
         cache.crop(-5)
         expected = full(model, torch.cat((ids[:, :-5], later), 1))[:, -6:]
-        assert relative_error(in_pieces(model, later, [6], cache=cache), expected) < BOUND
+        assert relative_max_error(in_pieces(model, later, [6], cache=cache), expected) < BOUND
     assert held[0] == held[1]
 
 
@@ -262,7 +262,7 @@ def test_static_cache(model, kind, sizes, tile, measure, monkeypatch):
     monkeypatch.setattr(modeling_rodimus, "RING_TILE", tile)
     ids = random_ids(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    error = relative_error(in_pieces(model, ids, sizes, cache=cache), full(model, ids))
+    error = relative_max_error(in_pieces(model, ids, sizes, cache=cache), full(model, ids))
     measure(TABLE, "static cache", kind, error, BOUND)
 
 
@@ -275,7 +275,7 @@ def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatc
     ids, mask = padded_batch("left", tail=8)
     cache = StaticCache(config=model.config, max_cache_len=64)
     logits = in_pieces(model, ids, sizes, cache=cache, mask=mask)
-    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    error = relative_max_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, "static cache, left padding", kind, error, BOUND)
 
 
@@ -290,7 +290,7 @@ def test_static_cache_with_padding_between_turns(padding, sizes, measure):
     ids, mask = padded_batch(padding, tail=8)
     cache = StaticCache(config=model.config, max_cache_len=64)
     logits = in_pieces(model, ids, sizes, cache=cache, mask=mask)
-    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    error = relative_max_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, f"static cache, {padding} padding", "rodimus", error, BOUND)
 
 
@@ -337,7 +337,7 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
     with NothingAsked():
         logits += [in_pieces(model, ids[:, i : i + 1], [1], cache=cache) for i in range(13, 40)]
     assert contents(cache) == before and len(before[0]) > 3 * model.config.n_layer
-    error = relative_error(torch.cat(logits, 1), full(model, ids)[:, 12:])
+    error = relative_max_error(torch.cat(logits, 1), full(model, ids)[:, 12:])
     assert error < BOUND
 
 
@@ -346,7 +346,7 @@ def test_a_refused_rollback_changes_nothing(model):
     cache = prefill(model, ids[:, :12])
     with pytest.raises(RuntimeError, match="recorded for the last 0 only"):
         cache.crop(-3)
-    error = relative_error(
+    error = relative_max_error(
         in_pieces(model, ids[:, 12:], [8], cache=cache), full(model, ids)[:, 12:]
     )
     assert error < BOUND
@@ -373,7 +373,7 @@ def test_a_static_cache_is_rolled_back_or_refuses_and_stays(model):
         cache.crop(-2)
     assert cache.get_seq_length() == read
     rest = in_pieces(model, ids[:, read:], [20 - read], cache=cache)
-    assert relative_error(rest, full(model, ids)[:, read:]) < BOUND
+    assert relative_max_error(rest, full(model, ids)[:, read:]) < BOUND
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -425,7 +425,7 @@ def test_generate(model, kind, name, length, measure):
     tokens, logits = generate(model, ids, **GENERATIONS[name])
     expected_tokens, expected = greedy_by_full_forward(model, ids)
     assert torch.equal(tokens, expected_tokens)
-    measure(TABLE, name, kind, relative_error(logits, expected), BOUND)
+    measure(TABLE, name, kind, relative_max_error(logits, expected), BOUND)
 
 
 @pytest.mark.parametrize("length", PROMPTS)
@@ -441,7 +441,7 @@ def test_assisted_by_a_draft_that_disagrees(model, kind, length, measure):
     assert (greedy_by_full_forward(draft, ids, new=20)[0] != expected_tokens).any()
     tokens, logits = generate(model, ids, new=20, assistant_model=draft)
     assert torch.equal(tokens, expected_tokens)
-    measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
+    measure(TABLE, "generate, assisted", kind, relative_max_error(logits, expected), BOUND)
 
 
 def draft_that_often_agrees(kind):
@@ -462,7 +462,7 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
     expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
     tokens, logits = generate(model, ids, new=20, assistant_model=draft_that_often_agrees(kind))
     assert torch.equal(tokens, expected_tokens)
-    measure(TABLE, "generate, assisted", kind, relative_error(logits, expected), BOUND)
+    measure(TABLE, "generate, assisted", kind, relative_max_error(logits, expected), BOUND)
 
 
 @pytest.mark.parametrize("length", PROMPTS)
@@ -477,7 +477,7 @@ def test_assisted_in_a_static_cache(model, kind, length, measure):
     expected_tokens, expected = greedy_by_full_forward(model, ids, new=20)
     tokens, logits = generate(model, ids, new=20, **options)
     assert torch.equal(tokens, expected_tokens)
-    error = relative_error(logits, expected)
+    error = relative_max_error(logits, expected)
     measure(TABLE, "generate, assisted, static cache", kind, error, BOUND)
 
 
@@ -490,7 +490,7 @@ def test_generate_on_a_left_padded_batch(model, kind, measure):
         alone = ids[row : row + 1, 20 - length :]
         expected_tokens, expected = greedy_by_full_forward(model, alone)
         assert torch.equal(tokens[row : row + 1], expected_tokens)
-        error = relative_error(logits[row : row + 1], expected)
+        error = relative_max_error(logits[row : row + 1], expected)
         measure(TABLE, "generate, left-padded batch", kind, error, BOUND)
 
 
@@ -541,7 +541,7 @@ def test_beam_search(model, kind, length, cache, measure):
     ]
     assert torch.equal(beams[0].sequences, beams[1].sequences)
     assert (beams[0].beam_indices[:, :-1] != beams[0].beam_indices[:, 1:]).any()
-    error = relative_error(beams[0].sequences_scores, beams[1].sequences_scores)
+    error = relative_max_error(beams[0].sequences_scores, beams[1].sequences_scores)
     measure(TABLE, "beam search, scores", kind, error, BOUND)
 
 
@@ -568,4 +568,4 @@ def test_generate_from_a_given_cache(model, kind, measure):
     tokens, logits = generate(model, turn, past_key_values=first.past_key_values)
     expected_tokens, expected = greedy_by_full_forward(model, turn)
     assert torch.equal(tokens, expected_tokens)
-    measure(TABLE, "generate, second turn", kind, relative_error(logits, expected), BOUND)
+    measure(TABLE, "generate, second turn", kind, relative_max_error(logits, expected), BOUND)

@@ -10,7 +10,7 @@ import rodimus_kernels
 from rodimus import modeling_rodimus
 from rodimus_kernels import reference
 from tests.device import ON_BOTH, here
-from tests.model.golden_data import l2_error, relative_error
+from tests.model.golden_data import l2_error, relative_max_error
 from tests.model.helpers import exact_and_rounded, oracle_of, random_ids
 from tests.model.ways import (
     BOUND,
@@ -33,7 +33,7 @@ pytestmark = ON_BOTH
 
 def test_full_forward_equals_the_oracle(model, config, kind, measure):
     ids = random_ids(2, 40)
-    error = relative_error(full(model, ids), oracle_of(model, config)(ids))
+    error = relative_max_error(full(model, ids), oracle_of(model, config)(ids))
     measure(TABLE, "full forward (against the float64 oracle)", kind, error, BOUND)
 
 
@@ -53,13 +53,13 @@ def test_full_forward_equals_the_oracle(model, config, kind, measure):
 )
 def test_cached(model, kind, name, sizes, measure):
     ids = random_ids(2, 40)
-    error = relative_error(in_pieces(model, ids, sizes), full(model, ids))
+    error = relative_max_error(in_pieces(model, ids, sizes), full(model, ids))
     measure(TABLE, f"cached, {name}", kind, error, BOUND)
 
 
 def test_batch_equals_rows(model, kind, measure):
     ids = random_ids(5, 20)
-    error = relative_error(
+    error = relative_max_error(
         full(model, ids).flatten(0, 1), rows_alone(model, ids, torch.ones_like(ids))
     )
     measure(TABLE, "batch against single rows", kind, error, BOUND)
@@ -75,7 +75,7 @@ def test_padded_forward(model, kind, padding, positions, measure):
     options = {"position_ids": positions_of(mask)} if positions == "given" else {}
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, use_cache=False, **options).logits
-    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    error = relative_max_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, f"{padding} padding, forward", kind, error, BOUND)
 
 
@@ -95,7 +95,7 @@ def test_padded_cached(model, kind, padding, name, sizes, positions, measure):
     ids, mask = padded_batch(padding, tail=8)
     options = {"position_ids": positions_of(mask)} if positions == "given" else {}
     logits = in_pieces(model, ids, sizes, mask=mask, **options)
-    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    error = relative_max_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, f"{padding} padding, {name}", kind, error, BOUND)
 
 
@@ -126,7 +126,7 @@ def test_mask_of_any_dtype(model, kind, dtype, measure):
     ids, mask = padded_batch("left")
     with torch.no_grad():
         logits = model(ids, attention_mask=mask.to(dtype)).logits
-    error = relative_error(logits[mask.bool()], rows_alone(model, ids, mask))
+    error = relative_max_error(logits[mask.bool()], rows_alone(model, ids, mask))
     measure(TABLE, f"left padding, {str(dtype).removeprefix('torch.')} mask", kind, error, BOUND)
 
 
@@ -152,7 +152,7 @@ def test_hidden_states_keep_the_order_of_the_user(model, kind, measure):
         for row, real in enumerate(mask.sum(-1).tolist()):
             alone = model(ids[row : row + 1, :real], output_hidden_states=True).hidden_states
             for state, expected in zip(states, alone, strict=True):
-                error = relative_error(state[row, :real], expected[0])
+                error = relative_max_error(state[row, :real], expected[0])
                 measure(TABLE, "right padding, hidden states", kind, error, BOUND)
 
 
@@ -182,7 +182,7 @@ def test_hidden_states_of_padding_after_cached_tokens(model, kind, prompt, recor
         states = torch.cat(states, 2)
         for row, real in enumerate(mask.bool()):
             alone = model(ids[row][real][None], output_hidden_states=True).hidden_states
-            error = relative_error(states[:, row][:, real], torch.stack(alone)[:, 0])
+            error = relative_max_error(states[:, row][:, real], torch.stack(alone)[:, 0])
             measure(TABLE, "padding after cached tokens, hidden states", kind, error, BOUND)
 
 
@@ -218,7 +218,7 @@ def test_packed(model, kind, packing, measure):
     ids = random_ids(1, sum(LENGTHS))
     with torch.no_grad():
         logits = model(ids, use_cache=False, **packing_options(packing)).logits
-    error = relative_error(logits, documents_alone(model, ids, LENGTHS))
+    error = relative_max_error(logits, documents_alone(model, ids, LENGTHS))
     measure(TABLE, f"packed by {packing}", kind, error, BOUND)
 
 
@@ -245,7 +245,9 @@ def test_packed_batch(model, kind, measure):
         logits = model(ids, position_ids=positions, use_cache=False).logits
     pieces = zip(ids, rows, strict=True)
     expected = torch.cat([documents_alone(model, row[None], lengths) for row, lengths in pieces])
-    measure(TABLE, "packed by position_ids, batch", kind, relative_error(logits, expected), BOUND)
+    measure(
+        TABLE, "packed by position_ids, batch", kind, relative_max_error(logits, expected), BOUND
+    )
 
 
 # ---------------------------------------------------------------------------- arguments of forward
@@ -256,7 +258,7 @@ def test_inputs_embeds(model, kind, measure):
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     before = embedded.detach().clone()
     logits = model(inputs_embeds=embedded, use_cache=False).logits
-    measure(TABLE, "inputs_embeds", kind, relative_error(logits, full(model, ids)), BOUND)
+    measure(TABLE, "inputs_embeds", kind, relative_max_error(logits, full(model, ids)), BOUND)
     logits.sum().backward()
     assert embedded.grad.isfinite().all() and torch.equal(embedded.detach(), before)
 
@@ -268,14 +270,14 @@ def test_logits_to_keep(model, kind, keep, measure):
         logits = model(ids, logits_to_keep=keep).logits
     expected = full(model, ids)
     expected = expected[:, -keep:] if isinstance(keep, int) else expected[:, keep]
-    measure(TABLE, "logits_to_keep", kind, relative_error(logits, expected), BOUND)
+    measure(TABLE, "logits_to_keep", kind, relative_max_error(logits, expected), BOUND)
 
 
 def test_base_model(model, kind, measure):
     ids = random_ids(2, 20)
     with torch.no_grad():
         logits = model.lm_head(model.model(ids).last_hidden_state)
-    measure(TABLE, "base model and head", kind, relative_error(logits, full(model, ids)), BOUND)
+    measure(TABLE, "base model and head", kind, relative_max_error(logits, full(model, ids)), BOUND)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -308,7 +310,7 @@ def test_training_forward(model, kind, name, options, measure):
     model.train()
     expected = loss_and_gradients(model, use_cache=False)
     actual = loss_and_gradients(model, **options)
-    error = max(relative_error(actual[0], expected[0]), worst_gradient(actual[1], expected[1]))
+    error = max(relative_max_error(actual[0], expected[0]), worst_gradient(actual[1], expected[1]))
     measure(TABLE, f"training {name}, loss and gradients", kind, error, BOUND)
 
 
@@ -335,7 +337,7 @@ def test_gradient_checkpointing(model, kind, reentrant, measure):
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert model.is_gradient_checkpointing
     actual = loss_and_gradients(model)
-    error = max(relative_error(actual[0], expected[0]), worst_gradient(actual[1], expected[1]))
+    error = max(relative_max_error(actual[0], expected[0]), worst_gradient(actual[1], expected[1]))
     name = f"gradient checkpointing, {'' if reentrant else 'not '}reentrant"
     measure(TABLE, f"{name}, loss and gradients", kind, error, BOUND)
 
