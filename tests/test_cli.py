@@ -238,7 +238,8 @@ def test_options_of_sampling_reach_the_engine(checkpoint, model, tokenizer, caps
         return capsys.readouterr().out
 
     greedy = text()
-    assert text("--temperature", 1, "--min-p", 1) == greedy
+    for option in (("--min-p", 1), ("--top-k", 1), ("--top-p", 1e-6)):
+        assert text("--temperature", 1, *option) == greedy
     sampling = SamplingParams(repetition_penalty=3.0)
     request = Request(tokenizer("hello").input_ids, 20, sampling)
     (penalised,) = Engine(model, tokenizer).generate([request])

@@ -401,6 +401,18 @@ BAD_CHATS = {
 }
 
 
+@pytest.fixture(scope="class")
+def nothing_reaches_the_engine(server):
+    client, service, _ = server
+    finished = service.worker.engine.stats.finished
+    wait_until(lambda: service.worker.unfinished == 0)
+    before = dict(finished)
+    yield
+    assert service.worker.unfinished == 0 and finished == before
+    assert client.complete("x")[0] == 200
+
+
+@pytest.mark.usefixtures("nothing_reaches_the_engine")
 class TestMistakes:
     def refused(self, status, answer, expected):
         assert status == expected
@@ -456,12 +468,6 @@ class TestMistakes:
             head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
-
-    def test_none_of_them_reached_the_engine_or_broke_the_server(self, client):
-        assert client.metric("rodimus_unfinished_requests") == 0
-        assert client.complete("x")[0] == 200
-        _, text = client.call("GET", "/metrics")
-        assert b'status="500"' not in text
 
     def test_without_a_template_chats_are_400(self):
         with serving(engine=Engine(text_model(), byte_tokenizer(None))) as (client, _, _):
@@ -535,9 +541,10 @@ def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
     wait_until(lambda: engine.running)
     connections.append(endless(client, stream=False))
     wait_until(lambda: service.worker.unfinished == 2)
-    for connection in connections:
-        connection.close()
-    wait_until(lambda: service.worker.unfinished == 0)
+    # the one that waits first, or it would get the slot and a token
+    for unfinished in (1, 0):
+        connections.pop().close()
+        wait_until(lambda expected=unfinished: service.worker.unfinished == expected)
     assert engine.stats.finished == {"cancelled": 2}
     line = 'rodimus_http_requests_total{endpoint="completions",status="499"}'
     assert client.metric(line) == 2
@@ -584,7 +591,7 @@ def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
     half = socket.create_connection(("127.0.0.1", client.port), timeout=20)
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     half.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-    time.sleep(0.2)
+    wait_until(lambda: len(server.server_state.tasks) == 3)
     server.should_exit = True
     for connection in (whole, half, stream):
         answer = b""
@@ -608,14 +615,11 @@ def test_a_second_interrupt_ends_requests_though_closing_waits_for_them(narrow):
     server.config.timeout_graceful_shutdown = 60
     whole = endless(client, stream=False, max_tokens=4096)
     wait_until(lambda: service.worker.engine.running)
-    start = time.monotonic()
     for _ in range(2):
         server.handle_exit(signal.SIGINT, None)
         time.sleep(0.3)
     assert whole.recv(1000).startswith(b"HTTP/1.1 503")
     wait_until(lambda: not service.worker._thread.is_alive())
-    # the time of 4096 tokens is longer
-    assert time.monotonic() - start < 5
 
 
 def fails(*args):
@@ -819,14 +823,26 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     assert "Traceback" not in errors and "Application shutdown complete" in errors
 
 
-def test_the_command_keeps_the_window_in_the_dtype_it_is_told(tmp_path):
+def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     from rodimus.generation.server import _parser, _service
 
     text_model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    for options, expected in (([], None), (["--window-dtype", "int8"], torch.int8)):
-        service = _service(_parser().parse_args([str(tmp_path), *options]))
-        assert service.worker.engine.layout.window_dtype == expected
+
+    def service(*options):
+        return _service(_parser().parse_args([str(tmp_path), *options]))
+
+    default = service()
+    assert default.limits == Limits()
+    assert default.worker.engine.layout.window_dtype is None
+    # another number each, so that none can be taken for another
+    numbers = ["--slots=2", "--max-waiting=3", "--prefill-chunk=5", "--max-prompt-tokens=7"]
+    numbers += ["--max-new-tokens=11", "--max-choices=13", "--max-body-bytes=17"]
+    told = service("--name=it", "--window-dtype=int8", *numbers)
+    engine = told.worker.engine
+    assert told.model_name == "it" and engine.layout.window_dtype == torch.int8
+    assert (engine.slots, told.worker.max_waiting, engine.prefill_chunk) == (2, 3, 5)
+    assert told.limits == Limits(prompt_tokens=7, new_tokens=11, choices=13, body_bytes=17)
 
 
 def test_a_model_of_the_hub_is_called_by_its_name_there():
@@ -843,16 +859,6 @@ def test_the_command_keeps_connections_longer_than_clients_do():
     assert config.timeout_keep_alive > 60 and config.timeout_graceful_shutdown == 7
 
 
-def test_the_command_takes_as_many_choices_as_it_is_told(tmp_path):
-    from rodimus.generation.server import _parser, _service
-
-    text_model().save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    for options, most in (([], 128), (["--max-choices", "3"], 3)):
-        service = _service(_parser().parse_args([str(tmp_path), *options]))
-        assert service.limits.choices == most
-
-
 def test_the_model_has_its_folders_name_from_inside_too(tmp_path, monkeypatch):
     from rodimus.generation.server import _parser, _service
 
@@ -864,7 +870,7 @@ def test_the_model_has_its_folders_name_from_inside_too(tmp_path, monkeypatch):
         assert _service(_parser().parse_args([path])).model_name == "model"
 
 
-def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
+def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path, capsys):
     from rodimus.errors import InputError
     from rodimus.generation.server import main
 
@@ -884,6 +890,7 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path):
     for option, wrong in (("--port", 99999), ("--slots", 0), ("--max-length", -5)):
         with pytest.raises(SystemExit):
             main([str(tmp_path), option, str(wrong)])
+        assert f"argument {option}: must be" in capsys.readouterr().err
     peer = Qwen2Config(hidden_size=32, num_hidden_layers=1, vocab_size=96)
     Qwen2ForCausalLM(peer).save_pretrained(tmp_path / "peer")
     tokenizer.save_pretrained(tmp_path / "peer")
