@@ -251,12 +251,15 @@ def test_bias_is_optional():
 @pytest.mark.parametrize("packed", ["rows", "documents", "states"])
 def test_opcheck(packed):
     triton_module("rodimus_kernels.triton_conv")
-    x, weight, bias, past = (t.requires_grad_() for t in make(batch=1))
-    bounds = torch.tensor([0, 4, 11], device=DEVICE)
-    options = {"rows": (None, None), "documents": (bounds, None), "states": (None, None)}[packed]
-    past = past if packed == "states" else None
-    operator = torch.ops.rodimus.short_conv.default
-    torch.library.opcheck(operator, (x, weight, bias, past, *options))
+    batch = 2 if packed == "rows" else 1
+    x, weight, bias, past = (t.requires_grad_() for t in make(batch))
+    ids = torch.tensor([[0] * 4 + [1] * 7, [3] * 11], dtype=torch.int32, device=DEVICE)
+    options = {
+        "rows": (None, None, ids),
+        "documents": (None, torch.tensor([0, 4, 11], device=DEVICE), None),
+        "states": (past, None, None),
+    }[packed]
+    torch.library.opcheck(torch.ops.rodimus.short_conv.default, (x, weight, bias, *options))
 
 
 @pytest.mark.parametrize("impl", ALL)
