@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -820,15 +819,3 @@ class TestBadInput:
         prompt = ["--prompt", "x"] if name == "generate" else []
         line = self.refused(capsys, name, tmp_path / "nowhere", *prompt, *options)
         assert "--stop takes at most 16 texts of 1 to 256 characters" in line
-
-
-@pytest.mark.slow
-def test_help_in_less_than_a_third_of_a_second():
-    """The quickest of five, because other work on the machine only ever adds."""
-    code = "import sys; sys.argv = ['rodimus', '--help']; import rodimus.cli; rodimus.cli.main()"
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        python("-c", code).check_returncode()
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3
