@@ -691,6 +691,8 @@ class TestBadInput:
             ({"mixer_cfg": {"mem_sise": 8}}, "did you mean 'mem_size'"),
             ({"mixer_cfg": {"mem_size": 16}}, "must be (32, 64), got (16, 64)"),
             ({"d_model": 64}, "must be (300, 64), got (300, 32)"),
+            ({"vocab_size": 301}, "must be (301, 32), got (300, 32)"),
+            ({"block_type": "rodimus"}, "do not fit config.json"),
             ({"model_type": "qwen2", "hidden_size": "x"}, "'hidden_size' expected int, got str"),
             ({"n_layer": 3}, "model.layers.2.mixer_norm.weight is missing"),
             ({"n_layer": 1}, "it gives a model without model.layers.1"),

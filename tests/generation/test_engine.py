@@ -1,7 +1,6 @@
 """The engine: ``model.generate`` is the truth of its tokens, and nobody's neighbours matter."""
 
 import copy
-import gc
 import re
 
 import numpy as np
@@ -19,7 +18,7 @@ from tests.generation.helpers import (
     prompts_of,
     text_model,
 )
-from tests.model.helpers import build, config_of
+from tests.model.helpers import build, config_of, live_tensor_bytes
 
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=5)
 
@@ -459,13 +458,6 @@ def test_an_engine_needs_a_language_model(plus):
             Engine(wrong)
 
 
-def _live_tensor_bytes() -> int:
-    gc.collect()
-    tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
 @pytest.mark.slow
 def test_nothing_grows_over_a_hundred_thousand_tokens(plus):
     """One sequence of 100,000 tokens holds the tensors it held after 1,000."""
@@ -476,7 +468,7 @@ def test_nothing_grows_over_a_hundred_thousand_tokens(plus):
         engine.step()
         if len(generation.tokens) in (1_000, 50_000, 99_999):
             tensors = (engine.states.recurrent, engine.states.convolution, engine.states.ring)
-            held[len(generation.tokens)] = _live_tensor_bytes(), *(x.data_ptr() for x in tensors)
+            held[len(generation.tokens)] = live_tensor_bytes(), *(x.data_ptr() for x in tensors)
     assert len(generation.tokens) == 100_000 and generation.finish_reason == "length"
     assert len(set(held.values())) == 1, held
 

@@ -1,5 +1,6 @@
 """Tiny models with the golden weights or lively random ones, on the running test's device."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,3 +120,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+
+
+def live_tensor_bytes() -> int:
+    """Bytes of every tensor the interpreter can still reach."""
+    gc.collect()
+    tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

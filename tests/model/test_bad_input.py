@@ -2,19 +2,15 @@
 
 import contextlib
 import copy
-import json
 import re
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
-from rodimus.loading import load_model
 from tests.model.golden_data import GOLDENS, golden_config, relative_max_error
-from tests.model.helpers import oracle_of, random_ids
+from tests.model.helpers import model_of, oracle_of, random_ids
 from tests.model.ways import full
 
 # ---------------------------------------------------------------------------------- configuration
@@ -97,106 +93,6 @@ def test_configuration_of_flash_linear_attention():
         RodimusConfig.from_dict(fields)
 
 
-# ---------------------------------------------------------------------------------------- folders
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A writable checkpoint folder in the released format."""
-    for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(GOLDENS / "rodimus_plus" / name, tmp_path / name)
-    return tmp_path
-
-
-def change_config(folder, **changes):
-    fields = json.loads((folder / "config.json").read_text())
-    for name, value in changes.items():
-        fields[name] = fields[name] | value if isinstance(value, dict) else value
-    (folder / "config.json").write_text(json.dumps(fields))
-
-
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def test_a_good_folder_loads(folder):
-    assert isinstance(load_model(folder), RodimusForCausalLM)
-
-
-def test_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(ValueError, match="nowhere does not exist.*config.json"):
-        load_model(tmp_path / "nowhere")
-
-
-def test_folder_without_configuration(folder):
-    (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json"):
-        load_model(folder)
-    with pytest.raises(OSError, match="config.json"):
-        RodimusForCausalLM.from_pretrained(folder)
-
-
-def test_configuration_that_is_not_json(folder):
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not valid JSON"):
-        load_model(folder)
-
-
-def test_configuration_of_another_model(folder):
-    change_config(folder, model_type="llama")
-    with pytest.raises(
-        ValueError, match="model_type must be one of rodimus, gla, qwen2, got 'llama'"
-    ):
-        load_model(folder)
-
-
-def test_folder_without_weights(folder):
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no weights.*model.safetensors"):
-        load_model(folder)
-    with pytest.raises(OSError, match="model.safetensors"):
-        RodimusForCausalLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 1000, 300_000])
-def test_truncated_weights(folder, keep):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
-        load_model(folder)
-
-
-def test_missing_weight(folder):
-    change_weights(folder, lambda weights: weights.pop("model.layers.1.attn.k_proj.weight"))
-    with pytest.raises(ValueError, match="model.layers.1.attn.k_proj.weight is missing"):
-        load_model(folder)
-
-
-def test_unknown_weight(folder):
-    change_weights(folder, lambda weights: weights.update(extra=torch.zeros(3)))
-    with pytest.raises(ValueError, match="do not fit config.json.*without extra"):
-        load_model(folder)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"mixer_cfg": {"mem_size": 32}}, {"n_layer": 1}, {"n_layer": 3}, {"vocab_size": 98}],
-    ids=str,
-)
-def test_weights_that_disagree_with_the_configuration(folder, change):
-    change_config(folder, **change)
-    with pytest.raises(ValueError, match="do not fit config.json"):
-        load_model(folder)
-
-
-def test_weights_of_another_block_type(folder):
-    change_config(folder, block_type="rodimus")
-    with pytest.raises(ValueError, match="do not fit config.json"):
-        load_model(folder)
-
-
 # ---------------------------------------------------------------------------------------- forward
 
 
@@ -261,8 +157,9 @@ def test_positions_of_a_wrong_shape(model, shape):
     [[0, 5, 3, 12], [0, 5, 11], [0, 5, 13], [1, 5, 12], [0], [[0, 12]], [0.0, 5.0, 12.0]],
     ids=str,
 )
-def test_boundaries_that_are_none(model, name, boundaries):
+def test_boundaries_that_are_none(name, boundaries):
     """From 0 to the length, never falling, integers, one dimension."""
+    model = model_of("rodimus_plus")
     with pytest.raises(ValueError, match=f"{name}|cu_seqlens"):
         model(random_ids(1, 12), use_cache=False, **{name: torch.tensor(boundaries)})
 

@@ -1,6 +1,5 @@
 """Generation is O(1): bytes and time per token do not grow with the text, and nothing drifts."""
 
-import gc
 import time
 from statistics import median
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from tests.model.golden_data import golden_config, relative_max_error
-from tests.model.helpers import build, cache_bytes, random_ids
+from tests.model.helpers import build, cache_bytes, live_tensor_bytes, random_ids
 from tests.model.ways import in_pieces
 
 TABLE = "long generation, against a fresh chunked prefill (max |a - b| / max |b|)"
@@ -22,14 +21,6 @@ def tiny(block_type):
     if block_type == "rodimus_plus":
         config["attn_cfg"] |= {"num_heads": 2, "num_heads_v": 2}
     return build(config)
-
-
-def live_tensor_bytes() -> int:
-    """Bytes of every tensor the interpreter can still reach."""
-    gc.collect()
-    tensors = (found for found in gc.get_objects() if type(found) is torch.Tensor)
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,10 @@
 """Names and sizes of flash-linear-attention's Rodimus, to ours and back."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rodimus import RodimusConfig, RodimusForCausalLM, convert
-
-GOLDENS = Path(__file__).parent.parent / "goldens"
-CASES = ("rodimus", "rodimus_plus")
+from tests.model.golden_data import golden_config, golden_weights
 
 # Parameters of fla 0.5.2's RodimusForCausalLM, one layer, and their shapes, for d_model 64,
 # state 16, 4 heads, feed-forward 88 and 97 tokens; written down from its modules.
@@ -63,14 +57,8 @@ FLA_CONFIG = {
 }
 
 
-def golden(case):
-    """Config and weights of a golden folder."""
-    config = json.loads((GOLDENS / case / "config.json").read_text())
-    return config, load_file(GOLDENS / case / "model.safetensors")
-
-
 def test_names_and_shapes_are_those_of_fla():
-    _, weights = golden("rodimus_plus")
+    weights = golden_weights("rodimus_plus")
     fla = convert.weights_to_fla(weights)
     prefix = "model.layers.1."
     layer = {n.removeprefix(prefix): tuple(t.shape) for n, t in fla.items() if n.startswith(prefix)}
@@ -79,9 +67,8 @@ def test_names_and_shapes_are_those_of_fla():
     assert rest == {"model.embeddings.weight", "model.norm.weight"}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_round_trip_returns_every_tensor(case):
-    _, weights = golden(case)
+def test_round_trip_returns_every_tensor(block_type):
+    weights = golden_weights(block_type)
     back = convert.weights_from_fla(convert.weights_to_fla(weights))
     assert back.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -90,7 +77,7 @@ def test_round_trip_returns_every_tensor(case):
 
 def test_halves_go_where_fla_computes_with_them():
     """Which half is which is what no round trip can see."""
-    _, weights = golden("rodimus_plus")
+    weights = golden_weights("rodimus_plus")
     fla = convert.weights_to_fla(weights)
     ours = {name.removeprefix("model.layers.0."): tensor for name, tensor in weights.items()}
     halves = {
@@ -109,7 +96,7 @@ def test_halves_go_where_fla_computes_with_them():
 
 
 def test_converted_model_computes_the_golden_logits():
-    config, weights = golden("rodimus_plus")
+    config, weights = golden_config("rodimus_plus"), golden_weights("rodimus_plus")
     converted = RodimusConfig(**convert.config_from_fla(FLA_CONFIG))
     model = RodimusForCausalLM(converted).eval()
     state = convert.weights_from_fla(convert.weights_to_fla(weights))
@@ -125,7 +112,7 @@ def test_converted_model_computes_the_golden_logits():
 
 def test_window_counts_visible_keys_in_fla():
     assert convert.config_from_fla(FLA_CONFIG)["attn_cfg"]["window_size"] == 16
-    config, _ = golden("rodimus_plus")
+    config = golden_config("rodimus_plus")
     assert convert.config_to_fla(config)["ska_attn"]["window_size"] == 9
     for none in (None, 0, -1):
         config["attn_cfg"]["window_size"] = none
@@ -136,9 +123,8 @@ def test_window_counts_visible_keys_in_fla():
         convert.config_from_fla(one)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_config_round_trip_keeps_the_model(case):
-    config = RodimusConfig(**golden(case)[0])
+def test_config_round_trip_keeps_the_model(block_type):
+    config = RodimusConfig(**golden_config(block_type))
     there = convert.config_to_fla(config.to_dict())
     assert convert.is_fla_config(there) and not convert.is_fla_config(config.to_dict())
     back = RodimusConfig(**convert.config_from_fla(there))
@@ -193,7 +179,7 @@ def test_what_rodimus_does_not_have_is_refused(change, message):
 
 
 def test_what_fla_does_not_have_is_refused():
-    config, weights = golden("rodimus_plus")
+    config, weights = golden_config("rodimus_plus"), golden_weights("rodimus_plus")
     with pytest.raises(ValueError, match=r"mixer_cfg.expand_ratio must be 2 .* got 4"):
         convert.config_to_fla({**config, "mixer_cfg": {**config["mixer_cfg"], "expand_ratio": 4}})
     with pytest.raises(ValueError, match=r"attn_cfg.num_heads_k must be 1 .* got 2"):
@@ -203,7 +189,7 @@ def test_what_fla_does_not_have_is_refused():
 
 
 def test_missing_or_unknown_tensors_are_named():
-    _, weights = golden("rodimus_plus")
+    weights = golden_weights("rodimus_plus")
     fla = convert.weights_to_fla(weights)
     half = dict(fla)
     del half["model.layers.0.mixer.k_proj.weight"]
