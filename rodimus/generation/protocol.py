@@ -199,7 +199,7 @@ def parse_completion(body: dict[str, Any], limits: Limits) -> Call:
     """
     fields = _Fields(body, {*_SHARED, "prompt"})
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-    new_tokens = fields.integer("max_tokens", 16, 1, limits.new_tokens)
+    new_tokens = fields.integer("max_tokens", min(16, limits.new_tokens), 1, limits.new_tokens)
     prompts = _prompts(fields, limits)
     return _call(fields, limits, prompts, new_tokens, logprobs, is_chat=False)
 

@@ -303,6 +303,13 @@ def test_fields_that_change_nothing_are_taken(client):
     assert status == 200
 
 
+def test_a_completion_of_no_stated_length_keeps_to_a_lower_limit():
+    with serving(limits=Limits(new_tokens=8)) as (client, service, _):
+        service.worker.engine.end_tokens = ()
+        status, answer = client.complete("x")
+        assert status == 200 and answer["usage"]["completion_tokens"] == 8
+
+
 def test_messages_that_are_too_long_are_called_so(client):
     status, answer = client.chat("x" * 401)
     assert status == 400 and answer["error"]["param"] == "messages"
