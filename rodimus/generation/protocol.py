@@ -43,6 +43,10 @@ _SHARED = {
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
     *("stop_token_ids", "ignore_eos", "best_of"),
 }
+# of a message, what a template is given beside role and content
+_NAMES = ("name", "tool_call_id")
+# what an assistant's message from OpenAI holds beside text, and what only tells of that text
+_NOT_TEXT, _ABOUT_TEXT = ("tool_calls", "function_call", "refusal", "audio"), ("annotations",)
 
 
 class ApiError(Exception):
@@ -289,9 +293,7 @@ def _messages(fields):
 def _message(message, name):
     if not isinstance(message, dict):
         raise ApiError(400, f"{name} must be an object, got {_kind(message)}", param=name)
-    for call in ("tool_calls", "function_call"):
-        if message.get(call):
-            raise ApiError(400, f"{name}.{call} is not supported", code="unsupported", param=name)
+    names = _names(message, name)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise ApiError(400, f"{name}.role must be a string, got {_kind(role)}", param=name)
@@ -301,12 +303,29 @@ def _message(message, name):
             if not is_text or not isinstance(part.get("text"), str):
                 raise ApiError(400, f"{name}.content must consist of text parts", param=name)
         content = "".join(part["text"] for part in content)
-    if content is None:
+    if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
         raise ApiError(400, f"{name}.content must be text, got {_kind(content)}", param=name)
     # OpenAI's newer name of what chat templates call system
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {"role": "system" if role == "developer" else role, "content": content, **names}
+
+
+def _names(message, name):
+    """A message's fields beside role and content, for the template; others are refused."""
+    names = {}
+    for key, value in message.items():
+        # clients send an assistant's message back with the fields that it left empty
+        if not value or key in ("role", "content", *_ABOUT_TEXT):
+            continue
+        if key in _NOT_TEXT:
+            raise ApiError(400, f"{name}.{key} is not supported", code="unsupported", param=name)
+        if key not in _NAMES:
+            raise _unknown_field(key, ("role", "content", *_NAMES), f"{name}.")
+        if not isinstance(value, str):
+            raise ApiError(400, f"{name}.{key} must be a string, got {_kind(value)}", param=name)
+        names[key] = value
+    return names
 
 
 def _stop(fields, limits):
@@ -345,10 +364,7 @@ class _Fields:
             if name in known or name in _IGNORED or value is None:
                 continue
             if name not in _UNSUPPORTED:
-                close = difflib.get_close_matches(name[:100], known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
-                message = f"unknown field {name[:100]!r}{hint}"
-                raise ApiError(400, message, code="unknown_field", param=name[:100])
+                raise _unknown_field(name, known)
             if value not in _UNSUPPORTED[name]:
                 raise ApiError(400, f"{name} is not supported", code="unsupported", param=name)
 
@@ -379,6 +395,14 @@ class _Fields:
         if not is_kind(value) or not low <= value <= high:
             raise self.wrong(name, f"{kind} in [{low}, {high}]", value)
         return value
+
+
+def _unknown_field(name, known, where=""):
+    name = name[:100]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    message = f"unknown field {where + name!r}{hint}"
+    return ApiError(400, message, code="unknown_field", param=where + name)
 
 
 def _is_number(value):

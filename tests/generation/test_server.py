@@ -18,7 +18,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
-from rodimus.generation.protocol import Limits
+from rodimus.generation.protocol import Limits, parse_chat
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -252,6 +252,22 @@ class TestChat:
         expected = direct("<user>Hi<assistant>", 20).text
         assert answer["choices"][0]["message"]["content"] == expected
 
+    @pytest.mark.parametrize("content", ["Ho", None])
+    def test_an_assistants_message_goes_back_as_clients_read_it(self, client, direct, content):
+        empty = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "extra"))
+        read = {"role": "assistant", "content": content, "annotations": [], **empty}
+        body = {"messages": [MESSAGES[0], read], "temperature": 0, "max_tokens": 20}
+        status, answer = client.post("/v1/chat/completions", body)
+        assert status == 200
+        expected = direct(f"<user>x<assistant>{content or ''}<assistant>", 20).text
+        assert answer["choices"][0]["message"]["content"] == expected
+
+    def test_names_and_ids_of_tools_reach_the_template(self):
+        named = {"role": "user", "content": "x", "name": "bob"}
+        tool = {"role": "tool", "content": "y", "tool_call_id": "1"}
+        call = parse_chat({"messages": [named, tool]}, Limits())
+        assert call.prompts == [[named, tool]]
+
     @pytest.mark.parametrize("role", ["system", "developer"])
     def test_a_developer_is_the_system(self, client, direct, role):
         messages = [{"role": role, "content": "Be"}, {"role": "user", "content": "Hi"}]
@@ -393,6 +409,16 @@ BAD_CHATS = {
     "no object": ({"messages": ["x"]}, "messages[0] must be an object"),
     "no role": ({"messages": [{"content": "x"}]}, "messages[0].role must be a string"),
     "content": ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content must be text"),
+    "no content": ({"messages": [{"role": "user"}]}, "content must be text, got null"),
+    "misspelt": (
+        {"messages": [MESSAGES[0] | {"nmae": "y"}]},
+        "unknown field 'messages[0].nmae', did you mean 'name'?",
+    ),
+    "name": ({"messages": [MESSAGES[0] | {"name": 5}]}, "messages[0].name must be a string"),
+    "refusal": (
+        {"messages": [{"role": "assistant", "refusal": "No."}]},
+        "messages[0].refusal is not supported",
+    ),
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "must consist of text parts",
