@@ -229,9 +229,12 @@ class Engine:
         """Queue what ``prepare`` made."""
         self.waiting.append(generation)
 
-    def prepare(self, request: Request | str) -> Generation:
+    def prepare(self, request: Request | str, like: Generation | None = None) -> Generation:
         """Check a request without queueing it. Any thread may call this; with a prompt of text only
         the one that steps, whose tokenizer it needs.
+
+        Args:
+            like: What this made of a request with the same prompt, which is not checked again.
 
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
@@ -241,7 +244,7 @@ class Engine:
         if not isinstance(request, Request):
             raise ValueError(f"expected a Request or text, got {type(request).__name__}")
         self._check_place()
-        prompt = self._check_prompt(request.prompt)
+        prompt = self._check_prompt(request.prompt) if like is None else like.prompt
         total = len(prompt) + _at_least_one("max_new_tokens", request.max_new_tokens)
         if self.max_length is not None and total > self.max_length:
             raise ValueError(

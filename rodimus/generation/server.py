@@ -216,7 +216,7 @@ class Service:
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
         exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
         engine = self.worker.engine
-        exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
+        await exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
         answer = Answer(self.model_name, call, self._token_text)
         if call.stream:
             ended = functools.partial(self._stream_ended, endpoint, exchange)
@@ -350,20 +350,23 @@ class _Exchange:
         self.status = _CLIENT_LEFT
         self._news: asyncio.Queue[tuple[Generation, Delta] | None] = asyncio.Queue()
 
-    def submit(self, requests):
+    async def submit(self, requests):
         """Give the requests to the worker, all or none.
 
         Raises:
             ApiError: 400, one cannot be served; 429, no room; 503, shutting down.
         """
         try:
-            self.generations = self.worker.submit(requests, self._listen)
+            # a long prompt takes some milliseconds
+            generations = await run_in_threadpool(self.worker.prepare, requests)
+            self.worker.enqueue(generations, self._listen)
         except ValueError as error:
             raise ApiError(400, str(error)) from error
         except QueueFullError as error:
             raise ApiError(429, f"{error}: try again later", code="queue_full") from error
         except WorkerStoppedError as error:
             raise ApiError(503, str(error)) from error
+        self.generations = generations
 
     def _listen(self, generation, delta):
         # a loop that is closed has nobody left to tell

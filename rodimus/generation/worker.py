@@ -68,7 +68,33 @@ class EngineWorker:
         return len(self._listeners)
 
     def submit(self, requests: Sequence[Request], listener: Listener) -> list[Generation]:
-        """Queue requests, all or none.
+        """Check and queue requests, all or none.
+
+        Args:
+            requests, listener: As of ``prepare`` and ``enqueue``.
+
+        Raises:
+            ValueError, QueueFullError, WorkerStoppedError: as they do.
+        """
+        generations = self.prepare(requests)
+        self.enqueue(generations, listener)
+        return generations
+
+    def prepare(self, requests: Sequence[Request]) -> list[Generation]:
+        """Check requests without queueing them; those with the same prompt object share its tensor.
+
+        Raises:
+            ValueError: one of them cannot be served.
+        """
+        generations, of_prompt = [], {}
+        for request in requests:
+            like = of_prompt.get(id(request.prompt))
+            generations.append(self.engine.prepare(request, like))
+            of_prompt[id(request.prompt)] = generations[-1]
+        return generations
+
+    def enqueue(self, generations: Sequence[Generation], listener: Listener) -> None:
+        """Queue what ``prepare`` made, all or none.
 
         Args:
             listener: Called with every generation's news, in the worker's thread: it must be quick.
@@ -76,11 +102,10 @@ class EngineWorker:
                 request cancelled.
 
         Raises:
-            ValueError: one of them cannot be served, or they are more than there is ever room for.
+            ValueError: they are more than there is ever room for.
             QueueFullError: there is no room for them.
             WorkerStoppedError: the worker takes no requests any more.
         """
-        generations = [self.engine.prepare(request) for request in requests]
         with self._changed:
             if not self.accepts:
                 raise WorkerStoppedError("the engine is not running")
@@ -94,7 +119,6 @@ class EngineWorker:
             self._listeners.update(dict.fromkeys(generations, listener))
             self._arrived += generations
             self._changed.notify()
-        return generations
 
     def cancel(self, generations: Sequence[Generation]) -> None:
         """End requests soon, wherever they are; those that have ended are left as they are."""

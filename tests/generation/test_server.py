@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import Limits, parse_chat
+from rodimus.generation.server import _Exchange
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -704,11 +706,60 @@ def test_the_command_ends_with_the_engines_status(monkeypatch, failure, status):
 
 def test_a_defect_is_500_and_counted():
     with serving() as (client, service, _):
-        service.worker.submit = None
+        service.worker.enqueue = None
         status, answer = client.complete("x")
         assert status == 500 and answer["error"]["type"] == "server_error"
         line = 'rodimus_http_requests_total{endpoint="completions",status="500"}'
         assert client.metric(line) == 1
+
+
+def test_prompts_are_checked_once_each_and_not_by_the_loop(monkeypatch):
+    engine, seen = Engine(text_model(), byte_tokenizer()), []
+    prepare = engine.prepare
+
+    def watched(*args, **options):
+        seen.append((threading.current_thread(), prepare(*args, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(engine, "prepare", watched)
+    with serving(engine=engine) as (client, service, _):
+        loops = []
+        monkeypatch.setattr(
+            service, "_check_model", lambda name: loops.append(threading.current_thread())
+        )
+        status, _ = client.complete([[1, 2], [3]], n=3, max_tokens=1)
+    threads, generations = zip(*seen, strict=True)
+    assert status == 200 and len(generations) == 6 and not {*loops} & {*threads}
+    # the choices of a prompt share its tensor
+    assert [len({id(g.prompt) for g in generations[i : i + 3]}) for i in (0, 3)] == [1, 1]
+
+
+def test_a_request_that_is_cancelled_while_it_is_checked_is_not_queued(monkeypatch):
+    engine = Engine(text_model(), byte_tokenizer())
+    worker, prepare = EngineWorker(engine), engine.prepare
+    entered, left = threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        entered.set()
+        left.wait(20)
+        return prepare(*args, **options)
+
+    async def cancelled():
+        exchange = _Exchange(worker, None, asyncio.get_running_loop())
+        task = asyncio.create_task(exchange.submit([Request([1], 10**6)]))
+        await asyncio.to_thread(entered.wait, 20)
+        task.cancel()
+        left.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    monkeypatch.setattr(engine, "prepare", slow)
+    worker.start()
+    try:
+        asyncio.run(cancelled())
+        assert entered.is_set() and worker.unfinished == 0
+    finally:
+        worker.stop()
 
 
 def test_a_model_that_cannot_continue_is_422(monkeypatch):
