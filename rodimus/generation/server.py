@@ -65,6 +65,7 @@ API_KEY_VARIABLE = "RODIMUS_API_KEY"
 _KEEP_ALIVE_SECONDS = 75
 # in the metrics, of a client that went away; proxies log the same
 _CLIENT_LEFT = 499
+_DEFECT = ApiError(500, "the server has a defect")
 # of an error's answer, by its status
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -118,7 +119,7 @@ class Service:
             ),
             # nobody is left to read it
             ClientDisconnect: lambda request, error: Response(status_code=400),
-            Exception: lambda request, error: _error(ApiError(500, "the server has a defect")),
+            Exception: lambda request, error: _error(_DEFECT),
         }
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
 
@@ -312,6 +313,12 @@ class Service:
         except ApiError as error:
             exchange.status = error.status
             yield _event(error.body())
+        except ClientDisconnect:
+            raise
+        except Exception:
+            exchange.status = _DEFECT.status
+            yield _event(_DEFECT.body())
+            raise
         else:
             if call.include_usage:
                 yield _event(answer.closing(exchange.generations))

@@ -713,6 +713,17 @@ def test_a_defect_is_500_and_counted():
         assert client.metric(line) == 1
 
 
+def test_a_defect_in_a_stream_is_an_event_and_counted(monkeypatch):
+    with serving() as (client, service, _):
+        monkeypatch.setattr(service, "_token_text", fails)
+        body = {"prompt": "x", "logprobs": 1, "stream": True}
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            client.call("POST", "/v1/completions", body)
+        assert b'"the server has a defect", "type": "server_error"' in cut.value.partial
+        line = 'rodimus_http_requests_total{endpoint="completions",status="500"}'
+        assert client.metric(line) == 1
+
+
 def test_prompts_are_checked_once_each_and_not_by_the_loop(monkeypatch):
     engine, seen = Engine(text_model(), byte_tokenizer()), []
     prepare = engine.prepare
