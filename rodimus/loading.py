@@ -341,6 +341,12 @@ def _headers(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
         tensors = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # what a damaged pickle raises depends on where it is damaged
         raise InputError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(tensors, dict):
+        raise InputError(f"{file} must hold tensors by name, got {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            got = f"{type(tensor).__name__} by the name {name!r}"
+            raise InputError(f"{file} must hold tensors by name, got {got}")
     return {
         name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in tensors.items()

@@ -731,6 +731,14 @@ class TestBadInput:
         line = self.refused(capsys, "export", folder, folder / "out")
         assert f"{folder / 'pytorch_model.bin'} cannot be read" in line
 
+    @pytest.mark.parametrize("content", [{"model": {}, "epoch": 3}, []], ids=str)
+    def test_other_content_in_the_older_format(self, folder, capsys, content):
+        file = folder / "pytorch_model.bin"
+        (folder / "model.safetensors").unlink()
+        torch.save(content, file)
+        line = self.refused(capsys, "export", folder, folder / "out")
+        assert f"{file} must hold tensors by name, got" in line
+
     def test_missing_shard(self, folder, capsys):
         (folder / "model.safetensors").unlink()
         index = {"weight_map": {"model.embeddings.weight": "model-00001-of-00002.safetensors"}}
