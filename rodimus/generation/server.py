@@ -214,6 +214,7 @@ class Service:
         body = parse_json(await self._body(request))
         self._check_model(body.get("model"))
         call = parse(body, self.limits)
+        self._check_tokens("stop_token_ids", call.stop_token_ids)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
         exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
         engine = self.worker.engine
@@ -266,7 +267,18 @@ class Service:
             message = f"the prompt has {len(ids)} tokens, expected at most"
             message = f"{message} {self.limits.prompt_tokens}"
             raise ApiError(400, message, code="context_length_exceeded", param=call.input_field)
+        if not ids:
+            message = "the prompt must have at least one token"
+            raise ApiError(400, message, param=call.input_field)
+        self._check_tokens(call.input_field, ids)
         return ids
+
+    def _check_tokens(self, field, ids):
+        size = self.worker.engine.model.config.vocab_size
+        for token in (min(ids), max(ids)) if ids else ():
+            if not 0 <= token < size:
+                message = f"tokens of {field} must be in [0, {size}), got {token!s:.40}"
+                raise ApiError(400, message, param=field)
 
     def _render(self, messages):
         if self.tokenizer.chat_template is None:
