@@ -39,7 +39,7 @@ from .protocol import (
 )
 from .state_file import load_state
 from .terminal import load
-from .text import INCOMPLETE, bytes_of_part
+from .text import INCOMPLETE, bytes_of_part, decode
 from .worker import EngineWorker, QueueFullError, WorkerStoppedError
 
 try:
@@ -296,7 +296,8 @@ class Service:
         if token not in self._names:
             # of a first token, decoders leave out the blank that it begins with
             before = self._namer("a", add_special_tokens=False).input_ids
-            text = self._namer.decode([*before, token])[len(self._namer.decode(before)) :]
+            named = functools.partial(decode, self._namer, skip_special_tokens=False)
+            text = named([*before, token])[len(named(before)) :]
             name, data = text, text.encode()
             if INCOMPLETE in text:
                 # part of a character: different parts must not look alike

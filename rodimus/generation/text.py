@@ -47,10 +47,19 @@ def encode(
     return ids
 
 
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True
+) -> str:
+    """The text of tokens with every blank: by default, some tokenizers take blanks away."""
+    return tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The special tokens that texts leave out, whatever is around them."""
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
-    return frozenset(x for x in special if not tokenizer.decode([x], skip_special_tokens=True))
+    return frozenset(x for x in special if not decode(tokenizer, [x]))
 
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -110,7 +119,7 @@ class TextStream:
     def _anchor(self, prompt):
         """The prompt's last token that is text by itself, and the length of that."""
         for token in reversed(prompt[-_LONGEST:]):
-            text = "" if token in self._skipped else self._tokenizer.decode([token])
+            text = "" if token in self._skipped else decode(self._tokenizer, [token])
             if text and INCOMPLETE not in text:
                 return [token], len(text)
         return [], 0
@@ -172,9 +181,7 @@ class TextStream:
         self._shown = len(self._decode()) - len(held)
 
     def _decode(self, start=0):
-        return self._tokenizer.decode(
-            self._context[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decode(self._tokenizer, self._context[start:])
 
     def _release(self, piece):
         if self.stopped or not piece:

@@ -49,6 +49,13 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
 
 
+def cleaning_tokenizer() -> PreTrainedTokenizerFast:
+    """As those of BERT's time: by default, decoding takes the blank before a full stop away."""
+    backend = Tokenizer(models.WordLevel({" one": 0, " .": 1, " two": 2, "?": 3}, unk_token="?"))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+
+
 def text_model(kind: str = "rodimus_plus") -> RodimusForCausalLM:
     """A random model over the vocabulary of ``byte_tokenizer``, the same one every time."""
     with torch.random.fork_rng(devices=()):

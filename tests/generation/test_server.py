@@ -28,7 +28,13 @@ from rodimus.generation.worker import (
     QueueFullError,
     WorkerStoppedError,
 )
-from tests.generation.helpers import END, byte_tokenizer, text_model, word_tokenizer
+from tests.generation.helpers import (
+    END,
+    byte_tokenizer,
+    cleaning_tokenizer,
+    text_model,
+    word_tokenizer,
+)
 from tests.generation.serving import NAME, serving, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -186,6 +192,15 @@ def test_tokens_have_the_blank_that_they_begin_with():
         _, answer = client.complete([0], max_tokens=2, logprobs=0)
         (choice,) = answer["choices"]
         assert choice["text"] == " two two" and choice["logprobs"]["tokens"] == [" two"] * 2
+
+
+def test_tokens_keep_the_blank_that_decoding_takes_away_by_default():
+    model = text_model()
+    model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, torch.tensor([1]), 1e4))
+    with serving(engine=Engine(model, cleaning_tokenizer())) as (client, _, _):
+        _, answer = client.complete([0], max_tokens=2, logprobs=0)
+        (choice,) = answer["choices"]
+        assert choice["text"] == " . ." and choice["logprobs"]["tokens"] == [" ."] * 2
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from rodimus.generation.text import TextStream
 from tests.generation.helpers import (
     END,
     byte_tokenizer,
+    cleaning_tokenizer,
     greedy,
     prompts_of,
     text_model,
@@ -237,6 +238,15 @@ def test_a_prompt_and_its_continuation_make_the_text_of_both(prompt, tokens):
         tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + tokens)
     )
     assert before + stream.text == both
+
+
+def test_blanks_before_a_full_stop_stay():
+    tokenizer = cleaning_tokenizer()
+    assert tokenizer.decode([0, 1]) == " one."
+    stream = TextStream(tokenizer, prompt=[0, 1])
+    for token in (2, 1):
+        stream.push(token)
+    assert stream.text == " two ."
 
 
 def test_the_engine_continues_the_prompts_text():
