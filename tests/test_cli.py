@@ -166,6 +166,13 @@ def test_generate_wants_text_on_standard_input(checkpoint, capsys, monkeypatch):
     assert "standard input is no UTF-8 text at byte 2" in capsys.readouterr().err
 
 
+def test_standard_input_may_be_closed(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert command("generate", checkpoint, "--prompt", "-") == 2
+    assert "there is no standard input" in capsys.readouterr().err
+    assert command("chat", checkpoint) == 0
+
+
 def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     """As in ``rodimus generate ... | head``."""
     arguments = ("generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "50")

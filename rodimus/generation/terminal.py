@@ -255,6 +255,9 @@ class _Interrupts:
 
 
 def _standard_input() -> str:
+    # closed, as by `<&-`
+    if sys.stdin is None:
+        raise InputError("there is no standard input")
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
@@ -268,6 +271,8 @@ def _write(text: str) -> None:
 
 
 def _read_line() -> str:
+    if sys.stdin is None:
+        return ""
     try:
         return input("> ").strip()
     except EOFError:
