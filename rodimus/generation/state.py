@@ -148,7 +148,7 @@ class StateLayout:
         shapes = self.shapes(self.kept_rows(len(state.tokens)))
         for kind, (shape, dtype) in shapes.items():
             found = getattr(state, kind)
-            if found.numel() and (tuple(found.shape), found.dtype) != (shape, dtype):
+            if (tuple(found.shape), found.dtype) != (shape, dtype):
                 raise ValueError(
                     f"{kind} of the state must be {dtype} of shape {shape},"
                     f" got {found.dtype} of shape {tuple(found.shape)}"

@@ -1,10 +1,12 @@
 """The state: bytes by formula, snapshots, prefixes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from rodimus.generation import Engine, Request, SamplingParams, StateLayout, state_bytes
+from rodimus.generation import Engine, Request, SamplingParams, StateLayout, save_state, state_bytes
 from rodimus_kernels.testing import relative_error
 from tests.generation.helpers import RELEASED_PLUS, alone, greedy, prompts_of
 from tests.model.helpers import cache_bytes
@@ -127,3 +129,13 @@ def test_a_prefix_of_another_dtype_is_refused(plus):
     engine = Engine(plus.to(torch.bfloat16))
     with pytest.raises(ValueError, match="must be torch.bfloat16 .*, got torch.float32"):
         engine.add_prefix(state)
+
+
+def test_a_state_that_lost_its_window_is_refused(plus, tmp_path):
+    engine = Engine(plus)
+    state = engine.read(prompts_of(40)[0])
+    state = replace(state, window=state.window[:, :0])
+    with pytest.raises(ValueError, match="window of the state must be"):
+        engine.add_prefix(state)
+    with pytest.raises(ValueError, match="window of the state must be"):
+        save_state(tmp_path / "x", state, plus)
