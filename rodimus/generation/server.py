@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..cli import add_model, number
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..loading import is_hub_name, split_hub_name
 from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
@@ -560,7 +560,7 @@ def _service(options) -> Service:
     except InputError:
         raise
     except (ValueError, RuntimeError) as error:
-        raise InputError(str(error).splitlines()[0]) from error
+        raise InputError(first_line(error)) from error
     limits = Limits(
         body_bytes=options.max_body_bytes,
         prompt_tokens=options.max_prompt_tokens,

@@ -730,6 +730,20 @@ def test_the_command_ends_with_the_engines_status(monkeypatch, failure, status):
     assert server.main(["model", "--port", "0"]) == status
 
 
+def test_an_engine_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
+    from rodimus.errors import InputError
+    from rodimus.generation import server
+
+    def breaks(*arguments, **options):
+        raise RuntimeError
+
+    text_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(server, "Engine", breaks)
+    with pytest.raises(InputError, match="RuntimeError"):
+        server.main([str(tmp_path), "--port", "0"])
+
+
 def test_a_defect_is_500_and_counted():
     with serving() as (client, service, _):
         service.worker.enqueue = None
