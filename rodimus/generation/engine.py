@@ -493,10 +493,12 @@ class Engine:
                 prompt=generation.prompt.tolist(),
                 skipped=self.skipped_tokens,
             )
-        generation.started = time.perf_counter()
+        chosen_at = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)
         if generation.finish_reason == "error":
             return
+        # before the end, if that is the only token
+        generation.started = chosen_at
         state = SequenceState.from_cache(cache, generation.prompt)
         if generation.request.keep_prompt_state:
             generation.prompt_state = state

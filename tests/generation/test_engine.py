@@ -262,6 +262,11 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
     assert "NaN" in broken.error
 
 
+def test_the_only_token_comes_before_the_end(plus):
+    (found,) = Engine(plus).generate(Request([1], 1))
+    assert found.submitted <= found.started <= found.finished
+
+
 @pytest.mark.parametrize(
     "request_, message",
     [

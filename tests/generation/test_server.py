@@ -824,6 +824,14 @@ def test_a_model_that_cannot_continue_is_422(monkeypatch):
         assert last["error"]["code"] == "generation_failed"
 
 
+def test_an_answer_without_a_first_token_has_no_time_to_it():
+    model = text_model()
+    model.lm_head.register_forward_hook(lambda *x: x[-1] * math.nan)
+    with serving(engine=Engine(model, byte_tokenizer())) as (client, _, _):
+        assert client.complete("x")[0] == 422
+        assert client.metric("rodimus_time_to_first_token_seconds_count") == 0
+
+
 def test_a_choice_that_fails_ends_its_stream_by_its_own_name():
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
     engine.end_tokens = ()
