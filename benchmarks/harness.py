@@ -161,7 +161,8 @@ class Bench:
         return any(sittings is None or len(sittings) >= self.sittings for sittings in found)
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
-        """Records of this machine, versions and code; none where everything is measured again."""
+        """Records of this machine, versions and code in which anything was measured; none where
+        everything is measured again."""
         here = machine.describe(self.device) | self.commit
         folders = {self.folder, self.kept} if not self.again else set()
         return [
@@ -169,7 +170,9 @@ class Bench:
             for folder in folders
             if folder is not None and folder.is_dir()
             for r in records.read(folder)
-            if (r["group"], r["case"]) == (group, case) and machine.are_alike(here, r["machine"])
+            if (r["group"], r["case"]) == (group, case)
+            and machine.are_alike(here, r["machine"])
+            and records.measured(r)
         ]
 
     def targets(
@@ -402,7 +405,8 @@ class Bench:
         earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Make a record of this run and of the sittings before it; write it, if the run has a
-        folder."""
+        folder and anything was measured: a fault of the GPU must not replace what it found
+        before."""
         load = self.load, self._others.cores()
         self._others.start()
         warnings = machine.disturbances(*load)
@@ -425,7 +429,7 @@ class Bench:
             warnings=warnings,
             rows=rows,
         )
-        if self.folder is not None:
+        if self.folder is not None and records.measured(record):
             records.write(record, self.folder)
         return record
 

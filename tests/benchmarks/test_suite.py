@@ -296,10 +296,35 @@ def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypa
         records.path_of({"group": "decode", "case": "case"}, tmp_path).unlink()
 
 
+def measured(name):
+    """A row that says no more than that its model was measured."""
+    row = {"target": f"{name}/dynamic", "family": "f", "engine": "dynamic", "status": "measured"}
+    return row | {"samples": {"wall_ms": [1.0, 1.0]}}
+
+
+def test_a_case_in_which_nothing_was_measured_keeps_the_record_before_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    failed = [records.skipped("rodimus-1.4b", "rodimus", "any", "CUDA error: illegal access")]
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
+    bench.record("decode", "case", {}, failed)
+    assert not list(tmp_path.iterdir()) and not bench.done("decode", "case")
+    bench.record("decode", "case", {}, [measured("rodimus-1.4b")])
+    bench.record("decode", "case", {}, failed)
+    assert bench.done("decode", "case") and records.measured(*records.read(tmp_path))
+
+
+def test_a_record_without_a_measured_row_is_no_record_of_the_case(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
+    record = bench.record("decode", "case", {}, [])
+    records.write(record, tmp_path)
+    assert not bench.done("decode", "case")
+
+
 @pytest.mark.parametrize("other", [{"threads": 77}, {"versions": {"torch": "1.0"}}], ids=str)
 def test_a_record_of_other_threads_or_versions_is_measured_again(tmp_path, monkeypatch, other):
     bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
-    bench.record("decode", "case", {}, [])
+    bench.record("decode", "case", {}, [measured("rodimus-1.4b")])
     assert bench.done("decode", "case")
     about = machine.describe(torch.device("cpu")) | other
     monkeypatch.setattr(machine, "describe", lambda device: about)
@@ -310,5 +335,6 @@ def test_a_commit_during_a_run_is_not_that_of_its_records(tmp_path, monkeypatch)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "first")
     bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "second")
-    assert bench.record("decode", "case", {}, [])["machine"]["commit"] == "first"
+    record = bench.record("decode", "case", {}, [measured("rodimus-1.4b")])
+    assert record["machine"]["commit"] == "first"
     assert bench.done("decode", "case")
