@@ -66,7 +66,7 @@ def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tu
 def test_decode(bench, benchmark, start, point):
     batch, context = point
     case = bench.case(batch, context)
-    start("decode", case)
+    start("decode", case, bench.names)
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, context),

@@ -84,9 +84,10 @@ def _percentiles(name: str, values: list[float]) -> dict[str, float]:
 def test_engine(bench, start, point):
     clients, length, new_tokens = point
     case = f"{bench.case(clients, length)}-n{new_tokens}"
-    start("engine", case)
+    names = [name for name in peers.OURS if name in bench.names]
+    start("engine", case, names)
     rows = []
-    for name in (name for name in peers.OURS if name in bench.names):
+    for name in names:
         try:
             rows.append(peers.guarded(lambda n=name: measure(bench, n, *point)))
         except peers.Unavailable as reason:

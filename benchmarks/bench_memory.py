@@ -64,7 +64,7 @@ def _step_memory(bench: Bench, model, session, state_bytes: int, batch: int) -> 
 def test_memory(bench, start, point):
     batch, context = point
     case = bench.case(batch, context)
-    start("memory", case)
+    start("memory", case, bench.names)
     rows = []
     for name in bench.names:
         try:

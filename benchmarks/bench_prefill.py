@@ -38,7 +38,7 @@ def engines_of(model: peers.Model) -> tuple[str, ...]:
 def test_prefill(bench, benchmark, start, point):
     batch, length = point
     case = bench.case(batch, length)
-    start("prefill", case)
+    start("prefill", case, bench.names)
     with torch.inference_mode():
         targets, skipped = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, length), engines_of

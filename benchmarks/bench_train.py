@@ -221,7 +221,7 @@ def _measure(
 def test_train(bench, benchmark, start, point):
     batch, length = point
     case = bench.case(batch, length)
-    start("train", case)
+    start("train", case, bench.names)
     with _put_back(bench):
         found = bench.targets(
             lambda model, engine: prepare(bench, model, engine, batch, length),

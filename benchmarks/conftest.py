@@ -5,7 +5,8 @@
 Without a GPU the default is the tiny scale: everything runs in seconds, no number means anything,
 and records are written only where ``--bench-out`` says. At full scale they go to
 ``benchmarks/results/<machine>/`` unless ``--bench-out`` says otherwise. A case that has a record of
-this commit in either place is not measured again, so a run can be continued.
+this commit in either place, with every model asked for, is not measured again, so a run can be
+continued.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -124,16 +126,17 @@ def bench(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def start(bench: Bench, request: pytest.FixtureRequest):
-    """Ask with group and case before a case is measured: skips it if that is done or too late.
+    """Ask with group, case and models before a case is measured: skips it if that is done or too
+    late.
 
     At full scale the seconds of each case are printed when it is done.
     """
     begun: list[tuple[str, float]] = []
 
-    def ask(group: str, case: str) -> None:
+    def ask(group: str, case: str, names: Iterable[str] = ()) -> None:
         if bench.in_8_bits and (group, bench.device.type) != ("decode", "cpu"):
             pytest.skip("8-bit weights are timed in decoding on a CPU alone")
-        if bench.done(group, case):
+        if bench.done(group, case, names):
             pytest.skip(f"{group} {case}: recorded for this commit")
         if bench.out_of_time():
             pytest.skip(f"{group} {case}: the run's seconds are spent; run again to continue")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,15 @@ class Bench:
             raise peers.Unavailable(found)
         return found
 
-    def done(self, group: str, case: str) -> bool:
-        """Whether this code has a record of the case here already, and no sitting is missing."""
-        found = [record["settings"].get("sittings") for record in self._recorded(group, case)]
-        return any(sittings is None or len(sittings) >= self.sittings for sittings in found)
+    def done(self, group: str, case: str, names: Iterable[str] = ()) -> bool:
+        """Whether this code has a record of the case here already, with a row of every model that
+        is named, measured or skipped, and no sitting is missing."""
+        for record in self._recorded(group, case):
+            sittings = record["settings"].get("sittings")
+            enough = sittings is None or len(sittings) >= self.sittings
+            if enough and {*names} <= {records.model_of(row) for row in record["rows"]}:
+                return True
+        return False
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
         """Records of this machine, versions and code in which anything was measured; none where
@@ -194,7 +199,10 @@ class Bench:
             except peers.Unavailable as reason:
                 rows.append(records.skipped(name, family, "any", str(reason)))
                 continue
-            for engine in engines(model):
+            taking_part = engines(model)
+            if not taking_part:
+                rows.append(records.skipped(name, family, "any", "none of its engines does this"))
+            for engine in taking_part:
                 label = f"{name}/{engine}"
                 try:
                     ready.append(

@@ -313,6 +313,22 @@ def test_a_case_in_which_nothing_was_measured_keeps_the_record_before_it(tmp_pat
     assert bench.done("decode", "case") and records.measured(*records.read(tmp_path))
 
 
+def test_a_record_of_fewer_models_is_not_that_of_the_case(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
+    rows = [measured("rodimus-1.4b"), records.skipped("rwkv6-1.6b", "rwkv6", "any", "no rwkv")]
+    bench.record("decode", "case", {}, rows)
+    assert bench.done("decode", "case", ("rodimus-1.4b", "rwkv6-1.6b"))
+    assert not bench.done("decode", "case", ("rodimus-1.4b", "qwen2-1.5b"))
+
+
+def test_a_model_without_an_engine_for_a_case_has_a_row(tmp_path):
+    names = ("qwen2-1.5b",)
+    bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, names, None, 1, 0.0)
+    ready, (row,) = bench.targets(None, lambda model: ())
+    assert not ready and row["reason"] == "none of its engines does this"
+
+
 def test_a_record_without_a_measured_row_is_no_record_of_the_case(tmp_path, monkeypatch):
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
     bench = harness.Bench("tiny", torch.device("cpu"), torch.float32, (), tmp_path, 2, 0.0)
