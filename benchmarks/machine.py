@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -108,7 +109,8 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Commit of the checkout, and whether its files differ from it, records and reports aside.
+    """Commit of the checkout, and whether its files differ from it, records and reports aside: a
+    hash of what differs, or False.
 
     The variable ``RODIMUS_BENCH_COMMIT`` wins: a copy without its git folder is told that way.
     """
@@ -118,16 +120,20 @@ def commit() -> dict[str, Any]:
         return {"commit": head or "unknown", "dirty": None}
     # the run before this one may have written records
     own = [f":!benchmarks/{name}" for name in ("results", "plots", "RESULTS.md")]
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", "."]
-    return {"commit": head, "dirty": bool(_output([*command, *own]))}
+    changes = _output(["git", "-C", str(ROOT), "diff", "HEAD", "--", ".", *own])
+    return {
+        "commit": head,
+        "dirty": bool(changes) and hashlib.sha256(changes.encode()).hexdigest()[:12],
+    }
 
 
 def _output(command: list[str]) -> str:
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        run = subprocess.run(command, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return run.stdout.strip()
+    # a file that differs may have any bytes
+    return run.stdout.decode(errors="backslashreplace").strip()
 
 
 def disturbances(before: float, during: float = 0.0) -> list[str]:

@@ -36,8 +36,13 @@ def test_records_of_earlier_runs_are_no_change_of_the_code(monkeypatch, tmp_path
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     record.write_text("2")
     assert machine.commit()["dirty"] is False
-    code.write_text("2")
-    assert machine.commit()["dirty"] is True
+    changed = []
+    for text in ("2", "3", "2"):
+        code.write_text(text)
+        changed.append(machine.commit())
+    assert all(about["dirty"] for about in changed)
+    assert machine.are_alike(changed[0], changed[2])
+    assert not machine.are_alike(changed[0], changed[1]), "two edits are two codes"
 
 
 def test_a_copy_without_git_takes_its_commit_from_the_environment(monkeypatch, tmp_path):
