@@ -79,6 +79,15 @@ def test_ours_is_compared_with_the_peers_fastest_engine(found):
     assert verdict.baseline == "qwen2-1.5b/dynamic" and verdict.kind == "loses"
 
 
+def test_ours_is_compared_by_the_engine_and_not_by_the_luckiest_of_its_caches(found):
+    """Of equal ones the fastest was lucky: its interval would claim what no other does."""
+    lucky = row("rodimus-plus-1.6b/dynamic", [x - 0.1 for x in PEER])
+    even = row("rodimus-plus-1.6b/engine", EVEN)
+    record = {**found[1], "rows": [lucky, even, *found[1]["rows"][1:]]}
+    (verdict,) = report.verdicts([record])
+    assert verdict.ours == "rodimus-plus-1.6b/engine" and verdict.kind == "open"
+
+
 def test_skipped_models_are_listed_with_their_reason(found):
     text = report.render(found)
     assert "| rwkv6-1.6b | rwkv is not installed | Test CPU |" in text
