@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import peers, records, timing
-from .harness import Bench
+from .harness import Bench, reason_of
 
 # (clients, prompt, new tokens)
 POINTS = {
@@ -92,7 +92,8 @@ def test_engine(bench, start, point):
             rows.append(peers.guarded(lambda n=name: measure(bench, n, *point)))
         except peers.Unavailable as reason:
             family = peers.entry(name).family
-            rows.append(records.skipped(f"{name}/engine", family, "engine", str(reason)))
+            text = reason_of(name, reason)
+            rows.append(records.skipped(f"{name}/engine", family, "engine", text))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     settings = {"batch": clients, "context": length, "new_tokens": new_tokens}

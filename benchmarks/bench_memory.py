@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import machine, peers, records
-from .harness import Bench
+from .harness import Bench, reason_of
 
 # (batch, context)
 POINTS = {
@@ -69,13 +69,11 @@ def test_memory(bench, start, point):
     for name in bench.names:
         try:
             model = bench.model(name)
-            run = lambda m=model: measure(bench, m, batch, context)
             with torch.inference_mode():
-                # what is wrong with a peer is its row; what is wrong with ours fails
-                rows.append(run() if name in peers.OURS else peers.guarded(run))
+                rows.append(peers.guarded(lambda m=model: measure(bench, m, batch, context)))
         except peers.Unavailable as reason:
             family = peers.entry(name).family
-            rows.append(records.skipped(name, family, "any", str(reason)))
+            rows.append(records.skipped(name, family, "any", reason_of(name, reason)))
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     free = machine.memory_bytes(bench.device)

@@ -70,10 +70,27 @@ def prepare(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    call = {"compiled": compiled, "recorded": recorded}.get(engine, lambda step, network: step)
     # backward is twice forward
     facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-    return Target(model, engine, call(step, network), facts)
+    return Target(model, engine, launched(engine, step, network), facts)
+
+
+def launched(engine: str, step: Callable[[], None], network: torch.nn.Module) -> Callable[[], None]:
+    """The step, or one of ``LAUNCHES`` that has run once: what a model cannot do of them is a
+    reason, of ours too."""
+    if engine not in LAUNCHES:
+        return step
+    launch = {"compiled": compiled, "recorded": recorded}[engine]
+
+    def tried() -> Callable[[], None]:
+        run = launch(step, network)
+        run()
+        return run
+
+    try:
+        return peers.guarded(tried)
+    except peers.Fault as reason:
+        raise peers.Unavailable(str(reason)) from reason
 
 
 def compiled(

@@ -42,6 +42,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def reason_of(name: str, found: peers.Unavailable) -> str:
+    """Why a model is skipped. What is wrong with a peer is its row; a fault of ours is raised."""
+    if name in peers.OURS and isinstance(found, peers.Fault):
+        raise found
+    return str(found)
+
+
 @dataclasses.dataclass
 class Target:
     """One model in one engine, ready to be timed.
@@ -138,7 +145,7 @@ class Bench:
         """A model with random weights, loaded at its first use.
 
         Raises:
-            peers.Unavailable: it cannot be loaded here.
+            peers.Unavailable: it cannot be loaded here; a Fault where it is ours and fails.
         """
         if name not in self.models:
             try:
@@ -149,7 +156,7 @@ class Bench:
                         lambda: peers.load(*what, in_8_bits=self.in_8_bits)
                     )
             except peers.Unavailable as reason:
-                self.models[name] = str(reason)
+                self.models[name] = reason_of(name, reason)
         found = self.models[name]
         if isinstance(found, str):
             raise peers.Unavailable(found)
@@ -190,6 +197,10 @@ class Bench:
         Args:
             prepare: Makes a target; it is called once untimed, so that what fails fails here.
             engines: The engines of a model that take part.
+
+        Raises:
+            peers.Fault: a model of ours fails or is wrong; one that is too slow or has too little
+                room has a row, as every peer that cannot.
         """
         ready, rows = [], []
         for name in self.names:
@@ -197,7 +208,7 @@ class Bench:
             try:
                 model = self.model(name)
             except peers.Unavailable as reason:
-                rows.append(records.skipped(name, family, "any", str(reason)))
+                rows.append(records.skipped(name, family, "any", reason_of(name, reason)))
                 continue
             taking_part = engines(model)
             if not taking_part:
@@ -212,9 +223,10 @@ class Bench:
                         )
                     )
                 except peers.Unavailable as reason:
-                    # a check that was interrupted would be interrupted again
-                    self.checked.setdefault(label, str(reason))
-                    rows.append(records.skipped(label, family, engine, str(reason)))
+                    text = reason_of(name, reason)
+                    # what failed, or was interrupted, would be again
+                    self.checked.setdefault(label, text)
+                    rows.append(records.skipped(label, family, engine, text))
         return ready, rows
 
     def _prepared(
@@ -242,28 +254,27 @@ class Bench:
         recorded step does what the step does, and other code gives the same logits."""
         label = f"{model.name}/{engine}"
         if label not in self.checked:
-            try:
-                ids = peers.random_tokens(1, 20, model)
-                self.checked[label] = peers.guarded(
-                    lambda: peers.disagreement(model.session(engine, 1, 32), ids)
-                )
-                if engine == "graph":
-                    peers.guarded(lambda: peers.require_replay(model, ids))
-                if engine == peers.LLAMA_CPP:
-                    # two engines round, each on its own: 0.12 (rwkv) and 0.06 in bfloat16, against
-                    # float32 with the same weights
-                    limit = 2 * DISAGREEMENT_LIMITS[self.dtype]
-                    peers.guarded(lambda: peers.require_same_logits(model, ids, limit))
-            except peers.Unavailable as reason:
-                self.checked[label] = str(reason)
+            self.checked[label] = peers.guarded(lambda: self._disagreement(model, engine))
         error = self.checked[label]
         if isinstance(error, str):
             raise peers.Unavailable(error)
         limit = DISAGREEMENT_LIMITS[self.dtype]
         if not error <= limit:
-            raise peers.Unavailable(
+            raise peers.Fault(
                 f"wrong: decoding differs from prefilling by {error:.1e}, limit {limit:.0e}"
             )
+
+    def _disagreement(self, model: peers.Model, engine: str) -> float:
+        """Relative error between decoding and prefilling, after the other comparisons."""
+        ids = peers.random_tokens(1, 20, model)
+        error = peers.disagreement(model.session(engine, 1, 32), ids)
+        if engine == "graph":
+            peers.require_replay(model, ids)
+        if engine == peers.LLAMA_CPP:
+            # two engines round, each on its own: 0.12 (rwkv) and 0.06 in bfloat16, against
+            # float32 with the same weights
+            peers.require_same_logits(model, ids, 2 * DISAGREEMENT_LIMITS[self.dtype])
+        return error
 
     def require_room(self, model: peers.Model, batch: int, context: int) -> None:
         """Raise Unavailable if the state at a context does not fit into free memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import machine
-from .guard import Unavailable, guarded, is_installed, require_package
+from .guard import Fault, Unavailable, guarded, is_installed, require_package
 from .huggingface import WARM_UP_STEPS, HuggingFaceModel, build, require_replay
 from .interface import (
     BASELINES,
@@ -35,6 +35,7 @@ __all__ = [
     "SEED",
     "WARM_UP_STEPS",
     "Entry",
+    "Fault",
     "HuggingFaceModel",
     "Model",
     "Session",

@@ -9,9 +9,15 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 
 class Unavailable(Exception):
     """A model or engine that cannot run here; the message is the reason for the record."""
+
+
+class Fault(Unavailable):
+    """It is here and fails, or gives wrong numbers: no reason for a model of ours."""
 
 
 def require_package(module: str, distribution: str) -> None:
@@ -45,6 +51,9 @@ def guarded(call: Callable[[], Any], limit: float | None = None) -> Any:
         call: What to run.
         limit: Seconds after which it is interrupted, between two of Python's instructions; needs
             the main thread.
+
+    Raises:
+        Unavailable: it says so, was too slow or had too little memory; a Fault: anything else.
     """
     try:
         with _alarm(limit):
@@ -57,7 +66,9 @@ def guarded(call: Callable[[], Any], limit: float | None = None) -> Any:
         raise Unavailable(f"too slow: not done after {limit:g} s") from None
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        raise Unavailable(f"{type(error).__name__}: {lines[0]}") from error
+        no_room = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        kind = Unavailable if no_room else Fault
+        raise kind(f"{type(error).__name__}: {lines[0]}") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..sizes import StateBytes, config_of
-from .guard import Unavailable, is_installed
+from .guard import Fault, Unavailable, is_installed
 from .interface import OURS, Entry, Session, bytes_of, entry, random_tokens, randomize
 from .llama import LLAMA_CPP, WithLlamaCpp
 
@@ -272,7 +272,7 @@ class GraphSession(Session):
 
 
 def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
-    """Raise Unavailable unless replays of a recorded step give the tokens of the step itself.
+    """Raise Fault unless replays of a recorded step give the tokens of the step itself.
 
     A step that counts on the host, or reads what another step replaced, is recorded without an
     error and repeats itself.
@@ -289,7 +289,7 @@ def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
         replayed.run(2)
     plain.run(WARM_UP_STEPS + 4)
     if not torch.equal(plain.token, replayed.token):
-        raise Unavailable("wrong: a recorded step gives other tokens than the step itself")
+        raise Fault("wrong: a recorded step gives other tokens than the step itself")
 
 
 def build(

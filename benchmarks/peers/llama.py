@@ -22,7 +22,7 @@ import torch
 
 from .. import machine
 from ..sizes import StateBytes, config_of
-from .guard import Unavailable, require_package
+from .guard import Fault, Unavailable, require_package
 from .interface import Model, Session, random_tokens
 
 LLAMA_CPP = "llama.cpp"
@@ -186,7 +186,7 @@ class WithLlamaCpp(Model):
 
 
 def require_same_logits(model: WithLlamaCpp, ids: torch.Tensor, limit: float) -> None:
-    """Raise Unavailable unless llama.cpp gives the logits of the model's first engine, with weights
+    """Raise Fault unless llama.cpp gives the logits of the model's first engine, with weights
     that are not rounded to 8 bits: those are written by the same code.
 
     Args:
@@ -198,7 +198,7 @@ def require_same_logits(model: WithLlamaCpp, ids: torch.Tensor, limit: float) ->
     first = model.session(engine, 1, ids.shape[1] + 1).prefill(ids).double()
     error = ((model.llama_cpp_logits(ids).double() - first).norm() / first.norm()).item()
     if not error <= limit:
-        raise Unavailable(f"wrong: logits differ from {engine}'s by {error:.1e}")
+        raise Fault(f"wrong: logits differ from {engine}'s by {error:.1e}")
 
 
 def write_gguf(

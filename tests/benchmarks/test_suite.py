@@ -178,6 +178,41 @@ def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
     assert not ready and all(row["reason"].startswith("too slow: one call took") for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("error", "is_fault"),
+    [(KeyError("lost"), True), (torch.OutOfMemoryError("3 GB"), False)],
+    ids=["fault", "memory"],
+)
+@pytest.mark.parametrize("name", ["rodimus-1.4b", "qwen2-1.5b"])
+def test_a_fault_of_ours_is_raised_and_one_of_a_peer_is_its_reason(name, error, is_fault):
+    def prepare(model, engine):
+        raise error
+
+    cpu = torch.device("cpu")
+    bench = harness.Bench("tiny", cpu, torch.float32, (name,), folder=None, rounds=1, load=0.0)
+    find = lambda: bench.targets(prepare, lambda model: model.engines[:1])
+    if is_fault and name in peers.OURS:
+        for _ in range(2):
+            with pytest.raises(peers.Fault, match="KeyError: 'lost'"):
+                find()
+    else:
+        _, (row,) = find()
+        assert row["reason"].startswith(type(error).__name__)
+
+
+@pytest.mark.parametrize("name", ["rodimus-1.4b", "qwen2-1.5b"])
+def test_ours_that_decodes_wrongly_is_no_skipped_row(monkeypatch, name):
+    monkeypatch.setattr(peers, "disagreement", lambda *_: 0.5)
+    cpu = torch.device("cpu")
+    bench = harness.Bench("tiny", cpu, torch.float32, (name,), folder=None, rounds=1, load=0.0)
+    find = lambda: bench.targets(None, lambda model: model.engines[:1])
+    if name in peers.OURS:
+        with pytest.raises(peers.Fault, match="wrong: decoding differs"):
+            find()
+    else:
+        assert find()[1][0]["reason"].startswith("wrong: decoding differs")
+
+
 def test_the_last_target_is_skipped_where_memory_does_not_suffice_for_all():
     cpu, names = torch.device("cpu"), ("rodimus-plus-1.6b", "qwen2-1.5b", "rodimus-1.4b")
     bench = harness.Bench("tiny", cpu, torch.float32, names, folder=None, rounds=2, load=0.0)

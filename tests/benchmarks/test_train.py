@@ -61,6 +61,19 @@ def test_a_step_that_cannot_be_recorded_leaves_no_gradients(recorder):
     torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())
 
 
+@pytest.mark.parametrize("engine", bench_train.LAUNCHES)
+def test_a_launch_that_a_model_cannot_do_is_a_reason_of_ours_too(recorder, engine):
+    def refuses():
+        raise RuntimeError("not while recording")
+
+    network = nn.Linear(1, 1)
+    network._no_split_modules = ["Linear"]
+    with pytest.raises(peers.Unavailable, match="not while recording") as found:
+        bench_train.launched(engine, refuses, network)
+    assert not isinstance(found.value, peers.Fault)
+    assert bench_train.launched("dynamic", refuses, network) is refuses
+
+
 def test_a_recorded_qwen2_attends_without_a_dense_mask(monkeypatch):
     masks, attend = [], nn.functional.scaled_dot_product_attention
     note = lambda *args, attn_mask=None, **named: masks.append(attn_mask) or attend(*args, **named)
