@@ -12,8 +12,6 @@ Before anything is timed, values and gradients are compared with float64 on the 
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -27,7 +25,8 @@ from rodimus_kernels import (
 )
 from rodimus_kernels.testing import relative_error
 
-from . import operators, peers, records, sizes
+from . import operators, records, sizes
+from .operators import Call
 
 HEADS = 16
 PEERS = ("flex", "flash", "sdpa")
@@ -50,15 +49,6 @@ POINTS = {
 
 # relative errors: rounding of the weights and of the output to 8 bits; three tf32 products for fp32
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-
-class Call(NamedTuple):
-    """A function to time, how often it runs the operator, and the floor of one run in
-    milliseconds."""
-
-    function: Callable[[], object]
-    runs: int
-    floor_ms: float
 
 
 def flops(what: str, batch: int, length: int, dim: int, window: int) -> int:
@@ -91,18 +81,18 @@ def check(impl: str, dim: int, window: int, device, dtype) -> float:
     return error
 
 
-def sequence_call(what, function, tensors, floor_ms) -> Call:
+def sequence_call(what, function, tensors, floor_ms=None) -> Call:
     """Forward alone, or forward and all gradients."""
     if what == "training":
         leaves = [x.detach().requires_grad_() for x in tensors[:3]]
         train = lambda: torch.autograd.grad(function(*leaves), leaves, tensors[3])
-        return Call(train, 1, floor_ms)
+        return Call(train, floor_ms=floor_ms)
 
     def infer():
         with torch.no_grad():
             function(*tensors[:3])
 
-    return Call(infer, 1, floor_ms)
+    return Call(infer, floor_ms=floor_ms)
 
 
 def repeated(function):
@@ -110,26 +100,20 @@ def repeated(function):
     return lambda q, k, v: function(q, k.repeat(1, 1, HEADS, 1), v)
 
 
-def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call | str]:
-    """Ours and each peer, with the key expanded and copied; a reason where a peer cannot run."""
+def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call]:
+    """Ours, and each peer with the key expanded and copied."""
     attend = functools.partial(shared_key_attention, window_size=window)
-    found: dict[str, Call | str] = {}
+    found = {}
     for name in (impl, *(peer for peer in PEERS if peer != impl)):
         function = functools.partial(attend, impl=name)
-        if name == impl:
-            found[f"{name}/expanded"] = sequence_call(what, function, tensors, floor_ms)
-            continue
-        try:
-            for suffix, one in (("expanded", function), ("repeated", repeated(function))):
-                call = sequence_call(what, one, tensors, floor_ms)
-                peers.guarded(call.function, operators.PEER_LIMIT_SECONDS)
-                found[f"{name}/{suffix}"] = call
-        except peers.Unavailable as reason:
-            found[f"{name}/any"] = str(reason)
+        found[f"{name}/expanded"] = sequence_call(what, function, tensors, floor_ms)
+        if name != impl:
+            copied = repeated(function)
+            found[f"{name}/repeated"] = sequence_call(what, copied, tensors, floor_ms)
     return found
 
 
-def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> dict[str, Call]:
+def decode_calls(batch, rows, dim, window, impl, device, dtype) -> dict[str, Call]:
     """One token over a full window, with plain and with 8-bit values."""
     compiled = device.type == "cuda" and native.is_available("cuda")
     names = dict.fromkeys((impl, *(("native",) if compiled else ()), "reference"))
@@ -139,7 +123,6 @@ def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> di
         q, k, v, _ = make_inputs(batch, 1, dim, device, dtype)
         position = torch.full((batch,), 3 * rows + 7, device=device)
         row_bytes = caches[0].shape[-1] * caches[0].element_size()
-        floor_ms = batch * window * row_bytes / copy_rate / 1e6
         step = functools.partial(shared_key_attention_step, window_size=window)
         calls = {
             name: functools.partial(run_steps, step, (q, k, v), caches, position, name)
@@ -148,7 +131,7 @@ def decode_calls(batch, rows, dim, window, impl, device, dtype, copy_rate) -> di
         exact = calls["reference"]()[0].double()
         for name, call in calls.items():
             assert relative_error(call()[0], exact) <= LIMITS[dtype], f"{label}/{name}"
-            found[f"{label}/{name}"] = Call(call, len(caches), floor_ms)
+            found[f"{label}/{name}"] = Call(call, batch * window * row_bytes, len(caches))
     return found
 
 
@@ -172,18 +155,17 @@ def rings(batch, rows, dim, device, dtype, *, int8) -> list[torch.Tensor]:
     return caches
 
 
-def calls_of(point, bench, impl) -> tuple[dict[str, Call | str], float | None]:
+def calls_of(point, bench, impl) -> tuple[dict[str, Call], float | None]:
     """What is timed at a point, by name, and the error that was found before."""
     what, batch, length, dim, window = point
-    device, dtype, rates = bench.device, bench.dtype, bench.ceilings
+    device, dtype = bench.device, bench.dtype
     if what == "decode":
-        copy_rate = rates["copy_GBps"]
-        return decode_calls(batch, length, dim, window, impl, device, dtype, copy_rate), None
+        return decode_calls(batch, length, dim, window, impl, device, dtype), None
     # torch compiles FlexAttention for each shape, and gives up on a function after eight
     torch.compiler.reset()
     error = check(impl, dim, window, device, dtype)
     tensors = make_inputs(batch, length, dim, device, dtype)
-    floor_ms = flops(what, batch, length, dim, window) / rates["gemm_TFLOPs"] / 1e9
+    floor_ms = flops(what, batch, length, dim, window) / bench.ceilings["gemm_TFLOPs"] / 1e9
     return sequence_calls(what, tensors, window, impl, floor_ms), error
 
 
@@ -194,24 +176,7 @@ def test_attention(bench, benchmark, start, point):
     start(f"attention-{what}", case)
     impl = "triton" if on_gpu else "reference" if what == "decode" else "sdpa"
     calls, error = calls_of(point, bench, impl)
-    timed, peaks, graphs = {}, {}, {}
-    for name, call in list(calls.items()):
-        if isinstance(call, str):
-            continue
-        try:
-            peaks[name] = operators.peak_bytes(call.function, bench.device)
-            graphs[name] = operators.captured(call.function, bench.device)
-            timed[name] = call
-        except Exception as reason:  # a peer that cannot be captured; ours must
-            if not timed:
-                raise
-            calls[name] = f"{type(reason).__name__}: {reason}"
-    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
-    rows = operators.skipped(calls)
-    for name, call in timed.items():
-        rows.append(
-            operators.measured(name, turns, call.floor_ms, calls=call.runs, peak_bytes=peaks[name])
-        )
+    rows, rounds = operators.measure(bench, benchmark, calls)
     settings = {
         "batch": batch,
         "context": length,

@@ -96,7 +96,7 @@ def test_blocks(bench, benchmark, start, point):
     blocks, error = Blocks(batch, rows, bench.scale, bench.device, bench.dtype), 0.0
     exact = blocks.exact().step("reference")
     limit = BUDGET * relative_error(blocks.copied().step("reference"), exact)
-    calls: dict[str, functools.partial | str] = {}
+    calls: dict[str, operators.Call | str] = {}
     for impl in impls_of(bench.device):
         try:
             found = blocks.copied().step(impl)
@@ -108,13 +108,9 @@ def test_blocks(bench, benchmark, start, point):
             continue
         error = max(error, relative_error(found, exact))
         assert error <= limit, f"{impl}: relative error {error:.1e}, expected {limit:.1e} at most"
-        calls[f"blocks/{impl}"] = functools.partial(blocks.step, impl)
-    timed = {name: call for name, call in calls.items() if not isinstance(call, str)}
-    graphs = {name: operators.captured(call, bench.device) for name, call in timed.items()}
-    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
-    floor_ms = blocks.floor_bytes / BLOCKS / bench.ceilings["copy_GBps"] / 1e6
-    facts = {"calls": BLOCKS, "floor_bytes": blocks.floor_bytes // BLOCKS}
-    found = [operators.measured(name, turns, floor_ms, **facts) for name in timed]
+        run = functools.partial(blocks.step, impl)
+        calls[f"blocks/{impl}"] = operators.Call(run, blocks.floor_bytes // BLOCKS, BLOCKS)
+    rows, rounds = operators.measure(bench, benchmark, calls)
     settings = {"batch": batch, "context": rows, "blocks": BLOCKS, "largest_error": error}
     settings |= rounds
-    bench.record("blocks", case, settings, found + operators.skipped(calls))
+    bench.record("blocks", case, settings, rows)

@@ -10,7 +10,6 @@ cache. Before anything is timed, its values and gradients are compared with floa
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -32,7 +31,8 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import operators, peers, records
+from . import operators, records
+from .operators import Call
 
 KEY_DIM, RANK = 64, 32
 
@@ -56,14 +56,6 @@ POINTS = {
 
 # relative errors: rounding of inputs and states to 8 bits; fp32 products are three tf32 ones
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-
-class Call(NamedTuple):
-    """A function to time, the bytes that one run of the operator cannot avoid, and its runs."""
-
-    function: Callable[[], object]
-    floor_bytes: int
-    runs: int = 1
 
 
 def size(*tensors: torch.Tensor) -> int:
@@ -167,8 +159,8 @@ def fla_forward(q, k, v, log_decay):
     return chunk_gla(q, k, v, log_decay, scale=q.shape[-1] ** -0.5)
 
 
-def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | str]:
-    """What is timed at a point, by name; a reason where a peer cannot run."""
+def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call]:
+    """What is timed at a point, by name."""
     if what == "surroundings":
         impls = ("triton", "reference") if on_gpu else ("reference",)
         return {
@@ -178,14 +170,10 @@ def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call | st
         }
     impl = "triton_chunk" if on_gpu else "eager"
     ours = functools.partial(ddts, impl=impl)
-    found: dict[str, Call | str] = {f"ddts/{impl}": PASSES[what](inputs, ours)}
-    peer = PASSES[what](inputs, fla_forward)
-    try:
-        peers.guarded(peer.function, operators.PEER_LIMIT_SECONDS)
-        found["chunk_gla/fla"] = peer
-    except peers.Unavailable as reason:
-        found["chunk_gla/fla"] = str(reason)
-    return found
+    return {
+        f"ddts/{impl}": PASSES[what](inputs, ours),
+        "chunk_gla/fla": PASSES[what](inputs, fla_forward),
+    }
 
 
 def test_ddts(bench, benchmark, start, point):
@@ -202,15 +190,7 @@ def test_ddts(bench, benchmark, start, point):
             narrow = dataclasses.replace(case, value_dim=min(width, 64))
             error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
         calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
-    timed = {name: call for name, call in calls.items() if isinstance(call, Call)}
-    graphs = {name: operators.captured(call.function, bench.device) for name, call in timed.items()}
-    turns, rounds = operators.time_in_turn(bench, benchmark, graphs)
-    copy_rate = bench.ceilings["copy_GBps"]
-    rows = operators.skipped(calls)
-    for target, call in timed.items():
-        floor_ms = call.floor_bytes / copy_rate / 1e6
-        facts = {"calls": call.runs, "floor_bytes": call.floor_bytes}
-        rows.append(operators.measured(target, turns, floor_ms, **facts))
+    rows, rounds = operators.measure(bench, benchmark, calls)
     settings = {
         "batch": batch,
         "context": length,

@@ -1,12 +1,12 @@
 """What the benchmarks of single operators share: graphs of several runs, and rows of a record."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import records, timing
+from . import peers, records, timing
 from .harness import Bench
 
 RUNS_IN_A_GRAPH = 5
@@ -16,6 +16,22 @@ ROTATED_BYTES = 2**28
 
 PEER_LIMIT_SECONDS = 90.0
 """A peer that takes longer to compile and choose among its kernels is skipped."""
+
+
+class Call(NamedTuple):
+    """An operator to time.
+
+    Attributes:
+        function: Runs it.
+        floor_bytes: That one run cannot avoid; its floor is these over the measured copy rate.
+        runs: Of the operator by the function.
+        floor_ms: Of one run, where the floor is no number of bytes.
+    """
+
+    function: Callable[[], object]
+    floor_bytes: int | None = None
+    runs: int = 1
+    floor_ms: float | None = None
 
 
 def rotated(nbytes: int) -> int:
@@ -89,20 +105,41 @@ def busy(spans: list[tuple[str, float, float]], top: int) -> dict[str, Any]:
     return {"kernels": rows, "kernels_ms": total, "idle_ms": idle}
 
 
-def time_in_turn(
-    bench: Bench, benchmark: Any, graphs: Mapping[str, Callable[[], object]]
-) -> tuple[timing.RoundRobin, dict[str, int]]:
-    """Time what :func:`captured` returned, the first as the focus; with the rounds that were run.
+def measure(
+    bench: Bench, benchmark: Any, calls: Mapping[str, Call | str]
+) -> tuple[list[dict], dict[str, int]]:
+    """Time what :func:`captured` returns in turn; a row for each call, and the rounds that were
+    run.
 
     Args:
         bench: The run.
         benchmark: The fixture of pytest-benchmark.
-        graphs: By target.
+        calls: By target, or the reason why one cannot run. The first is the focus and must run;
+            others that fail, once or while they are captured, are skipped.
     """
+    graphs, peaks, rows = {}, {}, []
+    for name, call in calls.items():
+        try:
+            if isinstance(call, str):
+                raise peers.Unavailable(call)
+            peers.guarded(call.function, PEER_LIMIT_SECONDS if graphs else None)
+            peaks[name] = peers.guarded(lambda f=call.function: peak_bytes(f, bench.device))
+            graphs[name] = peers.guarded(lambda f=call.function: captured(f, bench.device))
+        except peers.Unavailable as reason:
+            if not graphs:
+                raise
+            rows.append(records.skipped(name, *name.split("/"), str(reason)))
     turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
     rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
-    return turns, {"rounds": rounds, "warm_up_rounds": warm_up}
+    for name in graphs:
+        _, floor_bytes, runs, floor_ms = calls[name]
+        facts: dict[str, Any] = {"calls": runs, "peak_bytes": peaks[name]}
+        if floor_bytes is not None:
+            floor_ms = floor_bytes / bench.ceilings["copy_GBps"] / 1e6
+            facts["floor_bytes"] = floor_bytes
+        rows.append(measured(name, turns, floor_ms, **facts))
+    return rows, {"rounds": rounds, "warm_up_rounds": warm_up}
 
 
 def measured(
@@ -135,12 +172,3 @@ def measured(
         "floor_share": floor_ms / summary.median,
         **more,
     }
-
-
-def skipped(calls: Mapping[str, Any]) -> list[dict]:
-    """Rows of the calls that are the reason why they could not be made."""
-    return [
-        records.skipped(name, *name.split("/"), reason)
-        for name, reason in calls.items()
-        if isinstance(reason, str)
-    ]

@@ -164,15 +164,15 @@ def run_attention(index: int, impl: str) -> None:
     what, batch, length, dim, window = bench.POINTS["cuda"][index]
     dtype = torch.bfloat16
     if what == "decode":
-        calls = bench.decode_calls(batch, length, dim, window, impl, DEVICE, dtype, 1.0)
+        calls = bench.decode_calls(batch, length, dim, window, impl, DEVICE, dtype)
         for call in calls.values():
             call.function()
         return
     tensors = bench.make_inputs(batch, length, dim, DEVICE, dtype)
     attend = functools.partial(shared_key_attention, window_size=window, impl=impl)
-    bench.sequence_call(what, attend, tensors, 1.0).function()
+    bench.sequence_call(what, attend, tensors).function()
     if impl != "triton":
-        bench.sequence_call(what, bench.repeated(attend), tensors, 1.0).function()
+        bench.sequence_call(what, bench.repeated(attend), tensors).function()
 
 
 def run_model(name: str) -> None:
