@@ -305,8 +305,8 @@ class Bench:
         """
         earlier = None
         if self.sittings > 1:
-            found = (r for r in self._recorded(group, case) if "sittings" in r["settings"])
-            earlier = next(found, None)
+            found = [r for r in self._recorded(group, case) if "sittings" in r["settings"]]
+            earlier = max(found, key=lambda r: len(r["settings"]["sittings"]), default=None)
         rows, used = self.time_targets(
             benchmark, targets, skipped, tokens=tokens, rounds=rounds, earlier=earlier
         )

@@ -284,10 +284,11 @@ class Fixture:
             target()
 
 
-def sit(folder, names, load=0.0, copy_rate=10.0):
+def sit(folder, names, load=0.0, copy_rate=10.0, kept=None):
     """One sitting of two rounds; its record."""
     cpu = torch.device("cpu")
-    bench = harness.Bench("tiny", cpu, torch.float32, names, folder, rounds=2, load=load)
+    run = {"rounds": 2, "load": load, "kept": kept}
+    bench = harness.Bench("tiny", cpu, torch.float32, names, folder, **run)
     bench.sittings, bench._ceilings = 3, {"copy_GBps": copy_rate}
     make = lambda model: harness.Target(model, "dynamic", int)
     targets = [make(bench.model(name)) for name in names]
@@ -302,6 +303,18 @@ def test_nothing_stays_of_sittings_with_other_targets(tmp_path, monkeypatch):
     assert record["settings"]["sittings"] == [2]
     assert record["ceilings"] == {"copy_GBps": 100.0}
     assert not any("took 9.0" in warning for warning in record["warnings"])
+
+
+def test_the_record_with_most_sittings_is_continued(tmp_path, monkeypatch):
+    monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
+    names, folders = ("rodimus-1.4b",), [tmp_path / name for name in "ab"]
+    for folder in (folders[0], *2 * folders[1:]):
+        sit(folder, names)
+    for folder in folders:
+        (kept,) = {*folders} - {folder}
+        with monkeypatch.context() as patched:
+            patched.setattr(records, "write", lambda *_: None)
+            assert sit(folder, names, kept=kept)["settings"]["sittings"] == [2, 2, 2]
 
 
 def test_a_record_tells_of_the_busiest_of_its_sittings(tmp_path, monkeypatch):
