@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import random
 import tempfile
@@ -14,14 +15,24 @@ import torch
 from . import operators, peers
 from .harness import Bench, Target, dtype_name
 
-# (batch, length)
+
+def points(memory_bytes: float) -> list[tuple[int, int]]:
+    """Batch and length of steps of 16,384 tokens, half as many on a GPU of 80 GB: beside the
+    weights of every model it has no room for more."""
+    tokens = 16384 if memory_bytes >= 100e9 else 8192
+    return [*dict.fromkeys((tokens // n, n) for n in (4096, tokens, 2048, 8192))]
+
+
 POINTS = {
     "tiny": [(2, 64)],
     # a step of a 1.5B model takes minutes and 20 GB on a CPU
     "cpu": [],
-    "cuda": [(4, 4096), (1, 16384), (8, 2048), (2, 8192)],
+    "cuda": points(
+        torch.cuda.get_device_properties(0).total_memory
+        if torch.cuda.is_available()
+        else float("inf")
+    ),
 }
-
 
 LAUNCHES = ("compiled", "recorded")
 """How else a step may be launched on a GPU: from compiled blocks, and as one recorded graph."""
@@ -204,6 +215,17 @@ def write_documents(folder: Path, vocab_size: int, batch: int, length: int) -> N
     writer.close(**about, tokenizer_sha256="none", source="random tokens")
 
 
+def alone(bench: Bench, name: str) -> Bench:
+    """The run with one model; the others leave the memory, and are loaded again when they are asked
+    for."""
+    for other in bench.models.keys() - {name}:
+        del bench.models[other]
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return dataclasses.replace(bench, names=(name,))
+
+
 @contextlib.contextmanager
 def _put_back(bench: Bench) -> Iterator[None]:
     """Afterwards every model decodes again, those too whose step failed."""
@@ -257,13 +279,13 @@ def test_launches(bench, benchmark, start, name):
     batch, length = POINTS["tiny" if bench.scale == "tiny" else "cuda"][0]
     case = f"{bench.case(batch, length)}-{name}"
     start("launch", case)
-    alone, optimizers = dataclasses.replace(bench, names=(name,)), {}
+    one, optimizers = alone(bench, name), {}
     with _put_back(bench):
-        found = alone.targets(
-            lambda model, engine: prepare(alone, model, engine, batch, length, optimizers),
+        found = one.targets(
+            lambda model, engine: prepare(one, model, engine, batch, length, optimizers),
             lambda model: (*model.engines[:1], *LAUNCHES),
         )
-        _measure(alone, benchmark, found, batch, length, "launch", case)
+        _measure(one, benchmark, found, batch, length, "launch", case)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -275,14 +297,14 @@ def test_trainer(bench, benchmark, start, name):
     batch, length = POINTS["tiny" if bench.scale == "tiny" else "cuda"][0]
     case = f"{bench.case(batch, length)}-{name}"
     start(TRAINER, case)
-    alone = dataclasses.replace(bench, names=(name,))
+    one = alone(bench, name)
     with _put_back(bench), contextlib.ExitStack() as opened:
 
         def target(model: peers.Model, engine: str) -> Target:
             if engine == TRAINER:
-                return opened.enter_context(in_trainer(alone, model, batch, length))
-            return prepare(alone, model, engine, batch, length)
+                return opened.enter_context(in_trainer(one, model, batch, length))
+            return prepare(one, model, engine, batch, length)
 
-        found = alone.targets(target, lambda model: (*model.engines[:1], TRAINER))
-        rows = _measure(alone, benchmark, found, batch, length, TRAINER, case)
+        found = one.targets(target, lambda model: (*model.engines[:1], TRAINER))
+        rows = _measure(one, benchmark, found, batch, length, TRAINER, case)
     assert all(row["status"] == "measured" for row in rows) or bench.scale == "full"

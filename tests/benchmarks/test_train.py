@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_train, operators, peers
+from benchmarks import bench_train, harness, operators, peers
 from rodimus import RodimusConfig, RodimusForCausalLM
 from tests.model.helpers import config_of
 
@@ -59,6 +59,22 @@ def test_a_step_that_cannot_be_recorded_leaves_no_gradients(recorder):
         bench_train.recorded(step, network)
     assert network.weight.grad is None
     torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream())
+
+
+def test_a_step_alone_leaves_no_other_model_in_memory():
+    cpu, names = torch.device("cpu"), ("qwen2-1.5b", "rodimus-1.4b")
+    bench = harness.Bench("tiny", cpu, torch.float32, names, None, rounds=1, load=0.0)
+    other = weakref.ref(bench.model("qwen2-1.5b"))
+    kept = bench.model("rodimus-1.4b")
+    alone = bench_train.alone(bench, "rodimus-1.4b")
+    gc.collect()
+    assert alone.names == ("rodimus-1.4b",) and other() is None
+    assert bench.models == {"rodimus-1.4b": kept}
+
+
+def test_a_gpu_of_80_gb_trains_on_half_the_tokens():
+    assert bench_train.points(140 * 10**9) == [(4, 4096), (1, 16384), (8, 2048), (2, 8192)]
+    assert bench_train.points(80 * 10**9) == [(2, 4096), (1, 8192), (4, 2048)]
 
 
 @pytest.mark.parametrize("engine", bench_train.LAUNCHES)
