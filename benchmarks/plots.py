@@ -28,17 +28,22 @@ STYLES = {
 }
 
 
+def _alike(found: list[Record], group: str, **settings: Any) -> list[Record]:
+    """The records of a group whose settings agree: in bfloat16, of weights that are not rounded."""
+    settings = {"weights": None, "dtype": "bfloat16", **settings}
+    return [
+        record
+        for record in found
+        if record["group"] == group
+        and all(record["settings"].get(name) == value for name, value in settings.items())
+    ]
+
+
 def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) -> Points:
-    """Best ``y`` of each model over setting ``x``, in the records whose settings agree: of weights
-    that are not rounded."""
-    settings = {"weights": None, **settings}
+    """Best ``y`` of each model over setting ``x``, in records that are alike."""
     best = min if y.endswith("_ms") else max
     points: Points = {}
-    for record in found:
-        if record["group"] != group or any(
-            record["settings"].get(name) != value for name, value in settings.items()
-        ):
-            continue
+    for record in _alike(found, group, **settings):
         for row in measured(record):
             if y in row:
                 line = points.setdefault(model_of(row), {})
@@ -93,17 +98,13 @@ def decode_latency(found: list[Record], axes: Any) -> None:
 
 def _read_rates(found: list[Record]) -> list[float]:
     """GB/s of the memory while each context of batch 1 was timed, where a read took its turn."""
-    asked = [r["settings"] for r in found if r["group"] == "decode"]
-    reads = [
-        settings[READ]
-        for settings in asked
-        if READ in settings and settings["batch"] == 1 and "weights" not in settings
-    ]
+    asked = [record["settings"] for record in _alike(found, "decode", batch=1)]
+    reads = [settings[READ] for settings in asked if READ in settings]
     return [read["bytes"] / median(read["samples"]["wall_ms"]) / 1e6 for read in reads]
 
 
 def decode_throughput(found: list[Record], axes: Any) -> None:
-    """Tokens a second over the batch, at the context with most batches."""
+    """Tokens a second over the batch, at 4096 tokens of context."""
     _draw(axes, _measured(found, "decode", "batch", "tokens_per_s", context=4096))
     _finish(axes, "Decoding at 4096 tokens of context", "batch", "tokens a second")
 
@@ -218,12 +219,7 @@ def _says_more_than_a_point(name: str, group: str, found: list[Record]) -> bool:
         return len(_recall_records(found)) > 1
     axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
     axis, fixed = axes.get(name, ("context", {"batch": 1}))
-    places = {
-        record["settings"][axis]
-        for record in found
-        if record["group"] == group
-        and all(record["settings"].get(key) == value for key, value in fixed.items())
-    }
+    places = {record["settings"][axis] for record in _alike(found, group, **fixed)}
     return len(places) > 1 or name == "state_memory" and bool(places)
 
 

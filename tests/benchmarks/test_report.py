@@ -247,3 +247,18 @@ def test_contexts_timed_at_other_rates_are_not_to_be_compared(faster, told):
         record["settings"]["memory_read"] = read
     plots.decode_latency(found, axes)
     assert ("memory read 40 to 60 GB/s: compare at one context" in axes.get_title()) == told
+
+
+def test_a_picture_shows_one_dtype():
+    """A line through bfloat16 and float32 would show the dtype, not the axis."""
+    read = lambda time: {"bytes": 10**9, "samples": {"wall_ms": [time] * 3}}
+    whole = [decode(f"b{n}", FAST, PEER, batch=n, context=4096) for n in (1, 2)]
+    others = [decode(f"o{n}", [x / 9 for x in FAST], PEER, batch=n, context=4096) for n in (1, 3)]
+    for time, record in zip((9.0, 9.0, 1.0, 1.0), whole + others, strict=True):
+        record["settings"]["memory_read"] = read(time)
+    for record in others:
+        record["settings"]["dtype"] = "float32"
+    throughput = lambda found: plots._measured(found, "decode", "batch", "tokens_per_s")
+    latency = lambda found: plots._measured(found, "decode", "context", "median_ms", batch=1)
+    for what in (throughput, latency, plots._read_rates, plots.names):
+        assert what(whole[:1] + others) == what(whole[:1])
