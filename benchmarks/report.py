@@ -41,10 +41,11 @@ covers that median at 95 % (given enough rounds). Where a case was timed in seve
 some time apart, the interval holds 95 % of all their rounds. Above 1 ours is faster.
 Claims are of `engine` where it was timed, against the fastest engine of a peer.
 
-The bandwidth bound is the time to read weights, state and KV cache once. Where a record
-holds a memory read interleaved with the models, shares are of its bandwidth; all others
-are of rates measured once per run. On a machine whose speed changes in between they are
-off, even past 100 %.
+The bandwidth bound is the time to read weights and KV cache once and the state twice, for
+it is read and written. Where a record holds a memory read interleaved with the models,
+shares are of its bandwidth; all others are of rates measured once per run. On a machine
+whose speed changes in between they are off, even past 100 %; so is, on a GPU, a call that
+only reads: the rate is a copy's, and a read is faster.
 
 Load is how many cores other programs kept busy, before a run and beside a case. In older
 records it is the load average, which a run's own work raises; their warnings say so.
