@@ -1,8 +1,9 @@
 """Networks of the quality experiments: one layer with five gates, and the real models.
 
-The ablation changes nothing but the gate: projections, convolution, state size, initialisation,
-normalisation and the count of parameters are the same to the last tensor. What a gate does not use
-it carries along.
+The ablation changes the gate and, with that of Rodimus, the key: its formula divides the key by its
+norm, the others write it as it is projected, so the two effects are not told apart. Projections,
+convolution, state size, initialisation and the count of parameters are the same to the last tensor.
+What a gate does not use it carries along.
 """
 
 from __future__ import annotations
