@@ -2045,7 +2045,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         if is_step and _is_untouched(self.lm_head) and self.lm_head.bias is None:
             weight = decode_weight(self.lm_head.weight)
             is_plain = type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype
-            if is_plain or type(weight) is Int8Weight:
+            if is_plain or (type(weight) is Int8Weight and hidden_states.device.type == "cpu"):
                 return linear_step(hidden_states.squeeze(1), weight).unsqueeze(1)
         return self.lm_head(hidden_states)
 

@@ -49,8 +49,14 @@ def linear_step(
     check_same_device("x", x, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":
-            small = 1 <= x.shape[0] <= native.MAX_ROWS
-            impl = choose_compiled("eager", x, weight, bias) if small else "eager"
+            rows = x.shape[0]
+            impl = choose_compiled("eager", x, weight, bias) if rows else "eager"
+            if impl == "native" and rows > native.MAX_ROWS:
+                if type(weight) is Int8Weight:
+                    # widening 8-bit weights takes longer than reading them a few times
+                    parts = x.split(native.MAX_ROWS)
+                    return torch.cat([linear_step(part, weight, bias) for part in parts])
+                impl = "eager"
         return load("linear_step", impl, _IMPLS)(x, weight, bias)
 
 

@@ -279,6 +279,15 @@ def test_every_linear_step_of_8_bit_weights_agrees(dtype, impl):
         assert relative_error(y, exact) < (LIMIT if dtype == torch.float32 else 8e-3)
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_the_native_form_takes_meet_8_bit_weights_in_it(dtype):
+    """Each as it would alone."""
+    operator, _, (x, values, scale, bias), *_ = int8_linear_step(dtype, 19, 33, 70)
+    alone = [operator(row[None], values, scale, bias, impl="native") for row in x]
+    assert torch.equal(operator(x, values, scale, bias), torch.cat(alone))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sums_of_8_bit_weights_are_rounded_once(dtype):
     """After the scale, so that a sum which float16 cannot hold is no infinity."""
