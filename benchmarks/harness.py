@@ -479,14 +479,15 @@ def _join(turns: timing.RoundRobin, earlier: dict[str, Any] | None) -> dict[str,
     return earlier
 
 
-def _rounded(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
+def _clocks(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
     """The samples of a target by the clocks that the machine has."""
     columns = {clock: turns.column(name, clock) for clock in timing.Sample._fields}
-    return {
-        clock: [round(x, 6) for x in column]
-        for clock, column in columns.items()
-        if column[0] is not None
-    }
+    return {clock: column for clock, column in columns.items() if column[0] is not None}
+
+
+def _rounded(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
+    """What ``_clocks`` gives, as a record has it."""
+    return {clock: [round(x, 6) for x in column] for clock, column in _clocks(turns, name).items()}
 
 
 def _columns(row: dict[str, Any]) -> list[list[float | None]]:
@@ -508,17 +509,16 @@ def _best_baselines(targets: list[Target], turns: timing.RoundRobin) -> dict[str
 def _timed_row(
     target: Target, turns: timing.RoundRobin, references: Mapping[str, str], tokens: int
 ) -> dict[str, Any]:
-    clocks = [clock for clock in timing.Sample._fields if turns.column(target.name, clock)[0]]
+    clocks = _clocks(turns, target.name)
     wall = turns.summary(target.name)
     ratios = {
         f"{kind}ratio_to_{name}": list(
-            timing.ratio(
-                turns.column(label, clock), turns.column(target.name, clock), turns.sittings
-            )
+            timing.ratio(turns.column(label, clock), clocks[clock], turns.sittings)
         )
         for name, label in references.items()
         for kind, clock in (("", "wall_ms"), ("cpu_", "cpu_ms"))
-        if clock in clocks
+        # CPU time is counted in steps that a short call may not reach
+        if all(clocks[clock])
     }
     medians = {
         f"median_{clock}": turns.summary(target.name, clock).median

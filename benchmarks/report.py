@@ -364,8 +364,8 @@ def _ratio(row: Row, baseline: str) -> str:
     """By the wall, and by CPU time, which other programs on the machine disturb less."""
     if f"ratio_to_{baseline}" not in row:
         return ""
-    by_cpu = row[f"cpu_ratio_to_{baseline}"][0]
-    return f"{interval(row[f'ratio_to_{baseline}'])}, CPU {by_cpu:.2f}x"
+    by_cpu = row.get(f"cpu_ratio_to_{baseline}")
+    return interval(row[f"ratio_to_{baseline}"]) + (f", CPU {by_cpu[0]:.2f}x" if by_cpu else "")
 
 
 def _share(row: Row, steps: int) -> str:

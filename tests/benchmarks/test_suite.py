@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, machine, peers, records, timing
+from benchmarks import harness, machine, peers, records, report, timing
 
 FILES = [
     "bench_decode.py",
@@ -402,3 +402,17 @@ def test_a_commit_during_a_run_is_not_that_of_its_records(tmp_path, monkeypatch)
     record = bench.record("decode", "case", {}, [measured("rodimus-1.4b")])
     assert record["machine"]["commit"] == "first"
     assert bench.done("decode", "case")
+
+
+def test_a_clock_that_begins_at_zero_is_a_clock():
+    """CPU time is counted in steps that a short call may not reach."""
+    cpu = torch.device("cpu")
+    bench = harness.Bench("tiny", cpu, torch.float32, ("qwen2-1.5b",), None, rounds=2, load=0.0)
+    target = harness.Target(bench.model("qwen2-1.5b"), "dynamic", int)
+    turns = timing.RoundRobin({target.name: int}, cpu, target.name)
+    turns.samples[target.name] = [timing.Sample(1.0, x, None) for x in (0.0, 1.0, 1.0)]
+    row = harness._timed_row(target, turns, {"qwen2-1.5b": target.name}, tokens=1)
+    assert row["samples"]["cpu_ms"] == [0.0, 1.0, 1.0] and row["median_cpu_ms"] == 1.0
+    assert "ratio_to_qwen2-1.5b" in row and "median_device_ms" not in row
+    assert "cpu_ratio_to_qwen2-1.5b" not in row, "nothing is so many times zero"
+    assert report._ratio(row, "qwen2-1.5b") == "1.00x (1.00 .. 1.00)"
