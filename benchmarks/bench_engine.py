@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from . import peers, records, timing
-from .harness import Bench, reason_of
+from .harness import Bench, skipped_row
 
 # (clients, prompt, new tokens)
 POINTS = {
@@ -91,9 +91,7 @@ def test_engine(bench, start, point):
         try:
             rows.append(peers.guarded(lambda n=name: measure(bench, n, *point)))
         except peers.Unavailable as reason:
-            family = peers.entry(name).family
-            text = reason_of(name, reason)
-            rows.append(records.skipped(f"{name}/engine", family, "engine", text))
+            rows.append(skipped_row(f"{name}/engine", "engine", reason))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     settings = {"batch": clients, "context": length, "new_tokens": new_tokens}

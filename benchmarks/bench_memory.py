@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import machine, peers, records
-from .harness import Bench, reason_of
+from .harness import Bench, skipped_row
 
 # (batch, context)
 POINTS = {
@@ -72,8 +72,7 @@ def test_memory(bench, start, point):
             with torch.inference_mode():
                 rows.append(peers.guarded(lambda m=model: measure(bench, m, batch, context)))
         except peers.Unavailable as reason:
-            family = peers.entry(name).family
-            rows.append(records.skipped(name, family, "any", reason_of(name, reason)))
+            rows.append(skipped_row(name, "any", reason))
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     free = machine.memory_bytes(bench.device)

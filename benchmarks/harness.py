@@ -42,11 +42,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def reason_of(name: str, found: peers.Unavailable) -> str:
-    """Why a model is skipped. What is wrong with a peer is its row; a fault of ours is raised."""
-    if name in peers.OURS and isinstance(found, peers.Fault):
-        raise found
-    return str(found)
+def skipped_row(label: str, engine: str, found: peers.Unavailable) -> dict[str, Any]:
+    """The row of a model, or of one in an engine, that could not be measured."""
+    name = label.partition("/")[0]
+    is_fault = name in peers.OURS and isinstance(found, peers.Fault)
+    family = peers.entry(name).family
+    return records.skipped(label, family, engine, str(found), is_fault=is_fault)
 
 
 @dataclasses.dataclass
@@ -120,8 +121,8 @@ class Bench:
     again: bool = False
     sittings: int = 1
     in_8_bits: bool = False
-    models: dict[str, peers.Model | str] = dataclasses.field(default_factory=dict)
-    checked: dict[str, float | str] = dataclasses.field(default_factory=dict)
+    models: dict[str, peers.Model | peers.Unavailable] = dataclasses.field(default_factory=dict)
+    checked: dict[str, float | peers.Unavailable] = dataclasses.field(default_factory=dict)
     # that of the code that was imported, whatever is committed while it runs
     commit: dict[str, Any] = dataclasses.field(default_factory=lambda: machine.commit())
     _ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -145,7 +146,7 @@ class Bench:
         """A model with random weights, loaded at its first use.
 
         Raises:
-            peers.Unavailable: it cannot be loaded here; a Fault where it is ours and fails.
+            peers.Unavailable: it cannot be loaded here.
         """
         if name not in self.models:
             try:
@@ -156,10 +157,10 @@ class Bench:
                         lambda: peers.load(*what, in_8_bits=self.in_8_bits)
                     )
             except peers.Unavailable as reason:
-                self.models[name] = reason_of(name, reason)
+                self.models[name] = reason.copy()
         found = self.models[name]
-        if isinstance(found, str):
-            raise peers.Unavailable(found)
+        if isinstance(found, peers.Unavailable):
+            raise found.copy()
         return found
 
     def done(self, group: str, case: str, names: Iterable[str] = ()) -> bool:
@@ -173,8 +174,8 @@ class Bench:
         return False
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
-        """Records of this machine, versions and code in which anything was measured; none where
-        everything is measured again."""
+        """Records of this machine, versions and code in which anything was measured and no model of
+        ours failed; none where everything is measured again."""
         here = machine.describe(self.device) | self.commit
         folders = {self.folder, self.kept} if not self.again else set()
         return [
@@ -185,6 +186,7 @@ class Bench:
             if (r["group"], r["case"]) == (group, case)
             and machine.are_alike(here, r["machine"])
             and records.measured(r)
+            and not records.faults(r)
         ]
 
     def targets(
@@ -197,22 +199,16 @@ class Bench:
         Args:
             prepare: Makes a target; it is called once untimed, so that what fails fails here.
             engines: The engines of a model that take part.
-
-        Raises:
-            peers.Fault: a model of ours fails or is wrong; one that is too slow or has too little
-                room has a row, as every peer that cannot.
         """
         ready, rows = [], []
         for name in self.names:
-            family = peers.entry(name).family
             try:
                 model = self.model(name)
+                if not (taking_part := engines(model)):
+                    raise peers.Unavailable("none of its engines does this")
             except peers.Unavailable as reason:
-                rows.append(records.skipped(name, family, "any", reason_of(name, reason)))
+                rows.append(skipped_row(name, "any", reason))
                 continue
-            taking_part = engines(model)
-            if not taking_part:
-                rows.append(records.skipped(name, family, "any", "none of its engines does this"))
             for engine in taking_part:
                 label = f"{name}/{engine}"
                 try:
@@ -223,10 +219,9 @@ class Bench:
                         )
                     )
                 except peers.Unavailable as reason:
-                    text = reason_of(name, reason)
                     # what failed, or was interrupted, would be again
-                    self.checked.setdefault(label, text)
-                    rows.append(records.skipped(label, family, engine, text))
+                    self.checked.setdefault(label, reason.copy())
+                    rows.append(skipped_row(label, engine, reason))
         return ready, rows
 
     def _prepared(
@@ -256,8 +251,8 @@ class Bench:
         if label not in self.checked:
             self.checked[label] = peers.guarded(lambda: self._disagreement(model, engine))
         error = self.checked[label]
-        if isinstance(error, str):
-            raise peers.Unavailable(error)
+        if isinstance(error, peers.Unavailable):
+            raise error.copy()
         limit = DISAGREEMENT_LIMITS[self.dtype]
         if not error <= limit:
             raise peers.Fault(
@@ -425,7 +420,11 @@ class Bench:
     ) -> dict[str, Any]:
         """Make a record of this run and of the sittings before it; write it, if the run has a
         folder and anything was measured: a fault of the GPU must not replace what it found
-        before."""
+        before.
+
+        Raises:
+            peers.Fault: a model of ours fails or is wrong; what was measured beside it is written.
+        """
         load = self.load, self._others.cores()
         self._others.start()
         warnings = machine.disturbances(*load)
@@ -450,6 +449,8 @@ class Bench:
         )
         if self.folder is not None and records.measured(record):
             records.write(record, self.folder)
+        if faults := records.faults(record):
+            raise peers.Fault("; ".join(faults))
         return record
 
     @property

@@ -77,15 +77,24 @@ def make(
     return record
 
 
-def skipped(target: str, family: str, engine: str, reason: str) -> dict[str, Any]:
-    """The row of a target that could not be measured, and why."""
-    return {
+def skipped(
+    target: str, family: str, engine: str, reason: str, *, is_fault: bool = False
+) -> dict[str, Any]:
+    """The row of a target that could not be measured, and why; of a model of ours that fails, its
+    fault."""
+    row = {
         "target": target,
         "family": family,
         "engine": engine,
         "status": "skipped",
         "reason": reason,
     }
+    return row | {"fault": True} if is_fault else row
+
+
+def faults(record: Mapping[str, Any]) -> list[str]:
+    """What is wrong with models of ours, by target."""
+    return [f"{row['target']}: {row['reason']}" for row in record["rows"] if row.get("fault")]
 
 
 def measured(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,10 @@ import torch
 class Unavailable(Exception):
     """A model or engine that cannot run here; the message is the reason for the record."""
 
+    def copy(self) -> Unavailable:
+        """To be kept: one that was raised holds what was on the stack, a model's memory too."""
+        return type(self)(*self.args)
+
 
 class Fault(Unavailable):
     """It is here and fails, or gives wrong numbers: no reason for a model of ours."""

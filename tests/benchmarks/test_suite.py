@@ -184,20 +184,25 @@ def test_a_target_that_takes_too_long_is_skipped(monkeypatch):
     ids=["fault", "memory"],
 )
 @pytest.mark.parametrize("name", ["rodimus-1.4b", "qwen2-1.5b"])
-def test_a_fault_of_ours_is_raised_and_one_of_a_peer_is_its_reason(name, error, is_fault):
+def test_a_fault_of_ours_fails_its_case_after_the_record(tmp_path, name, error, is_fault):
+    """One of a peer is its reason alone; the case of ours is not done."""
+
     def prepare(model, engine):
         raise error
 
     cpu = torch.device("cpu")
-    bench = harness.Bench("tiny", cpu, torch.float32, (name,), folder=None, rounds=1, load=0.0)
-    find = lambda: bench.targets(prepare, lambda model: model.engines[:1])
-    if is_fault and name in peers.OURS:
-        for _ in range(2):
-            with pytest.raises(peers.Fault, match="KeyError: 'lost'"):
-                find()
-    else:
-        _, (row,) = find()
+    bench = harness.Bench("tiny", cpu, torch.float32, (name,), folder=tmp_path, rounds=1, load=0.0)
+    for _ in range(2):
+        _, (row,) = bench.targets(prepare, lambda model: model.engines[:1])
         assert row["reason"].startswith(type(error).__name__)
+    rows = [row, measured("rwkv6-1.6b")]
+    if is_fault and name in peers.OURS:
+        with pytest.raises(peers.Fault, match=f"{name}/.*: KeyError: 'lost'"):
+            bench.record("decode", "case", {}, rows)
+    else:
+        bench.record("decode", "case", {}, rows)
+    assert (tmp_path / "decode-case.json").is_file()
+    assert bench.done("decode", "case") != (is_fault and name in peers.OURS)
 
 
 @pytest.mark.parametrize("name", ["rodimus-1.4b", "qwen2-1.5b"])
@@ -205,12 +210,10 @@ def test_ours_that_decodes_wrongly_is_no_skipped_row(monkeypatch, name):
     monkeypatch.setattr(peers, "disagreement", lambda *_: 0.5)
     cpu = torch.device("cpu")
     bench = harness.Bench("tiny", cpu, torch.float32, (name,), folder=None, rounds=1, load=0.0)
-    find = lambda: bench.targets(None, lambda model: model.engines[:1])
-    if name in peers.OURS:
-        with pytest.raises(peers.Fault, match="wrong: decoding differs"):
-            find()
-    else:
-        assert find()[1][0]["reason"].startswith("wrong: decoding differs")
+    for _ in range(2):
+        _, (row,) = bench.targets(None, lambda model: model.engines[:1])
+        assert row["reason"].startswith("wrong: decoding differs")
+        assert row.get("fault", False) == (name in peers.OURS)
 
 
 def test_the_last_target_is_skipped_where_memory_does_not_suffice_for_all():
