@@ -50,13 +50,12 @@ def linear_step(
     with torch.no_grad():
         if impl == "auto":
             rows = x.shape[0]
-            impl = choose_compiled("eager", x, weight, bias) if rows else "eager"
+            suits = 1 <= rows and (rows <= native.MAX_ROWS or type(weight) is Int8Weight)
+            impl = choose_compiled("eager", x, weight, bias) if suits else "eager"
             if impl == "native" and rows > native.MAX_ROWS:
-                if type(weight) is Int8Weight:
-                    # widening 8-bit weights takes longer than reading them a few times
-                    parts = x.split(native.MAX_ROWS)
-                    return torch.cat([linear_step(part, weight, bias) for part in parts])
-                impl = "eager"
+                # widening 8-bit weights takes longer than reading them a few times
+                parts = x.split(native.MAX_ROWS)
+                return torch.cat([linear_step(part, weight, bias) for part in parts])
         return load("linear_step", impl, _IMPLS)(x, weight, bias)
 
 
