@@ -185,22 +185,17 @@ def test_tokens_that_a_hook_rules_out_have_logprobs_that_are_json():
             assert values[2:] == [-9999.0] * 2
 
 
-def test_tokens_have_the_blank_that_they_begin_with():
+@pytest.mark.parametrize(
+    ("tokenizer", "name"), [(word_tokenizer, " two"), (cleaning_tokenizer, " .")]
+)
+def test_tokens_have_the_blank_that_they_begin_with(tokenizer, name):
+    """Which decoding leaves out of a first one, or by default before a full stop."""
     model = text_model()
     model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, torch.tensor([1]), 1e4))
-    with serving(engine=Engine(model, word_tokenizer())) as (client, _, _):
+    with serving(engine=Engine(model, tokenizer())) as (client, _, _):
         _, answer = client.complete([0], max_tokens=2, logprobs=0)
         (choice,) = answer["choices"]
-        assert choice["text"] == " two two" and choice["logprobs"]["tokens"] == [" two"] * 2
-
-
-def test_tokens_keep_the_blank_that_decoding_takes_away_by_default():
-    model = text_model()
-    model.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, torch.tensor([1]), 1e4))
-    with serving(engine=Engine(model, cleaning_tokenizer())) as (client, _, _):
-        _, answer = client.complete([0], max_tokens=2, logprobs=0)
-        (choice,) = answer["choices"]
-        assert choice["text"] == " . ." and choice["logprobs"]["tokens"] == [" ."] * 2
+        assert choice["text"] == 2 * name and choice["logprobs"]["tokens"] == [name] * 2
 
 
 @contextlib.contextmanager

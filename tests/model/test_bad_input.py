@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 
 from rodimus import RodimusConfig, RodimusForCausalLM
 from tests.model.golden_data import GOLDENS, golden_config, relative_max_error
-from tests.model.helpers import model_of, oracle_of, random_ids
+from tests.model.helpers import oracle_of, random_ids
 from tests.model.ways import full
 
 # ---------------------------------------------------------------------------------- configuration
@@ -73,6 +74,14 @@ def test_options_that_replace_others_unasked(name, key):
     config = RodimusConfig.from_pretrained(GOLDENS / "rodimus_plus")
     getattr(config, name)[key] = 16
     config.check()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_from_pretrained_names_a_file_that_is_missing(tmp_path, missing):
+    (other,) = {"config.json", "model.safetensors"} - {missing}
+    shutil.copyfile(GOLDENS / "rodimus_plus" / other, tmp_path / other)
+    with pytest.raises(OSError, match=missing):
+        RodimusForCausalLM.from_pretrained(tmp_path)
 
 
 def test_configuration_of_flash_linear_attention():
@@ -157,9 +166,8 @@ def test_positions_of_a_wrong_shape(model, shape):
     [[0, 5, 3, 12], [0, 5, 11], [0, 5, 13], [1, 5, 12], [0], [[0, 12]], [0.0, 5.0, 12.0]],
     ids=str,
 )
-def test_boundaries_that_are_none(name, boundaries):
+def test_boundaries_that_are_none(model, name, boundaries):
     """From 0 to the length, never falling, integers, one dimension."""
-    model = model_of("rodimus_plus")
     with pytest.raises(ValueError, match=f"{name}|cu_seqlens"):
         model(random_ids(1, 12), use_cache=False, **{name: torch.tensor(boundaries)})
 
