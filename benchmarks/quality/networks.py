@@ -1,9 +1,8 @@
 """Networks of the quality experiments: one layer with five gates, and the real models.
 
-The ablation changes the gate and, with that of Rodimus, the key: its formula divides the key by its
-norm, the others write it as it is projected, so the two effects are not told apart. Projections,
-convolution, state size, initialisation and the count of parameters are the same to the last tensor.
-What a gate does not use it carries along.
+The ablation changes the gate alone. Projections, the key's norm, convolution, state size,
+initialisation and the count of parameters are the same to the last tensor. What a gate does not use
+it carries along.
 """
 
 from __future__ import annotations
@@ -48,7 +47,10 @@ class Shape(NamedTuple):
 def gate(
     kind: str, k: torch.Tensor, select: torch.Tensor, temper: torch.Tensor, rate: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Written key and log-decay of each gate, ``[B, T, K]`` each.
+    """Written key and log-decay of each gate, ``[B, T, K]`` each, in float32.
+
+    Every gate writes keys of unit length, as the formula of Rodimus does: beside it, the models of
+    those names would differ in two things at once.
 
     rodimus: tempered selection (arXiv 2410.06577); gla: log-sigmoid / 16 (arXiv 2312.06635);
     mamba2: one decay a token, its step size scales the key (arXiv 2405.21060); rwkv6: exp(-exp(w))
@@ -56,6 +58,7 @@ def gate(
     """
     if kind == "rodimus":
         return ops.ddts_gates(k, select, temper)
+    k = F.normalize(k.float(), dim=-1)
     if kind == "gla":
         return k, F.logsigmoid(select + 4) / 16
     if kind == "mamba2":
@@ -106,7 +109,7 @@ class GatedMixer(nn.Module):
         select, temper = self.mem_gate(shifted).float().chunk(2, -1)
         k, log_decay = gate(self.kind, k, select, temper, self.log_rate)
         v = self.value_gate(u) * u
-        one_head = (y.unsqueeze(2) for y in (q, k.to(q.dtype), v, log_decay.float()))
+        one_head = (y.unsqueeze(2) for y in (q, k.to(q.dtype), v, log_decay))
         o, _ = ops.ddts(*one_head)
         y = ops.gated_rms_norm(
             o.squeeze(2),

@@ -90,6 +90,14 @@ def test_no_gate_grows_the_state(gate):
     assert (log_decay <= 0).all() and log_decay.isfinite().all() and k.isfinite().all()
 
 
+@pytest.mark.parametrize("gate", networks.GATES)
+def test_every_gate_writes_keys_whose_length_does_not_follow_the_projection(gate):
+    k, select, temper = (torch.randn(2, 5, 8, generator=generator(seed)) for seed in range(3))
+    expected, _ = networks.gate(gate, k, select, temper, torch.zeros(1))
+    longer, _ = networks.gate(gate, 7 * k, select, temper, torch.zeros(1))
+    torch.testing.assert_close(longer, expected)
+
+
 @torch.no_grad()
 def test_the_rodimus_gate_makes_the_models_own_mixer():
     config = rodimus.RodimusConfig(d_model=32, n_layer=1, vocab_size=64, mixer_cfg={"mem_size": 8})
