@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from ..loading import end_tokens
 from .decode import Decoder
+from .prefixes import Prefix, Prefixes
 from .sampling import Sampler, SamplingParams, is_integer, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream, encode, skipped_tokens
@@ -39,7 +40,6 @@ class Request:
         stop_tokens: Tokens that end the text; None for the model's end-of-text tokens.
         logprobs: Report each token's log-probability and those of so many likeliest; None for none.
         keep_state: Give the state back at the end, to continue from it later.
-        keep_prompt_state: Give the state after the prompt back, to answer it otherwise later.
     """
 
     prompt: str | Sequence[int]
@@ -49,7 +49,6 @@ class Request:
     stop_tokens: tuple[int, ...] | None = None
     logprobs: int | None = None
     keep_state: bool = False
-    keep_prompt_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,8 @@ class Generation:
         finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
             "length", "cancelled" or "error".
         error: What went wrong, for "error".
-        prefix_tokens: Tokens of the prompt that a stored prefix stood for.
+        prefix_tokens: Tokens of the prompt that were not read: a state stood for them.
         state: After the end, if asked for; it has read all tokens but the last one generated.
-        prompt_state: From the first token on, if asked for; it has read the prompt.
         submitted, started, finished: Seconds of ``time.perf_counter``: request, first token, end.
     """
 
@@ -102,7 +100,6 @@ class Generation:
         self.error: str | None = None
         self.prefix_tokens = 0
         self.state: SequenceState | None = None
-        self.prompt_state: SequenceState | None = None
         self.submitted = time.perf_counter()
         self.started: float | None = None
         self.finished: float | None = None
@@ -143,11 +140,13 @@ class EngineStats:
 
 @dataclass
 class _Reading:
-    """A prompt on its way into the model: the cache that has read ``read`` tokens of it."""
+    """A prompt on its way into the model: the cache that has read ``read`` tokens of it, or what
+    was left by the same prompt before."""
 
     generation: Generation
-    cache: Cache
+    cache: Cache | None
     read: int
+    whole: Prefix | None = None
 
 
 class Engine:
@@ -168,13 +167,17 @@ class Engine:
         window_dtype: Of the values in the slots' windows: None for the model's dtype, or
             ``torch.int8``, which takes about half the memory and rounds them
             (:func:`rodimus_kernels.reference.quantize_values`); prompts are read before that.
+        recent_states: States that sequences leave behind, after the prompt and at the end, of which
+            so many are kept: prompts that begin with the same tokens, such as the next turn of a
+            conversation, start from them. Each takes as much memory as a state file. Where the
+            model is changed, ``prefixes.clear()`` forgets what the one before it has read.
         cuda_graphs: On a GPU, capture the decode step once per batch size. What is done to the
             model later takes part from the next request on.
 
     Raises:
         ValueError: the model is no language model of this package, a number is not an integer of at
-            least 1, ``max_length`` is missing, or ``window_dtype`` is neither, or given for a model
-            without attention.
+            least 1 (``recent_states``: 0), ``max_length`` is missing, or ``window_dtype`` is
+            neither, or given for a model without attention.
     """
 
     def __init__(
@@ -186,13 +189,14 @@ class Engine:
         prefill_chunk: int = 512,
         max_length: int | None = None,
         window_dtype: torch.dtype | None = None,
+        recent_states: int = 0,
         cuda_graphs: bool = True,
     ):
         _check_model(model)
-        slots = _at_least_one("slots", slots)
-        prefill_chunk = _at_least_one("prefill_chunk", prefill_chunk)
+        slots = _at_least("slots", 1, slots)
+        prefill_chunk = _at_least("prefill_chunk", 1, prefill_chunk)
         if max_length is not None:
-            max_length = _at_least_one("max_length", max_length)
+            max_length = _at_least("max_length", 1, max_length)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.prefill_chunk, self.max_length = slots, prefill_chunk, max_length
         self._place = dtype, self.device = _place_of(model)
@@ -206,7 +210,7 @@ class Engine:
         size = model.config.vocab_size
         self.end_tokens = [x for x in end_tokens(model, tokenizer) if 0 <= x < size]
         self.skipped_tokens = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
-        self.prefixes: list[SequenceState] = []
+        self.prefixes = Prefixes(_at_least("recent_states", 0, recent_states))
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.stats = EngineStats()
@@ -245,7 +249,7 @@ class Engine:
             raise ValueError(f"expected a Request or text, got {type(request).__name__}")
         self._check_place()
         prompt = self._check_prompt(request.prompt) if like is None else like.prompt
-        total = len(prompt) + _at_least_one("max_new_tokens", request.max_new_tokens)
+        total = len(prompt) + _at_least("max_new_tokens", 1, request.max_new_tokens)
         if self.max_length is not None and total > self.max_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is"
@@ -304,7 +308,7 @@ class Engine:
             ValueError: the state has other shapes or another dtype than this model's.
         """
         self.layout.check(state)
-        self.prefixes.append(state.to(self.device))
+        self.prefixes.add(state.to(self.device))
 
     def _check_prompt(self, prompt):
         """The prompt as int64 ``[T]`` on the CPU."""
@@ -434,8 +438,12 @@ class Engine:
                     return
                 self._reading = self._start_reading(self.waiting[0])
                 self.waiting.popleft()
-            # chunks are cut from each prompt's start, whatever else is read in the same step
             reading = self._reading
+            if reading.whole is not None:
+                self._enter(reading.generation, reading.whole.state, reading.whole.logits)
+                self._reading = None
+                continue
+            # chunks are cut from each prompt's start, whatever else is read in the same step
             chunk = reading.generation.prompt[reading.read :][: self.prefill_chunk]
             if spent and spent + len(chunk) > self.prefill_chunk:
                 return
@@ -443,32 +451,30 @@ class Engine:
             self._read_on(reading, chunk)
 
     def _read_on(self, reading, chunk):
+        generation = reading.generation
         try:
             logits = self._read_chunk(chunk, reading.cache)
         except FloatingPointError as error:
             self._reading = None
-            self._fail(reading.generation, str(error))
+            self._fail(generation, str(error))
             return
         reading.read += len(chunk)
         self.stats.prompt_tokens += len(chunk)
-        if reading.read == len(reading.generation.prompt):
-            self._enter(reading.generation, reading.cache, logits)
+        if reading.read == len(generation.prompt):
+            state = SequenceState.from_cache(reading.cache, generation.prompt)
+            self._enter(generation, state, logits)
             self._reading = None
 
     def _start_reading(self, generation):
-        fits = [
-            state
-            for state in self.prefixes
-            if len(state.tokens) < len(generation.prompt)
-            and torch.equal(generation.prompt[: len(state.tokens)], state.tokens)
-        ]
-        if not fits:
+        prefix = self.prefixes.longest(generation.prompt)
+        if prefix is None:
             return _Reading(generation, DynamicCache(config=self.model.config), 0)
-        state = max(fits, key=lambda state: len(state.tokens))
-        generation.prefix_tokens = len(state.tokens)
-        self.stats.prefix_tokens += len(state.tokens)
-        cache = state.to_cache(self.model.config, self.layout)
-        return _Reading(generation, cache, len(state.tokens))
+        read = len(prefix.state.tokens)
+        generation.prefix_tokens = read
+        self.stats.prefix_tokens += read
+        if read == len(generation.prompt):
+            return _Reading(generation, None, read, prefix)
+        return _Reading(generation, prefix.state.to_cache(self.model.config, self.layout), read)
 
     @torch.no_grad()
     def _read_chunk(self, tokens, cache):
@@ -481,7 +487,7 @@ class Engine:
         )
         return output.logits[:, -1]
 
-    def _enter(self, generation, cache, logits):
+    def _enter(self, generation, state, logits):
         """Choose the first token; unless it is the last, take the first free slot."""
         row = len(self.running)
         self.sampler.place(row, generation.request.sampling, generation.prompt)
@@ -499,14 +505,12 @@ class Engine:
             return
         # before the end, if that is the only token
         generation.started = chosen_at
-        state = SequenceState.from_cache(cache, generation.prompt)
-        if generation.request.keep_prompt_state:
-            generation.prompt_state = state
+        self.prefixes.leave(state, logits)
         if generation.finish_reason is None:
             self.states.write(row, state)
             self.decoder.tokens[row] = chosen[0]
             self.running.append(generation)
-        elif self._keeps_state(generation):
+        elif generation.request.keep_state:
             generation.state = state
 
     def _decode(self):
@@ -566,15 +570,15 @@ class Engine:
         self._news.append(generation)
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
 
-    @staticmethod
-    def _keeps_state(generation):
-        return generation.request.keep_state and generation.finish_reason != "error"
-
     def _leave(self, row):
         """Free a slot: the last running sequence moves into it."""
         generation, last = self.running[row], len(self.running) - 1
-        if self._keeps_state(generation):
-            generation.state = self.states.read(row, generation.read_tokens())
+        is_whole = generation.finish_reason != "error"
+        if is_whole and (generation.request.keep_state or self.prefixes.recent):
+            state = self.states.read(row, generation.read_tokens())
+            self.prefixes.leave(state)
+            if generation.request.keep_state:
+                generation.state = state
         if row != last:
             self.states.move(last, row)
             self.sampler.move(last, row)
@@ -603,9 +607,10 @@ def _place_of(model):
     return weight.dtype, weight.device
 
 
-def _at_least_one(name, value) -> int:
+def _at_least(name, least, value) -> int:
     # torch takes none beyond 64 bits
-    if not is_integer(value) or not 1 <= value < 2**63:
-        raise ValueError(f"{name} must be an integer of at least 1, below 2^63, got {value!r}")
+    if not is_integer(value) or not least <= value < 2**63:
+        what = f"an integer of at least {least}, below 2^63"
+        raise ValueError(f"{name} must be {what}, got {value!r}")
     # a narrow integer of numpy overflows where Python's does not
     return int(value)

@@ -77,13 +77,17 @@ class _EngineCollector:
             "rodimus_running_sequences": ("Sequences in slots", running),
             "rodimus_unfinished_requests": ("Running or waiting", self.worker.unfinished),
             "rodimus_state_bytes": ("Memory of all slots' states", engine.states.nbytes),
+            "rodimus_recent_state_bytes": (
+                "Memory of the states that sequences left behind",
+                engine.prefixes.recent_bytes,
+            ),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(name, what, value=value)
         counters = {
             "rodimus_engine_steps": ("Steps of the engine", stats.steps),
             "rodimus_prompt_tokens": ("Prompt tokens read", stats.prompt_tokens),
-            "rodimus_prefix_tokens": ("Prompt tokens that a prefix saved", stats.prefix_tokens),
+            "rodimus_prefix_tokens": ("Prompt tokens that a state stood for", stats.prefix_tokens),
             "rodimus_generated_tokens": ("Tokens generated", stats.generated_tokens),
         }
         for name, (what, value) in counters.items():

@@ -47,6 +47,8 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -63,6 +65,8 @@ API_KEY_VARIABLE = "RODIMUS_API_KEY"
 # longer than clients and proxies keep connections in reserve, commonly a minute: where the server
 # closes first, they send a request into a connection that is going away
 _KEEP_ALIVE_SECONDS = 75
+# proxies end a connection on which nothing comes, commonly after a minute
+_QUIET_SECONDS = 15
 # in the metrics, of a client that went away; proxies log the same
 _CLIENT_LEFT = 499
 _DEFECT = ApiError(500, "the server has a defect")
@@ -81,6 +85,7 @@ class Service:
         model_name: What clients call the model.
         limits: What they may ask for.
         api_key: Asked for as a bearer token under ``/v1``; None asks for none.
+        origins: Of web pages whose scripts may call the server; ``*`` for all.
     """
 
     def __init__(
@@ -90,9 +95,10 @@ class Service:
         model_name: str,
         limits: Limits | None = None,
         api_key: str | None = None,
+        origins: Sequence[str] = (),
     ):
         self.worker, self.model_name = worker, model_name
-        self.limits, self.api_key = limits or Limits(), api_key
+        self.limits, self.api_key, self.origins = limits or Limits(), api_key, origins
         # the engine's thread decodes with its own tokenizer while this one encodes
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(worker.engine.tokenizer)
         # names tokens in other threads, while that one encodes prompts; and what it named
@@ -121,7 +127,14 @@ class Service:
             ClientDisconnect: lambda request, error: Response(status_code=400),
             Exception: lambda request, error: _error(_DEFECT),
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        allowed = {"allow_origins": self.origins, "allow_methods": ("*",), "allow_headers": ("*",)}
+        middleware = [Middleware(CORSMiddleware, **allowed)] if self.origins else []
+        return Starlette(
+            routes=routes,
+            middleware=middleware,
+            exception_handlers=handlers,
+            lifespan=self._lifespan,
+        )
 
     @asynccontextmanager
     async def _lifespan(self, app):
@@ -215,6 +228,9 @@ class Service:
         self._check_model(body.get("model"))
         call = parse(body, self.limits)
         self._check_tokens("stop_token_ids", call.stop_token_ids)
+        with _refusals():
+            # a full server does not tokenise what it cannot take
+            self.worker.check_room(len(call.prompts) * call.choices)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
         exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
         engine = self.worker.engine
@@ -315,7 +331,12 @@ class Service:
         try:
             with _until_cancelled():
                 async with aclosing(exchange.news()) as news:
-                    async for generation, delta in news:
+                    async for found in news:
+                        if found is None:
+                            # a comment, which clients pass over
+                            yield ": waiting\n\n"
+                            continue
+                        generation, delta = found
                         if delta.finish_reason in ("error", "cancelled"):
                             break
                         if delta.text or delta.logprobs or delta.finish_reason:
@@ -371,21 +392,11 @@ class _Exchange:
         self._news: asyncio.Queue[tuple[Generation, Delta] | None] = asyncio.Queue()
 
     async def submit(self, requests):
-        """Give the requests to the worker, all or none.
-
-        Raises:
-            ApiError: 400, one cannot be served; 429, no room; 503, shutting down.
-        """
-        try:
+        """Give the requests to the worker, all or none."""
+        with _refusals():
             # a long prompt takes some milliseconds
             generations = await run_in_threadpool(self.worker.prepare, requests)
             self.worker.enqueue(generations, self._listen)
-        except ValueError as error:
-            raise ApiError(400, str(error)) from error
-        except QueueFullError as error:
-            raise ApiError(429, f"{error}: try again later", code="queue_full") from error
-        except WorkerStoppedError as error:
-            raise ApiError(503, str(error)) from error
         self.generations = generations
 
     def _listen(self, generation, delta):
@@ -393,8 +404,8 @@ class _Exchange:
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._news.put_nowait, (generation, delta))
 
-    async def news(self) -> AsyncIterator[tuple[Generation, Delta]]:
-        """What comes, until every generation has ended.
+    async def news(self) -> AsyncIterator[tuple[Generation, Delta] | None]:
+        """What comes, until every generation has ended; None where nothing has for a while.
 
         Leaving early, or the client's going away, cancels what has not ended.
 
@@ -405,7 +416,12 @@ class _Exchange:
         unfinished = len(self.generations)
         try:
             while unfinished:
-                news = await self._news.get()
+                try:
+                    async with asyncio.timeout(_QUIET_SECONDS):
+                        news = await self._news.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if news is None:
                     raise ClientDisconnect
                 unfinished -= news[1].finish_reason is not None
@@ -446,6 +462,20 @@ class _EventStream(Response):
                     body = event.encode()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
+
+
+@contextlib.contextmanager
+def _refusals():
+    """What a worker refuses, as HTTP says it: 400, it cannot be served; 429, there is no room; 503,
+    the server is shutting down."""
+    try:
+        yield
+    except ValueError as error:
+        raise ApiError(400, str(error)) from error
+    except QueueFullError as error:
+        raise ApiError(429, f"{error}: try again later", code="queue_full") from error
+    except WorkerStoppedError as error:
+        raise ApiError(503, str(error)) from error
 
 
 @contextlib.contextmanager
@@ -553,6 +583,7 @@ def _service(options) -> Service:
             prefill_chunk=options.prefill_chunk,
             max_length=options.max_length,
             window_dtype=torch.int8 if options.window_dtype == "int8" else None,
+            recent_states=options.recent_states,
         )
         for path in options.prefix:
             engine.add_prefix(load_state(path, model))
@@ -568,7 +599,8 @@ def _service(options) -> Service:
         choices=options.max_choices,
     )
     name = options.name or _name_of(options.model)
-    return Service(worker, model_name=name, limits=limits, api_key=api_key)
+    origins = options.allow_origin
+    return Service(worker, model_name=name, limits=limits, api_key=api_key, origins=origins)
 
 
 def _name_of(model):
@@ -617,6 +649,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=("model", "int8"),
         help="of the values in the attention window; int8 takes about half the memory",
     )
+    add(
+        "--recent-states",
+        type=count,
+        default=8,
+        help="states kept of what was read, so that the next turn of a conversation, or the same "
+        "prompt again, is not read from its start; a turn leaves two",
+    )
     add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="of one prompt")
     add("--max-new-tokens", type=positive, default=limits.new_tokens, help="of one continuation")
     add("--max-choices", type=positive, default=limits.choices, help="n times prompts of a request")
@@ -627,6 +666,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="state file; prompts that begin with its tokens start from it. May be repeated",
+    )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web page, such as http://localhost:3000, whose scripts may call the server; * for "
+        "all. May be repeated",
     )
     add("--shutdown-seconds", type=count, default=30, help="for running requests, when stopped")
     return parser

@@ -72,13 +72,11 @@ def _rate(phase: str, tokens: int, seconds: float) -> str:
 
 
 class Conversation:
-    """Turns of a chat, and the state that stands for all of them, so that none is read twice.
-
-    A reply whose text is read back as other tokens than it was made of is read once more, and
-    nothing before it.
+    """Turns of a chat.
 
     Args:
-        engine: With a tokenizer that has a chat template. Its stored prefixes are replaced.
+        engine: With a tokenizer that has a chat template. With two ``recent_states`` it reads no
+            turn twice, but for a reply whose text is read back as other tokens than it was made of.
         sampling: Of all replies; each has the next seed.
         max_new_tokens: Most tokens of a reply.
         system: What the model is told about its role first.
@@ -96,7 +94,6 @@ class Conversation:
         self.engine, self.sampling, self.max_new_tokens = engine, sampling, max_new_tokens
         self.stop = stop
         self.messages = [{"role": "system", "content": system}] if system else []
-        engine.prefixes.clear()
 
     def reply(
         self,
@@ -123,16 +120,10 @@ class Conversation:
         ids = encode(engine.tokenizer, rendered, size, add_special_tokens=False)
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + len(messages)) % MAX_SEED)
-        kept = {"keep_state": True, "keep_prompt_state": True}
-        request = Request(ids, self.max_new_tokens, sampling, self.stop, **kept)
+        request = Request(ids, self.max_new_tokens, sampling, self.stop)
         generation = run(engine, request, write, stop)
-        if not generation.tokens:
-            return generation
-        # the longest that the next prompt begins with is used, none if it begins with other tokens
-        engine.prefixes.clear()
-        engine.add_prefix(generation.prompt_state)
-        engine.add_prefix(generation.state)
-        self.messages = [*messages, {"role": "assistant", "content": generation.text}]
+        if generation.tokens:
+            self.messages = [*messages, {"role": "assistant", "content": generation.text}]
         return generation
 
 
@@ -160,7 +151,8 @@ def run_chat(options: argparse.Namespace) -> None:
             f"the tokenizer of {options.model} has no chat template, so the model was not made to"
             " chat: let it continue text with `rodimus generate`"
         )
-    engine = _engine(model, tokenizer, model.config.max_position_embeddings)
+    # after the prompt and after the reply
+    engine = _engine(model, tokenizer, model.config.max_position_embeddings, recent_states=2)
 
     def start():
         seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
@@ -197,11 +189,12 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
-def _engine(model, tokenizer, longest: int) -> Engine:
+def _engine(model, tokenizer, longest: int, recent_states: int = 0) -> Engine:
     """An engine for one text; only attention without a window limits its length."""
     limited = model.config.block_type == "rodimus_plus" and model.config.sliding_window is None
     try:
-        return Engine(model, tokenizer, slots=1, max_length=longest if limited else None)
+        length = longest if limited else None
+        return Engine(model, tokenizer, slots=1, max_length=length, recent_states=recent_states)
     except (ValueError, RuntimeError) as error:
         # the memory for so many tokens is not there
         raise InputError(first_line(error)) from error

@@ -93,6 +93,20 @@ class EngineWorker:
             of_prompt[id(request.prompt)] = generations[-1]
         return generations
 
+    def check_room(self, count: int) -> None:
+        """Raise unless ``enqueue`` would take so many now.
+
+        Raises:
+            ValueError, QueueFullError, WorkerStoppedError: as ``enqueue`` does.
+        """
+        if not self.accepts:
+            raise WorkerStoppedError("the engine is not running")
+        most = self.engine.slots + self.max_waiting
+        if count > most:
+            raise ValueError(f"at most {most} texts can run or wait at once, got {count}")
+        if count > most - self.unfinished:
+            raise QueueFullError(f"{self.unfinished} requests are running or waiting")
+
     def enqueue(self, generations: Sequence[Generation], listener: Listener) -> None:
         """Queue what ``prepare`` made, all or none.
 
@@ -107,15 +121,7 @@ class EngineWorker:
             WorkerStoppedError: the worker takes no requests any more.
         """
         with self._changed:
-            if not self.accepts:
-                raise WorkerStoppedError("the engine is not running")
-            most = self.engine.slots + self.max_waiting
-            if len(generations) > most:
-                raise ValueError(
-                    f"at most {most} texts can run or wait at once, got {len(generations)}"
-                )
-            if len(generations) > most - self.unfinished:
-                raise QueueFullError(f"{self.unfinished} requests are running or waiting")
+            self.check_room(len(generations))
             self._listeners.update(dict.fromkeys(generations, listener))
             self._arrived += generations
             self._changed.notify()

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import uvicorn
 
@@ -76,6 +76,7 @@ def serving(
     engine: Engine | None = None,
     limits: Limits | None = None,
     api_key: str | None = None,
+    origins: Sequence[str] = (),
     max_waiting: int = 64,
     **engine_options,
 ) -> Iterator[tuple[Client, Service, uvicorn.Server]]:
@@ -83,7 +84,7 @@ def serving(
     if engine is None:
         engine = Engine(text_model(), byte_tokenizer(), **engine_options)
     worker = EngineWorker(engine, max_waiting=max_waiting)
-    service = Service(worker, model_name=NAME, limits=limits, api_key=api_key)
+    service = Service(worker, model_name=NAME, limits=limits, api_key=api_key, origins=origins)
     config = uvicorn.Config(service.app(), log_level="critical", timeout_graceful_shutdown=10)
     server = _Server(config, worker)
     with socket.create_server(("127.0.0.1", 0)) as listening:

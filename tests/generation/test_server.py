@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -609,18 +610,81 @@ def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
     assert client.complete("x", max_tokens=1)[0] == 200
 
 
-def test_a_full_queue_is_429_and_empties_again(narrow):
+def test_a_full_queue_is_429_and_empties_again(narrow, monkeypatch):
     client, service, _ = narrow
     first = endless(client)
     waiting = endless(client, stream=False, max_tokens=3)
     wait_until(lambda: service.worker.unfinished == 2)
-    status, answer = client.complete("x")
+    with monkeypatch.context() as patch:
+        # what cannot be taken is not tokenised
+        patch.setattr(service, "_encode", None)
+        status, answer = client.complete("x")
     assert status == 429
     assert (answer["error"]["type"], answer["error"]["code"]) == ("rate_limit_error", "queue_full")
     first.close()
     assert waiting.recv(100).startswith(b"HTTP/1.1 200")
     waiting.close()
     assert client.complete("x")[0] == 200
+
+
+def test_a_stream_that_waits_gives_signs_of_life(narrow, monkeypatch):
+    client, service, _ = narrow
+    monkeypatch.setattr("rodimus.generation.server._QUIET_SECONDS", 0.05)
+    first = endless(client)
+    wait_until(lambda: service.worker.unfinished == 1)
+    waiting = endless(client, max_tokens=3)
+    answer = b""
+    while answer.count(b": waiting\n\n") < 3:
+        answer += waiting.recv(1000)
+    first.close()
+    while piece := waiting.recv(10_000):
+        answer += piece
+    assert b"data:" not in answer[: answer.index(b": waiting")] and b"data: [DONE]" in answer
+    found = re.findall(r"^data: (\{.*\})$", answer.decode(), re.MULTILINE)
+    text = "".join(json.loads(event)["choices"][0]["text"] for event in found)
+    assert text == client.complete("Hello", max_tokens=3, temperature=0)[1]["choices"][0]["text"]
+
+
+def test_the_next_turn_reads_what_is_new_and_choices_one_prompt():
+    with serving(recent_states=8, slots=2) as (client, service, _):
+        turns = [{"role": "user", "content": "Hello, how are you?"}]
+        fields = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+        url, stats = "/v1/chat/completions", service.worker.engine.stats
+        _, first = client.post(url, {"messages": turns, "n": 5, **fields})
+        assert stats.prompt_tokens == first["usage"]["prompt_tokens"]
+        assert len({choice["message"]["content"] for choice in first["choices"]}) == 1
+        turns += [first["choices"][0]["message"], {"role": "user", "content": "And now?"}]
+        turns[1].pop("refusal", None)
+        _, second = client.post(url, {"messages": turns, **fields})
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= first["usage"]["prompt_tokens"]
+        assert stats.prompt_tokens == (
+            first["usage"]["prompt_tokens"] + second["usage"]["prompt_tokens"] - cached
+        )
+        assert client.metric("rodimus_recent_state_bytes") > 0
+    with serving(slots=2) as (client, service, _):
+        _, fresh = client.post(url, {"messages": turns, **fields})
+        assert fresh["choices"] == second["choices"]
+
+
+def test_pages_of_other_origins_may_call_where_they_are_allowed():
+    page = {"Origin": "http://localhost:3000"}
+    asked = {**page, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type"
+    for origins, allowed in (((), None), ((page["Origin"],), page["Origin"]), (("*",), "*")):
+        with serving(origins=origins, api_key="secret") as (client, _, _):
+            connection = http.client.HTTPConnection("127.0.0.1", client.port)
+            with contextlib.closing(connection):
+                connection.request("OPTIONS", "/v1/completions", headers=asked)
+                answer = connection.getresponse()
+                answer.read()
+                assert (answer.status == 200) == bool(origins)
+                # an error too says who may read it
+                connection.request("GET", "/v1/models", headers=page)
+                answer = connection.getresponse()
+                answer.read()
+                assert answer.status == 401
+                assert answer.headers["Access-Control-Allow-Origin"] == allowed
 
 
 def test_shutting_down_waits_for_running_requests_and_takes_no_more(narrow):

@@ -1,0 +1,168 @@
+"""What sequences leave behind: later prompts start from it, and say what they would say anyway."""
+
+import pytest
+import torch
+
+from rodimus.generation import Engine, Request, SamplingParams, state_bytes
+from tests.generation.helpers import alone, greedy, prompts_of
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_the_next_turn_starts_where_the_last_one_ended(model, tokens):
+    first, second = prompts_of(30, 7)
+    engine = Engine(model, prefill_chunk=16, recent_states=2)
+    (turn,) = engine.generate(Request(first, tokens))
+    conversation = torch.cat((first, torch.tensor(turn.tokens), second))
+    (answer,) = engine.generate(Request(conversation, 15))
+    # the last token of an answer is chosen and not read
+    assert answer.prefix_tokens == 30 + tokens - 1
+    assert answer.tokens == greedy(model, conversation, 15)
+
+
+def test_another_answer_starts_after_the_prompt(model):
+    first, second = prompts_of(30, 7)
+    engine = Engine(model, recent_states=2)
+    engine.generate(Request(first, 9))
+    conversation = torch.cat((first, second))
+    (answer,) = engine.generate(Request(conversation, 15))
+    assert answer.prefix_tokens == 30 and answer.tokens == greedy(model, conversation, 15)
+
+
+def test_choices_of_one_prompt_read_it_once(model):
+    (prompt,) = prompts_of(40)
+    requests = [
+        Request(prompt, 12, SamplingParams(temperature=1.0, seed=seed, repetition_penalty=1.3))
+        for seed in range(5)
+    ]
+    engine = Engine(model, slots=3, prefill_chunk=16, recent_states=4)
+    found = engine.generate(requests)
+    assert engine.stats.prompt_tokens == 40 and engine.stats.prefix_tokens == 4 * 40
+    assert [g.tokens for g in found] == [alone(model, request).tokens for request in requests]
+    assert len({tuple(g.tokens) for g in found}) == 5
+
+
+def test_a_prompt_that_answered_with_one_token_is_not_read_again(model):
+    (prompt,) = prompts_of(20)
+    engine = Engine(model, recent_states=2)
+    first, again = (engine.generate(Request(prompt, 1, keep_state=True))[0] for _ in "ab")
+    assert again.tokens == first.tokens and again.prefix_tokens == 20
+    assert torch.equal(again.state.recurrent, first.state.recurrent)
+
+
+def test_the_least_recently_used_states_go(model):
+    prompts = prompts_of(10, 11, 12)
+    engine = Engine(model, recent_states=4)
+
+    def read(prompt):
+        """How much of a prompt was read before; leaves two states."""
+        return engine.generate(Request(prompt, 5))[0].prefix_tokens
+
+    assert [read(prompt) for prompt in prompts[:2]] == [0, 0]
+    assert read(prompts[0]) == 10 and read(prompts[2]) == 0
+    kept = [len(state.tokens) for state in engine.prefixes]
+    assert kept == [10, 14, 12, 16]
+    assert read(prompts[1]) == 0
+    dtype = model.dtype
+    expected = sum(
+        sum(state_bytes(model.config, dtype, tokens=len(state.tokens)).values())
+        for state in engine.prefixes
+    )
+    assert engine.prefixes.recent_bytes == expected and len(list(engine.prefixes)) == 4
+
+
+def test_a_state_from_which_longer_prompts_start_counts_as_used(model):
+    shared, *others = prompts_of(10, 11, 12)
+    engine = Engine(model, recent_states=3)
+
+    def read(*parts):
+        """As above; leaves one state."""
+        return engine.generate(Request(torch.cat(parts), 1))[0].prefix_tokens
+
+    assert [read(shared), read(others[0]), read(shared, torch.tensor([1]))] == [0, 0, 10]
+    assert [read(others[1]), read(shared, torch.tensor([2]))] == [0, 10]
+
+
+def test_a_prompt_read_before_stays_so_where_a_sequence_ends_with_its_tokens(model):
+    (prompt,) = prompts_of(10)
+    engine = Engine(model, recent_states=4)
+    longer = torch.cat((prompt, torch.tensor(greedy(model, prompt, 1))))
+    engine.generate(Request(longer, 3))
+    # reads the prompt and its first token, and chooses the second
+    engine.generate(Request(prompt, 2))
+    (again,) = engine.generate(Request(longer, 3))
+    assert again.prefix_tokens == 11 and again.tokens == greedy(model, longer, 3)
+
+
+def test_a_state_that_was_added_stays(model):
+    (prompt,) = prompts_of(10)
+    engine = Engine(model, recent_states=1)
+    engine.add_prefix(engine.read(prompt[:6]))
+    for other in prompts_of(9, 8, seed=3):
+        engine.generate(Request(other, 5))
+    assert engine.generate(Request(prompt, 5))[0].prefix_tokens == 6
+
+
+def test_nothing_is_kept_unless_asked_for(model):
+    engine = Engine(model)
+    (prompt,) = prompts_of(10)
+    for _ in "ab":
+        assert engine.generate(Request(prompt, 5))[0].prefix_tokens == 0
+    assert not list(engine.prefixes) and engine.prefixes.recent_bytes == 0
+
+
+def test_states_are_forgotten_with_the_model_that_read(plus):
+    (prompt,) = prompts_of(10)
+    engine = Engine(plus, recent_states=4)
+    engine.add_prefix(engine.read(prompt[:5]))
+    engine.generate(Request(prompt, 5))
+    with torch.no_grad():
+        plus.lm_head.weight.neg_()
+    engine.prefixes.clear()
+    (found,) = engine.generate(Request(prompt, 5))
+    assert found.prefix_tokens == 0 and found.tokens == greedy(plus, prompt, 5)
+
+
+def test_broken_sequences_leave_nothing(plus):
+    """The first token breaks the state, the prompt was whole."""
+    (prompt,) = prompts_of(10)
+    engine = Engine(plus, recent_states=4)
+    generation = engine.submit(Request(prompt, 9))
+    engine.step()
+    engine.states.recurrent[:, 0] = float("nan")
+    while engine.has_work:
+        engine.step()
+    assert generation.finish_reason == "error"
+    assert [len(state.tokens) for state in engine.prefixes] == [10]
+    (again,) = engine.generate(Request(prompt, 9))
+    assert again.prefix_tokens == 10 and again.tokens == greedy(plus, prompt, 9)
+
+
+def test_a_step_that_fails_over_a_prompt_read_before_ends_it_once(plus, monkeypatch):
+    (prompt,) = prompts_of(10)
+    engine = Engine(plus, recent_states=2)
+    engine.generate(Request(prompt, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.states, "write", lambda *_: 1 / 0)
+        lost = engine.submit(Request(prompt, 5))
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert lost.finish_reason == "error" and not engine.has_work
+    assert engine.generate(Request(prompt, 5))[0].tokens == greedy(plus, prompt, 5)
+
+
+def test_a_state_of_an_8_bit_window_goes_on(plus):
+    first, second = prompts_of(60, 7)
+    engine = Engine(plus, window_dtype=torch.int8, recent_states=2)
+    (turn,) = engine.generate(Request(first, 20))
+    conversation = torch.cat((first, torch.tensor(turn.tokens), second))
+    (answer,) = engine.generate(Request(conversation, 15))
+    engine = Engine(plus, window_dtype=torch.int8)
+    (same,) = engine.generate(Request(first, 20, keep_state=True))
+    engine.add_prefix(same.state)
+    assert answer.prefix_tokens == 79
+    assert answer.tokens == engine.generate(Request(conversation, 15))[0].tokens
+
+
+def test_a_count_of_states_is_checked(plus):
+    with pytest.raises(ValueError, match="recent_states must be an integer of at least 0"):
+        Engine(plus, recent_states=-1)
