@@ -44,7 +44,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def skipped_row(label: str, engine: str, found: peers.Unavailable) -> dict[str, Any]:
     """The row of a model, or of one in an engine, that could not be measured."""
-    name = label.partition("/")[0]
+    name = records.model_of(label)
     is_fault = name in peers.OURS and isinstance(found, peers.Fault)
     family = peers.entry(name).family
     return records.skipped(label, family, engine, str(found), is_fault=is_fault)
@@ -169,7 +169,7 @@ class Bench:
         for record in self._recorded(group, case):
             sittings = record["settings"].get("sittings")
             enough = sittings is None or len(sittings) >= self.sittings
-            if enough and {*names} <= {records.model_of(row) for row in record["rows"]}:
+            if enough and {*names} <= {records.model_of(row["target"]) for row in record["rows"]}:
                 return True
         return False
 

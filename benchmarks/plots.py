@@ -46,7 +46,7 @@ def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) 
     for record in _alike(found, group, **settings):
         for row in measured(record):
             if y in row:
-                line = points.setdefault(model_of(row), {})
+                line = points.setdefault(model_of(row["target"]), {})
                 place = record["settings"][x]
                 # a timed call of decoding may be several tokens
                 value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)

@@ -102,9 +102,19 @@ def measured(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record["rows"] if row["status"] == "measured"]
 
 
-def model_of(row: Mapping[str, Any]) -> str:
-    """The model of a row: its target without the engine."""
-    return row["target"].partition("/")[0]
+def model_of(target: str) -> str:
+    """The model of a target: ``qwen2-1.5b`` of ``qwen2-1.5b/graph``."""
+    return target.partition("/")[0]
+
+
+def fastest(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The row of each model's fastest engine in a record."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in measured(record):
+        name = model_of(row["target"])
+        if "median_ms" in row and (name not in best or row["median_ms"] < best[name]["median_ms"]):
+            best[name] = row
+    return best
 
 
 def check(record: Mapping[str, Any]) -> None:

@@ -96,21 +96,11 @@ def ordered(found: Iterable[Record]) -> list[Record]:
     return sorted(found, key=key)
 
 
-def fastest(record: Record) -> dict[str, Row]:
-    """Each model's fastest engine in a record."""
-    best: dict[str, Row] = {}
-    for row in measured(record):
-        name = model_of(row)
-        if "median_ms" in row and (name not in best or row["median_ms"] < best[name]["median_ms"]):
-            best[name] = row
-    return best
-
-
 def verdicts(found: Iterable[Record]) -> Iterator[Verdict]:
     """Each model of ours against each baseline's fastest engine, in every timed case. Ours is
     ``engine`` where that was timed: the fastest of equal ones would be the luckiest."""
     for record in (r for r in found if r["group"] in TIMED):
-        best, rows = fastest(record), {row["target"]: row for row in measured(record)}
+        best, rows = records.fastest(record), {row["target"]: row for row in measured(record)}
         for ours in (name for name in peers.OURS if name in best):
             for baseline in (name for name in peers.BASELINES if name in best):
                 mine, theirs = rows.get(f"{ours}/engine", best[ours]), best[baseline]
@@ -283,7 +273,7 @@ def _memory_verdicts(found: list[Record], kind: str) -> list[list[str]]:
     """Rows for state sizes: exact numbers, so every one is a win or a loss."""
     rows = []
     for record in (r for r in found if r["group"] == "memory"):
-        states = {model_of(row): row for row in measured(record)}
+        states = {model_of(row["target"]): row for row in measured(record)}
         for ours in (name for name in peers.OURS if name in states):
             for baseline in (name for name in peers.BASELINES if name in states):
                 mine, theirs = states[ours]["state_bytes"], states[baseline]["state_bytes"]
