@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import docs, peers, plots, records, tested, timing
+from .docs import table
 from .records import RecordError, measured, model_of
 
 HERE = Path(__file__).parent
@@ -149,15 +150,6 @@ def size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{1000 * count:.0f} {unit}"
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> Iterator[str]:
-    """A Markdown table and a blank line."""
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
 
 
 def interval(ratio: Iterable[float]) -> str:
