@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from pathlib import Path
 from statistics import mean, median
@@ -33,7 +33,7 @@ TABLE = re.compile(r"(<!-- measured: ([a-z0-9_]+) -->\n)((?:\|.*\n)+)")
 VALUE = re.compile(r"(<!--([a-z0-9_]+)-->)(.*?)(<!--/-->)")
 
 Row = dict[str, Any]
-Cells = Iterator[Iterable[str]]
+Cells = Iterator[Sequence[str]]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -103,14 +103,10 @@ def figures() -> dict[str, str]:
 # ----------------------------------------------------------------------------------------------
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """Lines of a Markdown table and a blank line."""
-    head = [*head]
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
-    yield ""
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a Markdown table and a blank line; nothing where it has no rows."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return [first, "|" + "---|" * len(head), *others, ""] if others else []
 
 
 def us(milliseconds: float) -> str:

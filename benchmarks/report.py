@@ -30,6 +30,11 @@ TIMED = {
     "prefill": ("Prefill", "prompt"),
     "train": ("Training step", "step"),
 }
+KINDS = {
+    "loses": "Where Rodimus loses",
+    "open": "Where nothing can be claimed",
+    "wins": "Where Rodimus wins",
+}
 ENOUGH_COVERAGE = 0.9
 UNITS = ("B", "kB", "MB", "GB", "TB")
 INTRODUCTION = """\
@@ -152,6 +157,12 @@ def size(count: float) -> str:
     return f"{1000 * count:.0f} {unit}"
 
 
+def section(title: str, body: Iterable[str]) -> list[str]:
+    """A heading and what stands below it, unless that is nothing."""
+    body = [*body]
+    return [f"## {title}", "", *body] if body else []
+
+
 def interval(ratio: Iterable[float]) -> str:
     """``1.24x (1.20 .. 1.31)``."""
     median, low, high, _ = ratio
@@ -171,19 +182,20 @@ def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> st
         groups.setdefault(record["group"], []).append(record)
     tests = groups.pop(tested.GROUP, [])
     found = [record for record in found if record["group"] in groups]
-    lines += _machines(found)
+    lines += section("Where and when", _machines(found))
     if notes := [*_tests(tests), *_disturbances(found)]:
         lines += [*notes, ""]
-    lines += _verdict_section(found)
+    for kind, title in KINDS.items():
+        lines += section(title, _verdicts(found, kind))
     for title, path in (pictures or {}).items():
         lines += [f"![{title}]({path})", ""]
     for group, (title, unit) in TIMED.items():
-        lines += _timed_section(title, unit, groups.pop(group, []))
-    lines += _memory_section(groups.pop("memory", []))
-    lines += _quality_section(groups.pop("quality", []))
+        lines += section(title, _timed(unit, groups.pop(group, [])))
+    lines += section("Memory", _memory(groups.pop("memory", [])))
+    lines += section("Quality", _quality(groups.pop("quality", [])))
     for group in sorted(groups):
-        lines += _other_section(group, groups[group])
-    lines += _skipped_section(found)
+        lines += section(group, _others(groups[group]))
+    lines += section("Not measured, and why", _skipped(found))
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -192,9 +204,7 @@ def _commit(about: Mapping[str, Any]) -> str:
     return about.get("commit", "unknown")[:12] + (" + changes" if about.get("dirty") else "")
 
 
-def _machines(found: list[Record]) -> Iterator[str]:
-    yield "## Where and when"
-    yield ""
+def _machines(found: list[Record]) -> list[str]:
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in found:
         about = record["machine"]
@@ -209,7 +219,7 @@ def _machines(found: list[Record]) -> Iterator[str]:
         when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} .. {dates[-1]}"
         rows.append([*key, when, f"{min(loads):.1f} .. {max(loads):.1f}", str(len(members))])
     head = ["machine", "threads", "versions", "commit", "dates", "load", "records"]
-    yield from table(head, rows)
+    return table(head, rows)
 
 
 def _tests(found: list[Record]) -> Iterator[str]:
@@ -231,34 +241,14 @@ def _disturbances(found: list[Record]) -> Iterator[str]:
         yield f"- {machine}: {warning}: {', '.join(cases)}"
 
 
-def _verdict_section(found: list[Record]) -> Iterator[str]:
-    every = list(verdicts(found))
-    titles = {
-        "loses": "Where Rodimus loses",
-        "open": "Where nothing can be claimed",
-        "wins": "Where Rodimus wins",
-    }
-    for kind, title in titles.items():
-        chosen = [v for v in every if v.kind == kind]
-        memory = _memory_verdicts(found, kind)
-        if not chosen and not memory:
-            continue
-        yield f"## {title}"
-        yield ""
-        yield from table(
-            ["case", "ours", "against", "ratio", "why"],
-            [
-                [
-                    f"{v.group} {v.case}, {v.machine}",
-                    v.ours,
-                    v.baseline,
-                    interval(v.ratio),
-                    v.reason,
-                ]
-                for v in chosen
-            ]
-            + memory,
-        )
+def _verdicts(found: list[Record], kind: str) -> list[str]:
+    rows = [
+        [f"{v.group} {v.case}, {v.machine}", v.ours, v.baseline, interval(v.ratio), v.reason]
+        for v in verdicts(found)
+        if v.kind == kind
+    ]
+    head = ["case", "ours", "against", "ratio", "why"]
+    return table(head, rows + _memory_verdicts(found, kind))
 
 
 def _memory_verdicts(found: list[Record], kind: str) -> list[list[str]]:
@@ -284,11 +274,7 @@ def _memory_verdicts(found: list[Record], kind: str) -> list[list[str]]:
     return rows
 
 
-def _timed_section(title: str, unit: str, found: list[Record]) -> Iterator[str]:
-    if not found:
-        return
-    yield f"## {title}"
-    yield ""
+def _timed(unit: str, found: list[Record]) -> Iterator[str]:
     for record in found:
         yield f"### {record['case']}, {record['machine']['name']}"
         yield ""
@@ -358,11 +344,9 @@ def _share(row: Row, steps: int) -> str:
     return ""
 
 
-def _memory_section(found: list[Record]) -> Iterator[str]:
+def _memory(found: list[Record]) -> Iterator[str]:
     if not found:
         return
-    yield "## Memory"
-    yield ""
     yield "Bytes kept between two tokens, counted on the tensors and equal to the formula."
     yield ""
     rows = []
@@ -390,11 +374,7 @@ def _numbers(name: str) -> tuple[list[int], str]:
     return [int(number) for number in re.findall(r"\d+", name)], name
 
 
-def _quality_section(found: list[Record]) -> Iterator[str]:
-    if not found:
-        return
-    yield "## Quality"
-    yield ""
+def _quality(found: list[Record]) -> Iterator[str]:
     for record in found:
         yield f"### {record['case']}, {record['machine']['name']}"
         yield ""
@@ -437,31 +417,25 @@ _NUMBERS = (
 )
 
 
-def _other_section(group: str, found: list[Record]) -> Iterator[str]:
+def _others(found: list[Record]) -> list[str]:
     """Records of operators and of the engine: every number that some row of the group has."""
-    yield f"## {group}"
-    yield ""
     every = [(record, row) for record in found for row in measured(record)]
     fields = [name for name in _NUMBERS if any(name in row for _, row in every)]
     rows = []
     for record, row in every:
         numbers = [f"{row[name]:.4g}" if name in row else "" for name in fields]
         rows.append([record["case"], record["machine"]["name"], row["target"], *numbers])
-    yield from table(["case", "machine", "target", *fields], rows)
+    return table(["case", "machine", "target", *fields], rows)
 
 
-def _skipped_section(found: list[Record]) -> Iterator[str]:
+def _skipped(found: list[Record]) -> list[str]:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for record in found:
         for row in record["rows"]:
             if row["status"] == "skipped":
                 key = (row["target"], row["reason"], record["machine"]["name"])
                 reasons.setdefault(key, []).append(f"{record['group']} {record['case']}")
-    if not reasons:
-        return
-    yield "## Not measured, and why"
-    yield ""
-    yield from table(
+    return table(
         ["model / engine", "reason", "machine", "cases"],
         [[*key, ", ".join(cases)] for key, cases in sorted(reasons.items())],
     )
