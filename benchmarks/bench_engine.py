@@ -63,17 +63,14 @@ def measure(bench: Bench, name: str, clients: int, length: int, new_tokens: int)
     assert all(len(g.tokens) == new_tokens for g in finished)
     first = [1e3 * (g.started - g.submitted) for g in finished]
     between = [1e3 * (g.finished - g.started) / (new_tokens - 1) for g in finished]
-    return {
-        "target": f"{name}/engine",
-        "family": model.family,
-        "engine": "engine",
-        "status": "measured",
-        "requests": count,
-        "tokens_per_s": count * new_tokens / seconds,
-        "samples": {"first_token_ms": first, "between_tokens_ms": between},
+    return records.row(
+        *(f"{name}/engine", model.family, "engine"),
+        requests=count,
+        tokens_per_s=count * new_tokens / seconds,
+        samples={"first_token_ms": first, "between_tokens_ms": between},
         **_percentiles("first_token", first),
         **_percentiles("between_tokens", between),
-    }
+    )
 
 
 def _percentiles(name: str, values: list[float]) -> dict[str, float]:

@@ -28,17 +28,14 @@ def measure(bench: Bench, model: peers.Model, batch: int, context: int) -> dict:
     session.fill(context)
     state, expected = session.state_bytes(), model.expected_state(batch, context)
     assert state == expected, f"{model.name}: expected {expected}, got {state}"
-    row = {
-        "target": f"{model.name}/{engine}",
-        "family": model.family,
-        "engine": engine,
-        "status": "measured",
-        "weight_bytes": model.weight_bytes,
-        "state_bytes": state.total,
-        "recurrent_bytes": state.recurrent,
-        "cached_bytes": state.cached,
-        "expected_bytes": expected.total,
-    }
+    row = records.row(
+        *(f"{model.name}/{engine}", model.family, engine),
+        weight_bytes=model.weight_bytes,
+        state_bytes=state.total,
+        recurrent_bytes=state.recurrent,
+        cached_bytes=state.cached,
+        expected_bytes=expected.total,
+    )
     if bench.device.type == "cuda":
         row |= _step_memory(bench, model, session, state.total, batch)
     return row

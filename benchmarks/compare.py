@@ -195,17 +195,16 @@ def _row(label: str, workers: dict[str, Worker], options: argparse.Namespace) ->
     )
     wall = timing.summarize(own["wall_ms"])
     ratios = {clock: list(timing.ratio(base[clock], own[clock])) for clock in CLOCKS}
-    return {
-        "target": f"{label} {getattr(options, label)}",
-        "family": peers.entry(options.model).family,
-        "engine": options.engine,
-        "status": "measured",
-        "samples": own,
+    return records.row(
+        f"{label} {getattr(options, label)}",
+        peers.entry(options.model).family,
+        options.engine,
+        samples=own,
         **wall.in_ms(),
-        "noisy": wall.noisy,
-        "faster_than_base": ratios["wall_ms"],
-        "faster_than_base_cpu": ratios["cpu_ms"],
-    }
+        noisy=wall.noisy,
+        faster_than_base=ratios["wall_ms"],
+        faster_than_base_cpu=ratios["cpu_ms"],
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

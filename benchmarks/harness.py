@@ -75,17 +75,13 @@ class Target:
 
     def row(self, **fields: Any) -> dict[str, Any]:
         """The row of this target in a record."""
-        return {
-            "target": self.name,
-            "family": self.model.family,
-            "engine": self.engine,
-            "status": "measured",
+        known = {
             "dtype": dtype_name(self.model.dtype),
             "weight_bytes": self.model.weight_bytes,
             "token_bytes": self.model.token_bytes,
-            **self.facts,
-            **fields,
         }
+        fields = {**known, **self.facts, **fields}
+        return records.row(self.name, self.model.family, self.engine, **fields)
 
 
 @dataclasses.dataclass

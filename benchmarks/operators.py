@@ -159,16 +159,12 @@ def measured(
     runs = calls * (RUNS_IN_A_GRAPH if on_gpu else 1)
     samples = [sample / runs for sample in turns.column(name, clock)]
     summary = timing.summarize(samples)
-    family, engine = name.split("/")
-    return {
-        "target": name,
-        "family": family,
-        "engine": engine,
-        "status": "measured",
-        "clock": clock,
+    return records.row(
+        *(name, *name.split("/")),
+        clock=clock,
         **summary.in_ms(),
-        "samples_ms": samples,
-        "floor_ms": floor_ms,
-        "floor_share": floor_ms / summary.median,
+        samples_ms=samples,
+        floor_ms=floor_ms,
+        floor_share=floor_ms / summary.median,
         **more,
-    }
+    )

@@ -77,19 +77,18 @@ def make(
     return record
 
 
+def row(target: str, family: str, engine: str, **fields: Any) -> dict[str, Any]:
+    """The row of a target that was measured, and what was."""
+    return {"target": target, "family": family, "engine": engine, "status": "measured", **fields}
+
+
 def skipped(
     target: str, family: str, engine: str, reason: str, *, is_fault: bool = False
 ) -> dict[str, Any]:
     """The row of a target that could not be measured, and why; of a model of ours that fails, its
     fault."""
-    row = {
-        "target": target,
-        "family": family,
-        "engine": engine,
-        "status": "skipped",
-        "reason": reason,
-    }
-    return row | {"fault": True} if is_fault else row
+    fault = {"fault": True} if is_fault else {}
+    return row(target, family, engine, status="skipped", reason=reason, **fault)
 
 
 def faults(record: Mapping[str, Any]) -> list[str]:

@@ -33,15 +33,12 @@ def row(report: Path) -> dict[str, Any]:
         return records.skipped(report.stem, GROUP, "pytest", "no result: it crashed or was stopped")
     cases = [case for suite in suites for case in suite.iter("testcase")]
     counts = Counter(map(_outcome, cases))
-    return {
-        "target": report.stem,
-        "family": GROUP,
-        "engine": "pytest",
-        "status": "measured",
+    return records.row(
+        *(report.stem, GROUP, "pytest"),
         **{outcome: counts[outcome] for outcome in OUTCOMES},
-        "seconds": round(sum(float(suite.get("time", 0)) for suite in suites), 1),
-        "failures": [_name(case) for case in cases if _outcome(case) == "failed"],
-    }
+        seconds=round(sum(float(suite.get("time", 0)) for suite in suites), 1),
+        failures=[_name(case) for case in cases if _outcome(case) == "failed"],
+    )
 
 
 def _outcome(case: ElementTree.Element) -> str:

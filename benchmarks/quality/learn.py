@@ -229,15 +229,12 @@ def row(
     for rate in budget.rates[1:]:
         best = rate if task.better(mean(rate), mean(best)) else best
     chosen = runs[f"{best:g}"]
-    return {
-        "target": variant,
-        "family": variant,
-        "engine": "train",
-        "status": "measured",
-        "parameters": chosen[0]["parameters"],
-        "state_bytes": state_bytes(variant, shape, task.length),
-        "lr": best,
-        "seeds": len(budget.seeds),
-        "scores": {name: [r["scores"][name] for r in chosen] for name in task.tests},
-        "sweep": dict(runs),
-    }
+    return records.row(
+        *(variant, variant, "train"),
+        parameters=chosen[0]["parameters"],
+        state_bytes=state_bytes(variant, shape, task.length),
+        lr=best,
+        seeds=len(budget.seeds),
+        scores={name: [r["scores"][name] for r in chosen] for name in task.tests},
+        sweep=dict(runs),
+    )
