@@ -213,7 +213,7 @@ def gemm_rate(cases: Iterable[Case]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------
-# Decoding of whole models
+# Decoding on a GPU
 # ----------------------------------------------------------------------------------------------
 
 DECODE = ((1, 1024), (1, 4096), (1, 32768), (1, 131072), (8, 4096), (64, 1024), (256, 1024))
@@ -348,7 +348,7 @@ def decoding() -> dict[str, str]:
 
 
 # ----------------------------------------------------------------------------------------------
-# Decoding on a CPU
+# Decoding and prefill on a CPU
 # ----------------------------------------------------------------------------------------------
 
 
@@ -459,7 +459,7 @@ def medians_of_runs(case: Case, samples: list[float]) -> list[float]:
 
 
 def decoding_on_cpu() -> dict[str, str]:
-    cases, int8 = cpu_cases(), int8_cases()
+    cases, int8, (qwen2, rwkv6) = cpu_cases(), int8_cases(), CPU_PEERS
     prefill = Case("prefill-b1-t512-bfloat16", CPU)[DYNAMIC]
 
     def gigabytes(case: Case, field: str) -> str:
@@ -490,12 +490,12 @@ def decoding_on_cpu() -> dict[str, str]:
         "int8_bytes": gigabytes(int8[128], "token_bytes"),
         "cpu_rates": rates(cases),
         "int8_rates": rates(int8),
-        "int8_speedup_qwen2": int8_speedups(QWEN2),
-        "int8_speedup_rwkv6": int8_speedups(RWKV6),
+        "int8_speedup_qwen2": int8_speedups(qwen2),
+        "int8_speedup_rwkv6": int8_speedups(rwkv6),
         "cpu_ours_ms": milliseconds(PLUS),
         "cpu_peers_ms": milliseconds(*CPU_PEERS),
-        "cpu_prefill_qwen2": speedup(prefill, QWEN2),
-        "cpu_prefill_rwkv6": speedup(prefill, RWKV6),
+        "cpu_prefill_qwen2": speedup(prefill, qwen2),
+        "cpu_prefill_rwkv6": speedup(prefill, rwkv6),
     }
 
 
