@@ -513,7 +513,9 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         float p = exp2f(score[j] - highest);
-        int key = n + j < part.count ? n + j : n;
+        // a weight of zero times an infinite value would be NaN
+        if (n + j >= part.count) break;
+        int key = n + j;
         total += p;
         if constexpr (INT8) {
           int head = static_cast<int>(h % a.value_heads);
@@ -580,7 +582,7 @@ __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionS
       tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        values[j][i] = lane + i * kWarp < dim ? part.values[lane + i * kWarp] : 0.0f;
+        values[j][i] = there && lane + i * kWarp < dim ? part.values[lane + i * kWarp] : 0.0f;
     }
     float highest = top;
 #pragma unroll

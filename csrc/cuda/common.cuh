@@ -48,10 +48,11 @@ __device__ inline void see_copies() { asm volatile("" ::: "memory"); }
   extern __shared__ __align__(16) char dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared)
 
-// Sixteen bytes that no other block reads: the first cache is left to what is shared.
+// Sixteen bytes that no other block reads: the first cache is left to what is shared. Not through .nc,
+// which the assembler moves across the wait for a turn.
 __device__ inline uint4 load_once(const void* from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;

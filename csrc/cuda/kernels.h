@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
+
 #include "sizes.h"
 
 namespace rodimus {
@@ -26,7 +28,7 @@ inline bool in_pieces(const Rows& a) {
 
 // Whether these layers are what the kernels of linear steps are written for.
 inline bool suits_step_linear(const StepLinear& a) {
-  bool fits = a.inputs % 8 == 0 && a.rows <= kMaxRows;
+  bool fits = a.inputs > 0 && a.inputs % 8 == 0 && a.rows <= kMaxRows;
   for (int64_t i = 0; i < a.count; ++i)
     fits = fits && a.layers[i].weight.type == Type::kBFloat16 && in_pieces(a.layers[i].weight) &&
            in_pieces(a.layers[i].x);

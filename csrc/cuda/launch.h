@@ -34,16 +34,21 @@ void on_stream(const Tensor& like, const Run& run) {
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
-  run(static_cast<cudaStream_t>(stream));
-  // torch has a macro for this, but not in every release the library is built with
-  cudaError_t error = cudaGetLastError();
+  // a driver that is too old refuses everything, also what kernels are cut by
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    run(static_cast<cudaStream_t>(stream));
+    // torch has a macro for this, but not in every release the library is built with
+    error = cudaGetLastError();
+  }
   STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
 }
 
-// Nothing to do without a row.
+// Nothing to do where a tensor that decides the grid, such as the result, is empty.
 template <class Arguments>
 void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, const Tensor& like) {
-  if (like.size(0) == 0) return;
+  if (like.numel() == 0) return;
   on_stream(like, [&](cudaStream_t stream) { kernel(a, stream); });
 }
 

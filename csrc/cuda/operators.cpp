@@ -6,6 +6,13 @@ extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_archs[] =
     "RODIMUS-ARCHS:" RODIMUS_ARCHS;
 
+// Why the runtime that is linked in cannot run here, such as a driver older than it; null if it can.
+extern "C" __attribute__((visibility("default"))) const char* rodimus_cuda_problem() {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 namespace rodimus {
 namespace {
 
@@ -13,7 +20,7 @@ Tensor ddts_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const Tensor& state, double scale) {
   auto [a, o] = ddts_step_arguments(q, k, v, log_decay, state, scale);
   check_keys(a.key_dim), check_rows("B * H", a.rows);
-  launch(launch_ddts_step, a, q);
+  launch(launch_ddts_step, a, o);
   return o;
 }
 
@@ -30,7 +37,7 @@ Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
   // torch keeps memory of a stream for that stream, so it may go before the kernel has run
   Tensor memory = output_like(x, {mixer_scratch(a, step_columns(a.rows))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
-  launch(launch_mixer_step, a, x);
+  launch(launch_mixer_step, a, y);
   return y;
 }
 
@@ -38,27 +45,27 @@ Tensor short_conv_step(const Tensor& x, const Tensor& conv_state, const Tensor& 
                        const OptionalTensor& bias) {
   auto [a, y] = conv_step_arguments(x, conv_state, weight, bias);
   check_rows("B", a.rows);
-  launch(launch_conv_step, a, x);
+  launch(launch_conv_step, a, y);
   return y;
 }
 
 Tensor linear_step(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& scale) {
   auto [a, y] = linear_arguments(x, weight, bias, scale);
-  launch(launch_linear, a, x);
+  launch(launch_linear, a, y);
   return y;
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   auto [a, y, sum] = norm_arguments(x, weight, std::nullopt, std::nullopt, std::nullopt, eps);
-  launch(launch_norm, a, x);
+  launch(launch_norm, a, y);
   return y;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
                                         const Tensor& weight, double eps) {
   auto [a, y, sum] = norm_arguments(x, weight, residual, std::nullopt, std::nullopt, eps);
-  launch(launch_norm, a, x);
+  launch(launch_norm, a, y);
   return {y, *sum};
 }
 
@@ -66,7 +73,7 @@ Tensor gated_rms_norm(const Tensor& x, const Tensor& gate, const Tensor& weight,
                       const OptionalTensor& residual, const OptionalTensor& residual_weight,
                       double eps) {
   auto [a, y, sum] = norm_arguments(x, weight, residual, residual_weight, gate, eps);
-  launch(launch_norm, a, x);
+  launch(launch_norm, a, y);
   return y;
 }
 
@@ -80,6 +87,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
   check_rows("B * T", a.batch * a.steps);
   Tensor memory = output_like(q, {attention_parts_scratch(a, attention_parts(a))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
+  // of values without channels the keys still go into the ring
   launch(launch_attention_step, a, q);
   return o;
 }

@@ -306,9 +306,14 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
       auto widen = [&](const uint4& piece, float* out) {
         widen_eight(reinterpret_cast<const Eight<T>&>(piece), out);
       };
+      int present = stored ? kept - n : 1;
+      // a weight of zero times an infinite value would be NaN
+#pragma unroll
+      for (int j = 1; j < kKeysTogether; ++j)
+        if (j >= present) w[2 * j + 1] = uint4{};
       sum.template add<kKeysTogether>(
-          stored ? kept - n : 1, [&](int j, float* out) { widen(w[2 * j], out); },
-          [](int) { return 1.0f; }, [&](int j, float* out) { widen(w[2 * j + 1], out); });
+          present, [&](int j, float* out) { widen(w[2 * j], out); }, [](int) { return 1.0f; },
+          [&](int j, float* out) { widen(w[2 * j + 1], out); });
       if (stored) feed.send(kKeysTogether / kKeysOfUnit);
       n = !stored ? n + 1 : n + kKeysTogether < kept ? n + kKeysTogether : kept;
     }
@@ -344,7 +349,7 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
       bool there = row + j * kRows < parts;
       PartResult part(a, parts, there ? row + j * kRows : 0, b, h);
       tops_of[j] = there ? part.weights[0] : -INFINITY, totals_of[j] = part.weights[1];
-      values[j] = part.values[channel];
+      values[j] = there ? part.values[channel] : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) top = fmaxf(top, tops_of[j]);

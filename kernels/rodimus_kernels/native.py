@@ -251,13 +251,29 @@ def _lacks_code(device):
     if capability < (8, 0):
         return f"they need compute capability 8.0, this GPU has {name}"
     library = build.PACKAGE / build.LIBRARIES["cuda"]
-    archs = build.recorded_archs(library) if library.is_file() else None
+    if not library.is_file():
+        return None
+    problem = _cuda_problem()
+    if problem is not None:
+        return (
+            f"the CUDA runtime in {library.name} cannot run here ({problem}); build it again with"
+            " an nvcc that is not newer than the driver"
+        )
+    archs = build.recorded_archs(library)
     if archs is None or build.has_code_for(archs, capability):
         return None
     return (
         f"{library.name} was built for {archs}, this GPU has compute capability {name}; build it"
         " again with: RODIMUS_CUDA_ARCHS={}{} python -m rodimus_kernels build".format(*capability)
     )
+
+
+def _cuda_problem() -> str | None:
+    """What keeps the CUDA library's own runtime from running, whatever torch's can do."""
+    function = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cuda"]).rodimus_cuda_problem
+    function.restype = ctypes.c_char_p
+    problem = function()
+    return None if problem is None else problem.decode()
 
 
 @functools.cache

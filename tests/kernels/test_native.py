@@ -531,9 +531,10 @@ def gpu_of(monkeypatch, tmp_path):
     monkeypatch.setattr(native.build, "PACKAGE", tmp_path)
     library = tmp_path / native.build.LIBRARIES["cuda"]
 
-    def pretend(capability, archs):
+    def pretend(capability, archs, problem=None):
         library.write_bytes(b"\x7fELF\0RODIMUS-ARCHS:" + archs.encode() + b"\0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(native, "_cuda_problem", lambda: problem)
         native._lacks_code.cache_clear()
         native._warn_once.cache_clear()
 
@@ -571,6 +572,14 @@ def test_how_to_build_for_this_gpu_is_said_once(gpu_of, caplog):
     (record,) = caplog.records
     assert "was built for 90a, this GPU has compute capability 8.9" in record.message
     assert "RODIMUS_CUDA_ARCHS=89" in record.message
+
+
+def test_a_library_newer_than_the_driver_is_not_asked(gpu_of, caplog):
+    gpu_of((9, 0), "90a", "CUDA driver version is insufficient for CUDA runtime version")
+    assert not native._runs_here(torch.device("cuda", 0))
+    (record,) = caplog.records
+    assert "driver version is insufficient" in record.message
+    assert "an nvcc that is not newer than the driver" in record.message
 
 
 class Subclass(torch.Tensor):

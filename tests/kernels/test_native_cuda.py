@@ -320,6 +320,12 @@ def test_library_loads_on_any_torch_and_registers():
 
 
 @built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its runtime can run here")
+def test_library_says_why_its_runtime_cannot_run():
+    assert re.search(r"(?i)driver|no CUDA-capable device", native._cuda_problem())
+
+
+@built
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 def test_no_symbol_of_torch_may_be_absent():
     """A weak symbol that is not found loads as null, and crashes when it is called."""

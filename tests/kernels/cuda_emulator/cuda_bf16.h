@@ -50,6 +50,8 @@ inline float __bfloat162float(__nv_bfloat16 x) {
 inline __nv_bfloat16 __float2bfloat16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
+  // the carry would make zero of the largest NaN
+  if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
