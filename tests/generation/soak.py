@@ -211,7 +211,7 @@ def soak(seconds: float, clients: int = 64, seed: int = 0) -> Report:
     """Run clients against a server for so long, and look at what is left."""
     pairs = make_requests()
     threads = threading.active_count()
-    engine = Engine(text_model(), byte_tokenizer(), slots=SLOTS, prefill_chunk=32)
+    engine = Engine(text_model(), byte_tokenizer(), slots=SLOTS, prefill_chunk=32, recent_states=6)
     engine.end_tokens = ()
     with serving(engine=engine, limits=LIMITS, max_waiting=WAITING) as (client, service, server):
         crowd = Clients(client.port, pairs, seed)
