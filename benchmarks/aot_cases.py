@@ -41,8 +41,8 @@ def _ddts_chunk():
     others = [(16, 64), (32, 512), (64, 6144), (128, 4096), (256, 4096), (64, 16)]
     shapes = [(64, 4096, BF16), *((*shape, BF16) for shape in others)]
     # not float32 with K = 256: it spills, and the dispatch of ddts does not choose it
-    shapes += [(keys, 4096, dtype) for keys in (64, 128) for dtype in (FP32, FP16)]
-    shapes += [(256, 4096, FP16)]
+    shapes += [(keys, 4096, dtype) for keys in (16, 32, 64, 128) for dtype in (FP32, FP16)]
+    shapes += [(256, 4096, FP16), (16, 64, FP32), (16, 64, FP16)]
     for i, (keys, values, dtype) in enumerate(shapes):
         name = f"K{keys} V{values} {_text(dtype)}"
         yield f"{name} training", partial(_train_ddts, keys, values, dtype, gated=False), i == 0
@@ -50,7 +50,15 @@ def _ddts_chunk():
             # the others spill, and the dispatch of gated_ddts does not choose them
             call = partial(_train_ddts, keys, values, dtype, gated=True)
             yield f"{name} gates inside", call, i == 0
-    yield "K64 V4096 bfloat16 packed", partial(_train_packed_ddts, 64, 4096), True
+    # not K = 16 in float32, which spills on sm_80 with every tile
+    packed = [
+        (64, BF16),
+        (16, FP16),
+        *((keys, dtype) for keys in (32, 64) for dtype in (FP32, FP16)),
+    ]
+    for i, (keys, dtype) in enumerate(packed):
+        name = f"K{keys} V4096 {_text(dtype)} packed"
+        yield name, partial(_train_packed_ddts, keys, 4096, dtype), i == 0
     yield "K64 V4096 bfloat16 segments", partial(_walk_segments, 64, 4096), True
 
 
@@ -66,8 +74,8 @@ def _train_ddts(keys, values, dtype, gated):
     OPS.ddts_chunk_backward(*inputs, None, None, states, o, state)
 
 
-def _train_packed_ddts(keys, values):
-    inputs, bounds = _ddts_inputs(keys, values, BF16), torch.tensor([0, 70, 128])
+def _train_packed_ddts(keys, values, dtype):
+    inputs, bounds = _ddts_inputs(keys, values, dtype), torch.tensor([0, 70, 128])
     inputs, state = (*inputs, None, 0.0, 1.0), torch.empty(2, 1, keys, values)
     o, state, states = OPS.ddts_chunk(*inputs, state, None, bounds, True)
     OPS.ddts_chunk_backward(*inputs, None, bounds, states, o, state)

@@ -61,18 +61,18 @@ class Tile(NamedTuple):
 def prepare_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """As much of K at once as the registers hold; the scores add up over the slices. Four warps
     leave room for a second program. Before sm_90 each warp holds the log-decays of all rows.
+    Sixteen columns are too few for eight warps (see :func:`gate_tile`).
     """
     if dtype == torch.bfloat16:
         return Tile(key_dim if key_dim <= 64 and arch >= 90 else min(key_dim, 32), 4, 1)
-    return Tile(min(key_dim, 32), 8, 1)
+    return Tile(min(key_dim, 32), 4 if key_dim == 16 else 8, 1)
 
 
 def walk_tile(
     key_dim: int, value_dim: int, dtype: torch.dtype, tma: bool, arch: int, saves: bool
 ) -> Tile:
     """The state is ``width * K`` fp32 in registers. The addresses of the pointer variant need 8
-    warps, float32 operands a quarter of the width, and before sm_90 the products' operands half of
-    it.
+    warps, and before sm_90 the products' operands half of the width.
 
     With the copy engine and K = 64 on an H200 (B = 8, T = 4096, V = 4096): 163 us with 128 columns
     and four stages in flight, 168 with 64 and three, 190 with 128 and two. While states are saved,
@@ -81,26 +81,40 @@ def walk_tile(
     if tma and dtype == torch.bfloat16 and key_dim <= 64:
         width, stages = (64, 3) if saves else (128, 4)
         return Tile(divisor_tile(value_dim, width), 4, stages)
-    limit = (8192 if tma or arch >= 90 else 4096) // key_dim
     if dtype == torch.float32:
-        limit //= 4
+        return _single_walk_tile(key_dim, value_dim, tma, arch)
+    limit = (8192 if tma or arch >= 90 else 4096) // key_dim
     width = divisor_tile(value_dim, max(min(limit, 128), 16))
-    warps = 4 if tma and key_dim <= 128 and dtype == torch.bfloat16 else 8
     stages = 2 if arch >= 90 else 3
-    # read and write are 64 * K numbers a stage, of 163 KiB, or of 99
+    # read and write are 64 * K numbers a stage, of 99 KiB
     if arch == 86:
-        stages = max(min(stages, 512 // dtype.itemsize // key_dim), 1)
-    elif dtype == torch.float32 and arch < 90:
         stages = max(min(stages, 256 // key_dim), 1)
-    return Tile(width, warps, stages)
+    return Tile(width, 4 if tma and key_dim <= 128 else 8, stages)
+
+
+def _single_walk_tile(key_dim: int, value_dim: int, tma: bool, arch: int) -> Tile:
+    """Of float32 operands: beside state and output ``[64, width]`` the parts of three products take
+    registers, and leave 16 columns. K = 16 spills so (reversed, 800 bytes on sm_90), but not where
+    ``wgmma`` reads operands from shared memory: that wants 64 columns for every four warps, and
+    leaves registers for one stage alone, or for two with 128 and the copy engine.
+    """
+    if key_dim == 16 and arch >= 90:
+        width = divisor_tile(value_dim, 128)
+        return Tile(width, 8 if width == 128 else 4, 2 if tma and width == 128 else 1)
+    width = divisor_tile(value_dim, 32 if tma and key_dim == 64 else 16)
+    if arch >= 90:
+        return Tile(width, 8, 2)
+    # read and write are 64 * K numbers a stage, of 163 KiB, or of 99
+    return Tile(width, 8, max(min(3, (128 if arch == 86 else 256) // key_dim), 1))
 
 
 def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """Accumulators are C * C + 2 C * K fp32; V streams through shared memory. For K = 64 on an H200
     (B = 8, T = 4096, V = 4096) 208 us with 128 columns and two stages, 225 with 64 and three;
-    before sm_90 more than 32 columns spill registers in Triton 3.6."""
+    before sm_90 more than 32 columns spill registers in Triton 3.6. Sixteen channels of K are too
+    few for eight warps (see :func:`gate_tile`)."""
     if dtype == torch.float32:
-        return Tile(16, 8, 3)
+        return Tile(16, 4 if key_dim == 16 else 8, 3)
     if key_dim > 64:
         return Tile(divisor_tile(value_dim, 64), 8, 3)
     width = divisor_tile(value_dim, 128 if arch >= 90 else 32)
