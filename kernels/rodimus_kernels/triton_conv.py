@@ -6,8 +6,8 @@ of dx, so that each tensor is read or written once. ``W - 1`` tokens before a ru
 and after it in the backward. Gradients of weight and bias are summed per program and then over
 programs in a fixed order, without atomics.
 
-Packed rows come with ``documents`` and ``starts [B, T]``: the document of each token and its first
-token. A tap that reaches behind it reads the document's initial state, or zero.
+Packed rows come with ``documents [B, T]``, the id of each token's document. A tap on a token of
+another id reads the document's initial state, or zero.
 """
 
 import torch
@@ -33,13 +33,26 @@ def mask_if(mask, condition):
 
 
 @triton.jit
-def document_at(documents, starts, i_b, t, T):
-    """``(document, first token)`` of token ``t``; rows not packed hold one document each."""
+def document_at(documents, i_b, t, T):
+    """Id of the document of token ``t``, behind a row that of its last token; rows not packed hold
+    one document each."""
     if documents is None:
-        return i_b, t * 0
+        return i_b
     else:
-        i_n = tl.load(documents + i_b * T + t, mask=t < T, other=0).to(tl.int64)
-        return i_n, tl.load(starts + i_b * T + t, mask=t < T, other=0).to(tl.int64)
+        return tl.load(documents + i_b * T + tl.minimum(t, T - 1)).to(tl.int64)
+
+
+@triton.jit
+def past_documents(documents, i_b, t, T, W: tl.constexpr):
+    """Ids of the ``W - 1`` tokens before ``t``, -1 before a row and behind it that of its last
+    token; none if rows are not packed."""
+    ids = ()
+    if documents is not None:
+        for i in tl.static_range(W - 1):
+            before = t - (W - 1) + i
+            p_id = documents + i_b * T + tl.minimum(before, T - 1)
+            ids += (tl.load(p_id, mask=before >= 0, other=-1).to(tl.int64),)
+    return ids
 
 
 @triton.jit
@@ -64,16 +77,22 @@ def load_taps(weight, bias, o_d, mask, W: tl.constexpr):
 
 
 @triton.jit
-def past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W: tl.constexpr):
-    """The ``W - 1`` inputs before token ``t``, oldest first, in fp32.
+def past_inputs(p_x, h0, bounds, ids, i_n, t, o_d, x_t, D, mask, W: tl.constexpr):
+    """The ``W - 1`` inputs of document ``i_n`` before token ``t``, oldest first, in fp32.
 
-    Before the first token are the columns of the state ``h0 [N, D, W]``: token -1 is its last.
+    Before its first token are the columns of the state ``h0 [N, D, W]``: the last is that of the
+    token before. Tokens of other ``ids`` are zero, as all are that are nowhere.
     """
     past = ()
+    start = t * 0
+    if bounds is not None:
+        start += tl.load(bounds + i_n)
     for i in tl.static_range(W - 1):
         before = t - (W - 1) + i
-        inside = mask_if(mask, before >= start)
-        b_x = tl.load(p_x + before * x_t, mask=inside, other=0.0).to(tl.float32)
+        own = before >= start
+        if len(ids) > 0:
+            own &= ids[i] == i_n
+        b_x = tl.load(p_x + before * x_t, mask=mask_if(mask, own), other=0.0).to(tl.float32)
         if h0 is not None:
             p_h0 = h0 + (i_n * D + o_d) * W + (W + before - start)
             b_x += tl.load(p_h0, mask=mask_if(mask, before < start), other=0.0).to(tl.float32)
@@ -91,11 +110,12 @@ def preactivation(inputs, taps, b_b):
 
 
 @triton.jit
-def backward_step(inputs, taps, b_b, b_dy, pending, t, start, PACKED: tl.constexpr):
-    """``(dp, pending)``: the gradient before silu at token ``t``, and its part in dx.
+def backward_step(inputs, taps, b_b, b_dy, pending, ids, i_n):
+    """``(dp, pending)``: the gradient before silu at a token of document ``i_n``, and its part in
+    dx.
 
-    ``pending`` comes with the sums of the ``W - 1`` tokens before ``t`` and goes with that of ``t``
-    as well; what is first is finished.
+    ``pending`` comes with the sums of the ``W - 1`` tokens before, of documents ``ids`` where rows
+    are packed, and goes with that of the token as well; what is first is finished.
     """
     b_y = preactivation(inputs, taps, b_b)
     b_sigmoid = sigmoid(b_y)
@@ -103,8 +123,8 @@ def backward_step(inputs, taps, b_b, b_dy, pending, t, start, PACKED: tl.constex
     sums = ()
     for tap in tl.static_range(len(pending)):
         b_dx = b_dp * taps[tap]
-        if PACKED:
-            b_dx = tl.where(t - len(pending) + tap >= start, b_dx, 0.0)
+        if len(ids) > 0:
+            b_dx = tl.where(ids[tap] == i_n, b_dx, 0.0)
         sums += (pending[tap] + b_dx,)
     return b_dp, sums + (b_dp * taps[len(pending)],)
 
@@ -125,7 +145,7 @@ def short_conv_fwd_kernel(
     weight,
     bias,
     documents,
-    starts,
+    bounds,
     y,
     T,
     D,
@@ -144,16 +164,19 @@ def short_conv_fwd_kernel(
     p_x = x + i_b * x_b + o_d
     p_y = y + i_b * T * D + o_d
     taps, b_b = load_taps(weight, bias, o_d, mask, W)
-    i_n, start = document_at(documents, starts, i_b, first, T)
-    past = past_inputs(p_x, h0, i_n, first, start, o_d, x_t, D, mask, W)
+    ids = past_documents(documents, i_b, first, T, W)
+    i_n = document_at(documents, i_b, first, T)
+    past = past_inputs(p_x, h0, bounds, ids, i_n, first, o_d, x_t, D, mask, W)
     for i_t in range(0, min(TOKENS, T - first), AHEAD):
         rows = load_tokens(p_x, first + i_t, x_t, T, mask, AHEAD)
         for i in tl.static_range(AHEAD):
             t = first + i_t + i
-            if documents is not None:
-                i_n, start = document_at(documents, starts, i_b, t, T)
-                if t == start:
-                    past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+            if len(ids) > 0:
+                # again from the cache: held from token to token they cost more registers
+                ids = past_documents(documents, i_b, t, T, W)
+                i_n = document_at(documents, i_b, t, T)
+                if i_n != ids[W - 2]:
+                    past = past_inputs(p_x, h0, bounds, ids, i_n, t, o_d, x_t, D, mask, W)
             inputs = past + (rows[i].to(tl.float32),)
             b_y = preactivation(inputs, taps, b_b)
             b_y = b_y * sigmoid(b_y)
@@ -168,7 +191,7 @@ def short_conv_bwd_kernel(
     weight,
     bias,
     documents,
-    starts,
+    bounds,
     dy,
     dx,
     dweight,
@@ -185,7 +208,6 @@ def short_conv_bwd_kernel(
     BD: tl.constexpr,
 ):
     """``dx`` contiguous ``[B, T, D]``; ``dweight [programs, W, D]``, ``dbias [programs, D]``."""
-    PACKED: tl.constexpr = documents is not None
     i_b = tl.program_id(2).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
     mask = o_d < D
@@ -194,8 +216,9 @@ def short_conv_bwd_kernel(
     p_dy = dy + i_b * dy_b + o_d
     p_dx = dx + i_b * T * D + o_d
     taps, b_b = load_taps(weight, bias, o_d, mask, W)
-    i_n, start = document_at(documents, starts, i_b, first, T)
-    past = past_inputs(p_x, h0, i_n, first, start, o_d, x_t, D, mask, W)
+    ids = past_documents(documents, i_b, first, T, W)
+    i_n = document_at(documents, i_b, first, T)
+    past = past_inputs(p_x, h0, bounds, ids, i_n, first, o_d, x_t, D, mask, W)
     pending = zeros(o_d, W - 1)
     sums = zeros(o_d, W)
     b_db = tl.zeros([BD], tl.float32)
@@ -204,12 +227,14 @@ def short_conv_bwd_kernel(
         drows = load_tokens(p_dy, first + i_t, dy_t, T, mask, AHEAD)
         for i in tl.static_range(AHEAD):
             t = first + i_t + i
-            if PACKED:
-                i_n, start = document_at(documents, starts, i_b, t, T)
-                if t == start:
-                    past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+            if len(ids) > 0:
+                # again from the cache: held from token to token they cost more registers
+                ids = past_documents(documents, i_b, t, T, W)
+                i_n = document_at(documents, i_b, t, T)
+                if i_n != ids[W - 2]:
+                    past = past_inputs(p_x, h0, bounds, ids, i_n, t, o_d, x_t, D, mask, W)
             inputs = past + (rows[i].to(tl.float32),)
-            b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, t, start, PACKED)
+            b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, ids, i_n)
             done = t - (W - 1)
             mask_done = mask_if(mask, (done >= first) & (done < T))
             tl.store(p_dx + done * D, pending[0].to(dx.dtype.element_ty), mask=mask_done)
@@ -226,12 +251,13 @@ def short_conv_bwd_kernel(
     drows = load_tokens(p_dy, after, dy_t, T, mask, W - 1)
     for i in tl.static_range(W - 1):
         t = after + i
-        if PACKED:
-            i_n, start = document_at(documents, starts, i_b, t, T)
-            if t == start:
-                past = past_inputs(p_x, h0, i_n, t, start, o_d, x_t, D, mask, W)
+        if len(ids) > 0:
+            ids = past_documents(documents, i_b, t, T, W)
+            i_n = document_at(documents, i_b, t, T)
+            if i_n != ids[W - 2]:
+                past = past_inputs(p_x, h0, bounds, ids, i_n, t, o_d, x_t, D, mask, W)
         inputs = past + (rows[i].to(tl.float32),)
-        b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, t, start, PACKED)
+        b_dp, pending = backward_step(inputs, taps, b_b, drows[i], pending, ids, i_n)
         done = t - (W - 1)
         mask_done = mask_if(mask, (done >= first) & (done < T))
         tl.store(p_dx + done * D, pending[0].to(dx.dtype.element_ty), mask=mask_done)
@@ -279,7 +305,7 @@ def short_conv_dstate_kernel(
         end = tl.load(bounds + i_n + 1).to(tl.int64)
     p_x = x + i_b * x_b + o_d
     taps, b_b = load_taps(weight, bias, o_d, mask, W)
-    past = past_inputs(p_x, h0, i_n, start, start, o_d, x_t, D, mask, W)
+    past = past_inputs(p_x, h0, bounds, (), i_n, start, o_d, x_t, D, mask, W)
     rows = load_tokens(p_x, start, x_t, end, mask, W - 1)
     drows = load_tokens(dy + i_b * dy_b + o_d, start, dy_t, end, mask, W - 1)
     pending = zeros(o_d, W - 1)
@@ -287,7 +313,7 @@ def short_conv_dstate_kernel(
     tl.store(p_dh0, tl.zeros([BD], dh0.dtype.element_ty), mask=mask)
     for i in tl.static_range(W - 1):
         inputs = past + (rows[i].to(tl.float32),)
-        _, pending = backward_step(inputs, taps, b_b, drows[i], pending, start + i, start, False)
+        _, pending = backward_step(inputs, taps, b_b, drows[i], pending, (), i_n)
         tl.store(p_dh0 + i + 1, pending[0].to(dh0.dtype.element_ty), mask=mask)
         past = inputs[1:]
         pending = pending[1:]
@@ -314,21 +340,13 @@ def forward(
     return y, final_state
 
 
-def _packing(x, cu_seqlens, seq_idx):
-    """``(documents, starts)`` of each token, or two None; made on the device."""
-    if cu_seqlens is None and seq_idx is None:
-        return None, None
-    length = x.shape[1]
-    if seq_idx is None:
-        column = torch.arange(length, device=x.device)
-        bounds = cu_seqlens.long()
-        # empty documents share their start with the next: only bounds tell them apart
-        documents = torch.searchsorted(bounds[1:], column, right=True)[None]
-        return documents.to(torch.int32), bounds[documents].to(torch.int32)
-    column = torch.arange(length, device=x.device).expand_as(seq_idx)
-    changed = seq_idx != torch.nn.functional.pad(seq_idx, (1, 0), value=-1)[:, :-1]
-    starts = torch.where(changed, column, 0).cummax(1).values
-    return seq_idx.to(torch.int32).contiguous(), starts.to(torch.int32)
+def _documents(x, cu_seqlens, seq_idx):
+    """Document ids ``[B, T]``, made on the device; None if rows are not packed."""
+    if cu_seqlens is None:
+        return None if seq_idx is None else seq_idx.contiguous()
+    column = torch.arange(x.shape[1], device=x.device)
+    # an empty document has no tokens, but a state: ids count it
+    return torch.searchsorted(cu_seqlens[1:].long(), column, right=True, out_int32=True)[None]
 
 
 @implement("short_conv")
@@ -344,7 +362,8 @@ def _forward(x, weight, bias, initial_state, cu_seqlens, seq_idx):
         h0,
         weight,
         bias,
-        *_packing(x, cu_seqlens, seq_idx),
+        _documents(x, cu_seqlens, seq_idx),
+        cu_seqlens,
         y,
         length,
         channels,
@@ -376,7 +395,8 @@ def _backward(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy):
         h0,
         weight,
         bias,
-        *_packing(x, cu_seqlens, seq_idx),
+        _documents(x, cu_seqlens, seq_idx),
+        cu_seqlens,
         dy,
         dx,
         dweight,

@@ -157,6 +157,40 @@ def test_packed_rows_equal_separate_documents_with_gradients(impl):
 
 
 @pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_id_that_comes_back_is_the_same_document(impl, dtype):
+    """A tap on a token of the same id is seen, whatever lies between; ids of 64 bits differ by any
+    of them."""
+    x, weight, bias, _ = make(batch=2, length=6)
+    far = 2**32 if dtype == torch.int64 else 2**30
+    ids = torch.tensor([[0, 1, 0, 0, 1, 1], [-1, far, 0, -1, 0, far]], dtype=dtype, device=DEVICE)
+    expected = bias.double().expand(2, 6, 24).clone()
+    for row, t in itertools.product(range(2), range(6)):
+        for tap, seen in enumerate(range(t - 3, t + 1)):
+            if seen >= 0 and ids[row, seen] == ids[row, t]:
+                expected[row, t] += x[row, seen].double() * weight[:, tap].double()
+    y, _ = short_conv(x, weight, bias, seq_idx=ids, impl=impl)
+    assert relative_error(y, F.silu(expected)) < LIMIT
+
+
+@pytest.mark.parametrize("impl", [pytest.param("triton", marks=TRITON_MARKS)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_where_ids_come_back(impl, whole, monkeypatch):
+    module = triton_module("rodimus_kernels.triton_conv")
+    if not whole:
+        for name in ("_FORWARD_TOKENS", "_BACKWARD_TOKENS"):
+            monkeypatch.setattr(module, name, module._AHEAD)
+    x, weight, bias, _ = make(length=23)
+    ids = torch.randint(3, (2, 23)).to(DEVICE)
+    tensors, seed = {"x": x, "weight": weight, "bias": bias}, torch.randn_like(x)
+
+    def of(impl):
+        return lambda x, weight, bias: short_conv(x, weight, bias, seq_idx=ids, impl=impl)[0]
+
+    assert_close(run(of(impl), tensors, seed), run(of("reference"), double(tensors), seed), LIMIT)
+
+
+@pytest.mark.parametrize("impl", ALL)
 def test_reads_a_slice_of_a_projection(impl):
     x, weight, bias, _ = make()
     wide = torch.cat((x + 1, x), dim=-1)
