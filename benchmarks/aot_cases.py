@@ -118,6 +118,7 @@ def _step_ddts(keys):
 def _norm():
     shapes = [(4096, True, BF16), (2048, True, BF16), (6144, True, BF16)]
     shapes += [(4096, False, BF16), (4096, True, FP32)]
+    shapes += [(16384, residual, dtype) for residual in (True, False) for dtype in (BF16, FP32)]
     for i, (width, residual, dtype) in enumerate(shapes):
         name = f"D{width} {_text(dtype)}" + ("" if residual else " without residual")
         yield name, partial(_train_norms, width, residual, dtype), i == 0

@@ -24,20 +24,24 @@ _PROGRAMS, _ROWS = 264, 3
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 16, 8
 # rows of more have fewer warps, of all registers, and less shared memory for what is in flight
 _WIDE, _WIDE_ELEMENTS = 4096, 32
+# the backward of a plain row has a block for so many columns, that of a gated one for _WIDE
+_PLAIN_WIDE = 8192
 
 
 @triton.jit
 def normalized(b_x, D: tl.constexpr, eps):
-    """``(x / rms, 1 / rms)`` of a row; columns past D must be zero."""
-    r_rms = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps)
-    return b_x * r_rms, r_rms
+    """``x / rms`` of a row; columns past D must be zero."""
+    return b_x * (1.0 / tl.sqrt(tl.sum(b_x * b_x, 0) / D + eps))
 
 
 @triton.jit
-def normalized_backward(b_dn, b_x, b_n, r_rms, D: tl.constexpr):
-    """Gradient of the row that was normalised, from that of the result."""
+def normalized_backward(b_dn, b_x, r_square, r_dot, D: tl.constexpr, eps):
+    """``(x / rms, gradient of x)`` of what is here of a row, from the gradient of the former and
+    ``(sum x^2, sum dn x)`` of the row."""
+    r_rms = 1.0 / tl.sqrt(r_square / D + eps)
+    b_n = b_x * r_rms
     # the sum with x rather than n does not wait for r_rms
-    return r_rms * (b_dn - b_n * (r_rms * (tl.sum(b_dn * b_x, 0) / D)))
+    return b_n, r_rms * (b_dn - b_n * (r_rms * (r_dot / D)))
 
 
 @triton.jit
@@ -53,9 +57,40 @@ def add_rms_norm_fwd_kernel(
         b_r = tl.load(residual + i_t * residual_t + o_d, mask=mask, other=0.0)
         b_x = (b_x.to(stream.dtype.element_ty) + b_r).to(stream.dtype.element_ty)
         tl.store(stream + i_t * D + o_d, b_x, mask=mask)
-    b_n, _ = normalized(b_x.to(tl.float32), D, eps)
+    b_n = normalized(b_x.to(tl.float32), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rounded_sum(b_x, b_residual, b_rw):
+    """``x + residual * residual_weight`` in fp32, rounded as x is."""
+    return (b_x.to(tl.float32) + b_residual * b_rw).to(b_x.dtype).to(tl.float32)
+
+
+@triton.jit
+def row_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, BD: tl.constexpr):
+    """``(sum h^2, sum dy w h)`` of a row ``h`` that is cut into blocks, with or without gate and
+    residual; every program of a row's blocks reads it whole."""
+    r_square = 0.0
+    r_dot = 0.0
+    for first in tl.static_range(0, D, BD):
+        o_d = first + tl.arange(0, BD)
+        mask = o_d < D
+        b_x = tl.load(x + o_d, mask=mask, other=0.0)
+        b_h = b_x.to(tl.float32)
+        if residual is not None:
+            b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_residual = tl.load(residual + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_h = rounded_sum(b_x, b_residual, b_rw)
+        if gate is not None:
+            b_gate = tl.load(gate + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_h = b_h * b_gate * sigmoid(b_gate)
+        b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_dy = tl.load(dy + o_d, mask=mask, other=0.0).to(tl.float32)
+        r_square += tl.sum(b_h * b_h, 0)
+        r_dot += tl.sum(b_dy * b_w * b_h, 0)
+    return r_square, r_dot
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -77,8 +112,9 @@ def rms_norm_bwd_kernel(
     ROWS: tl.constexpr,
 ):
     """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own; the same in
-    the dtype of a branch that was added to it."""
-    o_d = tl.arange(0, BD)
+    the dtype of a branch that was added to it. A program has a block of ``BD`` columns, the whole
+    row if that is no wider."""
+    o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dw = tl.zeros([BD], tl.float32)
@@ -86,21 +122,19 @@ def rms_norm_bwd_kernel(
     for i_t in tl.range(first, T, tl.num_programs(0), num_stages=ROWS):
         b_x = tl.load(stream + i_t * stream_t + o_d, mask=mask, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_n, r_rms = normalized(b_x, D, eps)
+        if BD < D:
+            p_x, p_dy = stream + i_t * stream_t, dy + i_t * dy_t
+            r_square, r_dot = row_sums(p_x, None, weight, None, None, p_dy, D, BD)
+        else:
+            r_square, r_dot = tl.sum(b_x * b_x, 0), tl.sum(b_dy * b_w * b_x, 0)
+        b_n, b_dx = normalized_backward(b_dy * b_w, b_x, r_square, r_dot, D, eps)
         b_dw += b_dy * b_n
-        b_dx = normalized_backward(b_dy * b_w, b_x, b_n, r_rms, D)
         if dstream is not None:
             b_dx += tl.load(dstream + i_t * dstream_t + o_d, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=mask)
         if dbranch is not None:
             tl.store(dbranch + i_t * D + o_d, b_dx.to(dbranch.dtype.element_ty), mask=mask)
     tl.store(dweight + tl.program_id(0) * D + o_d, b_dw, mask=mask)
-
-
-@triton.jit
-def rounded_sum(b_x, b_residual, b_rw):
-    """``x + residual * residual_weight`` in fp32, rounded as x is."""
-    return (b_x.to(tl.float32) + b_residual * b_rw).to(b_x.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -130,33 +164,9 @@ def gated_rms_norm_fwd_kernel(
         p_residual = residual + i_t * residual_t + o_d
         b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
         b_z = rounded_sum(b_x, b_residual, b_rw)
-    b_n, _ = normalized(b_z * b_gate * sigmoid(b_gate), D, eps)
+    b_n = normalized(b_z * b_gate * sigmoid(b_gate), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gated_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, BD: tl.constexpr):
-    """``(sum h^2, sum dy w h)`` of a row that is cut into blocks; every program of a row's blocks
-    reads it whole."""
-    r_square = 0.0
-    r_dot = 0.0
-    for first in tl.static_range(0, D, BD):
-        o_d = first + tl.arange(0, BD)
-        mask = o_d < D
-        b_x = tl.load(x + o_d, mask=mask, other=0.0)
-        b_gate = tl.load(gate + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_z = b_x.to(tl.float32)
-        if residual is not None:
-            b_rw = tl.load(residual_weight + o_d, mask=mask, other=0.0).to(tl.float32)
-            b_residual = tl.load(residual + o_d, mask=mask, other=0.0).to(tl.float32)
-            b_z = rounded_sum(b_x, b_residual, b_rw)
-        b_h = b_z * b_gate * sigmoid(b_gate)
-        b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_dy = tl.load(dy + o_d, mask=mask, other=0.0).to(tl.float32)
-        r_square += tl.sum(b_h * b_h, 0)
-        r_dot += tl.sum(b_dy * b_w * b_h, 0)
-    return r_square, r_dot
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -206,7 +216,7 @@ def gated_rms_norm_bwd_kernel(
         b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
         if BD < D:
             p_residual = residual if residual is None else residual + i_t * residual_t
-            r_square, r_dot = gated_sums(
+            r_square, r_dot = row_sums(
                 x + i_t * x_t,
                 gate + i_t * gate_t,
                 weight,
@@ -218,11 +228,8 @@ def gated_rms_norm_bwd_kernel(
             )
         else:
             r_square, r_dot = tl.sum(b_h * b_h, 0), tl.sum(b_dy * b_w * b_h, 0)
-        r_rms = 1.0 / tl.sqrt(r_square / D + eps)
-        b_n = b_h * r_rms
+        b_n, b_dh = normalized_backward(b_dy * b_w, b_h, r_square, r_dot, D, eps)
         b_dw += b_dy * b_n
-        # the sum with h rather than n does not wait for r_rms
-        b_dh = r_rms * (b_dy * b_w - b_n * (r_rms * (r_dot / D)))
         b_dz = b_dh * b_silu
         b_dgate = b_dh * b_z * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
         tl.store(dx + i_t * D + o_d, b_dz.to(dx.dtype.element_ty), mask=mask)
@@ -276,16 +283,15 @@ def _tile(width, elements):
 def _backward_tile(width, x):
     """As :func:`_tile`, with the rows in flight; one less where a block has 99 KiB for them."""
     tile = _tile(width, _WIDE_ELEMENTS if width > _WIDE else _BACKWARD_ELEMENTS)
-    # of MAX_WIDTH, four float32 rows take 256 KiB, which no multiprocessor has: one at a time
     rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1) - (capability(x) == 86)
     return {**tile, "ROWS": max(rows, 1)}
 
 
-def _gated_backward_tile(width, x):
-    """Programs a row, and the tile of each. All that a row beyond ``_WIDE`` needs at once is more
-    than the registers hold; its parts, each with the sums over the whole, leave no room for rows
-    in flight."""
-    tile = _backward_tile(min(width, _WIDE), x)
+def _backward_blocks(width, widest, x):
+    """Programs a row, and the tile of each. All that a row beyond the widest block needs at once is
+    more than the registers hold; its parts, each with the sums over the whole, leave no room for
+    rows in flight."""
+    tile = _backward_tile(min(width, widest), x)
     blocks = triton.cdiv(width, tile["BD"])
     return blocks, {**tile, "D": width, "ROWS": 1 if blocks > 1 else tile["ROWS"]}
 
@@ -342,7 +348,8 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
     rows, dys, dstreams = as_rows(stream), as_rows(dy), as_rows(dstream)
     dx, dweight = _like(stream), _partial_sums(*rows.shape, rows)
     dbranch = None if branch is None else _like(stream, branch)
-    rms_norm_bwd_kernel[(dweight.shape[0],)](
+    blocks, tile = _backward_blocks(stream.shape[-1], _PLAIN_WIDE, stream)
+    rms_norm_bwd_kernel[(dweight.shape[0], blocks)](
         rows,
         weight,
         dys,
@@ -355,7 +362,7 @@ def _rms_norm_backward(stream, weight, eps, dy, dstream, branch):
         rows.stride(0),
         dys.stride(0),
         _row_stride(dstreams),
-        **_backward_tile(stream.shape[-1], stream),
+        **tile,
     )
     dbranch = stream.new_empty(0) if dbranch is None else dbranch
     return dx, dweight.sum(0).to(weight.dtype), dbranch
@@ -387,7 +394,7 @@ def _gated_rms_norm_backward(x, gate, weight, eps, residual, residual_weight, dy
     dresidual, dresidual_weight = x.new_empty(0), x.new_empty(0)
     if residual is not None:
         dresidual, dresidual_weight = _like(residual), torch.empty_like(dweight)
-    blocks, tile = _gated_backward_tile(x.shape[-1], x)
+    blocks, tile = _backward_blocks(x.shape[-1], _WIDE, x)
     gated_rms_norm_bwd_kernel[(dweight.shape[0], blocks)](
         rows,
         gates,

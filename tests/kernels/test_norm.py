@@ -77,10 +77,14 @@ def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeyp
     """Two whole blocks, or a last one that is not full."""
     module = triton_module("rodimus_kernels.triton_norm")
     monkeypatch.setattr(module, "_WIDE", 32)
-    assert module._gated_backward_tile(width, torch.empty(0))[0] == -(-width // 32)
+    assert module._backward_blocks(width, 32, torch.empty(0))[0] == -(-width // 32)
     tensors = make("x", "gate", "weight", *residual, shape=(2, 7, width))
     ours = lambda **t: gated_rms_norm(**t, impl=impl)
     assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
+    monkeypatch.setattr(module, "_PLAIN_WIDE", 32)
+    tensors = make("x", "residual", "weight", shape=(2, 7, width))
+    ours = lambda **t: add_rms_norm(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact_add_rms_norm, tensors, torch.float64), LIMIT)
 
 
 @pytest.mark.parametrize("exact", [exact_add_rms_norm, exact_gated_rms_norm])
