@@ -642,18 +642,21 @@ class TestFlash:
 
 
 @pytest.mark.parametrize(
-    ("triton", "dim", "double", "expected"),
+    ("triton", "dim", "dtype", "expected"),
     [
-        (True, 128, False, "triton"),
-        (True, 256, False, "triton"),
-        (True, 264, False, "sdpa"),
-        (True, 128, True, "sdpa"),
-        (False, 128, False, "sdpa"),
-        (False, 264, True, "sdpa"),
+        (True, 128, torch.bfloat16, "triton"),
+        (True, 256, torch.bfloat16, "triton"),
+        (True, 256, torch.float16, "triton"),
+        (True, 264, torch.bfloat16, "sdpa"),
+        (True, 128, torch.float32, "triton"),
+        (True, 136, torch.float32, "sdpa"),
+        (True, 128, torch.float64, "sdpa"),
+        (False, 128, torch.bfloat16, "sdpa"),
+        (False, 264, torch.float64, "sdpa"),
     ],
 )
-def test_automatic_choice(triton, dim, double, expected):
-    assert api._choose(triton, dim, double) == expected
+def test_automatic_choice(triton, dim, dtype, expected):
+    assert api._choose(triton, dim, dtype) == expected
 
 
 class TestRope:

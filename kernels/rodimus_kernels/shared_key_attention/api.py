@@ -117,8 +117,9 @@ def shared_key_attention(
     check_same_device("q", q, cu_seqlens=cu_seqlens)
     reference.check_cu_seqlens(cu_seqlens, batch, keys)
     if impl == "auto":
-        double = torch.float64 in (q.dtype, k.dtype, v.dtype)
-        impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), double)
+        double = torch.float64 in (q.dtype, k.dtype)
+        dtype = torch.float64 if double else v.dtype
+        impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), dtype)
         # torch's kernel on a CPU has no forward-mode derivative
         impl = "reference" if in_forward_mode() else impl
     function = load("shared_key_attention", impl, _SEQUENCE)
@@ -132,9 +133,11 @@ def shared_key_attention(
     )
 
 
-def _choose(triton: bool, dim: int, double: bool) -> str:
+def _choose(triton: bool, dim: int, dtype: torch.dtype) -> str:
     """What ``impl="auto"`` means: Triton on a GPU where it takes the shape, else torch."""
-    return "triton" if triton and dim <= _TRITON_MAX_DIM and not double else "sdpa"
+    # the parts of three float32 products are more than the registers hold
+    widest = _TRITON_MAX_DIM // 2 if dtype == torch.float32 else _TRITON_MAX_DIM
+    return "triton" if triton and dim <= widest and dtype != torch.float64 else "sdpa"
 
 
 def shared_key_attention_step(

@@ -65,7 +65,8 @@ _AMPERE = {
     128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
 }
-# three tf32 products an operand: their halves need registers
+# three tf32 products an operand: their halves need registers, at 256 with any tile more than there
+# are (dkv spills 6 KiB), so that auto does not choose it
 _SINGLE = {
     64: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
