@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -112,19 +113,16 @@ class Checkpointer:
         if self._from_main(folder.exists):
             # left by an earlier run past the step that this one resumed from
             self._from_main(lambda: store.remove(folder))
+        state = self._state()
         if self.config.async_save and not wait:
-            pending = dcp.async_save(self._state(), checkpoint_id=folder, process_group=self.group)
+            # training goes on: what is written is a copy in host memory, plain and made here
+            state = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
             self._writer = threading.Thread(
-                target=self._finish, args=(folder, about, pending.result), name="checkpoint"
+                target=self._write, args=(folder, about, state), name="checkpoint"
             )
             self._writer.start()
         else:
-            state = self._state()
-            self._finish(
-                folder,
-                about,
-                lambda: dcp.save(state, checkpoint_id=folder, process_group=self.group),
-            )
+            self._write(folder, about, state)
         return not wait or self._from_main(lambda: progress.step in complete_steps(self.root))
 
     def wait(self) -> None:
@@ -133,10 +131,13 @@ class Checkpointer:
             self._writer.join()
             self._writer = None
 
-    def _finish(self, folder: Path, about: dict[str, Any], write: Callable[[], Any]) -> None:
+    def _write(self, folder: Path, about: dict[str, Any], state: dict[str, Any]) -> None:
         error, checksums = None, {}
         try:
-            write()
+            # nothing is copied ahead: for that torch waits for the device, and in a thread of its
+            # own every rank would open the first GPU of the machine
+            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=self.group)
             checksums = self._hash_mine(folder, about)
         except Exception as failure:
             # whatever went wrong here must reach every rank, or the others wait for ever

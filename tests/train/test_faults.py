@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter, filesystem
 
 from rodimus import RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
@@ -521,7 +521,7 @@ def test_a_slow_disk_is_no_hang(config_file, tmp_path):
         setattr(Checkpointer, name, slowly)
 
     def saves_and_rolls_back():
-        slow("_finish")
+        slow("_write")
         slow("_load")
         options = ("--parallel.timeout-s", "1", "--train.micro-batch", "1")
         return spike_in_step(5, str(config_file), *options)
@@ -878,3 +878,33 @@ def test_training_goes_on_while_a_checkpoint_is_written(config_file, tmp_path, t
     for step, loss in resumed.items():
         assert loss == pytest.approx(expected[step], rel=1e-5)
     assert torch.isfinite(torch.tensor(list(resumed.values()))).all()
+
+
+@pytest.mark.parametrize("option", ["--checkpoint.async-save", "--checkpoint.no-async-save"])
+def test_a_checkpoint_is_written_without_the_device(config_file, tmp_path, monkeypatch, option):
+    """The thread that writes has the first GPU of the machine, whichever is this rank's."""
+    asked = []
+
+    class Device:
+        """As torch's module of a device, which writes down what it is asked."""
+
+        def __getattr__(self, name):
+            asked.append(name)
+            return lambda *_: contextlib.nullcontext() if name == "stream" else self
+
+    class Torch:
+        """torch, with a GPU."""
+
+        cuda = SimpleNamespace(is_available=lambda: True, Stream=None)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    def saved():
+        monkeypatch.setattr(filesystem, "torch", Torch())
+        monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+        monkeypatch.setattr(filesystem, "_get_device_module", lambda _: Device())
+        return main([str(config_file), "--no-export", option]), asked
+
+    assert run_ranks(1, saved) == [(0, [])]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
