@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -157,6 +157,7 @@ class Checkpointer:
         elif self.rank == 0:
             checksums = {k: v for _, part in results for k, v in part.items()}
             try:
+                _check_seen(folder, [part for _, part in results])
                 store.mark_complete(folder, checksums)
             except OSError as failure:
                 logger.error("checkpoint %s not written: %s", folder.name, failure)
@@ -280,6 +281,16 @@ class Checkpointer:
         result = [compute() if self.rank == 0 else None]
         dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
+
+
+def _check_seen(folder: Path, written: Sequence[Iterable[str]]) -> None:
+    """Refuses a checkpoint of which this rank sees a part alone; ``written`` by rank."""
+    for rank, names in enumerate(written):
+        if not all((folder / name).is_file() for name in names):
+            raise FileNotFoundError(
+                f"rank 0 does not see the files of rank {rank}: out must be a folder that all nodes"
+                " share"
+            )
 
 
 def _point_to(folder: Path) -> None:

@@ -68,12 +68,18 @@ def stderr_of(arguments):
     return status, err.getvalue()
 
 
-def warnings_of(arguments):
-    """What `rodimus train` warns of where it reads a checkpoint."""
+def logged(arguments):
+    """Exit status of `rodimus train` and what it logs of checkpoints."""
     told = logging.Handler()
     messages, told.emit = [], lambda record: messages.append(record.getMessage())
     logging.getLogger("rodimus.train.checkpoint").addHandler(told)
-    assert main(arguments) == 0
+    return main(arguments), messages
+
+
+def warnings_of(arguments):
+    """What `rodimus train` warns of where it reads a checkpoint."""
+    status, messages = logged(arguments)
+    assert status == 0
     return messages
 
 
@@ -257,6 +263,23 @@ def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_pa
     assert run_ranks(2, disk_full_at_step_6) == [1, 1]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3]
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_folder_that_nodes_do_not_share_is_no_checkpoint(config_file, tmp_path):
+    """Each rank writes on a disk of its own."""
+
+    def alone():
+        out = tmp_path / os.environ["RANK"]
+        return logged([str(config_file), "--no-export", "--out", str(out)])
+
+    (status, told), other = run_ranks(2, alone)
+    assert (status, *other) == (1, 1, [])
+    assert told == [
+        f"checkpoint step-0000000{step} not written: rank 0 does not see the files of rank 1:"
+        " out must be a folder that all nodes share"
+        for step in (3, 6)
+    ]
+    assert not list(tmp_path.glob("*/checkpoints/*/COMPLETE"))
 
 
 def test_a_full_disk_costs_the_metrics_and_no_more(config_file, tmp_path):
