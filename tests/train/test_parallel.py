@@ -17,6 +17,7 @@ from torch import distributed, is_tensor
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,10 +31,10 @@ from rodimus.modeling_rodimus import RodimusBlock
 from rodimus.train import loop, parallel
 from rodimus.train.config import OptimSection, ParallelSection
 from rodimus.train.load import load_config
-from rodimus.train.optim import build_optimizers
+from rodimus.train.optim import ShardMuon, build_optimizers
 from rodimus.train.plan import activation_bytes
 from tests.train.conftest import MODEL
-from tests.train.ranks import run_ranks
+from tests.train.ranks import metrics, run_ranks, train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 
@@ -234,6 +235,49 @@ def test_muon_of_replicas_exchanges_what_muon_of_one_does():
     alone = stepped(2)
     assert alone[0][1] > 0
     assert stepped(2, 2) == 2 * alone
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (2, 2)])
+def test_muon_is_that_of_one_process_and_exchanges_twice_a_round(shape):
+    """A round is one matrix for each rank of a replica; some ranks have no rows of the smallest."""
+    shapes = [(6, 10), (10, 6), (5, 3), (64, 32), (2, 8), (32, 64), (7, 7)]
+
+    def step():
+        distributed.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        torch.manual_seed(0)
+        whole = [torch.nn.Parameter(torch.randn(size)) for size in shapes]
+        sharded = torch.nn.ParameterList([p.detach().clone() for p in whole])
+        sharded = list(fully_shard(sharded, mesh=mesh).parameters())
+        options = {"lr": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+        expected, muon = torch.optim.Muon(whole, **options), ShardMuon(sharded, **options)
+        for _ in range(3):
+            for p, shard in zip(whole, sharded, strict=True):
+                p.grad = torch.randn_like(p)
+                shard.grad = distribute_tensor(p.grad, shard.device_mesh, shard.placements)
+            expected.step()
+            with CommDebugMode() as exchanged:
+                muon.step()
+        for p, shard in zip(whole, sharded, strict=True):
+            assert torch.equal(shard.full_tensor(), p)
+            (name, mean), (own_name, own) = *expected.state[p].items(), *muon.state[shard].items()
+            assert own_name == name and torch.equal(own.full_tensor(), mean)
+        return exchanged.get_total_counts()
+
+    exchanges = 2 * math.ceil(len(shapes) / shape[-1]) if shape[-1] > 1 else 0
+    assert set(run_ranks(math.prod(shape), step)) == {exchanges}
+
+
+def test_muon_resumes_on_any_number_of_ranks(config_file, tmp_path):
+    muon = ("--optim.name", "muon", "--no-export")
+    assert train(1, config_file, *muon) == [0]
+    expected = metrics(tmp_path / "run", "loss")
+    for world in (2, 4):
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+        options = (*muon, "--train.micro-batch", 1, "--checkpoint.resume", 3)
+        assert set(train(world, config_file, *options)) == {0}
+        losses = metrics(tmp_path / "run", "loss")
+        assert losses == pytest.approx({step: expected[step] for step in (4, 5, 6)}, rel=2e-2)
 
 
 @pytest.mark.parametrize("reshard, gathers", [("true", 2 * 2 + 1), ("false", 2 + 1)])

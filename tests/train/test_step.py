@@ -242,7 +242,7 @@ def test_a_step_exchanges_figures_twice(config_file, monkeypatch):
 
 
 def test_shards_are_updated_as_sharded_parameters_are(figures, monkeypatch):
-    """Muon has matrices whole, so that its part of the update is not done by shards."""
+    """By AdamW: beside Muon all but the matrices inside blocks."""
     for options in ((2,), (2, "--optim.name", "muon"), (2, "--parallel.replicate", 2)):
         by_shards = figures(*options, "--train.micro-batch", 1)
         with monkeypatch.context() as patches:
