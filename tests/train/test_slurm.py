@@ -100,6 +100,16 @@ def test_ranks_get_the_cores_of_the_job(slurm, tmp_path):
     assert (tmp_path / "cores").read_text() == "8\n"
 
 
+def test_each_job_has_a_port_of_its_own(slurm, tmp_path, monkeypatch):
+    """Two of them may share a node; a port that is given is taken."""
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    srun = f'#!/bin/bash\necho "$MASTER_PORT" >> {tmp_path}/ports\n'
+    for job in ("7", "1200008"):
+        slurm("run.toml", srun=srun, SLURM_JOB_ID=job)
+    slurm("run.toml", srun=srun, MASTER_PORT="29400")
+    assert (tmp_path / "ports").read_text().split() == ["20007", "20008", "29400"]
+
+
 def test_a_typo_is_not_queued_again(slurm, tmp_path):
     (tmp_path / "run.toml").write_text("[train]\nstepz = 3\n")
     status, requests, said = slurm("run.toml")
