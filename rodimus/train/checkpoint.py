@@ -36,7 +36,7 @@ from ..run_folder import (
     sha256_file,
     step_folder,
 )
-from . import store
+from . import parallel, store
 from .config import CheckpointSection, ScheduleSection
 from .schedule import lr_scale
 from .status import leave_saved
@@ -277,10 +277,7 @@ class Checkpointer:
         return {"model": model, "optim": optim}
 
     def _from_main(self, compute: Callable[[], Any]) -> Any:
-        """Runs ``compute`` on rank 0 and gives its result to every rank."""
-        result = [compute() if self.rank == 0 else None]
-        dist.broadcast_object_list(result, src=0, group=self.group)
-        return result[0]
+        return parallel.from_main(compute, self.group)
 
 
 def _check_seen(folder: Path, written: Sequence[Iterable[str]]) -> None:

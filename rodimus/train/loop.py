@@ -66,7 +66,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.accumulation = config.accumulation(ranks.world_size)
-        model_config, train, val = parallel.together(lambda: open_inputs(config), ranks)
+        # one answer for all: what a rank sees of a file system may be late
+        begun = parallel.from_main(lambda: has_begun(config), ranks.patient)
+        model_config, train, val = parallel.together(lambda: open_inputs(config, begun), ranks)
         self.told = take_marks(model_config, train[0])
         if config.data.verify:
             parallel.together(
@@ -75,7 +77,7 @@ class Trainer:
         self.existing = None
         if config.model.weights:
             self.existing = ExistingWeights(config, model_config, train[0], ranks)
-            if not has_begun(config):
+            if not begun:
                 self.existing.read()
         data = TrainData(
             train,
@@ -330,17 +332,17 @@ class Trainer:
 
 
 def open_inputs(
-    config: TrainConfig,
+    config: TrainConfig, begun: bool
 ) -> tuple[PreTrainedConfig, list[TokenShards], list[TokenShards]]:
     """The model's configuration, the training data and the held-out data, as this machine has them;
-    creates the folder of the run.
+    creates the folder of the run, which may have ``begun``.
 
     Raises:
         InputError: something is missing, or does not fit the rest.
     """
     require_trackers(config.log)
     make_folder(Path(config.out))
-    model = read_model_config(config)
+    model = read_model_config(config, begun)
     train = open_sources(config.data.train, weighted=bool(config.data.weights))
     val = open_sources(config.data.val) if config.data.val else []
     for source in train + val:

@@ -203,6 +203,13 @@ def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device)
     return total
 
 
+def from_main(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What ``compute`` returns on rank 0, given to every rank of ``group``, which are all."""
+    result = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0, group=group)
+    return result[0]
+
+
 def together(work: Callable[[], T], ranks: Ranks) -> T:
     """Runs ``work`` on every rank, for hours if it takes them; where it fails on one, all ranks
     raise the same error.

@@ -25,7 +25,7 @@ from .flops import CHUNK, DEVICES, TokenFlops, hardware_flops, train_flops
 from .load import load_config
 from .optim import parameter_groups
 from .parallel import reshards
-from .weights import read_model_config
+from .weights import has_begun, read_model_config
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
     replicas = config.parallel.replicate
     if gpus % replicas:
         raise InputError(f"parallel.replicate = {replicas} does not divide {gpus} GPUs")
-    model_config = read_model_config(config)
+    model_config = read_model_config(config, has_begun(config))
     check_splits(config, model_config)
     with torch.device("meta"):
         model = model_class(model_config)(model_config)

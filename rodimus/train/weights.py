@@ -56,9 +56,9 @@ def has_begun(config: TrainConfig) -> bool:
     return bool(complete_steps(Path(config.out) / "checkpoints"))
 
 
-def read_model_config(config: TrainConfig) -> PreTrainedConfig:
-    """The model of a run: ``model.config``, or where that is left out what the run began with, or
-    what ``model.weights`` are those of.
+def read_model_config(config: TrainConfig, begun: bool) -> PreTrainedConfig:
+    """The model of a run: ``model.config``, or where that is left out what the run has begun with,
+    or what ``model.weights`` are those of.
 
     Raises:
         InputError: it cannot be read, or ``model.config`` has a key that means nothing.
@@ -67,7 +67,7 @@ def read_model_config(config: TrainConfig) -> PreTrainedConfig:
         model = read_config(Path(config.model.config))
         _check_keys(config.model.config, model)
         return model
-    if has_begun(config):
+    if begun:
         return read_config(Path(config.out) / "model.json")
     return load_config(checkpoint_folder(config.model.weights))
 

@@ -177,13 +177,13 @@ def test_a_key_of_the_model_that_means_nothing_is_an_error(write, kind):
     said |= {"rope_theta": 1e4} if kind == "qwen2" else {}
     config = load_config(write(MINIMAL))
     write(json.dumps(MODELS[kind] | said), "model.json")
-    model = read_model_config(config)
+    model = read_model_config(config, begun=False)
     write(json.dumps(model.to_dict()), "model.json")
-    assert read_model_config(config).to_dict() == model.to_dict()
+    assert read_model_config(config, begun=False).to_dict() == model.to_dict()
     write(json.dumps(MODELS[kind] | {"num_layers": 2}), "model.json")
     known = "n_layer" if model.model_type == "rodimus" else "num_hidden_layers"
     with pytest.raises(InputError, match=f"json: unknown key 'num_layers', .* '{known}'"):
-        read_model_config(config)
+        read_model_config(config, begun=False)
     write(json.dumps(MODELS[kind] | {"zzz": 2}), "model.json")
     with pytest.raises(InputError, match="unknown key 'zzz'; known: .*vocab_size"):
-        read_model_config(config)
+        read_model_config(config, begun=False)

@@ -712,10 +712,10 @@ def test_what_one_rank_alone_cannot_read_ends_every_rank(config_file):
     def missing_on_rank_1():
         read = loop.read_model_config
 
-        def fail(config):
+        def fail(*args):
             if os.environ["RANK"] == "1":
                 raise InputError("no model.json here")
-            return read(config)
+            return read(*args)
 
         loop.read_model_config = fail
         return stderr_of([str(config_file), "--no-export"])

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rodimus.errors import InputError
 from rodimus.export import export
 from rodimus.loading import load_model
 from rodimus.peers import PEERS
+from rodimus.run_folder import complete_steps
 from rodimus.train import parallel
 from rodimus.train.__main__ import main
 from rodimus.train.load import load_config
@@ -190,6 +192,21 @@ def test_a_resumed_run_does_not_read_them_again(base, from_weights, tmp_path):
     for problem in ("is damaged, the newest of step 6", f"{weights} does not exist"):
         status, said = told(run / "config.toml", "--checkpoint.resume", "auto")
         assert status == 2 and problem in said
+
+
+def test_rank_0_knows_whether_a_run_has_begun(base, from_weights, tmp_path, monkeypatch):
+    """A file system may show another rank its checkpoints later."""
+    folder, run = tmp_path / "weights", tmp_path / "run"
+    shutil.copytree(base / "export", folder)
+    path = from_weights(folder)
+    assert train(1, path, "--no-export", "--train.steps", 3) == [0]
+    shutil.rmtree(folder)
+    monkeypatch.setattr(
+        "rodimus.train.weights.complete_steps",
+        lambda root: complete_steps(root) if os.environ["RANK"] == "0" else [],
+    )
+    assert train(2, path, "--no-export", timeout=30) == [0, 0]
+    assert sorted(metrics(run, "loss")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_other_weights_are_reported_where_a_run_is_resumed(base, from_weights, caplog):
