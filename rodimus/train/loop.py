@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
@@ -168,7 +167,7 @@ class Trainer:
             out.loss.backward()
             total += out.cross_entropy.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = norm.full_tensor()
         asked = take_requests(self.signals)
         sums = parallel.sum_over_ranks([total, *asked], self.ranks.device)
         # the only wait of a step for the device: the guard decides whether its update is made

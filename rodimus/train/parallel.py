@@ -134,7 +134,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
         shape, names = (config.replicate, world // config.replicate), ("replicate", "shard")
     groups = [_group_along(shape, dim, timeout) for dim in range(len(shape))]
     mesh = DeviceMesh.from_group(
-        groups if len(groups) > 1 else groups[0],
+        groups,
         kind,
         mesh=torch.arange(world).view(shape),
         mesh_dim_names=names,
