@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from ..errors import InputError
 from .config import ParallelSection, TrainConfig
 from .initialize import initialize, template
+from .shards import allow_open_files
 
 T = TypeVar("T")
 # parameters of glibc's mallopt; a block may be at most 32 MiB to stay on the heap
@@ -120,6 +121,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
     if where is not None:
         _check_gpus()
         torch.cuda.set_device(where)
+    allow_open_files()
     # the watchdog comes first and knows more
     timeout = timedelta(seconds=config.timeout_s + 60)
     dist.init_process_group(

@@ -163,7 +163,7 @@ class TokenShards:
         if not self.manifest.n_tokens:
             raise InputError(f"{self.path} holds no tokens")
         self.dtype = np.dtype(self.manifest.dtype)
-        _allow_open_files()
+        allow_open_files()
         self.tokens = [
             self._map(s.name + ".bin", self.dtype, s.n_tokens) for s in self.manifest.shards
         ]
@@ -217,9 +217,10 @@ class TokenShards:
         return ids
 
 
-def _allow_open_files() -> None:
+def allow_open_files() -> None:
     """Lets this process have as many files open as it may. Each mapped one stays open: a trillion
-    tokens are some 7,500, where most systems allow 1,024 until more are asked for."""
+    tokens are some 7,500, where most systems allow 1,024 until more are asked for. So does the
+    connection to every other rank, in every group."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -5,6 +5,7 @@ import copy
 import inspect
 import math
 import platform
+import resource
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from functools import partial, partialmethod
@@ -317,6 +318,25 @@ def test_every_group_waits_as_long_as_all_ranks_do():
         neighbours, across = [first, first + 1], [rank % 2, rank % 2 + 2]
         assert members == [[0, 1, 2, 3], neighbours, across, neighbours]
         assert waits == {timedelta(seconds=5060)}
+
+
+def test_files_are_allowed_before_groups_are_made():
+    """Gloo keeps a connection to every rank, in every group."""
+
+    def limits():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+        make, seen = distributed.init_process_group, []
+
+        def look(*args, **named):
+            seen.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+            return make(*args, **named)
+
+        distributed.init_process_group = look
+        parallel.start(ParallelSection(), "cpu")
+        return seen
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert run_ranks(1, limits) == [[most]]
 
 
 def test_auto_dtype_follows_the_hardware(monkeypatch):
