@@ -1,4 +1,5 @@
 """Weights from a seed alone: the same on one rank and on many, with no checkpoint to start from.
+CPUs with other vector instructions may draw other numbers; replicas have those of the first.
 
 A 1.6B model is built on the meta device and sharded before it has any memory. Each module is then
 made real on its own, initialised by the model's own rule from a generator seeded with (seed, module
@@ -12,6 +13,7 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -45,7 +47,8 @@ def template(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -> None:
-    """Fills parameters and buffers of ``model``, whole or sharded, already on its device.
+    """Fills parameters and buffers of ``model``, whole or sharded, already on its device; a call of
+    all ranks.
 
     Args:
         model: The model after ``to_empty``; tied weights are still tied.
@@ -66,8 +69,13 @@ def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -
         for name, value in values.items():
             # a tied head is no parameter of its own
             if name in targets:
-                # every rank made the same value, so no rank has to send it
+                # every rank has made the value, so no rank has to send it
                 assign(targets[name], value, source=None)
+    for target in targets.values():
+        if isinstance(target, DTensor) and target.device_mesh.ndim > 1:
+            # where CPUs differ they may draw other numbers, and replicas would differ for ever
+            group = target.device_mesh.get_group(0)
+            dist.broadcast(target.to_local(), group=group, group_src=0)
 
 
 def assign(target: torch.Tensor, value: torch.Tensor, *, source: int | None) -> None:
@@ -76,7 +84,7 @@ def assign(target: torch.Tensor, value: torch.Tensor, *, source: int | None) -> 
     Args:
         target: What is written.
         value: Of the whole shape; where a ``source`` sends, the others' is not read.
-        source: The rank whose value it is; None where all have the same.
+        source: The rank whose value it is; None where each rank takes its part of its own.
     """
     if isinstance(target, DTensor):
         value = distribute_tensor(

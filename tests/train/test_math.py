@@ -14,7 +14,7 @@ from rodimus.peers import PEERS
 from rodimus.train import flops, parallel
 from rodimus.train.config import GuardSection, OptimSection, ScheduleSection
 from rodimus.train.guard import Guard, RunStopped
-from rodimus.train.initialize import initialize, template
+from rodimus.train.initialize import initialize, module_seed, template
 from rodimus.train.load import load_config
 from rodimus.train.loop import Trainer
 from rodimus.train.optim import build_optimizers, is_decayed, parameter_groups
@@ -208,6 +208,31 @@ def test_meta_init_equals_direct_init_on_one_and_two_ranks(config_file):
             assert weights.keys() == expected.keys()
             for name, value in weights.items():
                 assert (value == expected[name].numpy()).all(), name
+
+
+def test_replicas_start_alike_whatever_their_cpus_draw(config_file, monkeypatch):
+    """As the first: one kind of CPU draws other normal numbers than another."""
+    config = RodimusConfig(**CONFIG)
+    direct = RodimusForCausalLM(config)
+    initialize(direct, template(direct), seed=0)
+    expected = {name: p.detach() for name, p in direct.named_parameters()}
+
+    def draws_otherwise(seed, name):
+        return module_seed(seed, name) + int(os.environ["RANK"]) // 2
+
+    def replicated():
+        settings = load_config(config_file, "--parallel.replicate 2 --train.micro-batch 1".split())
+        ranks = parallel.start(settings.parallel, "cpu")
+        with torch.device("meta"):
+            model = RodimusForCausalLM(config)
+        model = parallel.build_model(model, settings, ranks)
+        return {n: p.full_tensor().detach().numpy() for n, p in model.named_parameters()}
+
+    monkeypatch.setattr("rodimus.train.initialize.module_seed", draws_otherwise)
+    for weights in run_ranks(4, replicated):
+        assert weights.keys() == expected.keys()
+        for name, value in weights.items():
+            assert (value == expected[name].numpy()).all(), name
 
 
 def test_seeded_init_follows_the_models_own_rule():
