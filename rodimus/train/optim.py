@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from torch.optim import _muon
 
 from .config import OptimSection
 
@@ -100,14 +100,15 @@ class ShardMuon(_OnShards, torch.optim.Muon):
         updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
         options = [group[key] for key in ("ns_coefficients", "ns_steps", "eps")]
         updates = _on_whole(
-            lambda x: _zeropower_via_newtonschulz(x, *options),
+            lambda x: _muon._zeropower_via_newtonschulz(x, *options),
             [p.shape for p in matrices],
             updates,
             ranks,
         )
         for matrix, weight, update in zip(matrices, weights, updates, strict=True):
             weight.mul_(1 - lr * group["weight_decay"])
-            weight.add_(update, alpha=-_adjust_lr(lr, group["adjust_lr_fn"], matrix.shape))
+            scaled = _muon._adjust_lr(lr, group["adjust_lr_fn"], matrix.shape)
+            weight.add_(update, alpha=-scaled)
 
 
 def _sharing(parameter: nn.Parameter) -> dist.ProcessGroup | None:
