@@ -207,6 +207,18 @@ class _RecurrentCacheLayer:
         else:
             new = zip(self.recorded, (k, v, log_decay), strict=True)
             self.recorded = tuple(torch.cat(pair, dim=1) for pair in new)
+        if self.recorded[0].shape[1] > 2 * self.max_rollback:
+            self._forget_oldest()
+
+    def _forget_oldest(self):
+        """Keep ``max_rollback`` tokens of the record, and what the convolution sees before them."""
+        most = self.max_rollback
+        k, v, log_decay = (x[:, :-most] for x in self.recorded)
+        start = {"initial_state": self.checkpoint, "output_final_state": True}
+        self.checkpoint = ddts(k, k, v, log_decay, **start)[1]
+        self.recorded = tuple(x[:, -most:].clone() for x in self.recorded)
+        taps = self.conv_states[0]
+        self.conv_states[0] = taps[..., -most - self.conv_kernel_size[0] :].clone()
 
     def forget_record(self):
         self.recorded = self.checkpoint = None
@@ -498,9 +510,11 @@ class RodimusSlidingLayer(
             self.cumulative_length += key_states.shape[-2]
             newest = slice(-self.sliding_window + 1, None)
             self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
-        most = self.sliding_window - 1 + (self.max_rollback if self.record_past else 0)
-        # a token alone leaves one row behind, which the next one frees
-        if key_states.shape[-2] > 1 and max(x.shape[-2] for x in (seen[0], self._keys)) > most:
+        most = self.sliding_window - 1 + (2 * self.max_rollback if self.record_past else 0)
+        held = max(x.shape[-2] for x in (seen[0], self._keys))
+        # a token alone leaves one row behind, which the next one frees; of a record many
+        few = self.max_rollback if self.record_past else 1
+        if held > most + (few if key_states.shape[-2] == 1 else 0):
             self.keys, self.values = (x[:, :, -most:].clone() for x in (self._keys, self._values))
         return seen
 

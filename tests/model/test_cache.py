@@ -252,6 +252,28 @@ def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("first", [1, 40])
+def test_what_is_recorded_token_by_token_is_let_go(model, first):
+    """A cache that speculative decoding leaves behind goes on recording in later calls."""
+    most = (
+        prefill(model, random_ids(1, 1), DynamicCache(config=model.config)).layers[0].max_rollback
+    )
+    later, held = random_ids(1, 6, seed=9), []
+    ids = random_ids(1, first + 6 * most)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    cache = prefill(model, ids[:, :first], cache)
+    for token in ids[:, first:].split(1, dim=1):
+        prefill(model, token, cache)
+        held.append(sum(cache_bytes(cache).values()))
+    assert max(held[4 * most :]) <= max(held[: 4 * most])
+    for removed in (most, 5):
+        fork = copy.deepcopy(cache)
+        fork.crop(-removed)
+        expected = full(model, torch.cat((ids[:, :-removed], later), 1))[:, -6:]
+        assert relative_max_error(in_pieces(model, later, [6], cache=fork), expected) < BOUND
+
+
 @pytest.mark.parametrize(
     "sizes", [[1] * 40, [30] + [1] * 10, [7] + [1] * 33, [5, 20, 1, 1, 13]], ids=str
 )
