@@ -110,6 +110,8 @@ class RodimusConfig(PreTrainedConfig):
         **kwargs,
     ):
         _refuse_other_format(kwargs)
+        _refuse_misplaced("mixer_cfg", MIXER_DEFAULTS, kwargs)
+        _refuse_misplaced("attn_cfg", ATTENTION_DEFAULTS, kwargs)
         self.block_type = block_type
         self.d_model = _one_of("d_model", d_model, 2048, "hidden_size", kwargs)
         self.n_layer = _one_of("n_layer", n_layer, 24, "num_hidden_layers", kwargs)
@@ -350,6 +352,12 @@ def _require_complete(name, options, defaults):
             f" all options. To change one, load the config, set config.{name}[{key!r}] = {value!r},"
             " and pass it as config="
         )
+
+
+def _refuse_misplaced(name, options, kwargs):
+    """An option of a dict that is given beside it would change nothing."""
+    for key in options.keys() & kwargs.keys():
+        raise ValueError(f"{key} belongs in {name}: expected {name}={{{key!r}: {kwargs[key]!r}}}")
 
 
 def _refuse_other_format(fields):

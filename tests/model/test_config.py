@@ -122,6 +122,21 @@ def test_usual_names_can_be_given():
     assert saved["d_model"] == 256 and saved["n_layer"] == 3 and "hidden_size" not in saved
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "home"),
+    [
+        ("window_size", 128, "attn_cfg"),
+        ("num_heads", 4, "attn_cfg"),
+        ("rotary_emb_base", 5e5, "attn_cfg"),
+        ("mem_size", 128, "mixer_cfg"),
+        ("d_conv", 8, "mixer_cfg"),
+    ],
+)
+def test_options_beside_their_dict_are_refused(field, value, home):
+    with pytest.raises(ValueError, match=f"{field} belongs in {home}: expected {home}="):
+        RodimusConfig(block_type="rodimus_plus", **{field: value})
+
+
 def test_usual_names_can_be_assigned():
     config = RodimusConfig.from_dict(golden_config("rodimus_plus"))
     config.hidden_size, config.num_hidden_layers, config.sliding_window = 128, 5, 33
