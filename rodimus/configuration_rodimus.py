@@ -356,8 +356,9 @@ def _require_complete(name, options, defaults):
 
 def _refuse_misplaced(name, options, kwargs):
     """An option of a dict that is given beside it would change nothing."""
-    for key in options.keys() & kwargs.keys():
-        raise ValueError(f"{key} belongs in {name}: expected {name}={{{key!r}: {kwargs[key]!r}}}")
+    found = {key: value for key, value in kwargs.items() if key in options}
+    if found:
+        raise ValueError(f"{', '.join(found)} belongs in {name}: expected {name}={found}")
 
 
 def _refuse_other_format(fields):

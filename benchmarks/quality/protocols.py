@@ -1,4 +1,4 @@
-"""Sizes of the quality experiments: three hours of a CPU core, the paper's figure on a GPU."""
+"""Sizes of the quality experiments: some hours of a CPU core, the paper's figure on a GPU."""
 
 from __future__ import annotations
 

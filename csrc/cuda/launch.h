@@ -27,6 +27,12 @@ inline auto current_stream_function() {
   return found;
 }
 
+// What keeps the runtime that is linked in from running here, such as a driver older than it.
+inline cudaError_t runtime_problem() {
+  int device = 0;
+  return cudaGetDevice(&device);
+}
+
 // Call `run` with the current stream of the tensors' device.
 template <class Run>
 void on_stream(const Tensor& like, const Run& run) {
@@ -34,9 +40,8 @@ void on_stream(const Tensor& like, const Run& run) {
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
-  // a driver that is too old refuses everything, also what kernels are cut by
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  // it refuses everything then, also what kernels are cut by
+  cudaError_t error = runtime_problem();
   if (error == cudaSuccess) {
     run(static_cast<cudaStream_t>(stream));
     // torch has a macro for this, but not in every release the library is built with

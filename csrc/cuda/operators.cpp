@@ -6,10 +6,9 @@ extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cuda_archs[] =
     "RODIMUS-ARCHS:" RODIMUS_ARCHS;
 
-// Why the runtime that is linked in cannot run here, such as a driver older than it; null if it can.
+// The runtime's problem in words; null if it has none.
 extern "C" __attribute__((visibility("default"))) const char* rodimus_cuda_problem() {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  cudaError_t error = rodimus::runtime_problem();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

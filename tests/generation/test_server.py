@@ -1037,13 +1037,18 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     default = service()
     assert default.limits == Limits()
     assert default.worker.engine.layout.window_dtype is None
+    assert default.worker.engine.prefixes.recent == 8 and not default.origins
     # another number each, so that none can be taken for another
     numbers = ["--slots=2", "--max-waiting=3", "--prefill-chunk=5", "--max-prompt-tokens=7"]
     numbers += ["--max-new-tokens=11", "--max-choices=13", "--max-body-bytes=17"]
-    told = service("--name=it", "--window-dtype=int8", *numbers)
+    numbers += ["--recent-states=19"]
+    pages = ["http://localhost:3000", "https://example.org"]
+    origins = [f"--allow-origin={page}" for page in pages]
+    told = service("--name=it", "--window-dtype=int8", *numbers, *origins)
     engine = told.worker.engine
     assert told.model_name == "it" and engine.layout.window_dtype == torch.int8
     assert (engine.slots, told.worker.max_waiting, engine.prefill_chunk) == (2, 3, 5)
+    assert engine.prefixes.recent == 19 and told.origins == pages
     assert told.limits == Limits(prompt_tokens=7, new_tokens=11, choices=13, body_bytes=17)
 
 

@@ -418,10 +418,7 @@ def ddts_chunk_walk_kernel(
     if y is None:
         stop = tl.where(i_s == tl.num_programs(1) - 1, 0, stop)
     for j in tl.range(i_s * SEGMENT, stop, num_stages=STAGES):
-        if REVERSE:
-            i_c = first + count - 1 - j
-        else:
-            i_c = first + j
+        i_c = first + count - 1 - j if REVERSE else first + j
         slot = i_h * NC + i_c
         b_keep = tl.load(keep + slot * K + o_k)
         # of the slot in read, write and a

@@ -66,6 +66,22 @@ def store_quantized(p_steps, p_scale, b_v, mask, is_head, BH: tl.constexpr, BDV:
 
 
 @triton.jit
+def add_keys(acc, top, total, b_s, b_v, b_scales):
+    """``(acc [BH, BDV], top [BH], total [BH])`` of a softmax with BN more keys, by their scores
+    ``[BN, BH]``, -inf where there is no key, and values ``[BN, BH * BDV]``, steps of ``b_scales
+    [BN, BH]`` unless that is None."""
+    # every tile begins with a visible key, so the maximum is finite
+    highest = tl.maximum(top, tl.max(b_s, 0))
+    b_p = tl.exp2(b_s - highest[None, :])
+    fade = tl.exp2(top - highest)
+    b_v = tl.reshape(b_v.to(tl.float32), (b_s.shape[0], acc.shape[0], acc.shape[1]))
+    total = total * fade + tl.sum(b_p, 0)
+    if b_scales is not None:
+        b_p *= b_scales.to(tl.float32)
+    return acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v, 0), highest, total
+
+
+@triton.jit
 def ring_attention_kernel(
     q,
     k,
@@ -177,6 +193,7 @@ def ring_attention_kernel(
         rows = tl.where(rows < R, rows, rows - R)
         p_rows = c_row + rows.to(tl.int64)[:, None] * c_t
         b_k = tl.load(p_rows + key_columns, mask=seen[:, None] & keys_mask, other=0.0)
+        b_scales = None
         if INT8:
             at = i_b * c_b + rows.to(tl.int64)[:, None] * c_t
             p_values = values + at * KEY_BYTES + value_columns
@@ -187,16 +204,7 @@ def ring_attention_kernel(
             b_v = tl.load(p_rows + value_columns, mask=seen[:, None] & values_mask, other=0.0)
         b_s = tl.sum(tl.reshape(b_q * b_k.to(tl.float32), (BN, BH, BD)), 2)
         b_s = tl.where(seen[:, None], b_s, float("-inf"))
-        # every tile begins with a visible key, so the maximum is finite
-        highest = tl.maximum(top, tl.max(b_s, 0))
-        b_p = tl.exp2(b_s - highest[None, :])
-        fade = tl.exp2(top - highest)
-        b_v = tl.reshape(b_v.to(tl.float32), (BN, BH, BDV))
-        total = total * fade + tl.sum(b_p, 0)
-        if INT8:
-            b_p *= b_scales.to(tl.float32)
-        acc = acc * fade[:, None] + tl.sum(b_p[:, :, None] * b_v, 0)
-        top = highest
+        acc, top, total = add_keys(acc, top, total, b_s, b_v, b_scales)
 
     o_rows = (i_p * tl.num_programs(2).to(tl.int64) + i_bt) * H + heads
     # a part behind the newest key is empty: weight 0

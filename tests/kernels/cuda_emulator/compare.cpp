@@ -328,14 +328,6 @@ void norm_case(Type type, int kind, int64_t rows, int64_t dim) {
   if (kind == 1) report.add(cpu.sum, cuda.sum, rows * dim);
 }
 
-void set(const Rows& a, int64_t row, int64_t column, float x) {
-  int64_t i = row * a.stride + column;
-  if (a.type == Type::kFloat32)
-    static_cast<float*>(a.data)[i] = x;
-  else
-    static_cast<__nv_bfloat16*>(a.data)[i] = __float2bfloat16(x);
-}
-
 struct Heads {
   int64_t query, key, value, key_dim, value_dim;
 };
@@ -368,8 +360,8 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
   }
   // infinite for every key, so is the result, and no key counts that is not there
   for (int64_t i = 0; !INT8 && i < cpu.batch * ring; ++i)
-    set(cpu.cache, i, heads.key * heads.key_dim, INFINITY);
-  for (int64_t i = 0; !INT8 && i < tokens; ++i) set(cpu.v, i, 0, INFINITY);
+    set_element(cpu.cache, i, heads.key * heads.key_dim, INFINITY);
+  for (int64_t i = 0; !INT8 && i < tokens; ++i) set_element(cpu.v, i, 0, INFINITY);
   cpu.scratch = random_floats(attention_scratch(cpu, 3));
   AttentionStep cuda = cpu;
   cuda.o = random_rows(type, tokens, size), cuda.cache = random_rows(type, cpu.batch * ring, row);
