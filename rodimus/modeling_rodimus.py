@@ -163,7 +163,7 @@ class _RecurrentCacheLayer:
     tokens and those tokens' keys, values and decays; ``crop`` runs the recurrence over the ones
     that stay. Rollback is exact and costs no memory when nobody records."""
 
-    # More than a draft ever proposes; of a longer prompt the last tokens alone are recorded.
+    # As many of the newest tokens are recorded; more until the next crop, where a draft is longer.
     max_rollback = 128
 
     recorded = checkpoint = ring = window = None
@@ -239,6 +239,7 @@ class _RecurrentCacheLayer:
             self.conv_states[0] = kept.contiguous()
         self.forget_record()
         self.crop_keys(removed)
+        self.max_rollback = type(self).max_rollback
 
     def _rewind(self, removed):
         held = 0 if self.recorded is None else self.recorded[0].shape[1]
@@ -640,6 +641,14 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
         logger.warning_once("The cache does not grow with the tokens: it stays on the device.")
         cache.offloading = False
     return cache
+
+
+def _record_at_least(cache, tokens):
+    """Let the layers of a cache that records take back the newest ``tokens``, until it is cropped:
+    a long prompt must not be kept for the sake of a draft that is read with it."""
+    for layer in getattr(cache, "layers", ()):
+        if getattr(layer, "record_past", False):
+            layer.max_rollback = max(layer.max_rollback, tokens)
 
 
 def _has_rings(cache) -> bool:
@@ -1972,7 +1981,19 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        adopt_cache(model_kwargs.get(CACHE_NAME))
+        cache = adopt_cache(model_kwargs.get(CACHE_NAME))
+        if generation_config.is_assistant:
+            _record_at_least(cache, generation_config.max_new_tokens)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        layers = getattr(kwargs.get(CACHE_NAME), "layers", ())
+        recorded = [layer.record_past for layer in layers]
+        try:
+            return super()._assisted_decoding(*args, **kwargs)
+        finally:
+            # a cache that records takes no fused steps; transformers lets it go on
+            for layer, before in zip(layers, recorded, strict=True):
+                layer.record_past = before
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -2009,6 +2030,10 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the labels do not have the shape of the logits' rows.
         """
+        cache = only_cache(cache, kwargs.pop("past_key_values", None))
+        if isinstance(logits_to_keep, int) and logits_to_keep > 1:
+            # who verifies a draft asks for its logits
+            _record_at_least(adopt_cache(cache), logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -487,6 +487,41 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
     measure(TABLE, "generate, assisted", kind, relative_max_error(logits, expected), BOUND)
 
 
+@pytest.mark.parametrize("by", ["lookup", "model"])
+def test_a_draft_longer_than_what_is_recorded_by_itself(model, kind, by):
+    """Whoever asks for the logits of a draft may refuse all of it."""
+    longer, few = 2 * modeling_rodimus.RodimusStateLayer.max_rollback + 44, 3
+    ids = random_ids(1, longer + 6)
+    options = {"prompt_lookup_num_tokens": longer}
+    if by == "lookup":
+        # the end is as the beginning: what followed there is the guess
+        ids[:, -2:] = ids[:, :2]
+    else:
+        draft = model_of(kind)
+        enliven(draft, seed=7)
+        draft.generation_config.num_assistant_tokens = longer
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+        options = {"assistant_model": draft}
+
+    def enough(tokens, scores):
+        return torch.full(tokens.shape[:1], tokens.shape[1] >= ids.shape[1] + few, dtype=torch.bool)
+
+    tokens, _ = generate(model, ids, new=longer + 10, stopping_criteria=[enough], **options)
+    assert torch.equal(tokens, greedy_by_full_forward(model, ids, new=tokens.shape[1])[0])
+
+
+def test_assisted_generation_leaves_a_cache_as_it_was_given(model):
+    """What recorded for a draft does not go on: later calls take fused steps again."""
+    ids, options = random_ids(1, 12), {"prompt_lookup_num_tokens": 3}
+    for recorded in (False, True):
+        cache = prefill(model, ids[:, :5], DynamicCache(config=model.config))
+        if recorded:
+            cache.activate_past_recording()
+        generate(model, ids, **{modeling_rodimus.CACHE_NAME: cache}, **options)
+        assert {layer.record_past for layer in cache.layers} == {recorded}
+
+
 @pytest.mark.parametrize("length", PROMPTS)
 def test_assisted_in_a_static_cache(model, kind, length, measure):
     """From transformers 5.24 on, where the cache can be rolled back; an error otherwise."""
