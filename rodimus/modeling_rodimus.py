@@ -482,10 +482,16 @@ class RodimusSlidingLayer(
 ):
     """Cache of a Rodimus+ block: the state, and the keys and values of the window.
 
-    A fused step keeps the window as a ring, token p in row ``p % window``, so that no token moves
-    it; whoever looks at ``keys`` or ``values`` finds them in order, and the ring gone."""
+    A fused step keeps the window as a ring, token p of a row in its place ``p % window``, so that
+    no token moves it; whoever looks at ``keys`` or ``values`` finds them in order, and the ring
+    gone.
+
+    Attributes:
+        padding: ``[B, 1]``, places before each row's first token; 0 where no query would see them.
+    """
 
     _keys = _values = None
+    padding = 0
 
     @property
     def window(self) -> int:
@@ -519,9 +525,16 @@ class RodimusSlidingLayer(
             self.keys, self.values = (x[:, :, -most:].clone() for x in (self._keys, self._values))
         return seen
 
+    def skip_padding(self, padding):
+        """Let fused steps see no padding, of which ``padding [B]`` places head the rows."""
+        if not torch.is_tensor(self.padding):
+            self._put_in_order()
+            self.padding = padding.to(self.device)[:, None]
+
     def step_position(self):
         taps = self.conv_states[0]
-        return torch.full(taps.shape[:1], self.cumulative_length, device=taps.device)
+        places = torch.full((taps.shape[0], 1), self.cumulative_length, device=taps.device)
+        return (places - self.padding)[:, 0]
 
     def as_ring(self):
         """``[B, window, keys and values]``."""
@@ -530,22 +543,32 @@ class RodimusSlidingLayer(
             rows = torch.cat((self._keys, self._values), dim=-1)[:, 0]
             self._key_row = self._keys.shape[-1]
             self.ring = rows.new_zeros(rows.shape[0], self.sliding_window, rows.shape[2])
-            self.ring[:, self._places(read - rows.shape[1], read)] = rows
+            self.ring.scatter_(1, self._places(read - rows.shape[1], read), rows)
             self._keys = self._values = None
         self._end = read + 1
         return self.ring
 
     def _places(self, start, end):
-        """Rows of the ring of the tokens from ``start`` to before ``end``."""
-        return torch.arange(start, end, device=self.ring.device) % self.sliding_window
+        """Index ``[B, n, row]`` of the ring's tokens from ``start`` to before ``end``, padding
+        counted."""
+        batch, _, row = self.ring.shape
+        places = torch.arange(start, end, device=self.ring.device) - self.padding
+        places = (places % self.sliding_window).expand(batch, -1)
+        return places[..., None].expand(-1, -1, row)
 
     def _put_in_order(self):
         if self.ring is not None:
             start = max(self._end - self.sliding_window + 1, 0)
-            rows = self.ring[:, None, self._places(start, self._end)]
+            rows = self.ring.gather(1, self._places(start, self._end))[:, None]
             sizes = (self._key_row, rows.shape[-1] - self._key_row)
             self.ring = None
             self._keys, self._values = (x.contiguous() for x in rows.split(sizes, dim=-1))
+        self.padding = 0
+
+    def batch_select(self, select):
+        super().batch_select(select)
+        if torch.is_tensor(self.padding):
+            self.padding = select(self.padding)
 
     @property
     def keys(self):
@@ -1642,14 +1665,14 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def _step(self, embeds, attention_mask, position_ids, cache):
         """The stream after one token a row through fused blocks, ``[B, 1, D]``; None where the
-        modules have to run: more tokens, a gradient, padding that a query would see, a cache that
+        modules have to run: more tokens, a gradient, a row whose token is padding, a cache that
         has read nothing, anything attached to a block, no native operators."""
         if not _is_step(embeds) or self.training or cache is None:
             return None
         layers = cache.layers
         if not all(getattr(layer, "can_step", False) for layer in layers):
             return None
-        if not self._sees_whole_window(attention_mask, cache):
+        if not self._sees_no_padding(attention_mask, cache):
             return None
         stream = self._embed(embeds).squeeze(1)
         # before the search, whose answer is kept: a forward-mode derivative is for this call alone
@@ -1747,9 +1770,9 @@ class RodimusModel(RodimusPreTrainedModel):
         sharded = bool(self.layers) and _is_sharded(self.layers[0])
         return all(map(_is_sharded, self.layers)) if sharded else self._inspect() is not None
 
-    def _sees_whole_window(self, attention_mask, cache) -> bool:
-        """Whether the new token of every row is one, and attention may take every key in the
-        window, whatever the mask says."""
+    def _sees_no_padding(self, attention_mask, cache) -> bool:
+        """Whether the new token of every row is one, and a fused step attends to tokens alone,
+        whatever the mask says; a cache that holds padding is told which."""
         if attention_mask is None:
             return True
         if isinstance(attention_mask, Layout):
@@ -1760,7 +1783,14 @@ class RodimusModel(RodimusPreTrainedModel):
             # a recording cannot look at a mask; one token is taken as real, as when compiled
             return not in_keys
         seen = self.config.sliding_window if in_keys else 1
-        return bool(attention_mask[:, -seen:].all())
+        if attention_mask[:, -seen:].all():
+            return True
+        if seen == 1 or not attention_mask[:, -1].all():
+            return False
+        padding = (attention_mask == 0).sum(1)
+        for layer in cache.layers:
+            layer.skip_padding(padding)
+        return True
 
     @staticmethod
     def create_masks_for_generate(

@@ -198,18 +198,65 @@ def test_the_engine_runs_the_model_it_was_given(model, fused):
     assert plain != wrapped == run(model) and len(fused) == 3 * 8
 
 
+def rows_of_different_lengths():
+    """``(ids, mask) [4, 40]``: no padding, and padding before, behind and between seven tokens."""
+    ids, mask = random_ids(4, 40), here(torch.ones(4, 40, dtype=torch.long))
+    mask[1, :5] = mask[2, 4:7] = mask[3, 2:5] = 0
+    return ids, mask
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_padding_in_the_window_is_left_to_the_modules(model, kind, static, fused):
-    """It is not in a static cache's ring."""
-    ids = random_ids(2, 40)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
+def test_padding_is_in_no_ring(model, static, fused):
+    ids, mask = rows_of_different_lengths()
     cache = StaticCache(config=model.config, max_cache_len=64) if static else None
     logits = in_pieces(model, ids, [7] + [1] * 33, mask=mask, cache=cache)
-    assert relative_max_error(logits[1, 5:], full(model, ids[1:, 5:])[0]) < BOUND
-    # padding stands in the window of 9 keys for the first of them only
-    expected = 33 if static or kind == "rodimus" else 33 - 6
-    assert len(fused) == expected
+    for row, real in enumerate(mask.bool()):
+        expected = full(model, ids[row : row + 1, real])[0]
+        assert relative_max_error(logits[row, real], expected) < BOUND
+    assert len(fused) == 33
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", [8, 12, 30])
+def test_padded_rows_are_put_in_order_and_selected(model, at, fused):
+    """Between fused steps: before the padding leaves the window of nine keys, and behind."""
+    ids, mask = rows_of_different_lengths()
+    cache = DynamicCache(config=model.config)
+    in_pieces(model, ids[:, :at], [7] + [1] * (at - 7), mask=mask[:, :at], cache=cache)
+    rows = here(torch.tensor([2, 0, 3, 3, 1]))
+    cache.batch_select_indices(rows)
+    ids, mask = ids[rows], mask[rows]
+    mask[1:3, at : at + 2] = 0  # new padding, behind tokens
+    logits = []
+    for end in (at + 1, *range(at + 4, 41)):
+        new = slice(cache.get_seq_length(), end)
+        out = model(ids[:, new], attention_mask=mask[:, :end], past_key_values=cache)
+        logits.append(out.logits)
+    logits = torch.cat(logits, dim=1)
+    for row, real in enumerate(mask.bool()):
+        expected = full(model, ids[row : row + 1, real])[0]
+        new = real[at:]
+        assert relative_max_error(logits[row, new], expected[-int(new.sum()) :]) < BOUND
+    # all but the step whose token is padding, and the piece after it
+    assert len(fused) == at - 7 + 36 - at
+
+
+@torch.no_grad()
+def test_a_mask_that_a_step_left_out_is_heeded_again(model, fused, monkeypatch):
+    """Without one padding is a token like all."""
+    ids, mask = (x[1:2] for x in rows_of_different_lengths())
+
+    def last_logits():
+        cache = DynamicCache(config=model.config)
+        for start, end, seen in ((0, 7, mask), (7, 8, None), (8, 9, mask)):
+            seen = None if seen is None else seen[:, :end]
+            out = model(ids[:, start:end], attention_mask=seen, past_key_values=cache)
+        return out.logits
+
+    logits = last_logits()
+    assert len(fused) == 2
+    monkeypatch.setattr(modeling_rodimus, "blocks_step", None)
+    assert relative_max_error(logits, last_logits()) < BOUND
 
 
 class Adapter(nn.Module):
