@@ -50,8 +50,8 @@ class RodimusConfig(PreTrainedConfig):
 
     Args:
         block_type: ``"rodimus"`` (mixer only) or ``"rodimus_plus"`` (mixer, attention, gated MLP).
-        d_model: Width of the residual stream.
-        n_layer: Number of blocks.
+        d_model: Width of the residual stream, None for 2048.
+        n_layer: Number of blocks, None for 24.
         vocab_size: Rows of the embedding.
         norm_epsilon: Added to the mean square in every RMSNorm.
         initializer_range: Standard deviation of embeddings and plain linear layers.
@@ -87,8 +87,8 @@ class RodimusConfig(PreTrainedConfig):
     def __init__(
         self,
         block_type="rodimus",
-        d_model=2048,
-        n_layer=24,
+        d_model=None,
+        n_layer=None,
         vocab_size=50277,
         norm_epsilon=1e-5,
         initializer_range=0.02,
@@ -305,10 +305,11 @@ _DERIVED = (
 
 def _one_of(name, value, default, alias, kwargs):
     """A field under its own name or the usual one; not two values."""
-    other = kwargs.pop(alias, value)
-    if other != value != default:
+    other = kwargs.pop(alias, None)
+    if None not in (value, other) and value != other:
         raise ValueError(f"{name} and {alias} are one field, got {value!r} and {other!r}")
-    return other
+    given = other if value is None else value
+    return default if given is None else given
 
 
 def _require_positive(name, value):

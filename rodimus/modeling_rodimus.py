@@ -1953,6 +1953,13 @@ def _check_inputs(embeds, attention_mask, position_ids, cache, config):
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
             f" new tokens; got {tuple(attention_mask.shape)}"
         )
+    # a device is waited for anyway where several tokens come with a mask
+    if length > 1 and not torch.equal(attention_mask, attention_mask.bool().to(attention_mask)):
+        lowest, highest = attention_mask.min().item(), attention_mask.max().item()
+        raise ValueError(
+            f"attention_mask must hold 0 and 1, got values from {lowest} to {highest}; position_ids"
+            " or cu_seqlens tell packed documents apart"
+        )
 
 
 def _check_cache(cache, batch, length, config):

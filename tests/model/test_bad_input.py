@@ -138,6 +138,16 @@ def test_mask_of_a_wrong_shape(model, shape):
         model(random_ids(2, 7), attention_mask=torch.ones(shape))
 
 
+@pytest.mark.parametrize(
+    "row", [[1, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, -1e9, -1e9, -1e9]], ids=["documents", "added"]
+)
+def test_mask_of_other_values(model, row):
+    mask = torch.tensor([row, row])
+    came = f"{mask.min().item()} to {mask.max().item()}"
+    with pytest.raises(ValueError, match=f"hold 0 and 1, got values from {came}; position_ids"):
+        model(random_ids(2, 7), attention_mask=mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_mask_of_queries_by_keys(model, dtype):
     """Attention alone could follow it: the state would carry on what it forbids."""

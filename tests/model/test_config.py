@@ -123,6 +123,17 @@ def test_usual_names_can_be_given():
 
 
 @pytest.mark.parametrize(
+    "two", [{"d_model": 2048, "hidden_size": 64}, {"n_layer": 24, "num_hidden_layers": 2}]
+)
+def test_a_field_is_given_by_one_name(two):
+    """A value that is the default was given all the same."""
+    with pytest.raises(ValueError, match="are one field, got {} and {}".format(*two.values())):
+        RodimusConfig(**two)
+    assert RodimusConfig(n_layer=4, num_hidden_layers=4).n_layer == 4
+    assert (RodimusConfig().d_model, RodimusConfig().n_layer) == (2048, 24)
+
+
+@pytest.mark.parametrize(
     ("field", "value", "home"),
     [
         ("window_size", 128, "attn_cfg"),
