@@ -1040,10 +1040,11 @@ def _project_to_halves(x, layer):
 
 
 def _sums_in_products(x, *layers):
-    """Whether gradients of x through the layers meet in :class:`_Products`. On a CPU they are
-    small beside the products."""
+    """Whether gradients of x through the layers meet in :class:`_Products`, which no transform of
+    ``torch.func`` takes. On a CPU they are small beside the products."""
     differentiated = x.is_cuda and torch.is_grad_enabled() and not _is_compiled(x)
-    return differentiated and _are_products(x, *layers)
+    plain = differentiated and not torch._C._are_functorch_transforms_active()
+    return plain and _are_products(x, *layers)
 
 
 def _are_products(x, *layers):

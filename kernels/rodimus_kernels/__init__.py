@@ -3,8 +3,8 @@
 The mathematics is in :mod:`rodimus_kernels.reference`. Importing this package needs torch alone;
 what else an implementation needs is imported when it is chosen.
 
-Forward-mode derivatives (``torch.func.jvp``) are those of the references, which ``impl="auto"``
-chooses for them; other implementations refuse.
+Forward-mode derivatives and the transforms of ``torch.func`` are those of the references, which
+``impl="auto"`` chooses for them; other implementations refuse a forward-mode derivative.
 """
 
 import importlib

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from . import native
-from ._schemas import in_forward_mode
+from ._schemas import is_transformed
 
 _logger = logging.getLogger(__name__)
 # where load says what it gives out, while somebody wants to know; by id, for two may be equal
@@ -73,9 +73,9 @@ def _import(module: str) -> str | None:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether ``impl="auto"`` may use Triton there, which has no forward-mode derivative; where a
-    GPU has to do without, said once."""
-    return device.type == "cuda" and not in_forward_mode() and _finds_triton(device)
+    """Whether ``impl="auto"`` may use Triton there, whose operators no transform of ``torch.func``
+    takes; where a GPU has to do without, said once."""
+    return device.type == "cuda" and not is_transformed() and _finds_triton(device)
 
 
 # what torch.compile takes for constant must be a plain function

@@ -56,6 +56,12 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def is_transformed() -> bool:
+    """Whether torch differentiates forwards, or a transform of ``torch.func`` runs: gradients of
+    operators of the library know none of them."""
+    return in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
+
+
 def refuse_forward_mode(operator: str) -> None:
     """Raise ValueError where torch differentiates forwards."""
     if in_forward_mode():

@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import check_same_device, check_shape, load, runs_triton
-from ._schemas import in_forward_mode
+from ._schemas import is_transformed
 from .reference import no_autocast
 
 _IMPLS = {
@@ -67,9 +67,10 @@ def linear_cross_entropy(
     if impl == "auto":
         double = hidden.dtype == torch.float64
         impl = "triton" if runs_triton(hidden.device) and not double else "eager"
-        impl = "reference" if in_forward_mode() else impl
+        impl = "reference" if is_transformed() else impl
     function = load("linear_cross_entropy", impl, _IMPLS)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and len(labels):
+    are_seen = not (torch.compiler.is_compiling() or is_transformed())
+    if labels.device.type == "cpu" and are_seen and len(labels):
         worst = torch.where(labels == ignore_index, 0, labels)
         if worst.min() < 0 or worst.max() >= weight.shape[0]:
             raise ValueError(

@@ -17,7 +17,7 @@ import os
 import torch
 
 from . import build
-from ._schemas import in_forward_mode, refuse_forward_mode
+from ._schemas import is_transformed, refuse_forward_mode
 from .int8_weight import Int8Weight
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def fits(
 ) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
     bfloat16 tensors or, on a CPU, 8-bit weights; the operators of their device built, no gradient
-    to record and no forward-mode derivative under way.
+    to record and no transform of ``torch.func`` under way.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
@@ -213,7 +213,7 @@ def fits(
         is_decoding: a token waits for the operator: if only its library is missing, a warning says
             so, once a process and device, unless ``RODIMUS_BUILD_CPU`` or ``_CUDA`` is 0.
     """
-    if in_forward_mode():
+    if is_transformed():
         return False
     records, dtypes, kind = torch.is_grad_enabled(), DTYPES, None
     for x in tensors:

@@ -1,5 +1,5 @@
-"""Forward-mode derivatives are those of the references: an operator of the library would drop them
-without a word, so it is not chosen, and refuses."""
+"""Forward-mode derivatives, and transforms of ``torch.func``, are those of the references: an
+operator of the library would drop tangents without a word, so it is not chosen, and refuses."""
 
 import pytest
 import torch
@@ -56,11 +56,15 @@ OPERATORS = {
 EXPLICIT = [(name, impl) for name, (*_, impls) in OPERATORS.items() for impl in impls]
 
 
+def inputs_of(name, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = OPERATORS[name][1]
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+
+
 def derivative(name, impl):
     """Of the operator along ones, at one point for every implementation."""
-    call, shapes, _ = OPERATORS[name]
-    generator = torch.Generator().manual_seed(0)
-    at = tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    call, at = OPERATORS[name][0], inputs_of(name)
     along = tuple(map(torch.ones_like, at))
     return torch.func.jvp(lambda *x: call(*x, impl=impl), at, along)[1]
 
@@ -68,6 +72,20 @@ def derivative(name, impl):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_choice_carries_tangents(name):
     torch.testing.assert_close(derivative(name, "auto"), derivative(name, "reference"))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_choice_has_a_gradient_for_each_sample(name):
+    """As ``torch.func`` takes them: an operator of the library raises there, by torch itself."""
+    call, shapes, _ = OPERATORS[name]
+    loss, places = lambda *x: call(*x).square().sum(), tuple(range(len(shapes)))
+    samples = [inputs_of(name, seed) for seed in (0, 1)]
+    together = map(torch.stack, zip(*samples, strict=True))
+    found = torch.func.vmap(torch.func.grad(loss, argnums=places))(*together)
+    for row, sample in enumerate(samples):
+        alone = [x.requires_grad_() for x in sample]
+        expected = torch.autograd.grad(loss(*alone), alone)
+        torch.testing.assert_close(tuple(x[row] for x in found), expected)
 
 
 @pytest.mark.parametrize("name, impl", EXPLICIT)

@@ -353,6 +353,25 @@ def test_gradient_checkpointing_recomputes(model):
 
 
 @pytest.mark.parametrize("loss_only", [False, True])
+def test_gradients_of_each_sample(model, kind, loss_only, measure):
+    """By ``torch.func``, as influence functions and private training take them."""
+    ids, parameters = random_ids(3, 24)[:, None], dict(model.named_parameters())
+
+    def loss(parameters, ids):
+        options = {"labels": ids, "use_cache": False, "loss_only": loss_only}
+        return torch.func.functional_call(model, parameters, (ids,), options).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, ids)
+    worst = 0.0
+    for row, sample in enumerate(ids):
+        model(sample, labels=sample).loss.backward()
+        expected = take_gradients(model)
+        rows = {name: gradient[row] for name, gradient in found.items()}
+        worst = max(worst, worst_gradient(rows, expected))
+    measure(TABLE, "gradients of each sample", kind, worst, BOUND)
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
 def test_loss_over_several_batches(model, loss_only):
     """``num_items_in_batch``: unequal parts of a batch add up to the loss of the whole."""
     ids = random_ids(4, 24)

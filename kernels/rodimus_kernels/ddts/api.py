@@ -12,7 +12,7 @@ from .._dispatch import (
     load,
     runs_triton,
 )
-from .._schemas import TRITON_KEY_DIMS, in_forward_mode
+from .._schemas import TRITON_KEY_DIMS, is_transformed
 from ..reference import accumulation_dtype, check_cu_seqlens
 
 _SEQUENCE = {
@@ -157,7 +157,7 @@ def choose_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor | None
 ) -> str:
     """What ``impl="auto"`` of :func:`ddts` means for these tensors."""
-    if in_forward_mode():
+    if is_transformed():
         return "reference"
     given = [x for x in (q, k, v, *others) if x is not None]
     double = any(x.dtype == torch.float64 for x in given)

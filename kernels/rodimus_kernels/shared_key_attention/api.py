@@ -12,7 +12,7 @@ from .._dispatch import (
     load,
     runs_triton,
 )
-from .._schemas import in_forward_mode
+from .._schemas import is_transformed
 
 _SEQUENCE = {
     "reference": "rodimus_kernels.reference:shared_key_attention",
@@ -121,7 +121,7 @@ def shared_key_attention(
         dtype = torch.float64 if double else v.dtype
         impl = _choose(runs_triton(q.device), max(dim, v.shape[-1]), dtype)
         # torch's kernel on a CPU has no forward-mode derivative
-        impl = "reference" if in_forward_mode() else impl
+        impl = "reference" if is_transformed() else impl
     function = load("shared_key_attention", impl, _SEQUENCE)
     return function(
         q,
