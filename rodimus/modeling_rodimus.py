@@ -1227,7 +1227,8 @@ def eager_attention_forward(
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    weights = F.softmax(weights, dim=-1, dtype=dtype).to(query.dtype)
     o = F.dropout(weights, dropout, module.training) @ value
     return o.transpose(1, 2).contiguous(), weights
 

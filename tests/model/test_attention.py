@@ -43,7 +43,8 @@ def test_same_logits(kind, no_square_mask):
 
 @pytest.mark.slow
 def test_same_logits_as_flex_attention(no_square_mask):
-    ids = random_ids(1, 40)
+    # of 40 tokens torch 2.13's kernel for a CPU makes NaN now and then, with no model around it
+    ids = random_ids(1, 64)
     with torch.no_grad():
         run = lambda model: model(ids, use_cache=False).logits
         assert_same("rodimus_plus", run, others=("flex_attention",))
@@ -88,6 +89,19 @@ def test_same_padded_prompt(pads, no_square_mask):
         mask[row, :count] = 0
     run = lambda model: (model(ids, attention_mask=mask).logits * mask[..., None]).detach()
     assert_same("rodimus_plus", run)
+
+
+@torch.no_grad()
+def test_explicit_attention_is_of_the_precision_of_its_input():
+    """The lowest float64, which hides a padded row from all, is no number in float32."""
+    model = build(config_of("rodimus_plus")).double()
+    ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    ways = {}
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        ways[name] = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    torch.testing.assert_close(ways["eager"], ways["sdpa"], rtol=1e-13, atol=1e-13)
 
 
 @torch.no_grad()
