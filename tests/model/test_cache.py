@@ -515,7 +515,7 @@ def test_assisted_generation_leaves_a_cache_as_it_was_given(model):
     """What recorded for a draft does not go on: later calls take fused steps again."""
     ids, options = random_ids(1, 12), {"prompt_lookup_num_tokens": 3}
     for recorded in (False, True):
-        cache = prefill(model, ids[:, :5], DynamicCache(config=model.config))
+        cache = DynamicCache(config=model.config)
         if recorded:
             cache.activate_past_recording()
         generate(model, ids, **{modeling_rodimus.CACHE_NAME: cache}, **options)
