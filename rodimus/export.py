@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import CHAT_TEMPLATE_DIR
 
+from .configuration_rodimus import RodimusConfig
 from .errors import InputError, first_line
 from .loading import (
     checkpoint_folder,
@@ -96,11 +97,21 @@ def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
         raise InputError(f"{out} holds the checkpoint to export: expected another folder")
     found = sorted(out.iterdir()) if out.is_dir() else [out]
     others = [path.name for path in found if not _is_written(path)]
-    if found and (others or not (out / "config.json").is_file()):
-        why = f"it holds {others[0]}" if others else "it holds no config.json"
+    why = f"it holds {others[0]}" if others else _is_no_model_of_ours(out / "config.json")
+    if found and why:
         raise InputError(
             f"{out} is no exported model ({why}), so it is not replaced: remove it yourself"
         )
+
+
+def _is_no_model_of_ours(config: Path) -> str | None:
+    """Why an export did not write this file, or None."""
+    try:
+        kind = json.loads(config.read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return "it holds no readable config.json"
+    known = (RodimusConfig.model_type, *PEERS)
+    return None if kind in known else f"its config.json is of the model_type {kind!r}"
 
 
 def _is_written(path: Path) -> bool:
@@ -164,13 +175,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         _make_readable(written)
         if out.exists():
             os.replace(out, before)
-        try:
-            os.replace(written, out)
-        except OSError:
-            if before.exists():
-                os.replace(before, out)
-            raise
+        os.replace(written, out)
     finally:
+        if before.exists() and not out.exists():
+            # where this fails too, what was there stays where it is
+            os.replace(before, out)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

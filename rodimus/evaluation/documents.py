@@ -106,7 +106,7 @@ def _from_text(
     for text in texts:
         if text:
             (ids,) = encode([text])
-            yield Document(np.asarray(ids, np.int64), len(text.encode("utf-8", "surrogatepass")))
+            yield Document(np.asarray(ids, np.int64), len(text.encode("utf-8")))
 
 
 def _from_shards(shards: TokenShards) -> Iterator[Document]:

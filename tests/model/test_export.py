@@ -421,12 +421,16 @@ def test_nothing_but_an_export_is_ever_replaced(tmp_path):
         (tmp_path / project / "config.json").touch()
     (tmp_path / "code" / "app.py").touch()
     (tmp_path / "repository" / ".git").mkdir()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "llama" / "model.safetensors").touch()
     files = sorted(tmp_path.rglob("*"))
     for out, message in (
         ("other", "is no exported model"),
         ("code", r"is no exported model \(it holds app.py\)"),
         ("repository", r"is no exported model \(it holds .git\)"),
         ("run", "is no exported model"),
+        ("llama", r"is no exported model \(its config.json is of the model_type 'llama'\)"),
         ("other/precious", "is no exported model"),
         ("models", "holds the checkpoint to export"),
         ("models/checkpoint", "holds the checkpoint to export"),
@@ -467,6 +471,29 @@ def test_failed_export_leaves_nothing_and_destroys_nothing(tmp_path, monkeypatch
             export(tmp_path / "checkpoint", out, overwrite=True)
         assert (out / "precious.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+@pytest.mark.parametrize("blocked", [1, 2], ids=["put back", "kept"])
+def test_an_interrupted_replacement_destroys_nothing(tmp_path, monkeypatch, blocked):
+    """Between the two moves, and where the old folder cannot be moved back either."""
+    save_model(tmp_path / "checkpoint")
+    out = export(tmp_path / "checkpoint", tmp_path / "out")
+    (out / "precious.json").touch()
+    replace = os.replace
+
+    def interrupted(source, target):
+        if source.name == "new":
+            raise KeyboardInterrupt
+        if source.name == "old" and blocked == 2:
+            raise OSError("Read-only file system")
+        replace(source, target)
+
+    stopped = KeyboardInterrupt if blocked == 1 else InputError
+    with monkeypatch.context() as patch, pytest.raises(stopped):
+        patch.setattr("rodimus.export.os.replace", interrupted)
+        export(tmp_path / "checkpoint", out, overwrite=True)
+    (kept,) = tmp_path.rglob("precious.json")
+    assert (kept.parent == out) == (blocked == 1)
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path):
