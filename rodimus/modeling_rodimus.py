@@ -533,8 +533,8 @@ class RodimusSlidingLayer(
 
     def step_position(self):
         taps = self.conv_states[0]
-        places = torch.full((taps.shape[0], 1), self.cumulative_length, device=taps.device)
-        return (places - self.padding)[:, 0]
+        places = torch.full(taps.shape[:1], self.cumulative_length, device=taps.device)
+        return places - self.padding[:, 0] if torch.is_tensor(self.padding) else places
 
     def as_ring(self):
         """``[B, window, keys and values]``."""
