@@ -55,8 +55,13 @@ def run_tasks(
         if generating:
             kind = type(model).__name__
             raise InputError(f"{', '.join(generating)} asks for generated text, {kind} has none")
-    adapter = HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+    adapter = _marked_once(HFLM)(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        # sums of bfloat16 are whole nats, and answers tie
+        softmax_dtype="float32",
     )
     try:
         results = simple_evaluate(
@@ -74,6 +79,21 @@ def run_tasks(
             raise
         raise InputError(f"{first_line(error).rstrip('.')}; --max-length N allows more") from error
     return results["results"]
+
+
+def _marked_once(adapter: type) -> type:
+    """The adapter, but that a text for perplexity has one begin mark: the library puts one before
+    it, and a tokenizer's own would be a second one, which the model had to predict."""
+
+    class Adapter(adapter):
+        def loglikelihood_rolling(self, *args, **options):
+            before, self.add_bos_token = self.add_bos_token, False
+            try:
+                return super().loglikelihood_rolling(*args, **options)
+            finally:
+                self.add_bos_token = before
+
+    return Adapter
 
 
 def _names(wanted: list[str], manager: Any) -> list[str]:

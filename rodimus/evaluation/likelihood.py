@@ -49,7 +49,7 @@ class Tally:
         self.has_estimates |= document.is_estimate
         self.n_bytes += new * document.n_bytes
         self.tokens += len(nats)
-        self.nats += nats.sum()
+        self.nats += float(nats.sum())
         length = np.searchsorted(EDGES, len(document.ids), side="right")
         self._length[length] += nats.sum(), len(nats), new, new * document.n_bytes
         bucket = np.searchsorted(EDGES, np.arange(first, first + len(nats)), side="right")

@@ -8,9 +8,12 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rodimus import cli
+from rodimus.evaluation.documents import Document
+from rodimus.evaluation.likelihood import evaluate
 from rodimus.loading import load_model, load_tokenizer
 from rodimus.peers import GLAConfig, GLAForCausalLM
 from rodimus.train.pack import pack
@@ -162,10 +165,18 @@ def test_options_of_tasks_reach_the_harness(folder, evaluated, monkeypatch):
 
     def answer(**options):
         kept = {key: options[key] for key in ("tasks", "num_fewshot", "limit")}
-        return {"results": {"given": kept | options["model"]}}
+        adapter = options["model"]
+        assert adapter.loglikelihood_rolling([]) is False and adapter.add_bos_token is None
+        return {"results": {"given": kept | adapter.options}}
 
-    def adapter(*, pretrained, tokenizer, **options):
-        return options
+    class Adapter:
+        add_bos_token = None
+
+        def __init__(self, *, pretrained, tokenizer, **options):
+            self.options = options
+
+        def loglikelihood_rolling(self, requests):
+            return self.add_bos_token
 
     class Manager:
         all_tasks, all_subtasks = ["one", "other", "ones"], ["one", "other"]
@@ -175,7 +186,7 @@ def test_options_of_tasks_reach_the_harness(folder, evaluated, monkeypatch):
 
     for name, found in (
         ("lm_eval", {"simple_evaluate": answer}),
-        ("lm_eval.models.huggingface", {"HFLM": adapter}),
+        ("lm_eval.models.huggingface", {"HFLM": Adapter}),
         ("lm_eval.tasks", {"TaskManager": Manager}),
     ):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**found))
@@ -184,6 +195,7 @@ def test_options_of_tasks_reach_the_harness(folder, evaluated, monkeypatch):
     assert evaluated(folder / "model", *options.split())["tasks"]["given"] == {
         "tasks": ["other", "one"],
         **{"num_fewshot": 2, "limit": 3, "batch_size": 5, "max_length": 64},
+        "softmax_dtype": "float32",
     }
 
 
@@ -207,6 +219,16 @@ metric_list: [{{metric: acc}}]
 """
 
 
+PERPLEXITY = """
+task: perplexity
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{{metric: bits_per_byte}}]
+"""
 SAYINGS = QUESTIONS.replace("two_words", "sayings").replace("multiple_choice", "generate_until")
 SAYINGS = SAYINGS.replace("acc", "exact_match")
 HARNESS = pytest.mark.skipif(
@@ -302,3 +324,26 @@ def test_a_text_longer_than_the_model_was_trained_on_needs_to_be_asked_for(task_
     assert "sequence length (64); --max-length N allows more\n" in told
     assert "Traceback" not in told
     assert cli.main([*arguments, "--max-length", "1024"]) == 0
+
+
+@HARNESS
+@pytest.mark.filterwarnings("ignore")
+def test_bits_per_byte_of_the_harness_are_our_own(evaluated, tmp_path):
+    """A begin mark is put before a text once, and nobody has to predict it."""
+    save_model(tmp_path / "model")
+    train_tokenizer(["other text " * 9], 280).save_pretrained(tmp_path / "model")
+    texts = ["hello world, all of you", "the quick brown fox"]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "q.jsonl").write_text(rows)
+    (tmp_path / "perplexity.yaml").write_text(PERPLEXITY.format(file=tmp_path / "q.jsonl"))
+    arguments = ("--tasks", "perplexity", "--task-folder", tmp_path)
+    found = evaluated(tmp_path / "model", *arguments)["tasks"]["perplexity"]["bits_per_byte,none"]
+
+    model, tokenizer = load_model(tmp_path / "model"), load_tokenizer(tmp_path / "model")
+    assert tokenizer(texts[0]).input_ids[0] == tokenizer.bos_token_id
+    # as a text of its own is read, but for the end mark
+    documents = [
+        Document(np.array(tokenizer(text).input_ids), len(text.encode())) for text in texts
+    ]
+    expected = evaluate(model, documents).summary()["bits_per_byte"]
+    assert found == pytest.approx(expected, rel=1e-5)
