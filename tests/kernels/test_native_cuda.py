@@ -3,6 +3,7 @@ what nvcc made of them fits the registers."""
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -33,14 +34,21 @@ def compiled(folder, name, *flags, files=()):
     return folder / name
 
 
-@pytest.fixture(scope="module")
-def differences(tmp_path_factory):
+# What may happen early or late, as late as it may, or as early: copies under way, and what a kernel
+# does before its turn, which then sees nothing that the kernel before writes.
+SCHEDULES = {"late": [], "eager": ["-DEMULATOR_EAGER"]}
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def differences(tmp_path_factory, request):
     """Case to the largest difference between the emulated CUDA kernel and the CPU kernel."""
-    isa = ["-DRODIMUS_ISA=portable", '-DRODIMUS_ISA_NAME="portable"', "-DRODIMUS_HAS_portable"]
+    flags = ["-DRODIMUS_ISA=portable", '-DRODIMUS_ISA_NAME="portable"', "-DRODIMUS_HAS_portable"]
+    flags += SCHEDULES[request.param]
     files = ("cpu/kernels.cpp", "cpu/select.cpp")
-    program = compiled(tmp_path_factory.mktemp("emulator"), "compare", *isa, files=files)
-    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.split("\n")
-    return {name: float(value) for name, value in (line.split() for line in lines if line)}
+    program = compiled(tmp_path_factory.mktemp("emulator"), "compare", *flags, files=files)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize(
@@ -79,13 +87,11 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     assert all(x <= limit for x in found.values()), found
 
 
-@pytest.fixture(scope="module", params=["late", "eager"])
+@pytest.fixture(scope="module", params=SCHEDULES)
 def emulated_block(tmp_path_factory, request):
     """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
-    memory, or by those of its parts where that is 0; copies under way arrive as late as they may,
-    or at once."""
-    flags = ["-O2", *(["-DEMULATOR_EAGER"] if request.param == "eager" else [])]
-    program = compiled(tmp_path_factory.mktemp("block"), "block", *flags)
+    memory, or by those of its parts where that is 0."""
+    program = compiled(tmp_path_factory.mktemp("block"), "block", "-O2", *SCHEDULES[request.param])
     integers = lambda *x: torch.tensor(x, dtype=torch.int64)
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
 
@@ -121,6 +127,19 @@ def emulated_block(tmp_path_factory, request):
         return changed[0]
 
     return step
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_emulator_shows_what_is_done_before_the_turn(tmp_path, schedule):
+    program = compiled(tmp_path, "turns", *SCHEDULES[schedule])
+    run = lambda what: subprocess.run([program, what], capture_output=True, text=True)
+    sum_of = lambda what: float(run(what).stdout)
+    early = schedule == "eager"
+    # 32 threads of two blocks, of which 32 together read something more
+    assert sum_of("nothing") == 64 and sum_of("read older") == 96
+    assert math.isnan(sum_of("read newer")) if early else sum_of("read newer") == 96
+    assert ("writes before its turn" in run("write").stderr) == early
+    assert "ends without its turn" in run("end").stderr
 
 
 # sequences, multiprocessors, shared memory for two, four or six stages of weights, sizes

@@ -80,6 +80,9 @@ int main() {
   // NaN, whatever the type
   std::vector<uint32_t> memory(floats + 4, 0xffffffffu);
   auto* start = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
+  emulator::share(start, floats * sizeof *start);
+  for (Array* a : {&stream, &taps, &state, ring})
+    if (a) emulator::share(a->bytes.data(), a->bytes.size());
   BlockStep step;
   BlockPlan(given, cut, Workspace(start, floats, given.batch, Type::kBFloat16), step);
   step.next = given.weights.rows[kFc];

@@ -17,7 +17,7 @@ namespace {
 
 constexpr Type kBoth[] = {Type::kFloat32, Type::kBFloat16};
 std::mt19937 generator(0);
-// arrays live to the end: a deque never moves them
+// of a case; a deque never moves them
 std::deque<std::vector<float>> arrays;
 
 float get(const Rows& a, int64_t i) {
@@ -29,6 +29,7 @@ float* random_floats(int64_t count) {
   std::normal_distribution<float> normal;
   arrays.emplace_back(count);
   for (float& x : arrays.back()) x = normal(generator);
+  emulator::share(arrays.back().data(), count * sizeof(float));
   return arrays.back().data();
 }
 
@@ -58,7 +59,11 @@ struct Report {
   void add(const Rows& x, const Rows& y, int64_t count) {
     for (int64_t i = 0; i < count; ++i) add(get(x, i), get(y, i));
   }
-  ~Report() { std::printf("%s %.3e\n", name.c_str(), difference / largest); }
+  // at the end of a case
+  ~Report() {
+    std::printf("%s %.3e\n", name.c_str(), difference / largest);
+    arrays.clear(), emulator::memories.clear();
+  }
 };
 
 std::string label(const char* kernel, Type type, std::initializer_list<int64_t> sizes) {
@@ -368,9 +373,9 @@ void attention_case(const char* name, Type type, Heads heads, int64_t steps, int
   memcpy(cuda.cache.data, cpu.cache.data, cpu.batch * ring * row * sizeof(T));
   cuda.scratch = random_floats(parts * tokens * cpu.heads * (cpu.value_dim + 2));
   // a negative position, which no host can refuse in time, counts as 0
-  std::vector<int64_t> given = ages;
-  for (int64_t& age : given) age = age ? age : -3;
-  cuda.position = given.data(), cuda.parts = parts;
+  auto* given = reinterpret_cast<int64_t*>(random_floats(2 * cpu.batch));
+  for (int64_t i = 0; i < cpu.batch; ++i) given[i] = ages[i] ? ages[i] : -3;
+  cuda.position = given, cuda.parts = parts;
   kernels().attention_write(cpu, 0, cpu.batch);
   kernels().attention_scan(cpu, 3, 0, cpu.batch * 3);
   kernels().attention_merge(cpu, 3, 0, tokens * cpu.heads);
@@ -396,6 +401,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
                     [&](AttentionStep& a, dim3 grid) {
                       spoil_shared();
                       a.start = steps == 1 ? Start::kAhead : Start::kUnder;
+                      if (steps == 1) emulator::settle(a.cache.data), emulator::settle(a.position);
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,
                                        [&] { attention_staged_kernel<T, INT8, KEYS, STAGES, 1, kManyHeads>(a); });
                     });

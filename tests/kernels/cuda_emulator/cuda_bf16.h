@@ -2,6 +2,9 @@
 // __syncthreads, the warp shuffle and the wait of a grid switch to the next one. The blocks of a grid
 // run one after the other, or together where they wait for each other. The kernels are included as
 // they stand; this file takes the place of the toolkit's header.
+//
+// What may happen early or late happens as late as it may, or with EMULATOR_EAGER as early: asynchronous
+// copies, and what a kernel does before its turn.
 #pragma once
 
 #include <math.h>
@@ -13,6 +16,8 @@
 
 #include <deque>
 #include <vector>
+
+#include "turns.h"
 
 #define __global__
 #define __device__
@@ -83,7 +88,7 @@ struct Fiber {
   std::vector<char> stack;
   bool done;
   // barriers passed: a thread may pass the next one when no thread is behind it
-  unsigned grid_barriers, block_barriers, warp_barriers;
+  unsigned grid_barriers, block_barriers, warp_barriers, turns;
   dim3 thread, block;
   float lane_value;
   // operands of the lane's part of a product
@@ -97,6 +102,8 @@ static std::vector<Fiber> fibers;
 // of the fibers of all blocks that run together; barriers that were passed, or threads that ended
 static unsigned me, running, steps;
 static ucontext_t scheduler;
+// whether kernels start under the end of the one before
+static bool under;
 static void (*body)(void*);
 static void* argument;
 
@@ -127,6 +134,10 @@ inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
 
 inline void enter() {
   body(argument);
+  if (under && self().turns == 0) {
+    fprintf(stderr, "a thread ends without its turn\n");
+    abort();
+  }
   self().done = true, ++steps;
 }
 
@@ -141,7 +152,7 @@ inline void run_blocks(unsigned first, unsigned count) {
     fiber.block = dim3(block % gridDim.x, block / gridDim.x);
     fiber.stack.resize(kStack);
     fiber.done = false;
-    fiber.grid_barriers = fiber.block_barriers = fiber.warp_barriers = fiber.groups = 0;
+    fiber.grid_barriers = fiber.block_barriers = fiber.warp_barriers = fiber.turns = fiber.groups = 0;
     fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -169,15 +180,20 @@ inline void run_blocks(unsigned first, unsigned count) {
   }
 }
 
-// kernel<<<grid, threads>>>(arguments) with a callable in place of the kernel; together: a cooperative
-// launch, of up to kMostTogether blocks.
+// kernel<<<grid, threads>>>(arguments) with a callable in place of the kernel, under the end of the kernel
+// before; together: a cooperative launch, of up to kMostTogether blocks and behind that end.
 template <class Call>
 void launch(dim3 grid, unsigned threads, const Call& call, bool together = false) {
   gridDim = grid, blockDim = dim3(threads);
   body = [](void* c) { (*static_cast<const Call*>(c))(); };
   argument = const_cast<void*>(static_cast<const void*>(&call));
+  under = !together;
+  find_written();
   if (together) return run_blocks(0, grid.x * grid.y);
-  for (unsigned block = 0; block < grid.x * grid.y; ++block) run_blocks(block, 1);
+  for (unsigned block = 0; block < grid.x * grid.y; ++block) {
+    if (kEager) hide_written();
+    run_blocks(block, 1);
+  }
 }
 
 }  // namespace emulator
@@ -237,7 +253,15 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
   return emulator::exchange(x, first + lane % width);
 }
 
-inline void take_turn() {}
+// Late, a thread goes on at once: the kernel before has ended. Early, it waits for the rest of its block, so
+// that all of them see memory as it was.
+inline void take_turn() {
+  unsigned first = emulator::first_of_block();
+  if (!emulator::kEager) return static_cast<void>(++emulator::self().turns);
+  emulator::wait(&emulator::Fiber::turns, first, first + blockDim.x);
+  emulator::show_written();
+}
+
 // Reads what it would bring nearer, so that a sanitizer sees where it ends.
 inline void prefetch(const void* from, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) abort();

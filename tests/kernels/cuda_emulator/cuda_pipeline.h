@@ -7,11 +7,10 @@
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
   emulator::Fiber& fiber = emulator::self();
-#if defined(EMULATOR_EAGER)
-  memcpy(to, from, size);
-#else
-  fiber.copies.push_back({to, from, size, fiber.groups});
-#endif
+  if (emulator::kEager)
+    memcpy(to, from, size);
+  else
+    fiber.copies.push_back({to, from, size, fiber.groups});
 }
 
 inline void __pipeline_commit() { ++emulator::self().groups; }
