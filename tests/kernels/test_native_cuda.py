@@ -355,6 +355,64 @@ def test_no_symbol_of_torch_may_be_absent():
     assert not [name for kind, name in symbols if kind in "wv" and not name.startswith("_")]
 
 
+def assembled():
+    """``(architecture, kernel, instructions by their address)`` of every kernel that the library
+    has for GPUs on which kernels take turns."""
+    triton = pytest.importorskip("triton")
+    tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    read = lambda *flags: (
+        subprocess.run([tool, *flags, LIBRARY], check=True, capture_output=True, text=True).stdout
+    )
+    archs = re.findall(r"\.(sm_(\d+)\w*)\.cubin", read("--list-elf"))
+    for arch in (arch for arch, number in archs if int(number) >= 90):
+        for text in read("-sass", "-arch", arch).split("Function : ")[1:]:
+            code = re.findall(r"^ +/\*([0-9a-f]{4,})\*/ +(.*?) ;", text, re.MULTILINE)
+            yield arch, text.split()[0], {int(address, 16): line for address, line in code}
+
+
+def before_the_turn(code):
+    """What touches memory or lets the next kernel be started on a path that has not waited: any
+    path, whether or not its conditions can hold together."""
+    following = dict(zip(code, [*list(code)[1:], None], strict=True))
+    found, seen, ahead = [], set(), [0]
+    while ahead:
+        address = ahead.pop()
+        if address in seen or address is None:
+            continue
+        seen.add(address)
+        guard, name, operands = re.match(r"(@\S+ )?(\S+)(.*)", code[address]).groups()
+        kind = name.partition(".")[0]
+        assert kind not in ("BRX", "JMP", "JMX"), "a branch whose target is not known"
+        if re.match(r"(LDG|STG|LDGSTS|LD|ST|RED|REDG|ATOM|ATOMG|PREEXIT)$", kind):
+            found.append(name)
+        if kind in ("BRA", "CALL"):
+            ahead.append(int(re.search(r"0x([0-9a-f]+)", operands)[1], 16))
+        if guard or "," in operands or kind not in ("BRA", "EXIT", "RET", "ACQBULK"):
+            ahead.append(following[address])
+    return found
+
+
+@built
+def test_assembler_moves_nothing_before_the_turn():
+    """Nor is the next kernel let start before the wait: what that one does before its turn would
+    run beside more than the kernel just before."""
+    kernels = list(assembled())
+    if not kernels:
+        pytest.skip("the library has no code for GPUs on which kernels take turns")
+    for arch, kernel, code in kernels:
+        if "persistent_kernel" in kernel:
+            continue
+        assert any(line == "ACQBULK" for line in code.values()), (arch, kernel)
+        found = before_the_turn(code)
+        assert "PREEXIT" not in found, (arch, kernel)
+        # those wait here or there, as they are told: not every path is one that is taken
+        if re.search("mixer_step_kernel|attention_staged_kernel", kernel):
+            continue
+        # weights go past the first cache
+        weights = [name for name in found if "step_linear_kernel" in kernel and ".NA." in name]
+        assert found == weights, (arch, kernel, found)
+
+
 @built
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the stream")
 def test_an_operator_without_a_stream_raises():
