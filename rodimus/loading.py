@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from . import convert, register
 from .configuration_rodimus import RodimusConfig
@@ -402,7 +404,11 @@ def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedMode
     _check_shapes(files[0].parent, RodimusForCausalLM, config, shapes)
     if dtype == "auto":
         dtype = weights["model.embeddings.weight"].dtype
-    return RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model = RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    folder = files[0].parent
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

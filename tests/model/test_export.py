@@ -379,8 +379,11 @@ def test_converts_flash_linear_attention(tmp_path):
     # as transformers 4 saves what equals its own default
     assert config.pop("tie_word_embeddings")
     (fla / "config.json").write_text(json.dumps(config))
+    options = {"eos_token_id": [1, 7], "temperature": 0.5, "do_sample": True}
+    (fla / "generation_config.json").write_text(json.dumps(options))
     folder = export(fla, tmp_path / "export")
     again = RodimusForCausalLM.from_pretrained(folder).eval()
+    assert options.items() <= again.generation_config.to_dict().items()
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
