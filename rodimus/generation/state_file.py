@@ -94,8 +94,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over every weight's name, shape, dtype, sum of bits and a few of its values.
 
-    Reads all weights once, at memory speed; an adapter that is attached is part of it, and so are
-    quantised weights that are no parameters.
+    Reads all weights once, at memory speed; an adapter that is attached is part of it, and which of
+    PEFT's are in use, and so are quantised weights that are no parameters.
     """
     digest = hashlib.sha256()
     parameters = dict(model.named_parameters())
@@ -110,6 +110,12 @@ def fingerprint(model: PreTrainedModel) -> str:
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Tensor):
                 _add_tensor(digest, name, part.detach())
+    for name, module in model.named_modules():
+        # of PEFT's layers it is a flag; of transformers' models a method
+        if isinstance(getattr(module, "disable_adapters", None), bool):
+            in_use = () if module.disable_adapters else module.active_adapters
+            scales = [(key, getattr(module, "scaling", {}).get(key)) for key in in_use]
+            digest.update(f"{name} {scales}\n".encode())
     return digest.hexdigest()
 
 

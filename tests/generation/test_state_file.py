@@ -1,5 +1,6 @@
 """State files: whole and of this model, or refused with a reason."""
 
+import contextlib
 import json
 import os
 
@@ -99,6 +100,27 @@ def test_a_file_of_other_weights_is_refused(saved, change):
     else:
         model.model.layers[0].mixer.fc.adapter = nn.Linear(2, 2)
     with pytest.raises(InputError, match="of another model: same architecture"):
+        load_state(path, model)
+
+
+@pytest.mark.parametrize("change", ["another scale", "another adapter", "no adapter", "nothing"])
+def test_a_file_of_other_adapters_in_use_is_refused(plus, tmp_path, change):
+    """The weights are the same; what PEFT makes of them is not."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "target_modules": ["fc"], "init_lora_weights": False}
+    tuned = peft.get_peft_model(plus, peft.LoraConfig(lora_alpha=8, **options))
+    tuned.add_adapter("other", peft.LoraConfig(lora_alpha=8, **options))
+    model, path, (prompt,) = tuned.get_base_model(), tmp_path / "x", prompts_of(30)
+    save_state(path, Engine(model).read(prompt), model)
+    in_use = contextlib.nullcontext()
+    if change == "another scale":
+        model.model.layers[0].mixer.fc.scaling["default"] *= 8
+    elif change == "another adapter":
+        tuned.set_adapter("other")
+    elif change == "no adapter":
+        in_use = tuned.disable_adapter()
+    refused = pytest.raises(InputError, match="of another model: same architecture")
+    with in_use, contextlib.nullcontext() if change == "nothing" else refused:
         load_state(path, model)
 
 
