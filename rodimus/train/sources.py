@@ -16,6 +16,7 @@ from ..errors import InputError
 # licence of what `stdlib` reads, recorded in the manifest
 STDLIB_LICENCE = "PSF-2.0"
 _SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 # installed packages, and test suites whose data tables would crowd out prose code
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -72,21 +73,34 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = [Path(folder, name) for folder, _, names in _walk(path) for name in names]
-        found = sorted(p for p in found if p.suffix in _SUFFIXES and p.is_file())
+        found = sorted(p for p in found if _is_text(p))
         if not found:
             raise InputError(f"no file ending in {', '.join(_SUFFIXES)} under {path}")
         return found
     if not path.is_file():
         raise InputError(f"{path} is not there: a source is stdlib, hf:NAME, a file or a folder")
-    if path.suffix not in _SUFFIXES:
+    if path.suffix.lower() not in _SUFFIXES:
         raise InputError(f"source must end in {', '.join(_SUFFIXES)}, got {path.name}")
     return [path]
 
 
+def _is_text(path: Path) -> bool:
+    """Whether a file of a folder is read; one that was meant to be and cannot is refused."""
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED and Path(path.stem).suffix.lower() in _SUFFIXES:
+        raise InputError(f"{path} is compressed: expected {path.stem}")
+    if suffix not in _SUFFIXES:
+        return False
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} leads to {path.readlink()}, which is not there")
+    return path.is_file()
+
+
 def _file(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
         yield from _jsonl(path, field)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         yield from _parquet(path, field)
     else:
         yield _decode(path.read_bytes(), f"{path}", 0)

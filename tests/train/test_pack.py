@@ -155,6 +155,17 @@ def test_folder_and_plain_text(tmp_path):
     assert list(documents(str(tmp_path / "src"), field="body")) == ["one", "two"]
 
 
+def test_a_folder_leaves_no_text_out_in_silence(tmp_path):
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "photo.png").write_bytes(b"\xff")
+    assert list(documents(str(tmp_path))) == list(documents(str(tmp_path / "A.TXT"))) == ["one"]
+    for name, message in (("b.jsonl.gz", "is compressed: expected b.jsonl"), ("c.md", "leads to")):
+        (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(InputError, match=f"{name} {message}"):
+            list(documents(str(tmp_path)))
+        (tmp_path / name).unlink()
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     mark = b"\xef\xbb\xbf"
     (tmp_path / "a.txt").write_bytes(mark + b"one")
