@@ -97,14 +97,14 @@ def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
         raise InputError(f"{out} holds the checkpoint to export: expected another folder")
     found = sorted(out.iterdir()) if out.is_dir() else [out]
     others = [path.name for path in found if not _is_written(path)]
-    why = f"it holds {others[0]}" if others else _is_no_model_of_ours(out / "config.json")
+    why = f"it holds {others[0]}" if others else _why_foreign(out / "config.json")
     if found and why:
         raise InputError(
             f"{out} is no exported model ({why}), so it is not replaced: remove it yourself"
         )
 
 
-def _is_no_model_of_ours(config: Path) -> str | None:
+def _why_foreign(config: Path) -> str | None:
     """Why an export did not write this file, or None."""
     try:
         kind = json.loads(config.read_bytes()).get("model_type")

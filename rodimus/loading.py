@@ -407,7 +407,10 @@ def _load_fla(config: RodimusConfig, files: list[Path], dtype) -> PreTrainedMode
     model = RodimusForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     folder = files[0].parent
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except OSError as error:
+            raise InputError(f"{folder}: {first_line(error)}") from error
     return model
 
 

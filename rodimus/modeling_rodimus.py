@@ -2022,11 +2022,11 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = adopt_cache(model_kwargs.get(CACHE_NAME))
         if generation_config.is_assistant:
-            _record_at_least(cache, generation_config.max_new_tokens)
+            _record_at_least(cache, generation_config.max_new_tokens or 0)
 
     def _assisted_decoding(self, *args, **kwargs):
         layers = getattr(kwargs.get(CACHE_NAME), "layers", ())
-        recorded = [layer.record_past for layer in layers]
+        recorded = [getattr(layer, "record_past", False) for layer in layers]
         try:
             return super()._assisted_decoding(*args, **kwargs)
         finally:

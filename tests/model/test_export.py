@@ -387,6 +387,9 @@ def test_converts_flash_linear_attention(tmp_path):
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+    (fla / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match="fla.*generation_config.json"):
+        export(fla, tmp_path / "other")
 
 
 def test_quantised_weights_are_refused(tmp_path):
