@@ -2022,7 +2022,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = adopt_cache(model_kwargs.get(CACHE_NAME))
         if generation_config.is_assistant:
-            _record_at_least(cache, generation_config.max_new_tokens or 0)
+            _record_at_least(cache, generation_config.max_new_tokens)
 
     def _assisted_decoding(self, *args, **kwargs):
         layers = getattr(kwargs.get(CACHE_NAME), "layers", ())

@@ -94,8 +94,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over every weight's name, shape, dtype, sum of bits and a few of its values.
 
-    Reads all weights once, at memory speed; an adapter that is attached is part of it, and which of
-    PEFT's are in use, and so are quantised weights that are no parameters.
+    Reads all weights once, at memory speed. Adapters that are attached are part of it, and which of
+    PEFT's are in use, at what scale; so are quantised weights that are no parameters.
     """
     digest = hashlib.sha256()
     parameters = dict(model.named_parameters())

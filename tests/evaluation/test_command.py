@@ -206,42 +206,43 @@ def test_numbers_of_the_harness_are_checked(option, capsys):
     assert f"argument {option[0]}: must be at least" in capsys.readouterr().err
 
 
-QUESTIONS = """
-task: two_words
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
+"""
+QUESTIONS = """
 output_type: multiple_choice
 doc_to_text: question
 doc_to_choice: [" world", " fox"]
 doc_to_target: answer
-metric_list: [{{metric: acc}}]
+metric_list: [{metric: acc}]
 """
-
-
+SAYINGS = QUESTIONS.replace("multiple_choice", "generate_until").replace("acc", "exact_match")
 PERPLEXITY = """
-task: perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: text
-metric_list: [{{metric: bits_per_byte}}]
+metric_list: [{metric: bits_per_byte}]
 """
-SAYINGS = QUESTIONS.replace("two_words", "sayings").replace("multiple_choice", "generate_until")
-SAYINGS = SAYINGS.replace("acc", "exact_match")
 HARNESS = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm_eval not installed"
 )
 
 
+def write_task(folder, name, asked, rows):
+    """A definition of a task, and the rows that it asks about."""
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(TASK.format(name=name, file=data) + asked)
+
+
 @pytest.fixture
 def task_folder(tmp_path):
     """A task that compares answers, one that asks for text, and a group of the first."""
-    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "hello", "answer": 0}))
-    for name, task in (("two_words", QUESTIONS), ("sayings", SAYINGS)):
-        (tmp_path / f"{name}.yaml").write_text(task.format(file=tmp_path / "q.jsonl"))
+    for name, asked in (("two_words", QUESTIONS), ("sayings", SAYINGS)):
+        write_task(tmp_path, name, asked, [{"question": "hello", "answer": 0}])
     (tmp_path / "group.yaml").write_text("{group: two_worded, task: [two_words]}")
     return tmp_path
 
@@ -281,8 +282,7 @@ def test_harness_scores_as_the_model_does(folder, evaluated, tmp_path):
     import torch
 
     rows = [{"question": q, "answer": i % 2} for i, q in enumerate(["hello", "the quick brown"])]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "two_words.yaml").write_text(QUESTIONS.format(file=tmp_path / "q.jsonl"))
+    write_task(tmp_path, "two_words", QUESTIONS, rows)
     arguments = ("--tasks", "two_words", "--task-folder", tmp_path)
     scored = evaluated(folder / "model", *arguments)["tasks"]["two_words"]["acc,none"]
 
@@ -333,9 +333,7 @@ def test_bits_per_byte_of_the_harness_are_our_own(evaluated, tmp_path):
     save_model(tmp_path / "model")
     train_tokenizer(["other text " * 9], 280).save_pretrained(tmp_path / "model")
     texts = ["hello world, all of you", "the quick brown fox"]
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (tmp_path / "q.jsonl").write_text(rows)
-    (tmp_path / "perplexity.yaml").write_text(PERPLEXITY.format(file=tmp_path / "q.jsonl"))
+    write_task(tmp_path, "perplexity", PERPLEXITY, [{"text": text} for text in texts])
     arguments = ("--tasks", "perplexity", "--task-folder", tmp_path)
     found = evaluated(tmp_path / "model", *arguments)["tasks"]["perplexity"]["bits_per_byte,none"]
 

@@ -396,9 +396,11 @@ def before_the_turn(code):
 def test_assembler_moves_nothing_before_the_turn():
     """Nor is the next kernel let start before the wait: what that one does before its turn would
     run beside more than the kernel just before."""
-    kernels = list(assembled())
-    if not kernels:
+    archs = re.findall(r"\d+", build.recorded_archs(LIBRARY))
+    if max(map(int, archs)) < 90:
         pytest.skip("the library has no code for GPUs on which kernels take turns")
+    kernels = list(assembled())
+    assert kernels
     for arch, kernel, code in kernels:
         if "persistent_kernel" in kernel:
             continue
