@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rodimus.devices import DEVICES
 from rodimus.loading import read_config
-from rodimus.train.flops import DEVICES
 from rodimus.train.load import load_config
 from rodimus.train.plan import Plan, context_bytes, make_plan
 

@@ -171,7 +171,7 @@ def test_model_does_not_import_training():
         )
         # evaluation reads the trainer's data formats
         inside = path.is_relative_to(MODEL / "train") or path.is_relative_to(MODEL / "evaluation")
-        return not training or inside or (path.name == "cli.py" and not found.eager)
+        return not training or inside
 
     assert not offences(MODEL, allowed)
 
@@ -193,8 +193,9 @@ def test_packages_import_neither_tests_nor_benchmarks(folder):
 
 def test_command_line_starts_without_torch():
     heavy = ("torch", "transformers", "numpy", "safetensors", "rodimus_kernels")
-    for found in imports(MODEL / "cli.py"):
-        assert not (found.eager and top(found.module) in heavy), found
+    for name in ("cli", "options", "limits", "devices", "errors"):
+        for found in imports(MODEL / f"{name}.py"):
+            assert not (found.eager and top(found.module) in heavy), found
 
 
 class TestRemoteCode:

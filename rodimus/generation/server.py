@@ -23,15 +23,15 @@ from contextlib import aclosing, asynccontextmanager
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..cli import add_model, number
 from ..errors import InputError, first_line
+from ..limits import Limits
 from ..loading import is_hub_name, split_hub_name
+from ..options import API_KEY_VARIABLE
 from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
     Answer,
     ApiError,
     Call,
-    Limits,
     TokenText,
     parse_chat,
     parse_completion,
@@ -61,7 +61,6 @@ from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "RODIMUS_API_KEY"
 # longer than clients and proxies keep connections in reserve, commonly a minute: where the server
 # closes first, they send a request into a connection that is going away
 _KEEP_ALIVE_SECONDS = 75
@@ -503,13 +502,12 @@ def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> Respons
 # ----------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``rodimus serve``: serve until told to stop.
+def run(options: argparse.Namespace) -> int:
+    """The command ``rodimus serve``: serve until told to stop; returns its exit status.
 
     Raises:
         InputError: the model, a state file or an option is wrong, or the port is in use.
     """
-    options = _parser().parse_args(argv)
     _check_address(options.host, options.port)
     service = _service(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and service.api_key is None:
@@ -619,65 +617,3 @@ def _api_key() -> str | None:
     if not key.strip():
         raise InputError(f"{API_KEY_VARIABLE} is empty: unset it to ask clients for no key")
     return key.strip()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rodimus serve",
-        description="Serve a model over HTTP as OpenAI's API does: /v1/completions, "
-        f"/v1/chat/completions, /v1/models, /health, /metrics. {API_KEY_VARIABLE} in the "
-        "environment, if set, is the key that clients must send.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add, limits, inf = parser.add_argument, Limits(), float("inf")
-    positive, count = number(int, 1, inf, "at least 1"), number(int, 0, inf, "at least 0")
-    add_model(parser)
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=number(int, 0, 65535, "0 to 65535"), default=8000, help="port to listen on")
-    add(
-        "--name",
-        default=None,
-        help="what clients call the model; else the name of the folder, or on the hub",
-    )
-    add("--slots", type=positive, default=8, help="sequences that run at once")
-    add("--max-waiting", type=count, default=64, help="requests that may wait; more get 429")
-    add("--prefill-chunk", type=positive, default=512, help="prompt tokens read between two steps")
-    add("--max-length", type=positive, default=None, help="most tokens of prompt and continuation")
-    add(
-        "--window-dtype",
-        default="model",
-        choices=("model", "int8"),
-        help="of the values in the attention window; int8 takes about half the memory",
-    )
-    add(
-        "--recent-states",
-        type=count,
-        default=8,
-        help="states kept of what was read, so that the next turn of a conversation, or the same "
-        "prompt again, is not read from its start; a turn leaves two",
-    )
-    add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="of one prompt")
-    add("--max-new-tokens", type=positive, default=limits.new_tokens, help="of one continuation")
-    add("--max-choices", type=positive, default=limits.choices, help="n times prompts of a request")
-    add("--max-body-bytes", type=positive, default=limits.body_bytes, help="of one request")
-    add(
-        "--prefix",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="state file; prompts that begin with its tokens start from it. May be repeated",
-    )
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="web page, such as http://localhost:3000, whose scripts may call the server; * for "
-        "all. May be repeated",
-    )
-    add("--shutdown-seconds", type=count, default=30, help="for running requests, when stopped")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

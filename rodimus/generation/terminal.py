@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import InputError, first_line
+from ..limits import Limits
 from ..loading import (
     checkpoint_folder,
     find_device,
@@ -20,7 +21,6 @@ from ..loading import (
     load_tokenizer,
 )
 from .engine import Engine, Generation, Request
-from .protocol import Limits
 from .sampling import MAX_SEED, SamplingParams
 from .text import encode
 
@@ -173,7 +173,7 @@ def run_chat(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer that the options of ``cli.add_model`` name, without a bar.
+    """The model and the tokenizer that the options of ``options.add_model`` name, without a bar.
 
     Raises:
         InputError: one of them cannot be loaded, or it is no Rodimus language model.

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from ..errors import InputError
+from ..options import parse
 from . import pack
 from .plot import plot, read_metrics
 
@@ -42,8 +43,8 @@ def demo(out: Path, processes: int) -> None:
     if not (data / "val.json").is_file():
         print("packing the Python standard library", flush=True)
         # without val.json an earlier one was interrupted
-        if pack.main(["stdlib", str(data), "--val-fraction", "0.05", "--overwrite"]):
-            raise InputError("packing failed")
+        options = ["stdlib", str(data), "--val-fraction", "0.05", "--overwrite"]
+        pack.run(parse(["data", "pack", *options]))
     print(f"training on {processes} process{'es' if processes > 1 else ''}", flush=True)
     train(out, data, processes)
     picture = plot(out)

@@ -13,26 +13,6 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-
-class Gpu(NamedTuple):
-    """Figures of a maker's data sheet."""
-
-    flops: float
-    """Dense bf16 FLOP/s."""
-    memory: float
-    """Bytes."""
-
-
-# by what the device's name holds; the first that fits counts
-DEVICES = {
-    "H200 NVL": Gpu(835e12, 141e9),
-    "H200": Gpu(989e12, 141e9),
-    "H100 NVL": Gpu(835e12, 94e9),
-    "H100 PCIe": Gpu(756e12, 80e9),
-    "H100": Gpu(989e12, 80e9),
-    "A100": Gpu(312e12, 80e9),
-    "B200": Gpu(2250e12, 180e9),
-}
 # tokens of a chunk in every implementation of the recurrence that trains
 CHUNK = 64
 

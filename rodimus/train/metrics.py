@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from ..devices import DEVICES
 from ..errors import InputError
 from .config import LogSection
 from .console import Console
-from .flops import DEVICES
 from .store import write_atomic
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -192,49 +192,21 @@ def _batches(items: Iterator[tuple[str, str, bytes]]) -> Iterator[list[tuple[str
         yield batch
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="rodimus data pack",
-        description="Turn text into token shards for training: exact copies dropped, split by "
-        "document into train and val, checksummed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "source",
-        help="stdlib (Python's own sources), a txt, jsonl or parquet file, a folder, hf:NAME",
-    )
-    parser.add_argument("out", help="folder for train.json, val.json, shards and tokenizer")
-    parser.add_argument(
-        "--tokenizer",
-        help="folder of a tokenizer, model or run, or owner/name on the hub; without it one is "
-        "trained",
-    )
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
-    parser.add_argument(
-        "--tokenizer-sample", type=float, default=0.2, help="share of documents it is trained on"
-    )
-    parser.add_argument("--val-fraction", type=float, default=0.02, help="share held out")
-    parser.add_argument("--field", default="text", help="text field of jsonl and parquet")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="write into OUT though it holds something"
-    )
-    options = vars(parser.parse_args(argv))
+def run(options: argparse.Namespace) -> None:
+    """The command ``rodimus data pack``: every option is an argument of ``pack``.
+
+    Raises:
+        InputError: a source or an option is wrong, a package is missing, or nothing can be written.
+    """
     start = time.perf_counter()
+    names = inspect.signature(pack).parameters
     try:
-        manifests = pack(**options)
-    except (InputError, ImportError, OSError) as error:
-        print(f"rodimus data pack: error: {error}", file=sys.stderr)
-        return 2
+        manifests = pack(**{name: getattr(options, name) for name in names})
+    except (ImportError, OSError) as error:
+        raise InputError(str(error)) from error
     for part, m in manifests.items():
         print(
             f"{part:5s} {m.n_docs:>9,} documents {m.n_bytes / 1e6:>9.2f} MB "
             f"{m.n_tokens:>13,} tokens  {m.n_bytes / m.n_tokens:.2f} bytes/token"
         )
-    print(f"wrote {options['out']} in {time.perf_counter() - start:.1f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(f"wrote {options.out} in {time.perf_counter() - start:.1f} s")

@@ -8,7 +8,6 @@ with fused kernels; throughput follows from the MFU that is assumed.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +15,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import RodimusConfig
+from ..devices import DEVICES
 from ..errors import InputError
 from ..loading import model_class
 from ..peers import PEERS
 from .config import TrainConfig
 from .context import check_splits
-from .flops import CHUNK, DEVICES, TokenFlops, hardware_flops, train_flops
+from .flops import CHUNK, TokenFlops, hardware_flops, train_flops
 from .load import load_config
 from .optim import parameter_groups
 from .parallel import reshards
@@ -116,7 +116,7 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
         config: The run.
         gpus: Ranks; ``parallel.replicate`` copies of the model share them.
         mfu: Share of its peak FLOP/s that a GPU reaches; MFU, unless blocks are run again.
-        gpu: Kind of GPU, a key of ``flops.DEVICES``.
+        gpu: Kind of GPU, a key of ``devices.DEVICES``.
 
     Raises:
         InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, rows
@@ -238,36 +238,13 @@ def render(plan: Plan, mfu: float) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="rodimus plan",
-        description="Memory, operations, traffic and days of a training run, by arithmetic: "
-        "nothing is measured and no GPU is needed.",
-        epilog="--section.key VALUE changes a setting of the file, as for `rodimus train`",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("config", help="TOML file of the run")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs")
-    parser.add_argument("--gpu", choices=sorted(DEVICES), default="H100", help="kind of GPU")
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.5,
-        help="share of the peak assumed; with train.ac = full recomputation takes its part of it",
-    )
-    options, overrides = parser.parse_known_args(argv)
-    try:
-        config = load_config(options.config, overrides)
-        plan = make_plan(config, options.gpus, mfu=options.mfu, gpu=options.gpu)
-    except InputError as error:
-        print(f"rodimus plan: error: {error}", file=sys.stderr)
-        return 2
-    print(render(plan, options.mfu))
+def run(options: argparse.Namespace) -> None:
+    """The command ``rodimus plan``.
+
+    Raises:
+        InputError: the file, a setting or an option is wrong.
+    """
+    config = load_config(options.config, options.settings)
+    print(render(make_plan(config, options.gpus, mfu=options.mfu, gpu=options.gpu), options.mfu))
     if config.train.dtype == "float32":
         print("figures are those of bfloat16; train.dtype = float32 takes more memory and time")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

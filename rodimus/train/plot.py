@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,21 +111,13 @@ def _smooth(ax, rows: list[dict[str, float]]) -> None:
         ax.plot(points[span - 1 :, 0], means, label=label, color="tab:blue")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="rodimus plot", description="Draw loss, learning rate and throughput of a run."
-    )
-    parser.add_argument("run", help="folder of a training run")
-    parser.add_argument("--out", help="PNG file to write (default: RUN/loss.png)")
-    options = parser.parse_args(argv)
+def run(options: argparse.Namespace) -> None:
+    """The command ``rodimus plot``.
+
+    Raises:
+        InputError: nothing can be drawn, the picture cannot be written, or matplotlib is missing.
+    """
     try:
         print(f"wrote {plot(options.run, options.out)}")
-    except (InputError, ImportError) as error:
-        print(f"rodimus plot: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except ImportError as error:
+        raise InputError(first_line(error)) from error

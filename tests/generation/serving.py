@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 from rodimus.generation import Engine
-from rodimus.generation.protocol import Limits
 from rodimus.generation.server import Service, _Server
 from rodimus.generation.worker import EngineWorker
+from rodimus.limits import Limits
 from tests.generation.helpers import byte_tokenizer, text_model
 
 NAME = "tiny"

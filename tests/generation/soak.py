@@ -17,7 +17,7 @@ import random
 import threading
 
 from rodimus.generation import Engine, Generation, Request, SamplingParams
-from rodimus.generation.protocol import Limits
+from rodimus.limits import Limits
 from tests.generation.helpers import byte_tokenizer, text_model
 from tests.generation.serving import serving, wait_until
 

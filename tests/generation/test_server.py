@@ -20,7 +20,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
-from rodimus.generation.protocol import Limits, parse_chat
+from rodimus.generation.protocol import parse_chat
 from rodimus.generation.server import _Exchange
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
@@ -29,6 +29,8 @@ from rodimus.generation.worker import (
     QueueFullError,
     WorkerStoppedError,
 )
+from rodimus.limits import Limits
+from rodimus.options import parse
 from tests.generation.helpers import (
     END,
     byte_tokenizer,
@@ -786,7 +788,7 @@ def test_the_command_ends_with_the_engines_status(monkeypatch, failure, status):
     service = server.Service(worker, model_name=NAME)
     monkeypatch.setattr(server, "_service", lambda options: service)
     monkeypatch.setattr(server._Server, "run", lambda self: None)
-    assert server.main(["model", "--port", "0"]) == status
+    assert server.run(parse(["serve", "model", "--port", "0"])) == status
 
 
 def test_an_engine_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
@@ -800,7 +802,7 @@ def test_an_engine_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(server, "Engine", breaks)
     with pytest.raises(InputError, match="RuntimeError"):
-        server.main([str(tmp_path), "--port", "0"])
+        server.run(parse(["serve", str(tmp_path), "--port", "0"]))
 
 
 def test_a_defect_is_500_and_counted():
@@ -1026,13 +1028,13 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
 
 
 def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
-    from rodimus.generation.server import _parser, _service
+    from rodimus.generation.server import _service
 
     text_model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
 
     def service(*options):
-        return _service(_parser().parse_args([str(tmp_path), *options]))
+        return _service(parse(["serve", str(tmp_path), *options]))
 
     default = service()
     assert default.limits == Limits()
@@ -1059,27 +1061,29 @@ def test_a_model_of_the_hub_is_called_by_its_name_there():
 
 
 def test_the_command_keeps_connections_longer_than_clients_do():
-    from rodimus.generation.server import _config, _parser
+    from rodimus.generation.server import _config
 
-    options = _parser().parse_args(["model", "--shutdown-seconds", "7"])
-    config = _config(None, options)
+    config = _config(None, parse(["serve", "model", "--shutdown-seconds", "7"]))
     assert config.timeout_keep_alive > 60 and config.timeout_graceful_shutdown == 7
 
 
 def test_the_model_has_its_folders_name_from_inside_too(tmp_path, monkeypatch):
-    from rodimus.generation.server import _parser, _service
+    from rodimus.generation.server import _service
 
     folder = tmp_path / "model"
     text_model().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     monkeypatch.chdir(folder)
     for path in (".", "../model/"):
-        assert _service(_parser().parse_args([path])).model_name == "model"
+        assert _service(parse(["serve", path])).model_name == "model"
 
 
 def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path, capsys):
     from rodimus.errors import InputError
-    from rodimus.generation.server import main
+    from rodimus.generation.server import run
+
+    def main(words):
+        return run(parse(["serve", *words]))
 
     model, tokenizer = text_model(), byte_tokenizer()
     model.save_pretrained(tmp_path)

@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from rodimus import cli
 from rodimus.errors import InputError
 from rodimus.loading import read_tokenizer
 from rodimus.train import pack as pack_module
-from rodimus.train.pack import main, pack, split_documents
+from rodimus.train.pack import pack, split_documents
 from rodimus.train.shards import TokenShards
 from rodimus.train.sources import documents
 from rodimus.train.tokenizer import DocumentEncoder, train_tokenizer
 
 TEXTS = [f"def function_{i}(x):\n    return x + {i * i}  # é{i}\n" for i in range(60)]
+
+
+def command(words: list[str]) -> int:
+    """The exit code of ``rodimus data pack`` with these words."""
+    return cli.main(["data", "pack", *words])
 
 
 @pytest.fixture
@@ -317,7 +323,7 @@ def test_a_tokenizer_is_trained_on_what_little_there_is(tmp_path, text):
 
 
 def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
-    assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
+    assert command([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 0
     assert "bytes/token" in capsys.readouterr().out
     for source, out, *options in [
         (tmp_path / "none", tmp_path / "new"),
@@ -328,7 +334,7 @@ def test_command_reports_and_fails_in_one_line(corpus, tmp_path, capsys):
         ("x" * 300, tmp_path / "new"),
         ("", tmp_path / "new"),
     ]:
-        assert main([str(source), str(out), *options]) == 2
+        assert command([str(source), str(out), *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -337,11 +343,11 @@ def test_a_folder_that_holds_something_is_kept_unless_told(corpus, tmp_path, cap
     out = tmp_path / "out"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
-    command = [str(corpus), str(out), "--vocab-size", "300"]
-    assert main(command) == 2
+    words = [str(corpus), str(out), "--vocab-size", "300"]
+    assert command(words) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert [path.read_text() for path in out.rglob("*") if path.is_file()] == ["mine"]
-    assert main([*command, "--overwrite"]) == 0
+    assert command([*words, "--overwrite"]) == 0
 
 
 def test_a_pack_that_fails_leaves_the_earlier_one_whole(corpus, tmp_path):
@@ -396,7 +402,7 @@ def test_a_disk_that_is_full_is_one_line(corpus, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        assert main([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 2
+        assert command([str(corpus), str(tmp_path / "out"), "--vocab-size", "300"]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rodimus import cli
 from rodimus.errors import InputError
 from rodimus.train import parallel, plan, plot
 from rodimus.train.config import ParallelSection
@@ -150,21 +151,20 @@ def test_page_is_that_of_the_script():
 
 
 def test_plan_command_says_that_it_takes_settings(capsys):
-    with pytest.raises(SystemExit):
-        plan.main(["--help"])
+    assert cli.main(["plan", "--help"]) == 0
     assert "--section.key VALUE" in capsys.readouterr().out
 
 
 def test_plan_command_prints_or_fails_in_one_line(capsys):
     path = str(TRAIN / "rodimus_plus_130m.toml")
-    assert plan.main([path, "--gpus", "8"]) == 0
+    assert cli.main(["plan", path, "--gpus", "8"]) == 0
     told = capsys.readouterr().out
     assert "131,477,120" in told and "float32 takes more" not in told
-    assert plan.main([path, "--train.dtype", "float32"]) == 0
+    assert cli.main(["plan", path, "--train.dtype", "float32"]) == 0
     assert "bfloat16; train.dtype = float32 takes more" in capsys.readouterr().out
     refused = [["--gpus", "7"], ["--gpus", "0"], ["--mfu", "0"], ["--mfu", "50"]]
     for wrong in (*refused, ["--optim.lrr", "1"]):
-        assert plan.main([path, *wrong]) == 2
+        assert cli.main(["plan", path, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -202,15 +202,15 @@ def test_a_branch_that_was_left_is_not_in_a_plot(tmp_path):
 
 
 def test_plot_writes_a_png(run, capsys):
-    assert plot.main([str(run)]) == 0
+    assert cli.main(["plot", str(run)]) == 0
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     for path in (run / "none" / "x.png", run / "x.unknown"):
         capsys.readouterr()
-        assert plot.main([str(run), "--out", str(path)]) == 2
+        assert cli.main(["plot", str(run), "--out", str(path)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"rodimus plot: error: cannot write {path}: ")
+        assert error.startswith(f"rodimus: error: cannot write {path}: ")
         assert error.count("\n") == 1
     for path in (run / "none", "x" * 300):
-        assert plot.main([str(path)]) == 2
+        assert cli.main(["plot", str(path)]) == 2
     with pytest.raises(InputError, match="expected the folder of a training run"):
         plot.read_metrics(run / "none")
