@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..run_folder import (
     complete_steps,
     damaged_files,
@@ -37,7 +38,7 @@ from ..run_folder import (
     step_folder,
 )
 from . import parallel, store
-from .config import CheckpointSection, ScheduleSection
+from .config import CheckpointSection, ScheduleSection, steps_of_run
 from .schedule import lr_scale
 from .status import leave_saved
 
@@ -58,7 +59,7 @@ class Progress:
     next_sample: int = 0
     """First sample of the next batch; ahead of ``step`` batches where data was skipped."""
     tokens: int = 0
-    """Training tokens of these steps; for who reads the file."""
+    """Training tokens of these steps."""
     guard: dict[str, Any] = field(default_factory=dict)
     """Running statistics of the guard."""
 
@@ -132,26 +133,27 @@ class Checkpointer:
             self._writer = None
 
     def _write(self, folder: Path, about: dict[str, Any], state: dict[str, Any]) -> None:
-        error, checksums = None, {}
+        errors, checksums = [], {}
         try:
             # nothing is copied ahead: for that torch waits for the device, and in a thread of its
             # own every rank would open the first GPU of the machine
             writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self.group)
             checksums = self._hash_mine(folder, about)
-        except Exception as failure:
+        except (Exception, CheckpointException) as failure:
             # whatever went wrong here must reach every rank, or the others wait for ever
-            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            errors = reasons(failure, self.rank)
         results: list[Any] = [None] * self.world_size
         try:
-            dist.all_gather_object(results, (error, checksums), group=self.group)
+            dist.all_gather_object(results, (errors, checksums), group=self.group)
         except Exception as failure:
             # in a thread nobody would see it; the next exchange of the ranks ends the run
-            logger.error("checkpoint %s not written: %s", folder.name, error or failure)
+            told = "; ".join(errors) or failure
+            logger.error("checkpoint %s not written: %s", folder.name, told)
             return
-        errors = {f"rank {r}: {e}" for r, (e, _) in enumerate(results) if e}
+        errors = sorted({error for part, _ in results for error in part})
         if errors:
-            logger.error("checkpoint %s not written: %s", folder.name, "; ".join(sorted(errors)))
+            logger.error("checkpoint %s not written: %s", folder.name, "; ".join(errors))
             if self.rank == 0:
                 store.remove(folder)
         elif self.rank == 0:
@@ -245,12 +247,16 @@ class Checkpointer:
         check_identity(about["identity"], self.identity, folder)
         saved = about.get("settings", {})
         told = changed_settings(saved, self.settings, folder)
-        told += risen_rate(saved, self.settings, about["progress"]["step"])
+        told += risen_rate(saved, self.settings, Progress(**about["progress"]))
         for message in told if self.rank == 0 else ():
             logger.warning(message)
         own = [dict(group) for optimizer in self.optimizers for group in optimizer.param_groups]
         state = self._state()
-        dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        try:
+            dcp.load(state, checkpoint_id=folder, process_group=self.group)
+        except CheckpointException as failure:
+            told = "; ".join(reasons(failure, self.rank))
+            raise InputError(f"{folder} cannot be read: {told}") from failure
         set_state_dict(
             self.model,
             self.optimizers,
@@ -278,6 +284,15 @@ class Checkpointer:
 
     def _from_main(self, compute: Callable[[], Any]) -> Any:
         return parallel.from_main(compute, self.group)
+
+
+def reasons(failure: BaseException, rank: int) -> list[str]:
+    """What went wrong on which rank, in a line each. Torch tells every rank of those of all, in an
+    exception that is no ``Exception``."""
+    failures = {rank: failure}
+    if isinstance(failure, CheckpointException):
+        failures = {rank: error for rank, (error, _) in failure.failures.items()}
+    return [f"rank {r}: {type(e).__name__}: {first_line(e)}" for r, e in sorted(failures.items())]
 
 
 def _check_seen(folder: Path, written: Sequence[Iterable[str]]) -> None:
@@ -315,9 +330,9 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
     return told
 
 
-def risen_rate(saved: dict[str, Any], current: dict[str, Any], step: int) -> list[str]:
-    """What to say where step ``step`` now has a far higher learning rate than it was made with."""
-    before, now = (_rate(settings, step) for settings in (current | saved, current))
+def risen_rate(saved: dict[str, Any], current: dict[str, Any], progress: Progress) -> list[str]:
+    """What to say where the last step now has a far higher learning rate than it was made with."""
+    before, now = (_rate(settings, progress) for settings in (current | saved, current))
     if now <= 2 * before:
         return []
     return [
@@ -326,13 +341,12 @@ def risen_rate(saved: dict[str, Any], current: dict[str, Any], step: int) -> lis
     ]
 
 
-def _rate(settings: dict[str, Any], step: int) -> float:
+def _rate(settings: dict[str, Any], progress: Progress) -> float:
     """As a share of the peak."""
     schedule = {f.name: settings[f"schedule.{f.name}"] for f in fields(ScheduleSection)}
-    tokens, at_once = settings["train.tokens"], settings["train.global_batch_tokens"]
-    return lr_scale(
-        step - 1, settings["train.steps"] or -(-tokens // at_once), ScheduleSection(**schedule)
-    )
+    length = [settings[f"train.{name}"] for name in ("steps", "tokens", "global_batch_tokens")]
+    steps = steps_of_run(*length, progress.step, progress.tokens)
+    return lr_scale(progress.step - 1, steps, ScheduleSection(**schedule))
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:

@@ -131,6 +131,14 @@ class TrainSection:
         )
 
 
+def steps_of_run(
+    steps: int, tokens: int, global_batch_tokens: int, done: int = 0, seen: int = 0
+) -> int:
+    """Optimizer steps of a run of so many steps, or else tokens, whose first ``done`` steps have
+    ``seen`` tokens, in batches of whatever size."""
+    return steps or done - (-max(0, tokens - seen) // global_batch_tokens)
+
+
 @dataclass(frozen=True)
 class OptimSection:
     """The optimizer; decay is left off biases, norms, residual weights and the embedding."""
@@ -327,8 +335,9 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.train.steps or -(-self.train.tokens // self.train.global_batch_tokens)
+        """Optimizer steps of the whole run, with one size of batch from its start."""
+        train = self.train
+        return steps_of_run(train.steps, train.tokens, train.global_batch_tokens)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of one optimizer step on every one of ``world_size`` ranks.

@@ -22,7 +22,7 @@ from ..loading import model_class
 from . import guard, parallel
 from .batches import Prefetcher, TrainData, check_held_out, open_sources, verify_share
 from .checkpoint import Checkpointer, Progress
-from .config import ModelSection, TrainConfig
+from .config import ModelSection, TrainConfig, steps_of_run
 from .context import check_splits, model_inputs
 from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
@@ -126,10 +126,18 @@ class Trainer:
         self.signals = Signals()
         # of all ranks, by the last step
         self.asked_to_end = self.asked_to_save = False
-        self.log = RunLog(self.out, config.log, enabled=ranks.is_main)
+        self.log = RunLog(self.out, config.log, self.progress.step, enabled=ranks.is_main)
         parallel.together(
             lambda: save_settings(config, model_config, train[0]) if ranks.is_main else None, ranks
         )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run; batches before a checkpoint may have had another
+        size."""
+        train, done = self.config.train, self.progress
+        length = train.steps, train.tokens, train.global_batch_tokens
+        return steps_of_run(*length, done.step, done.tokens)
 
     def step(self) -> dict[str, float]:
         """One optimizer step over the global batch; returns its figures."""
@@ -138,7 +146,7 @@ class Trainer:
         began = time.perf_counter()
         batch = self.batches.get(progress.next_sample)
         waited = time.perf_counter() - began
-        lr = config.optim.lr * lr_scale(progress.step, config.steps, config.schedule)
+        lr = config.optim.lr * lr_scale(progress.step, self.steps, config.schedule)
         set_lr(self.optimizers, lr)
         if self.has_dropout:
             seed_dropout(config.train.seed, progress.step, self.ranks.rank)
@@ -175,7 +183,12 @@ class Trainer:
         self.asked_to_end = terminate > 0
         self.asked_to_save |= save > 0
 
-        verdict = self.guard.judge(progress.step + 1, mean_loss, grad_norm)
+        values = {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm}
+        try:
+            verdict = self.guard.judge(progress.step + 1, mean_loss, grad_norm)
+        except guard.RunStopped:
+            self.log.record(progress.step + 1, **values, bad=1.0)
+            raise
         if verdict == guard.OK:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -186,15 +199,14 @@ class Trainer:
         progress.tokens += config.train.global_batch_tokens
         self.meter.add(config.train.global_batch_tokens, waited)
         self.verdict = verdict
-        bad = float(verdict != guard.OK)
-        return {"loss": mean_loss, "lr": lr, "grad_norm": grad_norm, "bad": bad}
+        return values | {"bad": float(verdict != guard.OK)}
 
     def run(self, signals: Signals) -> int:
         """Trains to the end, or to SIGTERM; returns the exit status."""
         self.signals = signals
         self.greet()
         self.watchdog.start()
-        config, steps = self.config, self.config.steps
+        config, steps = self.config, self.steps
         self.meter.reset(self.progress.step)
         if self.lacks_evaluation():
             self.held_out(signals)
@@ -204,7 +216,7 @@ class Trainer:
             values = self.step()
             step = self.progress.step
             if step % config.log.every == 0 or step == steps:
-                values |= self.meter.read(step)
+                values |= self.meter.read(step, steps)
                 self.log.progress(step, steps, values)
             self.log.record(step, **values)
             if self.verdict == guard.ROLLBACK and self.roll_back():
@@ -261,7 +273,7 @@ class Trainer:
     def lacks_evaluation(self) -> bool:
         """Whether the run was terminated in the evaluation after its last step; the same answer on
         every rank."""
-        if self.evaluate is None or self.progress.step != self.config.steps:
+        if self.evaluate is None or self.progress.step != self.steps:
             return False
         is_missing = self.ranks.is_main
         if is_missing:
@@ -307,9 +319,9 @@ class Trainer:
             f"{self.ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
             f"{self.config.train.global_batch_tokens:,} tokens a step "
             f"({self.accumulation} micro-steps of {self.config.train.micro_batch} rows), "
-            f"{self.config.steps:,} steps"
+            f"{self.steps:,} steps"
         )
-        steps, warmup_steps = self.config.steps, self.config.schedule.warmup_steps
+        steps, warmup_steps = self.steps, self.config.schedule.warmup_steps
         if warmup_steps > steps:
             self.log.say(
                 f"the learning rate ends at {steps / warmup_steps:.1%} of its peak, still rising:"
@@ -319,8 +331,8 @@ class Trainer:
             self.log.say(line)
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
-        if self.progress.step >= self.config.steps:
-            self.log.say(f"nothing is left to train: the run has {self.config.steps:,} steps")
+        if self.progress.step >= self.steps:
+            self.log.say(f"nothing is left to train: the run has {self.steps:,} steps")
 
     def close(self) -> None:
         """Waits for the checkpoint in flight and stops the threads."""
@@ -366,7 +378,6 @@ def meter_of(
     """A meter for a run with this model, which is not sharded yet."""
     recompute = config.train.ac == "full"
     return Meter(
-        config.steps,
         ranks.world_size,
         useful=train_flops(model, shapes, config.data.seq_len).total,
         spent=hardware_flops(model, shapes, config.data.seq_len, recompute=recompute),

@@ -38,11 +38,12 @@ class RunLog:
     Args:
         out: Folder of the run; ``metrics.jsonl`` grows there, one JSON object a line.
         config: Which trackers to feed besides.
+        step: After which the run goes on: what a tracker has of later steps is of a branch left.
         enabled: Whether this is the main rank.
 
     """
 
-    def __init__(self, out: Path, config: LogSection, *, enabled: bool) -> None:
+    def __init__(self, out: Path, config: LogSection, step: int, *, enabled: bool) -> None:
         self.enabled, self._has_failed = enabled, False
         self._trackers: list[Any] = []
         if not enabled:
@@ -53,7 +54,7 @@ class RunLog:
         self._file.seek(max(0, self._file.tell() - 1))
         self._is_cut = self._file.read(1) not in (b"", b"\n")
         if config.tensorboard:
-            self._trackers.append(_tensorboard(out))
+            self._trackers.append(_tensorboard(out, step))
         if config.wandb:
             self._trackers.append(_wandb(out))
 
@@ -97,17 +98,14 @@ class Meter:
     """Throughput and remaining time from what happened since the last reading.
 
     Args:
-        steps: Steps of the whole run.
         world_size: Ranks, for tokens per second and rank.
         useful: Operations of one token that the model needs, for MFU.
         spent: Operations of one token that are made, for HFU.
         peak: FLOP/s of one device, or None where unknown.
     """
 
-    def __init__(
-        self, steps: int, world_size: int, useful: float, spent: float, peak: float | None
-    ) -> None:
-        self.steps, self.world_size = steps, world_size
+    def __init__(self, world_size: int, useful: float, spent: float, peak: float | None) -> None:
+        self.world_size = world_size
         self.useful, self.spent, self.peak = useful, spent, peak
         self.reset(0)
 
@@ -121,15 +119,15 @@ class Meter:
         self._tokens += tokens
         self._wait += data_wait
 
-    def read(self, step: int) -> dict[str, float]:
-        """Figures of the interval that ends with ``step`` done, and a new interval."""
+    def read(self, step: int, steps: int) -> dict[str, float]:
+        """Figures of the interval that ends with ``step`` of ``steps`` done, and a new interval."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rate = self._tokens / elapsed
         figures = {
             "tokens_per_s": rate,
             "tokens_per_s_rank": rate / self.world_size,
             "data_wait": self._wait / elapsed,
-            "left_s": elapsed / max(1, step - self._step) * (self.steps - step),
+            "left_s": elapsed / max(1, step - self._step) * (steps - step),
         }
         if self.peak:
             share = rate / (self.peak * self.world_size)
@@ -150,10 +148,10 @@ def require_trackers(config: LogSection) -> None:
             raise InputError(f"log.{name} needs {name}: pip install {name}")
 
 
-def _tensorboard(out: Path) -> Any:
+def _tensorboard(out: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out / "tensorboard"))
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
     def track(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -171,4 +169,6 @@ def _wandb(out: Path) -> Any:
     identity = known.read_text() if known.is_file() else None
     run = wandb.init(project="rodimus", name=out.name, dir=str(out), id=identity, resume="allow")
     write_atomic(known, run.id)
-    return lambda step, values: run.log(values, step=step)
+    # by its own count, W&B drops what comes again after a return to an earlier step
+    run.define_metric("*", step_metric="step")
+    return lambda step, values: run.log({**values, "step": step})

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -163,6 +164,43 @@ def test_a_job_that_is_started_again_goes_on(copied, variable, resume, monkeypat
     assert not list((run / "checkpoints").glob("*.left"))
 
 
+def test_a_checkpoint_cut_short_that_was_not_verified_is_one_line(copied, capfd):
+    config, run = copied
+    for path in (run / "checkpoints" / "step-00000006").glob("*.distcp"):
+        os.truncate(path, path.stat().st_size // 2)
+    options = ["--out", run, "--no-export", "--train.steps", "7", "--checkpoint.no-verify"]
+    assert train(2, config, *options) == [2, 2]
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    assert re.search("error: .*step-00000006 cannot be read: rank 0: ", error)
+
+
+@pytest.mark.parametrize("batch, steps, tokens", [(256, 6, 1152), (64, 15, 1152), (512, 5, 1408)])
+def test_tokens_are_those_of_batches_of_either_size(copied, batch, steps, tokens):
+    """The three steps before had 128 each."""
+    config, run = copied
+    options = ["--checkpoint.resume", "3", "--train.global-batch-tokens", str(batch)]
+    options += ["--train.micro-batch", "2", "--train.steps", "0", "--train.tokens", "1152"]
+    assert list(resumed_losses(config, run, *options)) == list(range(4, steps + 1))
+    progress = store.step_folder(run / "checkpoints", steps) / "progress.json"
+    assert json.loads(progress.read_text())["progress"]["tokens"] == tokens
+
+
+def test_the_step_at_which_the_guard_stops_is_recorded(config_file, tmp_path):
+    def stops():
+        def judge(self, step, loss, grad_norm):
+            if step == 2:
+                raise guard.RunStopped("enough")
+            return "ok"
+
+        guard.Guard.judge = judge
+        return main([str(config_file), "--no-export"])
+
+    assert run_ranks(2, stops) == [1, 1]
+    assert metrics(tmp_path / "run", "bad") == {1: 0.0, 2: 1.0}
+    assert metrics(tmp_path / "run", "loss")[2] > 0
+
+
 def test_the_settings_of_a_run_resume_it(copied):
     """Not what its last start was told to resume from."""
     config, run = copied
@@ -227,6 +265,37 @@ def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, 
 
     assert run_ranks(2, disk_full_at_step_3) == [0, 0]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
+
+
+@pytest.mark.parametrize("failing", [3, 6])
+@pytest.mark.parametrize(
+    "world_size, option", [(1, "async-save"), (1, "no-async-save"), (2, "async-save")]
+)
+def test_weights_that_cannot_be_written(config_file, tmp_path, world_size, option, failing):
+    """In torch's own writer, whose error for it is no ``Exception``."""
+
+    def small_disk():
+        write = Checkpointer._write
+
+        def limited(self, folder, *arguments):
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            if folder.name == f"step-0000000{failing}":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            try:
+                write(self, folder, *arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+        Checkpointer._write = limited
+        return logged([str(config_file), "--no-export", f"--checkpoint.{option}"])
+
+    (status, told), *others = run_ranks(world_size, small_disk)
+    assert status == (1 if failing == 6 else 0) and all(other[0] == status for other in others)
+    folders = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert [folder.name for folder in folders] == [f"step-0000000{9 - failing}"]
+    (line,) = [line for line in told if "not written" in line]
+    assert line.startswith(f"checkpoint step-0000000{failing} not written: rank 0: OSError: ")
+    assert "\n" not in line and "File too large" in line
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path):
@@ -463,16 +532,32 @@ def test_beats_are_told_while_the_store_is_waited_for():
 
 
 def test_a_run_of_wandb_goes_on_where_it_was(tmp_path, monkeypatch):
-    asked = []
+    asked, sent = [], []
 
     def init(**named):
         asked.append(named["id"])
-        return SimpleNamespace(id=named["id"] or "first", log=None)
+
+        def define_metric(*names, **options):
+            asked.append((names, options))
+
+        name = named["id"] or "first"
+        return SimpleNamespace(id=name, log=sent.append, define_metric=define_metric)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    for _ in range(2):
-        run_metrics._wandb(tmp_path)
-    assert asked == [None, "first"]
+    for step in (7, 3):
+        run_metrics._wandb(tmp_path)(step, {"loss": 1.0})
+    by_step = (("*",), {"step_metric": "step"})
+    assert asked == [None, by_step, "first", by_step]
+    # without a step of W&B's own, which may only grow
+    assert sent == [{"loss": 1.0, "step": 7}, {"loss": 1.0, "step": 3}]
+
+
+def test_events_of_a_branch_that_was_left_are_purged(tmp_path, monkeypatch):
+    made = []
+    events = SimpleNamespace(SummaryWriter=lambda *a, **b: made.append((a, b)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
+    run_metrics._tensorboard(tmp_path, 7)
+    assert made == [((str(tmp_path / "tensorboard"),), {"purge_step": 8})]
 
 
 @pytest.mark.slow
