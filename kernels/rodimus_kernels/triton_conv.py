@@ -440,8 +440,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy):
-    _, _, bias, initial_state, _, _ = ctx.saved_tensors
-    dx, dweight, dbias, dh0 = torch.ops.rodimus.short_conv_backward(*ctx.saved_tensors, dy)
+    # once: activation checkpointing gives them out no second time
+    saved = ctx.saved_tensors
+    _, _, bias, initial_state, _, _ = saved
+    dx, dweight, dbias, dh0 = torch.ops.rodimus.short_conv_backward(*saved, dy)
     dbias = None if bias is None else dbias
     return dx, dweight, dbias, None if initial_state is None else dh0, None, None
 
