@@ -492,3 +492,8 @@ def find_device(name: str) -> torch.device:
         seen = f"only {found}" if found else "no GPU"
         raise InputError(f"--device {name}: torch {torch.__version__} sees {seen} here")
     return device
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id: what a model needs, also where ids in between are unused."""
+    return max(tokenizer.get_vocab().values()) + 1

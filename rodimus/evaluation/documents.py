@@ -9,10 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from ..loading import has_tokenizer, read_tokenizer
+from ..loading import has_tokenizer, read_tokenizer, vocabulary_size
 from ..train.shards import TokenShards, verify
 from ..train.sources import documents
-from ..train.tokenizer import DocumentEncoder, vocabulary_size
+from ..train.tokenizer import DocumentEncoder
 
 
 class Document(NamedTuple):

@@ -209,7 +209,7 @@ class Engine:
         # those of a tokenizer may be none that the model knows
         size = model.config.vocab_size
         self.end_tokens = [x for x in end_tokens(model, tokenizer) if 0 <= x < size]
-        self.skipped_tokens = frozenset() if tokenizer is None else skipped_tokens(tokenizer)
+        self.skipped_tokens = frozenset() if tokenizer is None else skipped_tokens(tokenizer, size)
         self.prefixes = Prefixes(_at_least("recent_states", 0, recent_states))
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []

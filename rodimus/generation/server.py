@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, first_line
 from ..limits import Limits
-from ..loading import is_hub_name, split_hub_name
+from ..loading import is_hub_name, split_hub_name, vocabulary_size
 from ..options import API_KEY_VARIABLE
 from .engine import STEP_FAILED, Delta, Engine, Generation
 from .protocol import (
@@ -102,6 +102,7 @@ class Service:
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(worker.engine.tokenizer)
         # names tokens in other threads, while that one encodes prompts; and what it named
         self._namer, self._names = copy.deepcopy(self.tokenizer), {}
+        self._known = vocabulary_size(self.tokenizer)
         self.metrics = Metrics(worker)
         self.created = int(time.time())
         self._encoding = threading.Lock()
@@ -214,8 +215,9 @@ class Service:
             self.metrics.count_request(endpoint, _CLIENT_LEFT)
             raise
         except Exception:
-            self.metrics.count_request(endpoint, 500)
-            raise
+            # not through starlette, whose answer would go past what tells pages of other origins
+            logger.exception("a request met a defect")
+            response = _error(_DEFECT)
         # a stream counts when it ends
         if not isinstance(response, _EventStream):
             self.metrics.count_request(endpoint, response.status_code)
@@ -308,6 +310,8 @@ class Service:
             raise ApiError(400, message[:300], param="messages") from error
 
     def _token_text(self, token):
+        if token >= self._known:
+            return TokenText("", b"", False)
         if token not in self._names:
             # of a first token, decoders leave out the blank that it begins with
             before = self._namer("a", add_special_tokens=False).input_ids
@@ -597,6 +601,10 @@ def _service(options) -> Service:
         choices=options.max_choices,
     )
     name = options.name or _name_of(options.model)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the model's name is no UTF-8 text: {name!r}") from error
     origins = options.allow_origin
     return Service(worker, model_name=name, limits=limits, api_key=api_key, origins=origins)
 

@@ -4,9 +4,11 @@ A file is in the safetensors format. Its header says which model it belongs to, 
 read, and the SHA-256 of header and tensors; all of it is checked before a state is given out.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
 
     Raises:
         ValueError: the state has other shapes or another dtype than the model's.
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or something else has its name.
     """
     dtype, read = model.get_input_embeddings().weight.dtype, len(state.tokens)
     StateLayout.of(model.config, dtype, max_length=read + 1).check(state)
@@ -54,15 +56,19 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     }
     header["sha256"] = _digest(header, tensors)
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # a name of its own: the path's may be as long as names can be
+    unfinished = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.unfinished")
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} cannot be written: it is no regular file")
         with open(unfinished, "wb") as file:
             file.write(save(tensors, metadata=header))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
+from ..loading import vocabulary_size
 
 # A character that is not complete yet decodes to this one, or each byte of it does.
 INCOMPLETE = "\ufffd"
@@ -56,10 +57,13 @@ def decode(
     )
 
 
-def skipped_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The special tokens that texts leave out, whatever is around them."""
+def skipped_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int = 0) -> frozenset[int]:
+    """The tokens that texts leave out, whatever is around them: special ones, and those of a model
+    of ``vocab_size`` that the tokenizer does not know: one in Python would refuse to decode
+    them."""
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
-    return frozenset(x for x in special if not decode(tokenizer, [x]))
+    unknown = range(vocabulary_size(tokenizer), vocab_size)
+    return frozenset(x for x in special if not decode(tokenizer, [x])) | frozenset(unknown)
 
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -139,7 +139,8 @@ class EngineWorker:
                 try:
                     news = self.engine.step()
                     failures = 0
-                except Exception:
+                # panics of tokenizers in Rust are no `Exception`
+                except BaseException:
                     failures += 1
                     if failures == MOST_FAILURES:
                         raise
@@ -148,7 +149,7 @@ class EngineWorker:
                     continue
                 for generation in news:
                     self._report(generation)
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the engine failed; all its requests are given up")
             self.failure = error
             self._give_up()

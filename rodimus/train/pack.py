@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import InputError, first_line
-from ..loading import find_tokenizer
+from ..loading import find_tokenizer, vocabulary_size
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
-from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer, vocabulary_size
+from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
 
 _BATCH_BYTES = 1 << 20
 # folder within OUT where a pack is made

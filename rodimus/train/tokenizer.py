@@ -76,11 +76,6 @@ class DocumentEncoder:
         return [self._head + e.ids + self._tail for e in encoded]
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the largest id: what a model needs, also where ids in between are unused."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def tokenizer_digest(folder: str | Path) -> str:
     """sha256 of the folder's ``tokenizer.json``: what binds shards to their tokenizer."""
     return sha256_file(Path(folder) / "tokenizer.json")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.protocol import parse_chat
@@ -39,6 +39,7 @@ from tests.generation.helpers import (
     word_tokenizer,
 )
 from tests.generation.serving import NAME, serving, wait_until
+from tests.model.helpers import build, config_of
 
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = Limits(body_bytes=20_000, body_seconds=1, prompt_tokens=400, new_tokens=300, choices=6)
@@ -689,6 +690,19 @@ def test_pages_of_other_origins_may_call_where_they_are_allowed():
                 assert answer.headers["Access-Control-Allow-Origin"] == allowed
 
 
+def test_a_page_of_another_origin_may_read_of_a_defect():
+    page = {"Origin": "http://localhost:3000", "Content-Type": "application/json"}
+    with serving(origins=("*",)) as (client, service, _):
+        service.worker.enqueue = None
+        connection = http.client.HTTPConnection("127.0.0.1", client.port)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", '{"prompt": "x"}', page)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 500
+            assert answer.headers["Access-Control-Allow-Origin"] == "*"
+
+
 def test_shutting_down_waits_for_running_requests_and_takes_no_more(narrow):
     client, service, server = narrow
     engine = service.worker.engine
@@ -812,6 +826,37 @@ def test_a_defect_is_500_and_counted():
         assert status == 500 and answer["error"]["type"] == "server_error"
         line = 'rodimus_http_requests_total{endpoint="completions",status="500"}'
         assert client.metric(line) == 1
+
+
+def test_tokens_beyond_the_tokenizer_end_nobodys_answer():
+    """One in Python decodes none of them."""
+    model = build(config_of("rodimus_plus") | {"vocab_size": 512})
+    with serving(engine=Engine(model, ByT5Tokenizer(), slots=2)) as (client, service, _):
+        for prompt in ([500], [[1, 500], [500, 3]], [511]):
+            for _ in range(MOST_FAILURES):
+                status, answer = client.complete(prompt, max_tokens=3, logprobs=2)
+                assert status == 200 and answer["usage"]["completion_tokens"] % 3 == 0
+        assert service.worker.accepts
+
+
+class Panic(BaseException):
+    """As tokenizers in Rust raise it: no ``Exception``."""
+
+
+def test_a_panic_in_a_step_is_503_and_the_server_goes_on(monkeypatch):
+    def panics(*arguments):
+        raise Panic
+
+    with serving() as (client, service, server):
+        with monkeypatch.context() as patch:
+            patch.setattr(service.worker.engine.decoder, "_forward", panics)
+            assert client.complete("x")[0] == 503
+        assert client.complete("x")[0] == 200
+        monkeypatch.setattr(service.worker.engine.decoder, "_forward", panics)
+        for _ in range(MOST_FAILURES):
+            assert client.complete("x")[0] == 503
+        wait_until(lambda: service.worker.failure is not None)
+        assert client.get("/health")[0] == 503
 
 
 def test_a_defect_in_a_stream_is_an_event_and_counted(monkeypatch):
@@ -1094,6 +1139,8 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "rodimus")
     with pytest.raises(InputError, match="no attention window whose values could be int8"):
         main([str(tmp_path / "rodimus"), "--window-dtype", "int8"])
+    with pytest.raises(InputError, match="name is no UTF-8 text"):
+        main([str(tmp_path), "--name", "a\udcff"])
     with pytest.raises(InputError, match="cannot be read"):
         main([str(tmp_path), "--prefix", str(tmp_path / "nothing")])
     with pytest.raises(InputError, match="--device must be cpu"):

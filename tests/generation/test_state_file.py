@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 
 import pytest
 import torch
@@ -55,6 +56,25 @@ def test_a_state_of_another_model_is_not_written(plus, tmp_path):
         with pytest.raises(ValueError, match=f"{kind} of the state must be torch"):
             save_state(tmp_path / "x", state, other)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [255, 256])
+def test_a_name_as_long_as_names_can_be(plus, tmp_path, length):
+    path, state = tmp_path / ("x" * length), Engine(plus).read([1, 2])
+    if length == 255:
+        save_state(path, state, plus)
+        assert load_state(path, plus).tokens.tolist() == [1, 2]
+    else:
+        with pytest.raises(InputError, match="cannot be written: File name too long"):
+            save_state(path, state, plus)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(plus, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="it is no regular file"):
+            save_state(path, Engine(plus).read([1]), plus)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_the_header_says_what_it_is(saved):
