@@ -126,19 +126,24 @@ def _chunk_rows(logit_bytes: int, vocabulary: int, device: torch.device) -> int:
 
 
 def _add_product(total, a, b):
-    """``total += a @ b`` in total's dtype; on a GPU the product itself adds, and is not rounded."""
+    """``total += a @ b`` in total's dtype; on a GPU the product itself adds, and is not rounded.
+    Nor is it in float16 elsewhere, which need not hold a sum over many rows."""
     if total.is_cuda and total.dtype != a.dtype and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:
+        total += a.to(total.dtype) @ b.to(total.dtype)
     else:
         total += a @ b
 
 
-def _scaled(x, factor):
-    """``x * factor`` in x's dtype, with the scalar as it is: 1 / tokens is no bfloat16."""
+def _scaled(x, factor, dtype):
+    """``x * factor`` in this dtype, with the scalar as it is: 1 / tokens is no bfloat16."""
+    if x is None:
+        return None
     factor = factor.reshape((1,) * x.dim())
     if torch.compiler.is_compiling():
-        return (x * factor).to(x.dtype)
-    return torch.mul(x, factor, out=torch.empty_like(x))
+        return (x * factor).to(dtype)
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -166,7 +171,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     dhidden[chunk] = dlogits @ weight
                 if need_weight:
                     _add_product(dweight, dlogits.t(), x)
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
+        # in float16 a sum over all tokens may be infinite, of which their mean is not
+        if dweight is not None and weight.dtype != torch.float16:
+            dweight = dweight.to(weight.dtype)
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
         # no views of one tensor: the loss may be changed in place
         loss, cross_entropy = (total.clone() for total in totals)
         ctx.mark_non_differentiable(cross_entropy)
@@ -175,5 +184,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
-        dhidden, dweight = (x if x is None else _scaled(x, dloss) for x in ctx.saved_tensors)
+        dhidden, dweight = (_scaled(x, dloss, ctx.dtype) for x in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None

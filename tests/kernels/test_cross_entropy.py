@@ -156,6 +156,19 @@ def test_the_factor_of_a_bfloat16_gradient_is_not_rounded():
         assert torch.equal(part, (whole.float() / 3).bfloat16())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mean_in_float16_is_finite_where_the_sum_is_not(impl):
+    hidden = torch.full((1_200, 8), 64.0, dtype=torch.float16, device=DEVICE)
+    weight = torch.zeros(16, 8, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(len(hidden), dtype=torch.long, device=DEVICE)
+    loss, _ = linear_cross_entropy(hidden, weight, labels, reduction="mean", impl=impl)
+    loss.backward()
+    # (softmax - onehot) x 64
+    expected = torch.full_like(weight, 4.0)
+    expected[0] = 4.0 - 64.0
+    assert torch.allclose(weight.grad, expected, rtol=2**-10)
+
+
 def test_opcheck():
     triton_module("rodimus_kernels.triton_cross_entropy")
     arguments = (torch.randn(4, VOCABULARY, device=DEVICE), make(4)[2], 0.1, -100, True)
