@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rodimus import RodimusConfig
+from rodimus import RodimusConfig, cli
 from rodimus.generation import StateLayout, state_bytes
 from tests.generation import int8_errors
 
@@ -105,9 +105,8 @@ def test_readme_says_the_same_of_memory():
     assert f"up to {plus // KV_CACHE:,} tokens ({int8} with the engine's 8-bit values)" in readme
 
 
-def test_documented_options_exist(text):
-    from rodimus.generation.server import _parser
-
-    known = _parser().format_help()
+def test_documented_options_exist(text, capsys):
+    assert cli.main(["serve", "--help"]) == 0
+    known = capsys.readouterr().out
     options = set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", text)) - {"--seconds"}
     assert options and all(option in known for option in options), options
