@@ -53,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command that is not passed on."""
+    """The parser of all commands but `train`, which it only lists."""
     parser = argparse.ArgumentParser(
         prog="rodimus",
         description="Rodimus and Rodimus+ language models: train, generate, export.",

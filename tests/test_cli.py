@@ -87,7 +87,8 @@ def test_help_comes_without_torch(program, name):
     run = python("-X", "importtime", *program, *name.split(), "--help")
     imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert not {"torch", "transformers", "numpy"} & imported and "rodimus.cli" in imported
-    assert run.returncode == 0 and f"rodimus {name}" in run.stdout
+    assert run.returncode == 0 and run.stdout.startswith(f"usage: rodimus {name}")
+    assert name or "commands:" in run.stdout
 
 
 def test_programs_that_import_the_package_can_load_its_models(tmp_path):

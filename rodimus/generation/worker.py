@@ -37,7 +37,7 @@ class EngineWorker:
         if max_waiting < 0:
             raise ValueError(f"max_waiting must be at least 0, got {max_waiting}")
         self.engine, self.max_waiting = engine, max_waiting
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self._listeners: dict[Generation, Listener] = {}
         self._arrived: list[Generation] = []
         self._cancelled: list[Generation] = []
