@@ -323,10 +323,11 @@ struct Operand<int8_t> {
   static float unit(const float* out, int64_t size) { return out[prepared_numbers(size)]; }
 };
 
-// Bytes of int8 weights that are asked for before their turn, once a line. Each takes more of the
-// processor's work than one of bfloat16, so without it too few would be on their way; bfloat16 it made
-// slower.
-constexpr int64_t kAhead = 8192;
+// Weights of a single stream that are asked for before their turn, once a line; 0 for none. Those of int8
+// take more of the processor's work a byte, so without it too few are on their way. For bfloat16 it is
+// faster on AVX2, whose vectors have half a line, and slower on AVX-512.
+template <class T>
+constexpr int64_t kAhead = sizeof(T) == 1 ? 8192 : sizeof(T) == 2 && kVectorBytes == 32 ? 512 : 0;
 
 // Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
 // lanes are still to be added.
@@ -340,12 +341,19 @@ inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, 
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) sum[place][r][m].add(row(r) + i, x[m] + i);
   };
-  int64_t i = 0;
-  for (; i + kPlaces * kWidth <= size; i += kPlaces * kWidth) {
-    if constexpr (sizeof(T) == 1 && R * M == 1)
-      if (i % 64 < kPlaces * kWidth) __builtin_prefetch(row(0) + i + kAhead, 0, 2);
+  auto add_all = [&](int64_t i) {
     for (int place = 0; place < kPlaces; ++place) add(place, i + place * kWidth);
-  }
+  };
+  constexpr int kTogether = kPlaces * kWidth, kLine = 64 / sizeof(T);
+  // a whole line for each request; int8, of more vectors a line, was slower that way
+  constexpr int kStep = sizeof(T) == 1 ? kTogether : kLine;
+  int64_t i = 0;
+  if constexpr (kAhead<T> > 0 && R * M == 1)
+    for (; i + kStep <= size; i += kStep) {
+      if (i % kLine < kStep) __builtin_prefetch(row(0) + i + kAhead<T>, 0, sizeof(T) == 1 ? 2 : 3);
+      for (int j = 0; j < kStep; j += kTogether) add_all(i + j);
+    }
+  for (; i + kTogether <= size; i += kTogether) add_all(i);
   if (i + kWidth <= size) add(0, i), i += kWidth;
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) {
