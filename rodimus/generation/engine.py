@@ -75,6 +75,15 @@ class Delta:
     logprobs: list[TokenLogprobs]
     finish_reason: str | None
 
+    def then(self, later: "Delta") -> "Delta":
+        """Both, as one look would have found them."""
+        return Delta(
+            tokens=self.tokens + later.tokens,
+            text=self.text + later.text,
+            logprobs=self.logprobs + later.logprobs,
+            finish_reason=later.finish_reason,
+        )
+
 
 class Generation:
     """A request inside an engine, and what it has produced.

@@ -138,6 +138,8 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app):
+        self._mail = _Mail(asyncio.get_running_loop())
+        self.worker.after_news = self._mail.deliver
         self.worker.start()
         try:
             yield
@@ -233,7 +235,7 @@ class Service:
             # a full server does not tokenise what it cannot take
             self.worker.check_room(len(call.prompts) * call.choices)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
-        exchange = _Exchange(self.worker, request, asyncio.get_running_loop())
+        exchange = _Exchange(self.worker, request, self._mail)
         engine = self.worker.engine
         await exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
         answer = Answer(self.model_name, call, self._token_text)
@@ -384,28 +386,60 @@ class Service:
             raise ApiError(503, "the server is shutting down or has failed")
 
 
-class _Exchange:
-    """The generations of one HTTP request, tied to the connection: it ends, they end."""
+class _Mail:
+    """News on their way from the engine's thread to the event loop, which is woken once for all of
+    a step: each time, the two threads change places."""
 
-    def __init__(self, worker: EngineWorker, request: Request, loop: asyncio.AbstractEventLoop):
-        self.worker, self.request, self.loop = worker, request, loop
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = loop
+        self._collected: list[tuple[_Exchange, Generation, Delta]] = []
+
+    def post(self, exchange: "_Exchange", generation: Generation, delta: Delta) -> None:
+        """Collect the news of one generation."""
+        self._collected.append((exchange, generation, delta))
+
+    def deliver(self) -> None:
+        """Hand over what is collected."""
+        collected, self._collected = self._collected, []
+        # a loop that is closed has nobody left to tell
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(_hand_over, collected)
+
+
+def _hand_over(collected):
+    for exchange, generation, delta in collected:
+        exchange.receive(generation, delta)
+
+
+class _Exchange:
+    """The generations of one HTTP request, tied to the connection: it ends, they end.
+
+    News that nobody has taken yet, for the loop is busy or the client slow, are joined: the more
+    there is to do, the fewer pieces a token takes.
+    """
+
+    def __init__(self, worker: EngineWorker, request: Request, mail: _Mail):
+        self.worker, self.request, self.mail = worker, request, mail
         self.generations: list[Generation] = []
         # of a stream: what its end has made of it
         self.status = _CLIENT_LEFT
-        self._news: asyncio.Queue[tuple[Generation, Delta] | None] = asyncio.Queue()
+        self._news: dict[Generation, Delta] = {}
+        self._is_gone = False
+        self._changed = asyncio.Event()
 
     async def submit(self, requests):
         """Give the requests to the worker, all or none."""
         with _refusals():
             # a long prompt takes some milliseconds
             generations = await run_in_threadpool(self.worker.prepare, requests)
-            self.worker.enqueue(generations, self._listen)
+            self.worker.enqueue(generations, functools.partial(self.mail.post, self))
         self.generations = generations
 
-    def _listen(self, generation, delta):
-        # a loop that is closed has nobody left to tell
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._news.put_nowait, (generation, delta))
+    def receive(self, generation: Generation, delta: Delta) -> None:
+        """Take news, in the event loop."""
+        untaken = self._news.get(generation)
+        self._news[generation] = delta if untaken is None else untaken.then(delta)
+        self._changed.set()
 
     async def news(self) -> AsyncIterator[tuple[Generation, Delta] | None]:
         """What comes, until every generation has ended; None where nothing has for a while.
@@ -421,14 +455,17 @@ class _Exchange:
             while unfinished:
                 try:
                     async with asyncio.timeout(_QUIET_SECONDS):
-                        news = await self._news.get()
+                        await self._changed.wait()
                 except TimeoutError:
                     yield None
                     continue
-                if news is None:
+                if self._is_gone:
                     raise ClientDisconnect
-                unfinished -= news[1].finish_reason is not None
-                yield news
+                self._changed.clear()
+                news, self._news = self._news, {}
+                for generation, delta in news.items():
+                    unfinished -= delta.finish_reason is not None
+                    yield generation, delta
         finally:
             watcher.cancel()
             self.cancel()
@@ -441,7 +478,8 @@ class _Exchange:
     async def _watch(self):
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self._news.put_nowait(None)
+        self._is_gone = True
+        self._changed.set()
 
 
 class _EventStream(Response):

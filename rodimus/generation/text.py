@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as _Fast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import InputError
@@ -52,8 +53,18 @@ def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True
 ) -> str:
     """The text of tokens with every blank: by default, some tokenizers take blanks away."""
+    if _decodes_as_rust(tokenizer):
+        return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     return tokenizer.decode(
         ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+def _decodes_as_rust(tokenizer):
+    """Whether nothing is added to the tokenizer in Rust, to which the way takes as long again."""
+    return all(
+        getattr(getattr(tokenizer, name), "__func__", None) is getattr(_Fast, name)
+        for name in ("decode", "_decode")
     )
 
 

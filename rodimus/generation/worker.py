@@ -31,6 +31,10 @@ class EngineWorker:
     Args:
         engine: Called by this worker's thread alone, once it is started.
         max_waiting: Requests that may wait beside those that the slots hold.
+
+    Attributes:
+        after_news: Called in the worker's thread when listeners have been told all that there is:
+            after a step once, however many they are.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
@@ -38,6 +42,7 @@ class EngineWorker:
             raise ValueError(f"max_waiting must be at least 0, got {max_waiting}")
         self.engine, self.max_waiting = engine, max_waiting
         self.failure: BaseException | None = None
+        self.after_news: Callable[[], None] = lambda: None
         self._listeners: dict[Generation, Listener] = {}
         self._arrived: list[Generation] = []
         self._cancelled: list[Generation] = []
@@ -147,8 +152,7 @@ class EngineWorker:
                     logger.exception("a step of the engine failed; what was under way has ended")
                     self._give_up(but=self.engine.waiting)
                     continue
-                for generation in news:
-                    self._report(generation)
+                self._report(news)
         except BaseException as error:
             logger.exception("the engine failed; all its requests are given up")
             self.failure = error
@@ -164,9 +168,10 @@ class EngineWorker:
             stopping = self._stopping
         for generation in arrived:
             self.engine.enqueue(generation)
-        for generation in list(self._listeners) if stopping else cancelled:
+        ended = list(self._listeners) if stopping else cancelled
+        for generation in ended:
             self.engine.cancel(generation)
-            self._report(generation)
+        self._report(ended)
         return not stopping
 
     def _give_up(self, but=None):
@@ -177,9 +182,15 @@ class EngineWorker:
         for generation in lost:
             if generation.finish_reason is None:
                 generation.finish_reason, generation.error = "error", STEP_FAILED
-            self._report(generation)
+        self._report(lost)
 
-    def _report(self, generation):
+    def _report(self, generations):
+        for generation in generations:
+            self._tell(generation)
+        if generations:
+            self.after_news()
+
+    def _tell(self, generation):
         listener = self._listeners.get(generation)
         if listener is None:
             return

@@ -20,8 +20,9 @@ import torch
 from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
+from rodimus.generation.engine import Delta, Generation, TokenLogprobs
 from rodimus.generation.protocol import parse_chat
-from rodimus.generation.server import _Exchange
+from rodimus.generation.server import _Exchange, _Mail
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -905,7 +906,7 @@ def test_a_request_that_is_cancelled_while_it_is_checked_is_not_queued(monkeypat
         return prepare(*args, **options)
 
     async def cancelled():
-        exchange = _Exchange(worker, None, asyncio.get_running_loop())
+        exchange = _Exchange(worker, None, _Mail(asyncio.get_running_loop()))
         task = asyncio.create_task(exchange.submit([Request([1], 10**6)]))
         await asyncio.to_thread(entered.wait, 20)
         task.cancel()
@@ -959,6 +960,49 @@ def test_a_choice_that_fails_ends_its_stream_by_its_own_name():
         assert b'status="422"} 1.0' in text and b'status="200"' not in text
         wait_until(lambda: service.worker.unfinished == 0)
         assert engine.stats.finished == {"error": 1, "cancelled": 1}
+
+
+def test_a_step_wakes_the_event_loop_once_for_all_its_streams():
+    engine = Engine(text_model(), byte_tokenizer(), slots=8)
+    engine.end_tokens = ()
+    with serving(engine=engine) as (client, service, _):
+        loop, wakes, steps = service._mail._loop, [], []
+        call, step = loop.call_soon_threadsafe, engine.step
+        loop.call_soon_threadsafe = lambda *args: wakes.append(args[1]) or call(*args)
+        engine.step = lambda: steps.append(len(engine.running)) or step()
+        body = {"prompt": [[i] for i in range(8)], "max_tokens": 50}
+        client.stream("/v1/completions", body)
+    together = [len(news) for news in wakes if isinstance(news, list)]
+    assert max(together) == 8 and len(together) <= len(steps) + 1
+    # a prompt's step brings two tokens
+    assert sum(together) == 8 * 49
+
+
+def test_news_that_wait_for_the_loop_are_joined():
+    entry = TokenLogprobs(5, -0.5, ())
+    generations = [Generation(Request([1]), torch.tensor([1]), frozenset()) for _ in range(2)]
+    for generation in generations:
+        generation.finish_reason = "length"
+    parts = [
+        Delta([1], "a", [], None),
+        Delta([2, 3], "", [entry], None),
+        Delta([4], "bc", [entry], "length"),
+    ]
+
+    async def taken(parts):
+        exchange = _Exchange(None, Connection(), None)
+        exchange.generations = generations
+        for part in parts:
+            exchange.receive(generations[0], part)
+        exchange.receive(generations[1], parts[-1])
+        return [news async for news in exchange.news()]
+
+    class Connection:
+        async def receive(self):
+            await asyncio.sleep(60)
+
+    whole = Delta([1, 2, 3, 4], "abc", [entry, entry], "length")
+    assert asyncio.run(taken(parts)) == [(generations[0], whole), (generations[1], parts[-1])]
 
 
 class TestWorker:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rodimus.generation import Engine, Request, SamplingParams
-from rodimus.generation.text import TextStream
+from rodimus.generation.text import TextStream, decode
 from tests.generation.helpers import (
     END,
     byte_tokenizer,
@@ -38,6 +38,27 @@ def released(tokenizer, tokens, stop=()):
             break
     stream.finish()
     return [*seen, stream.text], stream.stopped
+
+
+class Shouting(PreTrainedTokenizerFast):
+    def decode(self, *args, **options):
+        return super().decode(*args, **options).upper()
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_decoding_is_the_tokenizers_own(skip):
+    for tokenizer in (byte_tokenizer(), word_tokenizer(), cleaning_tokenizer()):
+        ids = [*range(0, len(tokenizer), 3), *tokenizer.all_special_ids, 1]
+        options = {"skip_special_tokens": skip, "clean_up_tokenization_spaces": False}
+        assert decode(tokenizer, ids, skip_special_tokens=skip) == tokenizer.decode(ids, **options)
+
+
+def test_a_tokenizer_that_decodes_otherwise_is_asked_itself():
+    inside = byte_tokenizer().backend_tokenizer
+    shouting, patched = Shouting(tokenizer_object=inside), byte_tokenizer()
+    patched.decode = lambda *args, **options: "patched"
+    ids = byte_tokenizer()("a word").input_ids
+    assert [decode(x, ids) for x in (shouting, patched)] == ["A WORD", "patched"]
 
 
 @pytest.mark.parametrize("text", SAMPLES)
