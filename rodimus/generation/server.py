@@ -426,6 +426,7 @@ class _Exchange:
         self._news: dict[Generation, Delta] = {}
         self._is_gone = False
         self._changed = asyncio.Event()
+        self._last = time.monotonic()
 
     async def submit(self, requests):
         """Give the requests to the worker, all or none."""
@@ -449,25 +450,24 @@ class _Exchange:
         Raises:
             ClientDisconnect: the client went away.
         """
-        watcher = asyncio.create_task(self._watch())
+        watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._remind())]
         unfinished = len(self.generations)
         try:
             while unfinished:
-                try:
-                    async with asyncio.timeout(_QUIET_SECONDS):
-                        await self._changed.wait()
-                except TimeoutError:
-                    yield None
-                    continue
+                await self._changed.wait()
+                self._changed.clear()
                 if self._is_gone:
                     raise ClientDisconnect
-                self._changed.clear()
                 news, self._news = self._news, {}
+                self._last = time.monotonic()
+                if not news:
+                    yield None
                 for generation, delta in news.items():
                     unfinished -= delta.finish_reason is not None
                     yield generation, delta
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             self.cancel()
 
     def cancel(self) -> None:
@@ -480,6 +480,15 @@ class _Exchange:
             pass
         self._is_gone = True
         self._changed.set()
+
+    async def _remind(self):
+        # one clock a request: a timeout for each piece costs as much as writing its JSON
+        while True:
+            left = self._last + _QUIET_SECONDS - time.monotonic()
+            if left <= 0:
+                self._changed.set()
+                left = _QUIET_SECONDS
+            await asyncio.sleep(left)
 
 
 class _EventStream(Response):
