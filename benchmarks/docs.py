@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from . import records, timing
+from . import records, targets, timing
 from .bench_attention import flops
 from .harness import READ
 from .machine import RESULTS, ROOT
@@ -95,7 +95,7 @@ def tables() -> dict[str, str]:
 
 def figures() -> dict[str, str]:
     """Every figure of a sentence by its name."""
-    return runs() | decoding() | decoding_on_cpu() | training() | operators()
+    return runs() | goals() | decoding() | decoding_on_cpu() | training() | operators()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -200,6 +200,19 @@ def run_of(folder: str, groups: tuple[str, ...], packages: tuple[str, ...]) -> s
     ((name, versions),) = machines
     commit = "commit " if len(commits) == 1 else "commits "
     return f"{name}, {span(days, '')}, {commit}{' and '.join(commits)}, {versions}"
+
+
+def goals() -> dict[str, str]:
+    """How many targets are met, and which of those of a token on the CPU."""
+    every = targets.outcomes(records.read(RESULTS))
+
+    def told(outcome: targets.Outcome) -> str:
+        context = outcome.target.name.removeprefix(targets.OVER_BOUND + ", ")
+        measured = f" ({outcome.figure.median:.2f})" if outcome.figure else ""
+        return f"{outcome.kind} {context}{measured}"
+
+    on_cpu = (outcome for outcome in every if outcome.target.name.startswith(targets.OVER_BOUND))
+    return {"targets": targets.counts(every), "targets_cpu": ", ".join(map(told, on_cpu))}
 
 
 def copy_rate(cases: Iterable[Case]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, plots, records, tested, timing
+from . import docs, peers, plots, records, targets, tested, timing
 from .docs import table
 from .records import RecordError, measured, model_of
 
@@ -60,6 +60,17 @@ Engines: `dynamic` and `static` are the caches of transformers, `graph` is the s
 cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,
 `package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.
 `llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.
+
+"""
+
+TARGETS = """\
+Set before anything was measured. A target is missed where the median misses it, met where the
+whole interval meets it, and open in between; of several contexts the worst counts. Operators
+are those of one layer of the 1.6B model, tokens and training steps are of Rodimus+ 1.6B, all
+in bfloat16; a token is one of `engine`. `fla` is `chunk_gla` of flash-linear-attention, Flex
+is FlexAttention on the key head in place. A backward is what forward and backward take beyond
+a forward timed by itself. MFU is of the data sheet's dense FLOP/s; below, a training step's
+share is of a measured rate.
 
 """
 
@@ -185,6 +196,7 @@ def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> st
     lines += section("Where and when", _machines(found))
     if notes := [*_tests(tests), *_disturbances(found)]:
         lines += [*notes, ""]
+    lines += section("Targets", _targets(found))
     for kind, title in KINDS.items():
         lines += section(title, _verdicts(found, kind))
     for title, path in (pictures or {}).items():
@@ -239,6 +251,28 @@ def _disturbances(found: list[Record]) -> Iterator[str]:
             cases.append(f"{record['group']} {record['case']}")
     for (machine, warning), cases in disturbed.items():
         yield f"- {machine}: {warning}: {', '.join(cases)}"
+
+
+def _targets(found: list[Record]) -> Iterator[str]:
+    """Every target, or nothing where the records measure none."""
+    outcomes = targets.outcomes(found)
+    if all(outcome.figure is None for outcome in outcomes):
+        return
+    yield from TARGETS.splitlines()
+    head = ["", "target", "goal", "measured", "of the goal", "machine", "record", "commit"]
+    yield from table(head, map(_target, outcomes))
+
+
+def _target(outcome: targets.Outcome) -> list[str]:
+    target, figure, found = outcome
+    told = [outcome.kind, target.name, target.goal]
+    if figure is None:
+        wanted = ", ".join(name for case in target.cases for name in case)
+        return [*told, "", "", "", wanted or "of no benchmark", ""]
+    middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in figure[:3])
+    told += [f"{middle} ({low} .. {high})", f"{figure.median / target.bound:.1%}"]
+    used = ", ".join(f"{record['group']}-{record['case']}" for record in found)
+    return [*told, found[0]["machine"]["name"], used, _commit(found[0]["machine"])]
 
 
 def _verdicts(found: list[Record], kind: str) -> list[str]:

@@ -1,0 +1,380 @@
+"""Speed targets that were set before anything was measured, and what the records say of each.
+
+A target names records, how its figure follows from their rows, and a bound. Figure, interval,
+machine and verdict are computed; a target without its records is not measured.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+from rodimus.devices import DEVICES
+
+from . import timing
+from .harness import READ
+from .machine import folder_name
+from .records import measured
+
+Record = Mapping[str, Any]
+Rounds = list[float]
+Figure = Callable[..., Rounds]
+Cases = tuple[tuple[str, ...], ...]
+
+KINDS = ("missed", "open", "not measured", "met")
+SIGNS = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}
+ENOUGH_COVERAGE = 0.9
+
+
+class Target(NamedTuple):
+    """One bound of one figure.
+
+    Attributes:
+        machine: Folder of its records.
+        name: What is timed.
+        figure: Its value in every round, from the records of a case; None where no benchmark
+            has it.
+        goal: Sign, bound and the figure's unit: ``<= 165 us``.
+        cases: Names of the records of each case; of several the worst counts.
+    """
+
+    machine: str
+    name: str
+    figure: Figure | None
+    goal: str
+    cases: Cases = ()
+
+    @property
+    def bound(self) -> float:
+        """The number of the goal."""
+        return float(self.goal.split()[1].replace(",", ""))
+
+    @property
+    def unit(self) -> str:
+        """What the figure is counted in."""
+        return self.goal.split(maxsplit=2)[2]
+
+    @property
+    def is_limit(self) -> bool:
+        """Whether less is better."""
+        return self.goal.startswith("<")
+
+    def meets(self, value: float) -> bool:
+        """Whether a value is on the right side of the bound."""
+        return SIGNS[self.goal.split()[0]](value, self.bound)
+
+
+class Outcome(NamedTuple):
+    """A target, its figure with an interval, and the records that they are of."""
+
+    target: Target
+    figure: timing.Ratio | None = None
+    records: tuple[Record, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """``missed`` by the median; ``met`` by the whole interval, of enough rounds; ``open`` where
+        only the median meets the goal; ``not measured``."""
+        if self.figure is None:
+            return "not measured"
+        middle, low, high, coverage = self.figure
+        if not self.target.meets(middle):
+            return "missed"
+        throughout = self.target.meets(low) and self.target.meets(high)
+        return "met" if throughout and coverage >= ENOUGH_COVERAGE else "open"
+
+
+def outcomes(found: Iterable[Record]) -> list[Outcome]:
+    """What records say of every target, losses first."""
+    found = list(found)
+    return sorted((outcome(t, found) for t in TARGETS), key=lambda o: KINDS.index(o.kind))
+
+
+def outcome(target: Target, found: Iterable[Record]) -> Outcome:
+    """What records say of a target."""
+    named = {
+        f"{record['group']}-{record['case']}": record
+        for record in found
+        if folder_name(record["machine"]["name"]) == target.machine
+    }
+    try:
+        if target.figure is None:
+            return Outcome(target)
+        cases = [tuple(named[name] for name in case) for case in target.cases]
+        every = [Outcome(target, _interval(target.figure(*case), case), case) for case in cases]
+    except KeyError:
+        return Outcome(target)
+    worst = max if target.is_limit else min
+    return worst(every, key=lambda outcome: outcome.figure.median)
+
+
+def _interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
+    """As the interval of a ratio to one."""
+    sittings = case[0]["settings"].get("sittings", ())
+    return timing.ratio(rounds, [1.0] * len(rounds), sittings)
+
+
+def counts(every: Iterable[Outcome]) -> str:
+    """``14 of 40 are met, 20 missed, 2 open and 4 not measured``."""
+    kinds = [outcome.kind for outcome in every]
+    missed, undecided, unknown, met = map(kinds.count, KINDS)
+    others = f"{missed} missed, {undecided} open and {unknown} not measured"
+    return f"{met} of {len(kinds)} are met, {others}"
+
+
+# ----------------------------------------------------------------------------------------------
+# Figures: a value for every round, from the records of a case
+# ----------------------------------------------------------------------------------------------
+
+
+def rows(record: Record) -> dict[str, Mapping[str, Any]]:
+    """Measured rows by target."""
+    return {row["target"]: row for row in measured(record)}
+
+
+def times(record: Record, target: str) -> Rounds:
+    """Milliseconds of one run, step or token.
+
+    Raises:
+        KeyError: the target was not measured.
+    """
+    row = rows(record)[target]
+    if "samples_ms" in row:
+        return row["samples_ms"]
+    # a timed call of decoding may be several tokens
+    return [wall / record["settings"].get("steps", 1) for wall in row["samples"]["wall_ms"]]
+
+
+def _quotients(numerators: Rounds, denominators: Rounds) -> Rounds:
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def ms(target: str) -> Figure:
+    """Milliseconds."""
+    return lambda record: times(record, target)
+
+
+def us(target: str) -> Figure:
+    """Microseconds."""
+    return lambda record: [1e3 * x for x in times(record, target)]
+
+
+def together_us(*targets: str) -> Figure:
+    """Microseconds of several operators, one after the other."""
+    return lambda record: [
+        1e3 * sum(x) for x in zip(*(times(record, name) for name in targets), strict=True)
+    ]
+
+
+def backward_ms(both: Record, forward: Record, target: str) -> Rounds:
+    """What both passes take beyond the forward, which was timed by itself."""
+    alone = median(times(forward, target))
+    return [x - alone for x in times(both, target)]
+
+
+def backward_us(target: str) -> Figure:
+    """Microseconds of the backward."""
+    return lambda *passes: [1e3 * x for x in backward_ms(*passes, target)]
+
+
+def backward_speedup(ours: str, peer: str) -> Figure:
+    """How many times as fast as a peer's our backward is."""
+    return lambda *passes: _quotients(backward_ms(*passes, peer), backward_ms(*passes, ours))
+
+
+def speedup(ours: str, *engines: str) -> Figure:
+    """How many times as fast as a peer we are, in the fastest of its engines that was timed."""
+
+    def figure(record: Record) -> Rounds:
+        timed = [times(record, name) for name in engines if name in rows(record)]
+        if not timed:
+            raise KeyError(engines)
+        return _quotients(min(timed, key=median), times(record, ours))
+
+    return figure
+
+
+def growth(target: str) -> Figure:
+    """Percent by which the first record's times exceed the median of the second's."""
+
+    def figure(long: Record, short: Record) -> Rounds:
+        before = median(times(short, target))
+        return [100 * (x / before - 1) for x in times(long, target)]
+
+    return figure
+
+
+def over_bound(target: str) -> Figure:
+    """Time over that of the bytes it moves, at the memory's rate of the same round."""
+
+    def figure(record: Record) -> Rounds:
+        read, moved = record["settings"][READ], rows(record)[target]["moved_bytes"]
+        bounds = [moved / read["bytes"] * wall for wall in read["samples"]["wall_ms"]]
+        return _quotients(times(record, target), bounds)
+
+    return figure
+
+
+def tokens_per_s(target: str) -> Figure:
+    """Tokens of a step over its time."""
+
+    def figure(record: Record) -> Rounds:
+        tokens = record["settings"]["batch"] * record["settings"]["context"]
+        return [1e3 * tokens / x for x in times(record, target)]
+
+    return figure
+
+
+def mfu(target: str) -> Figure:
+    """Percent of the data sheet's FLOP/s at which a step does what the model needs."""
+
+    def figure(record: Record) -> Rounds:
+        least_ms = 1e3 * rows(record)[target]["flops"] / DEVICES["H200"].flops
+        return [100 * least_ms / x for x in times(record, target)]
+
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------
+# The targets
+# ----------------------------------------------------------------------------------------------
+
+DDTS, FLA = "ddts/triton_chunk", "chunk_gla/fla"
+ATTENTION, FLEX = "triton/expanded", "flex/expanded"
+PLUS, TRAINED = "rodimus-plus-1.6b/engine", "rodimus-plus-1.6b/dynamic"
+TORCH, PACKAGE = ("qwen2-1.5b/dynamic", "qwen2-1.5b/static"), "rwkv6-1.6b/package"
+QWEN2, RWKV6 = (*TORCH, "qwen2-1.5b/llama.cpp"), (PACKAGE, "rwkv6-1.6b/llama.cpp")
+AROUND = ("short_conv/triton", "input_gate/triton", "ddts_gates/triton", "gated_rms_norm/triton")
+SHORT, LONG = "b8-t4096", "b1-t32768"
+OVER_BOUND = "token over its bandwidth bound"
+
+
+def ddts(what: str, shape: str) -> Cases:
+    """A record of DDTS."""
+    return ((f"ddts-{what}-{shape}-bfloat16-v4096",),)
+
+
+def attention(shape: str, *passes: str) -> Cases:
+    """Records of attention, all of one case."""
+    return (tuple(f"attention-{what}-{shape}-bfloat16" for what in passes),)
+
+
+def decode(*contexts: int, batch: int = 1) -> Cases:
+    """Records of decoding, each a case."""
+    return tuple((f"decode-b{batch}-t{context}-bfloat16",) for context in contexts)
+
+
+def both(shape: str) -> Cases:
+    """Records of attention from which its backward follows."""
+    return attention(shape, "training", "forward")
+
+
+over_fla, over_flex = speedup(DDTS, FLA), speedup(ATTENTION, FLEX)
+backward, backward_over_flex = backward_us(ATTENTION), backward_speedup(ATTENTION, FLEX)
+around, attend, decoded = together_us(*AROUND), us(ATTENTION), ms(PLUS)
+# `auto` steps DDTS in Triton and attention in CUDA
+ddts_step, attention_step = us("ddts_step/triton"), us("step/native")
+on_gpu, on_cpu = decode(1024, 4096, 32768, 131072), decode(128, 1024, 4096, 16384)
+grown = (("decode-b1-t131072-bfloat16", "decode-b1-t4096-bfloat16"),)
+step = (("train-b4-t4096-bfloat16",),)
+
+# operators are those of a layer of the 1.6B; tokens and training steps are of Rodimus+ 1.6B
+ON_H200 = {
+    "DDTS, 8 x 4,096": (us(DDTS), "<= 165 us", ddts("forward", SHORT)),
+    "DDTS, 1 x 32,768": (us(DDTS), "<= 215 us", ddts("forward", LONG)),
+    "DDTS and backward, 8 x 4,096": (us(DDTS), "<= 700 us", ddts("training", SHORT)),
+    "DDTS, speedup over fla, 8 x 4,096": (over_fla, ">= 3 times", ddts("forward", SHORT)),
+    "DDTS, speedup over fla, 1 x 32,768": (over_fla, ">= 3 times", ddts("forward", LONG)),
+    "DDTS and backward, speedup over fla, 8 x 4,096": (
+        over_fla,
+        ">= 2 times",
+        ddts("training", SHORT),
+    ),
+    "DDTS and backward, speedup over fla, 1 x 32,768": (
+        over_fla,
+        ">= 2 times",
+        ddts("training", LONG),
+    ),
+    "convolution, gates and norm of DDTS": (around, "<= 640 us", ddts("surroundings", SHORT)),
+    "convolution, gates and norm of DDTS, second goal": (
+        around,
+        "<= 330 us",
+        ddts("surroundings", SHORT),
+    ),
+    "DDTS step, 1 sequence": (ddts_step, "<= 2.5 us", ddts("step", "b1-t1")),
+    "DDTS step, 256 sequences": (ddts_step, "<= 150 us", ddts("step", "b256-t1")),
+    "attention, 8 x 4,096": (attend, "<= 1,000 us", attention(SHORT, "forward")),
+    "attention, 8 x 4,096, second goal": (attend, "<= 800 us", attention(SHORT, "forward")),
+    "attention, 1 x 32,768": (attend, "<= 1,000 us", attention(LONG, "forward")),
+    "backward of attention, 8 x 4,096": (backward, "<= 3,200 us", both(SHORT)),
+    "backward of attention, 8 x 4,096, second goal": (backward, "<= 2,600 us", both(SHORT)),
+    "backward of attention, 1 x 32,768": (backward, "<= 3,200 us", both(LONG)),
+    "attention, speedup over Flex, 8 x 4,096": (
+        over_flex,
+        ">= 1 times",
+        attention(SHORT, "forward"),
+    ),
+    "attention, speedup over Flex, 1 x 32,768": (
+        over_flex,
+        ">= 1 times",
+        attention(LONG, "forward"),
+    ),
+    "backward of attention, speedup over Flex, 8 x 4,096": (
+        backward_over_flex,
+        ">= 1 times",
+        both(SHORT),
+    ),
+    "backward of attention, speedup over Flex, 1 x 32,768": (
+        backward_over_flex,
+        ">= 1 times",
+        both(LONG),
+    ),
+    "attention step, 1 sequence": (attention_step, "<= 5 us", attention("b1-t2112", "decode")),
+    "attention step, 256 sequences": (
+        attention_step,
+        "<= 620 us",
+        attention("b256-t2112", "decode"),
+    ),
+    "token, batch 1, any context": (decoded, "<= 1.1 ms", on_gpu),
+    "token, batch 1, any context, second goal": (decoded, "<= 0.9 ms", on_gpu),
+    "token after 131,072 tokens, beyond one after 4,096": (growth(PLUS), "<= 3 %", grown),
+    "a token each, batch 256, full window": (decoded, "<= 19.5 ms", decode(4096, batch=256)),
+    "engine, host time of a step at batch 64": (None, "<= 50 us", ()),
+    "training step, rows of 4,096": (tokens_per_s(TRAINED), ">= 46,000 tokens/s", step),
+    "training step, rows of 4,096, MFU": (mfu(TRAINED), ">= 50 %", step),
+}
+ON_CPU = {
+    **{
+        f"{OVER_BOUND}, after {n:,}": (over_bound(PLUS), "<= 1.15 times", decode(n))
+        for n in (128, 1024, 4096, 16384)
+    },
+    "token, speedup over Qwen2 in transformers, any context": (
+        speedup(PLUS, *TORCH),
+        "> 1 times",
+        on_cpu,
+    ),
+    "token, speedup over RWKV6 of `rwkv`, any context": (
+        speedup(PLUS, PACKAGE),
+        "> 1 times",
+        on_cpu,
+    ),
+    "token, speedup over Qwen2 in any engine, any context": (
+        speedup(PLUS, *QWEN2),
+        "> 1 times",
+        on_cpu,
+    ),
+    "token, speedup over RWKV6 in any engine, any context": (
+        speedup(PLUS, *RWKV6),
+        "> 1 times",
+        on_cpu,
+    ),
+    "demo model, tokens/s of the engine over modules": (None, ">= 5 times", ()),
+    "demo training over its first loop, tokens per core-second": (None, ">= 1.5 times", ()),
+}
+TARGETS = tuple(
+    Target(machine, name, *rest)
+    for machine, targets in (("NVIDIA_H200", ON_H200), ("AMD_EPYC", ON_CPU))
+    for name, rest in targets.items()
+)

@@ -1,0 +1,164 @@
+"""Targets are judged by the rounds of the records, losses first; nothing without a record is."""
+
+import pytest
+
+from benchmarks import docs, records, report, targets
+from benchmarks.machine import folder_name
+from benchmarks.targets import Target
+
+GPU = {"name": "NVIDIA H200", "commit": "b" * 40}
+CASE = "ddts-forward-b8"
+STEADY = [0.2] * 9
+
+
+def record(name, rows, machine=GPU, **settings):
+    group, _, case = name.rpartition("-")
+    rows = [records.row(target, *target.split("/"), **row) for target, row in rows.items()]
+    return records.make(group, case, settings=settings, machine=machine, rows=rows)
+
+
+def operator(samples, peer=(0.6,) * 9):
+    return record(CASE, {"ours/x": {"samples_ms": samples}, "peer/y": {"samples_ms": list(peer)}})
+
+
+def judged(target, *found):
+    return targets.outcome(target, list(found))
+
+
+def target(figure, goal, cases=((CASE,),)):
+    return Target("NVIDIA_H200", "a case", figure, goal, cases)
+
+
+@pytest.mark.parametrize(
+    ("bound", "kind"), [(150, "missed"), (200, "met"), (199, "missed"), ("1,000", "met")]
+)
+def test_the_goal_decides(bound, kind):
+    assert judged(target(targets.us("ours/x"), f"<= {bound} us"), operator(STEADY)).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("sign", "bound", "kind"), [(">=", 3.0, "met"), (">", 3.0, "missed"), (">=", 3.1, "missed")]
+)
+def test_a_speedup_is_that_of_the_same_rounds(sign, bound, kind):
+    samples = [0.25 * n for n in range(1, 10)]
+    found = operator(samples, [3 * x for x in samples])
+    outcome = judged(target(targets.speedup("ours/x", "peer/y"), f"{sign} {bound} times"), found)
+    assert outcome.figure[:3] == (3.0, 3.0, 3.0)
+    assert outcome.kind == kind
+
+
+def test_a_median_that_meets_its_goal_in_some_rounds_only_is_open():
+    spread = [0.1, 0.3, 0.19, 0.21, 0.2, 0.18, 0.22, 0.17, 0.23]
+    case = target(targets.us("ours/x"), "<= 205 us")
+    assert judged(case, operator(spread)).kind == "open"
+    # the median itself does not meet it: the lucky rounds do not help
+    assert judged(case._replace(goal="<= 195 us"), operator(spread)).kind == "missed"
+
+
+def test_few_rounds_meet_nothing():
+    case = target(targets.us("ours/x"), "<= 250 us")
+    assert judged(case, operator(STEADY[:3], [0.6] * 3)).kind == "open"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [],
+        [record(CASE, {"peer/y": {"samples_ms": STEADY}})],
+        [{**operator(STEADY), "machine": {"name": "Other GPU"}}],
+        [
+            {
+                **operator(STEADY),
+                "rows": [records.skipped("ours/x", "ours", "x", "does not fit")],
+            }
+        ],
+    ],
+    ids=["no record", "no row", "another machine", "skipped"],
+)
+def test_what_no_record_holds_is_not_measured(found):
+    assert judged(target(targets.us("ours/x"), "<= 250 us"), *found).kind == "not measured"
+
+
+def test_the_worst_case_counts_and_all_must_be_there():
+    slow, fast = (
+        record(f"decode-{name}", {"ours/x": {"samples": {"wall_ms": [8 * time] * 9}}}, steps=8)
+        for name, time in (("slow", 2.0), ("fast", 1.0))
+    )
+    case = target(targets.ms("ours/x"), "<= 1.5 ms", (("decode-fast",), ("decode-slow",)))
+    outcome = judged(case, slow, fast)
+    assert outcome.kind == "missed" and outcome.figure.median == 2.0
+    assert [r["case"] for r in outcome.records] == ["slow"]
+    assert judged(case, fast).kind == "not measured"
+    least = case._replace(goal=">= 1.5 ms")
+    assert [r["case"] for r in judged(least, slow, fast).records] == ["fast"]
+
+
+def test_backward_is_what_remains_of_both_passes():
+    names = ("attention-training", "attention-forward")
+    training, forward = (
+        record(name, {"ours/x": {"samples_ms": [time] * 9}})
+        for name, time in zip(names, (4.0, 1.0), strict=True)
+    )
+    case = target(targets.backward_us("ours/x"), "<= 3,000 us", (names,))
+    outcome = judged(case, forward, training)
+    assert outcome.kind == "met" and outcome.figure.median == 3000.0
+
+
+def test_the_bound_of_a_round_is_that_of_the_memory_in_it():
+    read = {"bytes": 10**9, "samples": {"wall_ms": [10.0, 20.0] * 5}}
+    row = {"moved_bytes": 2 * 10**9, "samples": {"wall_ms": [25.0, 50.0] * 5}}
+    found = record(CASE, {"ours/x": row}, memory_read=read)
+    case = target(targets.over_bound("ours/x"), "<= 1.15 times")
+    assert judged(case, found).figure[:3] == (1.25, 1.25, 1.25)
+
+
+def test_model_flops_are_a_share_of_the_data_sheet():
+    row = {"flops": 989e9, "samples": {"wall_ms": [2.0] * 9}}
+    found = record(CASE, {"ours/x": row}, batch=2, context=50)
+    assert judged(target(targets.mfu("ours/x"), ">= 50 %"), found).figure.median == 50.0
+    assert judged(target(targets.tokens_per_s("ours/x"), "> 1 tokens/s"), found).figure[0] == 5e4
+
+
+def test_the_page_lists_what_is_missed_first_and_what_is_not_measured_before_what_is_met():
+    found = records.read(report.HERE / "results")
+    kinds = [outcome.kind for outcome in targets.outcomes(found)]
+    assert kinds == sorted(kinds, key=targets.KINDS.index)
+    assert {"missed", "not measured", "met"} <= set(kinds)
+    text = report.render(report.ordered(found))
+    assert text.index("## Targets") < text.index("## Where Rodimus loses")
+    lines = text[text.index("## Targets") :].partition("\n## Where")[0].splitlines()
+    rows = [line for line in lines if line.startswith(tuple(f"| {k} |" for k in targets.KINDS))]
+    assert len(rows) == len(kinds) == len(targets.TARGETS)
+
+
+def test_records_of_another_machine_have_no_targets():
+    found = [record(CASE, {"a/b": {"samples_ms": STEADY}}, {"name": "Test GPU"})]
+    assert "## Targets" not in report.render(found)
+
+
+def test_every_target_whose_records_exist_is_measured():
+    names = [(target.machine, target.name) for target in targets.TARGETS]
+    assert len(set(names)) == len(names)
+    found = records.read(report.HERE / "results")
+    recorded = {(folder_name(r["machine"]["name"]), f"{r['group']}-{r['case']}") for r in found}
+    for outcome in targets.outcomes(found):
+        machine, *_, cases = outcome.target
+        wanted = {(machine, name) for case in cases for name in case}
+        is_recorded = bool(wanted) and wanted <= recorded
+        assert is_recorded == (outcome.kind != "not measured"), outcome.target.name
+
+
+def test_operators_in_turn_are_all_there():
+    rows = {name: {"samples_ms": [0.125] * 9} for name in ("ours/x", "peer/y")}
+    sum_of_two = target(targets.together_us("ours/x", "peer/y"), "<= 250 us")
+    assert judged(sum_of_two, record(CASE, rows)).figure.median == 250.0
+    del rows["ours/x"]
+    assert judged(sum_of_two, record(CASE, rows)).kind == "not measured"
+
+
+def test_the_readme_counts_them():
+    found = [outcome.kind for outcome in targets.outcomes(records.read(report.HERE / "results"))]
+    told = docs.figures()["targets"]
+    assert f"{found.count('met')} of {len(found)} are met" in told
+    assert f"{found.count('missed')} missed" in told
+    assert f"{found.count('not measured')} not measured" in told
