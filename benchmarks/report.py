@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, plots, records, targets, tested, timing
+from . import docs, peers, plots, records, targets, tested, timing, work
 from .docs import table
 from .records import RecordError, measured, model_of
 
@@ -60,6 +60,9 @@ Engines: `dynamic` and `static` are the caches of transformers, `graph` is the s
 cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,
 `package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.
 `llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.
+
+GBps and TFLOPs of an operator are of the work that no form of it avoids, for a peer alike: each
+input read and each output written once in each direction, and the products or the recurrence.
 
 """
 
@@ -453,7 +456,7 @@ _NUMBERS = (
 
 def _others(found: list[Record]) -> list[str]:
     """Records of operators and of the engine: every number that some row of the group has."""
-    every = [(record, row) for record in found for row in measured(record)]
+    every = [(r, {**row, **work.rates(r, row)}) for r in found for row in measured(r)]
     fields = [name for name in _NUMBERS if any(name in row for _, row in every)]
     rows = []
     for record, row in every:

@@ -132,7 +132,7 @@ def test_the_page_lists_what_is_missed_first_and_what_is_not_measured_before_wha
 
 
 def test_records_of_another_machine_have_no_targets():
-    found = [record(CASE, {"a/b": {"samples_ms": STEADY}}, {"name": "Test GPU"})]
+    found = [record("other-case", {"a/b": {"samples_ms": STEADY}}, {"name": "Test GPU"})]
     assert "## Targets" not in report.render(found)
 
 
