@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from . import peers, sizes
+from . import peers, sizes, work
 from .harness import READ
 from .machine import folder_name
 from .quality.protocols import HARDEST_RECALL, PAPER_MQAR
@@ -26,6 +27,17 @@ STYLES = {
     "mamba2-like-1.5b": ("P", ":", "0.65"),
     "fla-rodimus-plus-1.6b": ("X", "--", "0.6"),
 }
+
+# group: marker and name of an operator
+OPERATORS = {
+    "ddts-forward": ("o", "DDTS"),
+    "ddts-training": ("s", "DDTS and backward"),
+    "ddts-step": ("^", "DDTS step"),
+    "attention-forward": ("D", "attention"),
+    "attention-training": ("v", "attention and backward"),
+    "attention-decode": ("P", "attention step"),
+}
+OUR_FORMS = {"triton", "triton_chunk", "triton_recurrent", "native"}
 
 
 def _alike(found: list[Record], group: str, **settings: Any) -> list[Record]:
@@ -157,6 +169,53 @@ def train_speed(found: list[Record], axes: Any) -> None:
     _finish(axes, "Training step", "tokens a row", "tokens a second")
 
 
+def roofline(found: list[Record], axes: Any) -> None:
+    """TFLOP/s of operators over the operations a byte that they have to make, below what memory and
+    matrix units of the run reach; the fastest of ours and the fastest other of each record."""
+    points = [*_operators(found)]
+    copy, gemm = (
+        max(record["ceilings"][name] for record, *_ in points)
+        for name in ("copy_GBps", "gemm_TFLOPs")
+    )
+    ridge = 1e3 * gemm / copy
+    least = min(intensity for _, intensity, *_ in points) / 2
+    most = 2 * max(ridge, *(intensity for _, intensity, *_ in points))
+    roof = {least: copy * least / 1e3, ridge: gemm, most: gemm}
+    axes.plot(list(roof), list(roof.values()), color="0.0", linewidth=1)
+    sides = cycle((1, -1))
+    for record, intensity, rate, ours in points:
+        marker, label = OPERATORS[record["group"]]
+        style = {"markerfacecolor": "0.0" if ours else "white", "zorder": 3 if ours else 2}
+        seen = label in axes.get_legend_handles_labels()[1]
+        style["label"] = "_again" if seen or not ours else label
+        axes.plot([intensity], [rate], marker, color="0.0", markersize=5, **style)
+        if ours and record["group"].endswith(("step", "decode")):
+            # numbers near each other would overlap
+            side = next(sides)
+            place = {"xytext": (5 * side, -3 * side), "ha": "left" if side > 0 else "right"}
+            place |= {"textcoords": "offset points", "fontsize": 6}
+            axes.annotate(f"{record['settings']['batch']}", (intensity, rate), **place)
+    title = "Operators in bf16 (filled: ours; hollow: fastest other; numbers: sequences)"
+    title += f"\nline: {copy:,.0f} GB/s of a copy and {gemm:,.0f} TFLOP/s of a GEMM, as measured"
+    _finish(axes, title, "operations a byte that has to move", "TFLOP/s")
+
+
+def _operators(found: list[Record]) -> Iterator[tuple[Record, float, float, bool]]:
+    """Record, operations a byte, TFLOP/s and whether it is ours, of the fastest row of each side in
+    bfloat16, where both bytes and operations are counted."""
+    for record in (r for group in OPERATORS for r in _alike(found, group)):
+        sides: dict[bool, list[Mapping[str, Any]]] = {}
+        for row in measured(record):
+            if row["family"] != "step-int8":
+                ours = not OUR_FORMS.isdisjoint((row["family"], row["engine"]))
+                sides.setdefault(ours, []).append(row)
+        for ours, rows in sides.items():
+            best = min(rows, key=lambda row: row["median_ms"])
+            moved, flops = work.of(record, best)
+            if moved and flops:
+                yield record, flops / moved, flops / best["median_ms"] / 1e9, ours
+
+
 def recall(found: list[Record], axes: Any) -> None:
     """Accuracy of the hardest recall test over the state expansion, ours and the paper's."""
     lines: Points = {}
@@ -190,6 +249,7 @@ PLOTS: dict[str, tuple[str, str, Callable[[list[Record], Any], None]]] = {
     "state_memory": ("State memory against context", "memory", state_memory),
     "prefill_speed": ("Prefill speed against length", "prefill", prefill_speed),
     "train_speed": ("Training speed against length", "train", train_speed),
+    "roofline": ("Operators below the roofs of memory and GEMMs", "", roofline),
     "recall": ("Recall against state expansion", "quality", recall),
 }
 
@@ -217,6 +277,8 @@ def pictures(found: list[Record]) -> Iterator[Picture]:
 def _says_more_than_a_point(name: str, group: str, found: list[Record]) -> bool:
     if name == "recall":
         return len(_recall_records(found)) > 1
+    if name == "roofline":
+        return len({record["case"] for record, *_ in _operators(found)}) > 1
     axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
     axis, fixed = axes.get(name, ("context", {"batch": 1}))
     places = {record["settings"][axis] for record in _alike(found, group, **fixed)}

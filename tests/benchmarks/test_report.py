@@ -262,3 +262,46 @@ def test_a_picture_shows_one_dtype():
     latency = lambda found: plots._measured(found, "decode", "context", "median_ms", batch=1)
     for what in (throughput, latency, plots._read_rates, plots.names):
         assert what(whole[:1] + others) == what(whole[:1])
+
+
+def operator(group, ours_ms, other_ms, **settings):
+    """A record of ours in two forms, of flash-linear-attention's, and of other bytes."""
+    rows = [
+        row(target, [time], median_ms=time, floor_bytes=10**9)
+        for target, time in (("ddts/triton", ours_ms), ("ddts/native", 9.0), ("x/fla", other_ms))
+    ]
+    rows += [row("step-int8/native", [0.1], family="step-int8", median_ms=0.1, floor_bytes=10**9)]
+    settings = {"batch": 8, "context": 4, "key_dim": 10**4, "value_dim": 10**4, **settings}
+    settings.setdefault("dtype", "bfloat16")
+    ceilings = {"copy_GBps": 4000.0, "gemm_TFLOPs": 800.0}
+    case = f"b{settings['batch']}"
+    about = {"settings": settings, "machine": MACHINE, "ceilings": ceilings}
+    return records.make(group, case, rows=rows, **about)
+
+
+def test_operators_stand_below_the_roof_of_their_run():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    found = [operator("ddts-forward", 1.0, 2.0), operator("ddts-training", 4.0, 8.0, batch=2)]
+    plots.roofline(found, axes)
+    roof, *points = axes.lines
+    # 12.8 operations a byte forward and 9.6 with backward; the roof bends at 200
+    assert [200.0, 800.0] in [list(place) for place in roof.get_xydata()]
+    places = [x for line in points for x in line.get_xydata()[0]]
+    assert places == pytest.approx([12.8, 12.8, 12.8, 6.4, 9.6, 2.4, 9.6, 1.2])
+    # in black and white: a marker for each operator, and only ours is filled
+    assert [line.get_marker() for line in points] == ["o", "o", "s", "s"]
+    assert [line.get_markerfacecolor() == "white" for line in points] == [False, True] * 2
+    assert "4,000 GB/s" in axes.get_title() and "800 TFLOP/s" in axes.get_title()
+
+
+def test_the_roofline_is_a_picture_where_operators_were_timed(found):
+    found += [operator("ddts-forward", 1.0, 2.0)]
+    assert "plots/Test_CPU/roofline.png" not in plots.names(found).values()
+    found += [operator("ddts-forward", 1.0, 2.0, batch=1)]
+    assert "plots/Test_CPU/roofline.png" in plots.names(found).values()
+    whole = [operator("ddts-forward", 1.0, 2.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    assert plots.names(whole) == {}
+    # of elementwise operators no products are counted
+    for record in found:
+        record["group"] = record["group"].replace("ddts-forward", "ddts-surroundings")
+    assert "plots/Test_CPU/roofline.png" not in plots.names(found).values()
