@@ -2,10 +2,15 @@
 
     python -m benchmarks.compare HEAD~5 --group decode --context 1024
     python -m benchmarks.compare main . --scale tiny
+    python -m benchmarks.compare --records HEAD~5
 
 Each commit runs in its own process from an exported tree; ``.`` is the working tree as it is. The
 benchmarks themselves are always those of this checkout. The processes take turns round by round, so
 a busy machine slows both alike.
+
+With ``--records`` nothing is timed: base and head are folders of records, or commits whose
+committed records are read. Their rounds were not interleaved, so the interval of a ratio goes from
+one end of both medians' intervals to the other.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -24,7 +30,7 @@ from typing import Any
 
 import torch
 
-from . import machine, peers, records, timing
+from . import machine, peers, records, targets, timing
 from .harness import DISAGREEMENT_LIMITS, DTYPES
 from .sizes import SCALES
 
@@ -96,6 +102,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1)
     add("--native", action="store_true", help="build csrc/ in exported trees first")
     add("--out", type=Path, help="folder for a record")
+    add("--records", action="store_true", help="compare records of two commits or folders")
+    add("--fail", type=float, metavar="PERCENT", help="with --records: status 1 if slower by more")
     add("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if not options.worker and options.base is None:
@@ -103,6 +111,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     return options
+
+
+def extract(commit: str, tree: Path, *paths: str) -> Path:
+    """Write the files of a commit, or those of some of its paths, into a new folder.
+
+    Raises:
+        ValueError: there is no such commit or path.
+    """
+    command = ["git", "-C", str(machine.ROOT), "archive", commit, *paths]
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        raise ValueError(f"no commit {commit!r}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(tree, filter="data")
+    return tree
 
 
 def export(commit: str, folder: Path, native: bool) -> Path:
@@ -113,13 +136,7 @@ def export(commit: str, folder: Path, native: bool) -> Path:
     """
     if commit == ".":
         return machine.ROOT
-    command = ["git", "-C", str(machine.ROOT), "archive", commit]
-    done = subprocess.run(command, capture_output=True)
-    if done.returncode:
-        raise ValueError(f"no commit {commit!r}: {done.stderr.decode().strip()}")
-    tree = folder / "tree"
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(tree, filter="data")
+    tree = extract(commit, folder / "tree")
     # the benchmarks that run are those of this checkout
     shutil.rmtree(tree / "benchmarks", ignore_errors=True)
     if native:
@@ -207,12 +224,122 @@ def _row(label: str, workers: dict[str, Worker], options: argparse.Namespace) ->
     )
 
 
+# ----------------------------------------------------------------------------------------------
+# Records of two commits or folders
+# ----------------------------------------------------------------------------------------------
+
+Key = tuple[str, str]
+
+
+def read_set(name: str) -> dict[Key, dict[str, Any]]:
+    """Records by machine and case.
+
+    Args:
+        name: A folder, ``.`` for that of this checkout, or a commit.
+
+    Raises:
+        ValueError: it is none of them, or has no records.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        place = machine.RESULTS if name == "." else Path(name)
+        if not place.is_dir():
+            try:
+                place = extract(name, Path(scratch), "benchmarks/results")
+            except ValueError as error:
+                raise ValueError(
+                    f"neither a folder nor a commit with records: {name!r} ({error})"
+                ) from error
+        found = records.read(place)
+    if not found:
+        raise ValueError(f"no records in {name!r}")
+    return {(r["machine"]["name"], f"{r['group']}-{r['case']}"): r for r in found}
+
+
+def ratio_of_medians(base: dict[str, Any], head: dict[str, Any], target: str) -> timing.Ratio:
+    """How many times as fast head is; the interval holds the ratios of both medians' intervals."""
+    before, after = (targets.interval(targets.times(r, target), (r,)) for r in (base, head))
+    bounds = before.low / after.high, before.high / after.low
+    return timing.Ratio(before.median / after.median, *bounds, before.coverage * after.coverage)
+
+
+def compare_records(base: str, head: str, allowed: float | None) -> int:
+    """Print the ratio of every target that both sets have timed, slower ones of a case first.
+
+    Args:
+        allowed: Percent by which head may be slower.
+
+    Returns:
+        1 if a target is slower by more than allowed, throughout its interval, else 0.
+    """
+    before, after = map(read_set, (base, head))
+    alone: set[str] = set()
+    same, status = 0, 0
+    for key in sorted(before.keys() | after.keys()):
+        pair = [found.get(key) for found in (before, after)]
+        if pair[0] == pair[1]:
+            same += 1
+            continue
+        timed = [_timed(record) if record else set() for record in pair]
+        alone |= {f"{key[1]} {target}" for target in timed[0] ^ timed[1]}
+        ratios = {t: ratio_of_medians(*pair, t) for t in sorted(timed[0] & timed[1])}
+        if ratios:
+            print(f"{key[0]}: {key[1]}, {_told(*pair)}")
+        for target, ratio in sorted(ratios.items(), key=lambda item: item[1]):
+            print(f"  {target:<34} {_line(ratio, *pair, target)}")
+            if allowed is not None and _kind(ratio) == "slower":
+                status |= ratio.high < 1 / (1 + allowed / 100)
+    if alone:
+        print(f"in one set only: {', '.join(sorted(alone))}")
+    print(f"the same in both: {same} record{'s' * (same != 1)}")
+    return int(status)
+
+
+def _timed(record: dict[str, Any]) -> set[str]:
+    return {
+        row["target"]
+        for row in records.measured(record)
+        if "samples_ms" in row or "wall_ms" in row.get("samples", ())
+    }
+
+
+def _line(ratio: timing.Ratio, base: dict[str, Any], head: dict[str, Any], target: str) -> str:
+    times = (f"{statistics.median(targets.times(r, target)):9.4g} ms" for r in (base, head))
+    told = f"{ratio.median:.3f}x as fast ({ratio.low:.3f} .. {ratio.high:.3f}) {_kind(ratio)}"
+    return "  ".join((*times, told))
+
+
+def _kind(ratio: timing.Ratio) -> str:
+    """``open`` where the interval encloses 1 or rests on few rounds."""
+    if ratio.coverage < targets.ENOUGH_COVERAGE or ratio.low <= 1 <= ratio.high:
+        return "open"
+    return "slower" if ratio.high < 1 else "faster"
+
+
+def _told(base: dict[str, Any], head: dict[str, Any]) -> str:
+    """Commits, and the versions that differ."""
+    commits = (record["machine"].get("commit", "unknown")[:12] for record in (base, head))
+    told = ["commit " + ", then ".join(commits)]
+    old, new = (record["machine"].get("versions", {}) for record in (base, head))
+    told += [
+        f"{name} {old.get(name)}, then {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    return "; ".join(told)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print both commits and the ratio of the second to the first."""
     options = parse(arguments)
     if options.worker:
         serve(options)
         return 0
+    if options.records:
+        try:
+            return compare_records(options.base, options.head, options.fail)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     try:
         record = measure(options)
     except (ValueError, RuntimeError, peers.Unavailable) as error:

@@ -103,15 +103,15 @@ def outcome(target: Target, found: Iterable[Record]) -> Outcome:
         if target.figure is None:
             return Outcome(target)
         cases = [tuple(named[name] for name in case) for case in target.cases]
-        every = [Outcome(target, _interval(target.figure(*case), case), case) for case in cases]
+        every = [Outcome(target, interval(target.figure(*case), case), case) for case in cases]
     except KeyError:
         return Outcome(target)
     worst = max if target.is_limit else min
     return worst(every, key=lambda outcome: outcome.figure.median)
 
 
-def _interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
-    """As the interval of a ratio to one."""
+def interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
+    """Median and interval of a figure of some records: those of its ratio to one."""
     sittings = case[0]["settings"].get("sittings", ())
     return timing.ratio(rounds, [1.0] * len(rounds), sittings)
 
