@@ -73,7 +73,9 @@ are those of one layer of the 1.6B model, tokens and training steps are of Rodim
 in bfloat16; a token is one of `engine`. `fla` is `chunk_gla` of flash-linear-attention, Flex
 is FlexAttention on the key head in place. A backward is what forward and backward take beyond
 a forward timed by itself. MFU is of the data sheet's dense FLOP/s; below, a training step's
-share is of a measured rate.
+share is of a measured rate. Where the time goes: [decoding](../docs/kernels/measured.md),
+[DDTS](../docs/kernels/ddts.md), [attention](../docs/kernels/shared_key_attention.md),
+[training](../docs/training.md#speed-on-a-gpu).
 
 """
 
