@@ -203,7 +203,7 @@ def roofline(found: list[Record], axes: Any) -> None:
 def _operators(found: list[Record]) -> Iterator[tuple[Record, float, float, bool]]:
     """Record, operations a byte, TFLOP/s and whether it is ours, of the fastest row of each side in
     bfloat16, where both bytes and operations are counted."""
-    for record in (r for group in OPERATORS for r in _alike(found, group)):
+    for record in (r for group in OPERATORS for r in _alike(found, group, cache=None)):
         sides: dict[bool, list[Mapping[str, Any]]] = {}
         for row in measured(record):
             if row["family"] != "step-int8":

@@ -300,6 +300,7 @@ def test_the_roofline_is_a_picture_where_operators_were_timed(found):
     found += [operator("ddts-forward", 1.0, 2.0, batch=1)]
     assert "plots/Test_CPU/roofline.png" in plots.names(found).values()
     whole = [operator("ddts-forward", 1.0, 2.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    whole += [operator("ddts-forward", 1.0, 2.0, batch=1, cache="cold")]
     assert plots.names(whole) == {}
     # of elementwise operators no products are counted
     for record in found:

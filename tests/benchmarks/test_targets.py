@@ -112,6 +112,15 @@ def test_the_bound_of_a_round_is_that_of_the_memory_in_it():
     assert judged(case, found).figure[:3] == (1.25, 1.25, 1.25)
 
 
+def test_the_hosts_time_of_a_step_is_what_its_kernels_leave():
+    # the kernels of a call, which is two steps
+    row = {"kernels_ms": 3.0, "samples": {"step": [2.0] * 9, "model": [1.0] * 9}}
+    host = target(targets.host_us("ours/greedy"), "<= 50 us")
+    assert judged(host, record(CASE, {"ours/greedy": row}, steps=2)).figure[:3] == (500.0,) * 3
+    del row["kernels_ms"]
+    assert judged(host, record(CASE, {"ours/greedy": row}, steps=2)).kind == "not measured"
+
+
 def test_model_flops_are_a_share_of_the_data_sheet():
     row = {"flops": 989e9, "samples": {"wall_ms": [2.0] * 9}}
     found = record(CASE, {"ours/x": row}, batch=2, context=50)
