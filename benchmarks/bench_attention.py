@@ -47,9 +47,6 @@ POINTS = {
     ],
 }
 
-# relative errors: rounding of the weights and of the output to 8 bits; three tf32 products for fp32
-LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
 
 def flops(what: str, batch: int, length: int, dim: int, window: int) -> int:
     """Forward: two products a pair. Backward: five, one of which repeats the forward's."""
@@ -77,22 +74,22 @@ def check(impl: str, dim: int, window: int, device, dtype) -> float:
     actual = gradients(functools.partial(attend, impl=impl), tensors)
     exact = gradients(functools.partial(attend, impl="sdpa"), [x.double() for x in tensors])
     error = max(relative_error(a, e) for a, e in zip(actual, exact, strict=True))
-    assert error <= LIMITS[dtype], f"{impl}: relative error {error:.1e}"
+    assert error <= operators.LIMITS[dtype], f"{impl}: relative error {error:.1e}"
     return error
 
 
-def sequence_call(what, function, tensors, floor_ms=None) -> Call:
+def sequence_call(what, function, tensors, flops=None) -> Call:
     """Forward alone, or forward and all gradients."""
     if what == "training":
         leaves = [x.detach().requires_grad_() for x in tensors[:3]]
         train = lambda: torch.autograd.grad(function(*leaves), leaves, tensors[3])
-        return Call(train, floor_ms=floor_ms)
+        return Call(train, flops=flops)
 
     def infer():
         with torch.no_grad():
             function(*tensors[:3])
 
-    return Call(infer, floor_ms=floor_ms)
+    return Call(infer, flops=flops)
 
 
 def repeated(function):
@@ -100,16 +97,16 @@ def repeated(function):
     return lambda q, k, v: function(q, k.repeat(1, 1, HEADS, 1), v)
 
 
-def sequence_calls(what, tensors, window, impl, floor_ms) -> dict[str, Call]:
+def sequence_calls(what, tensors, window, impl, flops) -> dict[str, Call]:
     """Ours, and each peer with the key expanded and copied."""
     attend = functools.partial(shared_key_attention, window_size=window)
     found = {}
     for name in (impl, *(peer for peer in PEERS if peer != impl)):
         function = functools.partial(attend, impl=name)
-        found[f"{name}/expanded"] = sequence_call(what, function, tensors, floor_ms)
+        found[f"{name}/expanded"] = sequence_call(what, function, tensors, flops)
         if name != impl:
             copied = repeated(function)
-            found[f"{name}/repeated"] = sequence_call(what, copied, tensors, floor_ms)
+            found[f"{name}/repeated"] = sequence_call(what, copied, tensors, flops)
     return found
 
 
@@ -130,7 +127,7 @@ def decode_calls(batch, rows, dim, window, impl, device, dtype) -> dict[str, Cal
         }
         exact = calls["reference"]()[0].double()
         for name, call in calls.items():
-            assert relative_error(call()[0], exact) <= LIMITS[dtype], f"{label}/{name}"
+            assert relative_error(call()[0], exact) <= operators.LIMITS[dtype], f"{label}/{name}"
             found[f"{label}/{name}"] = Call(call, batch * window * row_bytes, len(caches))
     return found
 
@@ -165,8 +162,8 @@ def calls_of(point, bench, impl) -> tuple[dict[str, Call], float | None]:
     torch.compiler.reset()
     error = check(impl, dim, window, device, dtype)
     tensors = make_inputs(batch, length, dim, device, dtype)
-    floor_ms = flops(what, batch, length, dim, window) / bench.ceilings["gemm_TFLOPs"] / 1e9
-    return sequence_calls(what, tensors, window, impl, floor_ms), error
+    products = flops(what, batch, length, dim, window)
+    return sequence_calls(what, tensors, window, impl, products), error
 
 
 def test_attention(bench, benchmark, start, point):

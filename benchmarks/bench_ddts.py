@@ -9,19 +9,11 @@ cache. Before anything is timed, its values and gradients are compared with floa
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from rodimus_kernels import (
-    ddts,
-    ddts_gates,
-    ddts_step,
-    gated_rms_norm,
-    input_gate,
-    native,
-    short_conv,
-)
+from rodimus_kernels import ddts, ddts_step, native
 from rodimus_kernels.testing import (
     DdtsCase,
     DdtsInputs,
@@ -31,10 +23,13 @@ from rodimus_kernels.testing import (
     run_ddts,
 )
 
-from . import operators, records
+from . import bench_fused, operators, records
+from .bench_fused import Shape, size
+from .harness import Bench
 from .operators import Call
 
-KEY_DIM, RANK = 64, 32
+KEY_DIM = 64
+SURROUNDINGS = ("short_conv", "input_gate", "ddts_gates", "gated_rms_norm")
 
 # what, batch, length, V
 POINTS = {
@@ -54,21 +49,13 @@ POINTS = {
     ],
 }
 
-# relative errors: rounding of inputs and states to 8 bits; fp32 products are three tf32 ones
-LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-
-
-def size(*tensors: torch.Tensor) -> int:
-    """Bytes of tensors."""
-    return sum(x.nbytes for x in tensors)
-
 
 def check(case: DdtsCase, impl: str, device: torch.device) -> float:
     """Largest relative error of any output or gradient of the shape with 64 columns of V."""
     inputs = ddts_inputs(case, device=device)
     actual = run_ddts(ddts, inputs, impl=impl)
     exact = run_ddts(ddts, inputs, dtype=torch.float64, impl="eager")
-    assert_close(actual, exact, LIMITS[case.dtype])
+    assert_close(actual, exact, operators.LIMITS[case.dtype])
     return max(relative_error(actual[name], exact[name]) for name in exact)
 
 
@@ -105,26 +92,24 @@ def training(inputs: DdtsInputs, function: Callable) -> Call:
 PASSES = {"forward": forward, "training": training}
 
 
-def surroundings(inputs: DdtsInputs, impl: str) -> dict[str, Call]:
-    """Convolution, input gate, gates and the gated norm of a layer, forward."""
-    batch, length, _, width = inputs.v.shape
-    like = {"device": inputs.v.device, "dtype": inputs.v.dtype}
-    x, gate = torch.randn(batch, length, 2 * width, **like).chunk(2, dim=-1)
-    raw = torch.randn(batch, length, 1, 4 * KEY_DIM, **like).split(KEY_DIM, dim=-1)
-    taps, weight = torch.randn(width, 4, **like), torch.ones(width, **like)
-    o, residual = (torch.randn(batch, length, width, **like) for _ in range(2))
-    hidden, low_rank = torch.randn(batch, length, RANK, **like), torch.randn(width, RANK, **like)
-    norm = functools.partial(gated_rms_norm, residual=residual, residual_weight=weight, impl=impl)
-    return {
-        "short_conv": Call(lambda: short_conv(x, taps, weight, impl=impl), 2 * size(x)),
-        "input_gate": Call(
-            lambda: input_gate(x, hidden, low_rank, weight, impl=impl), 2 * size(x) + size(hidden)
-        ),
-        "ddts_gates": Call(
-            lambda: ddts_gates(*raw[1:], impl=impl), size(*raw[1:]) + 8 * raw[0].numel()
-        ),
-        "gated_rms_norm": Call(lambda: norm(o, gate, weight), 4 * size(o)),
-    }
+def surroundings(
+    bench: Bench, batch: int, length: int, width: int, impls: Sequence[str]
+) -> tuple[dict[str, Call | str], float]:
+    """Convolution, input gate, gates and the gated norm of a layer, forward; with the largest error
+    of any of them against float64.
+
+    Args:
+        impls: The first is ours and must be right; others that are not have a reason.
+    """
+    shape = Shape.of(bench.scale, batch, length)._replace(inner=width, keys=KEY_DIM)
+    calls, largest = {}, 0.0
+    for name in SURROUNDINGS:
+        operator = bench_fused.make(name, shape, bench.device, bench.dtype)
+        others = {impl: operator.ours(impl) for impl in impls[1:]}
+        found, error = bench_fused.calls_of("forward", name, operator, impls[0], others)
+        calls |= found
+        largest = max(largest, error)
+    return calls, largest
 
 
 def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], float]:
@@ -143,12 +128,12 @@ def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], f
     for impl in impls:
         state = one.clone()
         found = ddts_step(q, k, v, log_decay, state, impl=impl)
-        assert relative_error(state, exact) <= LIMITS[torch.float32], impl
+        assert relative_error(state, exact) <= operators.LIMITS[torch.float32], impl
         error = max(error, relative_error(found, o))
         step = functools.partial(ddts_step, q, k, v, log_decay, impl=impl)
         call = lambda step=step: [step(state) for state in states]
         calls[f"ddts_step/{impl}"] = Call(call, 2 * size(one) + size(q, k, v, log_decay, v), count)
-    assert error <= LIMITS[case.dtype], error
+    assert error <= operators.LIMITS[case.dtype], error
     return calls, error
 
 
@@ -161,13 +146,6 @@ def fla_forward(q, k, v, log_decay):
 
 def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call]:
     """What is timed at a point, by name."""
-    if what == "surroundings":
-        impls = ("triton", "reference") if on_gpu else ("reference",)
-        return {
-            f"{name}/{impl}": call
-            for impl in impls
-            for name, call in surroundings(inputs, impl).items()
-        }
     impl = "triton_chunk" if on_gpu else "eager"
     ours = functools.partial(ddts, impl=impl)
     return {
@@ -182,13 +160,14 @@ def test_ddts(bench, benchmark, start, point):
     name = f"{bench.case(batch, length)}-v{width}"
     start(f"ddts-{what}", name)
     case = DdtsCase(batch, length, 1, KEY_DIM, width, states=False, dtype=bench.dtype)
-    error = None
     if what == "step":
         calls, error = step_calls(case, bench.device)
+    elif what == "surroundings":
+        impls = ("triton", "reference") if on_gpu else ("reference",)
+        calls, error = surroundings(bench, batch, length, width, impls)
     else:
-        if what != "surroundings":
-            narrow = dataclasses.replace(case, value_dim=min(width, 64))
-            error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
+        narrow = dataclasses.replace(case, value_dim=min(width, 64))
+        error = check(narrow, "triton_chunk" if on_gpu else "eager", bench.device)
         calls = calls_of(what, make_inputs(case, bench.device), on_gpu)
     rows, rounds = operators.measure(bench, benchmark, calls)
     settings = {

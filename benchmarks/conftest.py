@@ -25,7 +25,7 @@ from .harness import DTYPES, Bench
 from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
-MODULES = ("ddts", "attention", "blocks", "decode", "train", "prefill", "memory", "engine")
+MODULES = ("ddts", "attention", "blocks", "fused", "decode", "train", "prefill", "memory", "engine")
 GPU_CASE_SECONDS = 20.0
 
 

@@ -17,21 +17,37 @@ ROTATED_BYTES = 2**28
 PEER_LIMIT_SECONDS = 90.0
 """A peer that takes longer to compile and choose among its kernels is skipped."""
 
+LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+"""Relative errors: rounding of inputs, states and outputs to 8 bits; fp32 products are three tf32
+ones."""
+
 
 class Call(NamedTuple):
     """An operator to time.
 
     Attributes:
         function: Runs it.
-        floor_bytes: That one run cannot avoid; its floor is these over the measured copy rate.
+        floor_bytes: That one run cannot avoid.
         runs: Of the operator by the function.
-        floor_ms: Of one run, where the floor is no number of bytes.
+        flops: Of the products that one run cannot avoid.
     """
 
     function: Callable[[], object]
     floor_bytes: int | None = None
     runs: int = 1
-    floor_ms: float | None = None
+    flops: int | None = None
+
+    @property
+    def work(self) -> dict[str, int]:
+        """Bytes and operations, those of the two that are counted."""
+        found = {"floor_bytes": self.floor_bytes, "flops": self.flops}
+        return {name: count for name, count in found.items() if count is not None}
+
+
+def floor_ms(work: Mapping[str, int], ceilings: Mapping[str, float]) -> float:
+    """The later of bytes over the measured copy rate and operations over that of a large GEMM."""
+    bytes_ms = work.get("floor_bytes", 0) / ceilings["copy_GBps"] / 1e6
+    return max(bytes_ms, work["flops"] / ceilings["gemm_TFLOPs"] / 1e9 if "flops" in work else 0.0)
 
 
 def rotated(nbytes: int) -> int:
@@ -133,12 +149,8 @@ def measure(
     rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
     for name in graphs:
-        _, floor_bytes, runs, floor_ms = calls[name]
-        facts: dict[str, Any] = {"calls": runs, "peak_bytes": peaks[name]}
-        if floor_bytes is not None:
-            floor_ms = floor_bytes / bench.ceilings["copy_GBps"] / 1e6
-            facts["floor_bytes"] = floor_bytes
-        rows.append(measured(name, turns, floor_ms, **facts))
+        work, facts = calls[name].work, {"calls": calls[name].runs, "peak_bytes": peaks[name]}
+        rows.append(measured(name, turns, floor_ms(work, bench.ceilings), **facts, **work))
     return rows, {"rounds": rounds, "warm_up_rounds": warm_up}
 
 
@@ -152,13 +164,19 @@ def measured(
         turns: has timed what :func:`captured` returned.
         floor_ms: of a single run.
         calls: of the operator by the function that was captured.
-        more: fields to add.
+        more: fields to add; from ``floor_bytes`` and ``flops`` follow the rates of the median.
     """
     on_gpu = turns.device.type == "cuda"
     clock = "device_ms" if on_gpu else "wall_ms"
     runs = calls * (RUNS_IN_A_GRAPH if on_gpu else 1)
     samples = [sample / runs for sample in turns.column(name, clock)]
     summary = timing.summarize(samples)
+    rates = {"GBps": ("floor_bytes", 1e6), "TFLOPs": ("flops", 1e9)}
+    more |= {
+        rate: more[work] / summary.median / unit
+        for rate, (work, unit) in rates.items()
+        if work in more
+    }
     return records.row(
         *(name, *name.split("/")),
         clock=clock,

@@ -86,9 +86,9 @@ def candidate(name: str, index: int, case: Case) -> Iterator[dict[str, Any] | No
     turns = timing.RoundRobin(graphs, case.device, focus=focus)
     for _ in range(turns.settle(ROUNDS, CASE_SECONDS)[0]):
         turns.round()
-    bytes_ms = floor_bytes / ceilings["copy_GBps"] / 1e6
-    floor_ms = max(bytes_ms, launch.flops / ceilings["gemm_TFLOPs"] / 1e9)
-    more = {"floor_bytes": floor_bytes, "flops": launch.flops, "error": error, "chosen": is_chosen}
+    work = {"floor_bytes": floor_bytes, "flops": launch.flops}
+    floor_ms = operators.floor_ms(work, ceilings)
+    more = {**work, "error": error, "chosen": is_chosen}
     row = operators.measured(focus, turns, floor_ms, **more)
     if not is_chosen:
         other = operators.measured("chosen/chosen", turns, floor_ms)["samples_ms"]

@@ -87,7 +87,7 @@ def take_share(share: int, shares: int) -> None:
 
 def operator_jobs() -> Iterator[Job]:
     """Each point of the operators' benchmarks; fla's kernels in shares."""
-    from . import bench_attention, bench_ddts
+    from . import bench_attention, bench_ddts, bench_fused
 
     # training first: it compiles most
     for index in sorted(
@@ -95,7 +95,9 @@ def operator_jobs() -> Iterator[Job]:
         key=lambda i: bench_ddts.POINTS["cuda"][i][0] != "training",
     ):
         what, _, length, width = bench_ddts.POINTS["cuda"][index]
-        yield Job("ddts", str(index))
+        # their kernels are those of the fused operators
+        if what != "surroundings":
+            yield Job("ddts", str(index))
         # a longer sequence has no kernels of its own, and training has those of the forward pass
         if what == "training" and length == 4096:
             for share in range(8):
@@ -105,6 +107,8 @@ def operator_jobs() -> Iterator[Job]:
         others = ("flex", *(("flash",) if flash else ())) if what != "decode" else ()
         for impl in ("triton", *others):
             yield Job("attention", f"{index},{impl}")
+    for index in range(len(bench_fused.POINTS["cuda"])):
+        yield Job("fused", str(index))
 
 
 def model_jobs() -> Iterator[Job]:
@@ -128,8 +132,6 @@ def run_ddts(index: int) -> None:
     what, case = _ddts_case(index)
     if what == "step":
         calls = bench.step_calls(case, DEVICE)[0].values()
-    elif what == "surroundings":
-        calls = bench.surroundings(bench.make_inputs(case, DEVICE), "triton").values()
     else:
         inputs = bench.make_inputs(case, DEVICE)
         narrow = dataclasses.replace(case, value_dim=64, batch=1, length=512)
@@ -175,6 +177,18 @@ def run_attention(index: int, impl: str) -> None:
         bench.sequence_call(what, bench.repeated(attend), tensors).function()
 
 
+def run_fused(index: int) -> None:
+    """Ours and the peers at a point, as they are timed."""
+    from . import bench_fused as bench
+
+    what, name, batch, length = bench.POINTS["cuda"][index]
+    operator = bench.make(name, bench.Shape.of("full", batch, length), DEVICE, torch.bfloat16)
+    functions = {"triton": operator.ours("triton"), **bench.peers_of(operator, DEVICE)}
+    do = tuple(map(torch.randn_like, bench.results(functions["triton"], operator)))
+    for function in functions.values():
+        bench.pass_of(what, function, operator, do)()
+
+
 def run_model(name: str) -> None:
     """Prefill, decode and a step of training of a model that has every kind of layer once."""
     from . import bench_decode, bench_train, peers, sizes
@@ -207,6 +221,7 @@ RUN: dict[str, Callable[..., None]] = {
     "ddts": lambda index: run_ddts(int(index)),
     "chunk_gla": lambda index: run_chunk_gla(int(index)),
     "attention": lambda pair: run_attention(int(pair.split(",")[0]), pair.split(",")[1]),
+    "fused": lambda index: run_fused(int(index)),
     "model": run_model,
 }
 JOBS = {"operators": operator_jobs, "models": model_jobs}

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import machine
 
+OPERATORS = ("ddts", "attention", "fused")
 PYTHON = """\
 #!/bin/sh
 echo "$*" >>"$0.log"
@@ -19,7 +20,7 @@ esac
 
 @pytest.mark.parametrize(
     ("parts", "timed"),
-    [("tests", []), ("operators", ["benchmarks/bench_ddts.py", "benchmarks/bench_attention.py"])],
+    [("tests", []), ("operators", [f"benchmarks/bench_{x}.py" for x in OPERATORS])],
 )
 def test_where_the_persistent_kernel_fails_the_rest_is_timed(tmp_path, parts, timed):
     python = tmp_path / "python"

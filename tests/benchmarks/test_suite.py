@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, machine, peers, records, report, timing
+from benchmarks import bench_fused, harness, machine, peers, records, report, timing
 
 FILES = [
     "bench_decode.py",
@@ -21,7 +21,7 @@ FILES = [
 ]
 
 
-OPERATORS = ["bench_ddts.py", "bench_attention.py", "bench_blocks.py"]
+OPERATORS = ["bench_ddts.py", "bench_attention.py", "bench_blocks.py", "bench_fused.py"]
 
 
 def run(folder, *options, files=FILES):
@@ -65,11 +65,13 @@ def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
     run(tmp_path, files=OPERATORS)
     found = records.read(tmp_path)
     groups = {record["group"].partition("-")[0] for record in found}
-    assert groups == {"ddts", "attention", "blocks"}
+    assert groups == {"ddts", "attention", "blocks", "fused"}
     for row in (row for record in found for row in record["rows"]):
         assert row["reason"] if row["status"] == "skipped" else row["floor_ms"] > 0, row["target"]
     measured = {row["target"] for r in found for row in r["rows"] if row["status"] == "measured"}
     assert {"ddts/eager", "sdpa/expanded", "blocks/reference"} <= measured
+    fused = {f"{name}/{engine}" for name in bench_fused.OPERATORS for engine in ("auto", "torch")}
+    assert fused <= measured
 
 
 def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
