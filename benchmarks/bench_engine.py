@@ -1,16 +1,19 @@
 """The generation engine under load: clients that each ask again as soon as they are answered.
 
 Time to the first token and time between tokens as percentiles over the requests, and tokens a
-second of the whole engine. Ours alone: the peers' packages have no engine of their own.
+second of the whole engine. Then steps of a full engine beside those of the model alone: the
+difference is what sampling and the host add. Ours alone: the peers' packages have no engine of
+their own.
 """
 
+import functools
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from . import peers, records, timing
+from . import operators, peers, records, timing
 from .harness import Bench, skipped_row
 
 # (clients, prompt, new tokens)
@@ -21,6 +24,12 @@ POINTS = {
     "cuda": [(1, 1024, 128), (8, 1024, 128), (64, 1024, 128), (8, 16384, 128)],
 }
 REQUESTS_A_CLIENT = {"tiny": 2, "full": 4}
+
+# (running sequences, prompt)
+FULL = {"tiny": (2, 16), "full": (64, 1024)}
+STEPS = 8
+"""Of one timed call of a full engine."""
+SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": peers.SEED}}
 
 
 def serve(engine, prompts: Iterator[list[int]], clients: int, new_tokens: int) -> list:
@@ -93,4 +102,88 @@ def test_engine(bench, start, point):
             torch.cuda.empty_cache()
     settings = {"batch": clients, "context": length, "new_tokens": new_tokens}
     record = bench.record("engine", case, settings, rows)
+    assert records.measured(record) or not rows, rows
+
+
+def full_engine(bench: Bench, model: peers.Model, slots: int, length: int, sampling: dict):
+    """An engine in which every slot has a sequence that runs on for as long as steps are timed."""
+    from rodimus.generation.engine import Engine, Request, SamplingParams
+
+    # until the last prompt is read, and then a call of each target in warm-up and timed rounds
+    room = slots * (2 + length // 512) + 8 * STEPS * bench.rounds
+    engine = Engine(model.model, slots=slots, max_length=length + room)
+    for prompt in peers.random_tokens(slots, length, model).tolist():
+        how = SamplingParams(**sampling)
+        engine.submit(Request(prompt, max_new_tokens=room, sampling=how, stop_tokens=()))
+    while len(engine.running) < slots:
+        engine.step()
+    return engine
+
+
+def measure_steps(bench: Bench, name: str, slots: int, length: int, mode: str) -> dict:
+    """Steps of a full engine, and of its model alone, in turn."""
+    model = bench.model(name)
+    if not isinstance(model, peers.HuggingFaceModel):
+        raise peers.Unavailable(f"{name} has no engine")
+    bench.require_room(model, slots, length)
+    engine = full_engine(bench, model, slots, length, SAMPLING[mode])
+    run = lambda call: [call() for _ in range(STEPS)]
+    alone = torch.no_grad()(functools.partial(engine.decoder, slots))
+    calls = {"step": lambda: run(engine.step), "model": lambda: run(alone)}
+    turns = timing.RoundRobin(calls, bench.device, focus="step")
+    for _ in range(turns.settle(bench.rounds, bench.case_seconds)[0]):
+        turns.round()
+    profile = operators.kernels(calls["step"]) if bench.device.type == "cuda" else {}
+    assert len(engine.running) == slots, "a sequence ended while steps were timed"
+    return records.row(
+        f"{name}/{mode}", model.family, mode, **profile, **step_times(turns, slots, profile)
+    )
+
+
+def step_times(turns: timing.RoundRobin, slots: int, profile: dict) -> dict:
+    """Milliseconds of one step, by fields of a row.
+
+    The model's time is the device's where there is one. ``beside_model_ms`` is the middle of the
+    rounds' differences; ``host_ms`` what is left of a step beside all kernels, sampling's too,
+    where the device's profiler reports them.
+    """
+    clocks = {"step": "wall_ms", "model": "device_ms"}
+    if turns.device.type != "cuda":
+        clocks["model"] = "wall_ms"
+    samples = {n: [ms / STEPS for ms in turns.column(n, clock)] for n, clock in clocks.items()}
+    step, model = samples.values()
+    summary = timing.summarize(step)
+    beside = [a - b for a, b in zip(step, model, strict=True)]
+    found = {
+        "samples": samples,
+        **summary.in_ms(),
+        "model_ms": timing.summarize(model).median,
+        "beside_model_ms": timing.summarize(beside).median,
+        "tokens_per_s": 1e3 * slots / summary.median,
+    }
+    if profile.get("kernels"):
+        found["host_ms"] = summary.median - profile["kernels_ms"] / STEPS
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_steps(bench, start):
+    if bench.scale == "full" and bench.device.type != "cuda":
+        pytest.skip("a CPU computes while its host works: nothing is hidden")
+    slots, length = FULL[bench.scale]
+    case = bench.case(slots, length)
+    names = [name for name in peers.OURS if name in bench.names]
+    start("engine-step", case, names)
+    rows = []
+    for name in names:
+        for mode in SAMPLING:
+            measure = functools.partial(measure_steps, bench, name, slots, length, mode)
+            try:
+                rows.append(peers.guarded(measure))
+            except peers.Unavailable as reason:
+                rows.append(skipped_row(f"{name}/{mode}", mode, reason))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    settings = {"batch": slots, "context": length, "steps": STEPS}
+    record = bench.record("engine-step", case, settings, rows)
     assert records.measured(record) or not rows, rows

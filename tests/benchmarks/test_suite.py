@@ -58,6 +58,7 @@ def test_every_group_has_its_records(found):
         "train",
         "trainer",
         "engine",
+        "engine-step",
     }
 
 
@@ -88,7 +89,8 @@ def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
 
 
 def test_every_model_is_measured_or_skipped_with_a_reason(found):
-    taking_part = {"engine": [set(peers.OURS)], "trainer": [{name} for name in peers.OURS]}
+    taking_part = dict.fromkeys(("engine", "engine-step"), [set(peers.OURS)])
+    taking_part["trainer"] = [{name} for name in peers.OURS]
     for record in found.values():
         names = {row["target"].partition("/")[0] for row in record["rows"]}
         everyone = {entry.name for entry in peers.CATALOGUE}
