@@ -159,11 +159,17 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
 
 
 @contextlib.contextmanager
-def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Iterator[Target]:
+def in_trainer(
+    bench: Bench, model: peers.Model, batch: int, length: int, recomputed: str = "none"
+) -> Iterator[Target]:
     """One step of the loop of `rodimus train`: float32 weights of its own, sharded over one rank,
     products in the benchmark's dtype, rows of several documents read from shards, the guard.
 
-    Operations are counted as in ``prepare``, where a row is one document.
+    Operations are counted as in ``prepare``, where a row is one document and nothing is computed
+    twice.
+
+    Args:
+        recomputed: What of the activations, as ``train.ac`` has it; the engine's name tells it.
     """
     from rodimus.train import config as sections
     from rodimus.train import parallel
@@ -184,6 +190,7 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
                 micro_batch=batch,
                 dtype=dtype_name(bench.dtype),
                 device=bench.device.type,
+                ac=recomputed,
             ),
             optim=sections.OptimSection(lr=1e-6),
             guard=sections.GuardSection(spike_sigma=0.0),
@@ -193,7 +200,8 @@ def in_trainer(bench: Bench, model: peers.Model, batch: int, length: int) -> Ite
         try:
             trainer = Trainer(config, ranks)
             facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
-            yield Target(model, TRAINER, trainer.step, facts)
+            engine = TRAINER if recomputed == "none" else f"{TRAINER}-{recomputed}"
+            yield Target(model, engine, trainer.step, facts)
         finally:
             if trainer is not None:
                 trainer.close()
@@ -238,9 +246,7 @@ def _put_back(bench: Bench) -> Iterator[None]:
                 model.model.eval().requires_grad_(False)
 
 
-def _measure(
-    bench: Bench, benchmark, found, batch: int, length: int, group: str, case: str
-) -> list:
+def measure(bench: Bench, benchmark, found, batch: int, length: int, group: str, case: str) -> list:
     """Time what ``Bench.targets`` found and write the record; its rows."""
     targets, skipped = found
     tokens, rounds = batch * length, bench.few_rounds
@@ -266,7 +272,7 @@ def test_train(bench, benchmark, start, point):
             lambda model, engine: prepare(bench, model, engine, batch, length),
             lambda model: model.engines[:1],
         )
-        rows = _measure(bench, benchmark, found, batch, length, "train", case)
+        rows = measure(bench, benchmark, found, batch, length, "train", case)
     assert any(row["status"] == "measured" for row in rows)
 
 
@@ -285,7 +291,7 @@ def test_launches(bench, benchmark, start, name):
             lambda model, engine: prepare(one, model, engine, batch, length, optimizers),
             lambda model: (*model.engines[:1], *LAUNCHES),
         )
-        _measure(one, benchmark, found, batch, length, "launch", case)
+        measure(one, benchmark, found, batch, length, "launch", case)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -306,5 +312,5 @@ def test_trainer(bench, benchmark, start, name):
             return prepare(one, model, engine, batch, length)
 
         found = one.targets(target, lambda model: (*model.engines[:1], TRAINER))
-        rows = _measure(one, benchmark, found, batch, length, TRAINER, case)
+        rows = measure(one, benchmark, found, batch, length, TRAINER, case)
     assert all(row["status"] == "measured" for row in rows) or bench.scale == "full"

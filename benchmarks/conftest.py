@@ -26,7 +26,7 @@ from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
 MODULES = ("ddts", "attention", "blocks", "fused")
-MODULES += ("decode", "train", "prefill", "memory", "engine", "serve")
+MODULES += ("decode", "train", "prefill", "memory", "engine", "serve", "long")
 GPU_CASE_SECONDS = 20.0
 
 

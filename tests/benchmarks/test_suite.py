@@ -18,6 +18,7 @@ FILES = [
     "bench_memory.py",
     "bench_train.py",
     "bench_engine.py",
+    "bench_long.py",
 ]
 
 
@@ -59,6 +60,7 @@ def test_every_group_has_its_records(found):
         "trainer",
         "engine",
         "engine-step",
+        "long",
     }
 
 
@@ -90,7 +92,7 @@ def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
 
 def test_every_model_is_measured_or_skipped_with_a_reason(found):
     taking_part = dict.fromkeys(("engine", "engine-step"), [set(peers.OURS)])
-    taking_part["trainer"] = [{name} for name in peers.OURS]
+    taking_part |= dict.fromkeys(("trainer", "long"), [{name} for name in peers.OURS])
     for record in found.values():
         names = {row["target"].partition("/")[0] for row in record["rows"]}
         everyone = {entry.name for entry in peers.CATALOGUE}
