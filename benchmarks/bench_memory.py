@@ -1,13 +1,19 @@
 """Memory: bytes a model keeps between tokens, held to the formula, and what a step needs besides.
 
+Then the largest batch of each model that decodes, alone on a GPU: found by trying.
+
 Nothing here is a time, so the records of a busy machine are as good as those of a quiet one.
 """
+
+import functools
+import gc
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from . import machine, peers, records
-from .harness import Bench, skipped_row
+from . import bench_train, machine, peers, records
+from .harness import MARGIN_BYTES, Bench, dtype_name, skipped_row
 
 # (batch, context)
 POINTS = {
@@ -76,3 +82,86 @@ def test_memory(bench, start, point):
     settings = {"batch": batch, "context": context, "free_bytes": free}
     record = bench.record("memory", case, settings, rows)
     assert records.measured(record)
+
+
+TRIED = {"tiny": 48, "full": 4096}
+"""Context of the largest batch."""
+SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+"""Of the batch whose states alone fill the memory, in the order in which they are tried."""
+
+
+def largest_batch(most: int, has_room: Callable[[int], bool]) -> dict[str, int]:
+    """The first batch of ``SHARES`` that finds room, and the smallest of those before it.
+
+    Raises:
+        peers.Unavailable: none does.
+    """
+    found: dict[str, int] = {}
+    for batch in dict.fromkeys(max(1, int(share * most)) for share in SHARES):
+        if has_room(batch):
+            return {**found, "largest_batch": batch}
+        found["batch_without_room"] = batch
+    raise peers.Unavailable(f"there is no room for {batch} sequences either")
+
+
+def decodes(bench: Bench, model: peers.Model, context: int, batch: int) -> bool:
+    """Whether a batch finds room at a context, and in steps of the engine meant for speed."""
+    session = None
+    try:
+        with torch.inference_mode():
+            session = model.session(model.engines[-1], batch, context + peers.WARM_UP_STEPS + 3)
+            session.fill(context)
+            for _ in range(2):
+                session.step()
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize(bench.device)
+        return True
+    except RuntimeError as error:
+        if not lacks_memory(error):
+            raise
+        return False
+    finally:
+        session = None
+        gc.collect()
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether memory was missing first: a graph whose recording fails for it has its own error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def measure_largest(bench: Bench, name: str, context: int) -> dict:
+    """The row of one model: from the batch whose states would fill what is free, downwards."""
+    model = bench_train.alone(bench, name).model(name)
+    free = machine.memory_bytes(bench.device)
+    state = model.expected_state(1, context).total
+    try_it = functools.partial(decodes, bench, model, context)
+    engine = model.engines[-1]
+    return records.row(
+        *(f"{name}/{engine}", model.family, engine),
+        weight_bytes=model.weight_bytes,
+        state_bytes=state,
+        free_bytes=free,
+        **largest_batch((free - MARGIN_BYTES) // state, try_it),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [*peers.OURS, *peers.BASELINES])
+def test_largest_batch(bench, start, name):
+    """One model at a time: the others would take of its memory."""
+    if bench.device.type != "cuda" or name not in bench.names:
+        pytest.skip("the memory of a CPU is not the model's alone")
+    context = TRIED[bench.scale]
+    case = f"t{context}-{dtype_name(bench.dtype)}-{name}"
+    start("largest", case, (name,))
+    try:
+        rows = [peers.guarded(lambda: measure_largest(bench, name, context))]
+    except peers.Unavailable as reason:
+        rows = [skipped_row(name, "any", reason)]
+    record = bench.record("largest", case, {"context": context}, rows)
+    assert records.measured(record) or name not in peers.OURS
