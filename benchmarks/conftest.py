@@ -25,8 +25,8 @@ from .harness import DTYPES, Bench
 from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
-MODULES = ("ddts", "attention", "blocks", "fused")
-MODULES += ("decode", "train", "prefill", "memory", "engine", "serve", "long")
+OPERATORS = ("ddts", "attention", "blocks", "fused")
+MODULES = (*OPERATORS, "decode", "train", "prefill", "memory", "engine", "serve", "long")
 GPU_CASE_SECONDS = 20.0
 
 
@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1,
         help="time a case in so many runs of the same command, and say how far they lie apart",
     )
+    add("--bench-cold", action="store_true", help="empty the cache before each call of an operator")
     add("--bench-again", action="store_true", help="measure cases that have a record, too")
 
 
@@ -121,6 +122,7 @@ def bench(request: pytest.FixtureRequest):
         again=option("--bench-again"),
         sittings=option("--bench-sittings"),
         in_8_bits=option("--bench-weights") == "int8",
+        cold=option("--bench-cold"),
     )
     torch.set_num_threads(threads)
 
@@ -137,6 +139,8 @@ def start(bench: Bench, request: pytest.FixtureRequest):
     def ask(group: str, case: str, names: Iterable[str] = ()) -> None:
         if bench.in_8_bits and (group, bench.device.type) != ("decode", "cpu"):
             pytest.skip("8-bit weights are timed in decoding on a CPU alone")
+        if bench.cold and group.partition("-")[0] not in OPERATORS:
+            pytest.skip("the cache is emptied before operators alone")
         if bench.done(group, case, names):
             pytest.skip(f"{group} {case}: recorded for this commit")
         if bench.out_of_time():

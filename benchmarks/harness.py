@@ -102,6 +102,7 @@ class Bench:
         in_8_bits: Matrices of linear layers in 8 bits, as ``peers.load`` rounds them.
         sittings: A case whose record has fewer is timed again, and its rounds are added: each run
             is one sitting.
+        cold: Nothing of an operator's inputs is in a cache when it is called.
     """
 
     scale: str
@@ -117,6 +118,7 @@ class Bench:
     again: bool = False
     sittings: int = 1
     in_8_bits: bool = False
+    cold: bool = False
     models: dict[str, peers.Model | peers.Unavailable] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | peers.Unavailable] = dataclasses.field(default_factory=dict)
     # that of the code that was imported, whatever is committed while it runs
@@ -135,8 +137,9 @@ class Bench:
 
     def case(self, batch: int, length: int) -> str:
         """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
-        ``int8-b1-t4096-bfloat16``."""
-        return "int8-" * self.in_8_bits + f"b{batch}-t{length}-{dtype_name(self.dtype)}"
+        ``int8-b1-t4096-bfloat16``, with an empty cache ``cold-b1-t4096-bfloat16``."""
+        kind = "int8-" * self.in_8_bits + "cold-" * self.cold
+        return f"{kind}b{batch}-t{length}-{dtype_name(self.dtype)}"
 
     def model(self, name: str) -> peers.Model:
         """A model with random weights, loaded at its first use.
@@ -435,6 +438,7 @@ class Bench:
                 "dtype": dtype_name(self.dtype),
                 "seed": peers.SEED,
                 **({"weights": "int8"} if self.in_8_bits else {}),
+                **({"cache": "cold"} if self.cold else {}),
                 **settings,
             },
             machine=machine.describe(self.device) | self.commit,

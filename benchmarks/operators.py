@@ -10,9 +10,10 @@ from . import peers, records, timing
 from .harness import Bench
 
 RUNS_IN_A_GRAPH = 5
+"""But one where the cache is emptied before each."""
 
 ROTATED_BYTES = 2**28
-"""What a step reads in turn: several times what the last cache level holds."""
+"""What a step reads in turn, and what empties a cache: several times what its last level holds."""
 
 PEER_LIMIT_SECONDS = 90.0
 """A peer that takes longer to compile and choose among its kernels is skipped."""
@@ -55,7 +56,19 @@ def rotated(nbytes: int) -> int:
     return max(1, min(ROTATED_BYTES // nbytes, 64))
 
 
-def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+def flushes(device: torch.device) -> Callable[[], object]:
+    """Reads so much that a cache holds nothing else. A write would leave it to the next call to
+    write back."""
+    buffer = torch.zeros(ROTATED_BYTES // 4, device=device)
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        assert buffer.nbytes > 2 * cache, f"a cache of {cache} bytes is not emptied"
+    return buffer.sum
+
+
+def captured(
+    function: Callable[[], object], device: torch.device, runs: int = RUNS_IN_A_GRAPH
+) -> Callable[[], object]:
     """The function as a graph of several runs; on a CPU as it is."""
     if device.type != "cuda":
         return function
@@ -67,7 +80,7 @@ def captured(function: Callable[[], object], device: torch.device) -> Callable[[
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(RUNS_IN_A_GRAPH):
+        for _ in range(runs):
             function()
     return graph.replay
 
@@ -134,18 +147,20 @@ def measure(
             others that fail, once or while they are captured, are skipped.
     """
     graphs, peaks, rows = {}, {}, []
+    flush = flushes(bench.device) if bench.cold else None
+    runs = 1 if bench.cold else RUNS_IN_A_GRAPH
     for name, call in calls.items():
         try:
             if isinstance(call, str):
                 raise peers.Unavailable(call)
             peers.guarded(call.function, PEER_LIMIT_SECONDS if graphs else None)
             peaks[name] = peers.guarded(lambda f=call.function: peak_bytes(f, bench.device))
-            graphs[name] = peers.guarded(lambda f=call.function: captured(f, bench.device))
+            graphs[name] = peers.guarded(lambda f=call.function: captured(f, bench.device, runs))
         except peers.Unavailable as reason:
             if not graphs:
                 raise
             rows.append(records.skipped(name, *name.split("/"), str(reason)))
-    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)))
+    turns = timing.RoundRobin(graphs, bench.device, focus=next(iter(graphs)), flush=flush)
     rounds, warm_up = turns.settle(bench.rounds, bench.case_seconds)
     benchmark.pedantic(turns.time_focus, setup=turns.time_others, rounds=rounds)
     for name in graphs:
@@ -168,7 +183,7 @@ def measured(
     """
     on_gpu = turns.device.type == "cuda"
     clock = "device_ms" if on_gpu else "wall_ms"
-    runs = calls * (RUNS_IN_A_GRAPH if on_gpu else 1)
+    runs = calls * (RUNS_IN_A_GRAPH if on_gpu and turns.flush is None else 1)
     samples = [sample / runs for sample in turns.column(name, clock)]
     summary = timing.summarize(samples)
     rates = {"GBps": ("floor_bytes", 1e6), "TFLOPs": ("flops", 1e9)}

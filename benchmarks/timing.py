@@ -133,6 +133,9 @@ class RoundRobin:
         device: Where they run.
         focus: The target that is timed last in each round; the others rotate.
         before: Name and what is called before each call of a target, untimed.
+        flush: Called before each call of any target, untimed, to leave nothing of the last ones in
+            a cache. A GPU may still be at it when the call is launched, so the wall's time, but not
+            the device's, has the rest of it; no launch is waited for, then.
     """
 
     def __init__(
@@ -141,11 +144,12 @@ class RoundRobin:
         device: torch.device,
         focus: str,
         before: Mapping[str, Callable[[], object]] | None = None,
+        flush: Callable[[], object] | None = None,
     ):
         if focus not in targets:
             raise ValueError(f"focus must be one of {sorted(targets)}, got {focus!r}")
         self.targets, self.device, self.focus = dict(targets), device, focus
-        self.before = dict(before or {})
+        self.before, self.flush = dict(before or {}), flush
         self.samples: dict[str, list[Sample]] = {}
         self.clear()
         self._turn = 0
@@ -158,6 +162,8 @@ class RoundRobin:
         if self.device.type == "cuda":
             sample = self._time_on_gpu(call)
         else:
+            if self.flush is not None:
+                self.flush()
             wall, cpu = time.perf_counter(), time.process_time()
             call()
             sample = Sample(_ms_since(wall, time.perf_counter), _ms_since(cpu), None)
@@ -167,6 +173,8 @@ class RoundRobin:
     def _time_on_gpu(self, call: Callable[[], object]) -> Sample:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
+        if self.flush is not None:
+            self.flush()
         wall, cpu = time.perf_counter(), time.process_time()
         start.record()
         call()

@@ -7,31 +7,59 @@ import pytest
 
 from benchmarks import machine
 
-OPERATORS = ("ddts", "attention", "fused")
 PYTHON = """\
 #!/bin/sh
 echo "$*" >>"$0.log"
 case "$*" in
 *get_device_name*) echo "Some GPU" ;;
 *"-k persistent"*) exit 1 ;;
+*--bench-scale*) echo "$RODIMUS_BENCH_SECONDS" >>"$0.seconds" ;;
 esac
 """
 
 
-@pytest.mark.parametrize(
-    ("parts", "timed"),
-    [("tests", []), ("operators", [f"benchmarks/bench_{x}.py" for x in OPERATORS])],
-)
-def test_where_the_persistent_kernel_fails_the_rest_is_timed(tmp_path, parts, timed):
+def timed(tmp_path, parts, **more):
+    """The benchmarks' files of each command that times any, and how the script ended."""
     python = tmp_path / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
-    environment = {**os.environ, "RODIMUS_GPU_PARTS": parts, "OUT": str(tmp_path / "out")}
+    environment = {**os.environ, "RODIMUS_GPU_PARTS": parts, "OUT": str(tmp_path / "out"), **more}
     script = ["sh", str(machine.ROOT / ".ci" / "gpu"), str(python)]
     done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "it is not timed" in done.stderr
     asked = (tmp_path / "python.log").read_text().splitlines()
     runs = [line.split() for line in asked if "--bench-scale" in line]
-    assert [[word for word in run if word.startswith("bench")] for run in runs] == (
-        [timed] if timed else []
-    )
+    return [(files(run), "--bench-cold" in run) for run in runs], done
+
+
+def files(words):
+    prefix, suffix = "benchmarks/bench_", ".py"
+    return [w[len(prefix) : -len(suffix)] for w in words if w.startswith(prefix)]
+
+
+OPERATORS = ["ddts", "attention", "fused"]
+COLD = (["ddts", "fused"], True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [("tests", []), ("operators", [(OPERATORS, False), COLD])],
+)
+def test_where_the_persistent_kernel_fails_the_rest_is_timed(tmp_path, parts, expected):
+    runs, done = timed(tmp_path, parts)
+    assert done.returncode == 1 and "it is not timed" in done.stderr
+    assert runs == expected
+
+
+@pytest.mark.parametrize(("seconds", "colds"), [("", 1), ("500.5", 1), ("0.5", 0)])
+def test_the_last_command_has_what_the_seconds_leave(tmp_path, seconds, colds):
+    runs, done = timed(tmp_path, "operators", RODIMUS_BENCH_SECONDS=seconds)
+    assert [is_cold for _, is_cold in runs] == [False] + [True] * colds
+    told = (tmp_path / "python.seconds").read_text().split("\n")[:-1]
+    assert told[0] == seconds and (not colds or told[1] == "" or 490 <= int(told[1]) <= 500)
+    assert "awk" not in done.stderr and "integer" not in done.stderr
+
+
+def test_models_alone_are_not_followed_by_operators(tmp_path):
+    runs, done = timed(tmp_path, "models")
+    models = ["decode", "train", "prefill", "memory", "engine", "serve", "long"]
+    assert runs == [(models, False)] and done.returncode == 0

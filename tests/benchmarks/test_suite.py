@@ -77,6 +77,17 @@ def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
     assert fused <= measured
 
 
+def test_an_empty_cache_is_for_operators_alone(tmp_path):
+    said = run(
+        tmp_path, "--bench-cold", "-k", "swiglu or memory", files=["bench_fused.py", FILES[2]]
+    )
+    assert "the cache is emptied before operators alone" in said
+    found = records.read(tmp_path)
+    assert {r["case"] for r in found} == {"cold-b2-t20-bfloat16-swiglu"}
+    assert {r["group"] for r in found} == {"fused-forward", "fused-training"}
+    assert {r["settings"]["cache"] for r in found} == {"cold"}
+
+
 def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
     pytest.importorskip("torchao")
     said = run(tmp_path, "--bench-weights", "int8", files=["bench_decode.py", "bench_prefill.py"])

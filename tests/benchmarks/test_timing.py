@@ -90,6 +90,43 @@ def test_what_comes_before_a_call_is_not_timed():
     assert max(turns.column("a")) < 50
 
 
+def test_a_flush_comes_after_what_comes_before_and_is_not_timed():
+    calls = []
+    turns = timing.RoundRobin(
+        {name: (lambda name=name: calls.append(name)) for name in "ab"},
+        CPU,
+        focus="a",
+        before={"a": lambda: calls.append("before")},
+        flush=lambda: (time.sleep(0.05), calls.append("flush")),
+    )
+    turns.round()
+    assert calls == ["flush", "b", "before", "flush", "a"]
+    assert max(turns.column("a") + turns.column("b")) < 50
+
+
+def test_a_gpu_empties_its_cache_while_the_call_is_launched(monkeypatch):
+    """Between the two waits: the device's clock starts when the flush is done."""
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    note = lambda name: lambda: calls.append(name)
+    gpu = torch.device("cuda")
+    turns = timing.RoundRobin({"a": note("call")}, gpu, focus="a", flush=note("flush"))
+    assert turns.time("a").device_ms == 3.0
+    assert calls == ["wait", "flush", "event", "call", "event", "wait"]
+
+
 def test_warm_up_leaves_no_samples():
     turns = timing.RoundRobin({"a": lambda: None}, CPU, focus="a")
     assert turns.warm_up(batch=2, most=5) <= 5
