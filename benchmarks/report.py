@@ -448,11 +448,12 @@ def _score(values: list[float] | None) -> str:
     return f"{mean:.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-# numbers of operators and of the engine, in the order of their columns
+# numbers of operators, engine, server and memory, in the order of their columns
 _NUMBERS = (
     *("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_ms", "floor_share"),
-    *("tokens_per_s", "requests"),
-    *(f"{name}_p{p}_ms" for name in ("first_token", "between_tokens") for p in (50, 90, 99)),
+    *("model_ms", "beside_model_ms", "host_ms", "tokens_per_s", "requests"),
+    *(f"{name}_p{p}_ms" for name in ("first_token", "between_tokens") for p in (50, 90, 95, 99)),
+    *("largest_batch", "batch_without_room"),
 )
 
 

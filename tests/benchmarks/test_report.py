@@ -172,6 +172,16 @@ def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
     assert (tmp_path / "plots/Test_CPU/recall.png").stat().st_size > 10_000
 
 
+def test_numbers_of_engine_server_and_largest_batch_have_columns():
+    fields = ("model_ms", "beside_model_ms", "host_ms", "largest_batch", "batch_without_room")
+    fields += ("first_token_p95_ms", "between_tokens_p95_ms")
+    rows = [row("rodimus-1.4b/any", PEER, **dict.fromkeys(fields, 12.5))]
+    about = {"settings": {}, "machine": MACHINE, "rows": rows}
+    text = report.render([records.make("engine-step", "b64", **about)])
+    head = next(line for line in text.splitlines() if "host_ms" in line)
+    assert {*fields} <= {cell.strip() for cell in head.split("|")}
+
+
 def test_machines_do_not_share_a_picture(found):
     elsewhere = [{**r, "machine": {**r["machine"], "name": "Other GPU"}} for r in found]
     drawn = list(plots.pictures(found + elsewhere))
