@@ -1,8 +1,9 @@
 """DDTS and what surrounds it in a layer, by device time: against bytes, and chunk_gla of fla.
 
 Shapes are those of a layer of the 1.6B (V = 4096) and 4B (V = 6144) models. On a GPU every call is
-a CUDA graph of several runs, so host time does not count, and its inputs are several times the
-cache. Before anything is timed, its values and gradients are compared with float64 on the device.
+a CUDA graph of several runs, so host time does not count, and its inputs, but for those of the
+gates, are several times the cache. Before anything is timed, its values and gradients are compared
+with float64 on the device.
 
     floor   bytes: each input read once, each output written once, over the measured copy rate
 """

@@ -30,6 +30,8 @@ LOADS = {
     "cpu": ((1,), 128, 32),
     "cuda": ((1, 8, 64), 1024, 128),
 }
+# what has no point: all of it
+LAST = (None,)
 REQUESTS_A_CLIENT = 4
 START_SECONDS = 240.0
 """A server that is not there by then is given up: its weights are read and its steps captured."""

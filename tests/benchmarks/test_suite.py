@@ -268,6 +268,14 @@ def test_a_run_without_seconds_left_starts_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_takes_longest_comes_last(tmp_path):
+    files = ["bench_serve.py", "bench_decode.py", "bench_fused.py"]
+    said = run(tmp_path, "--collect-only", "-k", "loss or serve or decode", files=files)
+    names = [line.rpartition("_")[2] for line in said.splitlines() if "::" in line]
+    order = [name.partition("[")[0] for name in names]
+    assert order == ["fused"] * 2 + ["decode"] * 2 + ["serve"] * 2
+
+
 def test_an_empty_number_of_seconds_is_no_limit(tmp_path, monkeypatch):
     monkeypatch.setenv("RODIMUS_BENCH_SECONDS", "")
     assert "1 test collected" in run(tmp_path, "--collect-only", "-k", "64", files=FILES[1:2])
