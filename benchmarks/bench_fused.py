@@ -290,19 +290,18 @@ def exact_passes(
     return {name: pass_of(name, operator.ours("reference"), operator, wide(do))() for name in names}
 
 
-def error_of(
+def errors_of(
     function: Callable[..., object],
     operator: Operator,
     do: tuple[torch.Tensor, ...],
     exact: dict[str, tuple[torch.Tensor, ...]],
-) -> float:
-    """Largest relative error of an output or a gradient; not a number if any is none."""
-    errors = [
-        relative_error(found, expected)
+) -> list[tuple[float, float]]:
+    """Relative error of each output and gradient, and the limit of its dtype."""
+    return [
+        (relative_error(found, expected), operators.LIMITS[found.dtype])
         for what, tensors in exact.items()
         for found, expected in zip(pass_of(what, function, operator, do)(), tensors, strict=True)
     ]
-    return next((error for error in errors if error != error), max(errors))
 
 
 def calls_of(
@@ -324,22 +323,22 @@ def calls_of(
         do = tuple(torch.randn_like(x) for x in results(operator.ours(impl), operator))
     exact = exact_passes(what, operator, do)
     floor_bytes, flops = operator.work(what, impl)
-    limit = max(operators.LIMITS[x.dtype] for x in operator.inputs)
     calls: dict[str, Call | str] = {}
     largest = 0.0
     for engine, function in {impl: operator.ours(impl), **others}.items():
         label = f"{name}/{engine}"
         try:
-            check = functools.partial(error_of, function, operator, do, exact)
-            error = check() if not calls else peers.guarded(check, operators.PEER_LIMIT_SECONDS)
-            if not error <= limit:
-                raise peers.Fault(f"wrong: relative error {error:.1e}, limit {limit:.0e}")
+            check = functools.partial(errors_of, function, operator, do, exact)
+            errors = check() if not calls else peers.guarded(check, operators.PEER_LIMIT_SECONDS)
+            for error, limit in errors:
+                if not error <= limit:
+                    raise peers.Fault(f"wrong: relative error {error:.1e}, limit {limit:.0e}")
         except peers.Unavailable as reason:
             if not calls:
                 raise
             calls[label] = str(reason)
             continue
-        largest = largest if calls else error
+        largest = largest if calls else max(error for error, _ in errors)
         run = pass_of(what, function, operator, do)
         calls[label] = Call(run, floor_bytes, flops=flops)
     return calls, largest

@@ -125,6 +125,14 @@ def test_a_result_that_is_no_number_is_wrong():
         bench_fused.calls_of("forward", "swiglu", wrong, "auto", {})
 
 
+@pytest.mark.parametrize("name", ["loss", "ddts_gates"])
+def test_what_is_float32_is_held_to_its_limit_whatever_the_inputs(name):
+    operator = tiny(name, torch.bfloat16)
+    bench_fused.calls_of("forward", name, operator, "auto", {})
+    with pytest.raises(peers.Fault, match="relative error .*e-0[34], limit 1e-05"):
+        bench_fused.calls_of("forward", name, broken(operator), "auto", {})
+
+
 @pytest.mark.parametrize("name", bench_ddts.SURROUNDINGS)
 def test_surroundings_of_ddts_are_compared_before_they_are_timed(monkeypatch, name):
     make = bench_fused.OPERATORS[name]
