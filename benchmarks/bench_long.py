@@ -9,11 +9,9 @@ The trainer has the memory for itself: no other model, nor another copy of this 
 import contextlib
 import copy
 import functools
-import gc
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from . import bench_train, peers
 from .harness import Bench, Target, skipped_row
@@ -36,15 +34,8 @@ def without_weights(bench: Bench, name: str) -> peers.Model:
     model = copy.copy(one.model(name))
     model.model = SimpleNamespace(config=model.model.config)
     del bench.models[name]
-    clear(bench)
+    bench_train.clear(bench)
     return model
-
-
-def clear(bench: Bench) -> None:
-    """Give back what nothing refers to."""
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def started(
@@ -84,6 +75,6 @@ def test_long(bench, benchmark, start, name, point):
                 found = [target], skipped
                 bench_train.measure(bench, benchmark, found, batch, length, "long", case)
                 return
-        clear(bench)
+        bench_train.clear(bench)
     bench.record("long", case, {"batch": batch, "context": length}, skipped)
     pytest.fail("no step was measured: " + "; ".join(row["reason"] for row in skipped))

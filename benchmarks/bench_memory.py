@@ -6,7 +6,6 @@ Nothing here is a time, so the records of a busy machine are as good as those of
 """
 
 import functools
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -122,9 +121,7 @@ def decodes(bench: Bench, model: peers.Model, context: int, batch: int) -> bool:
         return False
     finally:
         session = None
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        bench_train.clear(bench)
 
 
 def lacks_memory(error: BaseException | None) -> bool:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 
-from . import machine, peers, records, timing
+from . import bench_train, machine, peers, records, timing
 from .harness import Bench, skipped_row
 
 # clients of one load after the other, prompt, new tokens
@@ -210,6 +210,8 @@ def measure(bench: Bench, name: str, loads: Sequence[int], length: int, new_toke
     prompts = iter(peers.random_tokens(1 + sum(counts), length, model).tolist())
     take = lambda count: [next(prompts) for _ in range(count)]
     rows = []
+    # the server is another process: what this one keeps for later it cannot have
+    bench_train.clear(bench)
     with serving(model, max(loads)) as port:
         asyncio.run(load(port, take(1), 1, new_tokens))
         for clients, count in zip(loads, counts, strict=True):

@@ -228,10 +228,15 @@ def alone(bench: Bench, name: str) -> Bench:
     for."""
     for other in bench.models.keys() - {name}:
         del bench.models[other]
+    clear(bench)
+    return dataclasses.replace(bench, names=(name,))
+
+
+def clear(bench: Bench) -> None:
+    """Give back the memory of what nothing refers to."""
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
-    return dataclasses.replace(bench, names=(name,))
 
 
 @contextlib.contextmanager
