@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,12 @@ class Checkpointer:
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer: threading.Thread | None = None
+        # where the run was at its last checkpoint, written or read
+        self._last: Progress | None = None
 
     def save(self, progress: Progress, *, wait: bool) -> bool:
-        """Starts a checkpoint of this step; with ``wait`` it is complete on return.
+        """Starts a checkpoint of this step; with ``wait`` it is complete on return. The last one is
+        not written again where the run has not moved since.
 
         A failure to write (a full disk) is logged as an error on every rank and leaves earlier
         checkpoints as they are; training goes on.
@@ -104,7 +107,10 @@ class Checkpointer:
         Returns:
             False where it was waited for and not written.
         """
+        if progress == self._last and (not wait or self._is_written(progress.step)):
+            return True
         self.wait()
+        self._last = replace(progress)
         folder = step_folder(self.root, progress.step)
         about = {
             "progress": asdict(progress),
@@ -124,7 +130,11 @@ class Checkpointer:
             self._writer.start()
         else:
             self._write(folder, about, state)
-        return not wait or self._from_main(lambda: progress.step in complete_steps(self.root))
+        return not wait or self._is_written(progress.step)
+
+    def _is_written(self, step: int) -> bool:
+        self.wait()
+        return self._from_main(lambda: step in complete_steps(self.root))
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written."""
@@ -270,7 +280,8 @@ class Checkpointer:
             # the checkpoint's moments, this run's weight decay and betas
             group.update({key: value for key, value in configured.items() if key != "params"})
         self._from_main(lambda: _point_to(folder))
-        return Progress(**about["progress"])
+        self._last = Progress(**about["progress"])
+        return replace(self._last)
 
     def _state(self) -> dict[str, Any]:
         fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]

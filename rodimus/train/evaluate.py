@@ -72,7 +72,8 @@ class Evaluator:
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
-        """Evaluates; None when ``stop()`` became true on some rank in between."""
+        """Evaluates; None when ``stop()``, asked after each batch and with one answer for all
+        ranks, became true."""
         nats, count = 0.0, 0
         mine, parts = self.ranks.share
         stride = parts * self.micro_batch
@@ -81,10 +82,10 @@ class Evaluator:
             for first in range(0, len(self.rows), stride):
                 batch = self._batch(first + mine * self.micro_batch)
                 valid = float((batch.labels >= 0).sum()) / self.ranks.per_row
-                part, valid, stopped = reduce_sum([self._nats(model, batch), valid, float(stop())])
-                if stopped:
-                    return None
+                part, valid = reduce_sum([self._nats(model, batch), valid])
                 nats, count = nats + part, count + round(valid)
+                if stop():
+                    return None
         finally:
             model.train()
         loss = nats / max(1, count)

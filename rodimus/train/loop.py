@@ -124,7 +124,7 @@ class Trainer:
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.returns: Counter[int] = Counter()
         self.signals = Signals()
-        # of all ranks, by the last step
+        # of all ranks, by the last step, or in the evaluation after it
         self.asked_to_end = self.asked_to_save = False
         self.log = RunLog(self.out, config.log, self.progress.step, enabled=ranks.is_main)
         parallel.together(
@@ -210,7 +210,7 @@ class Trainer:
         self.meter.reset(self.progress.step)
         if self.lacks_evaluation():
             self.held_out(signals)
-            if self.asked(signals)[0]:
+            if self.asked_to_end:
                 return TERMINATED
         while self.progress.step < steps:
             values = self.step()
@@ -221,13 +221,11 @@ class Trainer:
             self.log.record(step, **values)
             if self.verdict == guard.ROLLBACK and self.roll_back():
                 continue
+            if not self.asked_to_end and (step % config.eval.every == 0 or step == steps):
+                self.held_out(signals)
             terminate, save = self.asked_to_end, self.asked_to_save
             self.asked_to_save = False
             due = step % config.checkpoint.every == 0 or step == steps
-            if not terminate and (step % config.eval.every == 0 or step == steps):
-                self.held_out(signals)
-                terminate, save_now = self.asked(signals)
-                save |= save_now
             if (due or save or terminate) and not self.save(wait=terminate or step == steps):
                 self.log.say(f"the checkpoint of step {step}, the last, could not be written")
                 return NOT_SAVED
@@ -237,7 +235,8 @@ class Trainer:
         return 0
 
     def save(self, *, wait: bool) -> bool:
-        """Starts a checkpoint; False where it was waited for and not written."""
+        """Starts a checkpoint, unless there is one of this very step; False where it was waited for
+        and not written."""
         self.progress.guard = self.guard.state()
         with self.watchdog.paused(f"saving step {self.progress.step}"):
             return self.checkpoints.save(self.progress, wait=wait)
@@ -248,13 +247,17 @@ class Trainer:
         return terminate > 0, save > 0
 
     def held_out(self, signals: Signals) -> Evaluation | None:
-        """Evaluates and reports; None without held-out data or when interrupted."""
+        """Evaluates and reports, and saves in between where it is asked to; None without held-out
+        data or when interrupted."""
         if self.evaluate is None:
             return None
 
         def interrupted() -> bool:
             self.watchdog.beat(f"evaluating after step {self.progress.step}")
-            return signals.terminate
+            self.asked_to_end, save = self.asked(signals)
+            if save and not self.asked_to_end:
+                self.save(wait=False)
+            return self.asked_to_end
 
         result = self.evaluate(self.model, interrupted)
         if result is not None:

@@ -1,4 +1,4 @@
-"""Signals of a scheduler, remembered until a step boundary.
+"""Signals of a scheduler, remembered until a step or a batch of an evaluation ends.
 
 SIGTERM asks for a checkpoint and the end of the run, SIGUSR1 for a checkpoint alone. A second
 SIGTERM ends the process at once; one right after the first is taken for the same, since a launcher

@@ -452,6 +452,79 @@ def test_sigusr1_saves_and_training_goes_on(config_file, tmp_path, trained):
         assert loss[step] == pytest.approx(expected[step], rel=1e-5)
 
 
+def sigusr1_in_batches(count, *arguments):
+    """A run in which the last rank is sent SIGUSR1 in so many batches of the evaluation after its
+    second step; gives its status, and which steps had checkpoints when each batch of it began."""
+    nats, seen = Evaluator._nats, []
+
+    def asked(self, model, batch):
+        if os.environ["RANK"] == "1" and len(seen) < count:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        seen.append(store.complete_steps(Path(arguments[-1]) / "checkpoints"))
+        return nats(self, model, batch)
+
+    Evaluator._nats = asked
+    return main([*arguments[:-1], "--no-export", "--eval.every", "2", "--out", arguments[-1]]), seen
+
+
+def test_sigusr1_in_an_evaluation_saves_within_it(config_file, tmp_path):
+    """What one at the boundary of its step has, to the bit; and the evaluation changes nothing."""
+    asked, undisturbed = tmp_path / "asked", tmp_path / "undisturbed"
+    options = [str(config_file), "--checkpoint.every"]
+    results = run_ranks(2, sigusr1_in_batches, 1, *options, "100", str(asked))
+    expected = run_ranks(2, sigusr1_in_batches, 0, *options, "2", str(undisturbed))
+    assert [status for status, _ in results + expected] == [0] * 4
+    (_, seen), (_, seen_undisturbed) = results[0], expected[0]
+    assert len(seen) == len(seen_undisturbed) >= 3 * 2
+    # before the second batch of the first evaluation
+    assert seen[:2] == [[], [2]] and seen_undisturbed[:2] == [[], []]
+    for key in ("loss", "val_loss"):
+        assert metrics(asked, key) == metrics(undisturbed, key)
+    first, second = (
+        run_folder.recorded_checksums(store.step_folder(run / "checkpoints", 2))
+        for run in (asked, undisturbed)
+    )
+    # names the save itself
+    del first[".metadata"], second[".metadata"]
+    assert first == second and len(first) == 3
+    resumed = ["--no-export", "--out", asked, "--checkpoint.resume", 2]
+    losses = metrics(asked, "loss")
+    (asked / "metrics.jsonl").unlink()
+    assert train(2, config_file, *resumed) == [0, 0]
+    assert metrics(asked, "loss") == {step: losses[step] for step in (3, 4, 5, 6)}
+
+
+@pytest.mark.parametrize("option", ["--checkpoint.async-save", "--checkpoint.no-async-save"])
+def test_a_step_is_saved_once(config_file, tmp_path, option):
+    """Asked for twice in an evaluation, and due after it."""
+
+    def saves():
+        write, written = Checkpointer._write, []
+
+        def counted(self, folder, *arguments):
+            written.append(folder.name)
+            return write(self, folder, *arguments)
+
+        Checkpointer._write = counted
+        options = ("--checkpoint.every", "2", option, str(tmp_path / "run"))
+        return sigusr1_in_batches(2, str(config_file), *options)[0], written
+
+    once = [f"step-0000000{step}" for step in (2, 4, 6)]
+    assert run_ranks(2, saves) == [(0, once)] * 2
+
+
+def test_sigusr1_in_an_evaluation_that_is_made_up_leaves_the_checkpoint(copied):
+    """It is there; to write it again would delete it first."""
+    config, run = copied
+    kept = run / "checkpoints" / "step-00000006"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(x for x in lines if "val_loss" not in x) + "\n")
+    before = (kept / "COMPLETE").stat().st_mtime_ns
+    results = run_ranks(2, sigusr1_in_batches, 1, str(config), str(run))
+    assert [status for status, _ in results] == [0, 0] and len(results[0][1]) >= 2
+    assert (kept / "COMPLETE").stat().st_mtime_ns == before
+
+
 def test_sigusr1_during_an_exchange_is_for_the_next(monkeypatch):
     def exchange(values):
         signals_of_run.save = True
