@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import DataSection
 from .context import model_inputs
-from .parallel import Ranks, reduce_sum
+from .parallel import Ranks, sum_over_ranks
 from .rows import IGNORE, Batch, ConcatRows, RowReader
 from .shards import TokenShards
 
@@ -74,25 +74,28 @@ class Evaluator:
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
         """Evaluates; None when ``stop()``, asked after each batch and with one answer for all
         ranks, became true."""
-        nats, count = 0.0, 0
+        # on the device: no batch waits for the one before
+        nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        predicted = 0.0
         mine, parts = self.ranks.share
         stride = parts * self.micro_batch
         model.eval()
         try:
             for first in range(0, len(self.rows), stride):
                 batch = self._batch(first + mine * self.micro_batch)
-                valid = float((batch.labels >= 0).sum()) / self.ranks.per_row
-                part, valid = reduce_sum([self._nats(model, batch), valid])
-                nats, count = nats + part, count + round(valid)
+                predicted += float((batch.labels >= 0).sum()) / self.ranks.per_row
+                nats += self._nats(model, batch)
                 if stop():
                     return None
         finally:
             model.train()
-        loss = nats / max(1, count)
+        total, predicted = sum_over_ranks([nats, predicted], self.ranks.device).tolist()
+        count = round(predicted)
+        loss = total / max(1, count)
         return Evaluation(loss, loss / math.log(2) / self.bytes_per_token, count)
 
     @torch.no_grad()
-    def _nats(self, model: nn.Module, batch: Batch) -> float:
+    def _nats(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         # as in training
         is_packed = self.compiled or batch.is_packed()
         batch = batch.to(self.ranks.device)
@@ -101,7 +104,7 @@ class Evaluator:
             num_items_in_batch=1,
             use_cache=False,
             loss_only=True,
-        ).loss.item()
+        ).loss
 
     def _batch(self, first: int) -> Batch:
         """Rows from ``first`` on; past the end, rows without labels keep the ranks in step."""

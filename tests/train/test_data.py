@@ -1,20 +1,23 @@
 """Order and rows: bijective, world-size free, boundaries where documents begin."""
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from rodimus.errors import InputError
+from rodimus.train import parallel
 from rodimus.train.batches import Prefetcher, TrainData, open_sources
 from rodimus.train.bestfit import BestFitRows, best_fit
-from rodimus.train.config import DataSection
+from rodimus.train.config import DataSection, ParallelSection
 from rodimus.train.evaluate import Evaluator
 from rodimus.train.order import SampleOrder, permute
 from rodimus.train.parallel import Ranks
 from rodimus.train.rows import ConcatRows, RowReader
 from rodimus.train.shards import ShardWriter, TokenShards
+from tests.train.ranks import run_ranks
 
 DOCS = [list(range(100 * i, 100 * i + n)) for i, n in enumerate([5, 17, 1, 40, 9, 23, 2, 8])]
 
@@ -147,8 +150,8 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path):
                 assert torch.equal(a, b)
 
 
-def evaluator(sources, tokens):
-    ranks = Ranks(0, 1, torch.device("cpu"), mesh=None)
+def evaluator(sources, tokens, ranks=None):
+    ranks = ranks or Ranks(0, 1, torch.device("cpu"), mesh=None)
     config = DataSection(train=("x",), seq_len=10)
     return Evaluator(sources, config, tokens=tokens, micro_batch=2, ranks=ranks)
 
@@ -169,6 +172,41 @@ def test_held_out_rows_of_all_sources_come_in_turn(tmp_path, tokens):
     read = [evaluate._batch(first).input_ids for first in range(0, len(evaluate.rows), 2)]
     assert torch.cat(read).tolist()[: len(expected)] == expected
     assert len(read) == (len(expected) + 1) // 2
+
+
+class Summing(torch.nn.Module):
+    """Has the sum of its labels, and a third of each, as its loss."""
+
+    def forward(self, shift_labels, **_):
+        return SimpleNamespace(loss=(shift_labels.clamp_min(0) * (4 / 3)).sum())
+
+
+def test_held_out_sums_are_exchanged_once(tmp_path):
+    """And on one rank are those of its batches, added in their order."""
+    source = TokenShards(write(tmp_path))
+
+    def evaluated():
+        ranks = parallel.start(ParallelSection(), "cpu")
+        exchange, exchanges = torch.distributed.all_reduce, []
+
+        def counted(x, **options):
+            exchanges.append(x.tolist())
+            return exchange(x, **options)
+
+        torch.distributed.all_reduce = counted
+        evaluate = evaluator([source], 0, ranks)
+        return evaluate(Summing(), lambda: False), len(exchanges)
+
+    ((alone, once),) = run_ranks(1, evaluated)
+    evaluate = evaluator([source], 0)
+    batches = [evaluate._batch(first) for first in range(0, len(evaluate.rows), 2)]
+    assert len(batches) > 4 and once == 1
+    nats = sum(Summing()(batch.labels).loss.item() for batch in batches)
+    predicted = sum(len(doc) - 1 for doc in DOCS)
+    assert alone == (nats / predicted, alone.bits_per_byte, predicted)
+    first, second = run_ranks(2, evaluated)
+    assert first == second and second[1] == 1
+    assert second[0] == pytest.approx(alone, rel=1e-12)
 
 
 def test_held_out_rows_are_not_listed(tmp_path, monkeypatch):
