@@ -3,9 +3,9 @@
     python scripts/chaos.py --events 30
 
 Trains a tiny Rodimus+ on two processes twice: once undisturbed, once with random events, each of
-which ends the run (SIGKILL of a rank, SIGTERM of all) and may then damage the newest checkpoint
-(a truncated file, a flipped bit). The run is started again after every event, by itself finds the
-newest sound checkpoint, and must end with the same losses to the bit.
+which ends the run (SIGKILL of a rank, SIGTERM of all) and may then damage the newest of several
+checkpoints (a truncated file, a flipped bit). The run is started again after every event, by itself
+finds the newest sound checkpoint, and must end with the same losses to the bit.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def damage(run: Path, how: str, rng: random.Random) -> None:
-    """Truncates a file of the newest checkpoint, or flips one of its bits."""
+    """Truncates a file of the newest checkpoint, or flips one of its bits. The only one is left: a
+    run without a sound checkpoint would refuse to start over by itself."""
     steps = store.complete_steps(run / "checkpoints")
-    if not steps:
+    if len(steps) < 2:
         return
     folder = store.step_folder(run / "checkpoints", steps[0])
     path = rng.choice(sorted(p for p in folder.iterdir() if p.name != "COMPLETE"))
