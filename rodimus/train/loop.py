@@ -221,15 +221,19 @@ class Trainer:
             self.log.record(step, **values)
             if self.verdict == guard.ROLLBACK and self.roll_back():
                 continue
-            if not self.asked_to_end and (step % config.eval.every == 0 or step == steps):
-                self.held_out(signals)
-            terminate, save = self.asked_to_end, self.asked_to_save
+            is_last = step == steps
+            due = step % config.checkpoint.every == 0 or is_last
+            due |= self.asked_to_save or self.asked_to_end
             self.asked_to_save = False
-            due = step % config.checkpoint.every == 0 or step == steps
-            if (due or save or terminate) and not self.save(wait=terminate or step == steps):
+            # first: an evaluation that fails must not take the steps before it along
+            is_saved = not due or self.save(wait=is_last or self.asked_to_end)
+            if is_saved and not self.asked_to_end and (step % config.eval.every == 0 or is_last):
+                self.held_out(signals)
+                is_saved = not self.asked_to_end or self.save(wait=True)
+            if not is_saved:
                 self.log.say(f"the checkpoint of step {step}, the last, could not be written")
                 return NOT_SAVED
-            if terminate:
+            if self.asked_to_end:
                 self.log.say(f"terminated: checkpoint of step {step} is complete")
                 return TERMINATED
         return 0

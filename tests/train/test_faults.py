@@ -367,6 +367,32 @@ def test_a_record_after_half_a_line_is_kept(copied):
     assert sum(line.startswith('{"step": 4, ') for line in path.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_fails_costs_no_step(config_file, tmp_path, trained, step):
+    """Of a run that saves and evaluates after the same ones, the last among them."""
+
+    def failing():
+        evaluate = Evaluator.__call__
+
+        def fail(self, model, stop):
+            if int(max(metrics(tmp_path / "run", "loss"))) == step:
+                raise torch.OutOfMemoryError("of the held-out rows")
+            return evaluate(self, model, stop)
+
+        Evaluator.__call__ = fail
+        with pytest.raises(torch.OutOfMemoryError):
+            main([str(config_file), "--no-export", "--eval.every", "3"])
+        return store.complete_steps(tmp_path / "run" / "checkpoints")
+
+    assert run_ranks(1, failing) == [[*range(step, 0, -3)]]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert train(1, config_file, "--no-export") == [0]
+    expected = metrics(trained / "run", "loss")
+    rest = {k: v for k, v in expected.items() if k > step}
+    assert metrics(tmp_path / "run", "loss") == rest
+    assert list(metrics(tmp_path / "run", "val_loss")) == [6]
+
+
 def test_evaluation_leaves_no_trace_in_training(config_file, tmp_path, trained):
     assert train(1, config_file, "--no-export", "--eval.every", 1) == [0]
     assert metrics(tmp_path / "run", "loss") == metrics(trained / "run", "loss")
@@ -477,7 +503,7 @@ def test_sigusr1_in_an_evaluation_saves_within_it(config_file, tmp_path):
     (_, seen), (_, seen_undisturbed) = results[0], expected[0]
     assert len(seen) == len(seen_undisturbed) >= 3 * 2
     # before the second batch of the first evaluation
-    assert seen[:2] == [[], [2]] and seen_undisturbed[:2] == [[], []]
+    assert seen[:2] == [[], [2]] and seen_undisturbed[:2] == [[2], [2]]
     for key in ("loss", "val_loss"):
         assert metrics(asked, key) == metrics(undisturbed, key)
     first, second = (
@@ -496,7 +522,7 @@ def test_sigusr1_in_an_evaluation_saves_within_it(config_file, tmp_path):
 
 @pytest.mark.parametrize("option", ["--checkpoint.async-save", "--checkpoint.no-async-save"])
 def test_a_step_is_saved_once(config_file, tmp_path, option):
-    """Asked for twice in an evaluation, and due after it."""
+    """Asked for twice in one evaluation; due before others."""
 
     def saves():
         write, written = Checkpointer._write, []
@@ -506,7 +532,7 @@ def test_a_step_is_saved_once(config_file, tmp_path, option):
             return write(self, folder, *arguments)
 
         Checkpointer._write = counted
-        options = ("--checkpoint.every", "2", option, str(tmp_path / "run"))
+        options = ("--checkpoint.every", "4", option, str(tmp_path / "run"))
         return sigusr1_in_batches(2, str(config_file), *options)[0], written
 
     once = [f"step-0000000{step}" for step in (2, 4, 6)]
