@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: LogSection, step: int, *, enabled: bool) -> None:
-        self.enabled, self._has_failed = enabled, False
+        self.enabled = enabled
+        self._failed: set[str] = set()
         self._trackers: list[Any] = []
         if not enabled:
             return
@@ -72,26 +74,36 @@ class RunLog:
             for track in self._trackers:
                 track(step, values)
         except OSError as error:
-            # a full disk must not end a run that can go on
-            if not self._has_failed:
-                logger.error("%s: not written: %s", self._file.name, error)
-            self._has_failed = True
+            self._report(self._file.name, error)
 
     def say(self, line: str) -> None:
         """Prints one line."""
         if self.enabled:
-            self._console.say(line)
+            self._show(self._console.say, line)
 
     def progress(self, step: int, steps: int, values: dict[str, float]) -> None:
         """Shows the figures of a step on the console."""
         if self.enabled:
-            self._console.progress(step, steps, values)
+            self._show(self._console.progress, step, steps, values)
 
     def close(self) -> None:
         """Closes the file, and ends the line on the console."""
         if self.enabled:
             self._file.close()
-            self._console.close()
+            self._show(self._console.close)
+
+    def _show(self, show: Callable[..., None], *what: Any) -> None:
+        try:
+            show(*what)
+        except OSError as error:
+            self._report("console", error)
+
+    def _report(self, name: str, error: OSError) -> None:
+        """Says once what is not written: a full disk, or a terminal that is gone, must not end a
+        run that can go on."""
+        if name not in self._failed:
+            logger.error("%s: not written: %s", name, error)
+        self._failed.add(name)
 
 
 class Meter:

@@ -358,6 +358,22 @@ def test_a_full_disk_costs_the_metrics_and_no_more(config_file, tmp_path):
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
+@pytest.mark.parametrize("where", ["a full disk", "a pipe that nobody reads"])
+def test_what_cannot_be_shown_does_not_end_a_run(config_file, tmp_path, where):
+    def mute():
+        if where == "a full disk":
+            write = os.open("/dev/full", os.O_WRONLY)
+        else:
+            read, write = os.pipe()
+            os.close(read)
+        sys.stdout = open(write, "w")
+        return main([str(config_file), "--no-export"])
+
+    assert run_ranks(1, mute) == [0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
+    assert list(metrics(tmp_path / "run", "val_loss")) == [6]
+
+
 def test_a_record_after_half_a_line_is_kept(copied):
     config, run = copied
     path = run / "metrics.jsonl"
