@@ -1,8 +1,9 @@
 """Signals of a scheduler, remembered until a step or a batch of an evaluation ends.
 
-SIGTERM asks for a checkpoint and the end of the run, SIGUSR1 for a checkpoint alone. A second
-SIGTERM ends the process at once; one right after the first is taken for the same, since a launcher
-passes on what the scheduler has sent to every process already.
+SIGTERM asks for a checkpoint and the end of the run, as does the SIGHUP of a terminal that closes,
+SIGUSR1 for a checkpoint alone. A second SIGTERM ends the process at once; one right after the first
+is taken for the same, since a launcher passes on what the scheduler has sent to every process
+already.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        numbers = [signal.SIGTERM, signal.SIGUSR1]
+        # nohup has it ignored
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._receive)
         # a handler waits for the main thread, which may be in a collective: a thread hears all
         self._heard, written = socket.socketpair()

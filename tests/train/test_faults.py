@@ -578,6 +578,20 @@ def test_sigusr1_during_an_exchange_is_for_the_next(monkeypatch):
     assert asked == [(False, False), (False, True)]
 
 
+def test_a_terminal_that_closes_ends_a_run_as_sigterm_does(config_file, tmp_path):
+    """But one that was started under nohup."""
+    assert run_ranks(2, signal_in_step_2, signal.SIGHUP, 1, config_file) == [143, 143]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [2]
+
+    def ignoring():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return signal_in_step_2(signal.SIGHUP, 1, config_file)
+
+    (tmp_path / "run").rename(tmp_path / "first")
+    assert run_ranks(1, ignoring) == [0]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
+
+
 def test_sigterm_sent_twice_at_once_saves_all_the_same(config_file, tmp_path):
     """By the scheduler to every process, and by the launcher that passes it on."""
     assert run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file) == [143]
