@@ -47,7 +47,7 @@ class RunLog:
     def __init__(self, out: Path, config: LogSection, step: int, *, enabled: bool) -> None:
         self.enabled = enabled
         self._failed: set[str] = set()
-        self._trackers: list[Any] = []
+        self._trackers: dict[str, Callable[[int, dict[str, float]], None]] = {}
         if not enabled:
             return
         self._console = Console()
@@ -56,9 +56,9 @@ class RunLog:
         self._file.seek(max(0, self._file.tell() - 1))
         self._is_cut = self._file.read(1) not in (b"", b"\n")
         if config.tensorboard:
-            self._trackers.append(_tensorboard(out, step))
+            self._trackers["tensorboard"] = _tensorboard(out, step)
         if config.wandb:
-            self._trackers.append(_wandb(out))
+            self._trackers["wandb"] = _wandb(out)
 
     def record(self, step: int, **values: float) -> None:
         """Appends one record; ``time`` (Unix seconds) is added."""
@@ -71,10 +71,13 @@ class RunLog:
         line = b"\n" * self._is_cut + json.dumps(row).encode() + b"\n"
         try:
             self._is_cut = self._file.write(line) < len(line)
-            for track in self._trackers:
-                track(step, values)
         except OSError as error:
             self._report(self._file.name, error)
+        for name, track in self._trackers.items():
+            try:
+                track(step, values)
+            except Exception as error:
+                self._report(name, error)
 
     def say(self, line: str) -> None:
         """Prints one line."""
@@ -98,9 +101,9 @@ class RunLog:
         except OSError as error:
             self._report("console", error)
 
-    def _report(self, name: str, error: OSError) -> None:
-        """Says once what is not written: a full disk, or a terminal that is gone, must not end a
-        run that can go on."""
+    def _report(self, name: str, error: Exception) -> None:
+        """Says once what is not written: a full disk, a terminal that is gone or a tracker that has
+        died must not end a run that can go on."""
         if name not in self._failed:
             logger.error("%s: not written: %s", name, error)
         self._failed.add(name)

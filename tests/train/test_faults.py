@@ -681,6 +681,25 @@ def test_a_run_of_wandb_goes_on_where_it_was(tmp_path, monkeypatch):
     assert sent == [{"loss": 1.0, "step": 7}, {"loss": 1.0, "step": 3}]
 
 
+def test_a_tracker_that_fails_does_not_end_a_run(config_file, tmp_path, monkeypatch, caplog):
+    """Whatever it raises, told once; the records of the run itself go on."""
+
+    def fail(values):
+        raise RuntimeError("the service has died")
+
+    def init(**named):
+        return SimpleNamespace(id="first", log=fail, define_metric=lambda *_, **__: None)
+
+    def tracked():
+        status = main([str(config_file), "--no-export", "--log.wandb"])
+        return status, [line for line in caplog.messages if "service" in line]
+
+    module = SimpleNamespace(init=init, __spec__=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert run_ranks(1, tracked) == [(0, ["wandb: not written: the service has died"])]
+    assert len(metrics(tmp_path / "run", "loss")) == 6
+
+
 def test_events_of_a_branch_that_was_left_are_purged(tmp_path, monkeypatch):
     made = []
     events = SimpleNamespace(SummaryWriter=lambda *a, **b: made.append((a, b)))
