@@ -198,8 +198,11 @@ class Checkpointer:
             InputError: the step asked for is missing or damaged, the run exists although
                 ``resume = never``, or the checkpoint is of another model, tokenizer or optimizer.
         """
-        again = any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
-        wanted = "auto" if again else self.config.resume
+        again: list[Any] = [None] * self.world_size
+        mine = any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
+        # torchrun counts the starts of its own node alone
+        dist.all_gather_object(again, mine, group=self.group)
+        wanted = "auto" if any(again) else self.config.resume
         steps = self._from_main(lambda: complete_steps(self.root))
         if wanted == "never" and steps:
             raise InputError(f"checkpoint.resume = never, but {self.root} has step {steps[0]}")

@@ -164,6 +164,20 @@ def test_a_job_that_is_started_again_goes_on(copied, variable, resume, monkeypat
     assert not list((run / "checkpoints").glob("*.left"))
 
 
+def test_a_job_goes_on_though_one_node_alone_counts_its_start_again(copied):
+    """torchrun counts those of its own ranks."""
+    config, run = copied
+
+    def started():
+        if os.environ["RANK"] == "1":
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        options = ["--no-export", "--checkpoint.resume", "never", "--train.steps", "7"]
+        return main([str(config), "--out", str(run), *options])
+
+    assert run_ranks(2, started, timeout=60) == [0, 0]
+    assert store.complete_steps(run / "checkpoints") == [7, 6, 3]
+
+
 def test_a_checkpoint_cut_short_that_was_not_verified_is_one_line(copied, capfd):
     config, run = copied
     for path in (run / "checkpoints" / "step-00000006").glob("*.distcp"):
