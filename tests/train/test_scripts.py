@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,31 +35,61 @@ def environment(tmp_path):
     }
 
 
+@pytest.fixture
+def two_nodes(environment, packed):
+    """Starts a run on two nodes, both this machine, of one process each, as replicas of each other;
+    gives what they print when they have ended."""
+
+    def start(run, *options, meanwhile=lambda nodes: None, **variables):
+        given = environment | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        given |= {"NODES": "2", "GPUS_PER_NODE": "1"} | variables
+        command = ["bash", str(ROOT / "scripts" / "train_multinode.sh"), CONFIG, "--no-export"]
+        command += ["--data.train", str(packed / "train.json")]
+        command += ["--data.val", str(packed / "val.json"), "--out", str(run)]
+        command += ["--parallel.replicate", "2", *options]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        nodes = [
+            subprocess.Popen(command, env=given, start_new_session=True, **output) for _ in range(2)
+        ]
+        try:
+            meanwhile(nodes)
+            said = [node.communicate(timeout=240)[0] for node in nodes]
+        finally:
+            for node in nodes:
+                # with the processes that it has started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(node.pid, signal.SIGKILL)
+        assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+        return said
+
+    return start
+
+
 @pytest.mark.slow
-def test_two_nodes_meet_and_train_one_run(environment, packed, tmp_path):
-    """Both on this machine, of one process each, as replicas of each other."""
+def test_two_nodes_meet_and_train_one_run(two_nodes, tmp_path):
     run = tmp_path / "run"
-    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    environment |= {"NODES": "2", "GPUS_PER_NODE": "1"}
-    command = ["bash", str(ROOT / "scripts" / "train_multinode.sh"), CONFIG, "--no-export"]
-    command += ["--out", str(run), "--parallel.replicate", "2", "--train.steps", "3"]
-    command += ["--data.train", str(packed / "train.json"), "--data.val", str(packed / "val.json")]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    nodes = [
-        subprocess.Popen(command, env=environment, start_new_session=True, **output)
-        for _ in range(2)
-    ]
-    try:
-        said = [node.communicate(timeout=240)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            # with the process that it has started
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
+    said = two_nodes(run, "--train.steps", "3")
     assert sum("2 x cpu" in text for text in said) == 1, "rank 0 alone says it"
     assert list(metrics(run, "loss")) == [1, 2, 3] and list(metrics(run, "val_loss")) == [3]
     assert complete_steps(run / "checkpoints") == [3]
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_where_a_rank_was_killed(two_nodes, tmp_path):
+    run = tmp_path / "run"
+
+    def kill(nodes):
+        while not (run / "checkpoints" / "latest").exists():
+            assert all(node.poll() is None for node in nodes)
+            time.sleep(0.1)
+        pid = nodes[1].pid
+        (rank,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+
+    options = ["--train.steps", "60", "--checkpoint.every", "5", "--log.every", "1"]
+    said = two_nodes(run, *options, meanwhile=kill, MAX_RESTARTS="1")
+    assert sum("resumed after step" in text for text in said) == 1
+    assert list(metrics(run, "loss")) == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -92,7 +123,7 @@ def test_chaos_damages_no_checkpoint_but_the_newest_of_several(how, tmp_path):
 @pytest.mark.parametrize("given, port", [({}, 29400), ({"MASTER_PORT": "4711"}, 4711)])
 def test_nodes_meet_where_they_are_told_to(environment, given, port, tmp_path):
     (tmp_path / "bin" / "torchrun").write_text('#!/bin/bash\necho "$@"\n')
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODES", "GPUS_PER_NODE"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODES", "GPUS_PER_NODE", "MAX_RESTARTS"):
         environment.pop(name, None)
     command = ["bash", str(ROOT / "scripts" / "train_multinode.sh"), "run.toml", "--optim.lr", "1"]
     options = {"env": environment | given, "capture_output": True, "text": True}
@@ -100,6 +131,6 @@ def test_nodes_meet_where_they_are_told_to(environment, given, port, tmp_path):
     assert done.returncode == 1 and "MASTER_ADDR: must name the first node" in done.stderr
     options["env"] |= {"MASTER_ADDR": "node0", "NODES": "2"}
     assert subprocess.run(command, **options).stdout == (
-        f"--nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:{port}"
-        " --rdzv-id rodimus -m rodimus.train run.toml --optim.lr 1\n"
+        f"--nnodes 2 --nproc-per-node 8 --max-restarts 0 --rdzv-backend c10d --rdzv-endpoint"
+        f" node0:{port} --rdzv-id rodimus -m rodimus.train run.toml --optim.lr 1\n"
     )
