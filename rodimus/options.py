@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_plot(commands)
     _add_data(commands)
+    _add_tokenizer(commands)
     _add_eval(commands)
     _add_export(commands)
     _add_env(commands)
@@ -209,27 +210,52 @@ def _add_data(commands) -> None:
         "document into train and val, checksummed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "source",
-        help="stdlib (Python's own sources), a txt, jsonl or parquet file, a folder, hf:NAME",
-    )
+    _add_source(parser)
     parser.add_argument("out", help="folder for train.json, val.json, shards and tokenizer")
     parser.add_argument(
         "--tokenizer",
         help="folder of a tokenizer, model or run, or owner/name on the hub; without it one is "
         "trained",
     )
+    _add_learning(parser)
+    parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into OUT though it holds something"
+    )
+    parser.set_defaults(command=_lazily("rodimus.train.pack", "run"))
+
+
+def _add_tokenizer(commands) -> None:
+    text = "train a tokenizer on text"
+    group = commands.add_parser("tokenizer", help=f"`tokenizer train`: {text}")
+    members = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser = members.add_parser(
+        "train",
+        help=text,
+        description="Train the tokenizer that `rodimus data pack` would train on this text, for "
+        "packs of its parts that share one. Documents that would be held out are not read.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_source(parser)
+    parser.add_argument("out", help="folder to write")
+    _add_learning(parser)
+    parser.set_defaults(command=_lazily("rodimus.train.pack", "run_tokenizer"))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        help="stdlib (Python's own sources), a txt, jsonl or parquet file, a folder, hf:NAME",
+    )
+
+
+def _add_learning(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained tokenizer")
     parser.add_argument(
         "--tokenizer-sample", type=float, default=0.2, help="share of documents it is trained on"
     )
     parser.add_argument("--val-fraction", type=float, default=0.02, help="share held out")
     parser.add_argument("--field", default="text", help="text field of jsonl and parquet")
-    parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="write into OUT though it holds something"
-    )
-    parser.set_defaults(command=_lazily("rodimus.train.pack", "run"))
 
 
 def _add_eval(commands) -> None:

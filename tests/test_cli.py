@@ -60,6 +60,7 @@ def command(*arguments) -> int:
 
 
 COMMANDS = ["", "generate", "chat", "serve", "plan", "plot", "data", "data pack", "eval", "export"]
+COMMANDS += ["tokenizer", "tokenizer train"]
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "env"])

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from ..errors import InputError, first_line
 from ..loading import find_tokenizer, vocabulary_size
 from .shards import Manifest, ShardWriter
@@ -80,10 +82,7 @@ def pack(
         InputError: the source cannot be read, a part would be empty, a number makes no sense, or
             ``out`` holds something.
     """
-    if not 0 <= val_fraction < 1:
-        raise InputError(f"--val-fraction must lie in [0, 1), got {val_fraction}")
-    if not 0 <= tokenizer_sample <= 1:
-        raise InputError(f"--tokenizer-sample must lie in [0, 1], got {tokenizer_sample}")
+    _check_shares(val_fraction, tokenizer_sample)
     if shard_tokens < 1:
         raise InputError(f"--shard-tokens must be positive, got {shard_tokens}")
     out = Path(out)
@@ -100,7 +99,9 @@ def pack(
         manifests = _write_parts(
             source,
             Path(folder),
-            _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field),
+            find_tokenizer(tokenizer)
+            if tokenizer is not None
+            else learn(source, vocab_size, tokenizer_sample, val_fraction, field),
             val_fraction=val_fraction,
             field=field,
             shard_tokens=shard_tokens,
@@ -109,10 +110,15 @@ def pack(
     return manifests
 
 
-def _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field):
-    """The tokenizer that is named, or one trained on the source."""
-    if tokenizer is not None:
-        return find_tokenizer(tokenizer)
+def learn(
+    source: str, vocab_size: int, tokenizer_sample: float, val_fraction: float, field: str
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that ``pack`` trains with these arguments.
+
+    Raises:
+        InputError: the source or an argument is wrong.
+    """
+    _check_shares(val_fraction, tokenizer_sample)
 
     def sample(share: float) -> Iterator[str]:
         for part, text, digest in split_documents(source, val_fraction, field=field):
@@ -124,13 +130,24 @@ def _learn(source, tokenizer, vocab_size, tokenizer_sample, val_fraction, field)
     return train_tokenizer(sample(share), vocab_size)
 
 
+def _check_shares(val_fraction: float, tokenizer_sample: float) -> None:
+    if not 0 <= val_fraction < 1:
+        raise InputError(f"--val-fraction must lie in [0, 1), got {val_fraction}")
+    if not 0 <= tokenizer_sample <= 1:
+        raise InputError(f"--tokenizer-sample must lie in [0, 1], got {tokenizer_sample}")
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the Rust writer raises bare exceptions
+        raise InputError(f"the tokenizer cannot be written: {first_line(error)}") from error
+
+
 def _write_parts(
     source, folder, learned, *, val_fraction, field, shard_tokens
 ) -> dict[str, Manifest]:
-    try:
-        learned.save_pretrained(str(folder / "tokenizer"))
-    except Exception as error:  # the Rust writer raises bare exceptions
-        raise InputError(f"the tokenizer cannot be written: {first_line(error)}") from error
+    _save_tokenizer(learned, folder / "tokenizer")
     encode = DocumentEncoder(learned)
     parts = ("train", "val") if val_fraction > 0 else ("train",)
     n_ids = vocabulary_size(learned)
@@ -210,3 +227,23 @@ def run(options: argparse.Namespace) -> None:
             f"{m.n_tokens:>13,} tokens  {m.n_bytes / m.n_tokens:.2f} bytes/token"
         )
     print(f"wrote {options.out} in {time.perf_counter() - start:.1f} s")
+
+
+def run_tokenizer(options: argparse.Namespace) -> None:
+    """The command ``rodimus tokenizer train``.
+
+    Raises:
+        InputError: a source or an option is wrong, a package is missing, or ``OUT`` holds something
+            or cannot be written.
+    """
+    out = Path(options.out)
+    names = inspect.signature(learn).parameters
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty: name another folder")
+        tokenizer = learn(**{name: getattr(options, name) for name in names})
+        out.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError) as error:
+        raise InputError(str(error)) from error
+    _save_tokenizer(tokenizer, out)
+    print(f"wrote {out}, {len(tokenizer):,} tokens")

@@ -119,6 +119,25 @@ def test_a_tokenizer_that_truncates_and_pads_does_neither_to_documents():
     assert DocumentEncoder(tokenizer)(TEXTS[:2] + ["x"]) == whole
 
 
+def test_a_tokenizer_alone_is_that_of_a_pack(corpus, tmp_path, capsys):
+    """Of the same text, with the same options; nothing is written over."""
+    options = ["--vocab-size", "300", "--val-fraction", "0.2", "--tokenizer-sample", "0.5"]
+    for command, out in [("data pack", "packed"), ("tokenizer train", "alone")]:
+        assert cli.main([*command.split(), str(corpus), str(tmp_path / out), *options]) == 0
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        packed = tmp_path / "packed" / "tokenizer" / name
+        assert (tmp_path / "alone" / name).read_bytes() == packed.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "alone").iterdir()) == names
+    assert cli.main(["tokenizer", "train", str(corpus), str(tmp_path / "alone")]) == 2
+    assert cli.main(["tokenizer", "train", "none.jsonl", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+    wrong = ["--tokenizer-sample", "1.5"]
+    assert cli.main(["tokenizer", "train", str(corpus), str(tmp_path / "new"), *wrong]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and "alone is not empty" in errors[0]
+
+
 def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):
     first = pack(str(corpus), tmp_path / "a", vocab_size=300)
     second = pack(str(corpus), tmp_path / "b", tokenizer=str(tmp_path / "a" / "tokenizer"))
