@@ -190,6 +190,24 @@ def make_any(folder, scratch, library, mark):
     library.write_bytes(b"a library")
 
 
+def test_a_failing_nvcc_leaves_the_library_of_the_cpu_and_fails_the_command(tmp_path, monkeypatch):
+    """Which is how it fails continuous integration, and no installation."""
+
+    def fail(*arguments):
+        raise RuntimeError("kernels.cu(1): error")
+
+    monkeypatch.setattr(build, "_build_cpu", make_any)
+    monkeypatch.setattr(build, "_build_cuda", fail)
+    lines = build.build(tmp_path, force=True)
+    assert lines == {"cpu": "built", "cuda": "failed: kernels.cu(1): error"}
+    assert [path.name for path in tmp_path.iterdir()] == [LIBRARY.name]
+    monkeypatch.setattr(sys, "argv", ["build"])
+    monkeypatch.setattr(build, "build", lambda force: lines)
+    with pytest.raises(SystemExit) as stopped:
+        build.main()
+    assert stopped.value.code == 1
+
+
 def test_two_builds_at_once_do_not_meet(tmp_path, monkeypatch):
     """The other one, of another process, ends before this one renames what it wrote."""
     monkeypatch.setattr(build, "_build_cpu", make_any)
