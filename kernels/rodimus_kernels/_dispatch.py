@@ -104,6 +104,14 @@ def choose_compiled(fallback: str, *tensors: torch.Tensor | None, one_dtype: boo
     return "native" if fits else fallback
 
 
+def mark_written(*tensors: torch.Tensor) -> None:
+    """Tell autograd that an operator has written tensors in place: kernels write by pointer, and a
+    backward that has saved one of the tensors has to raise. What torch.compile traces is told by
+    itself."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
     shape = tensor.shape

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from ._dispatch import check_same_device, check_shape, load
+from ._dispatch import check_same_device, check_shape, load, mark_written
 from .int8_weight import Int8Weight
 from .reference import int8_row_bytes
 
@@ -148,7 +148,7 @@ def blocks_step(
             fits = can_fuse_block(stream.shape[0], *read)
             fits = fits and uniform and _can_write_natively(weights, taps, states, rings)
             impl = "native" if fits else "reference"
-        return load("blocks_step", impl, _IMPLS)(
+        stream = load("blocks_step", impl, _IMPLS)(
             stream,
             weights,
             taps,
@@ -161,6 +161,8 @@ def blocks_step(
             key_eps=key_eps,
             norm_eps=norm_eps,
         )
+    mark_written(*taps, *states, *rings)
+    return stream
 
 
 def _can_write_natively(weights, taps, states, rings) -> bool:

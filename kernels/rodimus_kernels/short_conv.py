@@ -9,6 +9,7 @@ from ._dispatch import (
     check_shape,
     choose_compiled,
     load,
+    mark_written,
     runs_triton,
 )
 from .reference import check_cu_seqlens
@@ -137,4 +138,6 @@ def short_conv_step(
             tensors = (x, conv_state, weight, bias)
             fits = conv_state.is_contiguous()
             impl = choose_compiled("reference", *tensors, one_dtype=True) if fits else "reference"
-        return load("short_conv_step", impl, _STEP)(x, conv_state, weight, bias)
+        y = load("short_conv_step", impl, _STEP)(x, conv_state, weight, bias)
+    mark_written(conv_state)
+    return y

@@ -10,6 +10,7 @@ from .._dispatch import (
     check_shape,
     choose_compiled,
     load,
+    mark_written,
     runs_triton,
 )
 from .._schemas import TRITON_KEY_DIMS, is_transformed
@@ -236,7 +237,9 @@ def ddts_step(
                 fits = q.device.type == "cpu" or key_dim <= native.MAX_CUDA_KEYS
                 tensors = (q, k, v, log_decay, state)
                 impl = choose_compiled("eager", *tensors) if fits else "eager"
-        return load("ddts_step", impl, _STEP)(q, k, v, log_decay, state, scale=scale)
+        o = load("ddts_step", impl, _STEP)(q, k, v, log_decay, state, scale=scale)
+    mark_written(state)
+    return o
 
 
 __all__ = ["IMPLS", "ddts", "ddts_gates", "ddts_step"]

@@ -3,7 +3,14 @@
 import torch
 
 from .. import native
-from .._dispatch import check_floating, check_same_device, check_shape, choose_compiled, load
+from .._dispatch import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    choose_compiled,
+    load,
+    mark_written,
+)
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:ddts_mixer_step",
@@ -93,7 +100,7 @@ def ddts_mixer_step(
             fits = alike and (q.device.type == "cpu" or q.shape[1] <= native.MAX_CUDA_KEYS)
             tensors = (q, *rows.values(), state)
             impl = choose_compiled("reference", *tensors) if fits else "reference"
-        return load("ddts_mixer_step", impl, _IMPLS)(
+        y = load("ddts_mixer_step", impl, _IMPLS)(
             q,
             k,
             select,
@@ -111,3 +118,5 @@ def ddts_mixer_step(
             key_eps=key_eps,
             norm_eps=norm_eps,
         )
+    mark_written(state)
+    return y

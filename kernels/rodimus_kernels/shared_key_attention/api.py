@@ -10,6 +10,7 @@ from .._dispatch import (
     check_shape,
     choose_compiled,
     load,
+    mark_written,
     runs_triton,
 )
 from .._schemas import is_transformed
@@ -207,7 +208,7 @@ def shared_key_attention_step(
             impl = choose_compiled(fallback, *tensors, one_dtype=True)
             if impl == "native" and not _fits_compiled_step(q, k, v, cache):
                 impl = fallback
-        return load("shared_key_attention_step", impl, _STEP)(
+        o = load("shared_key_attention_step", impl, _STEP)(
             q,
             k,
             v,
@@ -217,6 +218,8 @@ def shared_key_attention_step(
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,
         )
+    mark_written(cache)
+    return o
 
 
 def _check_ring(cache, k, v):
