@@ -10,6 +10,7 @@ import torch
 
 from . import native
 from ._schemas import is_transformed
+from .reference import can_read_values
 
 _logger = logging.getLogger(__name__)
 # where load says what it gives out, while somebody wants to know; by id, for two may be equal
@@ -135,8 +136,19 @@ def check_same_device(
             )
 
 
-def check_floating(**tensors: torch.Tensor) -> None:
+def check_floating(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless every tensor is floating point."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_position(position: torch.Tensor, batch: int) -> None:
+    """Raise ValueError unless these are ages of sequences: int64 ``[B]``, none of them negative
+    where a check may look."""
+    check_shape("position", position, (batch,))
+    if position.dtype != torch.int64:
+        raise ValueError(f"position must be int64, got {position.dtype}")
+    # a list costs half of what a comparison of tensors does
+    if batch and can_read_values(position) and (lowest := min(position.tolist())) < 0:
+        raise ValueError(f"position must be >= 0, got {lowest}")

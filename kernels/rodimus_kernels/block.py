@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from ._dispatch import check_same_device, check_shape, load, mark_written
+from ._dispatch import check_position, check_same_device, check_shape, load, mark_written
 from .int8_weight import Int8Weight
 from .reference import int8_row_bytes
 
@@ -256,11 +256,9 @@ def _check_attention(stream, weights, rings, position, rotary, window_size, head
     if window_size < 1 or head_dim < 1:
         raise ValueError(f"window_size and head_dim must be >= 1, got {window_size} and {head_dim}")
     batch = stream.shape[0]
-    check_shape("position", position, (batch,))
+    check_position(position, batch)
     cos, sin = rotary or (None, None)
     check_same_device("stream", stream, position=position, cos=cos, sin=sin)
-    if position.dtype != torch.int64:
-        raise ValueError(f"position must be int64, got {position.dtype}")
     if rotary is not None:
         turned = cos.shape[-1]
         check_shape("cos", cos, (batch, turned))

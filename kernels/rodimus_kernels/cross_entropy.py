@@ -3,9 +3,9 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._dispatch import check_same_device, check_shape, load, runs_triton
+from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
 from ._schemas import is_transformed
-from .reference import no_autocast
+from .reference import can_read_values, no_autocast
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear_cross_entropy",
@@ -55,13 +55,18 @@ def linear_cross_entropy(
         leaves the z term out and carries no gradient: the number to log.
 
     Raises:
-        ValueError: shapes or devices differ, a label is outside the vocabulary (on a CPU; in Triton
-            the loss is NaN then), or an option is unknown.
+        ValueError: shapes, devices or dtypes differ, a label is outside the vocabulary (on a CPU;
+            in Triton the loss is NaN then), or an option is unknown.
     """
     check_shape("hidden", hidden, ("N", "D"))
     check_shape("weight", weight, ("vocabulary", hidden.shape[1]))
     check_shape("labels", labels, (hidden.shape[0],))
+    check_floating(hidden=hidden, weight=weight)
     check_same_device("hidden", hidden, weight=weight, labels=labels)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}"
+        )
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if impl == "auto":
@@ -69,8 +74,7 @@ def linear_cross_entropy(
         impl = "triton" if runs_triton(hidden.device) and not double else "eager"
         impl = "reference" if is_transformed() else impl
     function = load("linear_cross_entropy", impl, _IMPLS)
-    are_seen = not (torch.compiler.is_compiling() or is_transformed())
-    if labels.device.type == "cpu" and are_seen and len(labels):
+    if can_read_values(labels) and len(labels):
         worst = torch.where(labels == ignore_index, 0, labels)
         if worst.min() < 0 or worst.max() >= weight.shape[0]:
             raise ValueError(

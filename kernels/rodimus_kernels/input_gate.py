@@ -61,5 +61,15 @@ def _choose(triton: bool, rank: int, double: bool) -> str:
 
 
 def eager_input_gate(x, hidden, weight, bias):
-    """Three torch operations in the dtypes given, as autocast has them."""
+    """Three torch operations in the dtypes given, as autocast has them.
+
+    Raises:
+        ValueError: hidden, weight and bias differ in dtype, outside autocast.
+    """
+    dtypes = hidden.dtype, weight.dtype, bias.dtype
+    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            "input_gate(impl='eager'): expected hidden, weight and bias of one dtype, got"
+            f" {', '.join(map(str, dtypes))}; impl='reference' takes any"
+        )
     return (F.linear(hidden, weight, bias).sigmoid() * x).to(x.dtype)

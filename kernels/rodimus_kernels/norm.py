@@ -3,7 +3,7 @@
 import torch
 
 from . import native
-from ._dispatch import check_same_device, check_shape, load, runs_triton
+from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
 
 _RMS = {
     "reference": "rodimus_kernels.reference:rms_norm",
@@ -39,9 +39,10 @@ def rms_norm(
         ``[..., D]`` in weight's dtype.
 
     Raises:
-        ValueError: weight does not fit x.
+        ValueError: weight does not fit x, or one of them is not floating point.
     """
     check_shape("weight", weight, (x.shape[-1],))
+    check_floating(x=x, weight=weight)
     check_same_device("x", x, weight=weight)
     return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
 
@@ -69,10 +70,11 @@ def add_rms_norm(
         stream's.
 
     Raises:
-        ValueError: shapes or devices differ.
+        ValueError: shapes or devices differ, or a tensor is not floating point.
     """
     check_shape("residual", residual, tuple(x.shape))
     check_shape("weight", weight, (x.shape[-1],))
+    check_floating(x=x, residual=residual, weight=weight)
     check_same_device("x", x, residual=residual, weight=weight)
     impl = _choose(impl, x, residual, weight)
     return load("add_rms_norm", impl, _ADD)(x, residual, weight, eps=eps)
@@ -104,7 +106,8 @@ def gated_rms_norm(
         ``[..., D]`` in x's dtype; the weighted sum is rounded to it before gating.
 
     Raises:
-        ValueError: shapes or devices differ, or only one of residual and residual_weight is given.
+        ValueError: shapes or devices differ, a tensor is not floating point, or only one of
+            residual and residual_weight is given.
     """
     check_shape("gate", gate, tuple(x.shape))
     check_shape("weight", weight, (x.shape[-1],))
@@ -114,7 +117,9 @@ def gated_rms_norm(
         check_shape("residual", residual, tuple(x.shape))
         check_shape("residual_weight", residual_weight, (x.shape[-1],))
     given = {"gate": gate, "weight": weight, "residual": residual}
-    check_same_device("x", x, **given, residual_weight=residual_weight)
+    given["residual_weight"] = residual_weight
+    check_floating(x=x, **given)
+    check_same_device("x", x, **given)
     impl = _choose(impl, x, gate, weight, residual, residual_weight)
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight

@@ -39,6 +39,24 @@ def accumulation_dtype(*tensors):
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def can_read_values(x):
+    """Whether a check may look at a tensor's values: a plain one of the CPU, and no CUDA graph is
+    recorded, which would not look again. On a GPU it would stop the stream; fake tensors, those of
+    ``torch.compile`` and of transforms have none to show."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or _is_graph_recorded():
+        return False
+    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _is_graph_recorded():
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:
+        # torch was built without CUDA
+        return False
+
+
 def no_autocast(device):
     """Context that computes in the dtypes that are written: autocast would round products to half
     precision. Tensors without values (meta) have no autocast."""
@@ -434,7 +452,7 @@ def ddts_chunk(
 def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
     """Check the boundaries of packed documents and return how many sequences there are.
 
-    Values are read only where that is free: on the CPU and outside compilation.
+    Values are read only where that is free: :func:`can_read_values`.
     """
     if cu_seqlens is None:
         return batch
@@ -445,7 +463,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -
             "cu_seqlens must be integers [N + 1] with N >= 1,"
             f" got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_read_values(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != length or bounds != sorted(bounds):
             shown = bounds if len(bounds) <= 16 else [*bounds[:8], "...", *bounds[-7:]]

@@ -212,6 +212,11 @@ def test_bad_input_says_what_was_expected():
         linear_cross_entropy(hidden, weight, labels[:-1])
     with pytest.raises(ValueError, match=r"labels must be in 0 .. 36 or -100, got 0 .. 37"):
         linear_cross_entropy(hidden, weight, labels.clamp(min=0).index_fill(0, torch.tensor(1), 37))
+    for impl in ("reference", "eager", "auto"):
+        with pytest.raises(ValueError, match="dtype of hidden, torch.float32, got torch.bfloat16"):
+            linear_cross_entropy(hidden, weight.bfloat16(), labels, impl=impl)
+    with pytest.raises(ValueError, match="hidden must be floating point, got torch.int64"):
+        linear_cross_entropy(hidden.long(), weight.long(), labels)
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
         linear_cross_entropy(hidden, weight, labels, reduction="max")
     with pytest.raises(ValueError, match="unknown impl 'fast'"):

@@ -106,6 +106,15 @@ def test_bad_input_says_what_was_expected():
             input_gate(**{**t, **change})
 
 
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_dtypes_that_differ_are_refused_in_the_dtypes_given(name):
+    t = {key: x.float() for key, x in make().items()}
+    t[name] = t[name].bfloat16()
+    with pytest.raises(ValueError, match="weight and bias of one dtype, got .*torch.bfloat16"):
+        input_gate(**t, impl="eager")
+    assert input_gate(**t, impl="reference").dtype == torch.float32
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_broken_value_stays_visible(impl):
     x, hidden, weight, bias = (

@@ -197,6 +197,12 @@ def test_bad_input_says_what_was_expected():
         rms_norm(x, weight[:47])
     with pytest.raises(ValueError, match=r"residual must have shape \[2, 7, 48\]"):
         add_rms_norm(x, x[:1], weight)
+    with pytest.raises(ValueError, match="weight must be floating point, got torch.int64"):
+        rms_norm(x, weight.long())
+    with pytest.raises(ValueError, match="residual must be floating point, got torch.int64"):
+        add_rms_norm(x, x.long(), weight)
+    with pytest.raises(ValueError, match="residual_weight must be floating point, got torch.int"):
+        gated_rms_norm(x, gate, weight, residual=x, residual_weight=weight.int())
     with pytest.raises(ValueError, match="come together"):
         gated_rms_norm(x, gate, weight, residual=x)
     with pytest.raises(ValueError, match="gate must have shape"):

@@ -350,6 +350,18 @@ def test_compiles_without_a_graph_break(impl, int8, device):
     assert torch.equal(inside, plain)
 
 
+@FORMATS
+@pytest.mark.parametrize("impl", [*IMPLS, "auto"])
+def test_a_batch_may_be_empty(impl, int8, device):
+    ring = Ring(batch=0, int8=int8)
+    position = torch.zeros(0, dtype=torch.int64, device=device)
+    cache = ring.cache(device)
+    o = shared_key_attention_step(
+        *ring.tokens(2, device), cache, position, window_size=9, impl=impl
+    )
+    assert o.shape == (0, 2, 4, 16)
+
+
 def test_automatic_choice():
     row = torch.zeros(2, 16, 80)
     assert api._choose_step(True, 128, row, (row, row)) == "triton"
@@ -425,6 +437,12 @@ class TestErrors:
         q, k, v = Ring().tokens(1, "cpu")
         with pytest.raises(ValueError, match="position must be int64, got torch.float32"):
             shared_key_attention_step(q, k, v, Ring().cache("cpu"), torch.zeros(2), window_size=9)
+
+    @pytest.mark.parametrize("impl", ["reference", "sdpa", "native", "auto"])
+    def test_position_is_not_negative(self, impl):
+        given = *Ring().tokens(1, "cpu"), Ring().cache("cpu"), torch.tensor([3, -1])
+        with pytest.raises(ValueError, match="position must be >= 0, got -1"):
+            shared_key_attention_step(*given, window_size=9, impl=impl)
 
     def test_cache_is_floating(self):
         q, k, v = Ring().tokens(1, "cpu")

@@ -6,6 +6,7 @@ import torch
 from .. import reference
 from .._dispatch import (
     check_floating,
+    check_position,
     check_same_device,
     check_shape,
     choose_compiled,
@@ -170,7 +171,8 @@ def shared_key_attention_step(
         v: Values of the same tokens ``[B, T, Hv, Dv]``.
         cache: ``[B, R, Hk * D + Hv * Dv]`` with R >= window_size + T - 1; overwritten. Or uint8
             ``[B, R, int8_row_bytes]``, rows dense and starting on multiples of 16 bytes.
-        position: int64 ``[B]``: tokens each sequence has seen before these.
+        position: int64 ``[B]``, >= 0: tokens each sequence has seen before these. Values are
+            checked on the CPU.
         window_size: Keys a query sees, its own position included.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
         impl: ``"auto"``, ``"native"``, ``"triton"``, ``"sdpa"`` or ``"reference"``; an explicit
@@ -191,10 +193,8 @@ def shared_key_attention_step(
             f"expected 1 <= T <= {MAX_STEP} tokens in q, k and v, got {steps} and {k.shape[1]}"
         )
     _check_ring(cache, k, v)
-    check_shape("position", position, (batch,))
+    check_position(position, batch)
     check_same_device("q", q, cache=cache, position=position)
-    if position.dtype != torch.int64:
-        raise ValueError(f"position must be int64, got {position.dtype}")
     if cache.shape[1] < window_size + steps - 1:
         raise ValueError(
             f"cache needs R >= window_size + T - 1 = {window_size + steps - 1} rows,"

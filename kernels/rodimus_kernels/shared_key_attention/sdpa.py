@@ -49,9 +49,8 @@ def step(q, k, v, cache, position, *, window_size, scale):
     reference.write_ring(reference.ring_parts(cache, *shape), index, k, v)
 
     last = new[:, -1:]
-    # on a GPU a look at positions would stop the stream, in compilation it breaks the graph
-    may_look = q.device.type == "cpu" and not torch.compiler.is_compiling()
-    if may_look:
+    may_look = reference.can_read_values(last)
+    if may_look and batch:
         # without rows that no sequence has reached
         cache = cache[:, : int(last.max()) + 1]
     # row r holds the newest position p <= last with p % R = r; a negative one is still empty

@@ -291,7 +291,7 @@ def _step(q, k, v, cache, position, window_size, scale):
     key_heads, tokens = k.shape[2], batch * steps
     check_grid("shared_key_attention_step", "tokens", tokens)
     groups = key_heads * triton.cdiv(heads // key_heads, _HEADS)
-    parts, part = split_window(window_size, groups * tokens, multiprocessors(q.device))
+    parts, part = split_window(window_size, max(groups * tokens, 1), multiprocessors(q.device))
     o = v.new_empty((batch, steps, heads, value_dim))
     partial = o
     if parts > 1:
