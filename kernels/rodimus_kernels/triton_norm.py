@@ -54,8 +54,9 @@ def add_rms_norm_fwd_kernel(
     mask = o_d < D
     b_x = tl.load(x + i_t * x_t + o_d, mask=mask, other=0.0)
     if residual is not None:
-        b_r = tl.load(residual + i_t * residual_t + o_d, mask=mask, other=0.0)
-        b_x = (b_x.to(stream.dtype.element_ty) + b_r).to(stream.dtype.element_ty)
+        b_r = tl.load(residual + i_t * residual_t + o_d, mask=mask, other=0.0).to(tl.float32)
+        # the interpreter adds bf16 wrongly; a sum of two has the same bits through fp32
+        b_x = (b_x.to(stream.dtype.element_ty).to(tl.float32) + b_r).to(stream.dtype.element_ty)
         tl.store(stream + i_t * D + o_d, b_x, mask=mask)
     b_n = normalized(b_x.to(tl.float32), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)

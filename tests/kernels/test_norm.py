@@ -110,6 +110,20 @@ def test_half_precision_branch_on_a_float32_stream(impl):
     assert relative_error(normed, exact) < HALF_LIMIT
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_half_precision_stream(impl, branch, dtype):
+    t = make("x", "residual", "weight")
+    x, residual = t["x"].to(branch), t["residual"].to(dtype)
+    normed, stream = add_rms_norm(x, residual, t["weight"], impl=impl)
+    assert normed.dtype == torch.float32 and stream.dtype == dtype
+    # of both, which are rounded to the stream's dtype, and rounded once more
+    exact = x.to(dtype).double() + residual.double()
+    assert relative_error(stream, exact) < HALF_LIMIT
+    assert relative_error(normed, exact_rms_norm(stream.double(), t["weight"].double())) < LIMIT
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_a_half_precision_branch_on_a_float32_stream(impl):
     t = make("x", "residual", "weight")
