@@ -179,19 +179,13 @@ def measured(
         turns: has timed what :func:`captured` returned.
         floor_ms: of a single run.
         calls: of the operator by the function that was captured.
-        more: fields to add; from ``floor_bytes`` and ``flops`` follow the rates of the median.
+        more: fields to add; from ``floor_bytes`` and ``flops`` :mod:`benchmarks.work` has rates.
     """
     on_gpu = turns.device.type == "cuda"
     clock = "device_ms" if on_gpu else "wall_ms"
     runs = calls * (RUNS_IN_A_GRAPH if on_gpu and turns.flush is None else 1)
     samples = [sample / runs for sample in turns.column(name, clock)]
     summary = timing.summarize(samples)
-    rates = {"GBps": ("floor_bytes", 1e6), "TFLOPs": ("flops", 1e9)}
-    more |= {
-        rate: more[work] / summary.median / unit
-        for rate, (work, unit) in rates.items()
-        if work in more
-    }
     return records.row(
         *(name, *name.split("/")),
         clock=clock,
