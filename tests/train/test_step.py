@@ -237,8 +237,7 @@ def test_a_step_exchanges_figures_twice(config_file, monkeypatch):
         return [len(exchanged), *exchanged[:3]]
 
     device = torch.device("cpu")
-    # one more where held-out data was read after the last step
-    assert run_ranks(2, steps) == [[2 * 6 + 1, (device, 1), (device, 3), (device, 1)]] * 2
+    assert run_ranks(2, steps) == [[2 * 6, (device, 1), (device, 3), (device, 1)]] * 2
 
 
 def test_shards_are_updated_as_sharded_parameters_are(figures, monkeypatch):
