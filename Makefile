@@ -72,7 +72,7 @@ $(VENV)/.bench: $(STAMP)
 # several sittings, because a machine changes more between runs than within one
 bench: $(VENV)/.bench native
 	for sitting in 1 2 3; do $(BIN)/python -m pytest -q benchmarks/bench_memory.py \
-		benchmarks/bench_decode.py benchmarks/bench_prefill.py --bench-scale full \
+		benchmarks/bench_decode.py benchmarks/bench_prefill.py benchmarks/bench_demo.py --bench-scale full \
 		--bench-sittings 3 --bench-models "$(MODELS)" && \
 	$(BIN)/python -m pytest -q benchmarks/bench_decode.py -k "1-128 or 1-4096" \
 		--bench-weights int8 --bench-scale full --bench-sittings 3 \

@@ -26,7 +26,7 @@ from .sizes import SCALES
 
 # in the order of their worth, should the seconds not suffice for all
 OPERATORS = ("ddts", "attention", "blocks", "fused")
-MODULES = (*OPERATORS, "decode", "train", "prefill", "memory", "engine", "serve", "long")
+MODULES = (*OPERATORS, "decode", "train", "prefill", "memory", "engine", "demo", "serve", "long")
 GPU_CASE_SECONDS = 20.0
 
 

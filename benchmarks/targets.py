@@ -382,7 +382,11 @@ ON_CPU = {
         "> 1 times",
         on_cpu,
     ),
-    "demo model, tokens/s of the engine over modules": (None, ">= 5 times", ()),
+    "demo model, tokens/s of the engine over modules": (
+        speedup("demo/engine", "demo/modules"),
+        ">= 5 times",
+        (("demo-b1-t128-float32",),),
+    ),
     "demo training over its first loop, tokens per core-second": (None, ">= 1.5 times", ()),
 }
 TARGETS = tuple(
