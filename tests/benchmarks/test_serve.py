@@ -109,7 +109,9 @@ def test_the_server_is_measured_as_its_clients_see_it(tmp_path):
         assert len(row["samples"]["first_token_ms"]) == row["requests"]
         for what in ("first_token", "between_tokens"):
             p50, p95, p99 = (row[f"{what}_p{p}_ms"] for p in bench_serve.PERCENTILES)
-            assert 0 < p50 <= p95 <= p99
+            # tokens that came with the first one were not waited for
+            assert 0 <= p50 <= p95 <= p99
+        assert row["first_token_p50_ms"] > 0
         # no request is done faster than its tokens come
         slowest = max(row["samples"]["first_token_ms"])
         assert 0 < row["tokens_per_s"] < 1e3 * row["requests"] * new_tokens / slowest
