@@ -200,15 +200,12 @@ def _add_plot(commands) -> None:
 
 
 def _add_data(commands) -> None:
-    text = "make token shards for training from text"
-    group = commands.add_parser("data", help=f"`data pack`: {text}")
-    members = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser = members.add_parser(
-        "pack",
-        help=text,
-        description="Turn text into token shards for training: exact copies dropped, split by "
-        "document into train and val, checksummed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = _add_member(
+        commands,
+        "data pack",
+        "make token shards for training from text",
+        "Turn text into token shards for training: exact copies dropped, split by document into "
+        "train and val, checksummed.",
     )
     _add_source(parser)
     parser.add_argument("out", help="folder for train.json, val.json, shards and tokenizer")
@@ -226,20 +223,31 @@ def _add_data(commands) -> None:
 
 
 def _add_tokenizer(commands) -> None:
-    text = "train a tokenizer on text"
-    group = commands.add_parser("tokenizer", help=f"`tokenizer train`: {text}")
-    members = group.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    parser = members.add_parser(
-        "train",
-        help=text,
-        description="Train the tokenizer that `rodimus data pack` would train on this text, for "
-        "packs of its parts that share one. Documents that would be held out are not read.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = _add_member(
+        commands,
+        "tokenizer train",
+        "train a tokenizer on text",
+        "Train the tokenizer that `rodimus data pack` would train on this text, for packs of its "
+        "parts that share one. Documents that would be held out are not read.",
     )
     _add_source(parser)
     parser.add_argument("out", help="folder to write")
     _add_learning(parser)
     parser.set_defaults(command=_lazily("rodimus.train.pack", "run_tokenizer"))
+
+
+def _add_member(commands, name, text, description) -> argparse.ArgumentParser:
+    """The parser of a command of two words, which is alone in its group."""
+    group, member = name.split()
+    members = commands.add_parser(group, help=f"`{name}`: {text}").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    return members.add_parser(
+        member,
+        help=text,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

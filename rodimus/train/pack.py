@@ -243,7 +243,9 @@ def run_tokenizer(options: argparse.Namespace) -> None:
             raise InputError(f"{out} is not empty: name another folder")
         tokenizer = learn(**{name: getattr(options, name) for name in names})
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
+            _save_tokenizer(tokenizer, Path(folder))
+            _replace(Path(folder), out)
     except (ImportError, OSError) as error:
         raise InputError(str(error)) from error
-    _save_tokenizer(tokenizer, out)
     print(f"wrote {out}, {len(tokenizer):,} tokens")

@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rodimus import cli
 from rodimus.errors import InputError
@@ -136,6 +136,20 @@ def test_a_tokenizer_alone_is_that_of_a_pack(corpus, tmp_path, capsys):
     assert cli.main(["tokenizer", "train", str(corpus), str(tmp_path / "new"), *wrong]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and "alone is not empty" in errors[0]
+
+
+def test_a_tokenizer_is_written_whole_or_not_at_all(corpus, tmp_path, monkeypatch, capsys):
+    save = PreTrainedTokenizerFast.save_pretrained
+
+    def full(self, folder, *arguments):
+        save(self, folder, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    words = ["tokenizer", "train", str(corpus), str(tmp_path / "alone"), "--vocab-size", "300"]
+    assert cli.main(words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not any((tmp_path / "alone").iterdir())
 
 
 def test_given_tokenizer_is_used_and_copied(corpus, tmp_path):

@@ -76,29 +76,20 @@ def ddts_mixer_step(
         ValueError: a shape, dtype, device or stride breaks the contract.
         ImportError: the chosen implementation cannot be loaded.
     """
-    check_shape("q", q, ("B", "K"))
-    check_shape("x", x, (q.shape[0], "V"))
-    check_shape("gate_hidden", gate_hidden, (q.shape[0], "R"))
-    wide = {"gate_bias": gate_bias, "residual_weight": residual_weight, "norm_weight": norm_weight}
-    for name, tensor in {"k": k, "select": select, "temper": temper}.items():
-        check_shape(name, tensor, tuple(q.shape))
-    for name, tensor in {"shifted": shifted, "gate": gate}.items():
-        check_shape(name, tensor, tuple(x.shape))
-    for name, tensor in wide.items():
-        check_shape(name, tensor, (x.shape[1],))
-    check_shape("gate_weight", gate_weight, (x.shape[1], gate_hidden.shape[1]))
-    check_shape("state", state, (q.shape[0], 1, q.shape[1], x.shape[1]))
-    rows = {"k": k, "select": select, "temper": temper, "gate_hidden": gate_hidden, "x": x}
-    rows |= {"shifted": shifted, "gate": gate, "gate_weight": gate_weight, **wide}
-    check_floating(q=q, **rows)
-    check_same_device("q", q, state=state, **rows)
-    if not state.is_contiguous():
-        raise ValueError(f"state must be contiguous, got strides {state.stride()}")
+    gates = {"k": k, "select": select, "temper": temper}
+    branches = {"x": x, "shifted": shifted, "gate": gate}
+    vectors = {
+        "gate_bias": gate_bias,
+        "residual_weight": residual_weight,
+        "norm_weight": norm_weight,
+    }
+    given = {"gate_hidden": gate_hidden, "gate_weight": gate_weight, **gates, **branches, **vectors}
+    _check(q, state, gates, branches, vectors, given)
     with torch.no_grad():
         if impl == "auto":
             alike = gate_weight.dtype == gate_hidden.dtype and state.dtype == torch.float32
             fits = alike and (q.device.type == "cpu" or q.shape[1] <= native.MAX_CUDA_KEYS)
-            tensors = (q, *rows.values(), state)
+            tensors = (q, *given.values(), state)
             impl = choose_compiled("reference", *tensors) if fits else "reference"
         y = load("ddts_mixer_step", impl, _IMPLS)(
             q,
@@ -120,3 +111,24 @@ def ddts_mixer_step(
         )
     mark_written(state)
     return y
+
+
+def _check(q, state, gates, branches, vectors, given):
+    """Raise ValueError unless the tensors of a step, by name, belong together."""
+    x, gate_hidden = given["x"], given["gate_hidden"]
+    check_shape("q", q, ("B", "K"))
+    check_shape("x", x, (q.shape[0], "V"))
+    check_shape("gate_hidden", gate_hidden, (q.shape[0], "R"))
+    for expected, tensors in (
+        (tuple(q.shape), gates),
+        (tuple(x.shape), branches),
+        ((x.shape[1],), vectors),
+    ):
+        for name, tensor in tensors.items():
+            check_shape(name, tensor, expected)
+    check_shape("gate_weight", given["gate_weight"], (x.shape[1], gate_hidden.shape[1]))
+    check_shape("state", state, (q.shape[0], 1, q.shape[1], x.shape[1]))
+    check_floating(q=q, **given)
+    check_same_device("q", q, state=state, **given)
+    if not state.is_contiguous():
+        raise ValueError(f"state must be contiguous, got strides {state.stride()}")
