@@ -824,7 +824,11 @@ def _is_compiled(x) -> bool:
     """Whether a compiler traces the call. A CUDA graph that is recorded by hand replays whatever is
     launched, fused operators too, though transformers calls this tracing; a compiler may not even
     ask for it."""
-    return is_tracing(x) and (torch.compiler.is_compiling() or not is_cuda_stream_capturing())
+    if torch.compiler.is_compiling():
+        return True
+    # of a plain tensor there is less to ask, and a token to wait for it
+    traces = torch.jit.is_tracing() if type(x) is torch.Tensor else is_tracing(x)
+    return traces and not is_cuda_stream_capturing()
 
 
 def _is_step(x) -> bool:

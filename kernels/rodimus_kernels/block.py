@@ -85,6 +85,22 @@ _WITHOUT_ATTENTION = BlockWeights._fields.index("attn_norm")
 _place = attrgetter("shape", "device")
 
 
+class _Fitting:
+    """Shapes and devices of the block, and of the ring in it, that were found to fit last: mostly
+    they are those of the next block, or token, which should not wait for all their names."""
+
+    block = ring = None
+
+
+_fitting = _Fitting()
+
+
+def _fitting_before(stream):
+    # sizes that a compiler or a fake tensor stands for belong to that call alone
+    is_plain = type(stream) in (torch.Tensor, torch.nn.Parameter)
+    return _fitting if is_plain and not torch.compiler.is_compiling() else _Fitting()
+
+
 def blocks_step(
     stream: torch.Tensor,
     weights: Sequence[BlockWeights],
@@ -192,13 +208,13 @@ def _check_blocks(stream, weights, taps, states, rings):
             f" got {counts[0]}, {counts[1]} and {counts[2]}"
         )
     check_shape("stream", stream, ("B", "D"))
-    alike = None
+    fitting = _fitting_before(stream)
     for i, (w, tap, state) in enumerate(zip(weights, taps, states, strict=True)):
-        # mostly all are, and a token should not wait for their names
-        found = list(map(_place, (*(w if attending else w[:_WITHOUT_ATTENTION]), tap, state)))
-        if found != alike:
+        given = (stream, *(w if attending else w[:_WITHOUT_ATTENTION]), tap, state)
+        found = list(map(_place, given))
+        if found != fitting.block:
             _check_block(i, stream, w, tap, state)
-            alike = found
+            fitting.block = found
 
 
 def _check_block(i, stream, w, taps, state):
@@ -265,12 +281,13 @@ def _check_attention(stream, weights, rings, position, rotary, window_size, head
         check_shape("sin", sin, (batch, turned))
         if 2 * turned > head_dim:
             raise ValueError(f"rotary tables must fit heads of {head_dim}, got {turned} angles")
-    alike = None
+    fitting = _fitting_before(stream)
     for i, (w, ring) in enumerate(zip(weights, rings, strict=True)):
-        found = [x.shape for x in (w.query, w.key, w.value, ring)], ring.dtype, ring.device
-        if found != alike:
+        found = list(map(_place, (stream, w.query, w.key, w.value, ring)))
+        found += (ring.dtype, w.conv.dtype, window_size, head_dim)
+        if found != fitting.ring:
             _check_ring(i, stream, w, ring, window_size, head_dim)
-            alike = found
+            fitting.ring = found
 
 
 def _check_ring(i, stream, w, ring, window_size, head_dim):

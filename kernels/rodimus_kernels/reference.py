@@ -514,9 +514,26 @@ def rope_tables(
     Returns:
         ``(cos, sin)``, each ``[..., T, dim // 2]`` in ``dtype``.
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / -dim
-    angles = position_ids[..., None] * base**exponents
+    angles = position_ids[..., None] * _rope_frequencies(dim, base, position_ids)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+# of plain tensors of the CPU, where a token of a small model would wait for them
+_FREQUENCIES: dict[tuple[int, float], torch.Tensor] = {}
+
+
+def _rope_frequencies(dim, base, position_ids):
+    """Angle of each pair of channels at position 1: float32 ``[dim // 2]``."""
+    is_kept = can_read_values(position_ids)
+    if is_kept and (dim, base) in _FREQUENCIES:
+        return _FREQUENCIES[dim, base]
+    # what is kept must serve outside of inference mode too
+    with torch.inference_mode(False) if is_kept else contextlib.nullcontext():
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / -dim
+        frequencies = base**exponents
+    if is_kept and can_read_values(frequencies):
+        _FREQUENCIES[dim, base] = frequencies
+    return frequencies
 
 
 def rope(x, cos, sin):

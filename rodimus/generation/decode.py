@@ -33,6 +33,8 @@ class Decoder:
         self._is_whole = hasattr(type(model), "step")
         device = states.positions.device
         self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
+        # by batch: views of the tokens and the positions
+        self._inputs: dict[int, tuple[Tensor, ...]] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._captured: _Contents | None = None
         if cuda_graphs and device.type == "cuda":
@@ -66,13 +68,16 @@ class Decoder:
         return self._forward(batch)
 
     def _forward(self, batch):
-        positions, cache = self.states.positions[:batch], self.states.cache(batch)
-        token = (self.tokens[:batch, None], positions[:, None])
-        logits = self.model.step(*token, cache) if self._is_whole else None
+        if batch not in self._inputs:
+            positions = self.states.positions[:batch]
+            self._inputs[batch] = self.tokens[:batch, None], positions[:, None], positions
+        tokens, position_ids, positions = self._inputs[batch]
+        cache = self.states.cache(batch)
+        logits = self.model.step(tokens, position_ids, cache) if self._is_whole else None
         if logits is None:
             output = self.model(
-                token[0],
-                position_ids=token[1],
+                tokens,
+                position_ids=position_ids,
                 attention_mask=NO_PADDING,
                 cache=cache,
                 use_cache=True,

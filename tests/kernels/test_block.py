@@ -377,6 +377,29 @@ def test_stream_position_and_tables_need_not_be_dense():
     assert torch.equal(y, expected)
 
 
+def test_a_step_after_one_that_fits_is_checked_all_the_same():
+    """And after one that does not fit."""
+    weights, *lists, position, rotary = blocks_of([torch.float32], 2, True)
+    good = {**dict(zip(("taps", "states", "rings"), lists, strict=True)), "rotary": rotary}
+    step = lambda **changed: blocks_step(
+        torch.randn(2, 18), weights, **{**good, "position": position, **NAMED, **changed}
+    )
+    wrong = {
+        "taps": r"taps\[0\] must have shape",
+        "states": r"states\[0\] must have shape",
+        "rings": r"rings\[0\] must have shape",
+    }
+    for name, message in wrong.items():
+        step()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                step(**{name: [good[name][0][:1]]})
+    step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at least window_size = 9 rows"):
+            step(window_size=9)
+
+
 @pytest.mark.parametrize("impl", ["native", "reference"])
 def test_errors_come_before_any_state_is_touched(impl):
     """Also those of the last block of several."""

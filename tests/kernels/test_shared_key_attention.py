@@ -11,6 +11,7 @@ import typing
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from rodimus_kernels import _dispatch, reference, rope, rope_tables, shared_key_attention
 from rodimus_kernels.shared_key_attention import api, flex, sdpa
@@ -685,6 +686,34 @@ class TestRope:
 
         assert torch.allclose(score(40, 33), score(7, 0), atol=1e-5)
         assert not torch.allclose(score(40, 33), score(8, 0), atol=1e-2)
+
+    def test_what_is_kept_serves_everywhere(self, monkeypatch):
+        """Frequencies found in a mode of torch are those of a plain call, and plain themselves."""
+        expected = rope_tables(torch.arange(9)[None], 16)
+        modes = {
+            "inference": torch.inference_mode,
+            "fake": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+            "device": lambda: torch.device("meta"),
+        }
+        for name, mode in modes.items():
+            monkeypatch.setattr(reference, "_FREQUENCIES", kept := {})
+            positions = torch.arange(9)[None]
+            with mode():
+                inside = rope_tables(positions, 16)
+            angles = torch.ones(1, 9, 8, requires_grad=True)
+            for x in kept.values():
+                assert type(x) is torch.Tensor and not x.is_inference(), name
+                (angles * x).sum().backward()
+            if name != "fake":
+                assert all(map(torch.equal, inside, expected)), name
+            assert all(map(torch.equal, rope_tables(positions, 16), expected)), name
+        assert len(kept) == 1
+
+    def test_bases_and_sizes_are_kept_apart(self):
+        for dim, base in ((8, 10000.0), (8, 500.0), (16, 500.0), (8, 10000.0)):
+            cos, _ = rope_tables(torch.ones(1, 1, dtype=torch.long), dim, base=base)
+            angles = [base ** (-2 * d / dim) for d in range(dim // 2)]
+            assert torch.allclose(cos[0, 0], torch.tensor(angles).cos(), atol=1e-6)
 
     def test_tables_are_rounded_to_the_dtype_of_the_model(self):
         tables = rope_tables(torch.arange(9)[None], 16, dtype=torch.bfloat16)
