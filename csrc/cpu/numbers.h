@@ -63,8 +63,9 @@ inline float exponential(float x) {
   return x < -87.3f ? 0.0f : result;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-inline float silu(float x) { return x / (1.0f + exponential(-x)); }
+// Zero where e^-x is more than exponential() gives: what is left would be seen behind a large factor.
+inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
+inline float silu(float x) { return x < -88.0f ? x * 0.0f : x / (1.0f + exponential(-x)); }
 
 inline int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 

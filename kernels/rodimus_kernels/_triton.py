@@ -177,7 +177,7 @@ def settle(x):
 
 @triton.jit
 def reciprocal(x):
-    """``1 / x`` of fp32 within 1 ulp, for x between 2 ** -126 and 2 ** 126."""
+    """``1 / x`` of fp32 within 1 ulp, for x between 2 ** -126 and 2 ** 126; zero beyond."""
     if _INTERPRETED:
         return 1.0 / x
     else:
@@ -217,9 +217,9 @@ def softplus_terms(b_x):
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))`` of fp32: where exp(-x) overflows, zero; NaN stays NaN."""
-    power = tl.minimum(-x * LOG2_E, 126.0, propagate_nan=tl.PropagateNan.ALL)
-    return reciprocal(1.0 + exp2(power))
+    """``1 / (1 + exp(-x))`` of fp32, zero below 2 ** -126: a least value would come back from a
+    product with a number as large."""
+    return reciprocal(1.0 + exp2(-x * LOG2_E))
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def row_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, BD
             b_h = rounded_sum(b_x, b_residual, b_rw)
         if gate is not None:
             b_gate = tl.load(gate + o_d, mask=mask, other=0.0).to(tl.float32)
-            b_h = b_h * b_gate * sigmoid(b_gate)
+            b_h = b_h * (b_gate * sigmoid(b_gate))
         b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + o_d, mask=mask, other=0.0).to(tl.float32)
         r_square += tl.sum(b_h * b_h, 0)
@@ -165,7 +165,7 @@ def gated_rms_norm_fwd_kernel(
         p_residual = residual + i_t * residual_t + o_d
         b_residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
         b_z = rounded_sum(b_x, b_residual, b_rw)
-    b_n = normalized(b_z * b_gate * sigmoid(b_gate), D, eps)
+    b_n = normalized(b_z * (b_gate * sigmoid(b_gate)), D, eps)
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + i_t * D + o_d, (b_n * b_w).to(y.dtype.element_ty), mask=mask)
 
@@ -232,7 +232,7 @@ def gated_rms_norm_bwd_kernel(
         b_n, b_dh = normalized_backward(b_dy * b_w, b_h, r_square, r_dot, D, eps)
         b_dw += b_dy * b_n
         b_dz = b_dh * b_silu
-        b_dgate = b_dh * b_z * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
+        b_dgate = b_dh * (b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))) * b_z
         tl.store(dx + i_t * D + o_d, b_dz.to(dx.dtype.element_ty), mask=mask)
         tl.store(dgate + i_t * D + o_d, b_dgate.to(dgate.dtype.element_ty), mask=mask)
         if residual is not None:

@@ -20,7 +20,7 @@ def swiglu_fwd_kernel(xg, y, xg_t, D, BD: tl.constexpr):
     mask = o_d < D
     b_x = tl.load(xg + i_t * xg_t + o_d, mask=mask, other=0.0).to(tl.float32)
     b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
-    b_y = b_x * b_g * sigmoid(b_g)
+    b_y = b_x * (b_g * sigmoid(b_g))
     tl.store(y + i_t * D + o_d, b_y.to(y.dtype.element_ty), mask=mask)
 
 
@@ -34,9 +34,10 @@ def swiglu_bwd_kernel(xg, dy, dxg, xg_t, dy_t, D, BD: tl.constexpr):
     b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
     b_sigmoid = sigmoid(b_g)
-    b_dg = b_dy * b_x * b_sigmoid * (1.0 + b_g * (1.0 - b_sigmoid))
+    # the gate's factors first: where they are zero, a product of the others may be infinite
+    b_dg = b_dy * (b_sigmoid * (1.0 + b_g * (1.0 - b_sigmoid))) * b_x
     p_dx = dxg + i_t * 2 * D + o_d
-    tl.store(p_dx, (b_dy * b_g * b_sigmoid).to(dxg.dtype.element_ty), mask=mask)
+    tl.store(p_dx, (b_dy * (b_g * b_sigmoid)).to(dxg.dtype.element_ty), mask=mask)
     tl.store(p_dx + D, b_dg.to(dxg.dtype.element_ty), mask=mask)
 
 

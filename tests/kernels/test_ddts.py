@@ -539,6 +539,10 @@ def test_gates_stay_finite_for_any_preactivation(impl, size):
     leaves = [x.clone().requires_grad_() for x in (torch.ones_like(select), select, temper)]
     k, log_decay = ddts_gates(*leaves, impl=impl)
     assert torch.isfinite(k).all() and torch.isfinite(log_decay).all() and (log_decay <= 0).all()
+    # one by one: the largest would hide a decay that has to be 1
+    exact = reference.ddts_gates(*(x.detach().double() for x in leaves))
+    for actual, expected in zip((k, log_decay), exact, strict=True):
+        assert torch.allclose(actual.double(), expected, rtol=2e-5, atol=1e-6)
     # beyond, the product of softplus and its logarithm overflows
     for result in (k, log_decay) if size <= 1e36 else ():
         gradients = torch.autograd.grad(

@@ -387,6 +387,23 @@ def test_extreme_gates(isa):
 
 
 @needs_library
+def test_a_closed_gate_lets_nothing_through(isa):
+    """However large what it stands before: a least value of the gate would be seen behind it."""
+    huge, closed, one = torch.full((1, 40), 1e20), torch.full((1, 40), -1e20), torch.ones(40)
+    y = rk.gated_rms_norm(huge, closed, one, impl="native")
+    assert not y.any() and y.isfinite().all()
+    closed = closed * 1e18
+    y = rk.short_conv_step(closed, torch.zeros(1, 40, 2), torch.ones(40, 2), impl="native")
+    assert not y.any()
+    operator, _, arguments, named, state = mixer_step(torch.float32, 1, 5, 40)
+    arguments[5].fill_(1e38), named["gate_bias"].fill_(-1e38)
+    before = arguments[state].clone()
+    operator(*arguments, impl="native", **named)
+    _, log_decay = reference.ddts_gates(*(x.double() for x in arguments[1:4]))
+    decayed = before.double() * log_decay.exp()[:, None, :, None]
+    assert relative_error(arguments[state], decayed) < LIMIT
+
+
 def test_a_broken_state_stays_visible(isa):
     operator, _, arguments, named, _ = ddts_step(torch.float32, 1, 1, 8, 40)
     arguments[4][0, 0, 3, 7] = torch.nan

@@ -70,6 +70,15 @@ def test_gated_rms_norm(impl, residual):
     assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_closed_gate_lets_nothing_through(impl):
+    tensors = make("x", "gate", "weight")
+    tensors["x"][..., ::2] = 1e20
+    tensors["gate"][..., ::2] = -1e20
+    ours = lambda **t: gated_rms_norm(**t, impl=impl)
+    assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
+
+
 @pytest.mark.parametrize("impl", IMPLS[1:])
 @pytest.mark.parametrize("residual", [("residual", "residual_weight"), ()])
 @pytest.mark.parametrize("width", [48, 64, 100])

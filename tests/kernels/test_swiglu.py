@@ -61,6 +61,13 @@ def test_saturated_gates_stay_finite(impl):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_closed_gate_lets_nothing_through(impl):
+    projection = torch.tensor([[1e20, -1.0, 1e38, -1e20, -1e38, -1e38]], device=DEVICE)
+    results = run(lambda x: swiglu(x, impl=impl), projection)
+    assert all(not x.any() for x in results.values()), results
+
+
 def test_opcheck():
     triton_module("rodimus_kernels.triton_swiglu")
     torch.library.opcheck(torch.ops.rodimus.swiglu.default, (make((7, 24)).requires_grad_(),))
