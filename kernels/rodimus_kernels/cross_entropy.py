@@ -43,7 +43,7 @@ def linear_cross_entropy(
     Args:
         hidden: ``[N, D]``.
         weight: Head ``[vocabulary, D]``, dtype of ``hidden``.
-        labels: int64 ``[N]``; already shifted.
+        labels: Integers ``[N]``; already shifted.
         z_loss: Weight of the squared log-partition term.
         ignore_index: Label that counts for nothing.
         reduction: ``"sum"``, or ``"mean"`` over the labels that count.
@@ -67,6 +67,9 @@ def linear_cross_entropy(
         raise ValueError(
             f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}"
         )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.long()
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if impl == "auto":

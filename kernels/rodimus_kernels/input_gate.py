@@ -39,7 +39,8 @@ def input_gate(
 
     Returns:
         ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with
-        ``impl="eager"``, the automatic choice off a GPU, in the dtypes given.
+        ``impl="eager"``, the automatic choice off a GPU where hidden, weight and bias have one
+        dtype, in that.
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
@@ -51,13 +52,22 @@ def input_gate(
     check_same_device("x", x, hidden=hidden, weight=weight, bias=bias)
     if impl == "auto":
         double = torch.float64 in (x.dtype, hidden.dtype, weight.dtype, bias.dtype)
-        impl = _choose(runs_triton(x.device), hidden.shape[-1], double)
+        alike = _are_alike(x, hidden, weight, bias)
+        impl = _choose(runs_triton(x.device), hidden.shape[-1], double, alike)
     return load("input_gate", impl, _IMPLS)(x, hidden, weight, bias)
 
 
-def _choose(triton: bool, rank: int, double: bool) -> str:
-    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program."""
-    return "triton" if triton and rank <= _MAX_RANK and not double else "eager"
+def _choose(triton: bool, rank: int, double: bool, alike: bool) -> str:
+    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program, else what takes
+    these dtypes."""
+    if triton and rank <= _MAX_RANK and not double:
+        return "triton"
+    return "eager" if alike else "reference"
+
+
+def _are_alike(x, *product):
+    """Whether a product is of one dtype, or autocast makes it so."""
+    return len({t.dtype for t in product}) == 1 or torch.is_autocast_enabled(x.device.type)
 
 
 def eager_input_gate(x, hidden, weight, bias):
@@ -66,10 +76,9 @@ def eager_input_gate(x, hidden, weight, bias):
     Raises:
         ValueError: hidden, weight and bias differ in dtype, outside autocast.
     """
-    dtypes = hidden.dtype, weight.dtype, bias.dtype
-    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(x.device.type):
+    if not _are_alike(x, hidden, weight, bias):
         raise ValueError(
             "input_gate(impl='eager'): expected hidden, weight and bias of one dtype, got"
-            f" {', '.join(map(str, dtypes))}; impl='reference' takes any"
+            f" {hidden.dtype}, {weight.dtype}, {bias.dtype}; impl='reference' takes any"
         )
     return (F.linear(hidden, weight, bias).sigmoid() * x).to(x.dtype)

@@ -181,6 +181,15 @@ def test_chunks_hold_the_bytes_they_may_in_whole_tiles_of_rows():
     assert rows(2, 1 << 24) == 256
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_labels_of_any_integers(impl):
+    hidden, weight, labels = make()
+    expected = linear_cross_entropy(hidden, weight, labels, impl=impl)
+    for dtype in (torch.int32, torch.int16, torch.int8):
+        found = linear_cross_entropy(hidden, weight, labels.to(dtype), impl=impl)
+        assert all(map(torch.equal, found, expected))
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, weight, labels = make()
     loss, _ = linear_cross_entropy(hidden.requires_grad_(), weight, labels)
@@ -217,6 +226,9 @@ def test_bad_input_says_what_was_expected():
             linear_cross_entropy(hidden, weight.bfloat16(), labels, impl=impl)
     with pytest.raises(ValueError, match="hidden must be floating point, got torch.int64"):
         linear_cross_entropy(hidden.long(), weight.long(), labels)
+    for wrong in (labels.float(), labels > 3):
+        with pytest.raises(ValueError, match=f"labels must be integers, got {wrong.dtype}"):
+            linear_cross_entropy(hidden, weight, wrong)
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
         linear_cross_entropy(hidden, weight, labels, reduction="max")
     with pytest.raises(ValueError, match="unknown impl 'fast'"):
