@@ -16,7 +16,7 @@ Environment:
     RODIMUS_BUILD_CUDA: the same for nvcc.
     RODIMUS_CUDA_ARCHS: for example ``"80;90a"``, from old to new. Default ``80;90a;100``, of these
         what nvcc knows; GPUs newer than the last run its PTX.
-    CXX, CUDA_HOME: compilers to use.
+    CXX, CUDA_HOME: compilers to use; one that is named and not there is an error.
 
 Only the standard library is imported, so setup.py can run this file before anything is installed.
 """
@@ -252,7 +252,7 @@ def _cxx() -> str:
         if found and _accepts(found, ["-std=c++17", "-include", "optional"]):
             return os.path.abspath(found)
     if named:
-        raise Unavailable(f"CXX must name a program that compiles C++17, got {named!r}")
+        raise RuntimeError(f"CXX must name a program that compiles C++17, got {named!r}")
     raise Unavailable("no C++17 compiler was found (g++ or clang++, or name one in CXX)")
 
 
@@ -263,6 +263,8 @@ def _nvcc() -> Path:
         found = shutil.which(name)
         if found:
             return _toolkit_of(Path(found))
+    if home:
+        raise RuntimeError(f"CUDA_HOME must name a folder with bin/nvcc in it, got {home!r}")
     raise Unavailable("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
 
 
@@ -376,7 +378,10 @@ def main() -> None:
             )
             print(f" {usage.spills:>4} B spilled  {usage.kernel.partition('(')[0]}")
         return
-    lines = build(force=options.force)
+    try:
+        lines = build(force=options.force)
+    except RuntimeError as reason:
+        sys.exit(f"native operators: {reason}")
     for kind, line in lines.items():
         print(f"native operators ({kind}): {line}")
     sys.exit(any(line.startswith("failed") for line in lines.values()))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -142,19 +143,37 @@ def test_any_change_of_a_source_changes_the_digest(tmp_path):
 
 @pytest.mark.parametrize("kind", build.LIBRARIES)
 def test_absent_compilers_are_said(tmp_path, monkeypatch, kind):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     lines = build.build(tmp_path)
-    assert lines["cpu"] == "skipped: CXX must name a program that compiles C++17, got 'false'"
+    assert lines["cpu"].startswith("skipped: no C++17 compiler was found")
     assert lines["cuda"].startswith("skipped: nvcc was not found")
     assert not list(tmp_path.iterdir())
     monkeypatch.setenv(f"RODIMUS_BUILD_{kind.upper()}", "1")
     with pytest.raises(RuntimeError, match=f"RODIMUS_BUILD_{kind.upper()}=1, but"):
         build.build(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["build"])
+    monkeypatch.setattr(build, "build", partial(build.build, tmp_path))
+    with pytest.raises(SystemExit, match=f"native operators: RODIMUS_BUILD_{kind.upper()}=1, but"):
+        build.main()
+
+
+@pytest.mark.parametrize("kind, variable", [("cpu", "CXX"), ("cuda", "CUDA_HOME")])
+def test_a_compiler_that_is_named_and_not_there_is_an_error(tmp_path, monkeypatch, kind, variable):
+    """Beside one that works, too: nobody names one to build nothing, or with another."""
+    monkeypatch.setenv("RODIMUS_BUILD_CPU" if kind == "cuda" else "RODIMUS_BUILD_CUDA", "0")
+    monkeypatch.setenv(variable, str(tmp_path))
+    lines = build.build(tmp_path)
+    assert lines[kind].startswith(f"failed: {variable} must name"), lines
+    assert lines[kind].endswith(f"got {str(tmp_path)!r}") and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["build"])
+    monkeypatch.setattr(build, "build", lambda force: lines)
+    with pytest.raises(SystemExit) as stopped:
+        build.main()
+    assert stopped.value.code == 1
 
 
 def test_a_report_without_nvcc_says_why_there_is_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["build", "--report"])
     with pytest.raises(SystemExit, match=r"native operators \(cuda\): nvcc was not found"):
         build.main()
