@@ -83,7 +83,19 @@ def test_a_float16_nan_of_all_ones_stays_nan(impl):
     assert o[..., 5].isnan().all() and not o[..., :5].isnan().any()
 
 
-@pytest.mark.parametrize("length", [1, 15, 63, 64, 65, 150])
+SLOW_TRITON = pytest.param("triton_chunk", marks=[*TRITON_MARKS, pytest.mark.slow])
+LENGTHS = [1, 15, 63, 64, 65, 150]
+
+
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("impl", ["eager", SLOW_TRITON])
+def test_every_regime_at_any_length(impl, regime, states):
+    for length in LENGTHS:
+        check(DdtsCase(1, length, 1, 16, 16, regime, states=states), impl)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("impl", CHUNKED)
 def test_any_length_and_several_heads(impl, length):
     check(DdtsCase(2, length, 2, 16, 16), impl)

@@ -1,0 +1,104 @@
+"""Operators over sequences on a GPU: offsets beyond 32 bits, and nothing waits for the device.
+Attention has tests of its own. Small shapes run everywhere, so that it is the GPU which fails."""
+
+import functools
+
+import pytest
+import torch
+
+import rodimus_kernels as rk
+from rodimus_kernels.testing import relative_error
+from tests.kernels.device import DEVICE, TRITON_MARKS
+
+pytestmark = TRITON_MARKS
+SMALL, LARGE = (2, 9, 32), (66, 16384, 2048)
+
+
+@functools.cache
+def constants(*shape):
+    """The same numbers in every call, in bfloat16; to copy them to a GPU waits for it."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)
+
+
+def keys(x):
+    """Queries, keys and log-decays of all rows, which share memory."""
+    q, k, g = (constants(3, x.shape[1], 1, 16)).unbind(0)
+    return [t.expand(x.shape[0], *t.shape) for t in (q, k, -g.abs())]
+
+
+def ddts(x, impl="triton_chunk", **named):
+    q, k, g = keys(x)
+    return rk.ddts(q, k, x[:, :, None], g, impl=impl, **named)[0]
+
+
+def gated_ddts(x):
+    q, k, g = keys(x)
+    return rk.gated_ddts(q, k, x[:, :, None], g, k, impl="triton_chunk")[0]
+
+
+def input_gate(x):
+    hidden = constants(x.shape[1], 16).expand(x.shape[0], -1, -1)
+    weight = constants(x.shape[2], 16)
+    return rk.input_gate(x.flatten(0, 1), hidden.flatten(0, 1), weight, weight[:, 0], impl="triton")
+
+
+OPERATORS = {
+    "ddts": ddts,
+    "gated_ddts": gated_ddts,
+    "short_conv": lambda x: rk.short_conv(x, constants(x.shape[2], 4), impl="triton")[0],
+    "rms_norm": lambda x: rk.rms_norm(x, constants(x.shape[2]), impl="triton"),
+    "add_rms_norm": lambda x: rk.add_rms_norm(x, x, constants(x.shape[2]), impl="triton")[0],
+    "gated_rms_norm": lambda x: rk.gated_rms_norm(x, x, constants(x.shape[2]), impl="triton"),
+    "swiglu": lambda x: rk.swiglu(x, impl="triton"),
+    "input_gate": input_gate,
+}
+
+
+def run(operator, x, dy=None):
+    """Output and gradient, as rows of the batch; the last row's gradient is not zero."""
+    x = x.detach().requires_grad_()
+    y = operator(x)
+    rows = y.reshape(x.shape[0], x.shape[1], -1)
+    dy = torch.zeros_like(rows)
+    dy[-1] = constants(*rows.shape[1:])
+    rows.backward(dy)
+    return rows.detach(), x.grad
+
+
+@pytest.mark.parametrize("shape", [SMALL, pytest.param(LARGE, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_the_last_row_of_many_is_that_of_one(operator, shape):
+    """Of a large batch it is past 2**31 elements."""
+    if shape == LARGE and torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of device memory")
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
+    x[-1] = constants(*shape[1:])
+    for together, alone in zip(run(operator, x), run(operator, x[-1:]), strict=True):
+        assert alone.any()
+        assert relative_error(together[-1:], alone) < 1e-2
+        assert not together[0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_waits_for_the_device(name, packed):
+    if packed and name not in ("ddts", "short_conv"):
+        pytest.skip("it has no packed form")
+    x = constants(1 if packed else 2, 200, 64)
+    operator = OPERATORS[name]
+    if packed:
+        bounds = torch.tensor([0, 90, 90, 200], device=DEVICE)
+        options = {"cu_seqlens": bounds, "output_final_state": True}
+        weight = constants(64, 4)
+        operator = {
+            "ddts": lambda x: ddts(x, **options),
+            "short_conv": lambda x: rk.short_conv(x, weight, impl="triton", **options)[0],
+        }[name]
+    run(operator, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(operator, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
