@@ -67,7 +67,9 @@ def _choose(triton: bool, rank: int, double: bool, alike: bool) -> str:
 
 def _are_alike(x, *product):
     """Whether a product is of one dtype, or autocast makes it so."""
-    return len({t.dtype for t in product}) == 1 or torch.is_autocast_enabled(x.device.type)
+    # tensors without values have no autocast
+    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return casts or len({t.dtype for t in product}) == 1
 
 
 def eager_input_gate(x, hidden, weight, bias):

@@ -118,6 +118,7 @@ def test_dtypes_that_differ_are_refused_in_the_dtypes_given(name):
     expected = input_gate(**t, impl="reference")
     assert expected.dtype == torch.float32
     assert relative_error(input_gate(**t), expected) < LIMIT
+    assert input_gate(**{key: x.to("meta") for key, x in t.items()}).dtype == torch.float32
 
 
 @pytest.mark.parametrize("impl", IMPLS)
