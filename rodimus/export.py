@@ -178,8 +178,12 @@ def _replacing(out: Path) -> Iterator[Path]:
         os.replace(written, out)
     finally:
         if before.exists() and not out.exists():
-            # where this fails too, what was there stays where it is
-            os.replace(before, out)
+            try:
+                os.replace(before, out)
+            except OSError as error:
+                raise InputError(
+                    f"cannot write {out}: {first_line(error)}; what was there is now {before}"
+                ) from error
         shutil.rmtree(temporary, ignore_errors=True)
 
 

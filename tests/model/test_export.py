@@ -495,11 +495,12 @@ def test_an_interrupted_replacement_destroys_nothing(tmp_path, monkeypatch, is_b
         replace(source, target)
 
     stopped = InputError if is_blocked else KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(stopped):
+    with monkeypatch.context() as patch, pytest.raises(stopped) as told:
         patch.setattr("rodimus.export.os.replace", interrupted)
         export(tmp_path / "checkpoint", out, overwrite=True)
     (kept,) = tmp_path.rglob("precious.json")
     assert (kept.parent != out) == is_blocked
+    assert not is_blocked or str(told.value).endswith(f"what was there is now {kept.parent}")
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path):
