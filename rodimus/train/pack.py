@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -92,22 +93,48 @@ def pack(
             what = "holds a pack that was killed or is at work"
         raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    for killed in out.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(killed, ignore_errors=True)
-    # inside: the folder around OUT may be another file system, or not ours to write to
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
-        manifests = _write_parts(
-            source,
-            Path(folder),
-            find_tokenizer(tokenizer)
-            if tokenizer is not None
-            else learn(source, vocab_size, tokenizer_sample, val_fraction, field),
-            val_fraction=val_fraction,
-            field=field,
-            shard_tokens=shard_tokens,
-        )
-        _replace(Path(folder), out)
+    with _alone(out):
+        for killed in out.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(killed, ignore_errors=True)
+        # inside: the folder around OUT may be another file system, or not ours to write to
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
+            manifests = _write_parts(
+                source,
+                Path(folder),
+                find_tokenizer(tokenizer)
+                if tokenizer is not None
+                else learn(source, vocab_size, tokenizer_sample, val_fraction, field),
+                val_fraction=val_fraction,
+                field=field,
+                shard_tokens=shard_tokens,
+            )
+            _replace(Path(folder), out)
     return manifests
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds a folder against other packs, where the system has locks; they end with a process.
+
+    Raises:
+        InputError: another pack is at work in it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        # not every network file system can lock a folder
+        with suppress(OSError):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"another pack is at work in {out}: wait for its end") from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def learn(
@@ -185,10 +212,10 @@ def _replace(made: Path, out: Path) -> None:
         # what the new tokenizer has no file for would be taken for its own
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     for part in ("train", "val"):
-        manifest = out / f"{part}.json"
-        if manifest.is_file():
-            manifest.unlink()
-            for shard in (*out.glob(f"{part}-*.bin"), *out.glob(f"{part}-*.idx")):
+        (out / f"{part}.json").unlink(missing_ok=True)
+        # also of a pack that was killed here and has no manifest
+        for shard in out.glob(f"{part}-[0-9][0-9][0-9][0-9][0-9].*"):
+            if shard.suffix in (".bin", ".idx"):
                 shard.unlink()
     files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path.suffix == ".json" and len(path.parts) == 1):

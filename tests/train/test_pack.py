@@ -17,7 +17,7 @@ from rodimus.errors import InputError
 from rodimus.loading import read_tokenizer
 from rodimus.train import pack as pack_module
 from rodimus.train.pack import pack, split_documents
-from rodimus.train.shards import TokenShards
+from rodimus.train.shards import TokenShards, verify
 from rodimus.train.sources import documents
 from rodimus.train.tokenizer import DocumentEncoder, train_tokenizer
 
@@ -470,6 +470,57 @@ def test_what_a_killed_pack_left_goes_with_the_next(corpus, tmp_path):
         pack(str(corpus), out, vocab_size=300)
     pack(str(corpus), out, vocab_size=300, overwrite=True)
     assert not list(out.glob(".*"))
+
+
+def test_a_pack_that_was_killed_while_it_replaced_one_leaves_no_shards(
+    corpus, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    pack(str(corpus), out, vocab_size=300, shard_tokens=200)
+    (out / "train-notes.bin").write_text("mine")
+    replace = os.replace
+
+    def killed(source, target):
+        if source.name == "train.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rodimus.train.pack.os.replace", killed)
+        pack(str(corpus), out, vocab_size=300, shard_tokens=200, overwrite=True)
+    (tmp_path / "one.txt").write_text("one document")
+    pack(str(tmp_path / "one.txt"), out, vocab_size=300, val_fraction=0.0, overwrite=True)
+    names = {"tokenizer", "train-00000.bin", "train-00000.idx", "train-notes.bin", "train.json"}
+    assert {path.name for path in out.iterdir()} == names
+
+
+def test_of_two_packs_that_overwrite_one_folder_the_second_is_refused(
+    corpus, tmp_path, monkeypatch
+):
+    """Before it has removed what the first has made so far."""
+    refused, write_parts = [], pack_module._write_parts
+
+    def first(*arguments, **options):
+        manifests = write_parts(*arguments, **options)
+        if not refused:
+            refused.append(True)
+            with pytest.raises(InputError, match="out: wait for its end"):
+                pack(str(corpus), tmp_path / "out", vocab_size=300, overwrite=True)
+        return manifests
+
+    monkeypatch.setattr(pack_module, "_write_parts", first)
+    for _ in range(2):
+        refused.clear()
+        pack(str(corpus), tmp_path / "out", vocab_size=300, overwrite=True)
+    assert refused and verify(TokenShards(tmp_path / "out" / "train.json").files()) is None
+
+
+def test_a_folder_that_cannot_be_locked_is_packed_into(corpus, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert pack(str(corpus), tmp_path / "out", vocab_size=300)["train"].n_docs
 
 
 def test_a_second_pack_into_a_folder_is_refused(corpus, tmp_path, monkeypatch):
