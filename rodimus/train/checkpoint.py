@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +33,7 @@ from transformers import PreTrainedModel
 
 from ..errors import InputError, first_line
 from ..run_folder import (
+    MARKER,
     complete_steps,
     damaged_files,
     recorded_checksums,
@@ -74,6 +77,7 @@ class Checkpointer:
         optimizers: Its optimizers.
         identity: What must agree between a checkpoint and the run that resumes from it.
         settings: What may change between them, and is reported where it does.
+        size: Bytes of one checkpoint, but for a few files of text.
     """
 
     def __init__(
@@ -84,8 +88,9 @@ class Checkpointer:
         optimizers: Sequence[torch.optim.Optimizer],
         identity: dict[str, Any],
         settings: dict[str, Any],
+        size: int,
     ) -> None:
-        self.root, self.config = root, config
+        self.root, self.config, self.size = root, config, size
         self.identity, self.settings = identity, settings
         self.model, self.optimizers = model, list(optimizers)
         # the writer thread's collectives must never meet the training step's; the watchdog comes
@@ -96,13 +101,15 @@ class Checkpointer:
         self._writer: threading.Thread | None = None
         # where the run was at its last checkpoint, written or read
         self._last: Progress | None = None
+        self._has_failed = False
 
     def save(self, progress: Progress, *, wait: bool) -> bool:
         """Starts a checkpoint of this step; with ``wait`` it is complete on return. The last one is
         not written again where the run has not moved since.
 
-        A failure to write (a full disk) is logged as an error on every rank and leaves earlier
-        checkpoints as they are; training goes on.
+        A failure to write (a full disk) is logged as an error on every rank, and training goes on.
+        Where the disk is too small for the new one beside all that are kept, and after a failure,
+        the oldest goes before the new one is written instead of after; never the only one.
 
         Returns:
             False where it was waited for and not written.
@@ -117,9 +124,10 @@ class Checkpointer:
             "identity": self.identity,
             "settings": self.settings,
         }
-        if self._from_main(folder.exists):
-            # left by an earlier run past the step that this one resumed from
-            self._from_main(lambda: store.remove(folder))
+        problem = self._from_main(lambda: self._prepare(folder))
+        if problem:
+            logger.error("checkpoint %s not written: %s", folder.name, problem)
+            return not wait
         state = self._state()
         if self.config.async_save and not wait:
             # training goes on: what is written is a copy in host memory, plain and made here
@@ -134,7 +142,44 @@ class Checkpointer:
 
     def _is_written(self, step: int) -> bool:
         self.wait()
-        return self._from_main(lambda: step in complete_steps(self.root))
+        return self._from_main(lambda: _is_complete(step_folder(self.root, step)))
+
+    def shortage(self) -> str | None:
+        """What to say where the disk does not hold the checkpoints that are kept and, where that is
+        one, the next beside it; one of rank 0, since others need not see the folder."""
+        least = max(2, self.config.keep)
+        with suppress(OSError):
+            free = self._free() + len(complete_steps(self.root)) * self.size
+            if free < least * self.size:
+                return (
+                    f"checkpoint.keep = {self.config.keep} takes {least} x {self.size / 1e9:.1f} GB"
+                    f" in {self.root}, which has room for {free / 1e9:.1f} GB"
+                )
+        return None
+
+    def _free(self) -> int:
+        there = self.root if self.root.is_dir() else self.root.parent
+        return shutil.disk_usage(there).free
+
+    def _prepare(self, folder: Path) -> str | None:
+        """Makes way for a checkpoint; what went wrong, if something did."""
+        try:
+            if folder.exists():
+                # left by an earlier run past the step that this one resumed from
+                store.remove(folder)
+            free = self._free()
+            if free < self.size or self._has_failed:
+                # a quota is not seen in what is free
+                keep = max(1, self.config.keep - 1)
+                early = store.prune(self.root, keep, self.config.keep_every)
+                told = [f"{path.name} is deleted before it is written" for path in early]
+                if free < self.size:
+                    told.append(f"takes {self.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+                if told:
+                    logger.warning("checkpoint %s: %s", folder.name, "; ".join(told))
+        except OSError as failure:
+            return reasons(failure, self.rank)[0]
+        return None
 
     def wait(self) -> None:
         """Returns when no checkpoint is being written."""
@@ -162,10 +207,11 @@ class Checkpointer:
             logger.error("checkpoint %s not written: %s", folder.name, told)
             return
         errors = sorted({error for part, _ in results for error in part})
+        self._has_failed |= bool(errors)
         if errors:
             logger.error("checkpoint %s not written: %s", folder.name, "; ".join(errors))
             if self.rank == 0:
-                store.remove(folder)
+                _discard(folder)
         elif self.rank == 0:
             checksums = {k: v for _, part in results for k, v in part.items()}
             try:
@@ -173,7 +219,8 @@ class Checkpointer:
                 store.mark_complete(folder, checksums)
             except OSError as failure:
                 logger.error("checkpoint %s not written: %s", folder.name, failure)
-                store.remove(folder)
+                self._has_failed = True
+                _discard(folder)
                 return
             leave_saved()
             _point_to(folder)
@@ -317,6 +364,21 @@ def _check_seen(folder: Path, written: Sequence[Iterable[str]]) -> None:
                 f"rank 0 does not see the files of rank {rank}: out must be a folder that all nodes"
                 " share"
             )
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        return (folder / MARKER).is_file()
+    except OSError as failure:
+        logger.error("%s cannot be read: %s", folder, failure)
+        return False
+
+
+def _discard(folder: Path) -> None:
+    try:
+        store.remove(folder)
+    except OSError as failure:
+        logger.warning("%s not deleted: %s", folder.name, failure)
 
 
 def _point_to(folder: Path) -> None:

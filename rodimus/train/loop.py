@@ -28,7 +28,7 @@ from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
 from .metrics import Meter, RunLog, peak_flops, require_trackers
-from .optim import build_optimizers, set_lr
+from .optim import build_optimizers, checkpoint_bytes, set_lr
 from .plot import read_metrics
 from .schedule import lr_scale
 from .shards import TokenShards
@@ -115,6 +115,7 @@ class Trainer:
             self.optimizers,
             identity_of(model_config, train[0]),
             settings_of(config, train, ranks.device),
+            checkpoint_bytes(self.model, config.optim),
         )
         self.progress = self.checkpoints.restore()
         if self.progress is None:
@@ -334,8 +335,10 @@ class Trainer:
                 f"the learning rate ends at {steps / warmup_steps:.1%} of its peak, still rising:"
                 f" schedule.warmup_steps is {warmup_steps:,}, the run has {steps:,} steps"
             )
-        for line in (*self.told, *(self.existing.told if self.existing else ())):
-            self.log.say(line)
+        shortage = self.checkpoints.shortage() if self.ranks.is_main else None
+        for line in (*self.told, *(self.existing.told if self.existing else ()), shortage):
+            if line:
+                self.log.say(line)
         if self.progress.step:
             self.log.say(f"resumed after step {self.progress.step}")
         if self.progress.step >= self.steps:

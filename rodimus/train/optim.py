@@ -153,6 +153,13 @@ def _on_whole(
     return [part.view_as(x) for part, x in zip(parts.split(of_matrices), shards, strict=False)]
 
 
+def checkpoint_bytes(model: nn.Module, config: OptimSection) -> int:
+    """Bytes of weights and moments, float32: AdamW has two moments, Muon one of its matrices."""
+    sizes = {name: sum(p.numel() for p in part) for name, part in parameter_groups(model).items()}
+    less = sizes["matrix"] if config.name == "muon" else 0
+    return 4 * (3 * sum(sizes.values()) - less)
+
+
 def build_optimizers(model: nn.Module, config: OptimSection) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices inside blocks and AdamW for the rest.
 

@@ -60,8 +60,11 @@ def remove_incomplete(root: Path) -> None:
             remove(folder)
 
 
-def prune(root: Path, keep: int, keep_every: int) -> None:
-    """Deletes all but the ``keep`` newest checkpoints and those at multiples of ``keep_every``."""
-    for step in complete_steps(root)[keep:]:
-        if not (keep_every and step % keep_every == 0):
-            remove(step_folder(root, step))
+def prune(root: Path, keep: int, keep_every: int) -> list[Path]:
+    """Deletes all but the ``keep`` newest checkpoints and those at multiples of ``keep_every``;
+    returns what was deleted."""
+    old = [step for step in complete_steps(root)[keep:] if not keep_every or step % keep_every]
+    folders = [step_folder(root, step) for step in old]
+    for folder in folders:
+        remove(folder)
+    return folders

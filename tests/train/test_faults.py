@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, filesystem
+from torch.utils._pytree import tree_leaves
 
 from rodimus import RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
@@ -310,6 +311,143 @@ def test_weights_that_cannot_be_written(config_file, tmp_path, world_size, optio
     (line,) = [line for line in told if "not written" in line]
     assert line.startswith(f"checkpoint step-0000000{failing} not written: rank 0: OSError: ")
     assert "\n" not in line and "File too large" in line
+
+
+def on_a_disk_for(checkpoints, is_told, arguments):
+    """Status of a run whose disk holds so many checkpoints and may say so, what it logs, and what
+    was complete whenever one was begun."""
+    hash_mine, write, begun = Checkpointer._hash_mine, Checkpointer._write, []
+
+    def free(self):
+        return int((checkpoints - len(list(self.root.glob("step-*")))) * self.size)
+
+    def full(self, folder, about):
+        if free(self) < 0:
+            raise OSError(28, "No space left on device")
+        return hash_mine(self, folder, about)
+
+    def watched(self, *arguments):
+        begun.append(store.complete_steps(self.root))
+        return write(self, *arguments)
+
+    Checkpointer._hash_mine, Checkpointer._write = full, watched
+    Checkpointer._free = free if is_told else lambda self: 1 << 60
+    return *logged(arguments), begun
+
+
+@pytest.fixture
+def saves_each_step(config_file):
+    return [str(config_file), "--no-export", "--checkpoint.every", "1"]
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["free space", "quota"])
+def test_a_disk_for_those_that_are_kept_is_enough(saves_each_step, tmp_path, is_told):
+    """The oldest goes before the next is written; under a quota, from the first that fails on."""
+    ((status, told, begun),) = run_ranks(1, on_a_disk_for, 3.9, is_told, saves_each_step)
+    assert status == 0
+    failed = [line for line in told if "not written" in line]
+    early = [line for line in told if "is deleted before" in line]
+    if is_told:
+        assert not failed and begun == [[], [1], [2, 1], [3, 2], [4, 3], [5, 4]]
+        assert early[0].startswith("checkpoint step-00000004: step-00000001 is deleted before it")
+    else:
+        (line,) = failed
+        assert line.startswith("checkpoint step-00000004 not written: ") and "No space" in line
+        assert begun == [[], [1], [2, 1], [3, 2, 1], [3, 2], [5, 3]]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints")[0] == 6
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_only_checkpoint_is_not_deleted_for_the_next(saves_each_step, tmp_path, keep):
+    arguments = [*saves_each_step, "--checkpoint.keep", str(keep)]
+    ((status, told, begun),) = run_ranks(1, on_a_disk_for, 1.9, True, arguments)
+    assert status == 1 and begun == [[], *[[1]] * 5]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [1]
+    # the figures of a model this small
+    assert told[0] == "checkpoint step-00000002: takes 0.0 GB, 0.0 GB are free"
+    assert told[1].startswith("checkpoint step-00000002 not written: ")
+
+
+@pytest.mark.parametrize("keep, is_enough", [(1, True), (2, True), (3, False)])
+def test_a_disk_that_is_too_small_is_told_at_the_start(config_file, keep, is_enough):
+    def begin():
+        Checkpointer._free = lambda self: int(2.5 * self.size)
+        options = ["--train.steps", "1", "--no-export", "--checkpoint.keep", str(keep)]
+        return stdout_of([str(config_file), *options])
+
+    (told,) = run_ranks(1, begin)
+    assert ("checkpoint.keep = 3 takes 3 x 0.0 GB in " in told) != is_enough
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written(config_file, optimizer):
+    def sizes():
+        config = load_config(config_file, ["--optim.name", optimizer])
+        trainer = loop.Trainer(config, start(config.parallel, "cpu"))
+        tensors = tree_leaves(trainer.checkpoints._state())
+        return trainer.checkpoints.size, sum(
+            4 * x.numel() for x in tensors if isinstance(x, torch.Tensor) and x.ndim
+        )
+
+    for planned, written in run_ranks(2, sizes):
+        assert planned == written > 0
+
+
+STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("what", ["found", "removed", "discarded"])
+def test_a_stale_folder_is_a_checkpoint_not_written(config_file, tmp_path, what, world_size):
+    """Whatever rank 0 asks of the file system beside what it writes."""
+    root = tmp_path / "run" / "checkpoints"
+
+    def stale(method):
+        def fails(path, *arguments):
+            if path.name == "step-00000003":
+                raise STALE
+            return method(path, *arguments)
+
+        return fails
+
+    def run():
+        if what == "found":
+            Path.exists = stale(Path.exists)
+        else:
+            store.remove = stale(store.remove)
+        if what == "discarded":
+            Checkpointer._hash_mine = failing(Checkpointer._hash_mine)
+        if what == "removed":
+            # by now those of killed runs are gone
+            left = root / "step-00000003"
+            loop.Trainer.greet = lambda self: left.mkdir(parents=True, exist_ok=True)
+        return logged([str(config_file), "--no-export"])
+
+    def failing(method):
+        return lambda self, folder, about: stale(lambda _: method(self, folder, about))(folder)
+
+    results = run_ranks(world_size, run)
+    assert [status for status, _ in results] == [0] * world_size
+    for _, told in results:
+        line = next(line for line in told if "not written" in line)
+        assert line.startswith("checkpoint step-00000003 not written: rank 0: OSError: ")
+        assert "Stale file handle" in line
+    assert store.complete_steps(root) == [6]
+
+
+def test_a_last_checkpoint_that_is_not_seen_is_no_success(config_file):
+    def run():
+        is_file = Path.is_file
+
+        def fails(path):
+            if path.name == "COMPLETE" and path.parent.name == "step-00000006":
+                raise STALE
+            return is_file(path)
+
+        Path.is_file = fails
+        return main([str(config_file), "--no-export"])
+
+    assert run_ranks(2, run) == [1, 1]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path):
