@@ -8,6 +8,7 @@ with fused kernels; throughput follows from the MFU that is assumed.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,7 @@ from .config import TrainConfig
 from .context import check_splits
 from .flops import CHUNK, TokenFlops, hardware_flops, train_flops
 from .load import load_config
-from .optim import parameter_groups
+from .optim import checkpoint_bytes, parameter_groups
 from .parallel import reshards
 from .weights import has_begun, read_model_config
 
@@ -42,6 +43,10 @@ class Plan:
     memory: dict[str, float]
     tokens_per_s: float
     traffic: dict[str, float]
+    checkpoint: int
+    """Bytes of one on disk."""
+    checkpoints: int
+    """On disk at once, at most: those that are kept, and where that is one, the next beside it."""
 
     @property
     def days(self) -> float:
@@ -150,7 +155,10 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
         memory=_memory(model, model_config, config, n, shards, gathers_twice),
         tokens_per_s=gpus * DEVICES[gpu].flops * mfu / (flops.total + recomputed),
         traffic=_traffic(n, blocks if gathers_twice else 0, shards, replicas)
+        | _muon_traffic(model, config, shards)
         | _pieces_traffic(config, model_config),
+        checkpoint=checkpoint_bytes(model, config.optim),
+        checkpoints=_checkpoints(config),
     )
 
 
@@ -162,9 +170,6 @@ def _memory(
     shards: int,
     gathers_twice: bool,
 ) -> dict[str, float]:
-    matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
-    # AdamW keeps two moments, Muon one
-    moments = 2 * n - (matrices if config.optim.name == "muon" else 0)
     layers = model.model.layers
     block = sum(p.numel() for p in layers[0].parameters())
     gathered = n - block * (len(layers) - 2) if gathers_twice else n
@@ -172,7 +177,7 @@ def _memory(
     return {
         "weights, fp32": 4 * n / shards,
         "gradients, fp32": 4 * n / shards,
-        "optimizer": 4 * moments / shards,
+        "optimizer": checkpoint_bytes(model, config.optim) / shards - 4 * n / shards,
         "gathered weights, bf16": 2.0 * gathered,
         "activations (estimate)": tokens * len(layers) * activation_bytes(shapes, config.train.ac),
         "gradient of the head, fp32": 4.0 * model.lm_head.weight.numel(),
@@ -189,6 +194,20 @@ def _traffic(n: int, again: int, shards: int, replicas: int) -> dict[str, float]
         "inside a replica, per micro-step": (2 * (n + again) + 4 * n) * share,
         "between replicas, per step": 2 * (replicas - 1) / replicas * 4 * n / shards,
     }
+
+
+def _muon_traffic(model: PreTrainedModel, config: TrainConfig, shards: int) -> dict[str, float]:
+    """Every matrix goes to one rank of its replica in bf16, and its update comes back."""
+    if config.optim.name != "muon":
+        return {}
+    matrices = sum(p.numel() for p in parameter_groups(model)["matrix"])
+    return {"of Muon, per step": 2 * 2 * matrices / shards * (shards - 1) / shards}
+
+
+def _checkpoints(config: TrainConfig) -> int:
+    every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
+    for_good = config.steps // math.lcm(every, keep_every) if keep_every else 0
+    return max(2, config.checkpoint.keep) + for_good
 
 
 def context_bytes(config: TrainConfig, shapes: RodimusConfig) -> dict[str, float]:
@@ -230,6 +249,8 @@ def render(plan: Plan, mfu: float) -> str:
         f"run                   {plan.steps:,} steps, {plan.tokens / 1e9:,.1f} G tokens",
         f"memory of one GPU     {plan.memory_gb:.1f} GB",
         *(f"  {name:<30}{size / 1e9:>8.2f} GB" for name, size in plan.memory.items()),
+        f"checkpoints           {plan.checkpoint / 1e9:,.1f} GB each, at most {plan.checkpoints} "
+        f"at once: {plan.checkpoint * plan.checkpoints / 1e9:,.1f} GB",
         f"traffic of one GPU    (ring; {plan.gpus} GPUs)",
         *(f"  {name:<36}{size / 1e9:>8.2f} GB" for name, size in plan.traffic.items()),
         f"at {mfu * plan.flops.total / made:.0%} MFU            {plan.tokens_per_s:,.0f} tokens/s, "

@@ -105,6 +105,28 @@ def test_muon_keeps_one_moment_of_the_matrices():
     )
 
 
+def test_muon_sends_each_matrix_once_and_back():
+    """By hand: 2 of bf16 there and 2 back, of the share of a rank all but what is its own."""
+    own = [planned("rodimus_plus_1b6", 8, "--optim.name", name) for name in ("adamw", "muon")]
+    # of the 8 bytes of two moments a matrix has but one
+    matrices = 8 * (own[0].memory["optimizer"] - own[1].memory["optimizer"]) / 4
+    assert own[1].traffic["of Muon, per step"] == pytest.approx(4 * matrices / 8 * 7 / 8)
+    assert 1.3e9 < matrices < 1.4e9 and "of Muon, per step" not in own[0].traffic
+    alone = planned("rodimus_plus_1b6", 1, "--optim.name", "muon")
+    assert alone.traffic["of Muon, per step"] == 0
+
+
+def test_checkpoints_on_disk_are_planned():
+    """By hand: 12 bytes a parameter; the newest three, or two while the only one is replaced."""
+    got = planned("rodimus_plus_1b6", 8, "--checkpoint.keep-every", "0")
+    assert (got.checkpoint, got.checkpoints) == (12 * 1_607_095_296, 3)
+    assert "19.3 GB each, at most 3 at once: 57.9 GB" in plan.render(got, 0.5)
+    one = ("--checkpoint.keep", "1", "--train.tokens", "0", "--train.steps", "10000")
+    one += ("--checkpoint.every", "400", "--checkpoint.keep-every", "1000")
+    # 2000, 4000, ...
+    assert planned("rodimus_plus_1b6", 8, *one).checkpoints == 2 + 5
+
+
 def test_auto_resharding_is_planned_as_it_is_trained():
     """4B in bf16 is more than a tenth of an H100, and less of an H200."""
     setting = "--parallel.reshard-after-forward"
