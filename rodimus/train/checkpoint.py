@@ -138,7 +138,9 @@ class Checkpointer:
             self._writer.start()
         else:
             self._write(folder, about, state)
-        return not wait or self._is_written(progress.step)
+        if not wait or self._is_written(progress.step):
+            return True
+        return self._from_main(self._may_make_room) and self.save(progress, wait=True)
 
     def _is_written(self, step: int) -> bool:
         self.wait()
@@ -161,20 +163,37 @@ class Checkpointer:
         there = self.root if self.root.is_dir() else self.root.parent
         return shutil.disk_usage(there).free
 
+    def _lack(self) -> list[str]:
+        """What to say where the disk does not hold one more checkpoint."""
+        with suppress(OSError):
+            free = self._free()
+            if free < self.size:
+                return [f"{free / 1e9:.1f} GB are free, it takes {self.size / 1e9:.1f} GB"]
+        return []
+
+    def _replaceable(self) -> list[Path]:
+        """Checkpoints whose place the next one takes; never the only one."""
+        keep = max(1, self.config.keep - 1)
+        return store.superseded(self.root, keep, self.config.keep_every)
+
+    def _may_make_room(self) -> bool:
+        with suppress(OSError):
+            return bool(self._replaceable())
+        return False
+
     def _prepare(self, folder: Path) -> str | None:
         """Makes way for a checkpoint; what went wrong, if something did."""
         try:
             if folder.exists():
                 # left by an earlier run past the step that this one resumed from
                 store.remove(folder)
-            free = self._free()
-            if free < self.size or self._has_failed:
+            lack = self._lack()
+            if lack or self._has_failed:
                 # a quota is not seen in what is free
-                keep = max(1, self.config.keep - 1)
-                early = store.prune(self.root, keep, self.config.keep_every)
-                told = [f"{path.name} is deleted before it is written" for path in early]
-                if free < self.size:
-                    told.append(f"takes {self.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+                early = self._replaceable()
+                for old in early:
+                    store.remove(old)
+                told = [f"{path.name} is deleted before it is written" for path in early] + lack
                 if told:
                     logger.warning("checkpoint %s: %s", folder.name, "; ".join(told))
         except OSError as failure:
@@ -209,6 +228,8 @@ class Checkpointer:
         errors = sorted({error for part, _ in results for error in part})
         self._has_failed |= bool(errors)
         if errors:
+            # torch's writer says of a full disk that a position is unexpected
+            errors += self._lack() if self.rank == 0 else []
             logger.error("checkpoint %s not written: %s", folder.name, "; ".join(errors))
             if self.rank == 0:
                 _discard(folder)
@@ -225,7 +246,8 @@ class Checkpointer:
             leave_saved()
             _point_to(folder)
             try:
-                store.prune(self.root, self.config.keep, self.config.keep_every)
+                for old in store.superseded(self.root, self.config.keep, self.config.keep_every):
+                    store.remove(old)
             except OSError as failure:
                 logger.warning("older checkpoints not deleted: %s", failure)
 

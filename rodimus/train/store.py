@@ -60,11 +60,7 @@ def remove_incomplete(root: Path) -> None:
             remove(folder)
 
 
-def prune(root: Path, keep: int, keep_every: int) -> list[Path]:
-    """Deletes all but the ``keep`` newest checkpoints and those at multiples of ``keep_every``;
-    returns what was deleted."""
-    old = [step for step in complete_steps(root)[keep:] if not keep_every or step % keep_every]
-    folders = [step_folder(root, step) for step in old]
-    for folder in folders:
-        remove(folder)
-    return folders
+def superseded(root: Path, keep: int, keep_every: int) -> list[Path]:
+    """All checkpoints but the ``keep`` newest and those at multiples of ``keep_every``."""
+    old = complete_steps(root)[keep:]
+    return [step_folder(root, step) for step in old if not keep_every or step % keep_every]

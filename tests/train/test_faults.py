@@ -319,10 +319,10 @@ def on_a_disk_for(checkpoints, is_told, arguments):
     hash_mine, write, begun = Checkpointer._hash_mine, Checkpointer._write, []
 
     def free(self):
-        return int((checkpoints - len(list(self.root.glob("step-*")))) * self.size)
+        return max(0, int((checkpoints - len(list(self.root.glob("step-*")))) * self.size))
 
     def full(self, folder, about):
-        if free(self) < 0:
+        if free(self) == 0:
             raise OSError(28, "No space left on device")
         return hash_mine(self, folder, about)
 
@@ -357,6 +357,17 @@ def test_a_disk_for_those_that_are_kept_is_enough(saves_each_step, tmp_path, is_
     assert store.complete_steps(tmp_path / "run" / "checkpoints")[0] == 6
 
 
+def test_the_last_checkpoint_is_tried_once_more_where_room_can_be_made(copied):
+    """As when every start of a job ends at its time limit, under a quota."""
+    config, run = copied
+    arguments = [str(config), "--out", str(run), "--no-export", "--train.steps", "8"]
+    arguments += ["--checkpoint.every", "10", "--checkpoint.keep", "2"]
+    (status, told, begun), _ = run_ranks(2, on_a_disk_for, 2.9, False, arguments)
+    assert status == 0 and begun == [[6, 3], [6]]
+    assert len([line for line in told if "step-00000008 not written" in line]) == 1
+    assert store.complete_steps(run / "checkpoints") == [8, 6]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_only_checkpoint_is_not_deleted_for_the_next(saves_each_step, tmp_path, keep):
     arguments = [*saves_each_step, "--checkpoint.keep", str(keep)]
@@ -364,8 +375,9 @@ def test_the_only_checkpoint_is_not_deleted_for_the_next(saves_each_step, tmp_pa
     assert status == 1 and begun == [[], *[[1]] * 5]
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [1]
     # the figures of a model this small
-    assert told[0] == "checkpoint step-00000002: takes 0.0 GB, 0.0 GB are free"
-    assert told[1].startswith("checkpoint step-00000002 not written: ")
+    figures = "0.0 GB are free, it takes 0.0 GB"
+    assert told[0] == f"checkpoint step-00000002: {figures}"
+    assert re.fullmatch(f"checkpoint step-00000002 not written: .*No space.*; {figures}", told[1])
 
 
 @pytest.mark.parametrize("keep, is_enough", [(1, True), (2, True), (3, False)])
