@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from rodimus import RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
 from rodimus.run_folder import sha256_file
-from rodimus.train import checkpoint, guard, loop, parallel, signals, store
+from rodimus.train import checkpoint, guard, loop, parallel, signals, store, watchdog
 from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
@@ -931,20 +931,26 @@ def test_a_slow_disk_at_the_start_is_no_hang(config_file, monkeypatch, slow):
 
 def test_a_slow_disk_is_no_hang(config_file, tmp_path):
     """Saving and rolling back may take longer than the watchdog waits."""
+    late = [0]
 
     def slow(name):
         method = getattr(Checkpointer, name)
 
         def slowly(self, *args):
-            time.sleep(1.5)
+            late[0] += 60
+            # the watchdog looks every two seconds
+            time.sleep(2.5)
             return method(self, *args)
 
         setattr(Checkpointer, name, slowly)
 
     def saves_and_rolls_back():
+        # by its own clock: a limit of a second would be reached on a busy machine, too
+        clock = {"monotonic": lambda: time.monotonic() + late[0], "sleep": time.sleep}
+        watchdog.time = SimpleNamespace(**clock)
         slow("_write")
         slow("_load")
-        options = ("--parallel.timeout-s", "1", "--train.micro-batch", "1")
+        options = ("--parallel.timeout-s", "8", "--train.micro-batch", "1")
         return spike_in_step(5, str(config_file), *options)
 
     assert run_ranks(2, saves_and_rolls_back) == [0, 0]

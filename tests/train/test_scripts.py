@@ -35,6 +35,13 @@ def environment(tmp_path):
     }
 
 
+def ranks_of(node):
+    """Process ids of what torchrun has started."""
+    return [
+        int(pid) for pid in Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+    ]
+
+
 @pytest.fixture
 def two_nodes(environment, packed):
     """Starts a run on two nodes, both this machine, of one process each, as replicas of each other;
@@ -48,17 +55,17 @@ def two_nodes(environment, packed):
         command += ["--data.val", str(packed / "val.json"), "--out", str(run)]
         command += ["--parallel.replicate", "2", *options]
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        nodes = [
-            subprocess.Popen(command, env=given, start_new_session=True, **output) for _ in range(2)
-        ]
+        # in the group of this process, which a time limit ends as one
+        nodes = [subprocess.Popen(command, env=given, **output) for _ in range(2)]
         try:
             meanwhile(nodes)
             said = [node.communicate(timeout=240)[0] for node in nodes]
         finally:
             for node in nodes:
-                # with the processes that it has started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(node.pid, signal.SIGKILL)
+                if node.poll() is None:
+                    for pid in (node.pid, *ranks_of(node)):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
         assert [node.returncode for node in nodes] == [0, 0], "\n".join(said)
         return said
 
@@ -82,9 +89,8 @@ def test_two_nodes_go_on_where_a_rank_was_killed(two_nodes, tmp_path):
         while not (run / "checkpoints" / "latest").exists():
             assert all(node.poll() is None for node in nodes)
             time.sleep(0.1)
-        pid = nodes[1].pid
-        (rank,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(rank), signal.SIGKILL)
+        (rank,) = ranks_of(nodes[1])
+        os.kill(rank, signal.SIGKILL)
 
     options = ["--train.steps", "60", "--checkpoint.every", "5", "--log.every", "1"]
     said = two_nodes(run, *options, meanwhile=kill, MAX_RESTARTS="1")
