@@ -46,7 +46,7 @@ class Plan:
     checkpoint: int
     """Bytes of one on disk."""
     checkpoints: int
-    """On disk at once, at most: those that are kept, and where that is one, the next beside it."""
+    """On disk at once, at most: those that are kept, and the next while it is written."""
 
     @property
     def days(self) -> float:
@@ -207,7 +207,7 @@ def _muon_traffic(model: PreTrainedModel, config: TrainConfig, shards: int) -> d
 def _checkpoints(config: TrainConfig) -> int:
     every, keep_every = config.checkpoint.every, config.checkpoint.keep_every
     for_good = config.steps // math.lcm(every, keep_every) if keep_every else 0
-    return max(2, config.checkpoint.keep) + for_good
+    return config.checkpoint.keep + 1 + for_good
 
 
 def context_bytes(config: TrainConfig, shapes: RodimusConfig) -> dict[str, float]:
