@@ -14,6 +14,7 @@ import io
 import json
 import re
 import tomllib
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -161,13 +162,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise InputError(_one_line(told.getvalue())) from stop
 
 
-# lines of a box, in Unicode or in the ASCII that a plain locale gets
+# lines of a box in Unicode, or rules in the ASCII that a plain locale gets
 _FRAME = re.compile("[\u2500-\u257f]+|-{4,}|^[|+]|[|+]$")
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box: its first paragraph, and the option it suggests."""
-    rows = [_FRAME.sub("", row.strip()).strip() for row in box.strip().splitlines()[1:-1]]
+    """What tyro says below a title: its first paragraph, and the option it suggests."""
+    rows = [_FRAME.sub("", row.strip()).strip() for row in box.strip().splitlines()[1:]]
+    rows = list(dropwhile(lambda row: not row, rows))
     end = rows.index("") if "" in rows else len(rows)
     # our own checks name the option already
     message = re.sub(r"^Error parsing \w+: (?=\w+\.)", "", " ".join(rows[:end]))
