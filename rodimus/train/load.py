@@ -23,7 +23,7 @@ from .config import TrainConfig
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses one file, its parents included, and makes the paths in ``model`` absolute.
+    """Parses one file, its parents included; paths in ``model`` and below ``~`` become absolute.
 
     Raises:
         InputError: the file is missing, is not TOML, or extends itself.
@@ -46,6 +46,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         value = model.get(key) if isinstance(model, dict) else None
         if isinstance(value, str) and value:
             model[key] = _beside(path, value, may_be_on_hub=key == "weights")
+    data = values.get("data")
+    for table, keys in ((values, ("out",)), (data, ("train", "val"))):
+        if isinstance(table, dict):
+            table.update({key: _at_home(table[key]) for key in keys if key in table})
     parent = values.pop("extends", None)
     if parent is None:
         return values
@@ -63,6 +67,14 @@ def _beside(path: Path, value: str, *, may_be_on_hub: bool) -> str:
         if is_hub_name(value):
             return value
     return str(target)
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or each of a list, with the home folder for ``~``: no shell sees a file."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    is_there = isinstance(value, str) and value.startswith("~/")
+    return str(Path(value).expanduser()) if is_there else value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -113,6 +113,16 @@ def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
         load_config(write("[optim\nlr=1"))
 
 
+def test_a_path_in_a_file_may_begin_at_home(write, tmp_path, monkeypatch):
+    """Where no shell has seen it: a run into a folder named ~ is nobody's wish."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = MINIMAL.replace('"runs/x"', '"~/x"').replace('train = ["', 'train = ["~/d/*.json", "')
+    config = load_config(write(text))
+    assert config.out == str(tmp_path / "x")
+    assert config.data.train[0] == str(tmp_path / "d" / "*.json")
+    assert not config.data.train[1].startswith(str(tmp_path))
+
+
 def test_child_replaces_keys_of_its_parent(write):
     write(MINIMAL, "base.toml")
     config = load_config(write('extends = "base.toml"\n[optim]\nlr = 1.0', "child.toml"))
