@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = stop.code
             # the last words fail here, not while Python shuts down
             out.flush()
+            # argparse lets nobody know that its help could not be written
+            if out.error is not None:
+                raise out.error
             return code or 0
     except InputError as error:
         print(f"rodimus: error: {error}", file=sys.stderr)

@@ -185,11 +185,16 @@ def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     assert run.wait() == 141 and not re.search("Traceback|BrokenPipe", error), error
 
 
-def test_output_that_cannot_be_written_is_an_error_of_one_line(checkpoint, capsys, monkeypatch):
-    """At once, as text that appears while it is made, or at the end, from the buffer."""
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_output_that_cannot_be_written_is_an_error_of_one_line(
+    checkpoint, buffering, capsys, monkeypatch
+):
+    """At once, as text that appears while it is made, or at the end, from the buffer; with
+    PYTHONUNBUFFERED always at once."""
     generate = ("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 1)
     for arguments in (generate, ("env",), ("--help",), ("serve", "--help")):
-        with open("/dev/full", "w") as full:
+        with open("/dev/full", "wb", buffering) as file:
+            full = io.TextIOWrapper(file, write_through=not buffering)
             monkeypatch.setattr(sys, "stdout", full)
             assert command(*arguments) == 1
         error = capsys.readouterr().err
