@@ -32,6 +32,9 @@ ATTENTION_DEFAULTS = {
 # Options that the released format can name and no released model uses: other values are refused.
 _FIXED = {"rotary_emb_scale_base": None, "rotary_emb_interleaved": False, "softmax_scale": None}
 
+# transformers' usual names of what attn_cfg says of positions: they would change nothing.
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
+
 # Fields that only flash-linear-attention's configuration of the same model_type has.
 _FLA_FIELDS = ("ska_attn", "attn_mode", "k_norm_eps", "block_residual_in_fp32", "hidden_ratio")
 
@@ -110,6 +113,7 @@ class RodimusConfig(PreTrainedConfig):
         **kwargs,
     ):
         _refuse_other_format(kwargs)
+        _refuse_rope_fields(kwargs)
         _refuse_misplaced("mixer_cfg", MIXER_DEFAULTS, kwargs)
         _refuse_misplaced("attn_cfg", ATTENTION_DEFAULTS, kwargs)
         self.block_type = block_type
@@ -163,6 +167,8 @@ class RodimusConfig(PreTrainedConfig):
             raise ValueError(f"block_type must be one of {BLOCK_TYPES}, got {self.block_type!r}")
         _require_complete("mixer_cfg", self.mixer_cfg, MIXER_DEFAULTS)
         _require_complete("attn_cfg", self.attn_cfg, ATTENTION_DEFAULTS)
+        for name in _FLAGS:
+            _require_flag(name, getattr(self, name))
         for name in ("d_model", "n_layer", "vocab_size"):
             _require_positive(name, getattr(self, name))
         for name in ("norm_epsilon", "initializer_range"):
@@ -294,6 +300,14 @@ class RodimusConfig(PreTrainedConfig):
         return ["hybrid" if self.sliding_window is None else "hybrid_sliding"] * self.n_layer
 
 
+_FLAGS = (
+    "rescale_prenorm_residual",
+    "residual_in_fp32",
+    "tie_word_embeddings",
+    "use_scale_embedding",
+    "use_norm_embedding",
+)
+
 _DERIVED = (
     "num_key_value_heads",
     "num_value_heads",
@@ -310,6 +324,11 @@ def _one_of(name, value, default, alias, kwargs):
         raise ValueError(f"{name} and {alias} are one field, got {value!r} and {other!r}")
     given = other if value is None else value
     return default if given is None else given
+
+
+def _require_flag(name, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def _require_positive(name, value):
@@ -335,6 +354,8 @@ def _is_number(value):
 
 def _complete(name, given, defaults):
     """The given options over the defaults; an unknown one is an error with a suggestion."""
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"{name} must be a dict of options, got {given!r}")
     for key in given or {}:
         if key not in defaults:
             close = difflib.get_close_matches(key, defaults, n=1)
@@ -360,6 +381,15 @@ def _refuse_misplaced(name, options, kwargs):
     found = {key: value for key, value in kwargs.items() if key in options}
     if found:
         raise ValueError(f"{', '.join(found)} belongs in {name}: expected {name}={found}")
+
+
+def _refuse_rope_fields(fields):
+    for name in _ROPE_FIELDS:
+        if fields.get(name) is not None:
+            raise ValueError(
+                f"{name} is not read: expected attn_cfg['rotary_emb_base'] for the base of rotary"
+                f" positions, which cannot be scaled, got {name}={fields[name]!r}"
+            )
 
 
 def _refuse_other_format(fields):

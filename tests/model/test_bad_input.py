@@ -52,6 +52,14 @@ from tests.model.ways import full
         ({"attn_cfg": {"ffn_expand_ratio": 0}}, "ffn_expand_ratio.*positive.*0"),
         ({"attn_cfg": {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved.*True"),
         ({"attn_cfg": {"softmax_scale": "norm"}}, "softmax_scale.*'norm'"),
+        ({"residual_in_fp32": "false"}, "residual_in_fp32.*True or False.*'false'"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings.*True or False.*None"),
+        ({"use_norm_embedding": 1}, "use_norm_embedding.*True or False.*1"),
+        ({"mixer_cfg": [64]}, r"mixer_cfg.*dict.*\[64\]"),
+        ({"attn_cfg": "auto"}, "attn_cfg.*dict.*'auto'"),
+        ({"rope_theta": 5e5}, "rope_theta.*rotary_emb_base.*500000"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.*rotary_emb_base.*yarn"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.*rotary_emb_base.*500000"),
         ({"head_dim": 99}, "head_dim.*16.*99"),
         ({"hidden_size": 99}, "d_model and hidden_size are one.*64 and 99"),
         ({"num_hidden_layers": 99}, "n_layer and num_hidden_layers are one.* and 99"),
@@ -61,7 +69,8 @@ from tests.model.ways import full
 def test_impossible_configuration(change, message):
     fields = golden_config("rodimus_plus")
     for name, value in change.items():
-        fields[name] = fields[name] | value if isinstance(value, dict) else value
+        options = fields.get(name) if isinstance(value, dict) else None
+        fields[name] = value if options is None else options | value
     with pytest.raises(ValueError, match=message):
         RodimusConfig.from_dict(fields)
 
