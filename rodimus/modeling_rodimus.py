@@ -1601,8 +1601,9 @@ class RodimusModel(RodimusPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if embeds.dim() != 3:
-            raise _wrong_shape(input_ids, inputs_embeds)
+        is_wide = inputs_embeds is None or embeds.shape[-1:] == (self.config.d_model,)
+        if embeds.dim() != 3 or not is_wide:
+            raise _wrong_shape(input_ids, inputs_embeds, self.config.d_model)
         if isinstance(attention_mask, dict):
             attention_mask = Layout(**attention_mask)
         if context is not None:
@@ -1927,10 +1928,11 @@ def _check_context_alone(others, config):
         )
 
 
-def _wrong_shape(input_ids, inputs_embeds):
+def _wrong_shape(input_ids, inputs_embeds, width):
     if inputs_embeds is None:
         return ValueError(f"input_ids must have shape [B, T], got {list(input_ids.shape)}")
-    return ValueError(f"inputs_embeds must have shape [B, T, D], got {list(inputs_embeds.shape)}")
+    got = list(inputs_embeds.shape)
+    return ValueError(f"inputs_embeds must have shape [B, T, {width}], got {got}")
 
 
 def _check_inputs(embeds, attention_mask, position_ids, cache, config):
@@ -1947,12 +1949,16 @@ def _check_inputs(embeds, attention_mask, position_ids, cache, config):
         return
     if cache is not None:
         _check_cache(cache, batch, length, config)
+    # before the positions, which generate() counts by the mask
+    if attention_mask is not None and not isinstance(attention_mask, Layout):
+        _check_mask(attention_mask, batch, length, cache)
     if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
         raise ValueError(
             f"position_ids must have shape ({batch}, {length}), got {tuple(position_ids.shape)}"
         )
-    if attention_mask is None or isinstance(attention_mask, Layout):
-        return
+
+
+def _check_mask(attention_mask, batch, length, cache):
     past = 0 if cache is None else int(cache.get_seq_length())
     if tuple(attention_mask.shape) != (batch, past + length):
         raise ValueError(

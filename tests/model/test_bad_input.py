@@ -128,8 +128,10 @@ def test_tokens_of_a_wrong_shape(model, shape):
     with pytest.raises(ValueError, match=rf"input_ids must have shape \[B, T\], got {got}"):
         model(ids)
     got = re.escape(str([*shape, 64]))
-    with pytest.raises(ValueError, match=rf"inputs_embeds must .* \[B, T, D\], got {got}"):
+    with pytest.raises(ValueError, match=rf"inputs_embeds must .* \[B, T, 64\], got {got}"):
         model(inputs_embeds=model.get_input_embeddings()(ids))
+    with pytest.raises(ValueError, match=r"inputs_embeds must .* \[B, T, 64\], got \[2, 7, 63\]"):
+        model(inputs_embeds=torch.zeros(2, 7, 63))
 
 
 def test_ids_and_embeddings(model):
@@ -145,6 +147,14 @@ def test_mask_of_a_wrong_shape(model, shape):
     expected = r"attention_mask must have shape (\(2, 7\)|\[B, cached \+ T\]).*got"
     with pytest.raises(ValueError, match=expected):
         model(random_ids(2, 7), attention_mask=torch.ones(shape))
+
+
+def test_a_mask_of_a_wrong_length_is_named_by_generate(model):
+    """Not the positions, which transformers counts by it."""
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match=r"attention_mask must .* \(2, 7\).*got \(2, 6\)"):
+        model.generate(random_ids(2, 7), attention_mask=mask, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
