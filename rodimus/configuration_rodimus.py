@@ -4,6 +4,9 @@ import difflib
 import math
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BLOCK_TYPES = ("rodimus", "rodimus_plus")
 
@@ -32,7 +35,7 @@ ATTENTION_DEFAULTS = {
 # Options that the released format can name and no released model uses: other values are refused.
 _FIXED = {"rotary_emb_scale_base": None, "rotary_emb_interleaved": False, "softmax_scale": None}
 
-# transformers' usual names of what attn_cfg says of positions: they would change nothing.
+# transformers' usual names of what attn_cfg says of positions: they change nothing.
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 # Fields that only flash-linear-attention's configuration of the same model_type has.
@@ -113,7 +116,7 @@ class RodimusConfig(PreTrainedConfig):
         **kwargs,
     ):
         _refuse_other_format(kwargs)
-        _refuse_rope_fields(kwargs)
+        _report_rope_fields(kwargs)
         _refuse_misplaced("mixer_cfg", MIXER_DEFAULTS, kwargs)
         _refuse_misplaced("attn_cfg", ATTENTION_DEFAULTS, kwargs)
         self.block_type = block_type
@@ -383,13 +386,14 @@ def _refuse_misplaced(name, options, kwargs):
         raise ValueError(f"{', '.join(found)} belongs in {name}: expected {name}={found}")
 
 
-def _refuse_rope_fields(fields):
-    for name in _ROPE_FIELDS:
-        if fields.get(name) is not None:
-            raise ValueError(
-                f"{name} is not read: expected attn_cfg['rotary_emb_base'] for the base of rotary"
-                f" positions, which cannot be scaled, got {name}={fields[name]!r}"
-            )
+def _report_rope_fields(fields):
+    """Said and no error: a released configuration may have them, and its model read none."""
+    found = {name: fields[name] for name in _ROPE_FIELDS if fields.get(name) is not None}
+    if found:
+        logger.warning_once(
+            f"not read: {found}. The base of rotary positions, which cannot be scaled, is"
+            " attn_cfg['rotary_emb_base']."
+        )
 
 
 def _refuse_other_format(fields):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from rodimus import RodimusConfig, RodimusForCausalLM
+from rodimus import RodimusConfig, RodimusForCausalLM, configuration_rodimus
 from tests.model.golden_data import GOLDENS, golden_config, relative_max_error
 from tests.model.helpers import oracle_of, random_ids
 from tests.model.ways import full
@@ -57,9 +57,6 @@ from tests.model.ways import full
         ({"use_norm_embedding": 1}, "use_norm_embedding.*True or False.*1"),
         ({"mixer_cfg": [64]}, r"mixer_cfg.*dict.*\[64\]"),
         ({"attn_cfg": "auto"}, "attn_cfg.*dict.*'auto'"),
-        ({"rope_theta": 5e5}, "rope_theta.*rotary_emb_base.*500000"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.*rotary_emb_base.*yarn"),
-        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.*rotary_emb_base.*500000"),
         ({"head_dim": 99}, "head_dim.*16.*99"),
         ({"hidden_size": 99}, "d_model and hidden_size are one.*64 and 99"),
         ({"num_hidden_layers": 99}, "n_layer and num_hidden_layers are one.* and 99"),
@@ -69,10 +66,27 @@ from tests.model.ways import full
 def test_impossible_configuration(change, message):
     fields = golden_config("rodimus_plus")
     for name, value in change.items():
-        options = fields.get(name) if isinstance(value, dict) else None
-        fields[name] = value if options is None else options | value
+        fields[name] = fields[name] | value if isinstance(value, dict) else value
     with pytest.raises(ValueError, match=message):
         RodimusConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 5e5},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 5e5}},
+    ],
+)
+def test_names_of_positions_that_are_not_read_are_said(given, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(configuration_rodimus.logger, "warning_once", warnings.append)
+    RodimusConfig.from_dict(golden_config("rodimus_plus"))
+    assert not warnings
+    RodimusConfig.from_dict(golden_config("rodimus_plus") | given)
+    (name,) = given
+    assert len(warnings) == 1 and name in warnings[0] and "rotary_emb_base" in warnings[0]
 
 
 @pytest.mark.parametrize("name, key", [("attn_cfg", "window_size"), ("mixer_cfg", "mem_size")])
