@@ -628,14 +628,19 @@ def ddts() -> Cells:
 
 
 def surroundings() -> Cells:
+    """Operators around the mixer; together by the sums of rounds, as the target has it."""
     yield "", "bound", "measured", "plain torch"
     case = Case("ddts-surroundings-b8-t4096-bfloat16-v4096")
     names = [row["family"] for row in case.values() if row["engine"] == "triton"]
-    columns = ("triton", "floor_ms"), ("triton", "median_ms"), ("reference", "median_ms")
-    times = lambda name: [case[f"{name}/{engine}"][key] for engine, key in columns]
     for name in names:
-        yield f"`{name}`", *map(us, times(name))
-    yield "together", *(us(sum(column)) for column in zip(*map(times, names), strict=True))
+        ours, torch = (case[f"{name}/{engine}"] for engine in ("triton", "reference"))
+        yield f"`{name}`", us(ours["floor_ms"]), us(ours["median_ms"]), us(torch["median_ms"])
+    bound = sum(case[f"{name}/triton"]["floor_ms"] for name in names)
+    together = (
+        targets.together_us(*(f"{name}/{engine}" for name in names))(case.record)
+        for engine in ("triton", "reference")
+    )
+    yield "together", us(bound), *(us(median(rounds) / 1e3) for rounds in together)
 
 
 def steps() -> Cells:

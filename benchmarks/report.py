@@ -72,7 +72,8 @@ whole interval meets it, and open in between; of several contexts the worst coun
 are those of one layer of the 1.6B model, tokens and training steps are of Rodimus+ 1.6B, all
 in bfloat16; a token is one of `engine`. `fla` is `chunk_gla` of flash-linear-attention, Flex
 is FlexAttention on the key head in place. A backward is what forward and backward take beyond
-a forward timed by itself. MFU is of the data sheet's dense FLOP/s; below, a training step's
+a forward timed by itself; where a figure needs a median that was timed by itself, the interval
+holds whatever that may be. MFU is of the data sheet's dense FLOP/s; below, a training step's
 share is of a measured rate. Where the time goes: [decoding](../docs/kernels/measured.md),
 [DDTS](../docs/kernels/ddts.md), [attention](../docs/kernels/shared_key_attention.md),
 [training](../docs/training.md#speed-on-a-gpu).

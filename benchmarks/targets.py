@@ -7,7 +7,8 @@ machine and verdict are computed; a target without its records is not measured.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -66,6 +67,21 @@ class Target(NamedTuple):
         return SIGNS[self.goal.split()[0]](value, self.bound)
 
 
+class Beside(NamedTuple):
+    """A figure of rounds and of medians that were timed by themselves, in another record.
+
+    Attributes:
+        others: What the medians are of, from the records of a case.
+        rounds: The figure in every round, from the medians and the records.
+    """
+
+    others: Callable[..., Sequence[Rounds]]
+    rounds: Callable[..., Rounds]
+
+    def __call__(self, *case: Record) -> Rounds:
+        return self.rounds([median(times) for times in self.others(*case)], *case)
+
+
 class Outcome(NamedTuple):
     """A target, its figure with an interval, and the records that they are of."""
 
@@ -103,7 +119,7 @@ def outcome(target: Target, found: Iterable[Record]) -> Outcome:
         if target.figure is None:
             return Outcome(target)
         cases = [tuple(named[name] for name in case) for case in target.cases]
-        every = [Outcome(target, interval(target.figure(*case), case), case) for case in cases]
+        every = [Outcome(target, measure(target.figure, case), case) for case in cases]
     except KeyError:
         return Outcome(target)
     worst = max if target.is_limit else min
@@ -114,6 +130,23 @@ def interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
     """Median and interval of a figure of some records: those of its ratio to one."""
     sittings = case[0]["settings"].get("sittings", ())
     return timing.ratio(rounds, [1.0] * len(rounds), sittings)
+
+
+def measure(figure: Figure, case: tuple[Record, ...]) -> timing.Ratio:
+    """Median and interval of a figure from the records of a case.
+
+    Medians that were timed by themselves may lie anywhere in their own intervals: together with
+    that of the rounds these hold at 95 %, and what reaches furthest counts.
+    """
+    if not isinstance(figure, Beside):
+        return interval(figure(*case), case)
+    others = figure.others(*case)
+    alone = lambda rounds: timing.median_interval(rounds, 1 - 0.05 / (1 + len(others)))
+    *ends, coverages = zip(*map(alone, others), strict=True)
+    every = [alone(figure.rounds(medians, *case)) for medians in product(*zip(*ends, strict=True))]
+    lows, highs, reached = zip(*every, strict=True)
+    coverage = 1 - sum(1 - x for x in (*coverages, min(reached)))
+    return timing.Ratio(median(figure(*case)), min(lows), max(highs), coverage)
 
 
 def counts(every: Iterable[Outcome]) -> str:
@@ -168,20 +201,25 @@ def together_us(*targets: str) -> Figure:
     ]
 
 
-def backward_ms(both: Record, forward: Record, target: str) -> Rounds:
-    """What both passes take beyond the forward, which was timed by itself."""
-    alone = median(times(forward, target))
-    return [x - alone for x in times(both, target)]
-
-
 def backward_us(target: str) -> Figure:
-    """Microseconds of the backward."""
-    return lambda *passes: [1e3 * x for x in backward_ms(*passes, target)]
+    """Microseconds that both passes take beyond the forward, which was timed by itself."""
+    return Beside(
+        lambda both, forward: [times(forward, target)],
+        lambda alone, both, _: [1e3 * (x - alone[0]) for x in times(both, target)],
+    )
 
 
 def backward_speedup(ours: str, peer: str) -> Figure:
     """How many times as fast as a peer's our backward is."""
-    return lambda *passes: _quotients(backward_ms(*passes, peer), backward_ms(*passes, ours))
+
+    def quotients(alone: Sequence[float], both: Record, _: Record) -> Rounds:
+        mine, theirs = (
+            [x - forward for x in times(both, name)]
+            for name, forward in zip((ours, peer), alone, strict=True)
+        )
+        return _quotients(theirs, mine)
+
+    return Beside(lambda both, forward: [times(forward, name) for name in (ours, peer)], quotients)
 
 
 def speedup(ours: str, *engines: str) -> Figure:
@@ -198,12 +236,10 @@ def speedup(ours: str, *engines: str) -> Figure:
 
 def growth(target: str) -> Figure:
     """Percent by which the first record's times exceed the median of the second's."""
-
-    def figure(long: Record, short: Record) -> Rounds:
-        before = median(times(short, target))
-        return [100 * (x / before - 1) for x in times(long, target)]
-
-    return figure
+    return Beside(
+        lambda long, short: [times(short, target)],
+        lambda before, long, _: [100 * (x / before[0] - 1) for x in times(long, target)],
+    )
 
 
 def over_bound(target: str) -> Figure:

@@ -1,5 +1,8 @@
 """Targets are judged by the rounds of the records, losses first; nothing without a record is."""
 
+import math
+import random
+
 import pytest
 
 from benchmarks import docs, records, report, targets
@@ -102,6 +105,54 @@ def test_backward_is_what_remains_of_both_passes():
     case = target(targets.backward_us("ours/x"), "<= 3,000 us", (names,))
     outcome = judged(case, forward, training)
     assert outcome.kind == "met" and outcome.figure.median == 3000.0
+
+
+LONG, SHORT = "decode-long", "decode-short"
+
+
+def grown(long, short):
+    """What records of two contexts say of a token's growth."""
+    found = [
+        record(name, {"ours/x": {"samples_ms": [*samples]}})
+        for name, samples in ((LONG, long), (SHORT, short))
+    ]
+    return judged(target(targets.growth("ours/x"), "<= 3 %", ((LONG, SHORT),)), *found)
+
+
+def test_a_median_that_was_timed_by_itself_widens_the_interval():
+    steady, spread = [102.0] * 9, [100.0] * 5 + [98.0] * 2 + [104.0] * 2
+    assert grown(steady, [100.0] * 9).figure[:3] == pytest.approx((2.0, 2.0, 2.0))
+    outcome = grown(steady, spread)
+    assert outcome.figure[:3] == pytest.approx((2.0, 100 * (102 / 104 - 1), 100 * (102 / 98 - 1)))
+    assert outcome.kind == "open" and outcome.figure.coverage >= 0.95
+
+
+def test_two_records_enclose_their_growth_as_often_as_they_say():
+    draw = random.Random(0)
+    rounds = lambda middle: [middle * math.exp(draw.gauss(0, 0.01)) for _ in range(15)]
+    held = [grown(rounds(102.0), rounds(100.0)).figure for _ in range(500)]
+    covered = sum(low <= 2.0 <= high for _, low, high, _ in held) / len(held)
+    assert covered >= held[0].coverage >= 0.95
+
+
+def test_the_speedup_of_a_backward_is_as_uncertain_as_both_forwards():
+    names = ("attention-training", "attention-forward")
+    times = {"training": (4.0, 8.0), "forward": (1.0, 2.0)}
+    found = [
+        record(
+            f"attention-{what}",
+            {
+                name: {"samples_ms": [time] * 7 + [time * x for x in (0.9, 0.9, 1.1, 1.1)]}
+                if what == "forward"
+                else {"samples_ms": [time] * 11}
+                for name, time in zip(("ours/x", "peer/y"), times[what], strict=True)
+            },
+        )
+        for what in times
+    ]
+    case = target(targets.backward_speedup("ours/x", "peer/y"), ">= 1.9 times", (names,))
+    figure = judged(case, *found).figure
+    assert figure[:3] == pytest.approx((2.0, (8 - 2.2) / (4 - 0.9), (8 - 1.8) / (4 - 1.1)))
 
 
 def test_the_bound_of_a_round_is_that_of_the_memory_in_it():
