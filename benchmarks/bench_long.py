@@ -1,5 +1,5 @@
 """Long rows in training: the trainer's step over rows of 65,536 tokens, and over as many tokens in
-rows of 4,096.
+rows of 4,096 and of 16,384.
 
 Without recomputation the activations of so many tokens fit no GPU. Products, recurrence and
 attention are kept, if that fits, else all is computed twice; where it does not, the row says so.
@@ -21,7 +21,7 @@ POINTS = {
     "tiny": [(1, 128), (2, 64)],
     # a step of a 1.5B model takes minutes on a CPU
     "cpu": [],
-    "cuda": [(1, 65536), (16, 4096)],
+    "cuda": [(1, 65536), (16, 4096), (4, 16384)],
 }
 LAST = POINTS["cuda"]
 RECOMPUTED = ("selective", "full")

@@ -629,7 +629,7 @@ def ddts() -> Cells:
 
 def surroundings() -> Cells:
     """Operators around the mixer; together by the sums of rounds, as the target has it."""
-    yield "", "bound", "measured", "plain torch"
+    yield "", "bound", "measured", "`reference`"
     case = Case("ddts-surroundings-b8-t4096-bfloat16-v4096")
     names = [row["family"] for row in case.values() if row["engine"] == "triton"]
     for name in names:
