@@ -57,7 +57,8 @@ Load is how many cores other programs kept busy, before a run and beside a case.
 records it is the load average, which a run's own work raises; their warnings say so.
 
 Engines: `dynamic` and `static` are the caches of transformers, `graph` is the static
-cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,
+cache (of RWKV6 its own cache) in a captured CUDA graph, `prefix` a cache of which attention
+gets what is written, in such a graph; `engine` is this package's,
 `package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.
 `llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.
 
