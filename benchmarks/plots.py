@@ -314,12 +314,17 @@ def _size(settings: Mapping[str, Any], group: str) -> str:
 
 
 def recall(found: list[Record], axes: Any) -> None:
-    """Accuracy of the hardest recall test over the state expansion, ours and the paper's."""
+    """Accuracy of the hardest recall test over the state expansion, ours and the paper's; attention
+    has none."""
     lines: Points = {}
     for record in _recall_records(found):
         expansion = record["settings"]["shape"]["mem_size"]
         for row in measured(record):
-            lines.setdefault(row["target"], {})[expansion] = mean(row["scores"][HARDEST_RECALL])
+            score = mean(row["scores"][HARDEST_RECALL])
+            if row["target"] == "attention":
+                axes.axhline(score, color="0.0", linewidth=0.8, linestyle="--", label="attention")
+            else:
+                lines.setdefault(row["target"], {})[expansion] = score
     for (name, line), (marker, dash, grey) in zip(
         sorted(lines.items()), STYLES.values(), strict=False
     ):

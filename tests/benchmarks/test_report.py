@@ -172,6 +172,16 @@ def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
     assert (tmp_path / "plots/Test_CPU/recall.png").stat().st_size > 10_000
 
 
+def test_attention_has_no_state_to_expand():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    attention = {**recall(64), "case": "mqar-gpu-attention"}
+    attention["rows"] = [{**attention["rows"][0], "target": "attention"}]
+    plots.recall([recall(16), recall(64), attention], axes)
+    level = next(line for line in axes.lines if line.get_label() == "attention")
+    assert list(level.get_ydata()) == [0.6, 0.6] and list(level.get_xdata()) == [0, 1]
+    assert [list(x.get_xdata()) for x in axes.lines if x.get_label() == "rodimus"] == [[16, 64]]
+
+
 def test_numbers_of_engine_server_and_largest_batch_have_columns():
     fields = ("model_ms", "beside_model_ms", "host_ms", "largest_batch", "batch_without_room")
     fields += ("first_token_p95_ms", "between_tokens_p95_ms")
