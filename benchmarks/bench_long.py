@@ -73,7 +73,8 @@ def test_long(bench, benchmark, start, name, point):
                 skipped.append(skipped_row(f"{name}/{engine}", engine, reason))
             else:
                 found = [target], skipped
-                bench_train.measure(bench, benchmark, found, batch, length, "long", case)
+                where = batch, length, "long", case
+                bench_train.measure(bench, benchmark, found, *where, by_itself=True)
                 return
         bench_train.clear(bench)
     bench.record("long", case, {"batch": batch, "context": length}, skipped)

@@ -67,6 +67,8 @@ input read and each output written once in each direction, and the products or t
 
 """
 
+NO_BENCHMARK = "none: the first loop was of another model and is not kept"
+
 TARGETS = """\
 Set before anything was measured. A target is missed where the median misses it, met where the
 whole interval meets it, and open in between; of several contexts the worst counts. Operators
@@ -74,9 +76,10 @@ are those of one layer of the 1.6B model, tokens and training steps are of Rodim
 in bfloat16; a token is one of `engine`. `fla` is `chunk_gla` of flash-linear-attention, Flex
 is FlexAttention on the key head in place. A backward is what forward and backward take beyond
 a forward timed by itself; where a figure needs a median that was timed by itself, the interval
-holds whatever that may be. MFU is of the data sheet's dense FLOP/s; below, a training step's
-share is of a measured rate. Where the time goes: [decoding](../docs/kernels/measured.md),
-[DDTS](../docs/kernels/ddts.md), [attention](../docs/kernels/shared_key_attention.md),
+holds whatever that may be. Bytes are counted and have no interval. MFU is of the data sheet's
+dense FLOP/s; below, a training step's share is of a measured rate. Where the time goes:
+[decoding](../docs/kernels/measured.md), [DDTS](../docs/kernels/ddts.md),
+[attention](../docs/kernels/shared_key_attention.md),
 [training](../docs/training.md#speed-on-a-gpu).
 
 """
@@ -275,9 +278,11 @@ def _target(outcome: targets.Outcome) -> list[str]:
     told = [outcome.kind, target.name, target.goal]
     if figure is None:
         wanted = ", ".join(name for case in target.cases for name in case)
-        return [*told, "", "", "", wanted or "of no benchmark", ""]
+        return [*told, "", "", "", wanted or NO_BENCHMARK, ""]
     middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in figure[:3])
-    told += [f"{middle} ({low} .. {high})", f"{figure.median / target.bound:.1%}"]
+    exact = isinstance(target.figure, targets.Counted)
+    share = f"{figure.median / target.bound:.1%}" if target.bound else ""
+    told += [middle if exact else f"{middle} ({low} .. {high})", share]
     used = ", ".join(f"{record['group']}-{record['case']}" for record in found)
     return [*told, found[0]["machine"]["name"], used, _commit(found[0]["machine"])]
 
@@ -450,12 +455,12 @@ def _score(values: list[float] | None) -> str:
     return f"{mean:.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-# numbers of operators, engine, server and memory, in the order of their columns
+# numbers of operators, engine, server, memory and long rows, in the order of their columns
 _NUMBERS = (
     *("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_ms", "floor_share"),
     *("model_ms", "beside_model_ms", "host_ms", "tokens_per_s", "requests"),
     *(f"{name}_p{p}_ms" for name in ("first_token", "between_tokens") for p in (50, 90, 95, 99)),
-    *("largest_batch", "batch_without_room"),
+    *("largest_batch", "batch_without_room", "of_plan"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Speed targets that were set before anything was measured, and what the records say of each.
+"""Targets of speed and memory that were set before anything was measured, and what the records say.
 
 A target names records, how its figure follows from their rows, and a bound. Figure, interval,
 machine and verdict are computed; a target without its records is not measured.
@@ -17,7 +17,7 @@ from rodimus.devices import DEVICES
 from . import timing
 from .harness import READ
 from .machine import folder_name
-from .records import measured
+from .records import measured, model_of
 
 Record = Mapping[str, Any]
 Rounds = list[float]
@@ -82,6 +82,15 @@ class Beside(NamedTuple):
         return self.rounds([median(times) for times in self.others(*case)], *case)
 
 
+class Counted(NamedTuple):
+    """A figure that is counted, not timed: it has no interval."""
+
+    value: Callable[..., float]
+
+    def __call__(self, *case: Record) -> Rounds:
+        return [self.value(*case)]
+
+
 class Outcome(NamedTuple):
     """A target, its figure with an interval, and the records that they are of."""
 
@@ -138,6 +147,9 @@ def measure(figure: Figure, case: tuple[Record, ...]) -> timing.Ratio:
     Medians that were timed by themselves may lie anywhere in their own intervals: together with
     that of the rounds these hold at 95 %, and what reaches furthest counts.
     """
+    if isinstance(figure, Counted):
+        (value,) = figure(*case)
+        return timing.Ratio(value, value, value, 1.0)
     if not isinstance(figure, Beside):
         return interval(figure(*case), case)
     others = figure.others(*case)
@@ -284,12 +296,54 @@ def mfu(target: str) -> Figure:
     return figure
 
 
+def over_formula(name: str) -> Figure:
+    """Bytes that a model keeps over those of the formula, or the reverse where they are fewer."""
+
+    def value(record: Record) -> float:
+        row = _of_model(record, name)
+        quotient = row["state_bytes"] / row["expected_bytes"]
+        return max(quotient, 1 / quotient)
+
+    return Counted(value)
+
+
+def state_growth(name: str) -> Figure:
+    """Percent by which a model keeps more after the first record's context than after the
+    second's."""
+    kept = lambda record: _of_model(record, name)["state_bytes"]
+    return Counted(lambda long, short: 100 * (kept(long) / kept(short) - 1))
+
+
+def over_plan(name: str) -> Figure:
+    """Peak memory of a model's training step over what `rodimus plan` says, or the reverse where
+    it is less."""
+
+    def value(record: Record) -> float:
+        quotient = _of_model(record, name)["of_plan"]
+        return max(quotient, 1 / quotient)
+
+    return Counted(value)
+
+
+def _of_model(record: Record, name: str) -> Mapping[str, Any]:
+    """The only row of a model.
+
+    Raises:
+        KeyError: it was not measured.
+    """
+    found = [row for row in measured(record) if model_of(row["target"]) == name]
+    if len(found) != 1:
+        raise KeyError(name)
+    return found[0]
+
+
 # ----------------------------------------------------------------------------------------------
 # The targets
 # ----------------------------------------------------------------------------------------------
 
 DDTS, FLA = "ddts/triton_chunk", "chunk_gla/fla"
 ATTENTION, FLEX = "triton/expanded", "flex/expanded"
+PLUS_MODEL = "rodimus-plus-1.6b"
 PLUS, TRAINED = "rodimus-plus-1.6b/engine", "rodimus-plus-1.6b/dynamic"
 GREEDY = "rodimus-plus-1.6b/greedy"
 TORCH, PACKAGE = ("qwen2-1.5b/dynamic", "qwen2-1.5b/static"), "rwkv6-1.6b/package"
@@ -312,6 +366,16 @@ def attention(shape: str, *passes: str) -> Cases:
 def decode(*contexts: int, batch: int = 1) -> Cases:
     """Records of decoding, each a case."""
     return tuple((f"decode-b{batch}-t{context}-bfloat16",) for context in contexts)
+
+
+def memory(*contexts: int) -> Cases:
+    """Records of memory, each a case."""
+    return tuple((f"memory-b1-t{context}-bfloat16",) for context in contexts)
+
+
+def long(*shapes: str) -> Cases:
+    """Records of training with long rows, each a case."""
+    return tuple((f"long-{shape}-bfloat16-rodimus-plus-1.6b",) for shape in shapes)
 
 
 def both(shape: str) -> Cases:
@@ -392,6 +456,16 @@ ON_H200 = {
     "engine, host time of a step at batch 64": (host_us(GREEDY), "<= 50 us", engine_step),
     "training step, rows of 4,096": (tokens_per_s(TRAINED), ">= 46,000 tokens/s", step),
     "training step, rows of 4,096, MFU": (mfu(TRAINED), ">= 50 %", step),
+    "training, peak memory and its plan, the larger over the smaller": (
+        over_plan(PLUS_MODEL),
+        "<= 1.1 times",
+        long("b1-t65536", "b16-t4096"),
+    ),
+    "state and cache after 131,072 tokens, beyond those after 4,096": (
+        state_growth(PLUS_MODEL),
+        "<= 0 %",
+        (tuple(name for case in memory(131072, 4096) for name in case),),
+    ),
 }
 ON_CPU = {
     **{
@@ -423,7 +497,19 @@ ON_CPU = {
         ">= 5 times",
         (("demo-b1-t128-float32",),),
     ),
+    # the first loop, before this project, trained four layers of Rodimus; the demo trains two of
+    # Rodimus+, so what is left of the first, a rate, says nothing of it
     "demo training over its first loop, tokens per core-second": (None, ">= 1.5 times", ()),
+    "state and cache, bytes and their formula, the larger over the smaller": (
+        over_formula(PLUS_MODEL),
+        "<= 1 times",
+        memory(1024, 4096, 32768),
+    ),
+    "state and cache after 32,768 tokens, beyond those after 4,096": (
+        state_growth(PLUS_MODEL),
+        "<= 0 %",
+        (tuple(name for case in memory(32768, 4096) for name in case),),
+    ),
 }
 TARGETS = tuple(
     Target(machine, name, *rest)

@@ -172,6 +172,56 @@ def test_the_hosts_time_of_a_step_is_what_its_kernels_leave():
     assert judged(host, record(CASE, {"ours/greedy": row}, steps=2)).kind == "not measured"
 
 
+NAME = "rodimus-plus-1.6b"
+
+
+def counted(case, **fields):
+    return record(case, {f"{NAME}/dynamic": fields, "qwen2-1.5b/dynamic": dict.fromkeys(fields, 9)})
+
+
+def test_bytes_are_held_to_the_formula_without_an_interval():
+    case = target(targets.over_formula(NAME), "<= 1 times", (("memory-a",), ("memory-b",)))
+    equal = counted("memory-a", state_bytes=100, expected_bytes=100)
+    for kept, kind in ((100, "met"), (101, "missed"), (99, "missed")):
+        other = counted("memory-b", state_bytes=kept, expected_bytes=100)
+        outcome = judged(case, equal, other)
+        assert outcome.kind == kind and outcome.figure.low == outcome.figure.high
+    assert judged(case, equal).kind == "not measured"
+
+
+def test_a_state_that_grows_misses_its_goal():
+    case = target(targets.state_growth(NAME), "<= 0 %", (("memory-long", "memory-short"),))
+    short = counted("memory-short", state_bytes=100)
+    for kept, percent, kind in ((100, 0.0, "met"), (103, 3.0, "missed")):
+        outcome = judged(case, short, counted("memory-long", state_bytes=kept))
+        assert outcome.kind == kind and outcome.figure.median == pytest.approx(percent)
+
+
+@pytest.mark.parametrize(
+    ("of_plan", "kind"), [(1.09, "met"), (1.2, "missed"), (0.92, "met"), (0.9, "missed")]
+)
+def test_the_peak_of_training_is_held_to_its_plan(of_plan, kind):
+    case = target(targets.over_plan(NAME), "<= 1.1 times", (("long-a",),))
+    found = counted("long-a", of_plan=of_plan)
+    assert judged(case, found).kind == kind
+    found["rows"].append(records.skipped(f"{NAME}/trainer-full", "f", "trainer-full", "no room"))
+    assert judged(case, found).kind == kind
+
+
+def test_the_page_tells_a_count_without_an_interval_and_why_nothing_can_be_measured(monkeypatch):
+    made = {"counted": (targets.state_growth(NAME), "<= 0 %", (("memory-a", "memory-a"),))}
+    made["no reference"] = (None, ">= 1.5 times", ())
+    named = [Target("NVIDIA_H200", name, *rest) for name, rest in made.items()]
+    monkeypatch.setattr(targets, "TARGETS", named)
+    found = counted("memory-a", state_bytes=100, expected_bytes=100, **MEMORY)
+    text = report.render([found])
+    assert "| met | counted | <= 0 % | 0 |  | NVIDIA H200 | memory-a, memory-a |" in text
+    assert "| no reference | >= 1.5 times |  |  |  | none: the first loop was of" in text
+
+
+MEMORY = {"weight_bytes": 1, "recurrent_bytes": 1, "cached_bytes": 1}
+
+
 def test_model_flops_are_a_share_of_the_data_sheet():
     row = {"flops": 989e9, "samples": {"wall_ms": [2.0] * 9}}
     found = record(CASE, {"ours/x": row}, batch=2, context=50)
