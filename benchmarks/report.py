@@ -215,6 +215,7 @@ def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> st
         lines += section(title, _timed(unit, groups.pop(group, [])))
     lines += section("Memory", _memory(groups.pop("memory", [])))
     lines += section("Quality", _quality(groups.pop("quality", [])))
+    lines += section("Long contexts", _drift(groups.pop("drift", [])))
     for group in sorted(groups):
         lines += section(group, _others(groups[group]))
     lines += section("Not measured, and why", _skipped(found))
@@ -441,6 +442,33 @@ def _quality(found: list[Record]) -> Iterator[str]:
                     *(_score(row["scores"].get(name)) for name in names),
                 ]
                 for row in rows
+            ],
+        )
+
+
+# what is told at each length of a long context
+_DRIFT = {
+    "state_norm": ("norm of the states", ".4g"),
+    "bfloat16": ("logits in bfloat16, error", ".1e"),
+    "one_by_one": ("logits one by one, error", ".1e"),
+}
+
+
+def _drift(found: list[Record]) -> Iterator[str]:
+    for record in found:
+        yield f"### {record['case']}, {record['machine']['name']}"
+        yield ""
+        yield "Random weights and tokens, read in chunks. Errors are relative: of bfloat16 against"
+        yield "float32 of the same weights, and of tokens decoded one by one against the same read"
+        yield "at once, in float32. An error that grew with the context would be a defect."
+        yield ""
+        lengths = [f"{point['length']:,}" for point in measured(record)[0]["points"]]
+        yield from table(
+            ["model", "after tokens", *lengths],
+            [
+                [row["target"], title, *(format(point[name], form) for point in row["points"])]
+                for row in measured(record)
+                for name, (title, form) in _DRIFT.items()
             ],
         )
 
