@@ -629,18 +629,19 @@ def ddts() -> Cells:
 
 def surroundings() -> Cells:
     """Operators around the mixer; together by the sums of rounds, as the target has it."""
-    yield "", "bound", "measured", "`reference`"
+    yield "", "bound", "measured", "bound / measured", "`reference`"
     case = Case("ddts-surroundings-b8-t4096-bfloat16-v4096")
     names = [row["family"] for row in case.values() if row["engine"] == "triton"]
+    cells = lambda bound, ours, torch: (us(bound), us(ours), f"{bound / ours:.0%}", us(torch))
     for name in names:
         ours, torch = (case[f"{name}/{engine}"] for engine in ("triton", "reference"))
-        yield f"`{name}`", us(ours["floor_ms"]), us(ours["median_ms"]), us(torch["median_ms"])
+        yield f"`{name}`", *cells(ours["floor_ms"], ours["median_ms"], torch["median_ms"])
     bound = sum(case[f"{name}/triton"]["floor_ms"] for name in names)
     together = (
-        targets.together_us(*(f"{name}/{engine}" for name in names))(case.record)
+        median(targets.together_us(*(f"{name}/{engine}" for name in names))(case.record)) / 1e3
         for engine in ("triton", "reference")
     )
-    yield "together", us(bound), *(us(median(rounds) / 1e3) for rounds in together)
+    yield "together", *cells(bound, *together)
 
 
 def steps() -> Cells:

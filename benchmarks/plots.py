@@ -40,7 +40,7 @@ OPERATORS = {
     "fused-training": ("*", "loss, input gate and backward"),
 }
 # groups of one record for several operators, or for each of several
-AROUND = ("ddts-surroundings", "fused-forward", "fused-training")
+AROUND = ("fused-forward", "fused-training", "ddts-surroundings")
 OUR_FORMS = {"triton", "triton_chunk", "triton_recurrent", "native"}
 
 
@@ -279,9 +279,11 @@ def roof(found: list[Record], axes: Any) -> None:
 
 def _shares(found: list[Record]) -> Iterator[tuple[str, dict[bool, float]]]:
     """Name of an operator at a size, and the share of its roof that the fastest of each side
-    reaches."""
+    reaches; once, where several records have it."""
+    told: set[str] = set()
     for group in dict.fromkeys((*OPERATORS, *AROUND)):
-        for record in _alike(found, group, cache=None):
+        sized = lambda record: (record["settings"]["batch"], record["settings"]["context"])
+        for record in sorted(_alike(found, group, cache=None), key=sized):
             rows: dict[str, dict[bool, Mapping[str, Any]]] = {}
             for row in measured(record):
                 name = row["family"] if group in AROUND else OPERATORS[group][1]
@@ -289,10 +291,12 @@ def _shares(found: list[Record]) -> Iterator[tuple[str, dict[bool, float]]]:
                     sides = rows.setdefault(name, {})
                     best = sides.setdefault(_is_ours(row), row)
                     sides[_is_ours(row)] = min(best, row, key=lambda x: x["median_ms"])
-            for name, sides in rows.items():
-                told = name + " and backward" * (group == "fused-training")
-                shares = {ours: row["floor_share"] for ours, row in sides.items()}
-                yield f"{told}, {_size(record['settings'], group)}", shares
+            for operator, sides in rows.items():
+                name = operator + " and backward" * (group == "fused-training")
+                name = f"{name}, {_size(record['settings'], group)}"
+                if name not in told:
+                    told.add(name)
+                    yield name, {ours: row["floor_share"] for ours, row in sides.items()}
 
 
 def _is_compared(row: Mapping[str, Any]) -> bool:
@@ -325,9 +329,9 @@ def recall(found: list[Record], axes: Any) -> None:
                 axes.axhline(score, color="0.0", linewidth=0.8, linestyle="--", label="attention")
             else:
                 lines.setdefault(row["target"], {})[expansion] = score
-    for (name, line), (marker, dash, grey) in zip(
-        sorted(lines.items()), STYLES.values(), strict=False
-    ):
+    # ours are the dark ones
+    order = sorted(lines.items(), key=lambda item: (not item[0].startswith("rodimus"), item[0]))
+    for (name, line), (marker, dash, grey) in zip(order, STYLES.values(), strict=False):
         places = sorted(line)
         style = {"marker": marker, "linestyle": dash, "color": grey, "label": name}
         axes.plot(places, [line[place] for place in places], **style)
@@ -335,6 +339,7 @@ def recall(found: list[Record], axes: Any) -> None:
         style = {"marker": marker, "markerfacecolor": "white", "color": "0.75", "linewidth": 0.8}
         axes.plot(list(line), list(line.values()), label=f"paper: {name}", **style)
     _finish(axes, "Recall at 1024 tokens, 256 pairs", "state expansion", "accuracy", log_y=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _recall_records(found: list[Record]) -> list[Record]:

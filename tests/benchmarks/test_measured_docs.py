@@ -126,7 +126,7 @@ def test_what_surrounds_ddts_takes_as_long_on_its_page_as_among_the_targets():
         for outcome in targets.outcomes(records.read(docs.RESULTS))
         if outcome.target.name == "convolution, gates and norm of DDTS"
     )
-    *_, (name, _, ours, _) = docs.surroundings()
+    *_, (name, _, ours, *_) = docs.surroundings()
     assert (name, ours) == ("together", docs.us(outcome.figure.median / 1e3))
 
 

@@ -341,6 +341,13 @@ def test_the_share_of_the_roof_is_that_of_the_fastest_of_each_side(tmp_path):
     ]
     assert places == [(50, 0, False), (12, 0, True), (25, 1, False), (50, 2, True)]
     assert "plots/Test_CPU/roof.png" in plots.names(found).values()
+    # where the loss and the norms were timed anew, what surrounds DDTS is not told twice
+    twice = [operator(f"{group}", 1.0, 2.0) for group in ("ddts-surroundings", "fused-forward")]
+    assert [name for name, _ in plots._shares(twice)] == ["ddts, 8 x 4", "x, 8 x 4"]
+    sizes = [operator("ddts-step", 1.0, 2.0, batch=batch) for batch in (256, 64, 8)]
+    assert [name for name, _ in plots._shares(sizes)] == [
+        f"DDTS step, {batch} sequences" for batch in (8, 64, 256)
+    ]
 
 
 def test_a_picture_says_where_and_when_its_records_were_made(found, tmp_path, monkeypatch):
