@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from . import records, targets, timing
+from . import machine, records, targets, timing
 from .bench_attention import flops
 from .harness import READ
 from .machine import RESULTS, ROOT
@@ -191,7 +191,7 @@ def run_of(folder: str, groups: tuple[str, ...], packages: tuple[str, ...]) -> s
     for found in records_of(folder, groups):
         about = found["machine"]
         versions = (f"{name} {about['versions'][name.lower()]}" for name in packages)
-        machines.add((about["name"], ", ".join(versions)))
+        machines.add((machine.told(about), ", ".join(versions)))
         days.add(found["date"][:10])
         changed = " with changes" if about["dirty"] else ""
         commits[f"`{about['commit'][:12]}`{changed}"] = None

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, plots, records, targets, tested, timing, work
+from . import docs, machine, peers, plots, records, targets, tested, timing, work
 from .docs import table
 from .records import RecordError, measured, model_of
 
@@ -233,7 +233,7 @@ def _machines(found: list[Record]) -> list[str]:
         about = record["machine"]
         versions = about.get("versions", {})
         used = f"torch {versions.get('torch')}, transformers {versions.get('transformers')}"
-        key = about["name"], str(about.get("threads")), used, _commit(about)
+        key = machine.told(about), str(about.get("threads")), used, _commit(about)
         groups.setdefault(key, []).append(record)
     rows = []
     for key, members in sorted(groups.items()):
@@ -260,8 +260,8 @@ def _disturbances(found: list[Record]) -> Iterator[str]:
         for warning in record["warnings"]:
             cases = disturbed.setdefault((record["machine"]["name"], warning), [])
             cases.append(f"{record['group']} {record['case']}")
-    for (machine, warning), cases in disturbed.items():
-        yield f"- {machine}: {warning}: {', '.join(cases)}"
+    for (name, warning), cases in disturbed.items():
+        yield f"- {name}: {warning}: {', '.join(cases)}"
 
 
 def _targets(found: list[Record]) -> Iterator[str]:
