@@ -19,6 +19,8 @@ POINTS = {
 LAST = [point for point in POINTS["cuda"] if point[0] > 1]
 STEPS = 8
 """Tokens of one timed call on a GPU, so that a call is long against its synchronisation."""
+SIDE_BY_SIDE = 2**18
+"""Tokens of a batch that a peer's engines keep each on their own: 8 GB of Qwen2."""
 
 
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: int) -> Target:
@@ -38,7 +40,7 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
         "state_bytes": state.total,
         "moved_bytes": steps * (token_bytes + state.traffic),
         "disagreement": bench.checked[f"{model.name}/{engine}"],
-        "graph": engine == "graph",
+        "graph": engine in peers.RECORDED,
     }
     before = (lambda: session.rewind(context)) if rewinds else None
     return Target(model, engine, lambda: session.run(steps), facts, before)
@@ -49,13 +51,21 @@ def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tu
     8-bit weights those that read them: our own, and llama.cpp.
 
     On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
-    others are left to the engines meant for speed.
+    others are left to the engines meant for speed, of a peer all that worked in the first case; of
+    its caches only one fits where they are large.
     """
     if bench.in_8_bits:
         reads = "engine" if model.name in peers.OURS else LLAMA_CPP
         return tuple(engine for engine in model.engines if engine == reads)
     if bench.device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:
-        return model.engines[-1:]
+        failed = lambda engine: isinstance(
+            bench.checked.get(f"{model.name}/{engine}"), peers.Unavailable
+        )
+        recorded = [engine for engine in model.engines if engine in peers.RECORDED]
+        working = [engine for engine in recorded if not failed(engine)] or recorded
+        if model.name in peers.OURS or not working:
+            return model.engines[-1:]
+        return tuple(working if batch * context <= SIDE_BY_SIDE else working[-1:])
     if batch == 1:
         return model.engines
     engines = [engine for engine in model.engines if engine != LLAMA_CPP]

@@ -1,5 +1,5 @@
 """Long rows in training: the trainer's step over rows of 65,536 tokens, and over as many tokens in
-rows of 4,096.
+rows of 4,096 and of 16,384.
 
 Without recomputation the activations of so many tokens fit no GPU. Products, recurrence and
 attention are kept, if that fits, else all is computed twice; where it does not, the row says so.
@@ -21,7 +21,7 @@ POINTS = {
     "tiny": [(1, 128), (2, 64)],
     # a step of a 1.5B model takes minutes on a CPU
     "cpu": [],
-    "cuda": [(1, 65536), (16, 4096)],
+    "cuda": [(1, 65536), (16, 4096), (4, 16384)],
 }
 LAST = POINTS["cuda"]
 RECOMPUTED = ("selective", "full")
@@ -73,7 +73,8 @@ def test_long(bench, benchmark, start, name, point):
                 skipped.append(skipped_row(f"{name}/{engine}", engine, reason))
             else:
                 found = [target], skipped
-                bench_train.measure(bench, benchmark, found, batch, length, "long", case)
+                where = batch, length, "long", case
+                bench_train.measure(bench, benchmark, found, *where, by_itself=True)
                 return
         bench_train.clear(bench)
     bench.record("long", case, {"batch": batch, "context": length}, skipped)

@@ -174,6 +174,7 @@ def in_trainer(
     from rodimus.train import config as sections
     from rodimus.train import parallel
     from rodimus.train.loop import Trainer
+    from rodimus.train.plan import make_plan
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -200,6 +201,7 @@ def in_trainer(
         try:
             trainer = Trainer(config, ranks)
             facts = {"flops": 3 * model.forward_flops(batch, length, logits=length)}
+            facts["planned_bytes"] = sum(make_plan(config, 1, mfu=1.0).memory.values())
             engine = TRAINER if recomputed == "none" else f"{TRAINER}-{recomputed}"
             yield Target(model, engine, trainer.step, facts)
         finally:
@@ -251,8 +253,22 @@ def _put_back(bench: Bench) -> Iterator[None]:
                 model.model.eval().requires_grad_(False)
 
 
-def measure(bench: Bench, benchmark, found, batch: int, length: int, group: str, case: str) -> list:
-    """Time what ``Bench.targets`` found and write the record; its rows."""
+def measure(
+    bench: Bench,
+    benchmark,
+    found,
+    batch: int,
+    length: int,
+    group: str,
+    case: str,
+    *,
+    by_itself: bool = False,
+) -> list:
+    """Time what ``Bench.targets`` found and write the record; its rows.
+
+    Args:
+        by_itself: The trainer has the GPU's memory for itself: its peak is what was planned.
+    """
     targets, skipped = found
     tokens, rounds = batch * length, bench.few_rounds
     rows, used = bench.time_targets(benchmark, targets, skipped, tokens=tokens, rounds=rounds)
@@ -261,6 +277,9 @@ def measure(bench: Bench, benchmark, found, batch: int, length: int, group: str,
         # not timed: a step alone, for what it allocates and where its time goes
         if target.engine != "recorded":
             timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
+            if by_itself:
+                peak = torch.cuda.max_memory_allocated(bench.device)
+                timed[target.name]["of_plan"] = peak / timed[target.name]["planned_bytes"]
         if target.model.name in peers.OURS:
             timed[target.name] |= operators.kernels(target.call)
     settings = {"batch": batch, "context": length, **used}

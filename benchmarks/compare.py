@@ -4,9 +4,9 @@
     python -m benchmarks.compare main . --scale tiny
     python -m benchmarks.compare --records HEAD~5
 
-Each commit runs in its own process from an exported tree; ``.`` is the working tree as it is. The
-benchmarks themselves are always those of this checkout. The processes take turns round by round, so
-a busy machine slows both alike.
+Each commit runs in its own process from an exported tree, with native operators where this checkout
+has them built; ``.`` is the working tree as it is. The benchmarks themselves are always those of
+this checkout. The processes take turns round by round, so a busy machine slows both alike.
 
 With ``--records`` nothing is timed: base and head are folders of records, or commits whose
 committed records are read. Their rounds were not interleaved, so the interval of a ratio goes from
@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from rodimus_kernels import native
 
 from . import machine, peers, records, targets, timing
 from .harness import DISAGREEMENT_LIMITS, DTYPES
@@ -100,7 +102,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--context", type=int, default=1024)
     add("--rounds", type=int, default=15)
     add("--threads", type=int, default=1)
-    add("--native", action="store_true", help="build csrc/ in exported trees first")
+    add(
+        "--native",
+        action=argparse.BooleanOptionalAction,
+        help="build csrc/ in exported trees first; by default where this checkout's is built",
+    )
     add("--out", type=Path, help="folder for a record")
     add("--records", action="store_true", help="compare records of two commits or folders")
     add("--fail", type=float, metavar="PERCENT", help="with --records: status 1 if slower by more")
@@ -128,7 +134,7 @@ def extract(commit: str, tree: Path, *paths: str) -> Path:
     return tree
 
 
-def export(commit: str, folder: Path, native: bool) -> Path:
+def export(commit: str, folder: Path, build_native: bool) -> Path:
     """The tree of a commit; the checkout itself for ``.``.
 
     Raises:
@@ -139,9 +145,12 @@ def export(commit: str, folder: Path, native: bool) -> Path:
     tree = extract(commit, folder / "tree")
     # the benchmarks that run are those of this checkout
     shutil.rmtree(tree / "benchmarks", ignore_errors=True)
-    if native:
+    if build_native:
         build = tree / "kernels" / "rodimus_kernels" / "build.py"
-        subprocess.run([sys.executable, str(build)], cwd=tree, check=True)
+        on_gpu = {} if machine.device().type == "cuda" else {"RODIMUS_BUILD_CUDA": "0"}
+        subprocess.run(
+            [sys.executable, str(build)], cwd=tree, env={**os.environ, **on_gpu}, check=True
+        )
     return tree
 
 
@@ -164,27 +173,47 @@ def serve(options: argparse.Namespace) -> None:
         turns.warm_up(batch=3, most=options.rounds)
         import rodimus
 
-        place = str(Path(rodimus.__file__).parent.parent)
-        print(json.dumps({"disagreement": error, "place": place}), flush=True)
+        about = {
+            "disagreement": error,
+            "place": str(Path(rodimus.__file__).parent.parent),
+            "native": native.is_available(device.type),
+        }
+        print(json.dumps(about), flush=True)
         for _ in sys.stdin:
             print(json.dumps(turns.time("call")._asdict()), flush=True)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Both commits in turn, as a record."""
+    """Both commits in turn, as a record.
+
+    Raises:
+        ValueError: there is no such commit.
+        RuntimeError: a commit's process ends, is of another tree, decodes wrongly, or is the only
+            one with native operators: its speed would be theirs.
+    """
+    if options.native is None:
+        options.native = native.is_available(machine.device().type)
     load, others = machine.load_now(), machine.Others()
     with tempfile.TemporaryDirectory() as scratch:
         workers: dict[str, Worker] = {}
+        has_native: dict[str, bool] = {}
         try:
             for label, commit in (("base", options.base), ("head", options.head)):
                 tree = export(commit, Path(scratch, label), options.native)
                 workers[label] = Worker(tree, options)
                 told = workers[label].answer()
                 place, error = told["place"], told["disagreement"]
+                has_native[label] = told["native"]
                 if Path(place).resolve() != tree.resolve():
                     raise RuntimeError(f"{label}: expected the package of {tree}, got {place}")
                 if not error <= DISAGREEMENT_LIMITS[DTYPES[options.dtype]]:
                     raise RuntimeError(f"{label}: decoding differs from prefilling by {error:.1e}")
+            if has_native["base"] != has_native["head"]:
+                (without,) = (label for label, has in has_native.items() if not has)
+                raise RuntimeError(
+                    f"expected native operators in both or in none, got none in {without}; --native"
+                    " builds those of commits, `rodimus_kernels build` those of the checkout"
+                )
             for index in range(options.rounds):
                 names = ("base", "head") if index % 2 else ("head", "base")
                 for name in names:

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from . import records, targets, timing
+from . import machine, records, targets, timing
 from .bench_attention import flops
 from .harness import READ
 from .machine import RESULTS, ROOT
@@ -191,7 +191,7 @@ def run_of(folder: str, groups: tuple[str, ...], packages: tuple[str, ...]) -> s
     for found in records_of(folder, groups):
         about = found["machine"]
         versions = (f"{name} {about['versions'][name.lower()]}" for name in packages)
-        machines.add((about["name"], ", ".join(versions)))
+        machines.add((machine.told(about), ", ".join(versions)))
         days.add(found["date"][:10])
         changed = " with changes" if about["dirty"] else ""
         commits[f"`{about['commit'][:12]}`{changed}"] = None
@@ -628,14 +628,20 @@ def ddts() -> Cells:
 
 
 def surroundings() -> Cells:
-    yield "", "bound", "measured", "plain torch"
+    """Operators around the mixer; together by the sums of rounds, as the target has it."""
+    yield "", "bound", "measured", "bound / measured", "`reference`"
     case = Case("ddts-surroundings-b8-t4096-bfloat16-v4096")
     names = [row["family"] for row in case.values() if row["engine"] == "triton"]
-    columns = ("triton", "floor_ms"), ("triton", "median_ms"), ("reference", "median_ms")
-    times = lambda name: [case[f"{name}/{engine}"][key] for engine, key in columns]
+    cells = lambda bound, ours, torch: (us(bound), us(ours), f"{bound / ours:.0%}", us(torch))
     for name in names:
-        yield f"`{name}`", *map(us, times(name))
-    yield "together", *(us(sum(column)) for column in zip(*map(times, names), strict=True))
+        ours, torch = (case[f"{name}/{engine}"] for engine in ("triton", "reference"))
+        yield f"`{name}`", *cells(ours["floor_ms"], ours["median_ms"], torch["median_ms"])
+    bound = sum(case[f"{name}/triton"]["floor_ms"] for name in names)
+    together = (
+        median(targets.together_us(*(f"{name}/{engine}" for name in names))(case.record)) / 1e3
+        for engine in ("triton", "reference")
+    )
+    yield "together", *cells(bound, *together)
 
 
 def steps() -> Cells:

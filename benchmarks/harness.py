@@ -262,8 +262,8 @@ class Bench:
         """Relative error between decoding and prefilling, after the other comparisons."""
         ids = peers.random_tokens(1, 20, model)
         error = peers.disagreement(model.session(engine, 1, 32), ids)
-        if engine == "graph":
-            peers.require_replay(model, ids)
+        if engine in peers.RECORDED:
+            peers.require_replay(model, ids, engine)
         if engine == peers.LLAMA_CPP:
             # two engines round, each on its own: 0.12 (rwkv) and 0.06 in bfloat16, against
             # float32 with the same weights

@@ -28,7 +28,7 @@ STYLES = {
     "fla-rodimus-plus-1.6b": ("X", "--", "0.6"),
 }
 
-# group: marker and name of an operator
+# group: marker and name of an operator; of those around the mixers only some have products
 OPERATORS = {
     "ddts-forward": ("o", "DDTS"),
     "ddts-training": ("s", "DDTS and backward"),
@@ -36,7 +36,11 @@ OPERATORS = {
     "attention-forward": ("D", "attention"),
     "attention-training": ("v", "attention and backward"),
     "attention-decode": ("P", "attention step"),
+    "fused-forward": ("X", "loss, input gate"),
+    "fused-training": ("*", "loss, input gate and backward"),
 }
+# groups of one record for several operators, or for each of several
+AROUND = ("fused-forward", "fused-training", "ddts-surroundings")
 OUR_FORMS = {"triton", "triton_chunk", "triton_recurrent", "native"}
 
 
@@ -52,17 +56,21 @@ def _alike(found: list[Record], group: str, **settings: Any) -> list[Record]:
 
 
 def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) -> Points:
-    """Best ``y`` of each model over setting ``x``, in records that are alike."""
+    """``y`` of each model over setting ``x``, in records that are alike: of ``engine`` where that
+    was timed, for the best of equal ones would be the luckiest; else the best."""
     best = min if y.endswith("_ms") else max
     points: Points = {}
     for record in _alike(found, group, **settings):
-        for row in measured(record):
-            if y in row:
-                line = points.setdefault(model_of(row["target"]), {})
-                place = record["settings"][x]
-                # a timed call of decoding may be several tokens
-                value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)
-                line[place] = best(line.get(place, value), value)
+        rows = {row["target"]: row for row in measured(record) if y in row}
+        for target, row in rows.items():
+            name = model_of(target)
+            if target != f"{name}/engine" and f"{name}/engine" in rows:
+                continue
+            line = points.setdefault(name, {})
+            place = record["settings"][x]
+            # a timed call of decoding may be several tokens
+            value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)
+            line[place] = best(line.get(place, value), value)
     return points
 
 
@@ -76,18 +84,32 @@ def _draw(axes: Any, points: Points, **style: Any) -> None:
 
 
 def _finish(axes: Any, title: str, x: str, y: str, *, log_y: bool = True) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_major_formatter(_plain)
     if log_y:
         axes.set_yscale("log")
-        if axes.get_ylim()[1] < 10 * axes.get_ylim()[0]:
-            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        low, high = axes.get_ylim()
+        if high < 10 * low:
+            axes.yaxis.set_minor_formatter(_plain)
+        else:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        # a line that seems to fall to nothing must have done so
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.yaxis.set_major_formatter(_plain)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, which="both", color="0.9", linewidth=0.6)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _plain(value: float, _: object = None) -> str:
+    """``0.25``, ``131,072``."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
 
 def decode_latency(found: list[Record], axes: Any) -> None:
@@ -116,9 +138,18 @@ def _read_rates(found: list[Record]) -> list[float]:
 
 
 def decode_throughput(found: list[Record], axes: Any) -> None:
-    """Tokens a second over the batch, at 4096 tokens of context."""
-    _draw(axes, _measured(found, "decode", "batch", "tokens_per_s", context=4096))
-    _finish(axes, "Decoding at 4096 tokens of context", "batch", "tokens a second")
+    """Tokens a second over the batch, at the context that was timed with most batches."""
+    context = _most_batches(found)
+    _draw(axes, _measured(found, "decode", "batch", "tokens_per_s", context=context))
+    _finish(axes, f"Decoding after {context:,} tokens of context", "batch", "tokens a second")
+
+
+def _most_batches(found: list[Record]) -> int:
+    """Of several contexts with as many batches the longest."""
+    batches: dict[int, set[int]] = {}
+    for settings in (record["settings"] for record in _alike(found, "decode")):
+        batches.setdefault(settings["context"], set()).add(settings["batch"])
+    return max(batches, key=lambda context: (len(batches[context]), context), default=0)
 
 
 def state_memory(found: list[Record], axes: Any) -> None:
@@ -166,7 +197,14 @@ def prefill_speed(found: list[Record], axes: Any) -> None:
 def train_speed(found: list[Record], axes: Any) -> None:
     """Tokens a second over the length of a row, tokens a step fixed."""
     _draw(axes, _measured(found, "train", "context", "tokens_per_s"))
-    _finish(axes, "Training step", "tokens a row", "tokens a second")
+    _finish(axes, "Training step", "tokens a row", "tokens a second", log_y=False)
+
+
+def long_rows(found: list[Record], axes: Any) -> None:
+    """Tokens a second of the trainer over the length of a row, tokens a step fixed."""
+    _draw(axes, _measured(found, "long", "context", "tokens_per_s"))
+    title = "Step of rodimus train with recomputation"
+    _finish(axes, title, "tokens a row", "tokens a second", log_y=False)
 
 
 def roofline(found: list[Record], axes: Any) -> None:
@@ -206,9 +244,8 @@ def _operators(found: list[Record]) -> Iterator[tuple[Record, float, float, bool
     for record in (r for group in OPERATORS for r in _alike(found, group, cache=None)):
         sides: dict[bool, list[Mapping[str, Any]]] = {}
         for row in measured(record):
-            if row["family"] != "step-int8":
-                ours = not OUR_FORMS.isdisjoint((row["family"], row["engine"]))
-                sides.setdefault(ours, []).append(row)
+            if _is_compared(row):
+                sides.setdefault(_is_ours(row), []).append(row)
         for ours, rows in sides.items():
             best = min(rows, key=lambda row: row["median_ms"])
             moved, flops = work.of(record, best)
@@ -216,16 +253,85 @@ def _operators(found: list[Record]) -> Iterator[tuple[Record, float, float, bool
                 yield record, flops / moved, flops / best["median_ms"] / 1e9, ours
 
 
+def roof(found: list[Record], axes: Any) -> None:
+    """How much of its roof each operator reaches, ours and the fastest other."""
+    names: list[str] = []
+    for name, sides in _shares(found):
+        names.append(name)
+        for ours, share in sides.items():
+            style = {"color": "0.0", "markerfacecolor": "0.0" if ours else "white", "zorder": 3}
+            label = "ours" if ours else "fastest other"
+            seen = label in axes.get_legend_handles_labels()[1]
+            marker = "o" if ours else "s"
+            label = "_again" if seen else label
+            axes.plot([100 * share], [len(names) - 1], marker, label=label, markersize=6, **style)
+    axes.axvline(100, color="0.0", linewidth=1)
+    axes.set_xlim(left=0)
+    # a row more, for the legend
+    axes.set_ylim(len(names) + 0.4, -0.6)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title("Operators in bf16: share of the roof", fontsize=10)
+    axes.set_xlabel("% of the rate of a copy or of a large GEMM")
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.legend(fontsize=8, frameon=False, loc="lower center", ncols=2)
+    axes.figure.set_figheight(1.4 + 0.2 * len(names))
+
+
+def _shares(found: list[Record]) -> Iterator[tuple[str, dict[bool, float]]]:
+    """Name of an operator at a size, and the share of its roof that the fastest of each side
+    reaches; once, where several records have it."""
+    told: set[str] = set()
+    for group in dict.fromkeys((*OPERATORS, *AROUND)):
+        sized = lambda record: (record["settings"]["batch"], record["settings"]["context"])
+        for record in sorted(_alike(found, group, cache=None), key=sized):
+            rows: dict[str, dict[bool, Mapping[str, Any]]] = {}
+            for row in measured(record):
+                name = row["family"] if group in AROUND else OPERATORS[group][1]
+                if _is_compared(row) and row.get("floor_share"):
+                    sides = rows.setdefault(name, {})
+                    best = sides.setdefault(_is_ours(row), row)
+                    sides[_is_ours(row)] = min(best, row, key=lambda x: x["median_ms"])
+            for operator, sides in rows.items():
+                name = operator + " and backward" * (group == "fused-training")
+                name = f"{name}, {_size(record['settings'], group)}"
+                if name not in told:
+                    told.add(name)
+                    yield name, {ours: row["floor_share"] for ours, row in sides.items()}
+
+
+def _is_compared(row: Mapping[str, Any]) -> bool:
+    """Not what reads other bytes, nor our reference, which is written to be read."""
+    return row["family"] != "step-int8" and row["engine"] != "reference"
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    return not OUR_FORMS.isdisjoint((row["family"], row["engine"]))
+
+
+def _size(settings: Mapping[str, Any], group: str) -> str:
+    """``8 x 4,096``, of a step ``8 sequences``."""
+    batch = settings["batch"]
+    if group.endswith(("step", "decode")):
+        return f"{batch} sequence{'s' * (batch > 1)}"
+    width = f", V {settings['value_dim']:,}" if group in ("ddts-forward", "ddts-training") else ""
+    return f"{batch} x {settings['context']:,}{width}"
+
+
 def recall(found: list[Record], axes: Any) -> None:
-    """Accuracy of the hardest recall test over the state expansion, ours and the paper's."""
+    """Accuracy of the hardest recall test over the state expansion, ours and the paper's; attention
+    has none."""
     lines: Points = {}
     for record in _recall_records(found):
         expansion = record["settings"]["shape"]["mem_size"]
         for row in measured(record):
-            lines.setdefault(row["target"], {})[expansion] = mean(row["scores"][HARDEST_RECALL])
-    for (name, line), (marker, dash, grey) in zip(
-        sorted(lines.items()), STYLES.values(), strict=False
-    ):
+            score = mean(row["scores"][HARDEST_RECALL])
+            if row["target"] == "attention":
+                axes.axhline(score, color="0.0", linewidth=0.8, linestyle="--", label="attention")
+            else:
+                lines.setdefault(row["target"], {})[expansion] = score
+    # ours are the dark ones
+    order = sorted(lines.items(), key=lambda item: (not item[0].startswith("rodimus"), item[0]))
+    for (name, line), (marker, dash, grey) in zip(order, STYLES.values(), strict=False):
         places = sorted(line)
         style = {"marker": marker, "linestyle": dash, "color": grey, "label": name}
         axes.plot(places, [line[place] for place in places], **style)
@@ -233,6 +339,7 @@ def recall(found: list[Record], axes: Any) -> None:
         style = {"marker": marker, "markerfacecolor": "white", "color": "0.75", "linewidth": 0.8}
         axes.plot(list(line), list(line.values()), label=f"paper: {name}", **style)
     _finish(axes, "Recall at 1024 tokens, 256 pairs", "state expansion", "accuracy", log_y=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _recall_records(found: list[Record]) -> list[Record]:
@@ -243,22 +350,77 @@ def _recall_records(found: list[Record]) -> list[Record]:
     ]
 
 
-PLOTS: dict[str, tuple[str, str, Callable[[list[Record], Any], None]]] = {
-    "decode_latency": ("Decode latency against context", "decode", decode_latency),
-    "decode_throughput": ("Decode throughput against batch", "decode", decode_throughput),
-    "state_memory": ("State memory against context", "memory", state_memory),
-    "prefill_speed": ("Prefill speed against length", "prefill", prefill_speed),
-    "train_speed": ("Training speed against length", "train", train_speed),
-    "roofline": ("Operators below the roofs of memory and GEMMs", "", roofline),
-    "recall": ("Recall against state expansion", "quality", recall),
+class Plot(NamedTuple):
+    """One kind of picture.
+
+    Attributes:
+        title: Of the picture in ``RESULTS.md``.
+        axis: The setting along which it says more than a point; None where any record does.
+        source: The records that it shows.
+        draw: Draws them.
+    """
+
+    title: str
+    axis: str | None
+    source: Callable[[list[Record]], list[Record]]
+    draw: Callable[[list[Record], Any], None]
+
+
+def _of_a_batch(group: str) -> Callable[[list[Record]], list[Record]]:
+    return lambda found: _alike(found, group, batch=1)
+
+
+PLOTS = {
+    "decode_latency": Plot(
+        "Decode latency against context", "context", _of_a_batch("decode"), decode_latency
+    ),
+    "decode_throughput": Plot(
+        "Decode throughput against batch",
+        "batch",
+        lambda found: _alike(found, "decode", context=_most_batches(found)),
+        decode_throughput,
+    ),
+    "state_memory": Plot("State memory against context", None, _of_a_batch("memory"), state_memory),
+    "prefill_speed": Plot(
+        "Prefill speed against length", "context", _of_a_batch("prefill"), prefill_speed
+    ),
+    "train_speed": Plot(
+        "Training speed against length",
+        "context",
+        lambda found: _alike(found, "train"),
+        train_speed,
+    ),
+    "long_rows": Plot(
+        "Training speed with long rows", "context", lambda found: _alike(found, "long"), long_rows
+    ),
+    "roofline": Plot(
+        "Operators below the roofs of memory and GEMMs",
+        "case",
+        lambda found: [record for record, *_ in _operators(found)],
+        roofline,
+    ),
+    "roof": Plot(
+        "Share of the roof that operators reach",
+        None,
+        lambda found: [
+            record
+            for group in dict.fromkeys((*OPERATORS, *AROUND))
+            for record in _alike(found, group, cache=None)
+            if any(row.get("floor_share") for row in measured(record))
+        ],
+        roof,
+    ),
+    "recall": Plot("Recall against state expansion", "case", _recall_records, recall),
 }
 
 
 class Picture(NamedTuple):
-    """A plot of one machine's records: its title, its path and how it is drawn."""
+    """A plot of one machine's records: its title, its path, where and when its records were made,
+    and how it is drawn."""
 
     title: str
     path: str
+    made: str
     records: list[Record]
     draw: Callable[[list[Record], Any], None]
 
@@ -268,21 +430,21 @@ def pictures(found: list[Record]) -> Iterator[Picture]:
     one: a line from one to the other would mean nothing."""
     for machine in sorted({record["machine"]["name"] for record in found}):
         mine = [record for record in found if record["machine"]["name"] == machine]
-        for name, (title, group, draw) in PLOTS.items():
-            if _says_more_than_a_point(name, group, mine):
-                path = f"plots/{folder_name(machine)}/{name}.png"
-                yield Picture(f"{title}, {machine}", path, mine, draw)
+        for name, plot in PLOTS.items():
+            shown = plot.source(mine)
+            if not _says_more_than_a_point(plot.axis, shown):
+                continue
+            days = sorted({record["date"][:10] for record in shown})
+            made = f"{machine}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
+            path = f"plots/{folder_name(machine)}/{name}.png"
+            yield Picture(f"{plot.title}, {machine}", path, made, mine, plot.draw)
 
 
-def _says_more_than_a_point(name: str, group: str, found: list[Record]) -> bool:
-    if name == "recall":
-        return len(_recall_records(found)) > 1
-    if name == "roofline":
-        return len({record["case"] for record, *_ in _operators(found)}) > 1
-    axes = {"decode_throughput": ("batch", {"context": 4096}), "train_speed": ("context", {})}
-    axis, fixed = axes.get(name, ("context", {"batch": 1}))
-    places = {record["settings"][axis] for record in _alike(found, group, **fixed)}
-    return len(places) > 1 or name == "state_memory" and bool(places)
+def _says_more_than_a_point(axis: str | None, shown: list[Record]) -> bool:
+    if axis is None:
+        return bool(shown)
+    places = {record["case"] if axis == "case" else record["settings"][axis] for record in shown}
+    return len(places) > 1
 
 
 def names(found: list[Record]) -> dict[str, str]:
@@ -302,6 +464,7 @@ def draw_all(found: list[Record], out: Path) -> dict[str, str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
         picture.draw(picture.records, axes)
+        axes.set_title(f"{axes.get_title()}\n{picture.made}", fontsize=10)
         # without the version of matplotlib the same records give the same bytes
         figure.savefig(path, dpi=130, metadata={"Software": None})
         pyplot.close(figure)

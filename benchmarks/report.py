@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import docs, peers, plots, records, targets, tested, timing, work
+from . import docs, machine, peers, plots, records, targets, tested, timing, work
 from .docs import table
 from .records import RecordError, measured, model_of
 
@@ -57,7 +57,8 @@ Load is how many cores other programs kept busy, before a run and beside a case.
 records it is the load average, which a run's own work raises; their warnings say so.
 
 Engines: `dynamic` and `static` are the caches of transformers, `graph` is the static
-cache (of RWKV6 its own cache) in a captured CUDA graph, `engine` is this package's,
+cache (of RWKV6 its own cache) in a captured CUDA graph, `prefix` a cache of which attention
+gets what is written, in such a graph; `engine` is this package's,
 `package` is the Python package `rwkv`, `own` is flash-linear-attention without a graph.
 `llama.cpp` runs on the CPU only. vLLM and SGLang were not measured.
 
@@ -66,15 +67,19 @@ input read and each output written once in each direction, and the products or t
 
 """
 
+NO_BENCHMARK = "none: the first loop was of another model and is not kept"
+
 TARGETS = """\
 Set before anything was measured. A target is missed where the median misses it, met where the
 whole interval meets it, and open in between; of several contexts the worst counts. Operators
 are those of one layer of the 1.6B model, tokens and training steps are of Rodimus+ 1.6B, all
 in bfloat16; a token is one of `engine`. `fla` is `chunk_gla` of flash-linear-attention, Flex
 is FlexAttention on the key head in place. A backward is what forward and backward take beyond
-a forward timed by itself. MFU is of the data sheet's dense FLOP/s; below, a training step's
-share is of a measured rate. Where the time goes: [decoding](../docs/kernels/measured.md),
-[DDTS](../docs/kernels/ddts.md), [attention](../docs/kernels/shared_key_attention.md),
+a forward timed by itself; where a figure needs a median that was timed by itself, the interval
+holds whatever that may be. Bytes are counted and have no interval. MFU is of the data sheet's
+dense FLOP/s; below, a training step's share is of a measured rate. Where the time goes:
+[decoding](../docs/kernels/measured.md), [DDTS](../docs/kernels/ddts.md),
+[attention](../docs/kernels/shared_key_attention.md),
 [training](../docs/training.md#speed-on-a-gpu).
 
 """
@@ -210,6 +215,7 @@ def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> st
         lines += section(title, _timed(unit, groups.pop(group, [])))
     lines += section("Memory", _memory(groups.pop("memory", [])))
     lines += section("Quality", _quality(groups.pop("quality", [])))
+    lines += section("Long contexts", _drift(groups.pop("drift", [])))
     for group in sorted(groups):
         lines += section(group, _others(groups[group]))
     lines += section("Not measured, and why", _skipped(found))
@@ -227,7 +233,7 @@ def _machines(found: list[Record]) -> list[str]:
         about = record["machine"]
         versions = about.get("versions", {})
         used = f"torch {versions.get('torch')}, transformers {versions.get('transformers')}"
-        key = about["name"], str(about.get("threads")), used, _commit(about)
+        key = machine.told(about), str(about.get("threads")), used, _commit(about)
         groups.setdefault(key, []).append(record)
     rows = []
     for key, members in sorted(groups.items()):
@@ -254,8 +260,8 @@ def _disturbances(found: list[Record]) -> Iterator[str]:
         for warning in record["warnings"]:
             cases = disturbed.setdefault((record["machine"]["name"], warning), [])
             cases.append(f"{record['group']} {record['case']}")
-    for (machine, warning), cases in disturbed.items():
-        yield f"- {machine}: {warning}: {', '.join(cases)}"
+    for (name, warning), cases in disturbed.items():
+        yield f"- {name}: {warning}: {', '.join(cases)}"
 
 
 def _targets(found: list[Record]) -> Iterator[str]:
@@ -273,9 +279,11 @@ def _target(outcome: targets.Outcome) -> list[str]:
     told = [outcome.kind, target.name, target.goal]
     if figure is None:
         wanted = ", ".join(name for case in target.cases for name in case)
-        return [*told, "", "", "", wanted or "of no benchmark", ""]
+        return [*told, "", "", "", wanted or NO_BENCHMARK, ""]
     middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in figure[:3])
-    told += [f"{middle} ({low} .. {high})", f"{figure.median / target.bound:.1%}"]
+    exact = isinstance(target.figure, targets.Counted)
+    share = f"{figure.median / target.bound:.1%}" if target.bound else ""
+    told += [middle if exact else f"{middle} ({low} .. {high})", share]
     used = ", ".join(f"{record['group']}-{record['case']}" for record in found)
     return [*told, found[0]["machine"]["name"], used, _commit(found[0]["machine"])]
 
@@ -438,6 +446,33 @@ def _quality(found: list[Record]) -> Iterator[str]:
         )
 
 
+# what is told at each length of a long context
+_DRIFT = {
+    "state_norm": ("norm of the states", ".4g"),
+    "bfloat16": ("logits in bfloat16, error", ".1e"),
+    "one_by_one": ("logits one by one, error", ".1e"),
+}
+
+
+def _drift(found: list[Record]) -> Iterator[str]:
+    for record in found:
+        yield f"### {record['case']}, {record['machine']['name']}"
+        yield ""
+        yield "Random weights and tokens, read in chunks. Errors are relative: of bfloat16 against"
+        yield "float32 of the same weights, and of tokens decoded one by one against the same read"
+        yield "at once, in float32. An error that grew with the context would be a defect."
+        yield ""
+        lengths = [f"{point['length']:,}" for point in measured(record)[0]["points"]]
+        yield from table(
+            ["model", "after tokens", *lengths],
+            [
+                [row["target"], title, *(format(point[name], form) for point in row["points"])]
+                for row in measured(record)
+                for name, (title, form) in _DRIFT.items()
+            ],
+        )
+
+
 def _score(values: list[float] | None) -> str:
     """Mean of the seeds with the range where there are several."""
     if not values:
@@ -448,12 +483,12 @@ def _score(values: list[float] | None) -> str:
     return f"{mean:.3f} ({min(values):.3f} .. {max(values):.3f})"
 
 
-# numbers of operators, engine, server and memory, in the order of their columns
+# numbers of operators, engine, server, memory and long rows, in the order of their columns
 _NUMBERS = (
     *("median_ms", "p20_ms", "p80_ms", "GBps", "TFLOPs", "floor_ms", "floor_share"),
     *("model_ms", "beside_model_ms", "host_ms", "tokens_per_s", "requests"),
     *(f"{name}_p{p}_ms" for name in ("first_token", "between_tokens") for p in (50, 90, 95, 99)),
-    *("largest_batch", "batch_without_room"),
+    *("largest_batch", "batch_without_room", "of_plan"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Speed targets that were set before anything was measured, and what the records say of each.
+"""Targets of speed and memory that were set before anything was measured, and what the records say.
 
 A target names records, how its figure follows from their rows, and a bound. Figure, interval,
 machine and verdict are computed; a target without its records is not measured.
@@ -7,7 +7,8 @@ machine and verdict are computed; a target without its records is not measured.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from rodimus.devices import DEVICES
 from . import timing
 from .harness import READ
 from .machine import folder_name
-from .records import measured
+from .records import measured, model_of
 
 Record = Mapping[str, Any]
 Rounds = list[float]
@@ -66,6 +67,30 @@ class Target(NamedTuple):
         return SIGNS[self.goal.split()[0]](value, self.bound)
 
 
+class Beside(NamedTuple):
+    """A figure of rounds and of medians that were timed by themselves, in another record.
+
+    Attributes:
+        others: What the medians are of, from the records of a case.
+        rounds: The figure in every round, from the medians and the records.
+    """
+
+    others: Callable[..., Sequence[Rounds]]
+    rounds: Callable[..., Rounds]
+
+    def __call__(self, *case: Record) -> Rounds:
+        return self.rounds([median(times) for times in self.others(*case)], *case)
+
+
+class Counted(NamedTuple):
+    """A figure that is counted, not timed: it has no interval."""
+
+    value: Callable[..., float]
+
+    def __call__(self, *case: Record) -> Rounds:
+        return [self.value(*case)]
+
+
 class Outcome(NamedTuple):
     """A target, its figure with an interval, and the records that they are of."""
 
@@ -103,7 +128,7 @@ def outcome(target: Target, found: Iterable[Record]) -> Outcome:
         if target.figure is None:
             return Outcome(target)
         cases = [tuple(named[name] for name in case) for case in target.cases]
-        every = [Outcome(target, interval(target.figure(*case), case), case) for case in cases]
+        every = [Outcome(target, measure(target.figure, case), case) for case in cases]
     except KeyError:
         return Outcome(target)
     worst = max if target.is_limit else min
@@ -114,6 +139,26 @@ def interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
     """Median and interval of a figure of some records: those of its ratio to one."""
     sittings = case[0]["settings"].get("sittings", ())
     return timing.ratio(rounds, [1.0] * len(rounds), sittings)
+
+
+def measure(figure: Figure, case: tuple[Record, ...]) -> timing.Ratio:
+    """Median and interval of a figure from the records of a case.
+
+    Medians that were timed by themselves may lie anywhere in their own intervals: together with
+    that of the rounds these hold at 95 %, and what reaches furthest counts.
+    """
+    if isinstance(figure, Counted):
+        (value,) = figure(*case)
+        return timing.Ratio(value, value, value, 1.0)
+    if not isinstance(figure, Beside):
+        return interval(figure(*case), case)
+    others = figure.others(*case)
+    alone = lambda rounds: timing.median_interval(rounds, 1 - 0.05 / (1 + len(others)))
+    *ends, coverages = zip(*map(alone, others), strict=True)
+    every = [alone(figure.rounds(medians, *case)) for medians in product(*zip(*ends, strict=True))]
+    lows, highs, reached = zip(*every, strict=True)
+    coverage = 1 - sum(1 - x for x in (*coverages, min(reached)))
+    return timing.Ratio(median(figure(*case)), min(lows), max(highs), coverage)
 
 
 def counts(every: Iterable[Outcome]) -> str:
@@ -168,20 +213,25 @@ def together_us(*targets: str) -> Figure:
     ]
 
 
-def backward_ms(both: Record, forward: Record, target: str) -> Rounds:
-    """What both passes take beyond the forward, which was timed by itself."""
-    alone = median(times(forward, target))
-    return [x - alone for x in times(both, target)]
-
-
 def backward_us(target: str) -> Figure:
-    """Microseconds of the backward."""
-    return lambda *passes: [1e3 * x for x in backward_ms(*passes, target)]
+    """Microseconds that both passes take beyond the forward, which was timed by itself."""
+    return Beside(
+        lambda both, forward: [times(forward, target)],
+        lambda alone, both, _: [1e3 * (x - alone[0]) for x in times(both, target)],
+    )
 
 
 def backward_speedup(ours: str, peer: str) -> Figure:
     """How many times as fast as a peer's our backward is."""
-    return lambda *passes: _quotients(backward_ms(*passes, peer), backward_ms(*passes, ours))
+
+    def quotients(alone: Sequence[float], both: Record, _: Record) -> Rounds:
+        mine, theirs = (
+            [x - forward for x in times(both, name)]
+            for name, forward in zip((ours, peer), alone, strict=True)
+        )
+        return _quotients(theirs, mine)
+
+    return Beside(lambda both, forward: [times(forward, name) for name in (ours, peer)], quotients)
 
 
 def speedup(ours: str, *engines: str) -> Figure:
@@ -198,12 +248,10 @@ def speedup(ours: str, *engines: str) -> Figure:
 
 def growth(target: str) -> Figure:
     """Percent by which the first record's times exceed the median of the second's."""
-
-    def figure(long: Record, short: Record) -> Rounds:
-        before = median(times(short, target))
-        return [100 * (x / before - 1) for x in times(long, target)]
-
-    return figure
+    return Beside(
+        lambda long, short: [times(short, target)],
+        lambda before, long, _: [100 * (x / before[0] - 1) for x in times(long, target)],
+    )
 
 
 def over_bound(target: str) -> Figure:
@@ -248,12 +296,54 @@ def mfu(target: str) -> Figure:
     return figure
 
 
+def over_formula(name: str) -> Figure:
+    """Bytes that a model keeps over those of the formula, or the reverse where they are fewer."""
+
+    def value(record: Record) -> float:
+        row = _of_model(record, name)
+        quotient = row["state_bytes"] / row["expected_bytes"]
+        return max(quotient, 1 / quotient)
+
+    return Counted(value)
+
+
+def state_growth(name: str) -> Figure:
+    """Percent by which a model keeps more after the first record's context than after the
+    second's."""
+    kept = lambda record: _of_model(record, name)["state_bytes"]
+    return Counted(lambda long, short: 100 * (kept(long) / kept(short) - 1))
+
+
+def over_plan(name: str) -> Figure:
+    """Peak memory of a model's training step over what `rodimus plan` says, or the reverse where
+    it is less."""
+
+    def value(record: Record) -> float:
+        quotient = _of_model(record, name)["of_plan"]
+        return max(quotient, 1 / quotient)
+
+    return Counted(value)
+
+
+def _of_model(record: Record, name: str) -> Mapping[str, Any]:
+    """The only row of a model.
+
+    Raises:
+        KeyError: it was not measured.
+    """
+    found = [row for row in measured(record) if model_of(row["target"]) == name]
+    if len(found) != 1:
+        raise KeyError(name)
+    return found[0]
+
+
 # ----------------------------------------------------------------------------------------------
 # The targets
 # ----------------------------------------------------------------------------------------------
 
 DDTS, FLA = "ddts/triton_chunk", "chunk_gla/fla"
 ATTENTION, FLEX = "triton/expanded", "flex/expanded"
+PLUS_MODEL = "rodimus-plus-1.6b"
 PLUS, TRAINED = "rodimus-plus-1.6b/engine", "rodimus-plus-1.6b/dynamic"
 GREEDY = "rodimus-plus-1.6b/greedy"
 TORCH, PACKAGE = ("qwen2-1.5b/dynamic", "qwen2-1.5b/static"), "rwkv6-1.6b/package"
@@ -276,6 +366,16 @@ def attention(shape: str, *passes: str) -> Cases:
 def decode(*contexts: int, batch: int = 1) -> Cases:
     """Records of decoding, each a case."""
     return tuple((f"decode-b{batch}-t{context}-bfloat16",) for context in contexts)
+
+
+def memory(*contexts: int) -> Cases:
+    """Records of memory, each a case."""
+    return tuple((f"memory-b1-t{context}-bfloat16",) for context in contexts)
+
+
+def long(*shapes: str) -> Cases:
+    """Records of training with long rows, each a case."""
+    return tuple((f"long-{shape}-bfloat16-rodimus-plus-1.6b",) for shape in shapes)
 
 
 def both(shape: str) -> Cases:
@@ -356,6 +456,16 @@ ON_H200 = {
     "engine, host time of a step at batch 64": (host_us(GREEDY), "<= 50 us", engine_step),
     "training step, rows of 4,096": (tokens_per_s(TRAINED), ">= 46,000 tokens/s", step),
     "training step, rows of 4,096, MFU": (mfu(TRAINED), ">= 50 %", step),
+    "training, peak memory and its plan, the larger over the smaller": (
+        over_plan(PLUS_MODEL),
+        "<= 1.1 times",
+        long("b1-t65536", "b16-t4096"),
+    ),
+    "state and cache after 131,072 tokens, beyond those after 4,096": (
+        state_growth(PLUS_MODEL),
+        "<= 0 %",
+        (tuple(name for case in memory(131072, 4096) for name in case),),
+    ),
 }
 ON_CPU = {
     **{
@@ -387,7 +497,19 @@ ON_CPU = {
         ">= 5 times",
         (("demo-b1-t128-float32",),),
     ),
+    # the first loop, before this project, trained four layers of Rodimus; the demo trains two of
+    # Rodimus+, so what is left of the first, a rate, says nothing of it
     "demo training over its first loop, tokens per core-second": (None, ">= 1.5 times", ()),
+    "state and cache, bytes and their formula, the larger over the smaller": (
+        over_formula(PLUS_MODEL),
+        "<= 1 times",
+        memory(1024, 4096, 32768),
+    ),
+    "state and cache after 32,768 tokens, beyond those after 4,096": (
+        state_growth(PLUS_MODEL),
+        "<= 0 %",
+        (tuple(name for case in memory(32768, 4096) for name in case),),
+    ),
 }
 TARGETS = tuple(
     Target(machine, name, *rest)

@@ -11,7 +11,7 @@ import torch
 
 from .. import machine
 from .guard import Fault, Unavailable, guarded, is_installed, require_package
-from .huggingface import WARM_UP_STEPS, HuggingFaceModel, build, require_replay
+from .huggingface import RECORDED, WARM_UP_STEPS, HuggingFaceModel, build, require_replay
 from .interface import (
     BASELINES,
     CATALOGUE,
@@ -32,6 +32,7 @@ __all__ = [
     "CATALOGUE",
     "LLAMA_CPP",
     "OURS",
+    "RECORDED",
     "SEED",
     "WARM_UP_STEPS",
     "Entry",

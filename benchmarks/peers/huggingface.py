@@ -17,6 +17,11 @@ from .llama import LLAMA_CPP, WithLlamaCpp
 WARM_UP_STEPS = 3
 """Steps before one is recorded: kernels are compiled and chosen in them."""
 
+PREFIX = "prefix"
+"""A recorded step whose attention gets the written places of a cache alone: ``prefix.py``."""
+RECORDED = ("graph", PREFIX)
+"""Engines that replay a CUDA graph."""
+
 
 class HuggingFaceModel(WithLlamaCpp):
     """A causal language model with transformers' interface."""
@@ -48,8 +53,9 @@ class HuggingFaceModel(WithLlamaCpp):
             raise Unavailable(f"{self.name} has the engines {self.engines}, not {engine!r}")
         if engine == LLAMA_CPP:
             return self.llama_cpp_session(batch, room)
-        if engine == "graph":
-            below = "own" if "own" in self.engines else "static"
+        if engine in RECORDED:
+            plain = "own" if "own" in self.engines else "static"
+            below = plain if engine == "graph" else engine
             return GraphSession(HuggingFaceSession(self, below, batch, room))
         kind = EngineSession if engine == "engine" else HuggingFaceSession
         return kind(self, engine, batch, room)
@@ -57,14 +63,15 @@ class HuggingFaceModel(WithLlamaCpp):
     def rewinds(self, engine: str) -> bool:
         # attention over all places of a static cache of transformers
         static = engine == "static" or (engine == "graph" and "static" in self.engines)
-        return static and self.name not in OURS
+        return (static and self.name not in OURS) or engine == PREFIX
 
     def named_weights(self) -> Mapping[str, torch.Tensor]:
         return self.model.state_dict()
 
 
 class HuggingFaceSession(Session):
-    """A cache of transformers (``static``, else a growing one), or the model's own (``own``)."""
+    """A cache of transformers (``static``, ``prefix``, else a growing one), or the model's own
+    (``own``)."""
 
     def __init__(self, owner: HuggingFaceModel, engine: str, batch: int, room: int):
         self.owner, self.engine, self.batch, self.room = owner, engine, batch, room
@@ -78,6 +85,10 @@ class HuggingFaceSession(Session):
         config = self.owner.model.config
         if self.engine == "own":
             return None
+        if self.engine == PREFIX:
+            from .prefix import prefix_cache
+
+            return prefix_cache(config.num_hidden_layers, self.room)
         if self.engine == "static":
             return StaticCache(config=config, max_cache_len=self.room)
         return DynamicCache(config=config)
@@ -91,6 +102,9 @@ class HuggingFaceSession(Session):
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         cache = {self.cache_name: self.cache}
+        if self.engine == PREFIX and ids.shape[1] == 1:
+            # all that is there; while a graph is recorded transformers would make a dense mask
+            cache["attention_mask"] = {"full_attention": None}
         output = self.owner.model(ids, use_cache=True, logits_to_keep=1, **cache)
         self.cache = output[self.cache_name]
         return output.logits[:, -1]
@@ -104,8 +118,11 @@ class HuggingFaceSession(Session):
 
     def rewind(self, context: int) -> None:
         for layer in self.cache.layers:
-            # later places are masked until they are written anew
-            layer.cumulative_length.fill_(context)
+            if self.engine == PREFIX:
+                layer.cut(context)
+            else:
+                # later places are masked until they are written anew
+                layer.cumulative_length.fill_(context)
 
     def state_bytes(self) -> StateBytes:
         recurrent = cached = 0
@@ -254,8 +271,7 @@ class GraphSession(Session):
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self.session.step()
+            self._warm_up()
         torch.cuda.current_stream().wait_stream(stream)
         self.kept = self._replaced()
         with torch.cuda.graph(graph):
@@ -264,32 +280,45 @@ class GraphSession(Session):
                 old.copy_(new)
         return graph
 
+    def _warm_up(self) -> None:
+        """The steps before a recording; one of places in a prefix is of those at hand."""
+        places = self.session.cache.get_seq_length() if self.session.engine == PREFIX else None
+        for _ in range(WARM_UP_STEPS):
+            self.session.step()
+        if places is not None:
+            self.session.rewind(places)
+
     def _replaced(self) -> list[torch.Tensor]:
-        """Tensors that a step replaces: a static cache writes in place."""
-        if self.session.engine == "static":
+        """Tensors that a step replaces: a static cache and a prefix are written in place."""
+        if self.session.engine in ("static", PREFIX):
             return []
         return [x for layer in self.session.cache.layers for part in _tensors(layer) for x in part]
 
 
-def require_replay(model: HuggingFaceModel, ids: torch.Tensor) -> None:
+def require_replay(model: HuggingFaceModel, ids: torch.Tensor, engine: str = "graph") -> None:
     """Raise Fault unless replays of a recorded step give the tokens of the step itself.
 
     A step that counts on the host, or reads what another step replaced, is recorded without an
     error and repeats itself.
 
     Args:
-        model: Has the engine ``graph``.
+        model: Has the engine.
         ids: The prompt ``[B, T]``.
+        engine: One of ``RECORDED``.
     """
-    replayed = model.session("graph", ids.shape[0], ids.shape[1] + 16)
-    plain = model.session(replayed.session.engine, ids.shape[0], ids.shape[1] + 16)
+    batch, length = ids.shape
+    replayed = model.session(engine, batch, length + 16)
+    plain = HuggingFaceSession(model, replayed.session.engine, batch, length + 16)
     for session in (plain, replayed):
         session.token.copy_(session.prefill(ids).argmax(-1, keepdim=True))
+    plain.run(WARM_UP_STEPS)
     for _ in range(2):
+        if engine == PREFIX:
+            plain.rewind(length)
+        plain.run(2)
         replayed.run(2)
-    plain.run(WARM_UP_STEPS + 4)
-    if not torch.equal(plain.token, replayed.token):
-        raise Fault("wrong: a recorded step gives other tokens than the step itself")
+        if not torch.equal(plain.token, replayed.token):
+            raise Fault("wrong: a recorded step gives other tokens than the step itself")
 
 
 def build(
@@ -328,7 +357,7 @@ def _classes(found: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 
         config_class, model_class = PEERS["qwen2"]
         config = config_class(**fields, bos_token_id=None, eos_token_id=None)
-        other = graph or (LLAMA_CPP,)
+        other = (*graph, PREFIX) if graph else (LLAMA_CPP,)
         return model_class, config, ("dynamic", "static", *other)
     import transformers
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from .networks import Shape, build, state_bytes
 from .tasks import Batch
 
 Draw = Callable[[int, torch.Generator], Batch]
+Runs = Mapping[str, list[dict[str, Any]]]
+"""Results of ``run`` by learning rate as text, one a seed."""
 
 # two draws of every test, the same for every network: one chooses the learning rate
 REPORTED, CHOOSING = 12345, 54321
@@ -53,11 +56,48 @@ class Budget(NamedTuple):
         steps: Optimizer steps of a run.
         rates: Learning rates of the sweep.
         seeds: Of initialisation and data.
+        sweep_seeds: How many of the seeds are trained at every rate; the others at the best one
+            alone. None: all of them.
     """
 
     steps: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0,)
+    sweep_seeds: int | None = None
+
+    @property
+    def sweep(self) -> list[tuple[float, int]]:
+        """Rates and seeds that choose the best rate."""
+        return list(product(self.rates, self.seeds[: self.sweep_seeds]))
+
+    def left(self, task: Task, runs: Runs) -> list[tuple[float, int]]:
+        """Rates and seeds that are still to be trained: of the sweep, or else of its best rate."""
+        missing = lambda pairs: [
+            (rate, seed)
+            for rate, seed in pairs
+            if all(run["seed"] != seed for run in runs.get(f"{rate:g}", ()))
+        ]
+        return missing(self.sweep) or missing(product([best_rate(task, self, runs)], self.seeds))
+
+
+def best_rate(task: Task, budget: Budget, runs: Runs) -> float:
+    """Of a whole sweep the rate with the best mean over its seeds and all tests, of the draws for
+    choosing; of equal ones the first."""
+
+    def mean(rate: float) -> float:
+        seeds = budget.seeds[: budget.sweep_seeds]
+        scores = [
+            score
+            for run in runs[f"{rate:g}"]
+            if run["seed"] in seeds
+            for score in run["choosing"].values()
+        ]
+        return sum(scores) / len(scores)
+
+    best = budget.rates[0]
+    for rate in budget.rates[1:]:
+        best = rate if task.better(mean(rate), mean(best)) else best
+    return best
 
 
 def mqar_task(
@@ -205,29 +245,17 @@ def run(
     }
 
 
-def row(
-    variant: str, shape: Shape, task: Task, budget: Budget, runs: Mapping[str, list[dict[str, Any]]]
-) -> dict[str, Any]:
+def row(variant: str, shape: Shape, task: Task, budget: Budget, runs: Runs) -> dict[str, Any]:
     """The row of a variant: its best learning rate's scores by seed, and every run.
 
-    The best learning rate has the best mean over seeds and tests of the draws for choosing. Until
-    all runs are there, the row says how many are missing.
-
-    Args:
-        runs: Results of ``run`` by learning rate as text, one a seed.
+    Until all runs are there, the row says how many are missing.
     """
-    count, wanted = sum(map(len, runs.values())), len(budget.rates) * len(budget.seeds)
+    count = sum(map(len, runs.values()))
+    wanted = len(budget.sweep) + len(budget.seeds[len(budget.seeds[: budget.sweep_seeds]) :])
     if count < wanted:
         reason = f"{count} of {wanted} runs trained"
         return {**records.skipped(variant, variant, "train", reason), "sweep": dict(runs)}
-
-    def mean(rate: float) -> float:
-        scores = [score for r in runs[f"{rate:g}"] for score in r["choosing"].values()]
-        return sum(scores) / len(scores)
-
-    best = budget.rates[0]
-    for rate in budget.rates[1:]:
-        best = rate if task.better(mean(rate), mean(best)) else best
+    best = best_rate(task, budget, runs)
     chosen = runs[f"{best:g}"]
     return records.row(
         *(variant, variant, "train"),

@@ -1,15 +1,17 @@
-"""Sizes of the quality experiments: some hours of a CPU core, the paper's figure on a GPU."""
+"""Sizes of the quality experiments: some hours of a CPU core, the paper's figure on a GPU, and its
+path through the code in seconds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from .learn import Budget, Task, language_task, mqar_task, passkey_task
 from .networks import GATES, VARIANTS, Shape
 
 EXPERIMENTS = ("mqar", "passkey", "language")
-SIZES = ("cpu", "gpu")
+SIZES = ("cpu", "gpu", "tiny")
 
 HARDEST_RECALL = "1024/256"
 
@@ -64,22 +66,28 @@ def _mqar(size: str) -> Iterator[Case]:
     # times, batch 256, learning rates, tests; benchmarks/README.md says what differs
     train = ((64, 4),) * 5 + ((128, 8), (256, 16), (256, 32), (256, 64))
     tests = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
-    budget = Budget(180_000 * 32 // 256, (1e-3, 10**-2.5, 1e-2, 10**-1.5))
-    note = (
-        "Trained on lengths 64 to 256 with up to 64 pairs. Columns: length/pairs. The paper"
-        " reports, for 1024/256 at this state expansion: "
-    )
-    for mem_size in (16, 64, 32, 128, 256):
-        task = mqar_task(8192, train, tests, batch=256, test_batch=1000)
+    rates, seeds = (1e-3, 10**-2.5, 1e-2, 10**-1.5), (0, 1, 2)
+    budget = Budget(180_000 * 32 // 256, rates, seeds, sweep_seeds=1)
+    vocab, width, batch, test_batch = 8192, 128, 256, 1000
+    if size == "tiny":
+        budget, (vocab, width, batch, test_batch) = budget._replace(steps=2), (1024, 32, 2, 2)
+    task = mqar_task(vocab, train, tests, batch=batch, test_batch=test_batch)
+    note = "Trained on lengths 64 to 256 with up to 64 pairs. Columns: length/pairs."
+    case = partial(Case, task=task, budget=budget)
+    # the claim first: Rodimus at 64 finds what Mamba2 finds at 256
+    for mem_size in (64, 256, 16, 128, 32):
         told = [f"{name} {line[mem_size]}" for name, line in PAPER_MQAR.items() if mem_size in line]
-        yield Case(
-            f"mqar-gpu-n{mem_size}",
-            Shape(8192, 128, mem_size),
-            task,
-            budget,
-            (*GATES, "rodimus_plus"),
-            note + ", ".join(told) + ".",
+        told = f" The paper reports, for 1024/256 at this state expansion: {', '.join(told)}."
+        yield case(
+            f"mqar-{size}-n{mem_size}",
+            Shape(vocab, width, mem_size),
+            variants=(*GATES, "rodimus_plus"),
+            note=note + told,
         )
+        if mem_size == 64:
+            # it has no state to expand
+            shape = Shape(vocab, width, mem_size)
+            yield case(f"mqar-{size}-attention", shape, variants=("attention",), note=note)
 
 
 def _passkey(size: str) -> Iterator[Case]:
@@ -88,8 +96,11 @@ def _passkey(size: str) -> Iterator[Case]:
         budget = Budget(600, (1e-4, 3e-4, 1e-3, 3e-3), seeds=(0, 1, 2))
         shape = Shape(64, 64, 16, window=17)
     else:
-        task = passkey_task(256, (256, 512, 1024), (1024, 4096, 16384), batch=32)
-        budget = Budget(4000, (3e-4, 1e-3, 3e-3), seeds=(0, 1, 2))
+        lengths, batch, steps = ((256, 512, 1024), (1024, 4096, 16384)), 32, 4000
+        if size == "tiny":
+            lengths, batch, steps = ((16, 24), (24, 48)), 2, 2
+        task = passkey_task(256, *lengths, batch=batch)
+        budget = Budget(steps, (3e-4, 1e-3, 3e-3), seeds=(0, 1, 2))
         shape = Shape(256, 128, 64)
     note = "One key among filler at even depths. Columns: length; the first is the longest trained."
     yield Case(f"passkey-{size}", shape, task, budget, VARIANTS, note)
@@ -101,9 +112,12 @@ def _language(size: str) -> Iterator[Case]:
         budget = Budget(300, (3e-3, 1e-2, 3e-2), seeds=(0, 1, 2))
         shape = Shape(256, 96, 16, window=65)
     else:
-        task = language_task(1024, 32, (1024, 4096))
-        budget = Budget(3000, (1e-3, 2e-3, 4e-3), seeds=(0, 1, 2))
-        shape = Shape(256, 384, 64, layers=6, window=257)
+        length, batch, steps, width, layers = (1024, 32, 3000, 384, 6)
+        if size == "tiny":
+            length, batch, steps, width, layers = (32, 2, 2, 32, 1)
+        task = language_task(length, batch, (length, 4 * length))
+        budget = Budget(steps, (1e-3, 2e-3, 4e-3), seeds=(0, 1, 2))
+        shape = Shape(256, width, 64, layers=layers, window=257)
     note = (
         "Bits a byte of held-out Python sources after the same number of bytes; less is better."
         " Every column reads the same text, in rows of that length."

@@ -20,6 +20,7 @@ def commits(count):
 def test_a_commit_is_compared_with_its_predecessor(tmp_path, capsys):
     head, base = commits(2)
     options = ["--scale", "tiny", "--context", "32", "--rounds", "3", "--out", str(tmp_path)]
+    options.append("--no-native")
     assert compare.main([base, head, *options]) == 0
     assert "head is" in capsys.readouterr().out
     (record,) = records.read(tmp_path)
@@ -32,12 +33,12 @@ def test_a_commit_is_compared_with_its_predecessor(tmp_path, capsys):
 def test_an_unknown_commit_is_named(tmp_path):
     commits(1)
     with pytest.raises(ValueError, match="no commit 'nowhere'"):
-        compare.export("nowhere", tmp_path, native=False)
+        compare.export("nowhere", tmp_path, build_native=False)
 
 
 def test_an_exported_tree_runs_this_checkouts_benchmarks(tmp_path):
     (head,) = commits(1)
-    tree = compare.export(head, tmp_path, native=False)
+    tree = compare.export(head, tmp_path, build_native=False)
     assert (tree / "rodimus" / "__init__.py").exists()
     assert not (tree / "benchmarks").exists()
 
@@ -60,6 +61,40 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "built"), [([], True), (["--native"], True), (["--no-native"], False)]
+)
+def test_native_operators_of_one_commit_alone_are_no_difference_between_two(
+    options, built, monkeypatch, capsys
+):
+    """The checkout has them: so shall the exported tree, and where it has not nothing is timed."""
+    asked = []
+
+    class Fake:
+        samples = ()
+
+        def __init__(self, tree, _):
+            self.tree = tree
+
+        def answer(self):
+            here = self.tree == machine.ROOT
+            return {"place": str(self.tree), "disagreement": 0.0, "native": here}
+
+        def close(self):
+            pass
+
+    def export(commit, folder, build_native):
+        asked.append(build_native)
+        return machine.ROOT if commit == "." else folder
+
+    monkeypatch.setattr(compare, "Worker", Fake)
+    monkeypatch.setattr(compare, "export", export)
+    monkeypatch.setattr(compare.native, "is_available", lambda device: True)
+    assert compare.main(["HEAD", ".", *options]) == 1
+    assert "got none in base; --native" in capsys.readouterr().err
+    assert set(asked) == {built}
+
+
 @pytest.mark.parametrize("error", [0.2, float("nan")])
 def test_a_commit_that_decodes_wrongly_is_not_timed(error, monkeypatch, capsys):
     class Wrong:
@@ -69,7 +104,7 @@ def test_a_commit_that_decodes_wrongly_is_not_timed(error, monkeypatch, capsys):
             self.tree = tree
 
         def answer(self):
-            return {"place": str(self.tree), "disagreement": error}
+            return {"place": str(self.tree), "disagreement": error, "native": False}
 
         def close(self):
             pass

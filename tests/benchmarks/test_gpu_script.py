@@ -14,6 +14,7 @@ case "$*" in
 *get_device_name*) echo "Some GPU" ;;
 *"-k persistent"*) exit 1 ;;
 *--bench-scale*) echo "$RODIMUS_BENCH_SECONDS" >>"$0.seconds" ;;
+*benchmarks.quality*) exit ${QUALITY:-0} ;;
 esac
 """
 
@@ -63,3 +64,26 @@ def test_models_alone_are_not_followed_by_operators(tmp_path):
     runs, done = timed(tmp_path, "models")
     models = ["decode", "train", "prefill", "memory", "engine", "serve", "long"]
     assert runs == [(models, False)] and done.returncode == 0
+
+
+@pytest.mark.parametrize(("ended", "status"), [("0", 0), ("3", 0), ("1", 1)])
+def test_quality_is_trained_where_it_is_asked_for_and_goes_on_in_the_next_call(
+    tmp_path, ended, status
+):
+    more = {"RODIMUS_BENCH_SECONDS": "500", "QUALITY": ended}
+    runs, done = timed(tmp_path, "quality", **more)
+    assert runs == [] and done.returncode == status
+    (asked,) = (
+        line
+        for line in (tmp_path / "python.log").read_text().splitlines()
+        if "benchmarks.quality" in line
+    )
+    words = asked.split()
+    assert words[2:7] == ["mqar", "passkey", "language", "--size", "gpu"]
+    assert 490 <= int(words[words.index("--seconds") + 1]) <= 500
+    assert words[words.index("--out") + 1] == str(tmp_path / "out")
+
+
+def test_quality_is_not_trained_unasked(tmp_path):
+    timed(tmp_path, "models")
+    assert "benchmarks.quality" not in (tmp_path / "python.log").read_text()

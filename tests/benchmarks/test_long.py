@@ -61,6 +61,9 @@ def test_what_fits_is_timed_alone(bench, monkeypatch):
     assert row["status"] == "measured" and row["tokens_per_s"] > 0
     model = bench.model(NAME)
     assert row["flops"] == 3 * model.forward_flops(1, 128, logits=128)
+    # weights, gradients and two moments in float32, gathered weights in bfloat16, activations
+    parameters = model.model.num_parameters()
+    assert 18 * parameters < row["planned_bytes"] < 18 * parameters + 2**26
 
 
 def test_where_the_products_do_not_fit_all_is_computed_twice(bench, monkeypatch):

@@ -92,6 +92,23 @@ def test_a_program_beside_this_one_is_seen():
         assert others.cores() > 0.2
 
 
+def test_processors_of_one_name_are_told_apart_by_what_they_can(tmp_path, monkeypatch):
+    """A virtual machine may hide the model; sittings of two processors are not one record."""
+    facts, found = tmp_path / "cpuinfo", []
+    monkeypatch.setattr(machine, "CPU_FACTS", facts)
+    for flags in ("fpu avx avx2", "fpu avx2 avx512f avx512_bf16"):
+        facts.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n")
+        found.append(machine.describe(CPU))
+    assert [machine.told(about) for about in found] == [
+        "Some CPU (avx2)",
+        "Some CPU (avx2 avx512f avx512_bf16)",
+    ]
+    assert machine.are_alike(found[0], found[0]) and not machine.are_alike(*found)
+    # older records do not say, and of a GPU its host's are not told
+    assert machine.told({"name": "Some CPU", "cpu": "Some CPU"}) == "Some CPU"
+    assert machine.told({**found[0], "name": "Some GPU"}) == "Some GPU"
+
+
 @pytest.mark.parametrize(
     "listed, driver",
     [

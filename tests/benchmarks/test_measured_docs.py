@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 
-from benchmarks import docs, report
+from benchmarks import docs, records, report, targets
 from benchmarks.records import RecordError
 
 PAGES = {path.relative_to(docs.ROOT).as_posix(): path for path in docs.documents()}
@@ -118,6 +118,16 @@ def test_a_heading_that_names_a_slower_engine_is_an_error(copy):
     path.write_text(json.dumps(found))
     with pytest.raises(RecordError, match="expected qwen2-1.5b/graph to be the fastest"):
         docs.update(copy)
+
+
+def test_what_surrounds_ddts_takes_as_long_on_its_page_as_among_the_targets():
+    outcome = next(
+        outcome
+        for outcome in targets.outcomes(records.read(docs.RESULTS))
+        if outcome.target.name == "convolution, gates and norm of DDTS"
+    )
+    *_, (name, _, ours, *_) = docs.surroundings()
+    assert (name, ours) == ("together", docs.us(outcome.figure.median / 1e3))
 
 
 @pytest.mark.parametrize("target", [*docs.OURS, *docs.GPU_PEERS])

@@ -194,6 +194,58 @@ def test_replays_that_do_not_give_the_tokens_of_the_step_are_refused(monkeypatch
         peers.require_replay(model, peers.random_tokens(1, 20, model))
 
 
+class Replayed(huggingface.GraphSession):
+    """Replays of places on the CPU: the same ones again, or the next."""
+
+    def __init__(self, session, moves):
+        super().__init__(session)
+        self.moves, self.places = moves, None
+
+    def run(self, steps):
+        if self.places is None:
+            self._warm_up()
+            self.places = self.session.cache.get_seq_length()
+        if not self.moves:
+            self.session.rewind(self.places)
+        self.session.run(steps)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("moves", [False, True])
+def test_replays_of_a_prefix_are_of_the_places_at_hand(monkeypatch, moves):
+    model = load("qwen2-1.5b")
+    made = lambda engine, *size: Replayed(
+        huggingface.HuggingFaceSession(model, engine, *size), moves
+    )
+    monkeypatch.setattr(model, "session", made)
+    raises = pytest.raises(peers.Unavailable, match="other tokens than the step")
+    with raises if moves else contextlib.nullcontext():
+        peers.require_replay(model, peers.random_tokens(1, 20, model), "prefix")
+
+
+@torch.inference_mode()
+def test_attention_to_a_prefix_gets_what_is_written_and_no_mask(monkeypatch):
+    model, asked = load("qwen2-1.5b"), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, **options):
+        if query.shape[2] == 1:
+            asked.append((key.shape[2], options.get("attn_mask")))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    session = huggingface.HuggingFaceSession(model, "prefix", 2, CONTEXT + 8)
+    ids = peers.random_tokens(2, 20, model)
+    assert peers.disagreement(session, ids) < 1e-5
+    assert set(asked) == {(20, None)}
+    session.fill(CONTEXT)
+    assert session.state_bytes() == model.expected_state(2, CONTEXT)
+    before = session.cache.layers[0].buffers[0].data_ptr()
+    session.run(8)
+    assert session.cache.get_seq_length() == CONTEXT + 8
+    assert session.cache.layers[0].keys.data_ptr() == before, "written in place"
+
+
 @torch.inference_mode()
 def test_a_filled_static_cache_is_as_long_and_as_large_as_a_read_one():
     model = load("rodimus-plus-1.6b")
@@ -207,12 +259,13 @@ def test_a_filled_static_cache_is_as_long_and_as_large_as_a_read_one():
 
 
 @torch.inference_mode()
-def test_a_rewound_static_cache_gives_the_same_tokens_in_the_same_place():
+@pytest.mark.parametrize(("engine", "places"), [("static", CONTEXT + 2), ("prefix", CONTEXT)])
+def test_a_rewound_cache_gives_the_same_tokens_in_the_same_place(engine, places):
     model = load("qwen2-1.5b")
-    assert [e for e in model.engines if model.rewinds(e)] == ["static"]
-    session = model.session("static", 1, CONTEXT + 2)
+    assert [e for e in (*model.engines, "prefix") if model.rewinds(e)] == ["static", "prefix"]
+    session = huggingface.HuggingFaceSession(model, engine, 1, CONTEXT + 2)
     session.fill(CONTEXT)
-    assert session.cache.layers[0].keys.shape[2] == CONTEXT + 2
+    assert session.cache.layers[0].keys.shape[2] == places
     token = session.token.clone()
     tokens = []
     for _ in range(3):

@@ -205,13 +205,102 @@ def test_a_run_is_repeated_to_the_bit():
     assert first == second
 
 
+def fake_run(seed, score, seconds=0.0):
+    scores = {"scores": {"a": score}, "choosing": {"a": score}}
+    return {"seed": seed, **scores, "parameters": 1, "seconds": seconds}
+
+
+def test_the_best_rate_of_a_sweep_gets_the_other_seeds(tmp_path, monkeypatch):
+    trained = []
+
+    def run(variant, shape, task, budget, rate, seed, device):
+        trained.append((rate, seed))
+        return fake_run(seed, 1.0 if rate == 1e-2 else 0.5)
+
+    monkeypatch.setattr(learn, "run", run)
+    task = learn.Task(None, {"a": None}, "accuracy", 8)
+    budget = learn.Budget(1, (1e-3, 10**-2.5, 1e-2), seeds=(0, 1, 2), sweep_seeds=1)
+    case = protocols.Case("mqar-x", SHAPE, task, budget, ("rodimus",), "")
+    assert command.run_case(case, tmp_path, CPU, float("inf"))
+    assert trained == [(1e-3, 0), (10**-2.5, 0), (1e-2, 0), (1e-2, 1), (1e-2, 2)]
+    ((row,),) = (record["rows"] for record in records.read(tmp_path))
+    assert row["lr"] == 1e-2 and row["scores"]["a"] == [1.0] * 3
+    # a seed that only the best rate has does not speak for it
+    row["sweep"]["0.01"][1]["choosing"]["a"] = 0.0
+    assert learn.best_rate(task, budget, row["sweep"]) == 1e-2
+    missing = {**row["sweep"], "0.01": row["sweep"]["0.01"][:1]}
+    found = learn.row("rodimus", SHAPE, task, budget, missing)
+    assert found["reason"] == "3 of 5 runs trained"
+
+
+def test_a_call_continues_what_lies_in_another_folder_and_ends_in_time(tmp_path, monkeypatch):
+    clock, trained = [0.0], []
+
+    def run(variant, shape, task, budget, rate, seed, device):
+        trained.append(rate)
+        clock[0] += 100.0
+        return fake_run(seed, 1.0, seconds=100.0)
+
+    monkeypatch.setattr(learn, "run", run)
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    monkeypatch.setenv("RODIMUS_BENCH_COMMIT", "same")
+    task = learn.Task(None, {"a": None}, "accuracy", 8)
+    budget = learn.Budget(1, (1e-3, 3e-3, 1e-2))
+    case = protocols.Case("mqar-x", SHAPE, task, budget, ("rodimus",), "")
+    first, second = tmp_path / "first", tmp_path / "second"
+    # a third would end at 300
+    assert not command.run_case(case, first, CPU, 250.0)
+    assert trained == [1e-3, 3e-3]
+    assert command.run_case(case, second, CPU, 350.0, first)
+    assert trained == [1e-3, 3e-3, 1e-2]
+    (record,) = records.read(second)
+    assert [row["status"] for row in record["rows"]] == ["measured"]
+
+
+def test_the_protocol_of_a_gpu_runs_whole_in_two_calls_of_a_small_one(
+    tmp_path, capsys, monkeypatch
+):
+    """The same cases, sweep and seeds; only widths and steps are small."""
+    monkeypatch.setenv("RODIMUS_BENCH_COMMIT", "same")
+    cases = list(protocols.cases("mqar", "tiny"))
+    wanted = {case.name.replace("gpu", "tiny") for case in protocols.cases("mqar", "gpu")}
+    assert {case.name for case in cases} == wanted
+    command_line = ["mqar", "--size", "tiny", "--cases", "mqar-tiny-attention"]
+    command_line += ["--out", str(tmp_path)]
+    assert command.main([*command_line, "--seconds", "0"]) == 3
+    assert "run the same command again" in capsys.readouterr().out
+    run, trained = learn.run, []
+    monkeypatch.setattr(learn, "run", lambda *args: trained.append(args[4:6]) or run(*args))
+    assert command.main([*command_line]) == 0
+    assert len(trained) == 6 and {seed for _, seed in trained} == {0, 1, 2}
+    assert command.main([*command_line]) == 0 and len(trained) == 6
+    (record,) = records.read(tmp_path)
+    ((row,), tests) = record["rows"], cases[0].task.tests
+    assert row["status"] == "measured" and set(row["scores"]) == set(tests)
+    assert all(len(scores) == 3 for scores in row["scores"].values())
+    assert protocols.HARDEST_RECALL in row["scores"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--cases", "mqar-cpu-n17"], "--cases knows mqar-cpu-n16, not mqar-cpu-n17"),
+        (["--size", "tiny"], "--out names a folder"),
+    ],
+)
+def test_the_command_says_what_it_expected(capsys, more, told):
+    with pytest.raises(SystemExit):
+        command.main(["mqar", *more])
+    assert told in capsys.readouterr().err
+
+
 def test_an_interrupted_case_is_continued(tmp_path, monkeypatch):
     trained = []
 
     def run(variant, shape, task, budget, rate, seed, device):
         trained.append((variant, rate, seed))
         clock.append(0.0)
-        return {"seed": seed, "scores": {"a": 1.0}, "choosing": {"a": 1.0}, "parameters": 1}
+        return fake_run(seed, 1.0)
 
     clock = []
     monkeypatch.setattr(learn, "run", run)
@@ -248,15 +337,25 @@ def test_an_interrupted_case_is_continued(tmp_path, monkeypatch):
 @pytest.mark.parametrize("experiment", protocols.EXPERIMENTS)
 @pytest.mark.parametrize("size", protocols.SIZES)
 def test_protocols_treat_every_variant_alike(experiment, size):
-    for case in protocols.cases(experiment, size):
+    cases = list(protocols.cases(experiment, size))
+    for case in cases:
+        assert case.task is cases[0].task and case.budget == cases[0].budget
         assert len(case.budget.rates) >= 3, "the best learning rate can have neighbours"
-        assert {"rodimus", "gla", "mamba2", "rwkv6"} <= set(case.variants)
+        assert len(case.budget.seeds) >= 3
+        variants = {"attention"} if "attention" in case.name else set(networks.GATES)
+        assert variants <= set(case.variants)
         batch = case.task.train(0, generator())
         assert batch.ids.max() < case.shape.vocab
 
 
 def test_recall_on_a_gpu_has_the_amounts_of_zoology():
-    case = next(protocols.cases("mqar", "gpu"))
+    cases = list(protocols.cases("mqar", "gpu"))
+    expanded = [case.shape.mem_size for case in cases if "rodimus" in case.variants]
+    assert sorted(expanded) == [16, 32, 64, 128, 256] and len(cases) == 6
+    # without MLP, or as models
+    assert {v for case in cases for v in case.variants} == set(networks.VARIANTS)
+    case = cases[0]
+    assert protocols.HARDEST_RECALL in case.task.tests
     batches = [case.task.train(step, generator()) for step in range(9)]
     assert [batch.ids.shape[1] for batch in batches] == [64] * 5 + [128] + [256] * 3
     # 180,000 examples 32 times

@@ -172,6 +172,16 @@ def test_recall_is_drawn_beside_the_papers_curve(tmp_path):
     assert (tmp_path / "plots/Test_CPU/recall.png").stat().st_size > 10_000
 
 
+def test_attention_has_no_state_to_expand():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    attention = {**recall(64), "case": "mqar-gpu-attention"}
+    attention["rows"] = [{**attention["rows"][0], "target": "attention"}]
+    plots.recall([recall(16), recall(64), attention], axes)
+    level = next(line for line in axes.lines if line.get_label() == "attention")
+    assert list(level.get_ydata()) == [0.6, 0.6] and list(level.get_xdata()) == [0, 1]
+    assert [list(x.get_xdata()) for x in axes.lines if x.get_label() == "rodimus"] == [[16, 64]]
+
+
 def test_numbers_of_engine_server_and_largest_batch_have_columns():
     fields = ("model_ms", "beside_model_ms", "host_ms", "largest_batch", "batch_without_room")
     fields += ("first_token_p95_ms", "between_tokens_p95_ms")
@@ -276,11 +286,19 @@ def test_a_picture_shows_one_dtype():
 
 def operator(group, ours_ms, other_ms, **settings):
     """A record of ours in two forms, of flash-linear-attention's, and of other bytes."""
+    times = {"ddts/triton": ours_ms, "ddts/native": 9.0, "x/fla": other_ms}
+    # what reads other bytes, and what is written to be read
+    times |= {"step-int8/native": 0.1, "ddts/reference": 0.1}
     rows = [
-        row(target, [time], median_ms=time, floor_bytes=10**9)
-        for target, time in (("ddts/triton", ours_ms), ("ddts/native", 9.0), ("x/fla", other_ms))
+        row(
+            *(target, [time]),
+            family=target.partition("/")[0],
+            median_ms=time,
+            floor_bytes=10**9,
+            floor_share=0.25 / time,
+        )
+        for target, time in times.items()
     ]
-    rows += [row("step-int8/native", [0.1], family="step-int8", median_ms=0.1, floor_bytes=10**9)]
     settings = {"batch": 8, "context": 4, "key_dim": 10**4, "value_dim": 10**4, **settings}
     settings.setdefault("dtype", "bfloat16")
     ceilings = {"copy_GBps": 4000.0, "gemm_TFLOPs": 800.0}
@@ -304,6 +322,76 @@ def test_operators_stand_below_the_roof_of_their_run():
     assert "4,000 GB/s" in axes.get_title() and "800 TFLOP/s" in axes.get_title()
 
 
+def test_the_share_of_the_roof_is_that_of_the_fastest_of_each_side(tmp_path):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    found = [operator("ddts-step", 0.5, 2.0), operator("fused-training", 1.0, 0.5)]
+    found += [operator("attention-decode", 1.0, 2.0, cache="cold")]
+    plots.roof(found, axes)
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "DDTS step, 8 sequences",
+        # of those around the mixers a record says whose row it is
+        "ddts and backward, 8 x 4",
+        "x and backward, 8 x 4",
+    ]
+    *points, _ = axes.lines
+    places = [
+        (round(x), y, line.get_markerfacecolor() == "white")
+        for line in points
+        for x, y in line.get_xydata()
+    ]
+    assert places == [(50, 0, False), (12, 0, True), (25, 1, False), (50, 2, True)]
+    assert "plots/Test_CPU/roof.png" in plots.names(found).values()
+    # where the loss and the norms were timed anew, what surrounds DDTS is not told twice
+    twice = [operator(f"{group}", 1.0, 2.0) for group in ("ddts-surroundings", "fused-forward")]
+    assert [name for name, _ in plots._shares(twice)] == ["ddts, 8 x 4", "x, 8 x 4"]
+    sizes = [operator("ddts-step", 1.0, 2.0, batch=batch) for batch in (256, 64, 8)]
+    assert [name for name, _ in plots._shares(sizes)] == [
+        f"DDTS step, {batch} sequences" for batch in (8, 64, 256)
+    ]
+
+
+def test_a_picture_says_where_and_when_its_records_were_made(found, tmp_path, monkeypatch):
+    for record, day in zip(found, (1, 3, 2), strict=True):
+        record["date"] = f"2026-01-0{day} 10:00 UTC"
+    later = {**found[0], "group": "other", "date": "2026-02-01 10:00 UTC"}
+    (picture,) = plots.pictures([*found, later])
+    assert picture.made == "Test CPU, 2026-01-01 to 2026-01-03"
+    assert next(plots.pictures(found[::2])).made.endswith(", 2026-01-01 to 2026-01-02")
+    pyplot, drawn = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", lambda made: drawn.append(made.axes[0].get_title()))
+    plots.draw_all(found, tmp_path)
+    assert drawn[0].endswith("\nTest CPU, 2026-01-01 to 2026-01-03")
+
+
+def test_a_picture_shows_the_engine_and_not_the_luckiest_of_our_caches(found):
+    """As the tables do; of a peer it shows the fastest."""
+    rows = [row("rodimus-plus-1.6b/engine", [6.0]), row("qwen2-1.5b/dynamic", [4.0])]
+    record = {**found[2], "rows": [*found[2]["rows"], *rows]}
+    drawn = plots._measured([record], "decode", "context", "median_ms")
+    assert drawn == {"rodimus-plus-1.6b": {4096: 6.0}, "qwen2-1.5b": {4096: 4.0}}
+
+
+def test_throughput_is_drawn_where_most_batches_were_timed(found):
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    some = [decode(f"c{n}", FAST, PEER, batch=n, context=4096) for n in (1, 8)]
+    most = [decode(f"d{n}", FAST, PEER, batch=n, context=1024) for n in (1, 64, 256)]
+    plots.decode_throughput(some + most, axes)
+    assert "after 1,024 tokens" in axes.get_title()
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 64, 256]] * 2
+    assert plots._most_batches(some + most[:2]) == 4096
+    assert list(plots.names(some).values()) == ["plots/Test_CPU/decode_throughput.png"]
+
+
+def test_long_rows_have_a_picture_that_begins_at_zero():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    found = [decode(f"b{n}", FAST, PEER, context=n) for n in (4096, 65536)]
+    found = [{**record, "group": "long"} for record in found]
+    assert list(plots.names(found).values()) == ["plots/Test_CPU/long_rows.png"]
+    plots.long_rows(found, axes)
+    assert axes.get_ylim()[0] == 0 < 1.0 < axes.get_ylim()[1]
+    assert list(axes.lines[0].get_xdata()) == [4096, 65536]
+
+
 def test_the_roofline_is_a_picture_where_operators_were_timed(found):
     found += [operator("ddts-forward", 1.0, 2.0)]
     assert "plots/Test_CPU/roofline.png" not in plots.names(found).values()
@@ -311,8 +399,9 @@ def test_the_roofline_is_a_picture_where_operators_were_timed(found):
     assert "plots/Test_CPU/roofline.png" in plots.names(found).values()
     whole = [operator("ddts-forward", 1.0, 2.0, dtype=dtype) for dtype in ("bfloat16", "float32")]
     whole += [operator("ddts-forward", 1.0, 2.0, batch=1, cache="cold")]
-    assert plots.names(whole) == {}
+    assert [*plots.names(whole).values()] == ["plots/Test_CPU/roof.png"]
     # of elementwise operators no products are counted
     for record in found:
         record["group"] = record["group"].replace("ddts-forward", "ddts-surroundings")
     assert "plots/Test_CPU/roofline.png" not in plots.names(found).values()
+    assert "plots/Test_CPU/roof.png" in plots.names(found).values()

@@ -1,5 +1,8 @@
 """Targets are judged by the rounds of the records, losses first; nothing without a record is."""
 
+import math
+import random
+
 import pytest
 
 from benchmarks import docs, records, report, targets
@@ -104,6 +107,54 @@ def test_backward_is_what_remains_of_both_passes():
     assert outcome.kind == "met" and outcome.figure.median == 3000.0
 
 
+LONG, SHORT = "decode-long", "decode-short"
+
+
+def grown(long, short):
+    """What records of two contexts say of a token's growth."""
+    found = [
+        record(name, {"ours/x": {"samples_ms": [*samples]}})
+        for name, samples in ((LONG, long), (SHORT, short))
+    ]
+    return judged(target(targets.growth("ours/x"), "<= 3 %", ((LONG, SHORT),)), *found)
+
+
+def test_a_median_that_was_timed_by_itself_widens_the_interval():
+    steady, spread = [102.0] * 9, [100.0] * 5 + [98.0] * 2 + [104.0] * 2
+    assert grown(steady, [100.0] * 9).figure[:3] == pytest.approx((2.0, 2.0, 2.0))
+    outcome = grown(steady, spread)
+    assert outcome.figure[:3] == pytest.approx((2.0, 100 * (102 / 104 - 1), 100 * (102 / 98 - 1)))
+    assert outcome.kind == "open" and outcome.figure.coverage >= 0.95
+
+
+def test_two_records_enclose_their_growth_as_often_as_they_say():
+    draw = random.Random(0)
+    rounds = lambda middle: [middle * math.exp(draw.gauss(0, 0.01)) for _ in range(15)]
+    held = [grown(rounds(102.0), rounds(100.0)).figure for _ in range(500)]
+    covered = sum(low <= 2.0 <= high for _, low, high, _ in held) / len(held)
+    assert covered >= held[0].coverage >= 0.95
+
+
+def test_the_speedup_of_a_backward_is_as_uncertain_as_both_forwards():
+    names = ("attention-training", "attention-forward")
+    times = {"training": (4.0, 8.0), "forward": (1.0, 2.0)}
+    found = [
+        record(
+            f"attention-{what}",
+            {
+                name: {"samples_ms": [time] * 7 + [time * x for x in (0.9, 0.9, 1.1, 1.1)]}
+                if what == "forward"
+                else {"samples_ms": [time] * 11}
+                for name, time in zip(("ours/x", "peer/y"), times[what], strict=True)
+            },
+        )
+        for what in times
+    ]
+    case = target(targets.backward_speedup("ours/x", "peer/y"), ">= 1.9 times", (names,))
+    figure = judged(case, *found).figure
+    assert figure[:3] == pytest.approx((2.0, (8 - 2.2) / (4 - 0.9), (8 - 1.8) / (4 - 1.1)))
+
+
 def test_the_bound_of_a_round_is_that_of_the_memory_in_it():
     read = {"bytes": 10**9, "samples": {"wall_ms": [10.0, 20.0] * 5}}
     row = {"moved_bytes": 2 * 10**9, "samples": {"wall_ms": [25.0, 50.0] * 5}}
@@ -119,6 +170,56 @@ def test_the_hosts_time_of_a_step_is_what_its_kernels_leave():
     assert judged(host, record(CASE, {"ours/greedy": row}, steps=2)).figure[:3] == (500.0,) * 3
     del row["kernels_ms"]
     assert judged(host, record(CASE, {"ours/greedy": row}, steps=2)).kind == "not measured"
+
+
+NAME = "rodimus-plus-1.6b"
+
+
+def counted(case, **fields):
+    return record(case, {f"{NAME}/dynamic": fields, "qwen2-1.5b/dynamic": dict.fromkeys(fields, 9)})
+
+
+def test_bytes_are_held_to_the_formula_without_an_interval():
+    case = target(targets.over_formula(NAME), "<= 1 times", (("memory-a",), ("memory-b",)))
+    equal = counted("memory-a", state_bytes=100, expected_bytes=100)
+    for kept, kind in ((100, "met"), (101, "missed"), (99, "missed")):
+        other = counted("memory-b", state_bytes=kept, expected_bytes=100)
+        outcome = judged(case, equal, other)
+        assert outcome.kind == kind and outcome.figure.low == outcome.figure.high
+    assert judged(case, equal).kind == "not measured"
+
+
+def test_a_state_that_grows_misses_its_goal():
+    case = target(targets.state_growth(NAME), "<= 0 %", (("memory-long", "memory-short"),))
+    short = counted("memory-short", state_bytes=100)
+    for kept, percent, kind in ((100, 0.0, "met"), (103, 3.0, "missed")):
+        outcome = judged(case, short, counted("memory-long", state_bytes=kept))
+        assert outcome.kind == kind and outcome.figure.median == pytest.approx(percent)
+
+
+@pytest.mark.parametrize(
+    ("of_plan", "kind"), [(1.09, "met"), (1.2, "missed"), (0.92, "met"), (0.9, "missed")]
+)
+def test_the_peak_of_training_is_held_to_its_plan(of_plan, kind):
+    case = target(targets.over_plan(NAME), "<= 1.1 times", (("long-a",),))
+    found = counted("long-a", of_plan=of_plan)
+    assert judged(case, found).kind == kind
+    found["rows"].append(records.skipped(f"{NAME}/trainer-full", "f", "trainer-full", "no room"))
+    assert judged(case, found).kind == kind
+
+
+def test_the_page_tells_a_count_without_an_interval_and_why_nothing_can_be_measured(monkeypatch):
+    made = {"counted": (targets.state_growth(NAME), "<= 0 %", (("memory-a", "memory-a"),))}
+    made["no reference"] = (None, ">= 1.5 times", ())
+    named = [Target("NVIDIA_H200", name, *rest) for name, rest in made.items()]
+    monkeypatch.setattr(targets, "TARGETS", named)
+    found = counted("memory-a", state_bytes=100, expected_bytes=100, **MEMORY)
+    text = report.render([found])
+    assert "| met | counted | <= 0 % | 0 |  | NVIDIA H200 | memory-a, memory-a |" in text
+    assert "| no reference | >= 1.5 times |  |  |  | none: the first loop was of" in text
+
+
+MEMORY = {"weight_bytes": 1, "recurrent_bytes": 1, "cached_bytes": 1}
 
 
 def test_model_flops_are_a_share_of_the_data_sheet():
