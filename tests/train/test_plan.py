@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rodimus import cli
 from rodimus.errors import InputError
 from rodimus.train import parallel, plan, plot
 from rodimus.train.config import ParallelSection
 from rodimus.train.load import load_config
+from rodimus.train.loop import Trainer
 from rodimus.train.metrics import peak_flops
+from tests.train.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "configs" / "train"
@@ -114,6 +117,25 @@ def test_muon_sends_each_matrix_once_and_back():
     assert 1.3e9 < matrices < 1.4e9 and "of Muon, per step" not in own[0].traffic
     alone = planned("rodimus_plus_1b6", 1, "--optim.name", "muon")
     assert alone.traffic["of Muon, per step"] == 0
+
+
+def test_muon_sends_what_is_planned(config_file):
+    def sent_and_planned():
+        config = load_config(config_file, ["--optim.name", "muon"])
+        trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
+        exchange, sent = dist.all_to_all_single, []
+
+        def counted(out, given, out_sizes, sizes, group):
+            to_others = sum(sizes) - sizes[dist.get_rank()]
+            sent.append(to_others * given.element_size())
+            return exchange(out, given, out_sizes, sizes, group=group)
+
+        dist.all_to_all_single = counted
+        trainer.step()
+        return sum(sent), plan.make_plan(config, 2, mfu=0.5).traffic["of Muon, per step"]
+
+    for sent, planned in run_ranks(2, sent_and_planned):
+        assert sent == planned > 0
 
 
 def test_checkpoints_on_disk_are_planned():
