@@ -193,7 +193,7 @@ class Checkpointer:
                 early = self._replaceable()
                 for old in early:
                     store.remove(old)
-                told = [f"{path.name} is deleted before it is written" for path in early] + lack
+                told = [f"{path.name} is deleted early" for path in early] + lack
                 if told:
                     logger.warning("checkpoint %s: %s", folder.name, "; ".join(told))
         except OSError as failure:

@@ -346,10 +346,10 @@ def test_a_disk_for_those_that_are_kept_is_enough(saves_each_step, tmp_path, is_
     ((status, told, begun),) = run_ranks(1, on_a_disk_for, 3.9, is_told, saves_each_step)
     assert status == 0
     failed = [line for line in told if "not written" in line]
-    early = [line for line in told if "is deleted before" in line]
+    early = [line for line in told if "is deleted early" in line]
     if is_told:
         assert not failed and begun == [[], [1], [2, 1], [3, 2], [4, 3], [5, 4]]
-        assert early[0].startswith("checkpoint step-00000004: step-00000001 is deleted before it")
+        assert early[0].startswith("checkpoint step-00000004: step-00000001 is deleted early; ")
     else:
         (line,) = failed
         assert line.startswith("checkpoint step-00000004 not written: ") and "No space" in line
