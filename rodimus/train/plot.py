@@ -75,7 +75,8 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     _smooth(axes[0], rows)
     _line(axes[0], rows, "val_loss", "held out", marker="o", color="tab:red")
     axes[0].set_ylabel("loss (nats a token)")
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     _line(axes[1], rows, "lr", "learning rate")
     axes[1].set_ylabel("learning rate")
     _line(axes[2], rows, "tokens_per_s", "throughput")

@@ -245,6 +245,12 @@ def test_a_branch_that_was_left_is_not_in_a_plot(tmp_path):
     assert plot.read_metrics(tmp_path) == old[:4] + kept
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_run_without_a_finite_loss_is_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 1e-3}\n')
+    assert plot.plot(tmp_path).is_file()
+
+
 def test_plot_writes_a_png(run, capsys):
     assert cli.main(["plot", str(run)]) == 0
     assert (run / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
