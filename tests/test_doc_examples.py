@@ -93,20 +93,26 @@ def test_huggingface(names, dtype):
     assert not tuned, "merged"
 
 
-def test_packed_documents_train_as_documents_alone(names):
-    """The collator of the example: its loss is the mean over the tokens of every document."""
-    from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+def test_packed_and_padded_documents_train_as_documents_alone(names):
+    """The loss of the collator of the example, and of rows that are padded as it says there, is the
+    mean over the tokens of every document."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFlattening
 
     folder = names["codefuse-ai/Rodimus-Plus-Coder-4B-Chat"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     documents = [list(range(10, 17)), [20, 21], list(range(30, 50))]
-    batch = DataCollatorWithFlattening()([{"input_ids": ids} for ids in documents])
+    rows = [{"input_ids": ids} for ids in documents]
+    batch = DataCollatorWithFlattening()(rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    rows = tokenizer.pad(rows, return_tensors="pt")
+    labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
     with torch.no_grad():
-        packed = model(**batch).loss
+        packed, padded = model(**batch).loss, model(**rows, labels=labels).loss
         rows = [torch.tensor([ids]) for ids in documents]
         losses = [model(row, labels=row).loss * (row.shape[1] - 1) for row in rows]
     alone = sum(losses) / sum(len(ids) - 1 for ids in documents)
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_what_generation_refuses(names):
