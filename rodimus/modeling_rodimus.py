@@ -663,7 +663,23 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
     if may_leave and not any(type(layer) is RodimusFullLayer for layer in cache.layers):
         logger.warning_once("The cache does not grow with the tokens: it stays on the device.")
         cache.offloading = False
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        _leave_inference_mode(cache)
     return cache
+
+
+def _leave_inference_mode(cache):
+    """Copy what a cache holds from ``torch.inference_mode``: tensors made in it may not be written
+    outside. Layers are written alike: the first tells for all."""
+    first = next(iter(getattr(cache, "layers", ())), None)
+    if not isinstance(first, _RecurrentCacheLayer):
+        return
+    written = (first.conv_states.get(0), first.recurrent_states.get(0), first.ring)
+    if any(x is not None and x.is_inference() for x in written):
+        for layer in cache.layers:
+            layer.batch_select(torch.clone)
+        if isinstance(first, RodimusStaticLayer):
+            first.read.places = first.read.places.clone()
 
 
 def _record_at_least(cache, tokens):

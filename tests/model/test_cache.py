@@ -125,6 +125,24 @@ def test_forked_cache(model, kind, measure):
         measure(TABLE, "forked cache (copy.deepcopy)", kind, error, BOUND)
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("before", [0, 9])
+def test_a_cache_read_in_inference_mode_goes_on_outside(model, kind, before, static, measure):
+    """A prefix may be read in it, from the start or after something else; ``generate`` runs
+    outside. A fork may, too."""
+    ids = random_ids(2, 30)
+    options = {"max_cache_len": 64} if static else {}
+    cache = (StaticCache if static else DynamicCache)(config=model.config, **options)
+    logits = [in_pieces(model, ids[:, :before], [before], cache=cache)] if before else []
+    with torch.inference_mode():
+        logits.append(in_pieces(model, ids[:, before:13], [12 - before, 1], cache=cache))
+    fork = copy.deepcopy(cache)
+    for own in (cache, fork):
+        rest = in_pieces(model, ids[:, 13:], [1, 1, 10, 1, 4], cache=own)
+        error = relative_max_error(torch.cat((*logits, rest), 1), full(model, ids))
+        measure(TABLE, "cache read in inference mode", kind, error, BOUND)
+
+
 @pytest.mark.parametrize("length", PROMPTS)
 def test_reordered_cache(model, kind, length, measure):
     ids = random_ids(3, length + 6)
