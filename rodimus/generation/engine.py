@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import first_line
 from ..loading import end_tokens
 from .decode import Decoder
 from .prefixes import Prefix, Prefixes
@@ -95,7 +96,7 @@ class Generation:
         logprobs: One entry a token, if asked for.
         finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
             "length", "cancelled" or "error".
-        error: What went wrong, for "error".
+        error: What went wrong, for "error": with the model, the step, or the text of the tokens.
         prefix_tokens: Tokens of the prompt that were not read: a state stood for them.
         state: After the end, if asked for; it has read all tokens but the last one generated.
         submitted, started, finished: Seconds of ``time.perf_counter``: request, first token, end.
@@ -546,7 +547,7 @@ class Engine:
             stream, stops = generation.stream, token in generation.stop_tokens
             if stream is not None and not stops:
                 stream.push(token)
-                stops = stream.stopped
+                stops = stream.stopped or stream.error is not None
             if stops or len(generation.tokens) == generation.request.max_new_tokens:
                 self._finish(generation, "stop" if stops else "length")
                 ended.append(row)
@@ -570,10 +571,13 @@ class Engine:
         self._finish(generation, "error")
 
     def _finish(self, generation, reason):
-        if generation.stream is not None:
-            generation.stream.finish()
-            if generation.stream.stopped and reason == "length":
+        if (stream := generation.stream) is not None:
+            stream.finish()
+            if stream.stopped and reason == "length":
                 reason = "stop"
+            if stream.error is not None and reason in ("stop", "length"):
+                reason = "error"
+                generation.error = f"its tokens have no text: {first_line(stream.error)}"
         generation.finish_reason = reason
         generation.finished = time.perf_counter()
         self._news.append(generation)

@@ -2,7 +2,8 @@
 string."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as _Fast
@@ -113,6 +114,7 @@ class TextStream:
 
     Attributes:
         stopped: Whether a stop string came; the text ends before it.
+        error: What the tokenizer raised, if it did: the text goes on no further.
     """
 
     def __init__(
@@ -125,11 +127,24 @@ class TextStream:
     ):
         self._tokenizer, self._stop = tokenizer, stop
         self._skipped = skipped_tokens(tokenizer) if skipped is None else skipped
-        self._context, self._shown = self._anchor(prompt)
+        self._context, self._shown = [], 0
         self._new = 0
         self._held = ""
         self._text = ""
         self.stopped = False
+        self.error: BaseException | None = None
+        with self._keeping_errors():
+            self._context, self._shown = self._anchor(prompt)
+
+    @contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # panics of tokenizers in Rust are no `Exception`
+        except BaseException as error:
+            self.error = error
 
     def _anchor(self, prompt):
         """The prompt's last token that is text by itself, and the length of that."""
@@ -148,7 +163,7 @@ class TextStream:
 
     def push(self, token: int) -> None:
         """Take the next token."""
-        if token in self._skipped:
+        if token in self._skipped or self.error is not None:
             return
         self._context.append(token)
         self._new += 1
@@ -158,15 +173,20 @@ class TextStream:
     def finish(self) -> None:
         """Release what was held back: no token follows."""
         self._new = 0
-        if self.stopped:
+        if self.stopped or self.error is not None:
             return
-        self._release(self._decode()[self._shown :])
+        with self._keeping_errors():
+            self._release(self._decode()[self._shown :])
         if not self.stopped:
             self._text += self._held
             self._held = ""
 
     def _decode_new(self):
         self._new = 0
+        with self._keeping_errors():
+            self._take_new()
+
+    def _take_new(self):
         whole = self._decode()
         decoded = whole.rstrip(INCOMPLETE)
         self._release(decoded[self._shown :])

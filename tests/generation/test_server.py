@@ -863,6 +863,35 @@ def test_a_panic_in_a_step_is_503_and_the_server_goes_on(monkeypatch):
         assert client.get("/health")[0] == 503
 
 
+def test_tokens_that_have_no_text_end_their_own_answer_alone(monkeypatch):
+    tokenizer = byte_tokenizer()
+    engine = Engine(text_model(), tokenizer, slots=4)
+    with serving(engine=engine) as (client, service, _):
+        body = {"prompt": "Hello", "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+        _, expected = client.post("/v1/completions", body)
+        decode = tokenizer.decode
+        # of a prompt's last token alone: those of other requests are whole
+
+        def panics(ids, **options):
+            if list(ids) == tokenizer("~").input_ids:
+                raise Panic
+            return decode(ids, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "decode", panics)
+            other = endless(client, max_tokens=300)
+            for _ in range(MOST_FAILURES + 1):
+                status, answer = client.complete("x~", stop="never")
+                assert status == 422 and answer["error"]["code"] == "generation_failed"
+            answer = b""
+            while piece := other.recv(10_000):
+                answer += piece
+        found = re.findall(r"^data: (\{.*\})$", answer.decode(), re.MULTILINE)
+        text = "".join(json.loads(event)["choices"][0]["text"] for event in found)
+        assert expected["choices"][0]["text"].endswith(text) and len(text) > 100
+        assert service.worker.accepts and service.worker.failure is None
+
+
 def test_a_defect_in_a_stream_is_an_event_and_counted(monkeypatch):
     with serving() as (client, service, _):
         monkeypatch.setattr(service, "_token_text", fails)

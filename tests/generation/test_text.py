@@ -277,3 +277,54 @@ def test_the_engine_continues_the_prompts_text():
     for stop, text in (((), " two two two"), ((" two two",), "")):
         request = Request(prompt, 3, stop=stop)
         assert Engine(model, tokenizer).generate(request)[0].text == text
+
+
+class Panic(BaseException):
+    """As tokenizers in Rust raise it: no ``Exception``."""
+
+
+class Refusing(Counting):
+    """A tokenizer that decodes all tokens but one."""
+
+    def __init__(self, token, error):
+        super().__init__(byte_tokenizer())
+        self.token, self.failure = token, error
+
+    def decode(self, ids, **options):
+        if self.token in ids:
+            raise self.failure
+        return super().decode(ids, **options)
+
+
+@pytest.mark.parametrize("error", [KeyError("no such token"), Panic("no such token")])
+@pytest.mark.parametrize("stop", [(), ("never",)], ids=["no stop strings", "stop strings"])
+@pytest.mark.parametrize("place", ["prompt", "middle", "end"])
+def test_a_sequence_whose_tokens_have_no_text_ends_alone(place, stop, error):
+    model, healthy = text_model(), [1, 2]
+    (tokens,) = (g.tokens for g in Engine(model).generate(Request([3, 4], 9)))
+    token = {"prompt": 4, "middle": tokens[4], "end": tokens[-1]}[place]
+    end = tokens.index(token) + 1 if place != "prompt" else 1
+    engine = Engine(model, Refusing(token, error), slots=2)
+    expected = Engine(model).generate(Request(healthy, 9))[0].tokens
+    assert token not in expected
+    requests = [Request(healthy, 9), Request([3, 4], end, stop=stop)]
+    whole, broken = engine.generate(requests)
+    assert (whole.tokens, whole.finish_reason) == (expected, "length")
+    assert broken.finish_reason == "error" and "no such token" in broken.error
+    assert broken.tokens == tokens[:end]
+    # nobody looks at a text without stop strings before its end
+    assert broken.text == (byte_tokenizer().decode(tokens[: end - 1]) if stop else "")
+
+
+def test_a_sequence_whose_text_was_asked_for_in_vain_ends_with_its_next_token():
+    model = text_model()
+    tokens = Engine(model).generate(Request([3, 4], 20))[0].tokens
+    engine = Engine(model, Refusing(tokens[3], KeyError("no such token")))
+    deltas = list(engine.stream(Request([3, 4], 20)))
+    assert deltas[-1].finish_reason == "error" and len(deltas) < 6
+    assert "".join(x.text for x in deltas) == byte_tokenizer().decode(tokens[:3])
+
+
+def test_a_tokenizer_is_interrupted_as_anything_is():
+    with pytest.raises(KeyboardInterrupt):
+        Engine(text_model(), Refusing(4, KeyboardInterrupt())).generate(Request([3, 4], 9))
