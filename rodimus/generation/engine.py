@@ -2,13 +2,15 @@
 
 A step reads at most one chunk of prompts, then gives every running sequence its next token. Slots
 in use are always the first ones: when a sequence ends, the last one moves into its place at once.
-Prompts are read by the model's own cached forward, decoding runs the same modules over the slots.
+Prompts are read by the model's own cached forward, short ones together; decoding runs the same
+modules over the slots.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from numbers import Integral
 
 import torch
@@ -24,6 +26,11 @@ from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream, encode, skipped_tokens
 
 MAX_LOGPROBS = 20
+# prompts read in one forward, whose states take memory besides the slots
+MOST_TOGETHER = 16
+# so much of such a forward must be tokens: on a CPU padding costs as much as they do, on a GPU
+# little beside the launches of another forward
+_LEAST_FULL = {"cpu": 0.75}
 # the error of what was under way in such a step
 STEP_FAILED = "a step of the engine failed or was interrupted"
 
@@ -114,6 +121,8 @@ class Generation:
         self.started: float | None = None
         self.finished: float | None = None
         self.stream: TextStream | None = None
+        # that of a forward that broke, of which it is not known whose it was
+        self.is_read_alone = False
         self._taken = (0, 0)
 
     @property
@@ -150,10 +159,10 @@ class EngineStats:
 
 @dataclass
 class _Reading:
-    """A prompt on its way into the model: the cache that has read ``read`` tokens of it, or what
-    was left by the same prompt before."""
+    """Prompts on their way into the model, one in chunks or several whole: the cache that has read
+    ``read`` tokens of each, or what was left by the same prompt before."""
 
-    generation: Generation
+    generations: list[Generation]
     cache: Cache | None
     read: int
     whole: Prefix | None = None
@@ -225,6 +234,8 @@ class Engine:
         self.running: list[Generation] = []
         self.stats = EngineStats()
         self._reading: _Reading | None = None
+        # of the prompt read last, where the first that waits has the same
+        self._shared: Prefix | None = None
         self._news: list[Generation] = []
 
     # -- requests ------------------------------------------------------------------------------
@@ -294,11 +305,12 @@ class Engine:
             self._finish(generation, "cancelled")
             self._leave(self.running.index(generation))
             return
-        if self._reading is not None and self._reading.generation is generation:
+        if self._reading is not None and generation in self._reading.generations:
             self._reading = None
         # a step that was interrupted may have left it in none of these places
         elif generation in self.waiting:
             self.waiting.remove(generation)
+            self._share(self._shared)
         self._finish(generation, "cancelled")
 
     def read(self, prompt: str | Sequence[int]) -> SequenceState:
@@ -306,7 +318,7 @@ class Engine:
         prompt = self._check_prompt(prompt)
         cache = DynamicCache(config=self.model.config)
         for chunk in prompt.split(self.prefill_chunk):
-            self._read_chunk(chunk, cache)
+            self._read_chunk([chunk], cache)
         return SequenceState.from_cache(cache, prompt)
 
     def add_prefix(self, state: SequenceState) -> None:
@@ -421,6 +433,9 @@ class Engine:
         if isinstance(requests, str | Request):
             requests = [requests]
         generations = [self.prepare(request) for request in requests]
+        for generation, after in pairwise(generations):
+            if torch.equal(generation.prompt, after.prompt):
+                after.prompt = generation.prompt
         for generation in generations:
             self.enqueue(generation)
         try:
@@ -432,70 +447,134 @@ class Engine:
         return generations
 
     def _break_off(self):
-        under_way = self.running + ([self._reading.generation] if self._reading else [])
+        under_way = self.running + (self._reading.generations if self._reading else [])
         self.running, self._reading = [], None
         for generation in under_way:
             if generation.finish_reason is None:
                 self._fail(generation, STEP_FAILED)
 
     def _read_prompts(self):
-        spent = 0
+        room = self.prefill_chunk
         if self.waiting and self._reading is None and len(self.running) < self.slots:
             self.decoder.follow_model(is_idle=not self.running)
         while True:
             if self._reading is None:
                 if not self.waiting or len(self.running) == self.slots:
                     return
-                self._reading = self._start_reading(self.waiting[0])
-                self.waiting.popleft()
+                self._reading = self._start_reading(room)
+                if self._reading is None:
+                    return
+                for _ in self._reading.generations:
+                    self.waiting.popleft()
             reading = self._reading
             if reading.whole is not None:
-                self._enter(reading.generation, reading.whole.state, reading.whole.logits)
+                self._enter(*reading.generations, reading.whole.state, reading.whole.logits)
                 self._reading = None
                 continue
             # chunks are cut from each prompt's start, whatever else is read in the same step
-            chunk = reading.generation.prompt[reading.read :][: self.prefill_chunk]
-            if spent and spent + len(chunk) > self.prefill_chunk:
+            chunks = [x.prompt[reading.read :][: self.prefill_chunk] for x in reading.generations]
+            room -= _places(chunks)
+            if room < 0:
                 return
-            spent += len(chunk)
-            self._read_on(reading, chunk)
+            self._read_on(reading, chunks)
 
-    def _read_on(self, reading, chunk):
-        generation = reading.generation
+    def _read_on(self, reading, chunks):
+        generations = reading.generations
         try:
-            logits = self._read_chunk(chunk, reading.cache)
+            logits = self._read_chunk(chunks, reading.cache)
         except FloatingPointError as error:
             self._reading = None
-            self._fail(generation, str(error))
+            if len(generations) == 1:
+                self._fail(generations[0], str(error))
+                return
+            for generation in generations:
+                generation.is_read_alone = True
+            self.waiting.extendleft(reversed(generations))
             return
-        reading.read += len(chunk)
-        self.stats.prompt_tokens += len(chunk)
-        if reading.read == len(generation.prompt):
-            state = SequenceState.from_cache(reading.cache, generation.prompt)
-            self._enter(generation, state, logits)
-            self._reading = None
+        self.stats.prompt_tokens += sum(map(len, chunks))
+        reading.read += max(map(len, chunks))
+        if reading.read < len(generations[0].prompt):
+            return
+        for row, generation in enumerate(generations):
+            state = SequenceState.from_cache(reading.cache, generation.prompt, row)
+            self._enter(generation, state, logits[row : row + 1].clone())
+        self._reading = None
 
-    def _start_reading(self, generation):
-        prefix = self.prefixes.longest(generation.prompt)
+    def _start_reading(self, room):
+        """The first that wait; None where they do not fit into what a step still may read."""
+        generation = self.waiting[0]
+        prefix = self._known(generation.prompt)
+        read = 0 if prefix is None else len(prefix.state.tokens)
+        if min(len(generation.prompt) - read, self.prefill_chunk) > room:
+            return None
         if prefix is None:
-            return _Reading(generation, DynamicCache(config=self.model.config), 0)
-        read = len(prefix.state.tokens)
+            cache = DynamicCache(config=self.model.config)
+            return _Reading(self._first_together(room), cache, 0)
         generation.prefix_tokens = read
         self.stats.prefix_tokens += read
         if read == len(generation.prompt):
-            return _Reading(generation, None, read, prefix)
-        return _Reading(generation, prefix.state.to_cache(self.model.config, self.layout), read)
+            return _Reading([generation], None, read, prefix)
+        return _Reading([generation], prefix.state.to_cache(self.model.config, self.layout), read)
+
+    def _first_together(self, room):
+        """The first that waits, and those behind it that are read in the same forward: each whole,
+        from its beginning, and where little of it is padding."""
+        together: list[Generation] = []
+        least_full = _LEAST_FULL.get(self.device.type, 0.0)
+        most = min(self.slots - len(self.running), MOST_TOGETHER)
+        for generation in islice(self.waiting, most):
+            prompts = [x.prompt for x in (*together, generation)]
+            places = _places(prompts)
+            is_full = places <= room and sum(map(len, prompts)) >= least_full * places
+            if together and not (is_full and self._may_join(generation, together)):
+                break
+            together.append(generation)
+        return together
+
+    def _may_join(self, generation, others):
+        """Whether a prompt need not wait for one of the others, to start from its state."""
+        if generation.is_read_alone or others[0].is_read_alone:
+            return False
+        prompt = generation.prompt
+        if self._known(prompt) is not None or any(prompt is x.prompt for x in others):
+            return False
+        starts = (x.prompt for x in others if self.prefixes.recent)
+        return not any(torch.equal(x, prompt[: len(x)]) for x in starts)
+
+    def _known(self, prompt):
+        """What a prompt may start from, if there is anything."""
+        if self._shared is not None and self._shared.state.tokens is prompt:
+            return self._shared
+        return self.prefixes.longest(prompt)
+
+    def _share(self, prefix):
+        """Keep what was read last as long as the first that waits has the same prompt."""
+        same = prefix and self.waiting and self.waiting[0].prompt is prefix.state.tokens
+        self._shared = prefix if same else None
 
     @torch.no_grad()
-    def _read_chunk(self, tokens, cache):
-        """Logits ``[1, V]`` after more tokens of one prompt."""
+    def _read_chunk(self, chunks, cache):
+        """Logits ``[B, V]`` after more tokens of each prompt.
+
+        Raises:
+            FloatingPointError: what the model makes of a prompt is not finite; where there are
+                several, nobody can tell of which.
+        """
+        ids, mask = _left_padded(chunks)
         output = self.model(
-            input_ids=tokens[None].to(self.device),
+            input_ids=ids.to(self.device),
+            attention_mask=None if mask is None else mask.to(self.device),
             cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
+        logits = output.logits[:, -1]
+        if len(chunks) > 1:
+            peak = logits.amax(-1)
+            # what is not finite, taken from itself, is NaN
+            if (peak - peak != 0).any():
+                raise FloatingPointError("the model's logits hold NaN or infinity")
+        return logits
 
     def _enter(self, generation, state, logits):
         """Choose the first token; unless it is the last, take the first free slot."""
@@ -516,6 +595,7 @@ class Engine:
         # before the end, if that is the only token
         generation.started = chosen_at
         self.prefixes.leave(state, logits)
+        self._share(Prefix(state, logits))
         if generation.finish_reason is None:
             self.states.write(row, state)
             self.decoder.tokens[row] = chosen[0]
@@ -618,6 +698,25 @@ def _place_of(model):
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"the weights must be on one device, got {' and '.join(devices)}")
     return weight.dtype, weight.device
+
+
+def _places(chunks) -> int:
+    """Of a batch of them, padding included."""
+    return len(chunks) * max(map(len, chunks))
+
+
+def _left_padded(chunks):
+    """int64 ``[B, T]``, and bool ``[B, T]`` that is True for tokens; None where there is no
+    padding."""
+    longest = max(map(len, chunks))
+    if all(len(chunk) == longest for chunk in chunks):
+        return torch.stack(chunks), None
+    ids = torch.zeros(len(chunks), longest, dtype=torch.long)
+    mask = torch.zeros(len(chunks), longest, dtype=torch.bool)
+    for row, chunk in enumerate(chunks):
+        ids[row, longest - len(chunk) :] = chunk
+        mask[row, longest - len(chunk) :] = True
+    return ids, mask
 
 
 def _at_least(name, least, value) -> int:

@@ -212,15 +212,17 @@ class SequenceState:
         return self.recurrent.nbytes + self.convolution.nbytes + self.window.nbytes
 
     @classmethod
-    def from_cache(cls, cache: Cache, tokens: Tensor) -> "SequenceState":
-        """The state in the cache of one sequence (batch size 1) that has read ``tokens``."""
+    def from_cache(cls, cache: Cache, tokens: Tensor, row: int = 0) -> "SequenceState":
+        """A copy of the state in a row of a cache, which has read ``tokens`` there: all that it has
+        read but padding on the left."""
         layers = cache.layers
-        recurrent = torch.stack([layer.recurrent_states[0][0] for layer in layers])
-        convolution = torch.stack([layer.conv_states[0][0] for layer in layers])
+        recurrent = torch.stack([layer.recurrent_states[0][row] for layer in layers])
+        convolution = torch.stack([layer.conv_states[0][row] for layer in layers])
         window = convolution.new_zeros(len(layers), 0, 0)
         if getattr(layers[0], "keys", None) is not None:
-            rows = [torch.cat((layer.keys, layer.values), -1)[0, 0] for layer in layers]
-            window = torch.stack(rows)
+            newest = (row, 0, slice(-len(tokens), None))
+            parts = ([x.keys[newest] for x in layers], [x.values[newest] for x in layers])
+            window = torch.cat([torch.stack(part) for part in parts], -1)
         return cls(tokens, recurrent, convolution, window)
 
     def to_cache(self, config: RodimusConfig, layout: StateLayout) -> DynamicCache:

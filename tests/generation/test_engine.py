@@ -110,6 +110,133 @@ def test_running_sequences_wait_for_one_chunk_at_most(plus):
         assert len(first.tokens) == 3 + step
 
 
+class Forwards(list):
+    """The sizes ``(B, T)`` of what a model reads, single tokens aside."""
+
+    def __init__(self, model):
+        hook = lambda module, args, out: self.append(tuple(out.shape[:2]))
+        model.model.embeddings.register_forward_hook(hook)
+
+    def of_prompts(self):
+        return [size for size in self if size[1] > 1]
+
+
+class TestReadingTogether:
+    """Short prompts that wait are read in one forward, and say what they would say alone."""
+
+    @ON_BOTH
+    @pytest.mark.parametrize("lengths", [(5,) * 6, (9, 7, 8, 2, 9, 9), (1, 1, 2, 40, 38, 3)])
+    def test_tokens_are_those_of_each_prompt_alone(self, model, lengths):
+        prompts = prompts_of(*lengths)
+        engine = Engine(model, slots=6, prefill_chunk=128)
+        found = engine.generate([Request(p, 25) for p in prompts])
+        assert tokens_of(found) == [greedy(model, p, 25) for p in prompts]
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_tokens_do_not_depend_on_who_came_at_the_same_time(self, model, seed):
+        lengths = torch.randint(1, 30, (24,), generator=torch.Generator().manual_seed(seed))
+        prompts = prompts_of(*lengths.tolist(), seed=seed)
+        requests = [
+            Request(p, 1 + 3 * i % 20, SAMPLED if i % 2 else SamplingParams())
+            for i, p in enumerate(prompts)
+        ]
+        expected = [alone(model, request).tokens for request in requests]
+        engine, sizes = Engine(model, slots=7, prefill_chunk=64), Forwards(model)
+        assert tokens_of(engine.generate(requests)) == expected
+        # not all sizes of a forward are those of one prompt
+        assert max(batch for batch, _ in sizes.of_prompts()) > 1
+
+    def test_states_are_those_of_each_prompt_alone(self, model):
+        prompts, model = prompts_of(12, 9, 2, 6, 5), model.double()
+        sizes = Forwards(model)
+        # the first token is the last: nothing is decoded
+        requests = [Request(p, 1, keep_state=True) for p in prompts]
+        together = Engine(model, slots=5).generate(requests)
+        assert sizes == [(2, 12), (1, 2), (2, 6)]
+        for found, request in zip(together, requests, strict=True):
+            expected = alone(model, request).state
+            for name in ("recurrent", "convolution", "window"):
+                part, other = getattr(found.state, name), getattr(expected, name)
+                torch.testing.assert_close(part, other, rtol=1e-12, atol=1e-12)
+            assert found.state.tokens.equal(request.prompt)
+
+    def test_the_chunk_and_the_slots_bound_a_forward(self, plus):
+        sizes = Forwards(plus)
+        engine = Engine(plus, slots=30, prefill_chunk=64)
+        engine.generate([Request(p, 1) for p in prompts_of(*[10] * 8, *[2] * 20)])
+        # 60 of 64 places, what is left takes two short ones, and never more than 16
+        assert sizes == [(6, 10), (2, 10), (16, 2), (4, 2)]
+        sizes.clear()
+        Engine(plus, slots=3).generate([Request(p, 2) for p in prompts_of(*[10] * 5)])
+        assert sizes.of_prompts() == [(3, 10), (2, 10)]
+
+    def test_running_sequences_wait_for_one_chunk_of_many_prompts(self, plus):
+        engine, sizes = Engine(plus, slots=8, prefill_chunk=20), Forwards(plus)
+        first = engine.submit(Request(prompts_of(4)[0], 50))
+        engine.step()
+        for prompt in prompts_of(9, 9, 9, 9, 9):
+            engine.submit(Request(prompt, 20))
+        for step in range(3):
+            engine.step()
+            assert len(first.tokens) == 3 + step
+        assert sizes.of_prompts() == [(1, 4), (2, 9), (2, 9), (1, 9)]
+
+    def test_padding_is_little(self, plus):
+        sizes = Forwards(plus)
+        Engine(plus, slots=8).generate([Request(p, 1) for p in prompts_of(8, 5, 8, 2, 30, 2, 3)])
+        assert sizes == [(3, 8), (1, 2), (1, 30), (2, 3)]
+
+    def test_a_prompt_waits_for_the_state_that_another_leaves(self, plus):
+        first, rest = prompts_of(12, 3)
+        longer = torch.cat((first, rest))
+        requests = [Request(first, 6), Request(longer, 6), Request(prompts_of(9, seed=3)[0], 6)]
+        engine = Engine(plus, slots=3, recent_states=4)
+        found = engine.generate(requests)
+        assert [g.prefix_tokens for g in found] == [0, 12, 0]
+        assert tokens_of(found) == [alone(plus, request).tokens for request in requests]
+
+    @pytest.mark.parametrize("broken", [0, 1, 2])
+    def test_one_that_breaks_the_model_fails_alone(self, plus, broken):
+        with torch.no_grad():
+            plus.model.embeddings.weight[7] = float("nan")
+        plus.lm_head.weight = nn.Parameter(plus.lm_head.weight.nan_to_num(0.0))
+        prompts = [[1, 2, 3], [4, 5, 6], [8, 9, 10]]
+        expected = tokens_of(Engine(plus).generate([Request(p, 9) for p in prompts]))
+        prompts[broken][1] = 7
+        found = Engine(plus).generate([Request(p, 9) for p in prompts])
+        assert "NaN" in found.pop(broken).error
+        del expected[broken]
+        assert tokens_of(found) == expected
+
+    def test_nobody_fails_for_a_forward_that_breaks(self, plus):
+        prompts = prompts_of(4, 4, 4)
+        expected = [greedy(plus, p, 1) for p in prompts]
+        plus.lm_head.register_forward_hook(lambda *x: x[-1] * (1 if len(x[-1]) < 2 else torch.nan))
+        sizes = Forwards(plus)
+        assert tokens_of(Engine(plus).generate([Request(p, 1) for p in prompts])) == expected
+        assert sizes == [(3, 4), (1, 4), (1, 4), (1, 4)]
+
+    def test_logits_ruled_out_by_a_hook_break_nothing(self, plus):
+        banned = torch.arange(50, 97)
+        plus.lm_head.register_forward_hook(lambda *x: x[-1].index_fill(-1, banned, -torch.inf))
+        sizes = Forwards(plus)
+        found = Engine(plus).generate([Request(p, 5) for p in prompts_of(4, 4, 4)])
+        assert sizes.of_prompts() == [(3, 4)] and max(map(max, tokens_of(found))) < 50
+
+    def test_a_step_that_fails_over_them_ends_them_and_not_those_that_wait(self, plus):
+        engine, prompts = Engine(plus, slots=4, prefill_chunk=20), prompts_of(9, 9, 9)
+        read = engine._read_chunk
+        engine._read_chunk = lambda chunks, cache: 1 / 0
+        generations = [engine.submit(Request(p, 9)) for p in prompts]
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+        assert [g.finish_reason for g in generations] == ["error", "error", None]
+        engine._read_chunk = read
+        while engine.has_work:
+            engine.step()
+        assert generations[2].tokens == greedy(plus, prompts[2], 9)
+
+
 class TestEnd:
     def test_an_end_token_ends_the_text_and_is_its_last_token(self, plus):
         (prompt,) = prompts_of(6)

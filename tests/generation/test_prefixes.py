@@ -41,6 +41,46 @@ def test_choices_of_one_prompt_read_it_once(model):
     assert len({tuple(g.tokens) for g in found}) == 5
 
 
+def choices_of(prompt, count, tokens=12):
+    sampled = (SamplingParams(temperature=1.0, seed=seed) for seed in range(count))
+    return [Request(prompt, tokens, sampling) for sampling in sampled]
+
+
+@pytest.mark.parametrize("length", [7, 40])
+def test_choices_that_wait_read_their_prompt_once_though_no_states_are_kept(model, length):
+    first, second = prompts_of(length, 9)
+    requests = [*choices_of(first, 5), *choices_of(second, 2), *choices_of(first, 1)]
+    engine = Engine(model, slots=2, prefill_chunk=16)
+    found = engine.generate(requests)
+    # the last one comes after another prompt
+    assert engine.stats.prompt_tokens == 2 * length + 9
+    assert [g.prefix_tokens for g in found] == [0] + 4 * [length] + [0, 9, 0]
+    assert [g.tokens for g in found] == [alone(model, request).tokens for request in requests]
+    assert engine._shared is None and not list(engine.prefixes)
+
+
+def test_the_state_of_choices_goes_with_the_last_that_waits(plus):
+    engine = Engine(plus, slots=1)
+    (running, *waiting) = (engine.prepare(x) for x in choices_of(prompts_of(9)[0], 3))
+    for generation in (running, *waiting):
+        generation.prompt = running.prompt
+        engine.enqueue(generation)
+    engine.step()
+    assert engine._shared is not None
+    for generation in waiting:
+        engine.cancel(generation)
+    assert engine._shared is None
+
+
+def test_equal_prompts_of_others_are_read_again(plus):
+    """Nobody is to find out by the time what others ask."""
+    engine = Engine(plus, slots=1)
+    found = [engine.submit(request) for request in choices_of(prompts_of(9)[0], 2)]
+    while engine.has_work:
+        engine.step()
+    assert [g.prefix_tokens for g in found] == [0, 0] and engine.stats.prompt_tokens == 18
+
+
 def test_a_prompt_that_answered_with_one_token_is_not_read_again(model):
     (prompt,) = prompts_of(20)
     engine = Engine(model, recent_states=2)
