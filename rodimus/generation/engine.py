@@ -8,7 +8,7 @@ modules over the slots.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from numbers import Integral
@@ -233,6 +233,8 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.stats = EngineStats()
+        # tokens are launched, and the host is free until it looks at them
+        self._computes_apart = self.device.type != "cpu"
         self._reading: _Reading | None = None
         # of the prompt read last, where the first that waits has the same
         self._shared: Prefix | None = None
@@ -378,19 +380,28 @@ class Engine:
         return bool(self.running or self.waiting or self._reading)
 
     @torch.no_grad()
-    def step(self) -> list[Generation]:
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Generation]:
         """Read at most one chunk of prompts, then give each running sequence one token.
 
         A step that raises, or is interrupted, ends all that was under way with an error: states may
         have moved on that no token belongs to. What waits goes on waiting.
 
+        Args:
+            meanwhile: Work of the host that needs nothing of this step, such as telling the news of
+                the one before. Called once: where a GPU can compute the step's tokens at the same
+                time, then; else first.
+
         Returns:
             The generations with news, those cancelled since the last step included.
         """
         try:
+            reads = self._reading or (self.waiting and len(self.running) < self.slots)
+            if reads or not (self.running and self._computes_apart):
+                meanwhile()
+                meanwhile = lambda: None
             self._read_prompts()
             if self.running:
-                self._decode()
+                self._decode(meanwhile)
         except BaseException:
             self._break_off()
             raise
@@ -603,12 +614,13 @@ class Engine:
         elif generation.request.keep_state:
             generation.state = state
 
-    def _decode(self):
+    def _decode(self, meanwhile):
         running = list(self.running)
         logits = self.decoder(len(running))
         chosen = self.sampler(logits)
         # a row that found none ends, but a graph of more rows may run it once more
         self.decoder.tokens[: len(running)] = chosen.clamp_min(0)
+        meanwhile()
         ended = self._accept(running, chosen.tolist(), logits, chosen)
         for row in reversed(ended):
             self._leave(row)

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from .engine import STEP_FAILED, Delta, Engine, Generation, Request
 
@@ -138,11 +139,11 @@ class EngineWorker:
             self._changed.notify()
 
     def _run(self):
-        failures = 0
+        failures, news = 0, []
         try:
             while self._wait_for_work():
                 try:
-                    news = self.engine.step()
+                    news = self.engine.step(partial(self._report, news))
                     failures = 0
                 # panics of tokenizers in Rust are no `Exception`
                 except BaseException:
@@ -151,8 +152,11 @@ class EngineWorker:
                         raise
                     logger.exception("a step of the engine failed; what was under way has ended")
                     self._give_up(but=self.engine.waiting)
+                    news = []
                     continue
-                self._report(news)
+                if not self.engine.has_work:
+                    self._report(news)
+                    news = []
         except BaseException as error:
             logger.exception("the engine failed; all its requests are given up")
             self.failure = error

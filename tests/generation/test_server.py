@@ -998,7 +998,7 @@ def test_a_step_wakes_the_event_loop_once_for_all_its_streams():
         loop, wakes, steps = service._mail._loop, [], []
         call, step = loop.call_soon_threadsafe, engine.step
         loop.call_soon_threadsafe = lambda *args: wakes.append(args[1]) or call(*args)
-        engine.step = lambda: steps.append(len(engine.running)) or step()
+        engine.step = lambda *args: steps.append(len(engine.running)) or step(*args)
         body = {"prompt": [[i] for i in range(8)], "max_tokens": 50}
         client.stream("/v1/completions", body)
     together = [len(news) for news in wakes if isinstance(news, list)]
@@ -1032,6 +1032,20 @@ def test_news_that_wait_for_the_loop_are_joined():
 
     whole = Delta([1, 2, 3, 4], "abc", [entry, entry], "length")
     assert asyncio.run(taken(parts)) == [(generations[0], whole), (generations[1], parts[-1])]
+
+
+class Watched:
+    """Something that is called, which is written down before."""
+
+    def __init__(self, whole, name, events):
+        self.whole, self.name, self.events = whole, name, events
+
+    def __call__(self, *arguments, **options):
+        self.events.append(self.name)
+        return self.whole(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.whole, name)
 
 
 class TestWorker:
@@ -1085,6 +1099,45 @@ class TestWorker:
         finally:
             worker.stop()
         assert [reason for reason in reasons if reason] == ["error", "length", "length"]
+
+    @pytest.mark.parametrize("apart", [True, False])
+    def test_news_are_told_while_a_device_computes_the_next(self, monkeypatch, apart):
+        engine = Engine(text_model(), byte_tokenizer(), slots=2)
+        engine._computes_apart = apart
+        requests = [Request([i], 9, stop_tokens=()) for i in (1, 2)]
+        expected = [Engine(text_model(), byte_tokenizer()).generate(x)[0] for x in requests]
+        worker, events = EngineWorker(engine), []
+        for name in ("sampler", "_accept"):
+            call = getattr(engine, name)
+            monkeypatch.setattr(engine, name, Watched(call, name, events))
+        told = lambda generation, delta: events.append(f"told {generation.prompt[0]}")
+        worker.start()
+        try:
+            generations = worker.submit(requests, told)
+            wait_until(lambda: worker.unfinished == 0)
+        finally:
+            worker.stop()
+        assert [(g.text, g.tokens) for g in generations] == [(g.text, g.tokens) for g in expected]
+        # both prompts are read first
+        launched, accepted, news = "sampler", "_accept", ["told 1", "told 2"]
+        first = 2 * [launched, accepted] + [launched, accepted]
+        later = [launched, *news, accepted] if apart else [*news, launched, accepted]
+        assert events == first + 7 * later + news
+
+    def test_news_are_told_though_the_next_step_fails(self, monkeypatch):
+        engine, told = Engine(text_model(), slots=2), []
+        worker, forward = EngineWorker(engine), engine.decoder._forward
+        calls = iter([forward])
+        monkeypatch.setattr(engine.decoder, "_forward", lambda n: next(calls, fails)(n))
+        engine._computes_apart = True
+        worker.start()
+        try:
+            requests = [Request([1], tokens, stop_tokens=()) for tokens in (2, 9)]
+            worker.submit(requests, lambda generation, delta: told.append(delta))
+            wait_until(lambda: worker.unfinished == 0)
+        finally:
+            worker.stop()
+        assert [(len(x.tokens), x.finish_reason) for x in told] == [(2, "length"), (2, "error")]
 
     def test_stopping_tells_every_listener(self):
         worker = EngineWorker(Engine(text_model(), slots=1))
