@@ -37,6 +37,10 @@ _IGNORED = {
 }
 # what OpenAI writes for a token of probability zero, whose logarithm is no JSON
 _IMPOSSIBLE = -9999.0
+# of which the likeliest token alone reaches the share
+_LEAST_TOP_P = 1e-9
+# a field that OpenAI's chats always have
+_NO_REFUSAL = {"refusal": None}
 # how many tokens a client wants, the one that counts first
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
@@ -220,7 +224,8 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         temperature=fields.number("temperature", 1.0, 0, 2),
         # -1 is another name of all
         top_k=max(fields.integer("top_k", 0, -1, 2**31), 0),
-        top_p=fields.number("top_p", 1.0, 1e-6, 1),
+        # 0 is the likeliest token
+        top_p=max(fields.number("top_p", 1.0, 0, 1), _LEAST_TOP_P),
         min_p=fields.number("min_p", 0.0, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
         seed=_seed(fields),
@@ -447,7 +452,8 @@ class Answer:
         for index, generation in enumerate(generations):
             choice = self._choice(index, generation.logprobs, generation.finish_reason)
             if self.call.is_chat:
-                choice["message"] = {"role": "assistant", "content": generation.text}
+                message = {"role": "assistant", "content": generation.text}
+                choice["message"] = message | _NO_REFUSAL
             else:
                 choice["text"] = generation.text
             choices.append(choice)
@@ -504,12 +510,11 @@ class Answer:
             data = None if data is None else list(data)
             return {"token": name, "logprob": max(logprob, _IMPOSSIBLE), "bytes": data}
 
-        return {
-            "content": [
-                {**written(e.token, e.logprob), "top_logprobs": [written(*pair) for pair in e.top]}
-                for e in entries
-            ]
-        }
+        contents = [
+            {**written(e.token, e.logprob), "top_logprobs": [written(*pair) for pair in e.top]}
+            for e in entries
+        ]
+        return {"content": contents} | _NO_REFUSAL
 
     def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
         """A completion's log-probabilities: lists as long as the tokens."""

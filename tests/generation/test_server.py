@@ -129,6 +129,11 @@ class TestCompletions:
         _, answer = client.complete("Hello", max_tokens=30, top_k=-1, **options)
         assert answer["choices"][0]["text"] == direct("Hello", 30, **options).text
 
+    @pytest.mark.parametrize("top_p", [0, 1e-300])
+    def test_top_p_of_zero_is_the_likeliest_token(self, client, direct, top_p):
+        status, answer = client.complete("Hello", max_tokens=30, temperature=2, top_p=top_p)
+        assert status == 200 and answer["choices"][0]["text"] == direct("Hello", 30).text
+
     def test_tokens_end_the_text_beside_those_of_the_model(self, server, direct, monkeypatch):
         client, service, _ = server
         tokens = direct("Hello", 30).tokens
@@ -259,7 +264,8 @@ class TestChat:
         status, answer = client.chat("Hi", max_completion_tokens=20, temperature=0)
         assert status == 200 and answer["object"] == "chat.completion"
         expected = direct("<user>Hi<assistant>", 20).text
-        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected}
+        message = {"role": "assistant", "content": expected, "refusal": None}
+        assert answer["choices"][0]["message"] == message
 
     def test_content_may_be_text_parts(self, client, direct):
         parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
@@ -307,7 +313,9 @@ class TestChat:
 
     def test_logprobs_come_with_bytes(self, client):
         _, answer = client.chat("Hi", max_tokens=4, temperature=0, logprobs=True, top_logprobs=2)
-        content = answer["choices"][0]["logprobs"]["content"]
+        logprobs = answer["choices"][0]["logprobs"]
+        content = logprobs["content"]
+        assert set(logprobs) == {"content", "refusal"} and logprobs["refusal"] is None
         assert len(content) == 4 and all(len(entry["top_logprobs"]) == 2 for entry in content)
         for entry in content:
             assert bytes(entry["bytes"]).decode(errors="replace") in (entry["token"], "\ufffd")
@@ -397,7 +405,7 @@ BAD_COMPLETIONS = {
     "max_tokens text": ({"prompt": "x", "max_tokens": "9"}, "max_tokens must be"),
     "max_tokens float": ({"prompt": "x", "max_tokens": 1.5}, "max_tokens must be"),
     "temperature": ({"prompt": "x", "temperature": 2.1}, "temperature must be a number in [0, 2]"),
-    "top_p": ({"prompt": "x", "top_p": 0}, "top_p must be"),
+    "top_p": ({"prompt": "x", "top_p": -0.1}, "top_p must be a number in [0, 1], got -0.1"),
     "top_k": ({"prompt": "x", "top_k": -2}, "top_k must be an integer in [-1, "),
     "min_p": ({"prompt": "x", "min_p": True}, "min_p must be"),
     "penalty": ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty must be"),
@@ -658,7 +666,6 @@ def test_the_next_turn_reads_what_is_new_and_choices_one_prompt():
         assert stats.prompt_tokens == first["usage"]["prompt_tokens"]
         assert len({choice["message"]["content"] for choice in first["choices"]}) == 1
         turns += [first["choices"][0]["message"], {"role": "user", "content": "And now?"}]
-        turns[1].pop("refusal", None)
         _, second = client.post(url, {"messages": turns, **fields})
         cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert cached >= first["usage"]["prompt_tokens"]
