@@ -300,12 +300,20 @@ class Engine:
             )
 
     def cancel(self, generation: Generation) -> None:
-        """End a request now, wherever it is; one that has ended is left as it is."""
+        """End a request now, wherever it is; one that has ended is left as it is.
+
+        Where this raises, as for want of memory for a state that is left behind, it ends all that
+        is under way, as a step does.
+        """
         if generation.finish_reason is not None:
             return
         if generation in self.running:
             self._finish(generation, "cancelled")
-            self._leave(self.running.index(generation))
+            try:
+                self._leave(self.running.index(generation))
+            except BaseException:
+                self._break_off()
+                raise
             return
         if self._reading is not None and generation in self._reading.generations:
             self._reading = None

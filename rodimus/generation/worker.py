@@ -141,8 +141,11 @@ class EngineWorker:
     def _run(self):
         failures, news = 0, []
         try:
-            while self._wait_for_work():
+            while True:
+                self._wait_for_work()
                 try:
+                    if not self._pass_on():
+                        return
                     news = self.engine.step(partial(self._report, news))
                     failures = 0
                 # panics of tokenizers in Rust are no `Exception`
@@ -163,18 +166,26 @@ class EngineWorker:
             self._give_up()
 
     def _wait_for_work(self):
-        """Pass arrivals and cancellations on to the engine; False when it is time to end."""
         with self._changed:
             while not (self._arrived or self._cancelled or self._stopping or self.engine.has_work):
                 self._changed.wait()
+
+    def _pass_on(self):
+        """Pass arrivals and cancellations on to the engine; False when it is time to end."""
+        with self._changed:
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancelled = self._cancelled, []
             stopping = self._stopping
         for generation in arrived:
             self.engine.enqueue(generation)
         ended = list(self._listeners) if stopping else cancelled
-        for generation in ended:
-            self.engine.cancel(generation)
+        try:
+            for generation in ended:
+                self.engine.cancel(generation)
+        except BaseException:
+            # those that have ended are left as they are
+            self.cancel(ended)
+            raise
         self._report(ended)
         return not stopping
 

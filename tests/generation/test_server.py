@@ -1146,6 +1146,31 @@ class TestWorker:
             worker.stop()
         assert [(len(x.tokens), x.finish_reason) for x in told] == [(2, "length"), (2, "error")]
 
+    @pytest.mark.parametrize("stops", [False, True])
+    def test_a_cancellation_that_fails_is_a_step_that_fails(self, monkeypatch, stops):
+        """The state that it would leave behind finds no memory."""
+        engine, told = Engine(text_model(), slots=2, recent_states=2), {}
+        worker, read = EngineWorker(engine), engine.states.read
+        calls = iter([fails])
+        monkeypatch.setattr(engine.states, "read", lambda *x: next(calls, read)(*x))
+        worker.start()
+        try:
+            requests = [Request([i], 10**6, stop_tokens=()) for i in range(3)]
+            listener = lambda generation, delta: told.update({generation: delta.finish_reason})
+            generations = worker.submit(requests, listener)
+            wait_until(lambda: len(told) == 2)
+            if not stops:
+                worker.cancel([generations[0], generations[2]])
+                wait_until(lambda: worker.unfinished == 0)
+                assert worker.accepts
+                (last,) = worker.submit([Request([1], 9, stop_tokens=())], listener)
+                wait_until(lambda: worker.unfinished == 0)
+                assert told[last] == "length"
+        finally:
+            worker.stop()
+        assert [told[x] for x in generations] == ["cancelled", "error", "cancelled"]
+        assert worker.failure is None and not engine.has_work and worker.unfinished == 0
+
     def test_stopping_tells_every_listener(self):
         worker = EngineWorker(Engine(text_model(), slots=1))
         worker.start()
