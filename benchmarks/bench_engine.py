@@ -21,7 +21,8 @@ POINTS = {
     "tiny": [(2, 16, 4)],
     # prompts of a 1.5B model take seconds each on a CPU, so only one client is served
     "cpu": [(1, 128, 32)],
-    "cuda": [(1, 1024, 128), (8, 1024, 128), (64, 1024, 128), (8, 16384, 128)],
+    # short prompts are read together
+    "cuda": [(1, 1024, 128), (8, 1024, 128), (64, 1024, 128), (64, 64, 128), (8, 16384, 128)],
 }
 REQUESTS_A_CLIENT = {"tiny": 2, "full": 4}
 
