@@ -198,7 +198,7 @@ class EngineSession(HuggingFaceSession):
         self.decoder = Decoder(owner.model, self.slots)
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        # the engine reads prompts one by one
+        # the engine reads long prompts one by one
         return torch.cat([self._read(row, ids[row : row + 1]) for row in range(self.batch)])
 
     def _read(self, slot: int, ids: torch.Tensor) -> torch.Tensor:

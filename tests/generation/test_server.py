@@ -117,6 +117,16 @@ class TestCompletions:
         assert len({answer["choices"][0]["text"] for status, answer in drawn}) == 3
         assert answers[0]["usage"]["prompt_tokens"] == 2
 
+    def test_choices_of_more_than_the_slots_read_their_prompts_once(self, server):
+        client, service, _ = server
+        stats = service.worker.engine.stats
+        before = stats.prompt_tokens
+        for n, prompts in ((6, ["Hello"]), (3, ["Hi", "there"])):
+            _, answer = client.complete(prompts, n=n, seed=1, max_tokens=9)
+            before += answer["usage"]["prompt_tokens"]
+            assert stats.prompt_tokens == before
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
     def test_stop_strings_end_the_text(self, client, direct):
         text = direct("Hello", 60).text
         stop = text[12:15]
