@@ -140,6 +140,8 @@ class Clients:
         if status == "200":
             *events, done, _ = answer.decode().split("\n\n")
             assert done == "data: [DONE]"
+            # while nothing comes, for as long as a busy machine takes, there are comments
+            events = [event for event in events if not event.startswith(":")]
             pieces = (json.loads(event.removeprefix("data: ")) for event in events)
             text = "".join(piece["choices"][0]["text"] for piece in pieces)
             self._compare(body, text, expected)
@@ -150,7 +152,10 @@ class Clients:
             self.differing.append(f"{body}: {text!r} instead of {expected!r}")
 
     async def _leaves_a_stream(self, generator):
-        reader, writer = await self._open(generator, {"stream": True, "max_tokens": 4000})
+        try:
+            reader, writer = await self._open(generator, {"stream": True, "max_tokens": 4000})
+        except ConnectionError:
+            return "closed"
         try:
             status = (await reader.readexactly(12))[9:].decode()
             await reader.read(generator.randint(1, 4000))
@@ -160,7 +165,10 @@ class Clients:
         return status
 
     async def _leaves_before_the_answer(self, generator):
-        _, writer = await self._open(generator, {"max_tokens": 4000})
+        try:
+            _, writer = await self._open(generator, {"max_tokens": 4000})
+        except ConnectionError:
+            return "closed"
         await asyncio.sleep(generator.uniform(0, 0.3))
         writer.close()
         return "left"
