@@ -28,9 +28,9 @@ from .text import TextStream, encode, skipped_tokens
 MAX_LOGPROBS = 20
 # prompts read in one forward, whose states take memory besides the slots
 MOST_TOGETHER = 16
-# so much of such a forward must be tokens: on a CPU padding costs as much as they do, on a GPU
-# little beside the launches of another forward
-_LEAST_FULL = {"cpu": 0.75}
+# so much of such a forward must be tokens on a CPU, where padding costs as much as they do; on a
+# GPU it is little beside the launches of another forward
+_LEAST_FULL_ON_CPU = 0.75
 # the error of what was under way in such a step
 STEP_FAILED = "a step of the engine failed or was interrupted"
 
@@ -539,8 +539,12 @@ class Engine:
         """The first that waits, and those behind it that are read in the same forward: each whole,
         from its beginning, and where little of it is padding."""
         together: list[Generation] = []
-        least_full = _LEAST_FULL.get(self.device.type, 0.0)
+        on_cpu = self.device.type == "cpu"
+        least_full = _LEAST_FULL_ON_CPU if on_cpu else 0.0
         most = min(self.slots - len(self.running), MOST_TOGETHER)
+        if on_cpu and self._place[0].itemsize < 4:
+            # rounding would depend on the neighbours, and little is gained
+            most = 1
         for generation in islice(self.waiting, most):
             prompts = [x.prompt for x in (*together, generation)]
             places = _places(prompts)

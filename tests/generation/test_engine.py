@@ -186,6 +186,16 @@ class TestReadingTogether:
         Engine(plus, slots=8).generate([Request(p, 1) for p in prompts_of(8, 5, 8, 2, 30, 2, 3)])
         assert sizes == [(3, 8), (1, 2), (1, 30), (2, 3)]
 
+    def test_narrow_dtypes_of_a_cpu_know_no_neighbours(self, plus):
+        """Not to the last bit."""
+        plus, prompts = plus.bfloat16(), prompts_of(8, 8, 7)
+        requests = [Request(p, 1, keep_state=True) for p in prompts]
+        sizes = Forwards(plus)
+        found = Engine(plus, slots=3).generate(requests)
+        assert sizes == [(1, 8), (1, 8), (1, 7)]
+        for generation, request in zip(found, requests, strict=True):
+            assert generation.state.recurrent.equal(alone(plus, request).state.recurrent)
+
     def test_a_prompt_waits_for_the_state_that_another_leaves(self, plus):
         first, rest = prompts_of(12, 3)
         longer = torch.cat((first, rest))
