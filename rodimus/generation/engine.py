@@ -21,7 +21,7 @@ from ..errors import first_line
 from ..loading import end_tokens
 from .decode import Decoder
 from .prefixes import Prefix, Prefixes
-from .sampling import Sampler, SamplingParams, is_integer, token_logprobs
+from .sampling import Sampler, SamplingParams, is_integer, not_finite, token_logprobs
 from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream, encode, skipped_tokens
 
@@ -592,11 +592,8 @@ class Engine:
             logits_to_keep=1,
         )
         logits = output.logits[:, -1]
-        if len(chunks) > 1:
-            peak = logits.amax(-1)
-            # what is not finite, taken from itself, is NaN
-            if (peak - peak != 0).any():
-                raise FloatingPointError("the model's logits hold NaN or infinity")
+        if len(chunks) > 1 and not_finite(logits.amax(-1)).any():
+            raise FloatingPointError("the model's logits hold NaN or infinity")
         return logits
 
     def _enter(self, generation, state, logits):

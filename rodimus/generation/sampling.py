@@ -226,6 +226,12 @@ class _Filters:
         return scores
 
 
+def not_finite(peak: Tensor) -> Tensor:
+    """Where the largest logit of a row is NaN or infinite; others may be -inf."""
+    # taken from itself, it is NaN
+    return peak - peak != 0
+
+
 def _float32(numbers, device):
     # said, since torch's default may be another, and knows no fractions
     return torch.tensor(numbers, dtype=torch.float32, device=device)
@@ -297,8 +303,7 @@ class Sampler:
             self.drawn[at] += 1
         if plan.penalty is not None:
             self.seen[rows].scatter_(1, tokens[:, None], True)
-        # what is not finite, taken from itself, is NaN
-        return tokens.masked_fill(peak - peak != 0, -1)
+        return tokens.masked_fill(not_finite(peak), -1)
 
     def plan(self, first_row: int, count: int) -> _Plan:
         """How tokens of ``count`` rows are chosen, until a row is placed or moved."""
