@@ -73,8 +73,9 @@ try:
         gated_ddts,
         gated_rms_norm,
         input_gate,
+        linear,
         linear_cross_entropy,
-        linear_step,
+        multiplies_slowly,
         rms_norm,
         rope,
         rope_tables,
@@ -849,9 +850,13 @@ def _is_compiled(x) -> bool:
 
 def _is_step(x) -> bool:
     """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
+    return x.shape[1] == 1 and _is_free(x)
+
+
+def _is_free(x) -> bool:
+    """Whether operators without a gradient may take x, and nobody looks into the modules."""
     return (
         blocks_step is not None
-        and x.shape[1] == 1
         and not torch.is_grad_enabled()
         and not _is_compiled(x)
         and not torch.is_autocast_enabled(x.device.type)
@@ -1015,7 +1020,8 @@ class RodimusGateLinear(nn.Linear):
     """Linear layer whose bias is added in float32: decays near 1 do not survive bfloat16."""
 
     def forward(self, x):
-        return self.add_bias(F.linear(x, self.weight))
+        product = _product if _multiplies_slowly(x) else F.linear
+        return self.add_bias(product(x, self.weight))
 
     def add_bias(self, y):
         return y.to(torch.promote_types(y.dtype, torch.float32)) + self.bias
@@ -1048,7 +1054,7 @@ def _project(x, *layers):
     """What each layer makes of x."""
     if _sums_in_products(x, *layers):
         return _Products.apply(x, *(layer.weight for layer in layers))
-    return tuple(layer(x) for layer in layers)
+    return tuple(_apply(layer, x) for layer in layers)
 
 
 def _project_to_halves(x, layer):
@@ -1056,7 +1062,29 @@ def _project_to_halves(x, layer):
     products' own."""
     if _sums_in_products(x, layer):
         return _Products.apply(x, *layer.weight.chunk(2))
-    return layer(x).chunk(2, dim=-1)
+    return _apply(layer, x).chunk(2, dim=-1)
+
+
+def _apply(layer, x, is_step=False):
+    """What a linear layer makes of x: by the operator where torch's product is slow, as it is for
+    a step and for half precision on a CPU without instructions for it."""
+    by_operator = (is_step or _multiplies_slowly(x)) and _is_untouched(layer)
+    return _product(x, layer.weight, layer.bias) if by_operator else layer(x)
+
+
+def _product(x, weight, bias=None):
+    """``F.linear`` without a gradient, by the operator if the weight is one that it takes."""
+    matrix = decode_weight(weight)
+    plain = type(matrix) is nn.Parameter and matrix.dtype == x.dtype
+    if plain or (type(matrix) is Int8Weight and x.device.type == "cpu"):
+        return linear(x.flatten(0, -2), matrix, bias).unflatten(0, x.shape[:-1])
+    return F.linear(x, weight, bias)
+
+
+def _multiplies_slowly(x):
+    """Whether torch has but slow products for x, and an operator without a gradient may be used."""
+    half = not x.is_cuda and x.dtype.itemsize == 2
+    return half and _is_free(x) and multiplies_slowly(x.device, x.dtype)
 
 
 def _sums_in_products(x, *layers):
@@ -1132,7 +1160,7 @@ class RodimusInnerMixer(nn.Module):
             keys, gates = F.linear(x, weight).chunk(2, dim=-1)
             gates = self.mem_gate_proj.add_bias(gates)
         else:
-            keys, gates = self.in_proj(x), self.mem_gate_proj(x)
+            keys, gates = _apply(self.in_proj, x), self.mem_gate_proj(x)
         return *keys.chunk(2, dim=-1), *gates.chunk(2, dim=-1)
 
     def _joins_weights(self, x):
@@ -1150,7 +1178,7 @@ class RodimusInnerMixer(nn.Module):
         gate = self.ch_gate_proj
         plain = _is_plain(gate, nn.Sequential) and _is_plain(gate[1], nn.Linear)
         if plain and _is_plain(gate[2], nn.Sigmoid):
-            return input_gate(x, gate[0](x), gate[1].weight, gate[1].bias)
+            return input_gate(x, _apply(gate[0], x), gate[1].weight, gate[1].bias)
         return gate(x) * x
 
     def _convolve(self, x, layout, cache):
@@ -1232,7 +1260,7 @@ class RodimusMixer(nn.Module):
         o, shifted, residual_weight = self.inner_mixer(x, layout, cache)
         y = self.act_norm(o, gate, shifted, residual_weight)
         y = F.dropout(y, self.activation_dropout, self.training)
-        return F.dropout(self.out_proj(y), self.dropout, self.training)
+        return F.dropout(_apply(self.out_proj, y), self.dropout, self.training)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1301,7 +1329,7 @@ class RodimusAttention(nn.Module):
             o, weights = self._attend(q, k, v, layout, cache, **kwargs)
             if weights is not None and layout.order is not None and weights.shape[-1] == length:
                 weights = _as_given(weights, layout.order)
-        o = self.out_proj(o.reshape(batch, length, -1))
+        o = _apply(self.out_proj, o.reshape(batch, length, -1))
         return F.dropout(o, self.dropout, self.training), weights
 
     def _attend(self, q, k, v, layout, cache, **kwargs):
@@ -1348,8 +1376,9 @@ class RodimusMLP(nn.Module):
         self.out_proj = _out_linear(config.intermediate_size, config.d_model)
 
     def forward(self, hidden_states):
-        y = F.dropout(swiglu(self.fc(hidden_states)), self.activation_dropout, self.training)
-        return F.dropout(self.out_proj(y), self.dropout, self.training)
+        y = swiglu(_apply(self.fc, hidden_states))
+        y = F.dropout(y, self.activation_dropout, self.training)
+        return F.dropout(_apply(self.out_proj, y), self.dropout, self.training)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -2146,12 +2175,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
 
     def _logits(self, hidden_states, is_step=None):
         is_step = _is_step(hidden_states) if is_step is None else is_step
-        if is_step and _is_untouched(self.lm_head) and self.lm_head.bias is None:
-            weight = decode_weight(self.lm_head.weight)
-            is_plain = type(weight) is nn.Parameter and weight.dtype == hidden_states.dtype
-            if is_plain or (type(weight) is Int8Weight and hidden_states.device.type == "cpu"):
-                return linear_step(hidden_states.squeeze(1), weight).unsqueeze(1)
-        return self.lm_head(hidden_states)
+        return _apply(self.lm_head, hidden_states, is_step)
 
     def _loss(self, logits, labels, z_loss, **kwargs):
         """``(loss, cross-entropy)`` of logits, by the loss function that the model carries."""

@@ -23,7 +23,7 @@ from .ddts import (
 )
 from .input_gate import input_gate
 from .int8_weight import Int8Weight, decode_weight
-from .linear import linear_step
+from .linear import linear, multiplies_slowly
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
 from .reference import int8_row_bytes, read_ring, ring_parts, rope_tables, write_ring
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
@@ -56,8 +56,9 @@ __all__ = [
     "implementations_used",
     "input_gate",
     "int8_row_bytes",
+    "linear",
     "linear_cross_entropy",
-    "linear_step",
+    "multiplies_slowly",
     "read_ring",
     "ring_parts",
     "rms_norm",

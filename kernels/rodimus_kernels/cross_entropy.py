@@ -1,10 +1,12 @@
 """Linear head and cross entropy in one operator that never holds all logits."""
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
 from ._schemas import is_transformed
+from .linear import linear, multiplies_slowly
 from .reference import can_read_values, no_autocast
 
 _IMPLS = {
@@ -166,11 +168,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         rows = _chunk_rows(dtype.itemsize, weight.shape[0], hidden.device)
+        multiply = linear if multiplies_slowly(hidden.device, hidden.dtype) else F.linear
         with no_autocast(hidden.device):
             for start in range(0, hidden.shape[0], rows):
                 chunk = slice(start, start + rows)
                 x = hidden[chunk]
-                logits = (x @ weight.t()).to(dtype)
+                logits = multiply(x, weight).to(dtype)
                 options = (z_loss, ignore_index, need_hidden or need_weight)
                 totals += losses_of_rows(logits, labels[chunk], *options).sum(0)
                 dlogits = logits.to(hidden.dtype)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
+from .linear import multiplies_slowly
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:input_gate",
@@ -40,7 +41,7 @@ def input_gate(
     Returns:
         ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with
         ``impl="eager"``, the automatic choice off a GPU where hidden, weight and bias have one
-        dtype, in that.
+        dtype that it multiplies well, in that.
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
@@ -53,16 +54,17 @@ def input_gate(
     if impl == "auto":
         double = torch.float64 in (x.dtype, hidden.dtype, weight.dtype, bias.dtype)
         alike = _are_alike(x, hidden, weight, bias)
-        impl = _choose(runs_triton(x.device), hidden.shape[-1], double, alike)
+        suits = alike and not multiplies_slowly(x.device, weight.dtype)
+        impl = _choose(runs_triton(x.device), hidden.shape[-1], double, suits)
     return load("input_gate", impl, _IMPLS)(x, hidden, weight, bias)
 
 
-def _choose(triton: bool, rank: int, double: bool, alike: bool) -> str:
-    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program, else what takes
-    these dtypes."""
+def _choose(triton: bool, rank: int, double: bool, suits: bool) -> str:
+    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program, else torch's own
+    product if it takes these dtypes, and not slowly."""
     if triton and rank <= _MAX_RANK and not double:
         return "triton"
-    return "eager" if alike else "reference"
+    return "eager" if suits else "reference"
 
 
 def _are_alike(x, *product):

@@ -30,7 +30,7 @@ class Int8Weight(NamedTuple):
 
 
 def decode_weight(weight: torch.Tensor) -> torch.Tensor | Int8Weight:
-    """A parameter of a linear layer as :func:`linear_step` and :func:`blocks_step` take it.
+    """A parameter of a linear layer as :func:`linear` and :func:`blocks_step` take it.
 
     torchao's 8-bit weights (``Int8WeightOnlyConfig``, one scale for each output) on a CPU become
     an :class:`Int8Weight` of the same memory; any other weight is returned as it stands, also one

@@ -1,4 +1,7 @@
-"""Linear layer for the few rows of a decode step, where reading the weights is all the time."""
+"""Linear layer without gradients: for the few rows of a decode step, where reading the weights is
+all the time, and for many rows on a CPU that lacks instructions for the weights' dtype."""
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +11,21 @@ from ._dispatch import check_same_device, check_shape, choose_compiled, load
 from .int8_weight import Int8Weight
 
 _IMPLS = {
-    "reference": "rodimus_kernels.reference:linear_step",
+    "reference": "rodimus_kernels.reference:linear",
     "eager": "rodimus_kernels.linear:eager_linear",
-    "native": "rodimus_kernels.native_linear:step",
+    "widened": "rodimus_kernels.linear:widened_linear",
+    "native": "rodimus_kernels.native_linear:linear",
 }
 IMPLS = tuple(_IMPLS)
 
+# On a CPU without instructions for the dtype: up to so many rows reading the weights several times
+# natively is faster than widening them (2 cores with AVX2; they met between 24 and 64 rows).
+_MOST_READ_NATIVELY = 32
+# Outputs whose weights are widened at once: a few MiB, which stay in cache until they are used.
+_OUTPUTS_AT_ONCE = 512
 
-def linear_step(
+
+def linear(
     x: torch.Tensor,
     weight: torch.Tensor | Int8Weight,
     bias: torch.Tensor | None = None,
@@ -28,8 +38,9 @@ def linear_step(
         x: ``[M, K]``; the native form takes M <= 8.
         weight: ``[N, K]`` of x's dtype, or 8-bit weights, which the native form takes on a CPU.
         bias: ``[N]`` or None; float32 or x's dtype.
-        impl: ``"auto"``, ``"native"``, ``"eager"`` or ``"reference"``; an explicit choice never
-            falls back.
+        impl: ``"auto"``, ``"native"``, ``"eager"``, ``"widened"``, which takes the products in
+            float32, of some weights at a time, or ``"reference"``; an explicit choice never falls
+            back.
 
     Returns:
         ``[M, N]`` in x's dtype. With the native form a row does not depend on the other rows.
@@ -49,14 +60,41 @@ def linear_step(
     check_same_device("x", x, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":
-            rows = x.shape[0]
-            suits = 1 <= rows and (rows <= native.MAX_ROWS or type(weight) is Int8Weight)
-            impl = choose_compiled("eager", x, weight, bias) if suits else "eager"
-            if impl == "native" and rows > native.MAX_ROWS:
-                # widening 8-bit weights takes longer than reading them a few times
+            impl = _choose(x, weight, bias)
+            if impl == "native" and x.shape[0] > native.MAX_ROWS:
                 parts = x.split(native.MAX_ROWS)
-                return torch.cat([linear_step(part, weight, bias) for part in parts])
-        return load("linear_step", impl, _IMPLS)(x, weight, bias)
+                return torch.cat([linear(part, weight, bias, impl="native") for part in parts])
+        return load("linear", impl, _IMPLS)(x, weight, bias)
+
+
+def _choose(x, weight, bias):
+    """What ``impl="auto"`` means: the native form also for more rows than it takes, in parts."""
+    rows, is_slow = x.shape[0], multiplies_slowly(x.device, x.dtype)
+    most = _MOST_READ_NATIVELY if is_slow else native.MAX_ROWS
+    # 8-bit weights with float32: each row as it would be alone, however many there are
+    always = type(weight) is Int8Weight and not is_slow
+    if rows >= 1 and (rows <= most or always):
+        if choose_compiled("eager", x, weight, bias) == "native":
+            return "native"
+    return "widened" if is_slow and rows > native.MAX_ROWS else "eager"
+
+
+@torch.compiler.assume_constant_result
+def multiplies_slowly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's products in this dtype are far slower there than those in float32: on a CPU
+    for which its library has none in half precision."""
+    return device.type == "cpu" and dtype in _ASKS_MKLDNN and not _has_products(dtype)
+
+
+_ASKS_MKLDNN = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+
+
+@functools.cache
+def _has_products(dtype):
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, _ASKS_MKLDNN[dtype])()
 
 
 @reference.outside_autocast
@@ -64,7 +102,23 @@ def eager_linear(x, weight, bias=None):
     """``F.linear``; a wider bias is added in its own dtype, then rounded. 8-bit weights are
     multiplied out: the sum of their values times x is more than float16 holds."""
     if type(weight) is Int8Weight:
-        return reference.linear_step(x, weight, bias)
+        return reference.linear(x, weight, bias)
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
     return (F.linear(x, weight).to(bias.dtype) + bias).to(x.dtype)
+
+
+@reference.outside_autocast
+def widened_linear(x, weight, bias=None):
+    """Products in float32 with a part of the weights at a time, in one buffer."""
+    values, scale = weight if type(weight) is Int8Weight else (weight, None)
+    outputs, dtype = values.shape[0], reference.accumulation_dtype(x)
+    y, wide = x.new_empty(x.shape[0], outputs), x.to(dtype)
+    buffer = x.new_empty(min(outputs, _OUTPUTS_AT_ONCE), x.shape[1], dtype=dtype)
+    for start in range(0, outputs, _OUTPUTS_AT_ONCE):
+        part = slice(start, start + _OUTPUTS_AT_ONCE)
+        product = wide @ buffer[: len(values[part])].copy_(values[part]).t()
+        if scale is not None:
+            product *= scale[part]
+        y[:, part] = product if bias is None else product.add_(bias[part])
+    return y

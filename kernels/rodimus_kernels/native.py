@@ -59,7 +59,7 @@ CPU_ISAS = tuple(build.CPU_ISAS)
 DTYPES = (torch.float32, torch.bfloat16)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
 MAX_ROWS = 8
-"""Rows of x that :func:`rodimus_kernels.linear_step` takes."""
+"""Rows of x that :func:`rodimus_kernels.linear` takes."""
 MAX_TAPS = 8
 """Taps of the convolution of a sequence, which is on a CPU alone."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256

@@ -6,13 +6,13 @@ from . import native
 from .int8_weight import Int8Weight
 
 
-def step(x, weight, bias=None):
-    """:func:`rodimus_kernels.linear_step`; x and weight float32, or both bfloat16, or int8 weights
+def linear(x, weight, bias=None):
+    """:func:`rodimus_kernels.linear`; x and weight float32, or both bfloat16, or int8 weights
     with either."""
-    native.check("linear_step", x, weight, bias)
+    native.check("linear", x, weight, bias)
     if not 1 <= x.shape[0] <= native.MAX_ROWS:
         raise ValueError(
-            f"linear_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {x.shape[0]}"
+            f"linear(impl='native') takes 1 to {native.MAX_ROWS} rows, got {x.shape[0]}"
         )
     values, scale = weight if type(weight) is Int8Weight else (weight, None)
     return torch.ops.rodimus.native_linear_step(*map(native.dense_rows, (x, values, bias, scale)))

@@ -923,7 +923,7 @@ def dense_weight(weight):
 
 
 @outside_autocast
-def linear_step(x, weight, bias=None):
+def linear(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
     dtype. The weight may be one of :func:`dense_weight`."""
     weight = dense_weight(weight)
@@ -969,15 +969,15 @@ def _block_step(
     key_eps=1e-12,
     norm_eps=1e-5,
 ):
-    x, gate = linear_step(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc).chunk(2, -1)
+    x, gate = linear(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc).chunk(2, -1)
     shifted = short_conv_step(x, taps, w.conv, w.conv_bias)
-    q, k = linear_step(shifted, w.query_key).chunk(2, -1)
-    gates = linear_step(shifted.to(w.mem_gate_bias.dtype), w.mem_gate, w.mem_gate_bias)
+    q, k = linear(shifted, w.query_key).chunk(2, -1)
+    gates = linear(shifted.to(w.mem_gate_bias.dtype), w.mem_gate, w.mem_gate_bias)
     y = ddts_mixer_step(
         q,
         k,
         *gates.chunk(2, -1),
-        linear_step(x, w.gate_in),
+        linear(x, w.gate_in),
         x,
         shifted,
         gate,
@@ -989,22 +989,20 @@ def _block_step(
         key_eps=key_eps,
         norm_eps=norm_eps,
     )
-    branch = linear_step(y, w.mixer_out)
+    branch = linear(y, w.mixer_out)
     if w.query is not None:
         x, stream = add_rms_norm(branch, stream, w.attn_norm, eps=norm_eps)
         # [B, 1, heads, dim]
-        rows = (
-            linear_step(x, p).unflatten(-1, (1, -1, head_dim)) for p in (w.query, w.key, w.value)
-        )
+        rows = (linear(x, p).unflatten(-1, (1, -1, head_dim)) for p in (w.query, w.key, w.value))
         q, k, v = rows
         if rotary is not None:
             tables = [table.unsqueeze(1) for table in rotary]
             q, k = rope(q, *tables), rope(k, *tables)
         o = shared_key_attention_step(q, k, v, ring, position, window_size=window_size)
-        attended = linear_step(o.flatten(1), w.attn_out)
+        attended = linear(o.flatten(1), w.attn_out)
         x, _ = add_rms_norm(attended, stream, w.ffn_norm, eps=norm_eps)
-        x, gate = linear_step(x, w.ffn_in).chunk(2, -1)
-        branch = linear_step(F.silu(gate) * x, w.ffn_out)
+        x, gate = linear(x, w.ffn_in).chunk(2, -1)
+        branch = linear(F.silu(gate) * x, w.ffn_out)
     return stream + branch
 
 

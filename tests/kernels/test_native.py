@@ -51,12 +51,12 @@ def conv(dtype, B=2, T=5, D=7, W=4):
     return first(rk.short_conv), first(reference.short_conv), arguments, named, None
 
 
-def linear_step(dtype, M=2, N=5, K=7):
+def linear(dtype, M=2, N=5, K=7):
     arguments = [torch.randn(M, K), torch.randn(N, K), torch.randn(N)]
-    return rk.linear_step, reference.linear_step, [x.to(dtype) for x in arguments], {}, None
+    return rk.linear, reference.linear, [x.to(dtype) for x in arguments], {}, None
 
 
-def int8_linear_step(dtype, M=2, N=5, K=7):
+def int8_linear(dtype, M=2, N=5, K=7):
     values = torch.randint(-127, 128, (N, K), dtype=torch.int8)
     arguments = [torch.randn(M, K, dtype=dtype), values, 0.1 * torch.rand(N)]
     of = lambda operator: (
@@ -65,7 +65,7 @@ def int8_linear_step(dtype, M=2, N=5, K=7):
         )
     )
     arguments += [torch.randn(N, dtype=dtype)]
-    return of(rk.linear_step), of(reference.linear_step), arguments, {}, None
+    return of(rk.linear), of(reference.linear), arguments, {}, None
 
 
 def rms_norm(dtype, N=2, D=7):
@@ -124,12 +124,12 @@ def int8_attention_step(dtype, *sizes, **named):
 
 
 SMALL = [
-    *(ddts_step, mixer_step, conv_step, conv, linear_step, int8_linear_step),
+    *(ddts_step, mixer_step, conv_step, conv, linear, int8_linear),
     *(rms_norm, add_rms_norm, gated_rms_norm, attention_step, int8_attention_step),
 ]
 FORMS = [
     *((maker, impl) for maker in SMALL for impl in ("native", "reference")),
-    *((maker, "eager") for maker in (ddts_step, linear_step, int8_linear_step)),
+    *((maker, "eager") for maker in (ddts_step, linear, int8_linear)),
     *((maker, "sdpa") for maker in (attention_step, int8_attention_step)),
 ]
 CASES = {
@@ -137,7 +137,7 @@ CASES = {
     mixer_step: [(1, 64, 2048, 32), (3, 19, 300, 17), (8, 300, 513, 300), (1, 1, 1, 1)],
     conv_step: [(1, 2048, 4), (3, 77, 4), (2, 300, 3), (1, 1, 1)],
     conv: [(1, 65, 2048, 4), (3, 5, 77, 4), (2, 130, 300, 3), (1, 1, 1, 1)],
-    linear_step: [(1, 600, 2048), (8, 77, 131), (3, 5, 64), (5, 33, 32), (4, 9, 7), (7, 1, 1)]
+    linear: [(1, 600, 2048), (8, 77, 131), (3, 5, 64), (5, 33, 32), (4, 9, 7), (7, 1, 1)]
     # the MLP's inner width, no whole number of vectors
     + [(1, 40, 2736)],
     rms_norm: [(1, 2048), (3, 77), (5, 300), (1, 1)],
@@ -153,7 +153,7 @@ CASES = {
     + [(1, 1, 1, (1, 1), (1, 1), 1, 1, 5)],
 }
 CASES[int8_attention_step] = CASES[attention_step]
-CASES[int8_linear_step] = CASES[linear_step]
+CASES[int8_linear] = CASES[linear]
 PARAMETERS = [
     pytest.param(maker, size, id=f"{maker.__name__}-{'x'.join(map(str, size))}")
     for maker, sizes in CASES.items()
@@ -245,10 +245,10 @@ def test_nothing_but_states_must_be_dense(maker):
 @needs_library
 def test_bias_may_be_absent_or_wider():
     for dtype in DTYPES:
-        _, _, (x, weight, _), _, _ = linear_step(dtype, 3, 40, 100)
+        _, _, (x, weight, _), _, _ = linear(dtype, 3, 40, 100)
         wide = torch.randn(40)
         for bias in (None, wide):
-            actual = rk.linear_step(x, weight, bias, impl="native")
+            actual = rk.linear(x, weight, bias, impl="native")
             truth = F.linear(x.double(), weight.double(), None if bias is None else wide.double())
             assert actual.dtype == dtype
             assert relative_error(actual, truth) < (LIMIT if dtype == torch.float32 else 3e-3)
@@ -259,18 +259,18 @@ def test_bias_may_be_absent_or_wider():
 
 @needs_library
 @pytest.mark.parametrize("impl", ["eager", "native", "reference"])
-def test_every_linear_step_agrees(impl):
+def test_every_linear_agrees(impl):
     for bias in (torch.randn(33), torch.randn(33, dtype=torch.bfloat16), None):
         x, weight = torch.randn(5, 70).bfloat16(), torch.randn(33, 70).bfloat16()
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        assert relative_error(rk.linear_step(x, weight, bias, impl=impl), exact) < 4e-3
+        assert relative_error(rk.linear(x, weight, bias, impl=impl), exact) < 4e-3
 
 
 @needs_library
 @pytest.mark.parametrize("impl", ["auto", "eager", "native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_linear_step_of_8_bit_weights_agrees(dtype, impl):
-    operator, definition, (x, values, scale, bias), *_ = int8_linear_step(dtype, 5, 33, 70)
+def test_every_linear_of_8_bit_weights_agrees(dtype, impl):
+    operator, definition, (x, values, scale, bias), *_ = int8_linear(dtype, 5, 33, 70)
     for given in (bias, torch.randn(33), None):
         wide = None if given is None else given.double()
         exact = definition(x.double(), values, scale.double(), wide)
@@ -283,7 +283,7 @@ def test_every_linear_step_of_8_bit_weights_agrees(dtype, impl):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_than_the_native_form_takes_meet_8_bit_weights_in_it(dtype):
     """Each as it would alone."""
-    operator, _, (x, values, scale, bias), *_ = int8_linear_step(dtype, 19, 33, 70)
+    operator, _, (x, values, scale, bias), *_ = int8_linear(dtype, 19, 33, 70)
     alone = [operator(row[None], values, scale, bias, impl="native") for row in x]
     assert torch.equal(operator(x, values, scale, bias), torch.cat(alone))
 
@@ -294,7 +294,7 @@ def test_sums_of_8_bit_weights_are_rounded_once(dtype):
     x = (40 + torch.rand(2, 2048)).to(dtype)
     weight = rk.Int8Weight(torch.full((3, 2048), 127, dtype=torch.int8), torch.full((3,), 5e-4))
     exact = x.double() @ reference.dense_weight(weight).double().T
-    y = rk.linear_step(x, weight, impl="eager")
+    y = rk.linear(x, weight, impl="eager")
     # half a unit in the last place, and terms of one sign summed in float32
     limit = torch.finfo(dtype).eps / 2 + 2048 * torch.finfo(torch.float32).eps / 2
     assert ((y - exact).abs() <= limit * exact).all()
@@ -305,7 +305,7 @@ def test_8_bit_weights_of_every_value(isa):
     """Each of the 256 at each place of a vector, in whole vectors and in the rest of a row."""
     for size in (1, 3, 64, 97):
         values = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(256, size).contiguous()
-        y = rk.linear_step(torch.eye(8, size), rk.Int8Weight(values, torch.ones(256)))
+        y = rk.linear(torch.eye(8, size), rk.Int8Weight(values, torch.ones(256)))
         places = min(8, size)
         assert torch.equal(y[:places], values[:, :places].T.float()) and not y[places:].any()
 
@@ -322,7 +322,7 @@ def test_8_bit_sums_hold_any_number_of_inputs(isa, size):
     numbers = [1.99, -1.99, 1 + (2**14 - 32) * 2**-28, 1 + (2**15 - 32) * 2**-28, -1.5]
     x = torch.tensor(numbers)[:, None].expand(-1, size).contiguous()
     x[4, ::3] = -1e-3
-    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(3)))
+    y = rk.linear(x, rk.Int8Weight(values, torch.ones(3)))
     exact = x.double() @ values.double().T
     assert ((y - exact).abs() <= LIMIT * (x.double().abs() @ values.double().abs().T)).all()
 
@@ -333,7 +333,7 @@ def test_8_bit_products_beside_an_outlier(isa, rows):
     """x is kept to half of 2^-29 of the power of two above its largest number."""
     x, values = torch.randn(rows, 515), torch.randint(-127, 128, (9, 515), dtype=torch.int8)
     x[:, 7], values[:, 7] = 10_000.0, 0
-    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(9)))
+    y = rk.linear(x, rk.Int8Weight(values, torch.ones(9)))
     kept = 2**14 * 2**-29 / 2 * values.double().abs().sum(1)
     rounded = LIMIT * (x.double().abs() @ values.double().abs().T)
     assert ((y - x.double() @ values.double().T).abs() <= kept + rounded).all()
@@ -343,7 +343,7 @@ def test_8_bit_products_beside_an_outlier(isa, rows):
 @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e30, 3e36])
 def test_8_bit_products_of_any_size(isa, size):
     x, values = torch.randn(2, 70).clamp(-1, 1) * size, torch.ones(3, 70, dtype=torch.int8)
-    y = rk.linear_step(x, rk.Int8Weight(values, torch.tensor([1.0, 0.5, 2.0**-7])))
+    y = rk.linear(x, rk.Int8Weight(values, torch.tensor([1.0, 0.5, 2.0**-7])))
     exact = x.double().sum(1, keepdim=True) * torch.tensor([1.0, 0.5, 2.0**-7])
     assert ((y - exact).abs() <= 1e-5 * x.double().abs().sum(1, keepdim=True)).all()
 
@@ -353,7 +353,7 @@ def test_8_bit_products_of_any_size(isa, size):
 def test_what_is_no_number_or_infinite_is_seen_beside_8_bit_weights(isa, bad):
     x, values = torch.randn(3, 40), torch.ones(2, 40, dtype=torch.int8)
     x[1, 5] = bad
-    y = rk.linear_step(x, rk.Int8Weight(values, torch.ones(2)))
+    y = rk.linear(x, rk.Int8Weight(values, torch.ones(2)))
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
@@ -425,7 +425,7 @@ def test_empty_rows_of_the_ring_are_never_read(isa):
 @needs_library
 @pytest.mark.parametrize(
     "maker",
-    [linear_step, int8_linear_step, ddts_step, mixer_step, attention_step, int8_attention_step],
+    [linear, int8_linear, ddts_step, mixer_step, attention_step, int8_attention_step],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_neighbours(isa, dtype, maker):
@@ -471,8 +471,8 @@ def registered(maker, dtype):
         ddts_step: lambda: (ops.native_ddts_step, (*a, 0.3)),
         conv_step: lambda: (ops.native_short_conv_step, a),
         conv: lambda: (ops.native_short_conv, (*a, n["initial_state"], None)),
-        linear_step: lambda: (ops.native_linear_step, a),
-        int8_linear_step: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
+        linear: lambda: (ops.native_linear_step, a),
+        int8_linear: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
         rms_norm: lambda: (ops.native_rms_norm, (*a, 1e-3)),
         add_rms_norm: lambda: (ops.native_add_rms_norm, (*a, 1e-5)),
         attention_step: lambda: (ops.native_shared_key_attention_step, (*a, n["window_size"], 0.4)),
@@ -610,7 +610,7 @@ def test_auto_equals_native_and_keeps_gradients():
     y = rk.rms_norm(x.requires_grad_(), weight)
     y.sum().backward()
     assert x.grad is not None
-    assert rk.linear_step(torch.randn(9, 4), torch.randn(3, 4)).shape == (9, 3)
+    assert rk.linear(torch.randn(9, 4), torch.randn(3, 4)).shape == (9, 3)
 
 
 @needs_library
@@ -637,9 +637,9 @@ def test_no_gradient_and_no_mixture_are_said():
         case = conv_step(torch.float32)
         rk.short_conv_step(case[2][0].bfloat16(), *case[2][1:], impl="native")
     with pytest.raises(ValueError, match="takes 1 to 8 rows, got 9"):
-        rk.linear_step(torch.randn(9, 4), torch.randn(3, 4), impl="native")
+        rk.linear(torch.randn(9, 4), torch.randn(3, 4), impl="native")
     with pytest.raises(ValueError, match="weight must be torch.float32 like x"):
-        rk.linear_step(torch.randn(2, 4), torch.randn(3, 4).bfloat16())
+        rk.linear(torch.randn(2, 4), torch.randn(3, 4).bfloat16())
 
 
 @needs_library
@@ -656,7 +656,7 @@ def test_bad_8_bit_weights_are_refused():
     }
     for message, weight in refused.items():
         with pytest.raises(ValueError, match=message):
-            rk.linear_step(x, weight, impl="native")
+            rk.linear(x, weight, impl="native")
     with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):
         ops.native_linear_step(x, values, None)
     with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):

@@ -87,16 +87,16 @@ def missing(package, monkeypatch):
 def decode():
     """One token by an operator, and one by whole blocks."""
     with torch.no_grad():
-        rk.linear_step(torch.randn(2, 4), torch.randn(3, 4))
+        rk.linear(torch.randn(2, 4), torch.randn(3, 4))
         assert not rk.can_fuse_block(2, torch.randn(2, 4))
 
 
 def test_a_missing_library_is_said_once_and_only_where_a_token_waits(missing, caplog):
     with torch.no_grad():
         rk.rms_norm(torch.randn(2, 4), torch.randn(4))
-    rk.linear_step(torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64))
+    rk.linear(torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64))
     rk.can_fuse_block(1, torch.randn(1, 4, requires_grad=True))
-    rk.linear_step(torch.randn(9, 4), torch.randn(3, 4))
+    rk.linear(torch.randn(9, 4), torch.randn(3, 4))
     assert not caplog.records
     decode()
     decode()
@@ -119,7 +119,7 @@ def test_who_wants_no_library_is_not_told(missing, monkeypatch, caplog):
 
 def test_a_compiled_step_says_it_and_does_not_break(missing, caplog):
     torch.compiler.reset()
-    compiled = torch.compile(rk.linear_step, fullgraph=True, backend="eager")
+    compiled = torch.compile(rk.linear, fullgraph=True, backend="eager")
     with torch.no_grad():
         compiled(torch.randn(2, 4), torch.randn(3, 4))
     assert [r.name for r in caplog.records].count("rodimus_kernels.native") == 1

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from rodimus_kernels import blocks_step, build, linear_step, native, native_block
+from rodimus_kernels import blocks_step, build, linear, native, native_block
 from rodimus_kernels.testing import relative_error
 
 EMULATOR = Path(__file__).parent / "cuda_emulator"
@@ -54,7 +54,7 @@ def differences(tmp_path_factory, request):
 @pytest.mark.parametrize(
     "kernel",
     [
-        *("ddts_step", "mixer_step", "conv_step", "linear", "norm"),
+        *("ddts_step", "mixer_step", "conv_step", "linear_step", "norm"),
         *("attention_staged", "attention_any", "attention_int8_staged", "attention_int8_any"),
     ],
 )
@@ -454,7 +454,7 @@ def test_cuda_equals_the_cpu():
     from tests.kernels import test_native as cpu
 
     native.require("test", "cuda")
-    makers = (cpu.ddts_step, cpu.mixer_step, cpu.conv_step, cpu.linear_step, cpu.rms_norm)
+    makers = (cpu.ddts_step, cpu.mixer_step, cpu.conv_step, cpu.linear, cpu.rms_norm)
     for maker in (*makers, cpu.attention_step, cpu.int8_attention_step):
         for dtype in cpu.DTYPES:
             torch.manual_seed(0)
@@ -583,7 +583,7 @@ def test_linear_step_on_cuda(batch):
     for outputs, inputs in sizes:
         x, weight = torch.randn(batch, inputs).bfloat16(), torch.randn(outputs, inputs).bfloat16()
         exact = x.double() @ weight.double().t()
-        error = relative_error(linear_step(x.cuda(), weight.cuda()).cpu(), exact)
+        error = relative_error(linear(x.cuda(), weight.cuda()).cpu(), exact)
         assert error < 4e-3, (outputs, inputs)
 
 

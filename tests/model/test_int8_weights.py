@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from rodimus import modeling_rodimus
 from rodimus.generation import Engine, Request
 from rodimus.loading import load_model
-from rodimus_kernels import Int8Weight, decode_weight, implementations_used, linear_step, native
+from rodimus_kernels import Int8Weight, decode_weight, implementations_used, linear, native
 from tests.checkpoints import save_model
 from tests.model.golden_data import relative_max_error
 from tests.model.helpers import random_ids
@@ -57,7 +57,7 @@ def test_weights_of_torchao_are_taken_as_they_lie():
     half_a_step = weight.scale[:, None] / 2
     assert ((weight.values * weight.scale[:, None] - original).abs() <= 1.001 * half_a_step).all()
     x = torch.randn(3, 70)
-    assert relative_max_error(linear_step(x, weight, layer.bias), layer(x)) < 1e-6
+    assert relative_max_error(linear(x, weight, layer.bias), layer(x)) < 1e-6
 
 
 def test_other_weights_are_left_alone():
@@ -92,7 +92,7 @@ def test_blocks_and_head_are_fused(model):
     used = operators_of_a_step(quantised(model))
     assert used == operators_of_a_step(model)
     assert "rodimus_kernels.native_block:step" in used
-    assert "rodimus_kernels.native_linear:step" in used
+    assert "rodimus_kernels.native_linear:linear" in used
 
 
 @pytest.mark.parametrize(
