@@ -9,6 +9,7 @@ modules over the slots.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from numbers import Integral
@@ -455,14 +456,15 @@ class Engine:
         for generation, after in pairwise(generations):
             if torch.equal(generation.prompt, after.prompt):
                 after.prompt = generation.prompt
-        for generation in generations:
-            self.enqueue(generation)
-        try:
-            while any(generation.finish_reason is None for generation in generations):
-                self.step()
-        finally:
+        with ExitStack() as ends:
+            # each is cancelled, whatever the cancellation of another raises
+            for generation in reversed(generations):
+                ends.callback(self.cancel, generation)
             for generation in generations:
-                self.cancel(generation)
+                self.enqueue(generation)
+            for generation in generations:
+                while generation.finish_reason is None:
+                    self.step()
         return generations
 
     def _break_off(self):

@@ -515,6 +515,26 @@ def test_an_interrupt_leaves_nothing_behind(plus):
     ]
 
 
+def test_an_interrupt_leaves_nothing_behind_though_a_cancellation_fails(plus, monkeypatch):
+    """The state that it would leave behind finds no memory."""
+    engine = Engine(plus, slots=2, recent_states=2)
+    step, errors = engine.step, iter([None, KeyboardInterrupt])
+
+    def interrupted():
+        step()
+        if error := next(errors):
+            raise error
+
+    def finds_none(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    monkeypatch.setattr(engine.states, "read", finds_none)
+    with pytest.raises(MemoryError):
+        engine.generate([Request(p, 9) for p in prompts_of(4, 5, 6)])
+    assert not engine.has_work and engine.stats.finished == {"cancelled": 2, "error": 1}
+
+
 @pytest.mark.parametrize("part", ["decode", "sample", "read", "enter", "start"])
 def test_a_failed_step_ends_what_was_under_way(plus, monkeypatch, part):
     """A token of theirs may be missing; what waited is served as if nothing had been."""
