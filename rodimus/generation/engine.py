@@ -133,7 +133,7 @@ class Generation:
 
     def read_tokens(self) -> Tensor:
         """int64 ``[T]``: what the model has read, all but the newest token."""
-        return torch.cat((self.prompt, torch.tensor(self.tokens[:-1], dtype=torch.long)))
+        return torch.cat((self.prompt, self.prompt.new_tensor(self.tokens[:-1])))
 
     def drain(self) -> Delta:
         """What came since the last call."""
@@ -200,6 +200,8 @@ class Engine:
             neither, or given for a model without attention.
     """
 
+    # what is made here is written in any mode of torch, and in other threads
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: PreTrainedModel,
@@ -354,7 +356,7 @@ class Engine:
         ids = self._check_tokens("the prompt", prompt)
         if not ids:
             raise ValueError("the prompt must have at least one token")
-        return torch.tensor(ids, dtype=torch.long)
+        return torch.tensor(ids, dtype=torch.long, device="cpu")
 
     def _check_tokens(self, name, tokens) -> list[int]:
         # of a tensor or an array as of a list
@@ -734,8 +736,8 @@ def _left_padded(chunks):
     longest = max(map(len, chunks))
     if all(len(chunk) == longest for chunk in chunks):
         return torch.stack(chunks), None
-    ids = torch.zeros(len(chunks), longest, dtype=torch.long)
-    mask = torch.zeros(len(chunks), longest, dtype=torch.bool)
+    ids = chunks[0].new_zeros(len(chunks), longest)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, chunk in enumerate(chunks):
         ids[row, longest - len(chunk) :] = chunk
         mask[row, longest - len(chunk) :] = True

@@ -270,7 +270,9 @@ class Sampler:
         if params.repetition_penalty != 1:
             if self.seen is None:
                 shape = (len(self.params), self.vocab_size)
-                self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+                # written in any mode of torch
+                with torch.inference_mode(False):
+                    self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self.seen[row] = False
             self.seen[row, prompt.to(self.device)] = True
 

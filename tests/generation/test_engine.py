@@ -18,7 +18,7 @@ from tests.generation.helpers import (
     prompts_of,
     text_model,
 )
-from tests.model.helpers import build, config_of, live_tensor_bytes
+from tests.model.helpers import build, config_of, live_tensor_bytes, model_of
 
 SAMPLED = SamplingParams(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=5)
 
@@ -359,6 +359,32 @@ def test_bfloat16_runs_with_a_float32_state(plus):
     assert [len(g.tokens) for g in found] == [12, 12]
     assert engine.states.recurrent.dtype == torch.float32
     assert engine.states.ring.dtype == engine.states.convolution.dtype == torch.bfloat16
+
+
+@ON_BOTH
+def test_an_engine_made_in_inference_mode_runs_in_any(model):
+    """The mode is a thread's own: a worker's thread has another."""
+    penalised = SamplingParams(repetition_penalty=1.3)
+    requests = [Request(prompts_of(20)[0], 9, x) for x in (penalised, SamplingParams())]
+    expected = tokens_of(Engine(model).generate(requests))
+    with torch.inference_mode():
+        engine = Engine(model, slots=2, recent_states=2)
+        assert tokens_of(engine.generate(requests)) == expected
+    assert tokens_of(engine.generate(requests)) == expected
+
+
+def test_torchs_default_device_changes_nothing():
+    model, (prompt, other) = model_of("rodimus"), prompts_of(20, 30)
+    requests = [Request(prompt, 9, logprobs=1, keep_state=True), Request(other, 9)]
+    expected = tokens_of(Engine(model).generate(requests))
+    with torch.device("meta"):
+        engine = Engine(model, slots=2, recent_states=2)
+        first, second = engine.generate(requests)
+        assert tokens_of([first, second]) == expected
+        engine.add_prefix(first.state)
+        (longer,) = engine.generate(Request([*prompt.tolist(), *first.tokens], 1))
+    assert first.prompt.device.type == first.state.tokens.device.type == "cpu"
+    assert longer.prefix_tokens == len(prompt) + 8
 
 
 @ON_BOTH
