@@ -67,9 +67,11 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        # of a write that failed or was interrupted
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:

@@ -239,15 +239,22 @@ def test_buffers_count(plus):
     assert fingerprint(plus) != before
 
 
-def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch):
+@pytest.mark.parametrize(
+    "problem, told",
+    [
+        (OSError(28, "No space left on device"), InputError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch, problem, told):
     path, model, _ = saved
     before = path.read_bytes()
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+    def fails(descriptor):
+        raise problem
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match="No space left on device"):
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(told, match=getattr(problem, "strerror", None)):
         save_state(path, Engine(model).read([1, 2]), model)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
