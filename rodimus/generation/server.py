@@ -503,8 +503,10 @@ class _EventStream(Response):
 
     async def __call__(self, scope, receive, send):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        # a client that goes away is the end of the stream, not an error
-        with contextlib.suppress(ClientDisconnect, OSError), contextlib.ExitStack() as stack:
+        # a client that goes away is the end of the stream, not an error; so is one that does not
+        # read when the time to shut down is over
+        ends = (ClientDisconnect, OSError, asyncio.CancelledError)
+        with contextlib.suppress(*ends), contextlib.ExitStack() as stack:
             stack.callback(self.on_end)
             await send(start)
             async with aclosing(self.events) as events:

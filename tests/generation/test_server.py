@@ -22,7 +22,7 @@ from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.engine import Delta, Generation, TokenLogprobs
 from rodimus.generation.protocol import parse_chat
-from rodimus.generation.server import _Exchange, _Mail
+from rodimus.generation.server import _EventStream, _Exchange, _Mail
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -755,6 +755,25 @@ def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
         assert answer.startswith(b"HTTP/1.1 503") or b"data: [DONE]" in answer
     # cancelled by the engine's thread, which may be in a step
     wait_until(lambda: service.worker.unfinished == 0)
+
+
+def test_a_stream_that_nobody_reads_is_cancelled_without_a_traceback():
+    async def cancelled():
+        async def events():
+            yield "data: x"
+
+        async def send(message):
+            if "body" in message:
+                await asyncio.Event().wait()
+
+        ends = []
+        task = asyncio.create_task(_EventStream(events(), lambda: ends.append(1))({}, None, send))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await task
+        return ends
+
+    assert asyncio.run(cancelled()) == [1]
 
 
 def test_a_second_interrupt_ends_requests_though_closing_waits_for_them(narrow):
