@@ -195,9 +195,9 @@ class Engine:
             model later takes part from the next request on.
 
     Raises:
-        ValueError: the model is no language model of this package, a number is not an integer of at
-            least 1 (``recent_states``: 0), ``max_length`` is missing, or ``window_dtype`` is
-            neither, or given for a model without attention.
+        ValueError: the model is no language model of this package or on several devices, a number
+            is not an integer of at least 1 (``recent_states``: 0), ``max_length`` is missing, or
+            ``window_dtype`` is neither, or given for a model without attention.
     """
 
     # what is made here is written in any mode of torch, and in other threads
@@ -215,6 +215,7 @@ class Engine:
         cuda_graphs: bool = True,
     ):
         _check_model(model)
+        _check_devices(model)
         slots = _at_least("slots", 1, slots)
         prefill_chunk = _at_least("prefill_chunk", 1, prefill_chunk)
         if max_length is not None:
@@ -712,16 +713,16 @@ def _check_model(model):
         raise ValueError(f"model must be a Rodimus or Rodimus+ language model, got {got}")
 
 
-def _place_of(model):
-    """Dtype and device of a model, which ``model.half()`` or ``model.to()`` change.
-
-    Raises:
-        ValueError: its weights are on several devices, or on none.
-    """
-    weight = model.get_input_embeddings().weight
+def _check_devices(model):
     devices = sorted({str(x.device) for x in model.parameters()})
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"the weights must be on one device, got {' and '.join(devices)}")
+
+
+def _place_of(model):
+    """Dtype and device of a model, which ``model.half()`` or ``model.to()`` change: of its
+    embedding, since a large model has hundreds of weights, and every request asks."""
+    weight = model.get_input_embeddings().weight
     return weight.dtype, weight.device
 
 

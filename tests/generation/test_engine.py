@@ -640,6 +640,12 @@ def test_weights_must_be_in_one_place(plus):
         Engine(model.to("meta"))
 
 
+def test_a_request_does_not_look_at_every_weight(plus, monkeypatch):
+    engine = Engine(plus)
+    monkeypatch.setattr(plus, "parameters", lambda: pytest.fail("as a large model has hundreds"))
+    assert not engine.prepare(Request([1, 2], 3)).tokens
+
+
 def test_an_engine_needs_a_language_model(plus):
     for wrong in (plus.model, nn.Linear(2, 2), byte_tokenizer()):
         with pytest.raises(ValueError, match=f"language model, got {type(wrong).__name__}"):
