@@ -2079,11 +2079,15 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             _record_at_least(cache, generation_config.max_new_tokens)
 
-    def _assisted_decoding(self, *args, **kwargs):
-        layers = getattr(kwargs.get(CACHE_NAME), "layers", ())
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        cache, places = kwargs.get(CACHE_NAME), kwargs.get("position_ids")
+        if None not in (cache, places) and places.shape[-1] == input_ids.shape[1]:
+            # transformers reads all of input_ids, also what the cache has read
+            cache.reset()
+        layers = getattr(cache, "layers", ())
         recorded = [getattr(layer, "record_past", False) for layer in layers]
         try:
-            return super()._assisted_decoding(*args, **kwargs)
+            return super()._assisted_decoding(input_ids, *args, **kwargs)
         finally:
             # a cache that records takes no fused steps; transformers lets it go on
             for layer, before in zip(layers, recorded, strict=True):

@@ -540,6 +540,17 @@ def test_assisted_generation_leaves_a_cache_as_it_was_given(model):
         assert {layer.record_past for layer in cache.layers} == {recorded}
 
 
+@pytest.mark.parametrize("by", ["lookup", "model"])
+def test_assisted_generation_goes_on_from_a_given_cache(model, kind, by):
+    """transformers reads the whole conversation in the first round of a draft."""
+    ids, options = random_ids(1, 12), {"prompt_lookup_num_tokens": 3}
+    if by == "model":
+        options = {"assistant_model": draft_that_often_agrees(kind)}
+    cache = prefill(model, ids[:, :9])
+    tokens, _ = generate(model, ids, **{modeling_rodimus.CACHE_NAME: cache}, **options)
+    assert torch.equal(tokens, greedy_by_full_forward(model, ids)[0])
+
+
 @pytest.mark.parametrize("length", PROMPTS)
 def test_assisted_in_a_static_cache(model, kind, length, measure):
     """From transformers 5.24 on, where the cache can be rolled back; an error otherwise."""
