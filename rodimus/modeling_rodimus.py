@@ -231,6 +231,7 @@ class _RecurrentCacheLayer:
         removed = -tokens_to_remove
         if removed and not self.is_croppable:
             raise RuntimeError("a static window cannot be rolled back: use DynamicCache")
+        self.leave_inference_mode()
         if self.is_recurrent_states_initialized[0]:
             if removed:
                 self._rewind(removed)
@@ -254,6 +255,21 @@ class _RecurrentCacheLayer:
             k, v, log_decay = (x[:, : held - removed] for x in self.recorded)
             state = ddts(k, k, v, log_decay, initial_state=state, output_final_state=True)[1]
         self.recurrent_states[0].copy_(state)
+
+    def reset(self) -> None:
+        self.leave_inference_mode()
+        LinearAttentionLayer.reset(self)
+        self.forget_record()
+
+    def leave_inference_mode(self) -> bool:
+        """Copy what the layer holds from ``torch.inference_mode``, outside of it: tensors made in
+        it may not be written there. Whether there was anything to copy."""
+        written = (self.conv_states.get(0), self.recurrent_states.get(0), self.ring)
+        held = any(x is not None and x.is_inference() for x in written)
+        leaves = held and not torch.is_inference_mode_enabled()
+        if leaves:
+            self.batch_select(torch.clone)
+        return leaves
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -311,8 +327,7 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
         return self.cumulative_length + query_length, 0
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.forget_record()
+        super().reset()
         self.cumulative_length = 0
 
 
@@ -447,6 +462,8 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         super().batch_select(select)
         if self.read.owner is self and self.read.tokens is not None:
             self.read.tokens = select(self.read.tokens)
+            # one number for all rows, whose copy leaves inference mode with them
+            self.read.places = self.read.places.clone()
 
     def get_seq_length(self):
         return 0 if self.read.places is None else self.read.places.clone()
@@ -460,8 +477,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         return self.window if self.is_sliding else -1
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.forget_record()
+        super().reset()
         self.read.reset()
         if self.ring is not None:
             self.ring.zero_()
@@ -471,8 +487,7 @@ class _HybridReset:
     """Drop the keys on reset: transformers 5.17 zeroes them and keeps their length."""
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-        self.forget_record()
+        super().reset()
         self.keys = self.values = None
         self.is_initialized = False
         self.cumulative_length = 0
@@ -664,23 +679,17 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
     if may_leave and not any(type(layer) is RodimusFullLayer for layer in cache.layers):
         logger.warning_once("The cache does not grow with the tokens: it stays on the device.")
         cache.offloading = False
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling():
         _leave_inference_mode(cache)
     return cache
 
 
 def _leave_inference_mode(cache):
-    """Copy what a cache holds from ``torch.inference_mode``: tensors made in it may not be written
-    outside. Layers are written alike: the first tells for all."""
-    first = next(iter(getattr(cache, "layers", ())), None)
-    if not isinstance(first, _RecurrentCacheLayer):
-        return
-    written = (first.conv_states.get(0), first.recurrent_states.get(0), first.ring)
-    if any(x is not None and x.is_inference() for x in written):
-        for layer in cache.layers:
-            layer.batch_select(torch.clone)
-        if isinstance(first, RodimusStaticLayer):
-            first.read.places = first.read.places.clone()
+    """Layers are written alike: the first tells for all."""
+    layers = getattr(cache, "layers", ())
+    if layers and isinstance(layers[0], _RecurrentCacheLayer) and layers[0].leave_inference_mode():
+        for layer in layers[1:]:
+            layer.leave_inference_mode()
 
 
 def _record_at_least(cache, tokens):

@@ -143,6 +143,32 @@ def test_a_cache_read_in_inference_mode_goes_on_outside(model, kind, before, sta
         measure(TABLE, "cache read in inference mode", kind, error, BOUND)
 
 
+MOVES = {
+    "reset": lambda cache: cache.reset(),
+    "crop": lambda cache: cache.crop(-3),
+    "reorder": lambda cache: cache.reorder_cache(here(torch.tensor([1, 0]))),
+}
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_cache_read_in_inference_mode_is_moved_outside(model, move, static):
+    options = {"max_cache_len": 64} if static else {}
+    cache = (StaticCache if static else DynamicCache)(config=model.config, **options)
+    ids = random_ids(2, 30)
+    cache.activate_past_recording()
+    with torch.inference_mode():
+        prefill(model, ids[:, :13], cache)
+    if not cache.is_croppable and move == "crop":
+        return
+    MOVES[move](cache)
+    rows = ids.flip(0) if move == "reorder" else ids
+    read = {"reset": 0, "crop": 10, "reorder": 13}[move]
+    assert cache.get_seq_length() == read
+    rest = in_pieces(model, rows[:, read:], [1, 29 - read], cache=cache)
+    assert relative_max_error(rest, full(model, rows)[:, read:]) < BOUND
+
+
 @pytest.mark.parametrize("length", PROMPTS)
 def test_reordered_cache(model, kind, length, measure):
     ids = random_ids(3, length + 6)
