@@ -405,11 +405,15 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         ring."""
         if self.ring is None:
             self._start_ring(torch.cat((k.flatten(2), v.flatten(2)), dim=-1))
+        # autocast may have begun or ended since the ring was made
+        dtype = v.dtype
+        q, k, v = (x.to(self.ring.dtype) for x in (q, k, v))
         # blocks may be on several devices; the count is on that of the first
         read = self.read.tokens.to(q.device, non_blocking=True)
-        return shared_key_attention_step(
+        o = shared_key_attention_step(
             q, k, v, self.ring, read, window_size=self.window, scale=scale
         )
+        return o.to(dtype)
 
     def update(self, key_states, value_states, *args, tokens=None, **kwargs):
         """Write several tokens a row, and return what they attend to: the window before them, in
@@ -434,7 +438,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         if tokens is not None:
             # padding lands before position 0, where no query looks
             places = places - (~tokens).sum(1, keepdim=True)
-        self.ring.scatter_(1, self._rows(places), new[:, -written:])
+        self.ring.scatter_(1, self._rows(places), new[:, -written:].to(self.ring.dtype))
         return seen.split((key_states.shape[-1], value_states.shape[-1]), dim=-1)
 
     def _kept(self) -> int:

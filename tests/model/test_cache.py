@@ -15,10 +15,11 @@ from transformers.cache_utils import (
 from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusFullLayer, RodimusSlidingLayer
 from tests.device import ON_BOTH, here
-from tests.model.golden_data import relative_max_error
+from tests.model.golden_data import l2_error, relative_max_error
 from tests.model.helpers import NO_ROLLBACK, cache_bytes, enliven, model_of, random_ids
 from tests.model.ways import (
     BOUND,
+    SHARE,
     TABLE,
     full,
     in_pieces,
@@ -167,6 +168,23 @@ def test_a_cache_read_in_inference_mode_is_moved_outside(model, move, static):
     assert cache.get_seq_length() == read
     rest = in_pieces(model, rows[:, read:], [1, 29 - read], cache=cache)
     assert relative_max_error(rest, full(model, rows)[:, read:]) < BOUND
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("first", [False, True], ids=["into autocast", "out of autocast"])
+def test_a_cache_goes_on_in_and_out_of_autocast(model, first, static):
+    """Keys and values are kept as they were read first."""
+    options = {"max_cache_len": 64} if static else {}
+    cache = (StaticCache if static else DynamicCache)(config=model.config, **options)
+    ids, logits = random_ids(2, 24), []
+    for start, is_on in ((0, first), (8, not first), (16, first)):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=is_on):
+            logits.append(in_pieces(model, ids[:, start : start + 8], [6, 1, 1], cache=cache))
+    exact = full(model, ids)
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        rounded = full(model, ids)
+    error = l2_error(torch.cat([x.float() for x in logits], 1), exact)
+    assert error < SHARE * l2_error(rounded, exact)
 
 
 @pytest.mark.parametrize("length", PROMPTS)
