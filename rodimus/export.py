@@ -79,6 +79,9 @@ def export(
             write_model(model, temporary)
             if has_tokenizer(folder):
                 write_tokenizer(folder, temporary)
+            # it may have appeared in the meantime, by another export or by anybody else
+            if out.exists():
+                _check_replaceable(out, folder, overwrite)
     # the second is what a full disk is to the weights' writer
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {first_line(error)}") from error

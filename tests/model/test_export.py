@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from rodimus import RodimusForCausalLM, RodimusForSequenceClassification, convert
 from rodimus.errors import InputError
-from rodimus.export import AUTO_MAP, export
+from rodimus.export import AUTO_MAP, export, write_model
 from rodimus.loading import load_tokenizer
 from tests.checkpoints import (
     save_model,
@@ -501,6 +501,23 @@ def test_an_interrupted_replacement_destroys_nothing(tmp_path, monkeypatch, is_b
     (kept,) = tmp_path.rglob("precious.json")
     assert (kept.parent != out) == is_blocked
     assert not is_blocked or str(told.value).endswith(f"what was there is now {kept.parent}")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_while_an_export_is_written_is_not_replaced(tmp_path, monkeypatch, overwrite):
+    """By another export, or by anybody else."""
+    save_model(tmp_path / "checkpoint")
+
+    def meanwhile(model, folder):
+        write_model(model, folder)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious.txt").touch()
+
+    monkeypatch.setattr("rodimus.export.write_model", meanwhile)
+    with pytest.raises(InputError, match="is no exported model" if overwrite else "exists already"):
+        export(tmp_path / "checkpoint", tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out" / "precious.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path):
