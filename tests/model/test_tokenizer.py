@@ -124,7 +124,7 @@ def test_chat_format(tokenizer, name):
 
 
 def test_content_in_parts(tokenizer):
-    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     assert rendered == "<role>HUMAN</role>ab"
 
@@ -132,6 +132,34 @@ def test_content_in_parts(tokenizer):
 def test_unknown_role_is_named(tokenizer):
     with pytest.raises(TemplateError, match="got 'critic'"):
         tokenizer.apply_chat_template(messages([("critic", "x")]), tokenize=False)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+NOT_TEXT = {
+    "content must be text, got 'image'": {"content": [{"type": "image", "url": "a.png"}]},
+    "no place for tool_calls": {"content": "", "tool_calls": [CALL]},
+}
+
+
+@pytest.mark.parametrize("message", NOT_TEXT)
+def test_what_the_format_has_no_place_for_is_an_error(tokenizer, message):
+    """Left out, the model would answer to something else."""
+    with pytest.raises(TemplateError, match=message):
+        tokenizer.apply_chat_template([{"role": "assistant", **NOT_TEXT[message]}], tokenize=False)
+
+
+def test_tools_are_an_error_and_none_are_not(tokenizer):
+    chat, expected = CHATS["one question"]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    for none in (None, []):
+        rendered = tokenizer.apply_chat_template(messages(chat), tools=none, **options)
+        assert rendered == expected
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(TemplateError, match="no place for tools"):
+        tokenizer.apply_chat_template(messages(chat), tools=tools, **options)
+    said = [{"role": "assistant", "content": "b", "tool_calls": None}]
+    rendered = tokenizer.apply_chat_template(said, tokenize=False)
+    assert rendered == "<role>ASSISTANT</role>b"
 
 
 def test_assistant_mask_covers_the_replies(tokenizer):
