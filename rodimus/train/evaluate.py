@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import InputError
 from .config import DataSection
 from .context import model_inputs
 from .parallel import Ranks, sum_over_ranks
@@ -42,6 +43,9 @@ class Evaluator:
         micro_batch: Rows in one forward pass of one rank.
         ranks: This process among the others.
         compiled: The model's blocks are compiled; all rows are then given as packed ones.
+
+    Raises:
+        InputError: no document has a token to predict.
     """
 
     def __init__(
@@ -69,6 +73,9 @@ class Evaluator:
         self.micro_batch, self.ranks = micro_batch, ranks
         self.compiled = compiled
         predictable = sum(s.manifest.n_tokens - s.manifest.n_docs for s in sources)
+        if not predictable:
+            names = ", ".join(str(s.path) for s in sources)
+            raise InputError(f"{names} holds no token to predict: its documents have one each")
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:

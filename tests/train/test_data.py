@@ -174,6 +174,13 @@ def test_held_out_rows_of_all_sources_come_in_turn(tmp_path, tokens):
     assert len(read) == (len(expected) + 1) // 2
 
 
+def test_held_out_documents_of_one_token_are_an_error(tmp_path):
+    """They hold nothing to predict."""
+    source = TokenShards(write(tmp_path, docs=[[n] for n in range(1, 30)]))
+    with pytest.raises(InputError, match="train.json holds no token to predict"):
+        evaluator([source], 0)
+
+
 class Summing(torch.nn.Module):
     """Has the sum of its labels, and a third of each, as its loss."""
 
