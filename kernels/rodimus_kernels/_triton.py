@@ -140,6 +140,13 @@ def sequence_tokens(i_n, bounds, T):
 
 
 @triton.jit
+def row_offsets(rows, stride):
+    """``[ROWS, 1]``, where rows of a tile begin. In 64 bits: with time before the batch in memory
+    one token may be millions of elements behind the other."""
+    return rows.to(tl.int64)[:, None] * stride
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b in fp32, ``a`` rounded to b's dtype.
 

@@ -2,6 +2,7 @@
 Attention has tests of its own. Small shapes run everywhere, so that it is the GPU which fails."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -88,6 +89,58 @@ def packed(operator):
     """Three documents in a row, one of them empty, and their last states."""
     bounds = torch.tensor([0, 90, 90, 200], device=DEVICE)
     return lambda x: operator(x, cu_seqlens=bounds, output_final_state=True)
+
+
+APART, TOKENS = 2**28, 9
+
+
+def time_first(memory, tensors):
+    """The same numbers ``[B, T, ...]`` in memory that has all of a token in one row: ``APART``
+    elements from one token to the next, 2**31 to the last."""
+    rows = [x.transpose(0, 1).flatten(1) for x in tensors]
+    edges = [0, *itertools.accumulate(row.shape[1] for row in rows)]
+    views = [memory[:, first:last] for first, last in itertools.pairwise(edges)]
+    for view, row in zip(views, rows, strict=True):
+        view.copy_(row)
+    return [
+        view.unflatten(1, (x.shape[0], *x.shape[2:])).transpose(0, 1)
+        for view, x in zip(views, tensors, strict=True)
+    ]
+
+
+def attention(q, k, v):
+    return rk.shared_key_attention(q, k, v, window_size=5, impl="triton")
+
+
+SEQUENCES = {
+    "ddts": (lambda *x: rk.ddts(*x, impl="triton_chunk")[0], 4),
+    "gated_ddts": (lambda *x: rk.gated_ddts(*x, impl="triton_chunk")[0], 5),
+    "ddts_gates": (lambda *x: rk.ddts_gates(*x, impl="triton")[0].bfloat16(), 3),
+    "short_conv": (lambda x: short_conv(x[:, :, 0]), 1),
+    "shared_key_attention": (attention, 3),
+}
+
+
+@pytest.mark.parametrize("operator, inputs", SEQUENCES.values(), ids=SEQUENCES)
+def test_tokens_may_be_far_apart(operator, inputs, tmp_path):
+    """Offsets of a tile's rows are past 2**31 elements; one that wraps stays in the memory."""
+    shape = {"dtype": torch.bfloat16, "size": 2**31 + TOKENS * APART}
+    if DEVICE == "cpu":
+        # a file with holes: only what is written takes memory
+        memory = torch.from_file(str(tmp_path / "memory"), shared=True, **shape)
+    elif torch.cuda.get_device_properties(0).total_memory < 20e9:
+        pytest.skip("needs 20 GB of device memory")
+    else:
+        memory = torch.zeros(shape["size"], dtype=shape["dtype"], device=DEVICE)
+    # log-decays among them
+    given = (-constants(inputs + 1, 2, TOKENS, 1, 16).abs()).unbind(0)
+    far = time_first(memory[2**31 :].view(TOKENS, APART), given)
+    found = []
+    for *leaves, dy in given, far:
+        leaves = [x.requires_grad_() for x in leaves]
+        y = operator(*leaves)
+        found.append([y, *torch.autograd.grad(y, leaves, dy.view(y.shape))])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.gpu
