@@ -113,6 +113,13 @@ def mark_written(*tensors: torch.Tensor) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
+def query_scale(scale: float | None, key_dim: int) -> float:
+    """The scale of queries of K channels, by default ``K ** -0.5``; raise ValueError for K = 0."""
+    if key_dim == 0:
+        raise ValueError("queries and keys need at least one channel, got K = 0")
+    return key_dim**-0.5 if scale is None else scale
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
     shape = tensor.shape

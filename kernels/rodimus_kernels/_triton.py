@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -100,7 +101,10 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x`` as rows of unit stride ``[N, D]``; a slice of a projection is not copied."""
-    return None if x is None else unit_stride(x.reshape(-1, x.shape[-1]))
+    if x is None:
+        return None
+    # -1 could be any number where D = 0
+    return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def strides(*tensors: torch.Tensor) -> list[int]:
@@ -116,15 +120,20 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def row_block(dim: int) -> int:
+    """What a block holds of a dimension: a power of two, 1 also of a dimension of 0."""
+    return triton.next_power_of_2(max(dim, 1))
+
+
 def block_dim(dim: int) -> int:
     """What a tile holds of a dimension that a tensor core multiplies: a power of two, at least
     16."""
-    return max(triton.next_power_of_2(dim), 16)
+    return max(row_block(dim), 16)
 
 
 def divisor_tile(size: int, limit: int) -> int:
-    """The largest power of two up to ``limit`` that divides ``size``."""
-    return min(size & -size, limit)
+    """The largest power of two up to ``limit``, itself one, that divides ``size``."""
+    return math.gcd(size, limit)
 
 
 @triton.jit

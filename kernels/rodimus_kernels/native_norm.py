@@ -1,5 +1,7 @@
 """The norms of a block through the library of ``csrc/``: one pass, no gradient."""
 
+import math
+
 import torch
 
 from . import native
@@ -7,7 +9,7 @@ from . import native
 
 def _rows(x):
     """``[..., D]`` as the matrix the operators take; a view wherever it can be one."""
-    return native.dense_rows(x.reshape(-1, x.shape[-1]))
+    return native.dense_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def rms_norm(x, weight, *, eps):

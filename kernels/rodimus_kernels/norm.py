@@ -41,7 +41,7 @@ def rms_norm(
     Raises:
         ValueError: weight does not fit x, or one of them is not floating point.
     """
-    check_shape("weight", weight, (x.shape[-1],))
+    _check_weight(x, weight)
     check_floating(x=x, weight=weight)
     check_same_device("x", x, weight=weight)
     return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
@@ -73,7 +73,7 @@ def add_rms_norm(
         ValueError: shapes or devices differ, or a tensor is not floating point.
     """
     check_shape("residual", residual, tuple(x.shape))
-    check_shape("weight", weight, (x.shape[-1],))
+    _check_weight(x, weight)
     check_floating(x=x, residual=residual, weight=weight)
     check_same_device("x", x, residual=residual, weight=weight)
     impl = _choose(impl, x, residual, weight)
@@ -110,7 +110,7 @@ def gated_rms_norm(
             residual and residual_weight is given.
     """
     check_shape("gate", gate, tuple(x.shape))
-    check_shape("weight", weight, (x.shape[-1],))
+    _check_weight(x, weight)
     if (residual is None) != (residual_weight is None):
         raise ValueError("residual and residual_weight come together, got only one of them")
     if residual is not None:
@@ -124,6 +124,12 @@ def gated_rms_norm(
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight
     )
+
+
+def _check_weight(x, weight):
+    if x.dim() == 0:
+        raise ValueError("x must have shape [..., D], got ()")
+    check_shape("weight", weight, (x.shape[-1],))
 
 
 def _choose(impl, *tensors):

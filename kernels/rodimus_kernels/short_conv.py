@@ -60,7 +60,7 @@ def short_conv(
     """
     check_shape("x", x, ("B", "T", "D"))
     batch, length, channels = x.shape
-    check_shape("weight", weight, (channels, "W"))
+    _check_weight(weight, channels)
     if bias is not None:
         check_shape("bias", bias, (channels,))
     check_floating(x=x, weight=weight)
@@ -127,7 +127,7 @@ def short_conv_step(
         ValueError: a shape, dtype or device breaks the contract.
     """
     check_shape("x", x, ("B", "D"))
-    check_shape("weight", weight, (x.shape[1], "W"))
+    _check_weight(weight, x.shape[1])
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]))
     if bias is not None:
         check_shape("bias", bias, (x.shape[1],))
@@ -141,3 +141,9 @@ def short_conv_step(
         y = load("short_conv_step", impl, _STEP)(x, conv_state, weight, bias)
     mark_written(conv_state)
     return y
+
+
+def _check_weight(weight, channels):
+    check_shape("weight", weight, (channels, "W"))
+    if weight.shape[1] == 0:
+        raise ValueError("weight needs at least one tap, got W = 0")

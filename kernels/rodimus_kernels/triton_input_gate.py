@@ -192,7 +192,7 @@ def _backward(x, hidden, weight, bias, dy):
         tokens, stages = tokens // 2, min(stages, 2)
     blocks = triton.cdiv(length, tokens)
     check_grid("input_gate", f"blocks of {tokens} tokens", blocks)
-    tiles = triton.cdiv(width, channels)
+    tiles = max(triton.cdiv(width, channels), 1)
     group = triton.cdiv(tiles, min(triton.cdiv(_PROGRAMS, max(blocks, 1)), tiles)) * channels
     groups = triton.cdiv(width, group)
     dx = x.new_empty(x.shape)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._schemas import register_gradient
-from ._triton import FP_FUSION, as_rows, capability, check_runs_here, implement, sigmoid
+from ._triton import FP_FUSION, as_rows, capability, check_runs_here, implement, row_block, sigmoid
 
 # a row is one block of registers
 MAX_WIDTH = 16384
@@ -276,7 +276,7 @@ def _check(operator, *tensors):
 
 def _tile(width, elements):
     """One row in a program's registers, ``elements`` a thread as far as warps allow."""
-    block = triton.next_power_of_2(width)
+    block = row_block(width)
     warps = max(1, min(block // (32 * elements), 16))
     return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
 

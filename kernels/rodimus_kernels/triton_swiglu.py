@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ._schemas import register_gradient
-from ._triton import FP_FUSION, as_rows, check_runs_here, implement, sigmoid
+from ._triton import FP_FUSION, as_rows, check_runs_here, implement, row_block, sigmoid
 
 # channels of a program: of 512 to 4096 the best on an H200 for 5632 channels; not timed for the
 # 2736 of the 1.6B model, which one program takes whole
@@ -49,7 +49,7 @@ def swiglu(projection):
 
 def _launch(kernel, rows, *args):
     length, width = rows.shape[0], rows.shape[1] // 2
-    block = min(_CHANNELS, triton.next_power_of_2(width))
+    block = min(_CHANNELS, row_block(width))
     options = {"BD": block, "num_warps": max(block // 512, 1), **FP_FUSION}
     kernel[(length, triton.cdiv(width, block))](rows, *args, width, **options)
 

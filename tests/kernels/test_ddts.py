@@ -766,6 +766,7 @@ def bad_inputs():
     yield "integers", one | {"cu_seqlens": bounds.float()}
     yield r"rise from 0 to T = 5, got \[0, 4\]", one | {"cu_seqlens": bounds.clamp(max=4)}
     yield "at least one token", {name: x[:, :0] for name, x in ok.items()}
+    yield "at least one channel, got K = 0", {n: x[..., :0] for n, x in ok.items()}
     yield "unknown impl 'fast'", ok | {"impl": "fast"}
     yield "device of q", ok | {"v": v.to("meta")}
 
@@ -796,6 +797,8 @@ def test_bad_step_input_says_what_was_expected():
         ddts_step(q, q, v, q, state.transpose(2, 3).contiguous().transpose(2, 3))
     with pytest.raises(ValueError, match=r"got contiguous torch.bfloat16"):
         ddts_step(q, q, v, q, state.bfloat16())
+    with pytest.raises(ValueError, match="at least one channel, got K = 0"):
+        ddts_step(*(q[..., :0],) * 2, v, q[..., :0], state[:, :, :0].contiguous())
     with pytest.raises(ValueError, match="temper must have shape"):
         ddts_gates(q, q, q[..., :3])
 
@@ -862,14 +865,36 @@ def test_an_empty_batch_is_empty(impl, monkeypatch):
     assert o.shape == (0, 200, 1, 16) and state.shape == (0, 1, 16, 16)
 
 
-@pytest.mark.parametrize("impl", [TRITON])
+@pytest.mark.parametrize("shape", [(0, 70, 1, 16, 16), (2, 70, 0, 16, 16), (2, 70, 1, 16, 0)])
 @pytest.mark.parametrize("engine", [0, 90])
-def test_an_empty_batch_has_empty_gradients(impl, engine):
-    triton_helpers = triton_module("rodimus_kernels._triton")
-    inputs = make(DdtsCase(0, 70, 1, 16, 16))
-    with triton_helpers.assume_capability(engine):
+@pytest.mark.parametrize("impl", ALL)
+def test_without_rows_heads_or_values_nothing_is_read_or_written(impl, engine, shape):
+    """Queries, keys and decays of values without channels have gradients of zero."""
+    inputs = make(DdtsCase(*shape))
+    if impl != "triton_chunk":
         found = run_ddts(ddts, inputs, impl=impl)
-    assert all(x.numel() == 0 for x in found.values() if x is not None)
+    else:
+        triton_helpers = triton_module("rodimus_kernels._triton")
+        with triton_helpers.assume_capability(engine):
+            found = run_ddts(ddts, inputs, impl=impl)
+    exact = truth(inputs)
+    assert all(torch.equal(x, exact[name].to(x)) for name, x in found.items())
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 16, 16), (2, 0, 16, 16), (2, 1, 16, 0)])
+@pytest.mark.parametrize("impl", ["reference", "eager", STEP])
+def test_a_step_without_rows_heads_or_values_is_empty(impl, shape):
+    inputs = make(DdtsCase(shape[0], 1, *shape[1:], states=False))
+    state = torch.zeros(shape, device=DEVICE)
+    o = ddts_step(*(x[:, 0] for x in inputs[:4]), state, impl=impl)
+    assert o.shape == (*shape[:2], shape[3])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 16, 16), (3, 2, 1, 16, 0), (3, 2, 1, 0, 16)])
+@pytest.mark.parametrize("impl", ["auto", "reference", STEP])
+def test_a_scan_of_nothing_is_empty(impl, shape):
+    states, decays = torch.ones(shape, device=DEVICE), torch.zeros(shape[:4], device=DEVICE)
+    assert ddts_scan(states, decays, impl=impl).shape == shape
 
 
 def test_a_module_is_used_when_its_import_has_ended(monkeypatch, tmp_path):

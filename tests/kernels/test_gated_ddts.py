@@ -213,6 +213,10 @@ def test_bad_input_says_what_was_expected():
         (r"starts must have shape \[2, 5\], got \(2, 4\)", {"starts": starts[:, :4]}),
         ("starts must be torch.bool, got torch.int64", {"starts": starts.long()}),
         ("v must be on the device of q", {"v": ok["v"].to("meta")}),
+        (
+            "at least one channel, got K = 0",
+            dict.fromkeys(("q", "k", "select", "temper"), q[..., :0]),
+        ),
         ("unknown impl 'fast'", {"impl": "fast"}),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -33,13 +33,21 @@ def run(function, tensors, dtype=None):
 
 
 @pytest.mark.parametrize(
-    "tokens, rank", [((1,), 12), ((70,), 12), ((2, 35), 12), ((0, 35), 12), ((70,), 72)]
+    "tokens, rank",
+    [((1,), 12), ((70,), 12), ((2, 35), 12), ((0, 35), 12), ((70,), 72), ((70,), 0)],
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_matches_the_formula_with_all_gradients(impl, tokens, rank):
     tensors = make(tokens, rank=rank)
     ours = lambda **t: input_gate(**t, impl=impl)
     assert_close(run(ours, tensors), run(exact_gate, tensors, torch.float64), LIMIT)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_channels_it_is_empty(impl):
+    found = run(lambda **t: input_gate(**t, impl=impl), make(width=0))
+    assert found["y"].shape == (2, 35, 0)
+    assert not any(x.any() for x in found.values())
 
 
 @pytest.mark.parametrize("programs", [1, 6], ids="programs {}".format)

@@ -628,6 +628,13 @@ def test_a_ring_of_bytes_wants_keys_of_such_a_dtype():
         operator(*arguments, **named, impl="native")
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_a_mixer_without_key_channels_is_refused(impl):
+    operator, _, arguments, named, _ = mixer_step(torch.float32, K=0)
+    with pytest.raises(ValueError, match="at least one channel, got K = 0"):
+        operator(*arguments, **named, impl=impl)
+
+
 @needs_library
 def test_no_gradient_and_no_mixture_are_said():
     x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(4)

@@ -1,5 +1,7 @@
 """The norms against their formulas in float64, with gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,11 +215,30 @@ def test_automatic_choice():
     assert _gpu_form(4096, True) == "reference"
 
 
+@pytest.mark.parametrize("shape", [(0, 48), (3, 0), (2, 3, 0), (0,)])
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+def test_of_nothing_is_nothing(impl, shape):
+    for norm, *names in (
+        (rms_norm, "x", "weight"),
+        (add_rms_norm, "x", "residual", "weight"),
+        (gated_rms_norm, "x", "gate", "weight", "residual", "residual_weight"),
+    ):
+        tensors = make(*names, shape=shape)
+        with torch.no_grad():
+            y = norm(**tensors, impl=impl)
+        assert all(o.shape == shape for o in (y if isinstance(y, tuple) else (y,)))
+        found = run(partial(norm, impl=impl), tensors)
+        assert all(not found[f"d{name}"].any() for name in names)
+
+
 def test_bad_input_says_what_was_expected():
     t = make("x", "gate", "weight")
     x, gate, weight = t["x"], t["gate"], t["weight"]
     with pytest.raises(ValueError, match=r"weight must have shape \[48\], got \(47,\)"):
         rms_norm(x, weight[:47])
+    for norm in (rms_norm, partial(add_rms_norm, x[0, 0, 0]), partial(gated_rms_norm, x[0, 0, 0])):
+        with pytest.raises(ValueError, match=r"x must have shape \[..., D\], got \(\)"):
+            norm(x[0, 0, 0], weight)
     with pytest.raises(ValueError, match=r"residual must have shape \[2, 7, 48\]"):
         add_rms_norm(x, x[:1], weight)
     with pytest.raises(ValueError, match="weight must be floating point, got torch.int64"):

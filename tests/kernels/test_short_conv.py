@@ -351,6 +351,7 @@ def test_bad_input_says_what_was_expected():
     for message, arguments, options in [
         (r"x must have shape \[B, T, D\]", (x[0], weight), {}),
         (r"weight must have shape \[24, W\]", (x, weight[:3]), {}),
+        ("at least one tap, got W = 0", (x, weight[:, :0]), {}),
         (r"bias must have shape \[24\]", (x, weight, bias[:3]), {}),
         ("at least one token", (x[:, :0], weight), {}),
         (r"initial_state must have shape \[2, 24, 4\]", (x, weight), {"initial_state": past[:1]}),
@@ -370,5 +371,7 @@ def test_bad_input_of_a_step_says_what_was_expected(impl):
     x, weight, bias, past = make()
     with pytest.raises(ValueError, match=r"bias must have shape \[24\], got \(1,\)"):
         short_conv_step(x[:, 0], past, weight, bias[:1], impl=impl)
+    with pytest.raises(ValueError, match="at least one tap, got W = 0"):
+        short_conv_step(x[:, 0], past[..., :0], weight[:, :0], impl=impl)
     with pytest.raises(ValueError, match="x must be floating point, got torch.int64"):
         short_conv_step(x[:, 0].long(), past, weight, bias, impl=impl)

@@ -27,7 +27,7 @@ def run(function, projection, dtype=None):
     return {"y": y.detach(), "dprojection": leaf.grad}
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 2), (2, 35, 280), (1, 5000)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (3, 2), (2, 35, 280), (1, 5000), (0, 6), (3, 0)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_matches_the_formula_with_gradient(impl, shape):
     projection = make(shape)

@@ -11,6 +11,7 @@ from .._dispatch import (
     choose_compiled,
     load,
     mark_written,
+    query_scale,
     runs_triton,
 )
 from .._schemas import TRITON_KEY_DIMS, is_transformed
@@ -138,6 +139,7 @@ def ddts(
     check_same_device("q", q, k=k, v=v, log_decay=log_decay, **others)
     if length == 0:
         raise ValueError("ddts needs at least one token, got T = 0")
+    scale = query_scale(scale, key_dim)
     sequences = check_cu_seqlens(cu_seqlens, batch, length)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (sequences, heads, key_dim, v.shape[-1]))
@@ -149,7 +151,7 @@ def ddts(
         k,
         v,
         log_decay,
-        scale=key_dim**-0.5 if scale is None else scale,
+        scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=cu_seqlens,
@@ -230,7 +232,7 @@ def ddts_step(
     if state.dtype != expected or not state.is_contiguous():
         layout = "contiguous" if state.is_contiguous() else f"strides {state.stride()}"
         raise ValueError(f"state must be contiguous {expected}, got {layout} {state.dtype}")
-    scale = key_dim**-0.5 if scale is None else scale
+    scale = query_scale(scale, key_dim)
     with torch.no_grad():
         if impl == "auto":
             if runs_triton(q.device) and state.dtype != torch.float64:

@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .._dispatch import check_floating, check_same_device, check_shape, load
+from .._dispatch import check_floating, check_same_device, check_shape, load, query_scale
 from .api import choose_sequence, ddts, ddts_gates
 
 _IMPLS = {
@@ -70,6 +70,7 @@ def gated_ddts(
     check_same_device("q", q, v=v, initial_state=initial_state, starts=starts, **like_q)
     if length == 0:
         raise ValueError("gated_ddts needs at least one token, got T = 0")
+    scale = query_scale(scale, key_dim)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (batch, heads, key_dim, v.shape[-1]))
     if starts is not None:
@@ -84,7 +85,7 @@ def gated_ddts(
         select,
         temper,
         eps=eps,
-        scale=key_dim**-0.5 if scale is None else scale,
+        scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
         starts=starts,

@@ -10,6 +10,7 @@ from .._dispatch import (
     choose_compiled,
     load,
     mark_written,
+    query_scale,
 )
 
 _IMPLS = {
@@ -85,6 +86,7 @@ def ddts_mixer_step(
     }
     given = {"gate_hidden": gate_hidden, "gate_weight": gate_weight, **gates, **branches, **vectors}
     _check(q, state, gates, branches, vectors, given)
+    scale = query_scale(scale, q.shape[1])
     with torch.no_grad():
         if impl == "auto":
             alike = gate_weight.dtype == gate_hidden.dtype and state.dtype == torch.float32
@@ -105,7 +107,7 @@ def ddts_mixer_step(
             gate_bias=gate_bias,
             residual_weight=residual_weight,
             norm_weight=norm_weight,
-            scale=q.shape[1] ** -0.5 if scale is None else scale,
+            scale=scale,
             key_eps=key_eps,
             norm_eps=norm_eps,
         )

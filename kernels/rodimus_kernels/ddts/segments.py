@@ -107,6 +107,8 @@ def ddts_scan(
     check_shape("states", states, ("S", "N", "H", "K", "V"))
     check_shape("log_decays", log_decays, tuple(states.shape[:4]))
     check_same_device("states", states, log_decays=log_decays)
+    if states.numel() == 0:
+        return torch.empty_like(states)
     if impl == "auto":
         key_dim, value_dim = states.shape[-2:]
         fits = states.dtype == torch.float32 and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0

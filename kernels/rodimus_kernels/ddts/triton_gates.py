@@ -11,6 +11,7 @@ from .._triton import (
     FP_FUSION,
     check_runs_here,
     implement,
+    row_block,
     strides,
     tempered_gate_gradients,
     tempered_gates,
@@ -137,7 +138,7 @@ def _four_dims(x):
 def _launch(kernel, inputs, outputs, eps):
     inputs = [_four_dims(x) for x in inputs]
     batch, length, heads, key_dim = inputs[0].shape
-    rows, block = batch * length * heads, triton.next_power_of_2(key_dim)
+    rows, block = batch * length * heads, row_block(key_dim)
     block_rows = max(_ELEMENTS // block, 1)
     kernel[(triton.cdiv(rows, block_rows),)](
         *inputs,

@@ -14,6 +14,7 @@ from .._triton import (
     check_grid,
     check_runs_here,
     implement,
+    row_block,
     sequence_tokens,
     strides,
     unit_stride,
@@ -116,8 +117,8 @@ def _launch(q, k, v, log_decay, scale, initial_state, final_state, cu_seqlens):
     tensors = [unit_stride(x) for x in (q, k, v, log_decay)]
     _, length, heads, key_dim = q.shape
     check_grid("ddts", "sequences * heads", final_state.shape[0] * heads)
-    value_dim, block_k = v.shape[-1], triton.next_power_of_2(key_dim)
-    block_v = min(triton.next_power_of_2(value_dim), max(_ELEMENTS // block_k, 16))
+    value_dim, block_k = v.shape[-1], row_block(key_dim)
+    block_v = min(row_block(value_dim), max(_ELEMENTS // block_k, 16))
     o = v.new_empty(v.shape)
     ddts_recurrent_kernel[(triton.cdiv(value_dim, block_v), final_state.shape[0] * heads)](
         *tensors,

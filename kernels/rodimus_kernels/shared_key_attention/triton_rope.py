@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import register_gradient
-from .._triton import FP_FUSION, check_runs_here, implement, unit_stride
+from .._triton import FP_FUSION, check_runs_here, implement, row_block, unit_stride
 
 # elements of a program's tile: 16 a thread at 4 warps
 _TILE = 2048
@@ -83,8 +83,8 @@ def _rope(x, cos, sin, inverse):
     batch, length, heads, dim = x.shape
     half = cos.shape[-1]
     y = x.new_empty(x.shape)
-    block_half = triton.next_power_of_2(half)
-    block = min(max(_TILE // (2 * block_half), 1), triton.next_power_of_2(heads))
+    block_half = row_block(half)
+    block = min(max(_TILE // (2 * block_half), 1), row_block(heads))
     # one table for all rows: no step from row to row
     steps = [
         0 if size == 1 else stride
@@ -105,7 +105,7 @@ def _rope(x, cos, sin, inverse):
             HALF=half,
             BH=block,
             BHALF=block_half,
-            BREST=triton.next_power_of_2(max(dim - 2 * half, 1)),
+            BREST=row_block(dim - 2 * half),
             INVERSE=inverse,
             num_warps=4,
             **FP_FUSION,
