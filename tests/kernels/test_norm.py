@@ -98,6 +98,29 @@ def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeyp
     assert_close(run(ours, tensors), run(exact_add_rms_norm, tensors, torch.float64), LIMIT)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("widest", [64, 16], ids="blocks of {}".format)
+def test_gradients_are_those_of_the_rounded_sum(impl, widest, monkeypatch):
+    """Of x and the weighted residual, as the forward rounds it before the gate."""
+    if impl == "triton":
+        monkeypatch.setattr(triton_module("rodimus_kernels.triton_norm"), "_WIDE", widest)
+    tensors = make("x", "gate", "weight", "residual", "residual_weight")
+    tensors["x"] = tensors["x"].half()
+    # a product without rounding: with or without fma, the sum is the same
+    tensors["residual_weight"].fill_(0.5)
+    rounded = (tensors["x"] + 0.5 * tensors["residual"]).half().double()
+    gate, weight = (tensors[name].requires_grad_() for name in ("gate", "weight"))
+    y = gated_rms_norm(**tensors, impl=impl)
+    dy = torch.randn_like(y)
+    exact = exact_gated_rms_norm(rounded, gate.double(), weight.double())
+    for found, wanted in zip(
+        torch.autograd.grad(y, (gate, weight), dy),
+        torch.autograd.grad(exact, (gate, weight), dy.double()),
+        strict=True,
+    ):
+        assert relative_error(found, wanted) < LIMIT
+
+
 @pytest.mark.parametrize("exact", [exact_add_rms_norm, exact_gated_rms_norm])
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_gradients_where_a_program_walks_over_rows(impl, exact, monkeypatch):
