@@ -68,9 +68,9 @@ class ConcatRows:
         usable = np.array([s.n_tokens - 1 for s in shards.manifest.shards])
         self.ends = np.cumsum(-(-usable // seq_len) if keep_tail else usable // seq_len)
         if self.ends[-1] == 0:
-            longest = int(usable.max()) + 1
+            least, longest = (1 if keep_tail else seq_len) + 1, int(usable.max()) + 1
             raise InputError(
-                f"data.seq_len = {seq_len} needs a shard of {seq_len + 1} tokens, "
+                f"data.seq_len = {seq_len} needs a shard of {least} tokens, "
                 f"got {longest} in {shards.path}"
             )
 

@@ -230,6 +230,10 @@ def test_seq_len_beyond_the_shard_is_an_error(tmp_path):
     shards = TokenShards(write(tmp_path))
     with pytest.raises(InputError, match="data.seq_len = 64 needs a shard of 65 tokens, got 63"):
         ConcatRows(shards, 64)
+    # a shorter row may be the only one, but has a label
+    lone = TokenShards(write(tmp_path, "lone", docs=[[7]]))
+    with pytest.raises(InputError, match="data.seq_len = 64 needs a shard of 2 tokens, got 1"):
+        ConcatRows(lone, 64, keep_tail=True)
 
 
 def test_sources_must_share_a_tokenizer(tmp_path):
