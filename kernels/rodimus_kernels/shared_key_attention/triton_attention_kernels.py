@@ -19,7 +19,7 @@ pointers, or by Hopper's copy engine from a descriptor of ``[B, H, T, D]`` (TMA)
 import triton
 import triton.language as tl
 
-from .._triton import exp2, product, row_offsets
+from .._triton import exp2, product
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def load_tile(
         o_d = tl.arange(0, BD)
         p_x = x + tl.cast(i_b, tl.int64) * x_b + tl.cast(i_h, tl.int64) * x_h
         p_x += tl.cast(row, tl.int64) * x_t
-        p_x += row_offsets(o_r, x_t) + o_d[None, :]
+        p_x += o_r[:, None] * x_t + o_d[None, :]
         if MASK and D < BD:
             return tl.load(p_x, mask=(row + o_r < end)[:, None] & (o_d < D)[None, :], other=0.0)
         elif MASK:
@@ -78,7 +78,7 @@ def store_tile(
     p_x = x + tl.cast(i_b, tl.int64) * x_b + tl.cast(i_h, tl.int64) * x_h
     p_x += tl.cast(row, tl.int64) * x_t
     mask = (row + o_r < end)[:, None] & (o_d < D)[None, :]
-    tl.store(p_x + row_offsets(o_r, x_t) + o_d[None, :], b_x.to(x.dtype.element_ty), mask=mask)
+    tl.store(p_x + o_r[:, None] * x_t + o_d[None, :], b_x.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
