@@ -278,6 +278,19 @@ def test_segments_equal_the_whole_walk(documents, monkeypatch):
     assert len(asked) == 2
 
 
+def test_a_segment_fades_by_all_its_chunks(monkeypatch):
+    """Of two chunks here, with decays that leave something of the state before them."""
+    chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
+    monkeypatch.setattr(chunk, "_segments", lambda *_: 2)
+    inputs = make(DdtsCase(1, 160, 1, 16, 16))
+    inputs = inputs._replace(log_decay=-0.02 * torch.rand_like(inputs.log_decay))
+    h0 = inputs.initial_state
+    with torch.no_grad():
+        o, _ = ddts(*inputs[:4], initial_state=h0, impl="triton_chunk")
+        exact, _ = reference.ddts(*(x.double() for x in inputs[:4]), initial_state=h0.double())
+    assert relative_error(o, exact) < LIMIT
+
+
 def test_the_last_segment_is_walked_once(monkeypatch):
     """Nobody starts from the state it leaves, so its values are not read for one."""
     chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
