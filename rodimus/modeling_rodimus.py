@@ -2094,7 +2094,8 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
 
     def _assisted_decoding(self, input_ids, *args, **kwargs):
         cache, places = kwargs.get(CACHE_NAME), kwargs.get("position_ids")
-        if None not in (cache, places) and places.shape[-1] == input_ids.shape[1]:
+        given = cache is not None and places is not None
+        if given and places.shape[-1] == input_ids.shape[1]:
             # transformers reads all of input_ids, also what the cache has read
             cache.reset()
         layers = getattr(cache, "layers", ())

@@ -99,6 +99,14 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def near_tokens(x: torch.Tensor) -> torch.Tensor:
+    """:func:`unit_stride` for a kernel with tiles of up to 128 tokens of ``[B, T, ...]``: a copy
+    also where these are so far apart that offsets in a tile pass 2^31: in 64 bits they would take
+    registers, and attention's backward spills on sm_80."""
+    x = unit_stride(x)
+    return x if x.stride(1) < 2**31 // 128 else x.contiguous()
+
+
 def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x`` as rows of unit stride ``[N, D]``; a slice of a projection is not copied."""
     if x is None:
@@ -146,13 +154,6 @@ def sequence_tokens(i_n, bounds, T):
     else:
         start = tl.load(bounds + i_n).to(tl.int64)
         return i_n * 0, start, tl.load(bounds + i_n + 1).to(tl.int64)
-
-
-@triton.jit
-def row_offsets(rows, stride):
-    """``[ROWS, 1]``, where rows of a tile begin. In 64 bits: with time before the batch in memory
-    one token may be millions of elements behind the other."""
-    return rows.to(tl.int64)[:, None] * stride
 
 
 @triton.jit

@@ -31,8 +31,8 @@ from .._triton import (
     divisor_tile,
     implement,
     multiprocessors,
+    near_tokens,
     strides,
-    unit_stride,
 )
 from .triton_chunk_kernels import (
     ddts_chunk_gate_kernel,
@@ -250,10 +250,10 @@ class _Keys(NamedTuple):
 
 
 def _keys(q, k, g, temper, eps, scale, resets):
-    temper = None if temper is None else unit_stride(temper)
+    temper = None if temper is None else near_tokens(temper)
     # rows of zeros behind the last token are divided by their norm, too
     eps = max(eps, torch.finfo(torch.float32).tiny)
-    return _Keys(*(unit_stride(x) for x in (q, k, g)), temper, eps, scale, resets)
+    return _Keys(*(near_tokens(x) for x in (q, k, g)), temper, eps, scale, resets)
 
 
 def _key_strides(keys):
@@ -521,7 +521,7 @@ def scan(states, log_decays, *, reverse):
 def _forward(
     q, k, v, log_decay, temper, eps, scale, initial_state, resets, cu_seqlens, save_states
 ):
-    keys, v = _keys(q, k, log_decay, temper, eps, scale, resets), unit_stride(v)
+    keys, v = _keys(q, k, log_decay, temper, eps, scale, resets), near_tokens(v)
     heads, key_dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
     columns = _columns(q.shape[0], q.shape[1], cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -549,7 +549,7 @@ def _forward(
 @implement("ddts_chunk_backward")
 def _backward(q, k, v, log_decay, temper, eps, scale, resets, cu_seqlens, states, do, dfinal_state):
     keys = _keys(q, k, log_decay, temper, eps, scale, resets)
-    v, do = unit_stride(v), unit_stride(do)
+    v, do = near_tokens(v), near_tokens(do)
     columns = _columns(q.shape[0], q.shape[1], cu_seqlens)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if dfinal_state is not None:

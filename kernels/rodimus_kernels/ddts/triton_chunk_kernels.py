@@ -26,7 +26,6 @@ from .._triton import (
     exp2,
     product,
     reciprocal,
-    row_offsets,
     settle,
     tempered_gate_gradients,
     tempered_gates,
@@ -65,7 +64,7 @@ def key_norms(p_k, o_i, k_t, mask, eps, K: tl.constexpr, C: tl.constexpr, BK: tl
     squares = tl.zeros([C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
-        b_k = tl.load(p_k + row_offsets(o_i, k_t) + o_k, mask=mask, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + o_i[:, None] * k_t + o_k, mask=mask, other=0.0).to(tl.float32)
         squares += tl.sum(b_k * b_k, 1)
     return tl.maximum(tl.sqrt(squares), eps)
 
@@ -197,12 +196,11 @@ def ddts_chunk_prepare_kernel(
     b_a = tl.zeros([C, C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
-        b_q = tl.load(p_q + row_offsets(o_i, q_t) + o_k, mask=mask, other=0.0)
-        b_q = b_q.to(tl.float32) * scale
+        b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
         b_k, b_g = load_gated(
-            p_k + row_offsets(o_i, k_t) + o_k,
-            p_g + row_offsets(o_i, g_t) + o_k,
-            None if temper is None else p_temper + row_offsets(o_i, temper_t) + o_k,
+            p_k + o_i[:, None] * k_t + o_k,
+            p_g + o_i[:, None] * g_t + o_k,
+            None if temper is None else p_temper + o_i[:, None] * temper_t + o_k,
             p_resets,
             norms,
             o_i,
@@ -268,7 +266,7 @@ def load_written(
         o_v = column + tl.arange(0, BV)
         mask = (start + o_c < end)[:, None]
         p_x = x + i_b * x_b + i_h * x_h + start * x_t
-        b_x = tl.load(p_x + row_offsets(o_c, x_t) + o_v[None, :], mask=mask, other=0.0)
+        b_x = tl.load(p_x + o_c[:, None] * x_t + o_v[None, :], mask=mask, other=0.0)
         o_ck = o_c[:, None] * K + tl.arange(0, K)[None, :]
         return b_x, tl.load(write + row * K + o_ck)
 
@@ -329,7 +327,7 @@ def store_output(
     else:
         o_v = column + tl.arange(0, BV)
         mask = (start + o_c < end)[:, None]
-        p_y = y + i_b * y_b + i_h * y_h + start * y_t + row_offsets(o_c, y_t) + o_v[None, :]
+        p_y = y + i_b * y_b + i_h * y_h + start * y_t + o_c[:, None] * y_t + o_v[None, :]
         tl.store(p_y, b_y.to(y.dtype.element_ty), mask=mask)
 
 
@@ -536,8 +534,8 @@ def ddts_chunk_products_kernel(
         o_vk = o_v[:, None] * K + o_k[None, :]
         b_state = tl.load(states + slot * V * K + o_vk)
         b_dstate = tl.load(dstates + slot * V * K + o_vk)
-        b_v = tl.load(p_v + row_offsets(o_c, v_t) + o_v[None, :], mask=mask, other=0.0)
-        b_do = tl.load(p_do + row_offsets(o_c, do_t) + o_v[None, :], mask=mask, other=0.0)
+        b_v = tl.load(p_v + o_c[:, None] * v_t + o_v[None, :], mask=mask, other=0.0)
+        b_do = tl.load(p_do + o_c[:, None] * do_t + o_v[None, :], mask=mask, other=0.0)
         b_v = b_v.to(b_state.dtype)
         b_do = b_do.to(b_state.dtype)
         b_dkeep += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
@@ -711,15 +709,15 @@ def ddts_chunk_gate_kernel(
     p_k = k + i_b * k_b + i_h * k_h + start * k_t
     p_g = g + i_b * g_b + i_h * g_h + start * g_t
     p_resets = None if resets is None else resets + i_b * T + start
-    o_kt = row_offsets(o_i, k_t) + o_k
-    o_gt = row_offsets(o_i, g_t) + o_k
+    o_kt = o_i[:, None] * k_t + o_k
+    o_gt = o_i[:, None] * g_t + o_k
     norms = None
     p_temper = None
     if temper is not None:
         p_temper = temper + i_b * temper_b + i_h * temper_h + start * temper_t
-        p_temper = p_temper + (row_offsets(o_i, temper_t) + o_k)
+        p_temper = p_temper + (o_i[:, None] * temper_t + o_k)
         norms = key_norms(p_k, o_i, k_t, mask, eps, K, C, BK)
-    b_q = tl.load(p_q + row_offsets(o_i, q_t) + o_k, mask=mask, other=0.0).to(tl.float32) * scale
+    b_q = tl.load(p_q + o_i[:, None] * q_t + o_k, mask=mask, other=0.0).to(tl.float32) * scale
     b_k, b_g = load_gated(p_k + o_kt, p_g + o_gt, p_temper, p_resets, norms, o_i, mask)
     p_da = da + slot * C * C
     base = ((i_b * T + start) * H + i_h) * K

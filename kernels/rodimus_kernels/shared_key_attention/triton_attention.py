@@ -22,8 +22,8 @@ from .._triton import (
     check_runs_here,
     implement,
     multiprocessors,
+    near_tokens,
     strides,
-    unit_stride,
 )
 from .triton_attention_kernels import (
     shared_key_attention_dkv_kernel,
@@ -32,9 +32,6 @@ from .triton_attention_kernels import (
 )
 
 MAX_DIM = 256
-
-# queries or keys of a tile, at most
-_MOST_ROWS = 128
 
 # dk and dv programs in flight, per multiprocessor, below which the heads are split over programs
 _WAVES = 2
@@ -114,10 +111,8 @@ def use_tma(*tensors: torch.Tensor) -> bool:
 
 def _with_strides(x):
     """``x`` with a dense last dimension, and a stride that the copy engine takes where it does not
-    matter: one head of a key that was expanded over all heads has stride 0. A copy where tokens are
-    so far apart that a tile passes 2^31 elements: in 64 bits its offsets take registers."""
-    x = unit_stride(x)
-    x = x if x.stride(1) < 2**31 // _MOST_ROWS else x.contiguous()
+    matter: one head of a key that was expanded over all heads has stride 0."""
+    x = near_tokens(x)
     given = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
     return x.as_strided(x.shape, [*given[:-1], 1])
 
