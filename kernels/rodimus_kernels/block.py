@@ -127,8 +127,9 @@ def blocks_step(
 
     Args:
         stream: Residual stream ``[B, D]``; float32 or the weights' dtype, which for 8-bit weights
-            is that of the convolution. The native form takes
-            B <= 8 on a CPU.
+            is that of the convolution. On a CPU the
+            native form reads the weights for 8 rows at a time, and a row does not depend on the
+            others.
         weights: Each block's own tensors; nothing is copied.
         taps: Each block's last W inputs of the convolution, oldest first, ``[B, V, W]``.
         states: float32 ``[B, 1, K, V]``, one a block.
@@ -310,14 +311,14 @@ def _check_ring(i, stream, w, ring, window_size, head_dim):
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:
-    """Whether :func:`blocks_step` takes so many rows natively, at most eight on a CPU: plain
-    float32 or bfloat16 tensors, or 8-bit weights, on a device whose native operators are built, and
-    no gradient to record.
+    """Whether :func:`blocks_step` is to take so many rows natively, at most 32 on a CPU, where more
+    are faster in torch's products: plain float32 or bfloat16 tensors, or 8-bit weights, on a device
+    whose native operators are built, and no gradient to record.
 
     Args:
         rows: sequences in the batch.
         tensors: the residual stream, the weights and the rotary tables; None for those that a
             block lacks.
     """
-    few = rows <= native.MAX_ROWS or tensors[0].device.type != "cpu"
+    few = rows <= native.MAX_CPU_ROWS or tensors[0].device.type != "cpu"
     return rows >= 1 and few and native.fits(*tensors, is_decoding=True)

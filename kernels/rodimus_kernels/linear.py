@@ -18,9 +18,6 @@ _IMPLS = {
 }
 IMPLS = tuple(_IMPLS)
 
-# On a CPU without instructions for the dtype: up to so many rows reading the weights several times
-# natively is faster than widening them (2 cores with AVX2; they met between 24 and 64 rows).
-_MOST_READ_NATIVELY = 32
 # Outputs whose weights are widened at once: a few MiB, which stay in cache until they are used.
 _OUTPUTS_AT_ONCE = 512
 
@@ -70,7 +67,7 @@ def linear(
 def _choose(x, weight, bias):
     """What ``impl="auto"`` means: the native form also for more rows than it takes, in parts."""
     rows, is_slow = x.shape[0], multiplies_slowly(x.device, x.dtype)
-    most = _MOST_READ_NATIVELY if is_slow else native.MAX_ROWS
+    most = native.MAX_CPU_ROWS if is_slow else native.MAX_ROWS
     # 8-bit weights with float32: each row as it would be alone, however many there are
     always = type(weight) is Int8Weight and not is_slow
     if rows >= 1 and (rows <= most or always):

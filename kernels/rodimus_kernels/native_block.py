@@ -34,18 +34,21 @@ def step(
     persistent=False,
     **eps,
 ):
-    """:func:`rodimus_kernels.blocks_step`, for up to eight rows on a CPU and any number on a
-    GPU."""
+    """:func:`rodimus_kernels.blocks_step`; on a CPU for eight rows at a time."""
+    on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
+    sizes = {"window_size": window_size, "head_dim": head_dim}
+    if on_cpu and rows > native.MAX_ROWS and not persistent:
+        read = (stream, taps, states, rings, position, rotary)
+        starts = range(0, rows, native.MAX_ROWS)
+        parts = [_rows_of(read, slice(i, i + native.MAX_ROWS)) for i in starts]
+        return torch.cat([step(part, weights, *others, **sizes, **eps) for part, *others in parts])
     given = [x for block in weights for x in block if x is not None]
     values = [x.values if type(x) is Int8Weight else x for x in given]
     scales = [x.scale for x in given if type(x) is Int8Weight]
     plain_rings = [ring for ring in rings if ring.dtype != torch.uint8]
     native.check("blocks_step", stream, *given, *taps, *states, *plain_rings)
-    on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
-    if rows < 1 or (on_cpu and rows > native.MAX_ROWS):
-        raise ValueError(
-            f"blocks_step(impl='native') takes 1 to {native.MAX_ROWS} rows, got {rows}"
-        )
+    if rows < 1:
+        raise ValueError("blocks_step(impl='native') needs at least one row, got none")
     cos, sin = (None, None) if rotary is None else map(native.dense_rows, rotary)
     position = None if position is None else position.contiguous()
     stream = native.dense_rows(stream)
@@ -55,9 +58,9 @@ def step(
     if one_call and not (persistent and on_cpu):
         if not on_cpu and not _in_pieces(stream):
             stream = stream.clone(memory_format=torch.contiguous_format)
-        sizes = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
+        numbers = (window_size or 0, head_dim or 0, eps["key_eps"], eps["norm_eps"])
         return torch.ops.rodimus.native_blocks_step(
-            stream, values, scales, taps, states, rings, position, cos, sin, *sizes, persistent
+            stream, values, scales, taps, states, rings, position, cos, sin, *numbers, persistent
         )
     if persistent:
         raise ValueError(
@@ -65,8 +68,14 @@ def step(
             f" of 8, and 1 to {native.MAX_ROWS} rows of x; got {weights[0].conv.dtype} on"
             f" {stream.device.type} and {rows} rows"
         )
-    sizes = {"window_size": window_size, "head_dim": head_dim}
     return compose(stream, weights, taps, states, rings, position, rotary, **sizes, **eps)
+
+
+def _rows_of(given, rows):
+    """These rows of tensors, lists of them and None."""
+    if given is None or isinstance(given, torch.Tensor):
+        return None if given is None else given[rows]
+    return [_rows_of(x, rows) for x in given]
 
 
 def persistent_step(*arguments, **named):

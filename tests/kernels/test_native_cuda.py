@@ -54,7 +54,7 @@ def differences(tmp_path_factory, request):
 @pytest.mark.parametrize(
     "kernel",
     [
-        *("ddts_step", "mixer_step", "conv_step", "linear_step", "norm"),
+        *("ddts_step", "mixer_step", "conv_step", "linear", "norm"),
         *("attention_staged", "attention_any", "attention_int8_staged", "attention_int8_any"),
     ],
 )

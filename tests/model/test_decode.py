@@ -443,7 +443,7 @@ def test_a_copied_model_steps_with_its_own_weights(model, fused, copy_of):
 
 
 def test_gradients_and_batches_too_large_for_a_cpu_use_the_modules(model, fused, device):
-    ids = random_ids(9, 14)
+    ids = random_ids(33, 14)
     decode(model, ids)
     assert len(fused) == (0 if device.type == "cpu" else 2)
     fused.clear()
