@@ -10,11 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .config import TrainConfig
 from .status import leave, leave_crashed
+
+if TYPE_CHECKING:
+    from .parallel import Ranks
 
 USAGE = """usage: rodimus train CONFIG.toml [--section.key VALUE ...]
        torchrun --nproc-per-node N -m rodimus.train CONFIG.toml [--section.key VALUE ...]
@@ -57,11 +62,33 @@ def train(path: str, overrides: list[str]) -> int:
 
     config = load_config(path, overrides)
     from . import parallel
+
+    ranks = parallel.start(config.parallel, config.train.device)
+    with ExitStack() as held:
+        parallel.together(lambda: hold(config, held) if ranks.is_main else None, ranks)
+        status = run(config, ranks)
+        if status == 0 and ranks.is_main:
+            finish(config)
+    return status
+
+
+def hold(config: TrainConfig, held: ExitStack) -> None:
+    """Keeps other runs out of the folder of this one."""
+    from .loop import make_folder
+    from .store import alone
+
+    out = Path(config.out)
+    make_folder(out)
+    held.enter_context(alone(out))
+
+
+def run(config: TrainConfig, ranks: Ranks) -> int:
+    """Trains and leaves the other ranks, who need not wait for an export; the exit status."""
+    from . import parallel
     from .guard import RunStopped
     from .loop import Trainer
     from .signals import TERMINATED, Signals
 
-    ranks = parallel.start(config.parallel, config.train.device)
     with Signals() as signals:
         trainer = Trainer(config, ranks)
         try:
@@ -77,10 +104,7 @@ def train(path: str, overrides: list[str]) -> int:
             trainer.close()
         # at once: a launcher may kill this process when another ends, or a scheduler at its export
         leave(TERMINATED if status == 0 and config.export else status)
-    # the others need not wait for the export
     parallel.stop()
-    if status == 0 and ranks.is_main:
-        finish(config)
     return status
 
 

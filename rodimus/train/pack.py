@@ -15,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from ..errors import InputError, first_line
 from ..loading import find_tokenizer, vocabulary_size
 from .shards import Manifest, ShardWriter
 from .sources import STDLIB_LICENCE, documents
+from .store import alone
 from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
 
 _BATCH_BYTES = 1 << 20
@@ -93,7 +93,7 @@ def pack(
             what = "holds a pack that was killed or is at work"
         raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
+    with alone(out):
         for killed in out.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(killed, ignore_errors=True)
         # inside: the folder around OUT may be another file system, or not ours to write to
@@ -110,31 +110,6 @@ def pack(
             )
             _replace(Path(folder), out)
     return manifests
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds a folder against other packs, where the system has locks; they end with a process.
-
-    Raises:
-        InputError: another pack is at work in it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        # not every network file system can lock a folder
-        with suppress(OSError):
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another pack is at work in {out}: wait for its end") from error
-        yield
-    finally:
-        os.close(folder)
 
 
 def learn(

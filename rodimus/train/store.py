@@ -1,4 +1,5 @@
-"""Checkpoint folders on disk, without any torch: made complete, set aside, deleted.
+"""Folders on disk, without any torch: held by one process; checkpoints made complete, set aside,
+deleted.
 
 COMPLETE appears by an atomic rename after the last file of a checkpoint, so a killed run leaves
 either a whole checkpoint or one that does not count; ``RUN/checkpoints/latest`` then names it.
@@ -9,10 +10,42 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import InputError
 from ..run_folder import MARKER, complete_steps, step_folder, step_number
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Holds a folder against other packs and runs, where the system and the folder's file system
+    have such locks; they end with a process.
+
+    Raises:
+        InputError: another one is at work in it, or it cannot be read.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    try:
+        folder = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot read {out}: {error.strerror}") from error
+    try:
+        # not every network file system can lock a folder
+        with suppress(OSError):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                told = f"another process is at work in {out}: wait for its end"
+                raise InputError(told) from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import resource
@@ -1180,6 +1181,36 @@ def test_a_run_whose_settings_cannot_be_kept_ends_every_rank(config_file, tmp_pa
         results = run_ranks(2, stderr_of, [str(config_file), "--no-export", *options])
         assert [status for status, _ in results] == [2, 2]
         assert "cannot write the settings of the run to" in results[0][1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_second_run_into_a_folder_is_refused_until_the_first_has_ended(copied, world_size):
+    """Killed or done; what the first one has is left alone."""
+    config, run = copied
+    unfinished = run / "checkpoints" / "step-00000009"
+    unfinished.mkdir()
+    again = [str(config), "--out", str(run), "--no-export"]
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+    first = context.Process(target=_hold, args=(run, holds))
+    first.start()
+    try:
+        assert holds.wait(60)
+        results = run_ranks(world_size, stderr_of, again)
+        told = f"rodimus train: error: another process is at work in {run}: wait for its end\n"
+        assert results == [(2, told)] + [(2, "")] * (world_size - 1)
+        assert unfinished.is_dir()
+    finally:
+        first.kill()
+        first.join()
+    assert train(world_size, config, "--out", run, "--no-export") == [0] * world_size
+    assert not unfinished.exists()
+
+
+def _hold(run, holds):
+    with store.alone(run):
+        holds.set()
+        time.sleep(600)
 
 
 def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
