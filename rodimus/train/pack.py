@@ -183,17 +183,22 @@ def _write_parts(
 def _replace(made: Path, out: Path) -> None:
     """Move what was packed into ``out``, over an earlier pack. Manifests go first and come last, so
     that none ever stands beside the shards of another."""
-    if (out / "train.json").is_file():
+    manifests = [out / f"{part}.json" for part in ("train", "val")]
+    # also of a pack that was killed here and has no manifest
+    shards = [
+        path
+        for manifest in manifests
+        for path in out.glob(f"{manifest.stem}-[0-9][0-9][0-9][0-9][0-9].*")
+        if path.suffix in (".bin", ".idx")
+    ]
+    if any(path.is_file() for path in manifests + shards):
         # what the new tokenizer has no file for would be taken for its own
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
-    for part in ("train", "val"):
-        (out / f"{part}.json").unlink(missing_ok=True)
-        # also of a pack that was killed here and has no manifest
-        for shard in out.glob(f"{part}-[0-9][0-9][0-9][0-9][0-9].*"):
-            if shard.suffix in (".bin", ".idx"):
-                shard.unlink()
+    for path in manifests + shards:
+        path.unlink(missing_ok=True)
     files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.suffix == ".json" and len(path.parts) == 1):
+    # shards come first: by them what else is there is known for a pack's
+    for path in sorted(files, key=lambda path: (out / path in manifests, len(path.parts))):
         # a tokenizer's further chat templates lie in a folder of their own
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / path, out / path)

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -492,6 +493,38 @@ def test_a_pack_that_was_killed_while_it_replaced_one_leaves_no_shards(
     pack(str(tmp_path / "one.txt"), out, vocab_size=300, val_fraction=0.0, overwrite=True)
     names = {"tokenizer", "train-00000.bin", "train-00000.idx", "train-notes.bin", "train.json"}
     assert {path.name for path in out.iterdir()} == names
+
+
+def test_a_pack_that_was_killed_while_it_replaced_one_leaves_nothing_in_the_tokenizer(
+    corpus, tmp_path, monkeypatch
+):
+    """Wherever it was: what has no manifest is a pack's if there are shards."""
+    chatty, out = train_tokenizer(TEXTS, 300), tmp_path / "out"
+    chatty.chat_template = "{{ messages }}"
+    chatty.save_pretrained(tmp_path / "chat")
+    replace, left = os.replace, []
+
+    def killed(source, target):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(source, target)
+
+    def interrupted(after):
+        """Whether a pack was, after it had moved so many files."""
+        left[:] = range(after)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr("rodimus.train.pack.os.replace", killed)
+            pack(str(corpus), out, tokenizer=str(tmp_path / "chat"), overwrite=True)
+            return False
+        return True
+
+    after = 0
+    while interrupted(after):
+        pack(str(corpus), out, vocab_size=300, overwrite=True)
+        assert not read_tokenizer(out / "tokenizer").chat_template, after
+        after += 1
+    assert after > 6
 
 
 def test_of_two_packs_that_overwrite_one_folder_the_second_is_refused(
