@@ -174,12 +174,15 @@ def _memory(
     block = sum(p.numel() for p in layers[0].parameters())
     gathered = n - block * (len(layers) - 2) if gathers_twice else n
     tokens = config.train.micro_batch * config.data.seq_len / config.parallel.context_parallel
+    kept, whole = (activation_bytes(shapes, mode) for mode in (config.train.ac, "none"))
+    # backward has one block whole
+    activations = tokens * ((len(layers) - 1) * kept + whole)
     return {
         "weights, fp32": 4 * n / shards,
         "gradients, fp32": 4 * n / shards,
         "optimizer": checkpoint_bytes(model, config.optim) / shards - 4 * n / shards,
         "gathered weights, bf16": 2.0 * gathered,
-        "activations (estimate)": tokens * len(layers) * activation_bytes(shapes, config.train.ac),
+        "activations (estimate)": activations,
         "gradient of the head, fp32": 4.0 * model.lm_head.weight.numel(),
     }
 

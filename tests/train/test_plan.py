@@ -99,6 +99,15 @@ def test_checkpointing_activations_saves_memory():
     assert sizes[0] > 1.3 * sizes[1] > 2 * sizes[2] > 0
 
 
+def test_backward_has_one_block_whole():
+    """By hand: of 4 x 4096 tokens the stream of 2048, fp32, before each of the 23 others."""
+    whole, of_streams = (
+        planned("rodimus_plus_1b6", 8, "--train.ac", mode).memory["activations (estimate)"]
+        for mode in ("none", "full")
+    )
+    assert of_streams == pytest.approx(4 * 4096 * 2048 * 4 * 23 + whole / 24)
+
+
 def test_muon_keeps_one_moment_of_the_matrices():
     adamw = planned("rodimus_plus_1b6", 8).memory["optimizer"]
     assert (
