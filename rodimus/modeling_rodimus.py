@@ -1741,7 +1741,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         stream = self._embed(embeds).squeeze(1)
         # before the search, whose answer is kept: a forward-mode derivative is for this call alone
-        if not can_fuse_block(stream.shape[0], stream):
+        if not can_fuse_block(stream.shape[0], stream, embeds):
             return None
         found = self._step_arguments()
         if found is None:

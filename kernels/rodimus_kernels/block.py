@@ -10,6 +10,7 @@ import torch
 from . import native
 from ._dispatch import check_position, check_same_device, check_shape, load, mark_written
 from .int8_weight import Int8Weight
+from .linear import multiplies_slowly
 from .reference import int8_row_bytes
 
 _IMPLS = {
@@ -311,14 +312,19 @@ def _check_ring(i, stream, w, ring, window_size, head_dim):
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:
-    """Whether :func:`blocks_step` is to take so many rows natively, at most 32 on a CPU, where more
-    are faster in torch's products: plain float32 or bfloat16 tensors, or 8-bit weights, on a device
-    whose native operators are built, and no gradient to record.
+    """Whether :func:`blocks_step` is to take so many rows natively: plain float32 or bfloat16
+    tensors, or 8-bit weights, on a device whose native operators are built, and no gradient to
+    record. On a CPU at most 32 rows, or 8 of bfloat16 where torch multiplies it well: its products
+    read the weights once, the native form once for 8 rows.
 
     Args:
         rows: sequences in the batch.
         tensors: the residual stream, the weights and the rotary tables; None for those that a
             block lacks.
     """
-    few = rows <= native.MAX_CPU_ROWS or tensors[0].device.type != "cpu"
+    few = rows <= native.MAX_ROWS or tensors[0].device.type != "cpu"
+    if not few and rows <= native.MAX_CPU_ROWS:
+        few = multiplies_slowly(tensors[0].device, torch.bfloat16) or not any(
+            x is not None and x.dtype == torch.bfloat16 for x in tensors
+        )
     return rows >= 1 and few and native.fits(*tensors, is_decoding=True)

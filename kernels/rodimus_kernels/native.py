@@ -62,9 +62,8 @@ MAX_ROWS = 8
 """Rows of x that :func:`rodimus_kernels.linear` takes."""
 MAX_CPU_ROWS = 4 * MAX_ROWS
 """Rows for which reading all weights again for each ``MAX_ROWS`` of them is faster on a CPU than
-torch's products: 3 times at 16 rows of a small model and 1.5 times of the 1.6B's blocks in float32,
-as fast at 32 rows of these. Products of half precision that are widened first met it between 24 and
-64 rows (2 cores with AVX2)."""
+torch's products in float32: 3 times at 16 rows of a small model and 1.5 times of the 1.6B's blocks,
+as fast at 32 rows of these; widened weights met it between 24 and 64 rows (2 cores with AVX2)."""
 MAX_TAPS = 8
 """Taps of the convolution of a sequence, which is on a CPU alone."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256

@@ -107,6 +107,17 @@ def test_rows_read_natively_in_parts_are_as_alone(monkeypatch):
     assert torch.equal(rk.linear(x, matrix), torch.cat(alone))
 
 
+@pytest.mark.skipif(native.problem("cpu") is not None, reason="native operators are missing")
+def test_more_rows_take_fused_steps_where_torch_multiplies_no_better(monkeypatch):
+    rows = (0, 8, 9, 32, 33)
+    takes = lambda *tensors: [rk.can_fuse_block(n, *tensors) for n in rows]
+    wide, half = torch.randn(2, 4), torch.randn(2, 4).bfloat16()
+    for is_fast in (True, False):
+        monkeypatch.setattr(module, "_has_products", lambda dtype, found=is_fast: found)
+        assert takes(wide, None) == [False, True, True, True, False]
+        assert takes(wide, half) == [False, True, not is_fast, not is_fast, False]
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_loss_without_gradients_multiplies_alike(monkeypatch, reduction):
     hidden, weight = torch.randn(40, 16).bfloat16(), torch.randn(50, 16).bfloat16()
