@@ -79,7 +79,10 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint, its marker first, so that a half-deleted one does not count."""
+    """Deletes a checkpoint, its marker first, so that a half-deleted one does not count; of a
+    linked one, the link alone."""
+    if folder.is_symlink():
+        return folder.unlink()
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -475,6 +475,19 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
+def test_a_checkpoint_of_another_run_that_is_linked_stays_whole(copied, tmp_path):
+    """Where its turn to be deleted comes, the link goes alone."""
+    config, run = copied
+    theirs = tmp_path / "theirs"
+    (run / "checkpoints" / "step-00000003").rename(theirs)
+    (run / "checkpoints" / "step-00000003").symlink_to(theirs)
+    again = ("--out", run, "--no-export", "--train.steps", 7, "--checkpoint.keep", 2)
+    assert train(1, config, *again) == [0]
+    assert store.complete_steps(run / "checkpoints") == [7, 6]
+    assert not (run / "checkpoints" / "step-00000003").is_symlink()
+    assert (theirs / "COMPLETE").is_file()
+
+
 def test_the_newest_checkpoints_are_kept_and_those_at_multiples(config_file, tmp_path):
     options = "--train.steps 7 --checkpoint.every 1 --checkpoint.keep 1 --checkpoint.keep-every 3"
     assert train(1, config_file, "--no-export", *options.split()) == [0]
