@@ -406,7 +406,7 @@ def make_folder(path: Path) -> None:
     """Creates the folder of a run where it is missing.
 
     Raises:
-        InputError: it cannot be created or written to.
+        InputError: it cannot be created, or it or what a run writes there cannot be written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -414,8 +414,9 @@ def make_folder(path: Path) -> None:
         raise InputError(
             f"cannot create the folder of the run, {path}: {error.strerror}"
         ) from error
-    if not os.access(path, os.W_OK):
-        raise InputError(f"the run's folder {path} cannot be written to")
+    for written in (path, path / "checkpoints", path / "metrics.jsonl"):
+        if written.exists() and not os.access(written, os.W_OK):
+            raise InputError(f"the run needs to write to {written}, and cannot")
 
 
 def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:

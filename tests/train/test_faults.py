@@ -1196,6 +1196,18 @@ def test_a_run_whose_settings_cannot_be_kept_ends_every_rank(config_file, tmp_pa
         assert "cannot write the settings of the run to" in results[0][1]
 
 
+@pytest.mark.parametrize("name", ["", "checkpoints", "metrics.jsonl"])
+def test_what_a_run_cannot_write_to_is_named_at_its_start(tmp_path, monkeypatch, name):
+    """Such as what a container's root has left."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    loop.make_folder(tmp_path)
+    theirs = tmp_path / name
+    monkeypatch.setattr(loop.os, "access", lambda path, mode: path != theirs)
+    with pytest.raises(InputError, match=f"needs to write to {re.escape(str(theirs))}, and cannot"):
+        loop.make_folder(tmp_path)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_second_run_into_a_folder_is_refused_until_the_first_has_ended(copied, world_size):
     """Killed or done; what the first one has is left alone."""
