@@ -130,3 +130,12 @@ def test_a_loss_without_gradients_multiplies_alike(monkeypatch, reduction):
     assert products in rk.implementations_used(loss)
     # logits are rounded alike but for sums in another order
     torch.testing.assert_close(loss(), expected, rtol=1e-3, atol=0)
+
+
+def test_the_input_gate_is_computed_in_float32_where_products_are_slow(monkeypatch):
+    shapes = (9, 40), (9, 16), (40, 16), (40,)
+    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+    gate = lambda: rk.input_gate(*tensors)
+    for is_fast, chosen in ((True, "input_gate:eager_input_gate"), (False, "reference:input_gate")):
+        monkeypatch.setattr(module, "_has_products", lambda dtype, found=is_fast: found)
+        assert rk.implementations_used(gate) == [f"rodimus_kernels.{chosen}"]
