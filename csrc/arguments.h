@@ -24,8 +24,11 @@ constexpr int64_t kMaxTaps = 8;
 // Channels of a head that the attention step takes on CUDA.
 constexpr int kMaxHeadDim = 256;
 
-// int8 are weights of linear layers only, on a CPU.
-enum class Type : int { kFloat32, kBFloat16, kInt8 };
+// int8 and int4 are weights of linear layers only, on a CPU.
+enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
+
+// Weights of 4 bits that share a scale, and those that are packed together.
+constexpr int64_t kInt4Group = 32, kInt4Unit = 128;
 
 // What a CUDA kernel, started under the end of the one before it, does before that has ended: nothing
 // but bring weights to the cache that all share, or read ahead what no kernel just before has written.
@@ -48,7 +51,7 @@ enum Weight {
   kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
 };
 constexpr int kCountWithoutAttention = kAttnNorm;
-// Those of linear layers, of which all in a block may be int8.
+// Those of linear layers, of which all in a block may be int8 or, but for kGateOut, int4.
 constexpr Weight kMatrices[] = {kFc,    kQueryKey, kGateIn, kGateOut, kMemGate, kMixerOut,
                                 kQuery, kKey,      kValue,  kAttnOut, kFfnIn,   kFfnOut};
 
@@ -84,7 +87,7 @@ struct MixerStep {
   Rows x, shifted, gate;               // [B, V]
   Rows scaled;                         // [B, V] or empty; CUDA: y but for the norm's factor
   Rows gate_weight;                    // [V, R]
-  const float* gate_scale = nullptr;   // [V], of an int8 gate_weight
+  const void* gate_scale = nullptr;    // as in Linear, of an int8 gate_weight
   Rows gate_bias;                      // [V]
   Rows residual_weight, norm_weight;   // [V]
   Rows y;                              // [B, V]
@@ -119,11 +122,14 @@ struct Conv {
 };
 
 // y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8 and each
-// of its rows is to be multiplied by a scale.
+// of its rows is to be multiplied by a scale, or int4 and each group in a row is.
+//
+// int4: a row is units of kInt4Unit weights in 64 bytes, the last one filled with zeros. The four bits of
+// word i of 16 that start at bit 4 j are weight 32 j + i of the unit, in two's complement.
 struct Linear {
   Rows x;        // [M, K]
-  Rows weight;   // [N, K]
-  const float* scale = nullptr;  // [N], of int8 weights
+  Rows weight;   // [N, K]; of int4 the stride is in bytes
+  const void* scale = nullptr;  // of int8 float32 [N], of int4 bfloat16 [N, groups in whole units]
   Rows bias;     // [N] or empty
   Rows y;        // [M, N]
   float* scratch;  // of the size that the implementation states

@@ -8,19 +8,31 @@
 
 namespace rodimus {
 
-// The weights' convolution is of the type of the activations; matrices are too, or int8.
-inline void check_weights(const std::vector<Tensor>& w, const Tensor& stream, int64_t head_dim) {
+// What a block is given, and what its attention reads; no window for a block without.
+struct BlockArguments {
+  std::vector<Tensor> weights;
+  Tensor taps, state;
+  std::optional<Window> window;
+  // of matrices, in the order of Weight: what they are multiplied with, and scales of quantized ones
+  int64_t inputs[kCount] = {};
+  const void* scales[kCount] = {};
+};
+
+// The weights' convolution is of the type of the activations; matrices are too, or all quantized.
+inline void check_weights(BlockArguments& block, const Tensor& stream, int64_t head_dim) {
+  const std::vector<Tensor>& w = block.weights;
   int64_t count = static_cast<int64_t>(w.size());
   STD_TORCH_CHECK(count == kCountWithoutAttention || count == kCount, "expected ",
                   static_cast<int>(kCountWithoutAttention), " or ", static_cast<int>(kCount),
                   " weights, got ", count);
   int64_t width = stream.size(1), inner = w[kGateOut].size(0);
   auto matrix = [&](const char* name, int which, int64_t rows, int64_t size) {
-    check_shape(name, w[which], {rows, size});
-    check_type(name, w[which], w[kFc]), weight_of(name, w[which], stream);
+    weight_of(name, w[which], rows, size, stream), block.inputs[which] = size;
+    if (!is_quantized(w[which]) || !is_quantized(w[kFc])) check_type(name, w[which], w[kFc]);
   };
   check_shape("conv", w[kConv], {w[kGateOut].size(0), kAny});
-  if (!is_int8(w[kFc])) check_type("conv", w[kConv], w[kFc]);
+  if (!is_quantized(w[kFc])) check_type("conv", w[kConv], w[kFc]);
+  STD_TORCH_CHECK(!is_int4(w[kGateOut]), "gate_out is taken in at least 8 bits, got 4");
   auto vector = [&](const char* name, int which, int64_t size) {
     check_shape(name, w[which], {size}), rows_of(name, w[which], stream);
   };
@@ -77,18 +89,9 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
   return window;
 }
 
-// What a block is given, and what its attention reads; no window for a block without.
-struct BlockArguments {
-  std::vector<Tensor> weights;
-  Tensor taps, state;
-  std::optional<Window> window;
-  // of int8 matrices, in the order of Weight; null for everything else
-  const float* scales[kCount] = {};
-};
-
 // All arguments of all blocks, checked before the first of them runs. The lists hold those of the
 // first block, then those of the second, and so on; `rings` is empty for blocks without attention, and
-// `scales` holds one for each int8 matrix.
+// `scales` holds those of each quantized matrix.
 inline std::vector<BlockArguments> block_arguments(
     const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
     const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
@@ -109,7 +112,7 @@ inline std::vector<BlockArguments> block_arguments(
     auto first = weights.begin() + i * each;
     BlockArguments block{{first, first + each}, taps[i], states[i]};
     const std::vector<Tensor>& w = block.weights;
-    check_weights(w, stream, head_dim);
+    check_weights(block, stream, head_dim);
     int64_t inner = w[kGateOut].size(0);
     check_shape("taps", block.taps, {batch, inner, w[kConv].size(1)});
     check_shape("state", block.state, {batch, 1, w[kMemGate].size(0) / 2, inner});
@@ -122,14 +125,14 @@ inline std::vector<BlockArguments> block_arguments(
       block.window = window_of(w, stream, ring, position, cos, sin, window_size, head_dim);
     }
     for (Weight matrix : kMatrices) {
-      if (matrix >= static_cast<int>(each) || !is_int8(w[matrix])) continue;
-      STD_TORCH_CHECK(scale != scales.end(), "expected a scale for each int8 matrix, got ",
+      if (matrix >= static_cast<int>(each) || !is_quantized(w[matrix])) continue;
+      STD_TORCH_CHECK(scale != scales.end(), "expected a scale for each quantized matrix, got ",
                       scales.size());
       block.scales[matrix] = scale_of("a matrix", *scale++, w[matrix], stream);
     }
     blocks.push_back(std::move(block));
   }
-  STD_TORCH_CHECK(scale == scales.end(), "expected a scale for each int8 matrix, got ",
+  STD_TORCH_CHECK(scale == scales.end(), "expected a scale for each quantized matrix, got ",
                   scales.size());
   return blocks;
 }

@@ -85,21 +85,32 @@ inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like) {
 }
 
 inline bool is_int8(const Tensor& x) { return x.scalar_type() == ScalarType::Char; }
+inline bool is_int4(const Tensor& x) { return x.scalar_type() == ScalarType::Byte; }
+inline bool is_quantized(const Tensor& x) { return is_int8(x) || is_int4(x); }
 
-// A matrix of a linear layer, whose elements may be int8.
-inline Rows weight_of(const char* name, const Tensor& x, const Tensor& like) {
+// A matrix [outputs, inputs] of a linear layer, whose elements may be int8 or int4.
+inline Rows weight_of(const char* name, const Tensor& x, int64_t outputs, int64_t inputs,
+                      const Tensor& like) {
+  int64_t units = (inputs + kInt4Unit - 1) / kInt4Unit;
+  check_shape(name, x, {outputs, is_int4(x) ? units * kInt4Unit / 2 : inputs});
+  if (is_int4(x)) return rows_of(name, x, like, Type::kInt4);
   return is_int8(x) ? rows_of(name, x, like, Type::kInt8) : rows_of(name, x, like);
 }
 
-// Factors of the rows of an int8 matrix.
-inline const float* scale_of(const char* name, const Tensor& scale, const Tensor& weight,
-                             const Tensor& like) {
-  STD_TORCH_CHECK(like.is_cpu(), name, " is int8, which only the CPU's operators take");
-  check_shape("scale", scale, {weight.size(0)}), check_device("scale", scale, like);
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_contiguous(),
-                  "scale of ", name, " must be contiguous float32, got scalar type ",
-                  static_cast<int>(scale.scalar_type()));
-  return static_cast<const float*>(scale.data_ptr());
+// Factors of the rows of an int8 matrix, or of the groups of an int4 one.
+inline const void* scale_of(const char* name, const Tensor& scale, const Tensor& weight,
+                            const Tensor& like) {
+  STD_TORCH_CHECK(like.is_cpu(), name, " is quantized, which only the CPU's operators take");
+  check_device("scale", scale, like);
+  if (is_int8(weight))
+    check_shape("scale", scale, {weight.size(0)});
+  else
+    check_shape("scale", scale, {weight.size(0), 2 * weight.size(1) / kInt4Group});
+  ScalarType type = is_int8(weight) ? ScalarType::Float : ScalarType::BFloat16;
+  STD_TORCH_CHECK(scale.scalar_type() == type && scale.is_contiguous(), "scale of ", name,
+                  " must be contiguous ", is_int8(weight) ? "float32" : "bfloat16",
+                  ", got scalar type ", static_cast<int>(scale.scalar_type()));
+  return scale.data_ptr();
 }
 
 inline Rows optional_rows(const char* name, const OptionalTensor& x, int64_t size,
@@ -267,13 +278,12 @@ inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor
   check_shape("x", x, {kAny, kAny});
   STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x must have at most ", kMaxRows, " rows, got ",
                   x.size(0));
-  check_shape("weight", weight, {kAny, x.size(1)});
-  STD_TORCH_CHECK(is_int8(weight) == scale.has_value(),
-                  "int8 weights and their scale come together, got only one of them");
+  STD_TORCH_CHECK(is_quantized(weight) == scale.has_value(),
+                  "quantized weights and their scale come together, got only one of them");
   if (!scale) check_type("weight", weight, x);
   Linear a;
   a.x = rows_of("x", x, x);
-  a.weight = weight_of("weight", weight, x);
+  a.weight = weight_of("weight", weight, kAny, x.size(1), x);
   if (scale) a.scale = scale_of("weight", *scale, weight, x);
   a.bias = optional_rows("bias", bias, weight.size(0), x);
   a.rows = x.size(0), a.inputs = x.size(1), a.outputs = weight.size(0);

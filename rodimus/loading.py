@@ -237,8 +237,8 @@ def load_model(
             training run, or a name on the hub.
         dtype: what the weights are loaded in; ``"auto"`` keeps what they were saved in.
         device: where they go; default the CPU.
-        weight_dtype: ``"int8"`` rounds the matrices of all linear layers to 8 bits with torchao,
-            one scale for each output.
+        weight_dtype: ``"int8"`` rounds the matrices of all linear layers to 8 bits, one scale for
+            each output; ``"int4"`` those within the blocks to 4 bits, one scale for 32 inputs.
         step: which checkpoint of a training run; default the newest complete one.
 
     Raises:
@@ -275,15 +275,15 @@ def quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
     """
     if weight_dtype is None:
         return lambda model: None
-    if weight_dtype != "int8":
-        raise InputError(f"weight_dtype must be None or 'int8', got {weight_dtype!r}")
+    if weight_dtype not in ("int8", "int4"):
+        raise InputError(f"weight_dtype must be None, 'int8' or 'int4', got {weight_dtype!r}")
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from .quantization import round_to_int4, round_to_int8
     except ImportError as error:
         raise InputError(
-            f"weights in 8 bits need torchao (pip install torchao): {first_line(error)}"
+            f"weights in {weight_dtype} need torchao (pip install torchao): {first_line(error)}"
         ) from error
-    return lambda model: quantize_(model, Int8WeightOnlyConfig())
+    return round_to_int8 if weight_dtype == "int8" else round_to_int4
 
 
 def load_rodimus(

@@ -62,6 +62,7 @@ from .configuration_rodimus import RodimusConfig
 try:
     from rodimus_kernels import (
         BlockWeights,
+        Int4Weight,
         Int8Weight,
         add_rms_norm,
         blocks_step,
@@ -1089,7 +1090,8 @@ def _product(x, weight, bias=None):
     """``F.linear`` without a gradient, by the operator if the weight is one that it takes."""
     matrix = decode_weight(weight)
     plain = type(matrix) is nn.Parameter and matrix.dtype == x.dtype
-    if plain or (type(matrix) is Int8Weight and x.device.type == "cpu"):
+    is_quantized = type(matrix) in (Int4Weight, Int8Weight)
+    if plain or (is_quantized and x.device.type == "cpu"):
         return linear(x.flatten(0, -2), matrix, bias).unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
 

@@ -131,11 +131,12 @@ def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_generate_with_weights_of_8_bits(checkpoint, model, tokenizer, capsys):
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_generate_with_quantized_weights(checkpoint, model, tokenizer, weight_dtype, capsys):
     arguments = ("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 20)
-    assert command(*arguments, "--weight-dtype", "int8") == 0
+    assert command(*arguments, "--weight-dtype", weight_dtype) == 0
     ids = tokenizer("hello", return_tensors="pt").input_ids
-    rounded = load_model(checkpoint, weight_dtype="int8")
+    rounded = load_model(checkpoint, weight_dtype=weight_dtype)
     assert all(
         type(block.mixer.fc.weight) is not type(model.lm_head.weight)
         for block in rounded.model.layers
@@ -144,11 +145,14 @@ def test_generate_with_weights_of_8_bits(checkpoint, model, tokenizer, capsys):
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
-def test_weights_of_8_bits_need_torchao(checkpoint, capsys, monkeypatch):
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_quantized_weights_need_torchao(checkpoint, weight_dtype, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    arguments = ("generate", checkpoint, "--prompt", "hello", "--weight-dtype", "int8")
+    monkeypatch.delitem(sys.modules, "rodimus.quantization", raising=False)
+    arguments = ("generate", checkpoint, "--prompt", "hello", "--weight-dtype", weight_dtype)
     assert command(*arguments) == 2
-    assert "need torchao (pip install torchao)" in capsys.readouterr().err
+    message = f"weights in {weight_dtype} need torchao (pip install torchao)"
+    assert message in capsys.readouterr().err
 
 
 def test_generate_reads_standard_input(checkpoint, capsys, monkeypatch):
@@ -597,7 +601,8 @@ def test_env_tests_every_public_operator():
 
     no_operators = {"BlockWeights", "can_fuse_block", "implementations_used", "rope_tables"}
     no_operators |= {"int8_row_bytes", "ring_parts", "read_ring", "write_ring"}
-    no_operators |= {"Int8Weight", "decode_weight", "multiplies_slowly"}
+    no_operators |= {"Int4Weight", "Int8Weight", "decode_weight", "quantize_int4"}
+    no_operators |= {"multiplies_slowly"}
     public = set(rodimus_kernels.__all__) - no_operators
     assert set(env.cases(torch.device("cpu"))) == public
 

@@ -18,14 +18,16 @@ struct Block {
   float* converted;  // scratch of the linear layers
 
   Rows weight(int which) const { return rows_of("weight", weights[which], stream); }
-  Rows matrix(int which) const { return weight_of("matrix", weights[which], stream); }
+  Rows matrix(int which) const {
+    return weight_of("matrix", weights[which], kAny, given.inputs[which], stream);
+  }
   int64_t outputs(int which) const { return weights[which].size(0); }
 
   Linear linear(const Rows& x, int which, const Rows& y, const Rows& bias = {}) const {
     Linear a;
     a.x = x, a.weight = matrix(which), a.scale = given.scales[which];
     a.bias = bias, a.y = y, a.scratch = converted;
-    a.rows = batch, a.inputs = weights[which].size(1), a.outputs = outputs(which);
+    a.rows = batch, a.inputs = given.inputs[which], a.outputs = outputs(which);
     return a;
   }
 
@@ -143,18 +145,16 @@ struct Block {
   }
 };
 
-int64_t widest_input(const std::vector<Tensor>& w) {
-  int64_t most = 0;
-  for (const Tensor& x : w)
-    if (x.dim() == 2 && x.size(1) > most) most = x.size(1);
-  return prepared_row(most);
+int64_t widest_input(const BlockArguments& block) {
+  return prepared_row(*std::max_element(block.inputs, block.inputs + kCount));
 }
 
 // Numbers that the intermediate results take, with room for a line beside each of them.
-int64_t workspace_size(const std::vector<Tensor>& w, int64_t batch, int64_t width, int64_t window,
+int64_t workspace_size(const BlockArguments& block, int64_t batch, int64_t width, int64_t window,
                        int64_t head_dim) {
+  const std::vector<Tensor>& w = block.weights;
   int64_t inner = w[kGateOut].size(0), gates = w[kMemGate].size(0);
-  int64_t columns = widest_input(w) + 4 * width + 5 * inner + blocks(inner) + 4 * gates +
+  int64_t columns = widest_input(block) + 4 * width + 5 * inner + blocks(inner) + 4 * gates +
                     w[kGateIn].size(0);
   if (w.size() == kCount) {
     int64_t heads = w[kQuery].size(0);
@@ -177,7 +177,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
   int64_t batch = stream.size(0), width = stream.size(1), floats = 0;
   for (const BlockArguments& given : arguments) {
     if (given.window) check_positions(given.window->position, batch);
-    floats = std::max(floats, workspace_size(given.weights, batch, width, window_size, head_dim));
+    floats = std::max(floats, workspace_size(given, batch, width, window_size, head_dim));
   }
   Tensor result = output_like(stream, {batch, width}, stream.scalar_type());
   Tensor memory = output_like(stream, {floats}, ScalarType::Float);
@@ -190,7 +190,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
       Block block{given, given.weights, stream, batch, width, key_eps, norm_eps, work, team, nullptr};
       // at the same place for all blocks, of which none writes the stream that it reads
       Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
-      block.converted = block.work.floats(batch * widest_input(given.weights));
+      block.converted = block.work.floats(batch * widest_input(given));
       Rows normed = block.work.rows(width);
       block.norm(start, kMixerNorm, normed);
       Rows branch = block.mixer(normed, given.taps, given.state);

@@ -56,9 +56,11 @@ inline int64_t mixer_scratch(const MixerStep& a) {
 // Numbers that a row of `inputs` takes in whole vectors of every instruction set.
 constexpr int64_t whole_vectors(int64_t inputs) { return (inputs + 31) / 32 * 32; }
 
-// A row of x as the kernel meets the weights, four bytes a number in whole vectors, and behind it a line
-// for the unit that int8 weights have there.
-constexpr int64_t prepared_numbers(int64_t inputs) { return (inputs + 63) / 64 * 64; }
+// A row of x as the kernel meets the weights, four bytes a number in whole units, and behind it a line
+// for the unit that quantized weights have there.
+constexpr int64_t prepared_numbers(int64_t inputs) {
+  return (inputs + kInt4Unit - 1) / kInt4Unit * kInt4Unit;
+}
 constexpr int64_t prepared_row(int64_t inputs) { return prepared_numbers(inputs) + 16; }
 inline int64_t linear_scratch(const Linear& a) { return a.rows * prepared_row(a.inputs); }
 

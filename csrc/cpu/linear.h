@@ -243,7 +243,7 @@ struct Sum<int8_t> {
 
 // What a row of x must be turned into before the dot products: nothing where they take it as it
 // stands, else numbers of four bytes in their order, `size` of them and what fills the last run. For
-// int8 weights x may be of either type, and the products are in the row's unit.
+// quantized weights x may be of either type, and the products are in the row's unit.
 template <class T>
 struct Operand {
   using type = T;
@@ -281,7 +281,7 @@ template <>
 struct Operand<int8_t> {
   using type = int32_t;
   // The unit is a power of two in which the largest number has kUnitBits, and NaN where one of x is
-  // no number or infinite.
+  // no number or infinite. Behind the numbers are zeros up to prepared_numbers.
   template <class X>
   static const int32_t* make(const X* x, int64_t size, float* out) {
     uint32_t largest = 0;
@@ -293,11 +293,12 @@ struct Operand<int8_t> {
     int exponent = static_cast<int>(largest >> 23) - 126;
     exponent = exponent < -90 ? -90 : exponent;
     float factor = power_of_two(Sum<int8_t>::kUnitBits - exponent);
-    float& unit = out[prepared_numbers(size)];
+    int64_t filled = prepared_numbers(size);
+    float& unit = out[filled];
     unit = power_of_two(exponent - Sum<int8_t>::kUnitBits);
     if (largest >= 0x7f800000u) unit = from_bits(0x7fc00000u), factor = 0.0f, size = 0;
     auto* halves = reinterpret_cast<int16_t*>(out);
-    for (int64_t i = 0; i < size; i += kWords, halves += 2 * kWords) {
+    for (int64_t i = 0; i < filled; i += kWords, halves += 2 * kWords) {
       float run[kWords] = {};
       int64_t n = at_most(size - i, kWords);
       for (int64_t l = 0; l < n; ++l) run[l] = widen(x[i + l]) * factor;
@@ -404,6 +405,69 @@ inline void products(const T* weight, int64_t stride, const typename Operand<T>:
   for (; m < rows; ++m) dots<R, 1>(weight, stride, x + m, size, columns());
 }
 
+// The bfloat16 numbers at p[0] and p[1], each in all lanes.
+inline void read_pair(const BFloat16* p, Vector* first, Vector* second) {
+  int32_t number;
+  memcpy(&number, p, sizeof number);
+#if defined(__AVX512F__)
+  Bits both = reinterpret_cast<Bits>(_mm512_broadcastd_epi32(_mm_cvtsi32_si128(number)));
+#elif defined(__AVX2__)
+  Bits both = reinterpret_cast<Bits>(_mm256_broadcastd_epi32(_mm_cvtsi32_si128(number)));
+#else
+  Bits both = Bits{} + static_cast<uint32_t>(number);
+#endif
+  *first = reinterpret_cast<Vector>(both << 16);
+  *second = reinterpret_cast<Vector>(both & 0xffff0000u);
+}
+
+// Dot product of a row of int4 weights with a row of x, which is as for int8: a group is summed in
+// integers, exactly, then multiplied by its scale.
+struct Int4Sum {
+  static constexpr int64_t kPieces = kInt4Group / kWords;
+  static_assert(kPieces * kVectorBytes == kInt4Unit / 2, "a group is a place in all words of a unit");
+  Vector upper = {}, lower = {};
+  void add(const Words (&packed)[kPieces], const int32_t* x, const Vector (&scales)[4]) {
+    // by itself, so that the next unit need not wait for it
+    Int4Sum unit;
+    unit.add_group<0>(packed, x, scales[0]), unit.add_group<1>(packed, x, scales[1]);
+    unit.add_group<2>(packed, x, scales[2]), unit.add_group<3>(packed, x, scales[3]);
+    upper += unit.upper, lower += unit.lower;
+  }
+  // The group at bit 4 j of the words.
+  template <int j>
+  void add_group(const Words (&packed)[kPieces], const int32_t* x, Vector scale) {
+    Integers whole = {}, rest = {};
+    for (int64_t piece = 0; piece < kPieces; ++piece) {
+      Words w = (packed[piece] << (12 - 4 * j)) >> 12;
+      const auto* halves = reinterpret_cast<const int16_t*>(x + kInt4Group * j + kWords * piece);
+      whole = add_pairs(whole, w, halves), rest = add_pairs(rest, w, halves + kWords);
+    }
+    upper += __builtin_convertvector(whole, Vector) * scale;
+    lower += __builtin_convertvector(rest, Vector) * scale;
+  }
+  float total() const {
+    constexpr float kUpper = 1 << Sum<int8_t>::kHalfBits;
+    return horizontal_sum(upper * kUpper + lower);
+  }
+};
+
+// Those with M rows of x.
+template <int M>
+inline void int4_dots(const uint8_t* weight, const BFloat16* scale, const int32_t* const* x,
+                      int64_t size, float* out) {
+  Int4Sum sum[M];
+  for (int64_t i = 0; i < size; i += kInt4Unit, weight += kInt4Unit / 2, scale += 4) {
+    __builtin_prefetch(weight + kAhead<int8_t>, 0, 2);
+    Words packed[Int4Sum::kPieces];
+    for (int64_t piece = 0; piece < Int4Sum::kPieces; ++piece)
+      memcpy(&packed[piece], weight + piece * kVectorBytes, kVectorBytes);
+    Vector scales[4];
+    read_pair(scale, &scales[0], &scales[1]), read_pair(scale + 2, &scales[2], &scales[3]);
+    for (int m = 0; m < M; ++m) sum[m].add(packed, x[m] + i, scales);
+  }
+  for (int m = 0; m < M; ++m) out[m] = sum[m].total();
+}
+
 inline float* scratch_row(const Linear& a, int64_t m) {
   return a.scratch + m * prepared_row(a.inputs);
 }
@@ -411,12 +475,22 @@ inline float* scratch_row(const Linear& a, int64_t m) {
 inline void linear_prepare(const Linear& a) {
   for (int64_t m = 0; m < a.rows; ++m) {
     float* out = scratch_row(a, m);
-    if (a.weight.type == Type::kInt8 && a.x.type == Type::kFloat32)
+    if (a.scale && a.x.type == Type::kFloat32)
       Operand<int8_t>::make(row<float>(a.x, m), a.inputs, out);
-    else if (a.weight.type == Type::kInt8)
+    else if (a.scale)
       Operand<int8_t>::make(row<BFloat16>(a.x, m), a.inputs, out);
     else if (a.weight.type == Type::kBFloat16)
       Operand<BFloat16>::make(row<BFloat16>(a.x, m), a.inputs, out);
+  }
+}
+
+// Output n of all rows of x, of sums that are still to be multiplied by scale and the rows' units.
+template <class T>
+inline void finish_linear(const Linear& a, int64_t n, const float* sums, float scale) {
+  float bias_buffer[1], bias = a.bias ? *read(a.bias, 0, n, 1, bias_buffer) : 0.0f;
+  for (int64_t m = 0; m < a.rows; ++m) {
+    float y = sums[m] * scale * Operand<T>::unit(scratch_row(a, m), a.inputs) + bias;
+    write(a.y, m, n, 1, &y);
   }
 }
 
@@ -424,17 +498,12 @@ inline void linear_prepare(const Linear& a) {
 template <int R, class T>
 inline int64_t linear_rows(const Linear& a, const typename Operand<T>::type* const* x, int64_t n,
                            int64_t end) {
-  float sums[R][kMaxRows], bias_buffer[1];
+  float sums[R][kMaxRows];
   for (; n + R <= end; n += R) {
     products<R, kMostTogether>(row<T>(a.weight, n), a.weight.stride, x, a.rows, a.inputs, sums);
-    for (int r = 0; r < R; ++r) {
-      float bias = a.bias ? *read(a.bias, 0, n + r, 1, bias_buffer) : 0.0f;
-      float scale = a.scale ? a.scale[n + r] : 1.0f;
-      for (int64_t m = 0; m < a.rows; ++m) {
-        float y = sums[r][m] * scale * Operand<T>::unit(scratch_row(a, m), a.inputs) + bias;
-        write(a.y, m, n + r, 1, &y);
-      }
-    }
+    const float* scales = static_cast<const float*>(a.scale);
+    for (int r = 0; r < R; ++r)
+      finish_linear<T>(a, n + r, sums[r], scales ? scales[n + r] : 1.0f);
   }
   return n;
 }
@@ -447,13 +516,31 @@ inline void linear_of(const Linear& a, int64_t begin, int64_t end) {
   linear_rows<1, T>(a, x, begin, end);
 }
 
+inline void linear_of_int4(const Linear& a, int64_t begin, int64_t end) {
+  const int32_t* x[kMaxRows];
+  float sums[kMaxRows];
+  for (int64_t m = 0; m < a.rows; ++m) x[m] = reinterpret_cast<int32_t*>(scratch_row(a, m));
+  for (int64_t n = begin; n < end; ++n) {
+    const uint8_t* weight = row<uint8_t>(a.weight, n);
+    const BFloat16* scale = static_cast<const BFloat16*>(a.scale) +
+                            n * (prepared_numbers(a.inputs) / kInt4Group);
+    int64_t m = 0;
+    for (; m + 4 <= a.rows; m += 4) int4_dots<4>(weight, scale, x + m, a.inputs, sums + m);
+    for (; m + 2 <= a.rows; m += 2) int4_dots<2>(weight, scale, x + m, a.inputs, sums + m);
+    if (m < a.rows) int4_dots<1>(weight, scale, x + m, a.inputs, sums + m);
+    finish_linear<int8_t>(a, n, sums, 1.0f);
+  }
+}
+
 inline void linear(const Linear& a, int64_t begin, int64_t end) {
   if (a.weight.type == Type::kFloat32)
     linear_of<float>(a, begin, end);
   else if (a.weight.type == Type::kBFloat16)
     linear_of<BFloat16>(a, begin, end);
-  else
+  else if (a.weight.type == Type::kInt8)
     linear_of<int8_t>(a, begin, end);
+  else
+    linear_of_int4(a, begin, end);
 }
 
 // out[j] = weight[first + j] . x for n rows of a narrow matrix and one row of x; scale as in Linear.
@@ -472,7 +559,7 @@ inline void narrow_products_of(const Rows& weight, const X* x, int64_t size, int
   }
 }
 
-inline void narrow_products(const Rows& weight, const float* scale, const Rows& x, int64_t x_row,
+inline void narrow_products(const Rows& weight, const void* scale, const Rows& x, int64_t x_row,
                             int64_t size, int64_t first, int64_t n, float* out) {
   if (weight.type == Type::kFloat32)
     narrow_products_of<float>(weight, row<float>(x, x_row), size, first, n, out);
@@ -482,7 +569,8 @@ inline void narrow_products(const Rows& weight, const float* scale, const Rows& 
     narrow_products_of<int8_t>(weight, row<float>(x, x_row), size, first, n, out);
   else
     narrow_products_of<int8_t>(weight, row<BFloat16>(x, x_row), size, first, n, out);
-  for (int64_t j = 0; scale && j < n; ++j) out[j] *= scale[first + j];
+  const float* scales = static_cast<const float*>(scale);
+  for (int64_t j = 0; scales && j < n; ++j) out[j] *= scales[first + j];
 }
 
 }  // namespace RODIMUS_ISA

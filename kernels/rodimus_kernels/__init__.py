@@ -22,9 +22,9 @@ from .ddts import (
     gated_ddts,
 )
 from .input_gate import input_gate
-from .int8_weight import Int8Weight, decode_weight
 from .linear import linear, multiplies_slowly
 from .norm import add_rms_norm, gated_rms_norm, rms_norm
+from .quantized_weight import Int4Weight, Int8Weight, decode_weight, quantize_int4
 from .reference import int8_row_bytes, read_ring, ring_parts, rope_tables, write_ring
 from .shared_key_attention import rope, shared_key_attention, shared_key_attention_step
 from .short_conv import short_conv, short_conv_step
@@ -40,6 +40,7 @@ for _module in (
 
 __all__ = [
     "BlockWeights",
+    "Int4Weight",
     "Int8Weight",
     "add_rms_norm",
     "blocks_step",
@@ -59,6 +60,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "multiplies_slowly",
+    "quantize_int4",
     "read_ring",
     "ring_parts",
     "rms_norm",

@@ -9,8 +9,8 @@ import torch
 
 from . import native
 from ._dispatch import check_position, check_same_device, check_shape, load, mark_written
-from .int8_weight import Int8Weight
 from .linear import multiplies_slowly
+from .quantized_weight import KINDS, Int4Weight, QuantizedWeight
 from .reference import int8_row_bytes
 
 _IMPLS = {
@@ -19,7 +19,7 @@ _IMPLS = {
     "persistent": "rodimus_kernels.native_block:persistent_step",
 }
 IMPLS = tuple(_IMPLS)
-Matrix = torch.Tensor | Int8Weight
+Matrix = torch.Tensor | QuantizedWeight
 
 
 MATRICES = ("fc", "query_key", "gate_in", "gate_out", "mem_gate", "mixer_out")
@@ -32,7 +32,7 @@ class BlockWeights(NamedTuple):
 
     D d_model, V d_inner, K mem_size, R rank of the input gate, W taps, I width of the MLP. Matrices
     are ``[outputs, inputs]`` and of one dtype; on a CPU those of linear layers, together, may be
-    8-bit weights.
+    quantized: in 8 bits, or all but gate_out in 4.
 
     Attributes:
         mixer_norm: ``[D]``. fc: ``[2V, D]``. conv: ``[V, W]``. conv_bias: ``[V]``.
@@ -68,17 +68,17 @@ class BlockWeights(NamedTuple):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all matrices are of one dtype, or those of linear layers all in 8 bits, and rows
+        """Whether all matrices are of one dtype, or those of linear layers all quantized, and rows
         of all weights are dense, as the native form needs."""
-        given = (getattr(self, name) for name in MATRICES)
-        dtypes = {matrix.dtype for matrix in given if matrix is not None}
-        uniform = dtypes in ({torch.int8}, {self.conv.dtype})
+        given = [matrix for name in MATRICES if (matrix := getattr(self, name)) is not None]
+        uniform = all(type(x) in KINDS for x in given) and type(self.gate_out) is not Int4Weight
+        uniform = uniform or {matrix.dtype for matrix in given} == {self.conv.dtype}
         return uniform and all(map(_is_dense, self))
 
 
 def _is_dense(weight):
-    if type(weight) is Int8Weight:
-        return all(map(native.has_dense_rows, weight))
+    if type(weight) in KINDS:
+        return all(map(native.has_dense_rows, weight[:2]))
     return weight is None or native.has_dense_rows(weight)
 
 
@@ -311,9 +311,9 @@ def _check_ring(i, stream, w, ring, window_size, head_dim):
     check_same_device("stream", stream, ring=ring)
 
 
-def can_fuse_block(rows: int, *tensors: torch.Tensor | Int8Weight | None) -> bool:
+def can_fuse_block(rows: int, *tensors: torch.Tensor | QuantizedWeight | None) -> bool:
     """Whether :func:`blocks_step` is to take so many rows natively: plain float32 or bfloat16
-    tensors, or 8-bit weights, on a device whose native operators are built, and no gradient to
+    tensors, or quantized weights, on a device whose native operators are built, and no gradient to
     record. On a CPU at most 32 rows, or 8 of bfloat16 where torch multiplies it well: its products
     read the weights once, the native form once for 8 rows.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from . import native, reference
 from ._dispatch import check_same_device, check_shape, choose_compiled, load
-from .int8_weight import Int8Weight
+from .quantized_weight import KINDS, Int4Weight, Int8Weight, QuantizedWeight
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear",
@@ -24,7 +24,7 @@ _OUTPUTS_AT_ONCE = 512
 
 def linear(
     x: torch.Tensor,
-    weight: torch.Tensor | Int8Weight,
+    weight: torch.Tensor | QuantizedWeight,
     bias: torch.Tensor | None = None,
     *,
     impl: str = "auto",
@@ -33,7 +33,8 @@ def linear(
 
     Args:
         x: ``[M, K]``; the native form takes M <= 8.
-        weight: ``[N, K]`` of x's dtype, or 8-bit weights, which the native form takes on a CPU.
+        weight: ``[N, K]`` of x's dtype, or weights of 8 or 4 bits, which the native form takes on a
+            CPU.
         bias: ``[N]`` or None; float32 or x's dtype.
         impl: ``"auto"``, ``"native"``, ``"eager"``, ``"widened"``, which takes the products in
             float32, of some weights at a time, or ``"reference"``; an explicit choice never falls
@@ -48,8 +49,8 @@ def linear(
     """
     check_shape("x", x, ("M", "K"))
     check_shape("weight", weight, ("N", x.shape[1]))
-    if type(weight) is Int8Weight:
-        check_shape("weight.scale", weight.scale, (weight.shape[0],))
+    if type(weight) in KINDS:
+        _check_quantized(weight)
     elif weight.dtype != x.dtype:
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
     if bias is not None:
@@ -64,16 +65,27 @@ def linear(
         return load("linear", impl, _IMPLS)(x, weight, bias)
 
 
+def _check_quantized(weight):
+    """Raise ValueError unless values and scale belong together."""
+    outputs, units = weight.shape[0], -(-weight.shape[1] // 128)
+    if type(weight) is Int8Weight:
+        check_shape("weight.scale", weight.scale, (outputs,))
+    else:
+        check_shape("weight.values", weight.values, (outputs, 64 * units))
+        check_shape("weight.scale", weight.scale, (outputs, 4 * units))
+
+
 def _choose(x, weight, bias):
     """What ``impl="auto"`` means: the native form also for more rows than it takes, in parts."""
     rows, is_slow = x.shape[0], multiplies_slowly(x.device, x.dtype)
-    most = native.MAX_CPU_ROWS if is_slow else native.MAX_ROWS
+    widens = is_slow or type(weight) is Int4Weight
+    most = native.MAX_CPU_ROWS if widens else native.MAX_ROWS
     # 8-bit weights with float32: each row as it would be alone, however many there are
     always = type(weight) is Int8Weight and not is_slow
     if rows >= 1 and (rows <= most or always):
         if choose_compiled("eager", x, weight, bias) == "native":
             return "native"
-    return "widened" if is_slow and rows > native.MAX_ROWS else "eager"
+    return "widened" if widens and rows > native.MAX_ROWS else "eager"
 
 
 @torch.compiler.assume_constant_result
@@ -96,9 +108,9 @@ def _has_products(dtype):
 
 @reference.outside_autocast
 def eager_linear(x, weight, bias=None):
-    """``F.linear``; a wider bias is added in its own dtype, then rounded. 8-bit weights are
+    """``F.linear``; a wider bias is added in its own dtype, then rounded. Quantized weights are
     multiplied out: the sum of their values times x is more than float16 holds."""
-    if type(weight) is Int8Weight:
+    if type(weight) in KINDS:
         return reference.linear(x, weight, bias)
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
@@ -108,14 +120,24 @@ def eager_linear(x, weight, bias=None):
 @reference.outside_autocast
 def widened_linear(x, weight, bias=None):
     """Products in float32 with a part of the weights at a time, in one buffer."""
-    values, scale = weight if type(weight) is Int8Weight else (weight, None)
-    outputs, dtype = values.shape[0], reference.accumulation_dtype(x)
+    outputs, dtype = weight.shape[0], reference.accumulation_dtype(x)
     y, wide = x.new_empty(x.shape[0], outputs), x.to(dtype)
-    buffer = x.new_empty(min(outputs, _OUTPUTS_AT_ONCE), x.shape[1], dtype=dtype)
+    buffer = x.new_empty(min(outputs, _OUTPUTS_AT_ONCE), -(-x.shape[1] // 128) * 128, dtype=dtype)
     for start in range(0, outputs, _OUTPUTS_AT_ONCE):
         part = slice(start, start + _OUTPUTS_AT_ONCE)
-        product = wide @ buffer[: len(values[part])].copy_(values[part]).t()
-        if scale is not None:
-            product *= scale[part]
+        product = wide @ _widened(weight, part, buffer).t()
+        if type(weight) is Int8Weight:
+            product *= weight.scale[part]
         y[:, part] = product if bias is None else product.add_(bias[part])
     return y
+
+
+def _widened(weight, part, buffer):
+    """Rows of weights in the buffer; those of 8 bits without their scale."""
+    if type(weight) is Int4Weight:
+        scale = weight.scale[part, :, None].to(buffer.dtype)
+        groups = buffer[: len(scale)].unflatten(1, scale.shape[1:2] + (-1,))
+        torch.mul(reference.int4_values(weight.values[part]), scale, out=groups)
+        return buffer[: len(scale), : weight.inputs]
+    values = (weight.values if type(weight) is Int8Weight else weight)[part]
+    return buffer[: len(values), : values.shape[1]].copy_(values)

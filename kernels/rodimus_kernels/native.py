@@ -18,7 +18,7 @@ import torch
 
 from . import build
 from ._schemas import is_transformed, refuse_forward_mode
-from .int8_weight import Int8Weight
+from .quantized_weight import KINDS, Int8Weight, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -205,11 +205,13 @@ def select_cpu_isa(name: str) -> bool:
 
 
 def fits(
-    *tensors: torch.Tensor | Int8Weight | None, one_dtype: bool = False, is_decoding: bool = False
+    *tensors: torch.Tensor | QuantizedWeight | None,
+    one_dtype: bool = False,
+    is_decoding: bool = False,
 ) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors or, on a CPU, 8-bit weights; the operators of their device built, no gradient
-    to record and no transform of ``torch.func`` under way.
+    bfloat16 tensors or, on a CPU, quantized weights; the operators of their device built, no
+    gradient to record and no transform of ``torch.func`` under way.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
@@ -223,8 +225,8 @@ def fits(
     for x in tensors:
         if x is None:
             continue
-        if type(x) is Int8Weight:
-            if not _is_int8_on_cpu(x):
+        if type(x) in KINDS:
+            if not _is_quantized_on_cpu(x):
                 return False
             x = x.scale
         if type(x) not in _KINDS or x.dtype not in dtypes or (records and x.requires_grad):
@@ -285,29 +287,32 @@ def _warn_once(reason):
     logger.warning("native operators are not used: %s", reason)
 
 
-def _is_int8_on_cpu(weight):
-    values, scale = weight
-    return type(values) is torch.Tensor and (values.dtype, scale.dtype, values.device.type) == (
-        torch.int8,
-        torch.float32,
-        "cpu",
-    )
+def _is_quantized_on_cpu(weight):
+    values, scale = weight[:2]
+    found = (values.dtype, scale.dtype, values.device.type)
+    return type(values) is torch.Tensor and found == (*_quantized_dtypes(weight), "cpu")
+
+
+def _quantized_dtypes(weight):
+    """Those of values and scale."""
+    is_int8 = type(weight) is Int8Weight
+    return (torch.int8, torch.float32) if is_int8 else (torch.uint8, torch.bfloat16)
 
 
 def check(
-    operator: str, *tensors: torch.Tensor | Int8Weight | None, one_dtype: bool = False
+    operator: str, *tensors: torch.Tensor | QuantizedWeight | None, one_dtype: bool = False
 ) -> None:
     """Raise unless an explicit ``impl="native"`` can take these tensors.
 
     Raises:
-        ValueError: a dtype other than float32 or bfloat16, 8-bit weights on another device than a
-            CPU or of other dtypes, dtypes that differ where the operator needs one, or a derivative
-            is asked for.
+        ValueError: a dtype other than float32 or bfloat16, quantized weights on another device than
+            a CPU or of other dtypes, dtypes that differ where the operator needs one, or a
+            derivative is asked for.
         ImportError: the device has no native operators here.
     """
     if fits(*tensors, one_dtype=one_dtype):
         return
-    given = [x.scale if type(x) is Int8Weight else x for x in tensors if x is not None]
+    given = [x.scale if type(x) in KINDS else x for x in tensors if x is not None]
     dtypes = {x.dtype for x in given}
     wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)
     if wrong:
@@ -315,10 +320,12 @@ def check(
             f"{operator}(impl='native') takes float32 and bfloat16, got {', '.join(wrong)}"
         )
     for x in tensors:
-        if type(x) is Int8Weight and not _is_int8_on_cpu(x):
+        if type(x) in KINDS and not _is_quantized_on_cpu(x):
+            values, scale = _quantized_dtypes(x)
             raise ValueError(
-                f"{operator}(impl='native') takes 8-bit weights as int8 with float32 scales on a"
-                f" CPU, got {x.values.dtype} with {x.scale.dtype} on {x.device.type}"
+                f"{operator}(impl='native') takes the {type(x).__name__} of {values} values with"
+                f" {scale} scales on a CPU, got {x.values.dtype} with {x.scale.dtype} on"
+                f" {x.device.type}"
             )
     if one_dtype and len(dtypes) > 1:
         names = " and ".join(sorted(map(str, dtypes)))

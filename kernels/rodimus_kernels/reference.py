@@ -917,9 +917,22 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
 
 
 def dense_weight(weight):
-    """A matrix ``[N, K]`` of a linear layer; ``(values, scale)``, int8 and float32 ``[N]``, are
-    multiplied out."""
-    return weight[0] * weight[1][:, None] if isinstance(weight, tuple) else weight
+    """A matrix ``[N, K]`` of a linear layer. Multiplied out are ``(values, scale)``, int8 and
+    float32 ``[N]``, and with K behind them those of ``rodimus_kernels.Int4Weight``."""
+    if not isinstance(weight, tuple):
+        return weight
+    values, scale, *inputs = weight
+    if not inputs:
+        return values * scale[:, None]
+    wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    return (int4_values(values) * wide[..., None]).flatten(1)[:, : inputs[0]]
+
+
+def int4_values(values):
+    """int16 ``[N, groups, 32]``: the integers of ``rodimus_kernels.Int4Weight``."""
+    words = values.view(torch.int16).unflatten(1, (-1, 1, 32))
+    left = torch.arange(12, -1, -4, dtype=torch.int16, device=values.device)
+    return ((words << left[:, None]) >> 12).flatten(1, 2)
 
 
 @outside_autocast

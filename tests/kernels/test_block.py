@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 from rodimus_kernels import (
     BlockWeights,
+    Int4Weight,
     Int8Weight,
     blocks_step,
     int8_row_bytes,
     native,
     native_block,
+    quantize_int4,
     read_ring,
     reference,
     ring_parts,
@@ -70,12 +72,30 @@ def in_8_bits(weights):
     return weights._replace(**{name: rounded(x) for name, x in found.items() if x is not None})
 
 
+def in_4_bits(weights):
+    """Those of gates in 8."""
+    kept = ("gate_in", "gate_out", "mem_gate")
+    found = {name: getattr(weights, name) for name in set(MATRICES) - set(kept)}
+    packed = {name: quantize_int4(x) for name, x in found.items() if x is not None}
+    return in_8_bits(weights)._replace(**packed)
+
+
+ROUNDED = pytest.mark.parametrize("rounded", [in_8_bits, in_4_bits])
+
+
+def parted(blocks):
+    """Values and scales, as the operator of the library takes them."""
+    given = [x for block in blocks for x in block if x is not None]
+    values = [x.values if isinstance(x, tuple) else x for x in given]
+    return values, [x.scale for x in given if isinstance(x, tuple)]
+
+
 def converted(weights, convert):
-    """The block with its numbers converted, but for those of 8 bits."""
+    """The block with its numbers converted, but for those of 8 or 4 bits."""
 
     def one(x):
-        if type(x) is Int8Weight:
-            return Int8Weight(x.values, convert(x.scale))
+        if isinstance(x, tuple):
+            return x._replace(scale=convert(x.scale))
         return x if x is None else convert(x)
 
     return BlockWeights._make(map(one, weights))
@@ -182,10 +202,11 @@ def test_a_ring_of_bytes_equals_the_reference(isa, dtype, batch):
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_of_8_bits_equal_the_reference(isa, dtype, batch, attends):
+@ROUNDED
+def test_quantized_weights_equal_the_reference(isa, rounded, dtype, batch, attends):
     torch.manual_seed(0)
     # more channels than one task of the mixer has
-    weights = in_8_bits(weights_of(dtype, attends, inner=300))
+    weights = rounded(weights_of(dtype, attends, inner=300))
     assert_equals_reference(native_step, weights, states_of(dtype, batch, attends, inner=300))
 
 
@@ -282,7 +303,8 @@ def test_autocast_changes_nothing(dtype, form):
 
 
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
-def test_opcheck(attends):
+@ROUNDED
+def test_opcheck(attends, rounded):
     named = (NAMED["window_size"], NAMED["head_dim"], 1e-5, 1e-5)
     weights, *lists, rings, position, rotary = blocks_of([torch.float32] * 2, 2, attends)
     given = [x for block in weights for x in block if x is not None]
@@ -290,10 +312,7 @@ def test_opcheck(attends):
     if attends:
         small = [int8_ring(ring, NAMED["head_dim"], torch.float32) for ring in rings]
         kinds = [rings, small]
-    small = [x for block in weights for x in in_8_bits(block) if x is not None]
-    values = [x.values if type(x) is Int8Weight else x for x in small]
-    scales = [x.scale for x in small if type(x) is Int8Weight]
-    for matrices in ((given, []), (values, scales)):
+    for matrices in ((given, []), parted(map(rounded, weights))):
         for rings in kinds:
             arguments = (torch.randn(2, 18), *matrices, *lists, rings, position, *tables)
             arguments += (*named, False)
@@ -306,9 +325,7 @@ def test_only_matrices_of_linear_layers_may_be_int8(name):
     weights, taps, states, *_ = blocks_of([torch.float32] * 2, 2, False)
     small = [in_8_bits(block) for block in weights]
     small[1] = small[1]._replace(**{name: getattr(small[1], name).to(torch.int8)})
-    given = [x for block in small for x in block if x is not None]
-    values = [x.values if type(x) is Int8Weight else x for x in given]
-    scales = [x.scale for x in given if type(x) is Int8Weight]
+    values, scales = parted(small)
     before = copy.deepcopy((taps, states))
     with pytest.raises(RuntimeError, match=f"{name} must be float32 or bfloat16"):
         torch.ops.rodimus.native_blocks_step(
@@ -328,6 +345,20 @@ def test_only_matrices_of_linear_layers_may_be_int8(name):
             False,
         )
     assert all(map(torch.equal, flat(before), flat((taps, states))))
+
+
+def test_a_narrow_gate_is_not_taken_in_4_bits():
+    weights, taps, states, *_ = blocks_of([torch.float32], 2, False)
+    small = in_4_bits(weights[0])
+    assert small.is_uniform and not small._replace(fc=weights[0].fc).is_uniform
+    narrow = small._replace(gate_out=quantize_int4(weights[0].gate_out))
+    assert not narrow.is_uniform
+    with pytest.raises(RuntimeError, match="gate_out is taken in at least 8 bits, got 4"):
+        blocks_step(torch.randn(2, 18), [narrow], taps, states, impl="native", **NAMED)
+    scale = small.fc.scale[:-1]
+    with pytest.raises(RuntimeError, match=r"scale must have shape \[44, 4\], got \[43, 4\]"):
+        wrong = small._replace(fc=Int4Weight(small.fc.values, scale, 18))
+        blocks_step(torch.randn(2, 18), [wrong], taps, states, impl="native", **NAMED)
 
 
 def test_weights_that_are_not_dense_are_left_to_the_reference():

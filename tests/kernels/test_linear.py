@@ -19,13 +19,15 @@ def weights(dtype, outputs, inputs):
     if dtype == torch.int8:
         values = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         return rk.Int8Weight(values, torch.rand(outputs) / 100)
+    if dtype == torch.uint8:
+        return rk.quantize_int4(torch.randn(outputs, inputs))
     return torch.randn(outputs, inputs).to(dtype)
 
 
 def in_float64(matrix):
-    if type(matrix) is not rk.Int8Weight:
-        return matrix.double()
-    return reference.dense_weight((matrix.values.double(), matrix.scale.double()))
+    if isinstance(matrix, tuple):
+        return reference.dense_weight(matrix._replace(scale=matrix.scale.double()))
+    return matrix.double()
 
 
 @pytest.mark.parametrize("outputs", [1, 5, 512, 1100])
@@ -34,7 +36,8 @@ def in_float64(matrix):
 def test_widened_products_are_summed_in_float32_and_rounded_once(dtype, rows, outputs):
     inputs = 70
     x = torch.randn(rows, inputs).to(dtype)
-    for matrix in (weights(dtype, outputs, inputs), weights(torch.int8, outputs, inputs)):
+    for kind in (dtype, torch.int8, torch.uint8):
+        matrix = weights(kind, outputs, inputs)
         for bias in (None, torch.randn(outputs), torch.randn(outputs).to(dtype)):
             y = rk.linear(x, matrix, bias, impl="widened")
             dense = in_float64(matrix)
@@ -63,7 +66,7 @@ def test_automatic_choice(monkeypatch):
         monkeypatch.setattr(module, "choose_compiled", lambda *_, chosen=chosen: chosen)
         for is_slow in (True, False):
             monkeypatch.setattr(module, "multiplies_slowly", lambda *_, slow=is_slow: slow)
-            for name, dtype in (("half", torch.bfloat16), ("8 bits", torch.int8)):
+            for name, dtype in KINDS.items():
                 found = [
                     _choose(torch.randn(rows, 4, dtype=torch.bfloat16), weights(dtype, 3, 4), None)
                     for rows in (0, 1, 8, 9, 32, 33, 600)
@@ -71,7 +74,12 @@ def test_automatic_choice(monkeypatch):
                 assert found == CHOICES[is_built, is_slow, name], (is_built, is_slow, name)
 
 
+KINDS = {"half": torch.bfloat16, "8 bits": torch.int8, "4 bits": torch.uint8}
 CHOICES = {
+    (True, True, "4 bits"): ["eager"] + 4 * ["native"] + 2 * ["widened"],
+    (True, False, "4 bits"): ["eager"] + 4 * ["native"] + 2 * ["widened"],
+    (False, True, "4 bits"): 3 * ["eager"] + 4 * ["widened"],
+    (False, False, "4 bits"): 3 * ["eager"] + 4 * ["widened"],
     (True, True, "half"): ["eager"] + 4 * ["native"] + 2 * ["widened"],
     (True, True, "8 bits"): ["eager"] + 4 * ["native"] + 2 * ["widened"],
     (True, False, "half"): ["eager"] + 2 * ["native"] + 4 * ["eager"],

@@ -68,6 +68,19 @@ def int8_linear(dtype, M=2, N=5, K=7):
     return of(rk.linear), of(reference.linear), arguments, {}, None
 
 
+def int4_linear(dtype, M=2, N=5, K=7):
+    units = -(-K // 128)
+    values = torch.randint(0, 256, (N, 64 * units), dtype=torch.uint8)
+    scale = (0.2 * torch.rand(N, 4 * units) - 0.1).bfloat16()
+    of = lambda operator: (
+        lambda x, values, scale, bias, **named: operator(
+            x, rk.Int4Weight(values, scale, K), bias, **named
+        )
+    )
+    arguments = [torch.randn(M, K, dtype=dtype), values, scale, torch.randn(N, dtype=dtype)]
+    return of(rk.linear), of(reference.linear), arguments, {}, None
+
+
 def rms_norm(dtype, N=2, D=7):
     arguments = [torch.randn(N, D), torch.randn(D, dtype=dtype)]
     return rk.rms_norm, reference.rms_norm, arguments, {"eps": 1e-3}, None
@@ -124,12 +137,13 @@ def int8_attention_step(dtype, *sizes, **named):
 
 
 SMALL = [
-    *(ddts_step, mixer_step, conv_step, conv, linear, int8_linear),
+    *(ddts_step, mixer_step, conv_step, conv, linear, int8_linear, int4_linear),
     *(rms_norm, add_rms_norm, gated_rms_norm, attention_step, int8_attention_step),
 ]
 FORMS = [
     *((maker, impl) for maker in SMALL for impl in ("native", "reference")),
-    *((maker, "eager") for maker in (ddts_step, linear, int8_linear)),
+    *((maker, "eager") for maker in (ddts_step, linear, int8_linear, int4_linear)),
+    (int4_linear, "widened"),
     *((maker, "sdpa") for maker in (attention_step, int8_attention_step)),
 ]
 CASES = {
@@ -154,6 +168,7 @@ CASES = {
 }
 CASES[int8_attention_step] = CASES[attention_step]
 CASES[int8_linear] = CASES[linear]
+CASES[int4_linear] = CASES[linear] + [(6, 70, 128), (3, 9, 129), (4, 40, 2048)]
 PARAMETERS = [
     pytest.param(maker, size, id=f"{maker.__name__}-{'x'.join(map(str, size))}")
     for maker, sizes in CASES.items()
@@ -269,8 +284,9 @@ def test_every_linear_agrees(impl):
 @needs_library
 @pytest.mark.parametrize("impl", ["auto", "eager", "native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_linear_of_8_bit_weights_agrees(dtype, impl):
-    operator, definition, (x, values, scale, bias), *_ = int8_linear(dtype, 5, 33, 70)
+@pytest.mark.parametrize("maker", [int8_linear, int4_linear])
+def test_every_linear_of_quantized_weights_agrees(maker, dtype, impl):
+    operator, definition, (x, values, scale, bias), *_ = maker(dtype, 5, 33, 70)
     for given in (bias, torch.randn(33), None):
         wide = None if given is None else given.double()
         exact = definition(x.double(), values, scale.double(), wide)
@@ -350,11 +366,40 @@ def test_8_bit_products_of_any_size(isa, size):
 
 @needs_library
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_or_infinite_is_seen_beside_8_bit_weights(isa, bad):
-    x, values = torch.randn(3, 40), torch.ones(2, 40, dtype=torch.int8)
+@pytest.mark.parametrize("maker", [int8_linear, int4_linear])
+def test_what_is_no_number_or_infinite_is_seen_beside_quantized_weights(isa, maker, bad):
+    operator, _, (x, *weight), *_ = maker(torch.float32, 3, 2, 40)
     x[1, 5] = bad
-    y = rk.linear(x, rk.Int8Weight(values, torch.ones(2)))
+    y = operator(x, *weight)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_4_bit_weights_of_every_value(isa, rows):
+    """Each of the 16 at each place of two units, of which the second is not full."""
+    integers = torch.arange(-8, 8)[:, None].expand(16, 200)
+    bits = F.pad(integers & 15, (0, 56)).view(16, 2, 4, 32)
+    words = sum(bits[:, :, j] << 4 * j for j in range(4))
+    values = torch.stack([words & 255, words >> 8], -1).flatten(1).byte()
+    # of each group its own: powers of two, so that products are exact
+    scale = (2.0 ** torch.arange(-4, 4)).expand(16, 8).bfloat16().contiguous()
+    exact = integers * scale.float().repeat_interleave(32, 1)[:, :200]
+    weight = rk.Int4Weight(values, scale, 200)
+    assert torch.equal(reference.dense_weight(weight), exact)
+    for first in range(0, 200, rows):
+        x = torch.eye(200)[first : first + rows]
+        assert torch.equal(rk.linear(x, weight, impl="native"), exact.T[first : first + rows])
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 5])
+def test_4_bit_sums_of_the_largest_products(isa, rows):
+    """All weights -8, all of x in one unit near its end."""
+    x = torch.full((rows, 4096), 1.99) * torch.tensor([1.0, -1.0])[torch.arange(rows) % 2, None]
+    values, scale = torch.full((3, 2048), 0x88, dtype=torch.uint8), torch.ones(3, 128).bfloat16()
+    y = rk.linear(x, rk.Int4Weight(values, scale, 4096), impl="native")
+    assert ((y + 8 * x.double().sum(1, keepdim=True)).abs() <= LIMIT * 8 * 1.99 * 4096).all()
 
 
 @needs_library
@@ -425,7 +470,7 @@ def test_empty_rows_of_the_ring_are_never_read(isa):
 @needs_library
 @pytest.mark.parametrize(
     "maker",
-    [linear, int8_linear, ddts_step, mixer_step, attention_step, int8_attention_step],
+    [linear, int8_linear, int4_linear, ddts_step, mixer_step, attention_step, int8_attention_step],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_neighbours(isa, dtype, maker):
@@ -473,6 +518,7 @@ def registered(maker, dtype):
         conv: lambda: (ops.native_short_conv, (*a, n["initial_state"], None)),
         linear: lambda: (ops.native_linear_step, a),
         int8_linear: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
+        int4_linear: lambda: (ops.native_linear_step, (a[0], a[1], a[3], a[2])),
         rms_norm: lambda: (ops.native_rms_norm, (*a, 1e-3)),
         add_rms_norm: lambda: (ops.native_add_rms_norm, (*a, 1e-5)),
         attention_step: lambda: (ops.native_shared_key_attention_step, (*a, n["window_size"], 0.4)),
@@ -655,19 +701,46 @@ def test_bad_8_bit_weights_are_refused():
     refused = {
         r"weight must have shape \[N, 4\], got \(3, 3\)": rk.Int8Weight(values[:, :3], scale),
         r"weight.scale must have shape \[3\], got \(3, 1\)": rk.Int8Weight(values, scale[:, None]),
-        "as int8 with float32 scales .* got torch.int8 with torch.bfloat16": rk.Int8Weight(
+        "Int8Weight of torch.int8 .* torch.float32 .* got torch.int8 with torch.b": rk.Int8Weight(
             values, scale.bfloat16()
         ),
-        "as int8 with float32 scales .* got torch.uint8 with": rk.Int8Weight(values.byte(), scale),
+        "Int8Weight of torch.int8 .* got torch.uint8 with": rk.Int8Weight(values.byte(), scale),
         "weight must be torch.float32 like x, got torch.int8": values,
     }
     for message, weight in refused.items():
         with pytest.raises(ValueError, match=message):
             rk.linear(x, weight, impl="native")
-    with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):
+    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
         ops.native_linear_step(x, values, None)
-    with pytest.raises(RuntimeError, match="int8 weights and their scale come together"):
+    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
         ops.native_linear_step(x, values.float(), None, scale)
+
+
+@needs_library
+def test_bad_4_bit_weights_are_refused():
+    x, values = torch.randn(2, 130), torch.zeros(3, 128, dtype=torch.uint8)
+    scale = torch.ones(3, 8).bfloat16()
+    refused = {
+        r"weight must have shape \[N, 130\], got \(3, 129\)": (values, scale, 129),
+        r"weight.values must have shape \[3, 128\], got \(3, 64\)": (values[:, :64], scale, 130),
+        r"weight.scale must have shape \[3, 8\], got \(3, 5\)": (values, scale[:, :5], 130),
+        "Int4Weight of torch.uint8 .* got torch.uint8 with torch.float32": (
+            values,
+            scale.float(),
+            130,
+        ),
+        "Int4Weight of torch.uint8 .* got torch.int8 with": (values.char(), scale, 130),
+    }
+    for message, parts in refused.items():
+        with pytest.raises(ValueError, match=message):
+            rk.linear(x, rk.Int4Weight(*parts), impl="native")
+    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
+        ops.native_linear_step(x, values, None)
+    for bad in (scale.float(), scale[:, :7], scale.mT.contiguous().mT):
+        with pytest.raises(RuntimeError, match="scale"):
+            ops.native_linear_step(x, values, None, bad)
+    with pytest.raises(RuntimeError, match=r"weight must have shape \[any, 128\], got \[3, 64\]"):
+        ops.native_linear_step(x, values[:, :64], None, scale)
 
 
 @needs_library

@@ -85,10 +85,11 @@ def test_generation_is_that_of_a_cpu_with_instructions(has_products):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_8_bit_weights_are_widened_in_parts(tmp_path, has_products):
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+def test_quantized_weights_are_widened_in_parts(tmp_path, has_products, weight_dtype):
     pytest.importorskip("torchao")
     save_model(tmp_path)
-    model = load_model(tmp_path, dtype=torch.bfloat16, weight_dtype="int8")
+    model = load_model(tmp_path, dtype=torch.bfloat16, weight_dtype=weight_dtype)
     ids = torch.arange(40)[None]
     has_products(True)
     expected = full(model, ids)

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits by torchao: a fused step on a CPU reads them, and equals the modules."""
+"""Linear layers in 8 and 4 bits: a fused step on a CPU reads them, and equals the modules."""
 
 import copy
 
@@ -15,10 +15,20 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 from rodimus import modeling_rodimus
 from rodimus.generation import Engine, Request
 from rodimus.loading import load_model
-from rodimus_kernels import Int8Weight, decode_weight, implementations_used, linear, native
+from rodimus.quantization import Int4Tensor, round_to_int4
+from rodimus_kernels import (
+    Int4Weight,
+    Int8Weight,
+    decode_weight,
+    implementations_used,
+    linear,
+    native,
+    quantize_int4,
+    reference,
+)
 from tests.checkpoints import save_model
 from tests.model.golden_data import relative_max_error
-from tests.model.helpers import random_ids
+from tests.model.helpers import enliven, random_ids
 from tests.model.ways import BOUND, full, in_pieces
 
 pytestmark = [
@@ -33,6 +43,15 @@ def quantised(model, config=None, chosen=None):
     is_chosen = lambda layer, name: isinstance(layer, nn.Linear) and (not chosen or chosen in name)
     quantize_(copied, config or Int8WeightOnlyConfig(), filter_fn=is_chosen)
     return copied
+
+
+def quantised_to_4_bits(model):
+    copied = copy.deepcopy(model)
+    round_to_int4(copied)
+    return copied
+
+
+ROUNDED = pytest.mark.parametrize("rounded", [quantised, quantised_to_4_bits])
 
 
 def token_by_token(model, ids):
@@ -78,9 +97,10 @@ def test_other_weights_are_left_alone():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_fused_equals_the_modules(model, monkeypatch, batch):
+@ROUNDED
+def test_fused_equals_the_modules(model, monkeypatch, rounded, batch):
     """In float32; rounding of the weights is common to both."""
-    ids, rounded = random_ids(batch, 40), quantised(model)
+    ids, rounded = random_ids(batch, 40), rounded(model)
     fused = token_by_token(rounded, ids)
     assert relative_max_error(fused, full(rounded, ids)) < BOUND
     assert relative_max_error(fused, full(model, ids)) > 100 * BOUND
@@ -88,8 +108,9 @@ def test_fused_equals_the_modules(model, monkeypatch, batch):
     assert relative_max_error(fused, token_by_token(rounded, ids)) < BOUND
 
 
-def test_blocks_and_head_are_fused(model):
-    used = operators_of_a_step(quantised(model))
+@ROUNDED
+def test_blocks_and_head_are_fused(model, rounded):
+    used = operators_of_a_step(rounded(model))
     assert used == operators_of_a_step(model)
     assert "rodimus_kernels.native_block:step" in used
     assert "rodimus_kernels.native_linear:linear" in used
@@ -117,6 +138,89 @@ def test_no_kernel_is_given_a_wrapped_weight(model, monkeypatch):
     assert torch.equal(full(rounded, ids), expected)
 
 
+def rounding_error(weight):
+    """Of the rounding to 4 bits, relative in RMS, and the errors in units of the scales."""
+    packed = quantize_int4(weight)
+    error = (reference.dense_weight(packed) - weight).double()
+    units = torch.nn.functional.pad(error, (0, -error.shape[1] % 128)).unflatten(1, (-1, 32))
+    relative = (error.norm() / weight.norm()).item()
+    return relative, units.abs() / packed.scale.double().abs()[..., None].clamp_min(1e-300)
+
+
+def test_weights_are_rounded_to_the_nearest_of_16():
+    torch.manual_seed(0)
+    weight = torch.randn(300, 200)
+    relative, units = rounding_error(weight)
+    packed = quantize_int4(weight)
+    assert packed.values.shape == (300, 128) and packed.scale.shape == (300, 8)
+    # half a step, but for the few that the chosen scale leaves outside: at most what one step of
+    # the largest candidate is more
+    assert ((units <= 0.5001) | (units <= 1.51)).all() and (units > 0.5001).double().mean() < 0.03
+    # with a symmetric range and the largest weight at its end it is 0.097
+    assert relative < 0.084
+
+
+def test_what_16_values_hold_is_kept():
+    integers = torch.randint(-8, 8, (40, 256))
+    integers[:, ::32] = -8
+    weight = integers * (2.0 ** torch.randint(-9, 9, (40, 8))).repeat_interleave(32, 1)
+    for given in (weight, -weight, 2.0**-40 * weight, torch.zeros(3, 70), torch.zeros(0, 64)):
+        assert torch.equal(reference.dense_weight(quantize_int4(given)), given)
+
+
+def test_weights_that_cannot_be_rounded_are_refused():
+    for bad, message in (
+        (torch.randn(4), r"matrix \[N, K\] of floating point, got shape \(4,\)"),
+        (torch.ones(4, 4, dtype=torch.int8), "got shape .* of torch.int8"),
+        (torch.full((4, 40), torch.inf), "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_int4(bad)
+
+
+def test_gates_and_head_keep_8_bits(model):
+    rounded = quantised_to_4_bits(model)
+    kinds = {name: type(x) for name, x in rounded.named_parameters() if x.dim() == 2}
+    wide = {name for name in kinds if "ch_gate" in name or "mem_gate" in name or "head" in name}
+    layers = {name for name in kinds if "embeddings" not in name}
+    found = {name: type(decode_weight(rounded.get_parameter(name))) for name in layers}
+    assert found == {n: Int8Weight if n in wide else Int4Weight for n in layers} and wide
+    assert rounded.model.embeddings.weight.dtype == torch.float32
+
+
+def test_a_layer_in_4_bits_passes_gradients_on():
+    layer = nn.Linear(70, 33)
+    layer.weight = nn.Parameter(
+        Int4Tensor(*quantize_int4(layer.weight), torch.float32), requires_grad=False
+    )
+    x = torch.randn(3, 70, requires_grad=True)
+    y = layer(x)
+    expected = torch.nn.functional.linear(x, layer.weight.dequantize(), layer.bias)
+    torch.testing.assert_close(y, expected)
+    for of in (x, layer.bias):
+        (found,), (exact,) = (
+            torch.autograd.grad(z.sum(), of, retain_graph=True) for z in (y, expected)
+        )
+        assert torch.equal(found, exact)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_model_in_4_bits_is_copied_compiled_and_kept(model, tmp_path):
+    rounded, ids = quantised_to_4_bits(model), random_ids(1, 20)
+    expected = full(rounded, ids)
+    assert torch.equal(full(copy.deepcopy(rounded), ids), expected)
+    with torch.no_grad():
+        compiled = torch.compile(rounded, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.save(rounded.state_dict(), tmp_path / "weights.pt")
+    enliven(model, seed=1)
+    other = quantised_to_4_bits(model)
+    assert not torch.equal(full(other, ids), expected)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(full(other, ids), expected)
+
+
 def test_a_saved_model_is_loaded_as_it_is(tmp_path):
     """Its files hold other names than ``config.json`` gives a model."""
     save_model(tmp_path / "wide")
@@ -128,8 +232,9 @@ def test_a_saved_model_is_loaded_as_it_is(tmp_path):
     assert torch.equal(full(loaded, ids), full(rounded, ids))
 
 
-def test_the_engine_equals_generate(model):
-    rounded, ids = quantised(model), random_ids(1, 12)
+@ROUNDED
+def test_the_engine_equals_generate(model, rounded):
+    rounded, ids = rounded(model), random_ids(1, 12)
     tokens = rounded.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, 12:]
     (found,) = Engine(rounded).generate([Request(ids[0], 30, stop_tokens=())])
     assert found.tokens == tokens.tolist()

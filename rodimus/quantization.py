@@ -1,0 +1,75 @@
+"""Weights of linear layers in 8 or 4 bits, for models that decode on a CPU.
+
+Needs torchao, whose tensors hold the weights: 8 bits are its own, 4 bits ours, in the form that
+``rodimus_kernels`` reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.utils import TorchAOBaseTensor
+from transformers import PreTrainedModel
+
+from rodimus_kernels import Int4Weight, linear, quantize_int4, reference
+
+# Gates are small and decide what a state keeps for how long, a narrow one is read by rows of 16 or
+# 32; the score of a token is compared with those of all others.
+_IN_8_BITS = ("ch_gate_proj", "mem_gate_proj")
+
+
+class Int4Tensor(TorchAOBaseTensor):
+    """A parameter ``[N, K]`` whose numbers are those of an :class:`rodimus_kernels.Int4Weight`.
+
+    A linear layer with it needs no gradient of the weight; that of its input is exact.
+    """
+
+    tensor_data_names = ["values", "scale"]
+    tensor_attribute_names = ["inputs", "dtype"]
+
+    def __new__(cls, values, scale, inputs, dtype):
+        shape = (values.shape[0], inputs)
+        return cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=values.device)
+
+    def __init__(self, values, scale, inputs, dtype):
+        super().__init__()
+        self.values, self.scale, self.inputs = values, scale, inputs
+
+    @property
+    def int4_weight(self) -> Int4Weight:
+        return Int4Weight(self.values, self.scale, self.inputs)
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix, in the dtype of the weights that were rounded."""
+        return reference.dense_weight(self.int4_weight).to(self.dtype)
+
+
+torch.serialization.add_safe_globals([Int4Tensor])
+
+
+@Int4Tensor.implements_torch_function(F.linear)
+def _(function, types, args, kwargs):
+    x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return F.linear(x, weight.dequantize().to(x.dtype), bias)
+    y = linear(x.flatten(0, -2), weight.int4_weight, bias)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def round_to_int8(model: PreTrainedModel) -> None:
+    """Round the matrices of all linear layers to 8 bits in place, one scale for each output."""
+    quantize_(model, Int8WeightOnlyConfig())
+
+
+def round_to_int4(model: PreTrainedModel) -> None:
+    """Round the matrices of linear layers to 4 bits in place, one scale for 32 neighbours in a row;
+    those of a Rodimus block's gates and of the language model's head to 8 bits."""
+    head = model.get_output_embeddings()
+    layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
+    wide = {n for n, x in layers.items() if x is head or any(part in n for part in _IN_8_BITS)}
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda _, name: name in wide)
+    for name in layers.keys() - wide:
+        layer = layers[name]
+        packed = quantize_int4(layer.weight)
+        tensor = Int4Tensor(*packed, layer.weight.dtype)
+        layer.weight = nn.Parameter(tensor, requires_grad=False)
