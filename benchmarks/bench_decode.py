@@ -48,13 +48,13 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
 
 def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tuple[str, ...]:
     """All engines for one sequence; for a batch the plain one and the one meant for speed. With
-    8-bit weights those that read them: our own, and llama.cpp.
+    quantized weights those that read them: our own, and llama.cpp.
 
     On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
     others are left to the engines meant for speed, of a peer all that worked in the first case; of
     its caches only one fits where they are large.
     """
-    if bench.in_8_bits:
+    if bench.weight_dtype:
         reads = "engine" if model.name in peers.OURS else LLAMA_CPP
         return tuple(engine for engine in model.engines if engine == reads)
     if bench.device.type == "cuda" and (batch, context) != POINTS["cuda"][0]:

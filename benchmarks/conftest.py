@@ -39,9 +39,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--bench-dtype", choices=sorted(DTYPES), default="bf16", help="of every model")
     add(
         "--bench-weights",
-        choices=["int8"],
-        help="round linear layers to 8 bits: ours with torchao, peers to Q8_0 in llama.cpp;"
-        " decoding on a CPU only",
+        choices=["int8", "int4"],
+        help="round linear layers: ours as rodimus.load_model does, peers to Q8_0 or Q4_0 in"
+        " llama.cpp; decoding on a CPU only",
     )
     add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")
     add("--bench-rounds", type=int, default=0, help="timed rounds a case; 0: 3 tiny, 15 full")
@@ -121,7 +121,7 @@ def bench(request: pytest.FixtureRequest):
         case_seconds=option("--bench-case-seconds") or limit,
         again=option("--bench-again"),
         sittings=option("--bench-sittings"),
-        in_8_bits=option("--bench-weights") == "int8",
+        weight_dtype=option("--bench-weights"),
         cold=option("--bench-cold"),
     )
     torch.set_num_threads(threads)
@@ -137,8 +137,8 @@ def start(bench: Bench, request: pytest.FixtureRequest):
     begun: list[tuple[str, float]] = []
 
     def ask(group: str, case: str, names: Iterable[str] = ()) -> None:
-        if bench.in_8_bits and (group, bench.device.type) != ("decode", "cpu"):
-            pytest.skip("8-bit weights are timed in decoding on a CPU alone")
+        if bench.weight_dtype and (group, bench.device.type) != ("decode", "cpu"):
+            pytest.skip("quantized weights are timed in decoding on a CPU alone")
         if bench.cold and group.partition("-")[0] not in OPERATORS:
             pytest.skip("the cache is emptied before operators alone")
         if bench.done(group, case, names):

@@ -99,7 +99,7 @@ class Bench:
         deadline: ``time.monotonic()`` after which no further case starts.
         case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
         again: Measure cases that have a record.
-        in_8_bits: Matrices of linear layers in 8 bits, as ``peers.load`` rounds them.
+        weight_dtype: What ``peers.load`` rounds the matrices of linear layers to.
         sittings: A case whose record has fewer is timed again, and its rounds are added: each run
             is one sitting.
         cold: Nothing of an operator's inputs is in a cache when it is called.
@@ -117,7 +117,7 @@ class Bench:
     case_seconds: float = float("inf")
     again: bool = False
     sittings: int = 1
-    in_8_bits: bool = False
+    weight_dtype: str | None = None
     cold: bool = False
     models: dict[str, peers.Model | peers.Unavailable] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | peers.Unavailable] = dataclasses.field(default_factory=dict)
@@ -136,9 +136,10 @@ class Bench:
         return self._ceilings
 
     def case(self, batch: int, length: int) -> str:
-        """Name of a case, and of its file: ``b1-t4096-bfloat16``, with 8-bit weights
-        ``int8-b1-t4096-bfloat16``, with an empty cache ``cold-b1-t4096-bfloat16``."""
-        kind = "int8-" * self.in_8_bits + "cold-" * self.cold
+        """Name of a case, and of its file: ``b1-t4096-bfloat16``, with quantized
+        weights ``int8-b1-t4096-bfloat16``, with an empty cache ``cold-b1-t4096-bfloat16``."""
+        kind = f"{self.weight_dtype}-" if self.weight_dtype else ""
+        kind += "cold-" * self.cold
         return f"{kind}b{batch}-t{length}-{dtype_name(self.dtype)}"
 
     def model(self, name: str) -> peers.Model:
@@ -153,7 +154,7 @@ class Bench:
                 with torch.inference_mode(False):
                     what = name, self.scale, self.dtype, self.device
                     self.models[name] = peers.guarded(
-                        lambda: peers.load(*what, in_8_bits=self.in_8_bits)
+                        lambda: peers.load(*what, weight_dtype=self.weight_dtype)
                     )
             except peers.Unavailable as reason:
                 self.models[name] = reason.copy()
@@ -437,7 +438,7 @@ class Bench:
                 "scale": self.scale,
                 "dtype": dtype_name(self.dtype),
                 "seed": peers.SEED,
-                **({"weights": "int8"} if self.in_8_bits else {}),
+                **({"weights": self.weight_dtype} if self.weight_dtype else {}),
                 **({"cache": "cold"} if self.cold else {}),
                 **settings,
             },

@@ -58,13 +58,14 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    in_8_bits: bool = False,
+    weight_dtype: str | None = None,
 ) -> Model:
     """A model of the catalogue with random weights.
 
     Args:
-        in_8_bits: Round the matrices of linear layers to 8 bits, in our models (torchao, one scale
-            for each output) and in llama.cpp (Q8_0); other engines keep what they have.
+        weight_dtype: What the matrices of linear layers are rounded to: ``"int8"``, in our models
+            one scale for each output and in llama.cpp Q8_0, or ``"int4"``, one scale for 32 inputs
+            and Q4_0, with heads in more bits; other engines keep what they have.
 
     Raises:
         Unavailable: a package, a GPU or the memory is missing; the message says which.
@@ -79,8 +80,8 @@ def load(
         if free < needed:
             raise Unavailable(f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     if found.family == "rwkv6" and device.type == "cpu":
-        return RwkvModel(scale, dtype, in_8_bits)
-    return build(found, scale, dtype, device, in_8_bits)
+        return RwkvModel(scale, dtype, weight_dtype)
+    return build(found, scale, dtype, device, weight_dtype)
 
 
 def _require(found: Entry, device: torch.device) -> None:

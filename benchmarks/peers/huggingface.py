@@ -32,13 +32,13 @@ class HuggingFaceModel(WithLlamaCpp):
         scale: str,
         model: nn.Module,
         engines: tuple[str, ...],
-        in_8_bits: bool,
+        weight_dtype: str | None,
     ):
         self.name, self.family, self.scale = name, entry(name).family, scale
         self.model, self.engines = model, engines
         parameters = {id(p): p for p in model.parameters()}.values()
         first = next(iter(parameters))
-        self.device, self.dtype, self.in_8_bits = first.device, first.dtype, in_8_bits
+        self.device, self.dtype, self.weight_dtype = first.device, first.dtype, weight_dtype
         self.weight_bytes = sum(map(bytes_of, parameters))
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         # of an embedding that is not the head a token reads a row
@@ -326,16 +326,16 @@ def build(
     scale: str,
     dtype: torch.dtype,
     device: torch.device,
-    in_8_bits: bool,
+    weight_dtype: str | None,
 ) -> HuggingFaceModel:
     """A model of the catalogue with random weights."""
     from rodimus.loading import quantizer
 
     model_class, config, engines = _classes(found, scale, device)
     model = random_model(model_class, config, dtype, device)
-    if in_8_bits and found.name in OURS:
-        quantizer("int8")(model)
-    return HuggingFaceModel(found.name, scale, model, engines, in_8_bits)
+    if found.name in OURS:
+        quantizer(weight_dtype)(model)
+    return HuggingFaceModel(found.name, scale, model, engines, weight_dtype)
 
 
 def _classes(found: Entry, scale: str, device: torch.device) -> tuple[Any, Any, tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from rodimus_kernels import Int8Weight, decode_weight
+from rodimus_kernels import decode_weight
 
 from ..sizes import StateBytes, config_of, sequence_flops, state_bytes
 
@@ -104,8 +104,8 @@ class Model(ABC):
         weight_bytes: All weights.
         token_bytes: Weights that one token reads: all but an embedding that is not the head.
         body_parameters: Of all products of a token but that which gives the logits.
-        in_8_bits: Whether the matrices of linear layers have 8 bits, in our models and in
-            llama.cpp.
+        weight_dtype: What the matrices of linear layers were rounded to, in our models and in
+            llama.cpp: ``"int8"``, ``"int4"`` or None.
         head_parameters: Of the product that gives the logits.
         vocab_size: Tokens.
     """
@@ -121,7 +121,7 @@ class Model(ABC):
     body_parameters: int
     head_parameters: int
     vocab_size: int
-    in_8_bits: bool
+    weight_dtype: str | None
 
     @abstractmethod
     def session(self, engine: str, batch: int, room: int) -> Session:
@@ -204,7 +204,7 @@ def _tile(parameter: torch.Tensor, pool: torch.Tensor) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, or of the weight in 8 bits that it stands for."""
+    """Bytes of a tensor, or of the quantized weight that it stands for."""
     held = decode_weight(tensor)
-    parts = held if isinstance(held, Int8Weight) else (held,)
+    parts = (held,) if isinstance(held, torch.Tensor) else (held.values, held.scale)
     return sum(part.numel() * part.element_size() for part in parts)

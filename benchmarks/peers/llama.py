@@ -42,7 +42,8 @@ class LlamaCpp:
         config: Its fields, as in ``sizes``.
         weights: Matrices in bfloat16 or float32, and vectors, under the names of transformers
             (Qwen2) or RWKV-LM (RWKV6).
-        in_8_bits: Round matrices to llama.cpp's Q8_0, those that its own converter rounds.
+        weight_dtype: ``"int8"`` rounds matrices to llama.cpp's Q8_0, those that its own converter
+            rounds; ``"int4"`` has its own quantiser round the file to Q4_0.
 
     Attributes:
         weight_bytes: All weights.
@@ -58,7 +59,7 @@ class LlamaCpp:
         config: Mapping[str, Any],
         weights: Mapping[str, torch.Tensor],
         *,
-        in_8_bits: bool = False,
+        weight_dtype: str | None = None,
     ):
         require_package("llama_cpp", "llama-cpp-python")
         require_package("gguf", "gguf")
@@ -70,7 +71,9 @@ class LlamaCpp:
         self.log = _start()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{family}.gguf"
-            held = write_gguf(path, family, config, weights, in_8_bits=in_8_bits)
+            held = write_gguf(path, family, config, weights, in_8_bits=weight_dtype == "int8")
+            if weight_dtype == "int4":
+                held = self._round_to_q4_0(path)
             self.weight_bytes = self.token_bytes = sum(held.values())
             if "output.weight" in held:
                 self.token_bytes -= held["token_embd.weight"]
@@ -85,6 +88,19 @@ class LlamaCpp:
             raise Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
         # __del__ would come after the library's functions where Python ends
         weakref.finalize(self, llama_cpp.llama_model_free, self.model)
+
+    def _round_to_q4_0(self, path: Path) -> dict[str, int]:
+        """Replace a file by what its user would quantise it to; the bytes of each tensor."""
+        import gguf
+
+        params = self.library.llama_model_quantize_default_params()
+        params.ftype = self.library.LLAMA_FTYPE_MOSTLY_Q4_0
+        rounded = path.with_name("rounded.gguf")
+        names = os.fsencode(path), os.fsencode(rounded)
+        if self.library.llama_model_quantize(*names, ctypes.byref(params)):
+            raise Unavailable(f"llama.cpp did not round the model: {''.join(self.log[-3:])}")
+        rounded.replace(path)
+        return {x.name: int(x.n_bytes) for x in gguf.GGUFReader(path).tensors}
 
 
 @functools.cache
@@ -161,19 +177,19 @@ class WithLlamaCpp(Model):
     @functools.cached_property
     def in_llama_cpp(self) -> LlamaCpp:
         """The model in llama.cpp, loaded at its first use."""
-        return self._load_llama_cpp(self.in_8_bits)
+        return self._load_llama_cpp(self.weight_dtype)
 
-    def _load_llama_cpp(self, in_8_bits: bool) -> LlamaCpp:
+    def _load_llama_cpp(self, weight_dtype: str | None) -> LlamaCpp:
         config = config_of(self.family, self.scale)
-        return LlamaCpp(self.family, config, self.named_weights(), in_8_bits=in_8_bits)
+        return LlamaCpp(self.family, config, self.named_weights(), weight_dtype=weight_dtype)
 
     def llama_cpp_logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``[1, vocab]`` behind a prompt ``[1, T]`` in llama.cpp, of weights that are not
-        rounded to 8 bits."""
+        rounded."""
         room = ids.shape[1] + 1
-        if not self.in_8_bits:
+        if not self.weight_dtype:
             return self.session(LLAMA_CPP, 1, room).prefill(ids)
-        return LlamaCppSession(self._load_llama_cpp(False), 1, room).prefill(ids)
+        return LlamaCppSession(self._load_llama_cpp(None), 1, room).prefill(ids)
 
     def bytes_in(self, engine: str) -> tuple[int, int]:
         """``(weight_bytes, token_bytes)`` as an engine holds the weights."""
@@ -187,7 +203,7 @@ class WithLlamaCpp(Model):
 
 def require_same_logits(model: WithLlamaCpp, ids: torch.Tensor, limit: float) -> None:
     """Raise Fault unless llama.cpp gives the logits of the model's first engine, with weights
-    that are not rounded to 8 bits: those are written by the same code.
+    that are not rounded: those are written by the same code.
 
     Args:
         model: Has the engine ``LLAMA_CPP``.

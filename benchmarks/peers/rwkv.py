@@ -21,11 +21,11 @@ class RwkvModel(WithLlamaCpp):
 
     engines = ("package", LLAMA_CPP)
 
-    def __init__(self, scale: str, dtype: torch.dtype, in_8_bits: bool):
+    def __init__(self, scale: str, dtype: torch.dtype, weight_dtype: str | None):
         from rwkv.model import RWKV
 
         self.name, self.family, self.scale = "rwkv6-1.6b", "rwkv6", scale
-        self.dtype, self.device, self.in_8_bits = dtype, torch.device("cpu"), in_8_bits
+        self.dtype, self.device, self.weight_dtype = dtype, torch.device("cpu"), weight_dtype
         weights = self.named_weights()
         self.weight_bytes = sum(map(bytes_of, weights.values()))
         self.token_bytes = self.weight_bytes - bytes_of(weights["emb.weight"])

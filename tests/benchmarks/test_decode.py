@@ -45,7 +45,7 @@ ALL = {
 def engines(name, batch, context, failed=()):
     """Those that take part on a GPU, after some have failed."""
     checked = {f"{name}/{engine}": peers.Unavailable("failed") for engine in failed}
-    bench = SimpleNamespace(in_8_bits=False, device=torch.device("cuda"), checked=checked)
+    bench = SimpleNamespace(weight_dtype=None, device=torch.device("cuda"), checked=checked)
     model = SimpleNamespace(name=name, engines=ALL[name])
     return bench_decode.engines_of(bench, model, batch, context)
 

@@ -38,16 +38,22 @@ def test_decoding_equals_prefilling(model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 @pytest.mark.parametrize("name", peers.OURS)
-def test_weights_in_8_bits_are_counted_as_they_are_read(name):
+def test_quantized_weights_are_counted_as_they_are_read(name, weight_dtype):
     pytest.importorskip("torchao")
-    model = peers.load(name, "tiny", torch.bfloat16, CPU, in_8_bits=True)
+    model = peers.load(name, "tiny", torch.bfloat16, CPU, weight_dtype=weight_dtype)
     plain = peers.load(name, "tiny", torch.bfloat16, CPU)
     expected = 0
-    for module in plain.model.modules():
+    for layer, module in plain.model.named_modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, torch.nn.Linear):
-            expected += module.weight.numel() + 4 * module.out_features
+            wide = "ch_gate" in layer or "mem_gate" in layer or "head" in layer
+            if weight_dtype == "int8" or wide:
+                expected += module.weight.numel() + 4 * module.out_features
+            else:
+                # units of 128 weights in 64 bytes with four scales
+                expected += module.out_features * -(-module.in_features // 128) * (64 + 4 * 2)
             own.remove(module.weight) if module.bias is None else own.pop(0)
         # the embedding is not read
         if not isinstance(module, torch.nn.Embedding):
