@@ -1327,7 +1327,7 @@ class RodimusAttention(nn.Module):
         self.out_proj = _out_linear(width, width)
 
     def forward(self, hidden_states, rotary, layout, cache=None, **kwargs):
-        batch, length, _ = hidden_states.shape
+        length = hidden_states.shape[1]
         projected = _project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         if rotary is not None:
@@ -1344,7 +1344,7 @@ class RodimusAttention(nn.Module):
             o, weights = self._attend(q, k, v, layout, cache, **kwargs)
             if weights is not None and layout.order is not None and weights.shape[-1] == length:
                 weights = _as_given(weights, layout.order)
-        o = _apply(self.out_proj, o.reshape(batch, length, -1))
+        o = _apply(self.out_proj, o.flatten(2))
         return F.dropout(o, self.dropout, self.training), weights
 
     def _attend(self, q, k, v, layout, cache, **kwargs):

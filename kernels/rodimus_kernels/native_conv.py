@@ -40,8 +40,10 @@ def forward(
     native.check("short_conv", x, weight, bias, initial_state, one_dtype=True)
     if cu_seqlens is not None:
         seq_idx = document_ids(cu_seqlens, x.shape[1])[None]
+    # an empty tensor counts as contiguous whatever its strides, and would not be copied
+    rows = native.dense_rows(x) if x.numel() else x.new_empty(x.shape)
     y = torch.ops.rodimus.native_short_conv(
-        native.dense_rows(x),
+        rows,
         native.dense_rows(weight),
         native.dense_rows(bias),
         None if initial_state is None else initial_state.contiguous(),

@@ -198,6 +198,17 @@ def test_reads_a_slice_of_a_projection(impl):
     assert torch.equal(a, short_conv(x, weight, bias, impl=impl)[0])
 
 
+@pytest.mark.parametrize("impl", ALL)
+def test_an_empty_batch_is_empty(impl):
+    """Also with the strides that a product of no rows is given."""
+    x, weight, bias, past = make()
+    for none in (x[:0], x.transpose(1, 2).contiguous().transpose(1, 2)[:0]):
+        y, state = short_conv(
+            none, weight, bias, initial_state=past[:0], output_final_state=True, impl=impl
+        )
+        assert y.shape == none.shape and state.shape == past[:0].shape
+
+
 @needs_native
 @pytest.mark.parametrize("sizes", [(1, 1, 7, 1), (2, 3, 300, 4), (3, 130, 257, 2), (1, 70, 5, 8)])
 @pytest.mark.parametrize("past", [True, False])

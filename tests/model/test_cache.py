@@ -37,6 +37,14 @@ def prefill(model, ids, cache=None):
         return model(ids, past_key_values=cache, use_cache=True).past_key_values
 
 
+@torch.no_grad()
+def test_a_batch_may_be_empty(model):
+    """With a cache as without one, as the operators take it."""
+    ids = random_ids(2, 14)[:0]
+    pieces = in_pieces(model, ids, [7, 5, 1, 1])
+    assert pieces.shape == full(model, ids).shape == (0, 14, model.config.vocab_size)
+
+
 # --------------------------------------------------------------------------------- two names
 
 
