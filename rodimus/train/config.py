@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 from ..errors import InputError
 
+# torch counts its timeouts in nanoseconds, 64 bits of them
+_LONGEST_S = 1e9
+# what is less may be 0 in float32, and AdamW divide 0 by it where no gradient came
+_LEAST_EPS = 1e-37
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -22,6 +27,12 @@ def _at_least(section: object, name: str, low: float, *fields: str) -> None:
     for key in fields:
         value = getattr(section, key)
         _require(value >= low, f"{name}.{key} must be at least {low}, got {value}")
+
+
+def _within(section: object, name: str, low: float, high: float, *fields: str) -> None:
+    for key in fields:
+        value = getattr(section, key)
+        _require(low <= value <= high, f"{name}.{key} must lie in [{low:g}, {high:g}], got {value}")
 
 
 def _finite(section: object, name: str) -> None:
@@ -159,7 +170,8 @@ class OptimSection:
     def __post_init__(self) -> None:
         _one_of("optim.name", self.name, ("adamw", "muon"))
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        _at_least(self, "optim", 0, "eps", "weight_decay")
+        _at_least(self, "optim", _LEAST_EPS, "eps")
+        _at_least(self, "optim", 0, "weight_decay")
         _require(
             all(0 <= beta < 1 for beta in (*self.betas, self.muon_momentum)),
             f"optim.betas and optim.muon_momentum must lie in [0, 1), "
@@ -186,9 +198,7 @@ class ScheduleSection:
         _one_of("schedule.kind", self.kind, ("wsd", "cosine", "linear"))
         _one_of("schedule.decay_shape", self.decay_shape, ("1-sqrt", "linear"))
         _at_least(self, "schedule", 0, "warmup_steps")
-        for name in ("decay_frac", "final_lr_frac"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"schedule.{name} must lie in [0, 1], got {value}")
+        _within(self, "schedule", 0, 1, "decay_frac", "final_lr_frac")
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,8 @@ class ParallelSection:
     """A rank that is silent for this long is reported by name and the run ends."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "parallel", 1, "replicate", "context_parallel", "timeout_s")
+        _at_least(self, "parallel", 1, "replicate", "context_parallel")
+        _within(self, "parallel", 1, _LONGEST_S, "timeout_s")
         _one_of(
             "parallel.reshard_after_forward", self.reshard_after_forward, ("auto", "true", "false")
         )
@@ -232,7 +243,8 @@ class CheckpointSection:
     start alone: a job that is started again by Slurm or torchrun goes on."""
 
     def __post_init__(self) -> None:
-        _at_least(self, "checkpoint", 1, "every", "keep", "timeout_s")
+        _at_least(self, "checkpoint", 1, "every", "keep")
+        _within(self, "checkpoint", 1, _LONGEST_S, "timeout_s")
         _at_least(self, "checkpoint", 0, "keep_every")
         _require(
             self.resume in ("auto", "never") or self.resume.isdecimal(),

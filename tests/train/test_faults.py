@@ -1112,7 +1112,7 @@ def test_spike_without_a_checkpoint_skips_the_update_and_nothing_else(config_fil
         (["--log.wandb"], "log.wandb needs wandb: pip install wandb"),
         (["--optim.lrr", "1"], "did you mean --optim.lr?"),
         (["--optim.lr", "inf"], "optim.lr must be finite, got inf"),
-        (["--parallel.timeout-s", "inf"], "parallel.timeout_s must be finite, got inf"),
+        (["--parallel.timeout-s", "inf"], "parallel.timeout_s must lie in [1, 1e+09], got inf"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkeypatch):
