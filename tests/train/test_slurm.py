@@ -88,6 +88,12 @@ def test_ranks_that_are_terminated_save_and_are_queued_again(slurm, config_file,
     assert {path.name[:3] for path in step_folder(root, step).glob("*.distcp")} == {"__0", "__1"}
 
 
+def test_a_task_that_is_asked_to_save_before_it_trains_goes_on(slurm):
+    """Python has a handler when all is imported and the ranks have met; USR1 would end it."""
+    python = "#!/bin/bash\nkill -USR1 $$\nexit 7\n"
+    assert slurm("run.toml", python=python)[0] == 7
+
+
 def test_a_task_for_each_gpu(slurm):
     status, requests, said = slurm("x", SLURM_NTASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="8")
     assert (status, requests) == (2, [])
