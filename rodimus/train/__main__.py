@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,13 +73,22 @@ def train(path: str, overrides: list[str]) -> int:
 
 
 def hold(config: TrainConfig, held: ExitStack) -> None:
-    """Keeps other runs out of the folder of this one."""
+    """Keeps other runs out of the folder of this one, which goes again where nothing comes in."""
     from .loop import make_folder
     from .store import alone
 
     out = Path(config.out)
+    is_new = not out.exists()
     make_folder(out)
     held.enter_context(alone(out))
+    if is_new:
+        held.callback(remove_empty, out)
+
+
+def remove_empty(folder: Path) -> None:
+    """Deletes a folder if there is nothing in it."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def run(config: TrainConfig, ranks: Ranks) -> int:

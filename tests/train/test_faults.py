@@ -1124,6 +1124,18 @@ def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkey
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong", [["--log.wandb"], ["--data.train", "none.json"]], ids=" ".join)
+def test_a_run_that_does_not_start_leaves_no_folder(config_file, tmp_path, monkeypatch, wrong):
+    """But one that was there is left."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = tmp_path / "run"
+    assert train(2, config_file, *wrong) == [2, 2]
+    assert not run.exists()
+    run.mkdir()
+    assert train(1, config_file, *wrong) == [2]
+    assert run.is_dir()
+
+
 def test_what_one_rank_alone_cannot_read_ends_every_rank(config_file):
     """A file that one machine has not."""
 
