@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 # licence of what `stdlib` reads, recorded in the manifest
 STDLIB_LICENCE = "PSF-2.0"
@@ -157,15 +157,21 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             _check_column(path, table.schema_arrow, field)
             for batch in table.iter_batches(columns=[field]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+                for value in batch.column(0):
+                    number += 1
+                    if text := value.as_py():
+                        yield text
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}, column {field!r}, must be UTF-8: {error}") from error
+        place = f"{path} row {number}, column {field!r},"
+        raise InputError(f"{place} must be UTF-8: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is damaged or no parquet file: {error}") from error
+        reason = first_line(error)
+        raise InputError(f"{path} is damaged or no parquet file: {reason}") from error
 
 
 def _check_column(path: Path, schema, field: str) -> None:

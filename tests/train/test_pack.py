@@ -244,10 +244,10 @@ def test_bad_corpus_is_named(tmp_path, name, data, message):
     assert not (tmp_path / "out" / "train.json").exists()
 
 
-def write_parquet(path, column, kind=None, name="text"):
+def write_parquet(path, column, kind=None, name="text", **options):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     table = pyarrow.table({name: pyarrow.array(column, kind and getattr(pyarrow, kind)())})
-    importlib.import_module("pyarrow.parquet").write_table(table, path)
+    importlib.import_module("pyarrow.parquet").write_table(table, path, **options)
     return path
 
 
@@ -258,6 +258,23 @@ def test_parquet_is_one_document_a_row(tmp_path, kind):
     other = write_parquet(tmp_path / "b.parquet", ["three"], name="a.b")
     assert list(documents(str(other), field="a.b")) == ["three"]
     assert not list(documents(str(write_parquet(tmp_path / "c.parquet", [None]))))
+
+
+def test_odd_texts_are_packed_to_the_byte(tmp_path):
+    """Line ends, blank lines, a byte order mark and what else Unicode breaks lines at; row groups
+    and nulls; a word longer than a batch."""
+    texts = ["one\r\ntwo\n", "a\x00b", "\ufeffx", "é e\u0301 👨\u200d👩", "\u2028b\x85\x0c"]
+    texts.append("<|end|>" + "y" * (1 << 20) + "\r\n")
+    lines = [json.dumps({"text": t}, ensure_ascii=i % 2).encode() for i, t in enumerate(texts)]
+    jsonl = tmp_path / "a.jsonl"
+    jsonl.write_bytes(b"\xef\xbb\xbf\r\n" + b"\r\n \t\n\n".join(lines))
+    column = [x for text in texts for x in (text, None)]
+    parquet = write_parquet(tmp_path / "a.parquet", column, "string", row_group_size=3)
+    for source in (jsonl, parquet):
+        out = tmp_path / source.suffix
+        manifest = pack(str(source), out, vocab_size=300, val_fraction=0.0)["train"]
+        assert sorted(decode(out, "train")) == sorted(texts)
+        assert manifest.n_bytes == sum(len(text.encode()) for text in texts)
 
 
 @pytest.mark.parametrize("column", [[1], [b"a"], [["a"]], [{"a": "b"}]], ids=str)
@@ -280,20 +297,22 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 def test_damaged_parquet_is_named(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", TEXTS)
     whole = path.read_bytes()
-    damaged = bytearray(whole)
-    damaged[100:300] = bytes(x ^ 0x5A for x in damaged[100:300])
-    for data in (b"", b"no parquet file" * 9, whole[: len(whole) // 2], bytes(damaged)):
+    damaged = [bytearray(whole) for _ in range(2)]
+    for data, part in zip(damaged, (slice(100, 300), slice(4, 40)), strict=True):
+        data[part] = bytes(x ^ 0x5A for x in data[part])
+    for data in (b"", b"no parquet file" * 9, whole[: len(whole) // 2], *damaged):
         path.write_bytes(data)
-        with pytest.raises(InputError, match="a.parquet is damaged or no parquet file: "):
+        with pytest.raises(InputError, match="a.parquet is damaged or no parquet file: ") as error:
             list(documents(str(path)))
+        assert "\n" not in str(error.value)
 
 
 def test_parquet_that_is_not_utf8_is_named(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    offsets, data = (pyarrow.py_buffer(x) for x in (b"\0\0\0\0\2\0\0\0", b"a\xff"))
-    column = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, data])
+    ends, data = (pyarrow.py_buffer(x) for x in (b"\0\0\0\0\1\0\0\0\2\0\0\0", b"a\xff"))
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, data])
     path = write_parquet(tmp_path / "a.parquet", column)
-    with pytest.raises(InputError, match="a.parquet, column 'text', must be UTF-8"):
+    with pytest.raises(InputError, match="a.parquet row 2, column 'text', must be UTF-8"):
         list(documents(str(path)))
 
 
