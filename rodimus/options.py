@@ -415,10 +415,11 @@ def _add_sampling(
     )
     add(
         "--top-p",
-        type=number(float, 1e-9, 1, "above 0 and at most 1"),
+        type=number(float, 0, 1, "0 to 1"),
         default=top_p,
         metavar="X",
-        help="sample among the likeliest tokens that make up this share (default: %(default)s)",
+        help="sample among the likeliest tokens that make up this share, 0 among the likeliest "
+        "alone (default: %(default)s)",
     )
     add(
         "--min-p",

@@ -250,7 +250,7 @@ def test_options_of_sampling_reach_the_engine(checkpoint, model, tokenizer, caps
         return capsys.readouterr().out
 
     greedy = text()
-    for option in (("--min-p", 1), ("--top-k", 1), ("--top-p", 1e-6)):
+    for option in (("--min-p", 1), ("--top-k", 1), ("--top-p", 1e-6), ("--top-p", 0)):
         assert text("--temperature", 1, *option) == greedy
     sampling = SamplingParams(repetition_penalty=3.0)
     request = Request(tokenizer("hello").input_ids, 20, sampling)

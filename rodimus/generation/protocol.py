@@ -37,8 +37,6 @@ _IGNORED = {
 }
 # what OpenAI writes for a token of probability zero, whose logarithm is no JSON
 _IMPOSSIBLE = -9999.0
-# of which the likeliest token alone reaches the share
-_LEAST_TOP_P = 1e-9
 # a field that OpenAI's chats always have
 _NO_REFUSAL = {"refusal": None}
 # how many tokens a client wants, the one that counts first
@@ -224,8 +222,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         temperature=fields.number("temperature", 1.0, 0, 2),
         # -1 is another name of all
         top_k=max(fields.integer("top_k", 0, -1, 2**31), 0),
-        # 0 is the likeliest token
-        top_p=max(fields.number("top_p", 1.0, 0, 1), _LEAST_TOP_P),
+        top_p=fields.number("top_p", 1.0, 0, 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
         seed=_seed(fields),

@@ -27,7 +27,8 @@ class SamplingParams:
     Args:
         temperature: Scores are divided by it; 0 takes the likeliest token every time.
         top_k: Keep the k likeliest tokens and those that tie with the last; 0 keeps all.
-        top_p: Keep the likeliest tokens until their probabilities reach this share.
+        top_p: Keep the likeliest tokens until their probabilities reach this share; 0 keeps the
+            likeliest and those that tie with it.
         min_p: Keep tokens at least this likely, relative to the likeliest.
         repetition_penalty: Divides positive scores of tokens that the prompt or the continuation
             already has, multiplies negative ones; 1 changes nothing.
@@ -47,7 +48,7 @@ class SamplingParams:
     def __post_init__(self):
         _check("temperature", self.temperature, Real, lambda x: 0 <= x <= 100, "in [0, 100]")
         _check("top_k", self.top_k, Integral, lambda x: x >= 0, "at least 0")
-        _check("top_p", self.top_p, Real, lambda x: 0 < x <= 1, "above 0 and at most 1")
+        _check("top_p", self.top_p, Real, lambda x: 0 <= x <= 1, "in [0, 1]")
         _check("min_p", self.min_p, Real, lambda x: 0 <= x <= 1, "in [0, 1]")
         penalty, holds = self.repetition_penalty, lambda x: 0 < x <= 100
         _check("repetition_penalty", penalty, Real, holds, "above 0 and at most 100")

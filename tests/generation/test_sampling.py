@@ -31,7 +31,7 @@ VOCAB = 300
 GRID = [
     SamplingParams(temperature, top_k, top_p, min_p, penalty)
     for temperature, top_k, top_p, min_p, penalty in itertools.product(
-        (0.3, 1.0, 1.7), (0, 5, 400), (1.0, 0.9, 0.2), (0.0, 0.1), (1.0, 1.3)
+        (0.3, 1.0, 1.7), (0, 5, 400), (1.0, 0.9, 0.2, 0.0), (0.0, 0.1), (1.0, 1.3)
     )
 ]
 
@@ -227,7 +227,7 @@ def test_logprobs_are_those_of_the_model():
         {"top_k": -1},
         {"top_k": 1.5},
         {"top_k": True},
-        {"top_p": 0.0},
+        {"top_p": -0.1},
         {"top_p": None},
         {"top_p": 1.5},
         {"min_p": -1.0},
