@@ -834,6 +834,10 @@ class TestBadInput:
         assert command("generate", folder, "--prompt", "x", option, value) == 2
         assert option in capsys.readouterr().err.splitlines()[-1]
 
+    def test_a_request_that_is_refused_shows_no_prompt(self, folder, capsys):
+        options = ("--prompt", "x", "--max-new-tokens", 2**63)
+        assert "below 2^63" in self.refused(capsys, "generate", folder, *options)
+
     @pytest.mark.parametrize("name", ["generate", "chat"])
     @pytest.mark.parametrize("stop", [[""], ["x" * 257], ["x"] * 17], ids=["empty", "long", "many"])
     def test_impossible_stop_strings(self, tmp_path, capsys, name, stop):

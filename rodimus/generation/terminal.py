@@ -30,11 +30,13 @@ def run(
     request: Request,
     write: Callable[[str], Any],
     stop: Callable[[], bool] = lambda: False,
+    opening: str = "",
 ) -> Generation:
     """Run one request to its end; ``write`` gets the text in pieces, as it comes.
 
     Args:
         stop: Asked before every step; true cancels the request.
+        opening: Written before the text, once the request is taken.
 
     Raises:
         InputError: it cannot be served, or the model's numbers are not finite.
@@ -43,6 +45,7 @@ def run(
         generation = engine.submit(request)
     except ValueError as error:
         raise InputError(str(error)) from error
+    write(opening)
     while generation.finish_reason is None:
         if stop():
             engine.cancel(generation)
@@ -134,9 +137,8 @@ def run_generate(options: argparse.Namespace) -> None:
     model, tokenizer = load(options)
     ids = encode(tokenizer, prompt, model.config.vocab_size)
     engine = _engine(model, tokenizer, len(ids) + options.max_new_tokens)
-    _write(prompt)
     request = Request(ids, options.max_new_tokens, _sampling(options, options.seed), stop)
-    generation = run(engine, request, _write)
+    generation = run(engine, request, _write, opening=prompt)
     _write("\n")
     if options.stats:
         print(stats(engine, generation), file=sys.stderr)
