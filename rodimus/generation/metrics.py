@@ -51,15 +51,16 @@ class Metrics:
         """Count an answer."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    def observe(self, generations: list[Generation]) -> None:
-        """Take in the times of a request's generations, those of a client that left included: it
-        may have left for them."""
+    def observe(self, generations: list[Generation], arrived: float) -> None:
+        """Take in the times of a request's generations since it ``arrived``, in seconds of
+        ``time.perf_counter``: tokenising is among them. So are those of a client that left: it may
+        have left for them."""
         for generation in generations:
             if generation.started is not None:
-                self._first.observe(generation.started - generation.submitted)
+                self._first.observe(generation.started - arrived)
             is_whole = generation.finish_reason in ("stop", "length")
             if is_whole and generation.finished is not None:
-                self._whole.observe(generation.finished - generation.submitted)
+                self._whole.observe(generation.finished - arrived)
 
 
 class _EngineCollector:

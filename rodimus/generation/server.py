@@ -227,7 +227,10 @@ class Service:
 
     async def _complete(self, request, endpoint, parse):
         self._authorise(request)
-        body = parse_json(await self._body(request))
+        body = await self._body(request)
+        # what is asked for has arrived
+        exchange = _Exchange(self.worker, request, self._mail)
+        body = parse_json(body)
         self._check_model(body.get("model"))
         call = parse(body, self.limits)
         self._check_tokens("stop_token_ids", call.stop_token_ids)
@@ -235,7 +238,6 @@ class Service:
             # a full server does not tokenise what it cannot take
             self.worker.check_room(len(call.prompts) * call.choices)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
-        exchange = _Exchange(self.worker, request, self._mail)
         engine = self.worker.engine
         await exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
         answer = Answer(self.model_name, call, self._token_text)
@@ -247,7 +249,7 @@ class Service:
                 async for _ in news:
                     pass
         finally:
-            self.metrics.observe(exchange.generations)
+            self.metrics.observe(exchange.generations, exchange.arrived)
         self._finished(exchange.generations)
         # with the logprobs of thousands of tokens it takes its time
         return await run_in_threadpool(lambda: JSONResponse(answer.whole(exchange.generations)))
@@ -366,7 +368,7 @@ class Service:
     def _stream_ended(self, endpoint, exchange):
         exchange.cancel()
         self.metrics.count_request(endpoint, exchange.status)
-        self.metrics.observe(exchange.generations)
+        self.metrics.observe(exchange.generations, exchange.arrived)
 
     def _finished(self, generations: list[Generation]) -> None:
         """Check that generations have come to their ends.
@@ -420,6 +422,7 @@ class _Exchange:
 
     def __init__(self, worker: EngineWorker, request: Request, mail: _Mail):
         self.worker, self.request, self.mail = worker, request, mail
+        self.arrived = time.perf_counter()
         self.generations: list[Generation] = []
         # of a stream: what its end has made of it
         self.status = _CLIENT_LEFT

@@ -395,6 +395,16 @@ def test_health_and_metrics(client):
     assert client.metric("rodimus_time_to_first_token_seconds_count") >= 1
 
 
+def test_seconds_count_from_arrival_and_include_tokenising(monkeypatch):
+    with serving() as (client, service, _):
+        encode = service._encode
+        slowly = lambda *asked: time.sleep(0.5) or encode(*asked)
+        monkeypatch.setattr(service, "_encode", slowly)
+        client.complete("Hello", max_tokens=2)
+        for name in ("time_to_first_token", "generation"):
+            assert client.metric(f"rodimus_{name}_seconds_sum") >= 0.5
+
+
 LONG = {"prompt": "x" * 401}
 MESSAGES = [{"role": "user", "content": "x"}]
 BAD_COMPLETIONS = {
