@@ -14,6 +14,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -68,6 +69,8 @@ _KEEP_ALIVE_SECONDS = 75
 _QUIET_SECONDS = 15
 # in the metrics, of a client that went away; proxies log the same
 _CLIENT_LEFT = 499
+# what a browser sends has no path, not even a slash, and no capitals; * is all of them
+_ORIGIN = re.compile(r"\*|null|[a-z][^A-Z/\s]*://[^A-Z/\s]+")
 _DEFECT = ApiError(500, "the server has a defect")
 # of an error's answer, by its status
 _HEADERS = {
@@ -113,6 +116,8 @@ class Service:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
+            # else the name of none
+            Route("/v1/models/", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -565,6 +570,7 @@ def run(options: argparse.Namespace) -> int:
         InputError: the model, a state file or an option is wrong, or the port is in use.
     """
     _check_address(options.host, options.port)
+    _check_origins(options.allow_origin)
     service = _service(options)
     if options.host not in ("127.0.0.1", "::1", "localhost") and service.api_key is None:
         logger.warning("serving on %s without an API key: set %s", options.host, API_KEY_VARIABLE)
@@ -623,6 +629,14 @@ def _check_address(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise InputError(f"cannot listen: {error.strerror}") from error
+
+
+def _check_origins(origins: Sequence[str]) -> None:
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise InputError(
+                f"--allow-origin must be * or like http://localhost:3000, got {origin!r}"
+            )
 
 
 def _service(options) -> Service:

@@ -377,6 +377,7 @@ def test_an_end_token_that_the_model_does_not_know_ends_nothing():
 def test_models_are_listed_and_found(client):
     status, answer = client.get("/v1/models")
     assert status == 200 and [model["id"] for model in answer["data"]] == [NAME]
+    assert client.get("/v1/models/") == (200, answer)
     assert client.get(f"/v1/models/{NAME}") == (200, answer["data"][0])
     status, answer = client.get("/v1/models/other/one")
     assert status == 404 and answer["error"]["code"] == "model_not_found"
@@ -1272,8 +1273,21 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     assert "Traceback" not in errors and "Application shutdown complete" in errors
 
 
+@pytest.mark.parametrize("page", ["http://a.org/", "http://A.org", "a.org", "http://a.org/x", ""])
+def test_an_origin_that_no_browser_sends_is_refused(page, tmp_path):
+    """Said before the model is loaded: there is none."""
+    from rodimus.errors import InputError
+    from rodimus.generation import server
+
+    options = parse(
+        ["serve", str(tmp_path), "--port=0", "--allow-origin=*", f"--allow-origin={page}"]
+    )
+    with pytest.raises(InputError, match=f"--allow-origin .* got '{page}'$"):
+        server.run(options)
+
+
 def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
-    from rodimus.generation.server import _service
+    from rodimus.generation.server import _check_origins, _service
 
     text_model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -1289,8 +1303,9 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     numbers = ["--slots=2", "--max-waiting=3", "--prefill-chunk=5", "--max-prompt-tokens=7"]
     numbers += ["--max-new-tokens=11", "--max-choices=13", "--max-body-bytes=17"]
     numbers += ["--recent-states=19"]
-    pages = ["http://localhost:3000", "https://example.org"]
+    pages = ["http://localhost:3000", "https://example.org", "http://[::1]:8080", "null", "app://x"]
     origins = [f"--allow-origin={page}" for page in pages]
+    _check_origins([*pages, "*"])
     told = service("--name=it", "--window-dtype=int8", *numbers, *origins)
     engine = told.worker.engine
     assert told.model_name == "it" and engine.layout.window_dtype == torch.int8
