@@ -814,6 +814,8 @@ def test_bad_step_input_says_what_was_expected():
         ddts_step(*(q[..., :0],) * 2, v, q[..., :0], state[:, :, :0].contiguous())
     with pytest.raises(ValueError, match="temper must have shape"):
         ddts_gates(q, q, q[..., :3])
+    with pytest.raises(ValueError, match=r"k must have shape \[..., K\], got \(\)"):
+        ddts_gates(*[torch.tensor(1.0)] * 3)
 
 
 def test_import_needs_no_triton():

@@ -79,6 +79,8 @@ def ddts_gates(
     Raises:
         ValueError: shapes or devices differ, or ``impl`` is unknown.
     """
+    if k.dim() == 0:
+        raise ValueError("k must have shape [..., K], got ()")
     check_shape("select", select, tuple(k.shape))
     check_shape("temper", temper, tuple(k.shape))
     check_same_device("k", k, select=select, temper=temper)
