@@ -119,6 +119,17 @@ def test_tiles_by_the_copy_engine(tiling, triton_attention, monkeypatch):
     check(Case(1, 5, 37, 2, 1, 2, window=17))
 
 
+def test_strided_boundaries_are_read_without_a_warning(recwarn):
+    """Such as a column of pairs of starts and ends."""
+    tensors, bounds = packed(4, 0, 6, heads=1, value_heads=1).inputs(DEVICE)
+    options = {"window_size": 9, "impl": "triton"}
+    strided = torch.stack((bounds, bounds), 1)[:, 0]
+    found = run(shared_key_attention, *tensors, cu_seqlens=strided, **options)
+    expected = run(shared_key_attention, *tensors, cu_seqlens=bounds, **options)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not [str(w.message) for w in recwarn if "non-contiguous" in str(w.message)]
+
+
 @pytest.mark.parametrize("engine", [0, 90])
 def test_an_empty_batch_is_empty(triton_attention, engine):
     _triton = importlib.import_module("rodimus_kernels._triton")

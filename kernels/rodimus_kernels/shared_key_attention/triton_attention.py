@@ -131,8 +131,10 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
             f"shared_key_attention(impl='triton'): expected D and Dv up to {MAX_DIM},"
             f" got D = {q.shape[-1]}, Dv = {v.shape[-1]}"
         )
+    # else searchsorted copies them in each call, and warns
+    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     o, _ = torch.ops.rodimus.shared_key_attention(
-        q.to(v.dtype), k.to(v.dtype), v, window_size, scale, cu_seqlens
+        q.to(v.dtype), k.to(v.dtype), v, window_size, scale, bounds
     )
     return o
 
