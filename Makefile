@@ -74,9 +74,9 @@ bench: $(VENV)/.bench native
 	for sitting in 1 2 3; do $(BIN)/python -m pytest -q benchmarks/bench_memory.py \
 		benchmarks/bench_decode.py benchmarks/bench_prefill.py benchmarks/bench_demo.py --bench-scale full \
 		--bench-sittings 3 --bench-models "$(MODELS)" && \
-	$(BIN)/python -m pytest -q benchmarks/bench_decode.py -k "1-128 or 1-4096" \
-		--bench-weights int8 --bench-scale full --bench-sittings 3 \
-		--bench-models "$(MODELS)" || exit 1; done
+	for weights in int8 int4; do $(BIN)/python -m pytest -q benchmarks/bench_decode.py \
+		-k "1-128 or 1-4096" --bench-weights $$weights --bench-scale full \
+		--bench-sittings 3 --bench-models "$(MODELS)" || exit 1; done || exit 1; done
 	$(BIN)/python -m benchmarks.report
 
 # RODIMUS_GPU_PARTS="tests operators" runs a part; .ci/gpu names them all

@@ -140,6 +140,7 @@ RUNS = {
     "run_cpu_models": (CPU, ("decode-b", "prefill-b"), _CPU_PACKAGES),
     "run_cpu_decode": (CPU, ("decode-b",), _CPU_PACKAGES),
     "run_cpu_int8": (CPU, ("decode-int8",), ("torch", "llama-cpp-python")),
+    "run_cpu_int4": (CPU, ("decode-int4",), ("torch", "llama-cpp-python")),
     "run_cpu_quality": (CPU, ("quality",), _CPU_PACKAGES[:1]),
 }
 """Folder, beginnings of the names of its records, and packages whose versions are told."""
@@ -370,9 +371,9 @@ def cpu_cases() -> dict[int, Case]:
     return {n: Case(f"decode-b1-t{n}-bfloat16", CPU) for n in (128, 1024, 4096, 16384)}
 
 
-def int8_cases() -> dict[int, Case]:
-    """Those with weights of 8 bits."""
-    return {n: Case(f"decode-int8-b1-t{n}-bfloat16", CPU) for n in (128, 4096)}
+def quantized_cases(bits: int) -> dict[int, Case]:
+    """Those with weights of so many bits."""
+    return {n: Case(f"decode-int{bits}-b1-t{n}-bfloat16", CPU) for n in (128, 4096)}
 
 
 def ratio(row: Row, peer: str) -> list[float]:
@@ -416,12 +417,21 @@ def tokens_of_cpu() -> Cells:
 
 
 def int8_tokens_of_cpu() -> Cells:
-    """ms/token with 8-bit weights and the share of each model's bandwidth bound."""
+    return quantized_tokens(8)
+
+
+def int4_tokens_of_cpu() -> Cells:
+    return quantized_tokens(4)
+
+
+def quantized_tokens(bits: int) -> Cells:
+    """ms/token with weights of so many bits and the share of each model's bandwidth bound."""
     yield (
         *("context", "read, GB/s", "Rodimus+ 1.6B", "Rodimus 1.4B"),
-        *("Qwen2-1.5B, Q8_0", "RWKV6-1.6B, Q8_0", "speedup over Qwen2", "over RWKV6"),
+        *(f"Qwen2-1.5B, Q{bits}_0", f"RWKV6-1.6B, Q{bits}_0"),
+        *("speedup over Qwen2", "over RWKV6"),
     )
-    for context, case in int8_cases().items():
+    for context, case in quantized_cases(bits).items():
         rows = [case[target] for target in (*OURS, *CPU_PEERS)]
         cells = (f"{row['median_ms']:.1f} ({row['floor_share']:.0%})" for row in rows)
         ratios = (speedup(rows[0], peer) for peer in CPU_PEERS)
@@ -452,7 +462,7 @@ def cpu_rounds() -> str:
 def cpu_reproduced() -> str:
     """``23 of 24``: median ratios of a case's last run inside the interval of those before it."""
     inside = []
-    for case in (*cpu_cases().values(), *int8_cases().values()):
+    for case in (*cpu_cases().values(), *quantized_cases(8).values()):
         earlier = case.settings["sittings"][:-1]
         before = sum(earlier)
         if not before:
@@ -472,7 +482,7 @@ def medians_of_runs(case: Case, samples: list[float]) -> list[float]:
 
 
 def decoding_on_cpu() -> dict[str, str]:
-    cases, int8, (qwen2, rwkv6) = cpu_cases(), int8_cases(), CPU_PEERS
+    cases, (qwen2, rwkv6) = cpu_cases(), CPU_PEERS
     prefill = Case("prefill-b1-t512-bfloat16", CPU)[DYNAMIC]
 
     def gigabytes(case: Case, field: str) -> str:
@@ -489,22 +499,27 @@ def decoding_on_cpu() -> dict[str, str]:
         walls = [(c, c[t]["samples"]["wall_ms"]) for t in targets for c in cases.values()]
         return span(x for case, samples in walls for x in medians_of_runs(case, samples))
 
-    def int8_speedups(peer: str) -> str:
+    def speedups(cases: dict[int, Case], peer: str) -> str:
         """``1.10 after 128 tokens, 1.32 after 4,096``."""
-        first, *rest = (f"{ratio(c[PLUS], peer)[0]:.2f} after {n:,}" for n, c in int8.items())
+        first, *rest = (f"{ratio(c[PLUS], peer)[0]:.2f} after {n:,}" for n, c in cases.items())
         return ", ".join((f"{first} tokens", *rest))
 
-    return {
+    rounded = {}
+    for bits in (8, 4):
+        found = quantized_cases(bits)
+        rounded |= {
+            f"int{bits}_bytes": gigabytes(found[128], "token_bytes"),
+            f"int{bits}_rates": rates(found),
+            f"int{bits}_speedup_qwen2": speedups(found, qwen2),
+            f"int{bits}_speedup_rwkv6": speedups(found, rwkv6),
+        }
+    return rounded | {
         "cpu_rounds": cpu_rounds(),
         "cpu_reproduced": cpu_reproduced(),
         "cpu_undecided": cpu_undecided(),
         # of a token at the shortest context: all that moves, and weights alone
         "cpu_bytes": gigabytes(cases[128], "moved_bytes"),
-        "int8_bytes": gigabytes(int8[128], "token_bytes"),
         "cpu_rates": rates(cases),
-        "int8_rates": rates(int8),
-        "int8_speedup_qwen2": int8_speedups(qwen2),
-        "int8_speedup_rwkv6": int8_speedups(rwkv6),
         "cpu_ours_ms": milliseconds(PLUS),
         "cpu_peers_ms": milliseconds(*CPU_PEERS),
         "cpu_prefill_qwen2": speedup(prefill, qwen2),
@@ -754,7 +769,15 @@ def quality() -> Cells:
 TABLES = {
     rows.__name__: rows
     for rows in (
-        *(readme_gpu, decode, caches, readme_cpu, tokens_of_cpu, int8_tokens_of_cpu),
+        *(
+            readme_gpu,
+            decode,
+            caches,
+            readme_cpu,
+            tokens_of_cpu,
+            int8_tokens_of_cpu,
+            int4_tokens_of_cpu,
+        ),
         *(readme_train, train, train_kernels, ddts, surroundings, steps),
         *(attention, attention_bytes, attention_bounds, quality),
     )
