@@ -48,7 +48,7 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
 
 def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tuple[str, ...]:
     """All engines for one sequence; for a batch the plain one and the one meant for speed. With
-    quantized weights those that read them: our own, and llama.cpp.
+    quantised weights those that read them: our own, and llama.cpp.
 
     On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
     others are left to the engines meant for speed, of a peer all that worked in the first case; of

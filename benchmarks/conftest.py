@@ -138,7 +138,7 @@ def start(bench: Bench, request: pytest.FixtureRequest):
 
     def ask(group: str, case: str, names: Iterable[str] = ()) -> None:
         if bench.weight_dtype and (group, bench.device.type) != ("decode", "cpu"):
-            pytest.skip("quantized weights are timed in decoding on a CPU alone")
+            pytest.skip("quantised weights are timed in decoding on a CPU alone")
         if bench.cold and group.partition("-")[0] not in OPERATORS:
             pytest.skip("the cache is emptied before operators alone")
         if bench.done(group, case, names):

@@ -136,7 +136,7 @@ class Bench:
         return self._ceilings
 
     def case(self, batch: int, length: int) -> str:
-        """Name of a case, and of its file: ``b1-t4096-bfloat16``, with quantized
+        """Name of a case, and of its file: ``b1-t4096-bfloat16``, with quantised
         weights ``int8-b1-t4096-bfloat16``, with an empty cache ``cold-b1-t4096-bfloat16``."""
         kind = f"{self.weight_dtype}-" if self.weight_dtype else ""
         kind += "cold-" * self.cold

@@ -124,8 +124,8 @@ struct Conv {
 // y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8 and each
 // of its rows is to be multiplied by a scale, or int4 and each group in a row is.
 //
-// int4: a row is units of kInt4Unit weights in 64 bytes, the last one filled with zeros. The four bits of
-// word i of 16 that start at bit 4 j are weight 32 j + i of the unit, in two's complement.
+// int4: a row is units of kInt4Unit weights in 32 words of 16 bits, the last unit filled with zeros. The
+// four bits of word i that start at bit 4 j are weight 32 j + i of the unit, in two's complement.
 struct Linear {
   Rows x;        // [M, K]
   Rows weight;   // [N, K]; of int4 the stride is in bytes

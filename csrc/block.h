@@ -13,12 +13,12 @@ struct BlockArguments {
   std::vector<Tensor> weights;
   Tensor taps, state;
   std::optional<Window> window;
-  // of matrices, in the order of Weight: what they are multiplied with, and scales of quantized ones
+  // of matrices, in the order of Weight: what they are multiplied with, and scales of quantised ones
   int64_t inputs[kCount] = {};
   const void* scales[kCount] = {};
 };
 
-// The weights' convolution is of the type of the activations; matrices are too, or all quantized.
+// The weights' convolution is of the type of the activations; matrices are too, or all quantised.
 inline void check_weights(BlockArguments& block, const Tensor& stream, int64_t head_dim) {
   const std::vector<Tensor>& w = block.weights;
   int64_t count = static_cast<int64_t>(w.size());
@@ -91,7 +91,7 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
 
 // All arguments of all blocks, checked before the first of them runs. The lists hold those of the
 // first block, then those of the second, and so on; `rings` is empty for blocks without attention, and
-// `scales` holds those of each quantized matrix.
+// `scales` holds those of each quantised matrix.
 inline std::vector<BlockArguments> block_arguments(
     const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
     const std::vector<Tensor>& taps, const std::vector<Tensor>& states,
@@ -126,13 +126,13 @@ inline std::vector<BlockArguments> block_arguments(
     }
     for (Weight matrix : kMatrices) {
       if (matrix >= static_cast<int>(each) || !is_quantized(w[matrix])) continue;
-      STD_TORCH_CHECK(scale != scales.end(), "expected a scale for each quantized matrix, got ",
+      STD_TORCH_CHECK(scale != scales.end(), "expected a scale for each quantised matrix, got ",
                       scales.size());
       block.scales[matrix] = scale_of("a matrix", *scale++, w[matrix], stream);
     }
     blocks.push_back(std::move(block));
   }
-  STD_TORCH_CHECK(scale == scales.end(), "expected a scale for each quantized matrix, got ",
+  STD_TORCH_CHECK(scale == scales.end(), "expected a scale for each quantised matrix, got ",
                   scales.size());
   return blocks;
 }

@@ -100,7 +100,7 @@ inline Rows weight_of(const char* name, const Tensor& x, int64_t outputs, int64_
 // Factors of the rows of an int8 matrix, or of the groups of an int4 one.
 inline const void* scale_of(const char* name, const Tensor& scale, const Tensor& weight,
                             const Tensor& like) {
-  STD_TORCH_CHECK(like.is_cpu(), name, " is quantized, which only the CPU's operators take");
+  STD_TORCH_CHECK(like.is_cpu(), name, " is quantised, which only the CPU's operators take");
   check_device("scale", scale, like);
   if (is_int8(weight))
     check_shape("scale", scale, {weight.size(0)});
@@ -279,7 +279,7 @@ inline std::tuple<Linear, Tensor> linear_arguments(const Tensor& x, const Tensor
   STD_TORCH_CHECK(x.size(0) <= kMaxRows, "x must have at most ", kMaxRows, " rows, got ",
                   x.size(0));
   STD_TORCH_CHECK(is_quantized(weight) == scale.has_value(),
-                  "quantized weights and their scale come together, got only one of them");
+                  "quantised weights and their scale come together, got only one of them");
   if (!scale) check_type("weight", weight, x);
   Linear a;
   a.x = rows_of("x", x, x);

@@ -49,11 +49,15 @@ torch.serialization.add_safe_globals([Int4Tensor])
 
 @Int4Tensor.implements_torch_function(F.linear)
 def _(function, types, args, kwargs):
-    x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return F.linear(x, weight.dequantize().to(x.dtype), bias)
-    y = linear(x.flatten(0, -2), weight.int4_weight, bias)
-    return y.unflatten(0, x.shape[:-1])
+    return _linear(*args, **(kwargs or {}))
+
+
+def _linear(input, weight, bias=None):
+    given = (input, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        return F.linear(input, weight.dequantize().to(input.dtype), bias)
+    y = linear(input.flatten(0, -2), weight.int4_weight, bias)
+    return y.unflatten(0, input.shape[:-1])
 
 
 def round_to_int8(model: PreTrainedModel) -> None:

@@ -204,7 +204,7 @@ def _tile(parameter: torch.Tensor, pool: torch.Tensor) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, or of the quantized weight that it stands for."""
+    """Bytes of a tensor, or of the quantised weight that it stands for."""
     held = decode_weight(tensor)
     parts = (held,) if isinstance(held, torch.Tensor) else (held.values, held.scale)
     return sum(part.numel() * part.element_size() for part in parts)

@@ -57,7 +57,7 @@ inline int64_t mixer_scratch(const MixerStep& a) {
 constexpr int64_t whole_vectors(int64_t inputs) { return (inputs + 31) / 32 * 32; }
 
 // A row of x as the kernel meets the weights, four bytes a number in whole units, and behind it a line
-// for the unit that quantized weights have there.
+// for the unit that quantised weights have there.
 constexpr int64_t prepared_numbers(int64_t inputs) {
   return (inputs + kInt4Unit - 1) / kInt4Unit * kInt4Unit;
 }

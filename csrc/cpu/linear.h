@@ -243,7 +243,7 @@ struct Sum<int8_t> {
 
 // What a row of x must be turned into before the dot products: nothing where they take it as it
 // stands, else numbers of four bytes in their order, `size` of them and what fills the last run. For
-// quantized weights x may be of either type, and the products are in the row's unit.
+// quantised weights x may be of either type, and the products are in the row's unit.
 template <class T>
 struct Operand {
   using type = T;

@@ -10,7 +10,7 @@ import torch
 from . import native
 from ._dispatch import check_position, check_same_device, check_shape, load, mark_written
 from .linear import multiplies_slowly
-from .quantized_weight import KINDS, Int4Weight, QuantizedWeight
+from .quantized_weight import QUANTIZED, Int4Weight, QuantizedWeight
 from .reference import int8_row_bytes
 
 _IMPLS = {
@@ -32,7 +32,7 @@ class BlockWeights(NamedTuple):
 
     D d_model, V d_inner, K mem_size, R rank of the input gate, W taps, I width of the MLP. Matrices
     are ``[outputs, inputs]`` and of one dtype; on a CPU those of linear layers, together, may be
-    quantized: in 8 bits, or all but gate_out in 4.
+    quantised: in 8 bits, or all but gate_out in 4.
 
     Attributes:
         mixer_norm: ``[D]``. fc: ``[2V, D]``. conv: ``[V, W]``. conv_bias: ``[V]``.
@@ -68,16 +68,16 @@ class BlockWeights(NamedTuple):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all matrices are of one dtype, or those of linear layers all quantized, and rows
+        """Whether all matrices are of one dtype, or those of linear layers all quantised, and rows
         of all weights are dense, as the native form needs."""
         given = [matrix for name in MATRICES if (matrix := getattr(self, name)) is not None]
-        uniform = all(type(x) in KINDS for x in given) and type(self.gate_out) is not Int4Weight
+        uniform = all(type(x) in QUANTIZED for x in given) and type(self.gate_out) is not Int4Weight
         uniform = uniform or {matrix.dtype for matrix in given} == {self.conv.dtype}
         return uniform and all(map(_is_dense, self))
 
 
 def _is_dense(weight):
-    if type(weight) in KINDS:
+    if type(weight) in QUANTIZED:
         return all(map(native.has_dense_rows, weight[:2]))
     return weight is None or native.has_dense_rows(weight)
 
@@ -313,7 +313,7 @@ def _check_ring(i, stream, w, ring, window_size, head_dim):
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | QuantizedWeight | None) -> bool:
     """Whether :func:`blocks_step` is to take so many rows natively: plain float32 or bfloat16
-    tensors, or quantized weights, on a device whose native operators are built, and no gradient to
+    tensors, or quantised weights, on a device whose native operators are built, and no gradient to
     record. On a CPU at most 32 rows, or 8 of bfloat16 where torch multiplies it well: its products
     read the weights once, the native form once for 8 rows.
 

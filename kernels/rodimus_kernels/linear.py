@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from . import native, reference
 from ._dispatch import check_same_device, check_shape, choose_compiled, load
-from .quantized_weight import KINDS, Int4Weight, Int8Weight, QuantizedWeight
+from .quantized_weight import QUANTIZED, Int4Weight, Int8Weight, QuantizedWeight, int4_units
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:linear",
@@ -49,7 +49,7 @@ def linear(
     """
     check_shape("x", x, ("M", "K"))
     check_shape("weight", weight, ("N", x.shape[1]))
-    if type(weight) in KINDS:
+    if type(weight) in QUANTIZED:
         _check_quantized(weight)
     elif weight.dtype != x.dtype:
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
@@ -67,7 +67,7 @@ def linear(
 
 def _check_quantized(weight):
     """Raise ValueError unless values and scale belong together."""
-    outputs, units = weight.shape[0], -(-weight.shape[1] // 128)
+    outputs, units = weight.shape[0], int4_units(weight.shape[1])
     if type(weight) is Int8Weight:
         check_shape("weight.scale", weight.scale, (outputs,))
     else:
@@ -108,9 +108,9 @@ def _has_products(dtype):
 
 @reference.outside_autocast
 def eager_linear(x, weight, bias=None):
-    """``F.linear``; a wider bias is added in its own dtype, then rounded. Quantized weights are
+    """``F.linear``; a wider bias is added in its own dtype, then rounded. Quantised weights are
     multiplied out: the sum of their values times x is more than float16 holds."""
-    if type(weight) in KINDS:
+    if type(weight) in QUANTIZED:
         return reference.linear(x, weight, bias)
     if bias is None or bias.dtype == x.dtype:
         return F.linear(x, weight, bias)
@@ -122,7 +122,8 @@ def widened_linear(x, weight, bias=None):
     """Products in float32 with a part of the weights at a time, in one buffer."""
     outputs, dtype = weight.shape[0], reference.accumulation_dtype(x)
     y, wide = x.new_empty(x.shape[0], outputs), x.to(dtype)
-    buffer = x.new_empty(min(outputs, _OUTPUTS_AT_ONCE), -(-x.shape[1] // 128) * 128, dtype=dtype)
+    columns = weight.values.shape[1] * 2 if type(weight) is Int4Weight else x.shape[1]
+    buffer = x.new_empty(min(outputs, _OUTPUTS_AT_ONCE), columns, dtype=dtype)
     for start in range(0, outputs, _OUTPUTS_AT_ONCE):
         part = slice(start, start + _OUTPUTS_AT_ONCE)
         product = wide @ _widened(weight, part, buffer).t()
@@ -135,9 +136,9 @@ def widened_linear(x, weight, bias=None):
 def _widened(weight, part, buffer):
     """Rows of weights in the buffer; those of 8 bits without their scale."""
     if type(weight) is Int4Weight:
-        scale = weight.scale[part, :, None].to(buffer.dtype)
-        groups = buffer[: len(scale)].unflatten(1, scale.shape[1:2] + (-1,))
-        torch.mul(reference.int4_values(weight.values[part]), scale, out=groups)
-        return buffer[: len(scale), : weight.inputs]
+        values, scale = reference.int4_values(weight.values[part]), weight.scale[part]
+        rows = buffer[: len(values)]
+        torch.mul(values, scale[..., None].to(rows.dtype), out=rows.view(values.shape))
+        return rows[:, : weight.inputs]
     values = (weight.values if type(weight) is Int8Weight else weight)[part]
-    return buffer[: len(values), : values.shape[1]].copy_(values)
+    return buffer[: len(values)].copy_(values)

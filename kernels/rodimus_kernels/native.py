@@ -18,7 +18,7 @@ import torch
 
 from . import build
 from ._schemas import is_transformed, refuse_forward_mode
-from .quantized_weight import KINDS, Int8Weight, QuantizedWeight
+from .quantized_weight import QUANTIZED, Int8Weight, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def fits(
     is_decoding: bool = False,
 ) -> bool:
     """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors or, on a CPU, quantized weights; the operators of their device built, no
+    bfloat16 tensors or, on a CPU, quantised weights; the operators of their device built, no
     gradient to record and no transform of ``torch.func`` under way.
 
     Args:
@@ -225,7 +225,7 @@ def fits(
     for x in tensors:
         if x is None:
             continue
-        if type(x) in KINDS:
+        if type(x) in QUANTIZED:
             if not _is_quantized_on_cpu(x):
                 return False
             x = x.scale
@@ -305,14 +305,14 @@ def check(
     """Raise unless an explicit ``impl="native"`` can take these tensors.
 
     Raises:
-        ValueError: a dtype other than float32 or bfloat16, quantized weights on another device than
+        ValueError: a dtype other than float32 or bfloat16, quantised weights on another device than
             a CPU or of other dtypes, dtypes that differ where the operator needs one, or a
             derivative is asked for.
         ImportError: the device has no native operators here.
     """
     if fits(*tensors, one_dtype=one_dtype):
         return
-    given = [x.scale if type(x) in KINDS else x for x in tensors if x is not None]
+    given = [x.scale if type(x) in QUANTIZED else x for x in tensors if x is not None]
     dtypes = {x.dtype for x in given}
     wrong = sorted(str(dtype) for dtype in dtypes if dtype not in DTYPES)
     if wrong:
@@ -320,7 +320,7 @@ def check(
             f"{operator}(impl='native') takes float32 and bfloat16, got {', '.join(wrong)}"
         )
     for x in tensors:
-        if type(x) in KINDS and not _is_quantized_on_cpu(x):
+        if type(x) in QUANTIZED and not _is_quantized_on_cpu(x):
             values, scale = _quantized_dtypes(x)
             raise ValueError(
                 f"{operator}(impl='native') takes the {type(x).__name__} of {values} values with"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from . import native
 from .ddts.mixer import ddts_mixer_step
 from .norm import add_rms_norm, rms_norm
-from .quantized_weight import KINDS
+from .quantized_weight import QUANTIZED
 from .reference import outside_autocast
 from .shared_key_attention import rope, shared_key_attention_step
 from .short_conv import short_conv_step
@@ -43,8 +43,8 @@ def step(
         parts = [_rows_of(read, slice(i, i + native.MAX_ROWS)) for i in starts]
         return torch.cat([step(part, weights, *others, **sizes, **eps) for part, *others in parts])
     given = [x for block in weights for x in block if x is not None]
-    values = [x.values if type(x) in KINDS else x for x in given]
-    scales = [x.scale for x in given if type(x) in KINDS]
+    values = [x.values if type(x) in QUANTIZED else x for x in given]
+    scales = [x.scale for x in given if type(x) in QUANTIZED]
     plain_rings = [ring for ring in rings if ring.dtype != torch.uint8]
     native.check("blocks_step", stream, *given, *taps, *states, *plain_rings)
     if rows < 1:

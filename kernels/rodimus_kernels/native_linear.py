@@ -3,16 +3,16 @@
 import torch
 
 from . import native
-from .quantized_weight import KINDS
+from .quantized_weight import QUANTIZED
 
 
 def linear(x, weight, bias=None):
-    """:func:`rodimus_kernels.linear`; x and weight float32, or both bfloat16, or quantized
+    """:func:`rodimus_kernels.linear`; x and weight float32, or both bfloat16, or quantised
     weights with either."""
     native.check("linear", x, weight, bias)
     if not 1 <= x.shape[0] <= native.MAX_ROWS:
         raise ValueError(
             f"linear(impl='native') takes 1 to {native.MAX_ROWS} rows, got {x.shape[0]}"
         )
-    values, scale = weight[:2] if type(weight) in KINDS else (weight, None)
+    values, scale = weight[:2] if type(weight) in QUANTIZED else (weight, None)
     return torch.ops.rodimus.native_linear_step(*map(native.dense_rows, (x, values, bias, scale)))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 # as kInt4Group and kInt4Unit in csrc/arguments.h: weights that share a scale, and packed together
-INT4_GROUP, _UNIT = 32, 128
+_GROUP, _UNIT = 32, 128
 # What is left of the largest weight of a group, in steps of the scale: which of them loses least
 # differs by group.
 _LARGEST = (8.5, 8.0, 7.5, 7.0)
@@ -67,7 +67,12 @@ class Int4Weight(NamedTuple):
 
 
 QuantizedWeight = Int8Weight | Int4Weight
-KINDS = (Int8Weight, Int4Weight)
+QUANTIZED = (Int8Weight, Int4Weight)
+
+
+def int4_units(inputs: int) -> int:
+    """Units that a row of an :class:`Int4Weight` has."""
+    return -(-inputs // _UNIT)
 
 
 def quantize_int4(weight: torch.Tensor) -> Int4Weight:
@@ -93,9 +98,8 @@ def quantize_int4(weight: torch.Tensor) -> Int4Weight:
 
 def _round_rows(weight):
     """Packed values and scales of a few rows."""
-    units = -(-weight.shape[1] // _UNIT)
-    padded = F.pad(weight.float(), (0, units * _UNIT - weight.shape[1]))
-    groups = padded.unflatten(1, (-1, INT4_GROUP))
+    padded = F.pad(weight.float(), (0, -weight.shape[1] % _UNIT))
+    groups = padded.unflatten(1, (-1, _GROUP))
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     # its sign is that of the scale's negative: the range has one more step below zero
     largest = torch.where(high > -low, high, low)

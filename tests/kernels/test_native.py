@@ -710,9 +710,9 @@ def test_bad_8_bit_weights_are_refused():
     for message, weight in refused.items():
         with pytest.raises(ValueError, match=message):
             rk.linear(x, weight, impl="native")
-    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
+    with pytest.raises(RuntimeError, match="quantised weights and their scale come together"):
         ops.native_linear_step(x, values, None)
-    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
+    with pytest.raises(RuntimeError, match="quantised weights and their scale come together"):
         ops.native_linear_step(x, values.float(), None, scale)
 
 
@@ -734,7 +734,7 @@ def test_bad_4_bit_weights_are_refused():
     for message, parts in refused.items():
         with pytest.raises(ValueError, match=message):
             rk.linear(x, rk.Int4Weight(*parts), impl="native")
-    with pytest.raises(RuntimeError, match="quantized weights and their scale come together"):
+    with pytest.raises(RuntimeError, match="quantised weights and their scale come together"):
         ops.native_linear_step(x, values, None)
     for bad in (scale.float(), scale[:, :7], scale.mT.contiguous().mT):
         with pytest.raises(RuntimeError, match="scale"):
