@@ -91,7 +91,7 @@ def test_an_empty_cache_is_for_operators_alone(tmp_path):
 def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
     pytest.importorskip("torchao")
     said = run(tmp_path, "--bench-weights", "int8", files=["bench_decode.py", "bench_prefill.py"])
-    assert "8-bit weights are timed in decoding on a CPU alone" in said
+    assert "quantised weights are timed in decoding on a CPU alone" in said
     found = records.read(tmp_path)
     assert {r["case"].partition("-")[0] for r in found} == {"int8"}
     assert {r["settings"]["weights"] for r in found} == {"int8"}
