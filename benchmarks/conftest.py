@@ -40,7 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add(
         "--bench-weights",
         choices=["int8", "int4"],
-        help="round linear layers: ours as rodimus.load_model does, peers to Q8_0 or Q4_0 in"
+        help="round linear layers: ours as --weight-dtype does, peers to Q8_0 or Q4_0 in"
         " llama.cpp; decoding on a CPU only",
     )
     add("--bench-models", default="", help="comma-separated names; all of the catalogue if empty")

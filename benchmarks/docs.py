@@ -462,7 +462,8 @@ def cpu_rounds() -> str:
 def cpu_reproduced() -> str:
     """``23 of 24``: median ratios of a case's last run inside the interval of those before it."""
     inside = []
-    for case in (*cpu_cases().values(), *quantized_cases(8).values()):
+    rounded = (case for bits in (8, 4) for case in quantized_cases(bits).values())
+    for case in (*cpu_cases().values(), *rounded):
         earlier = case.settings["sittings"][:-1]
         before = sum(earlier)
         if not before:
@@ -769,15 +770,8 @@ def quality() -> Cells:
 TABLES = {
     rows.__name__: rows
     for rows in (
-        *(
-            readme_gpu,
-            decode,
-            caches,
-            readme_cpu,
-            tokens_of_cpu,
-            int8_tokens_of_cpu,
-            int4_tokens_of_cpu,
-        ),
+        *(readme_gpu, decode, caches, readme_cpu),
+        *(tokens_of_cpu, int8_tokens_of_cpu, int4_tokens_of_cpu),
         *(readme_train, train, train_kernels, ddts, surroundings, steps),
         *(attention, attention_bytes, attention_bounds, quality),
     )

@@ -57,13 +57,7 @@ class Int4Weight(NamedTuple):
     def shape(self) -> torch.Size:
         return torch.Size((self.values.shape[0], self.inputs))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.values.device
+    dtype, device = Int8Weight.dtype, Int8Weight.device
 
 
 QuantizedWeight = Int8Weight | Int4Weight
@@ -138,6 +132,9 @@ def decode_weight(weight: torch.Tensor) -> torch.Tensor | QuantizedWeight:
     becomes that; any other weight is returned as it stands, also one whose layer does more than
     multiply by it: activations in 8 bits, smoothing, a zero point.
     """
+    # a token asks for every matrix, and what a tensor lacks is looked for slowly
+    if type(weight) in (torch.Tensor, torch.nn.Parameter):
+        return weight
     values, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
     packed = getattr(weight, "int4_weight", None)
     if type(packed) is Int4Weight and packed.device.type == "cpu":
