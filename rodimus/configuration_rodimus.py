@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from types import MappingProxyType
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
@@ -84,6 +85,8 @@ class RodimusConfig(PreTrainedConfig):
     model_type = "rodimus"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
+    # trl reads it of every model whose class is not one of transformers' own
+    auto_map = MappingProxyType({})
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
         "layers.*": "free_full_weight",
