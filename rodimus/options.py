@@ -435,6 +435,14 @@ def _add_sampling(
         metavar="X",
         help="make tokens that were there before less likely; 1 changes nothing (default)",
     )
+    for name, each in (("presence", "once"), ("frequency", "for each time")):
+        add(
+            f"--{name}-penalty",
+            type=number(float, -2, 2, "-2 to 2"),
+            default=0.0,
+            metavar="X",
+            help=f"taken {each} from the score of tokens that the answer already has (default: 0)",
+        )
     add(
         "--stop",
         action="append",

@@ -256,6 +256,9 @@ def test_options_of_sampling_reach_the_engine(checkpoint, model, tokenizer, caps
     request = Request(tokenizer("hello").input_ids, 20, sampling)
     (penalised,) = Engine(model, tokenizer).generate([request])
     assert text("--repetition-penalty", 3) == f"hello{penalised.text}\n" != greedy
+    # so much for a token that was there is nothing to one that was not
+    for option in ("--presence-penalty", "--frequency-penalty"):
+        assert text(option, 2) != greedy
     new = greedy.removeprefix("hello").removesuffix("\n")
     first, second = new[8:10], new[4]
     assert text("--stop", first) == f"hello{new[: new.index(first)]}\n"
@@ -828,6 +831,7 @@ class TestBadInput:
             *(("--top-p", "2"), ("--max-new-tokens", "0"), ("--top-k", "x"), ("--min-p", "1.1")),
             *(("--temperature", "-1"), ("--temperature", "101"), ("--temperature", "nan")),
             *(("--repetition-penalty", "0"), ("--repetition-penalty", "101")),
+            *(("--presence-penalty", "2.1"), ("--frequency-penalty", "-2.1")),
         ],
     )
     def test_impossible_sampling(self, folder, capsys, option, value):

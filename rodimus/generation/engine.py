@@ -285,6 +285,7 @@ class Engine:
         if not isinstance(request.sampling, SamplingParams):
             got = type(request.sampling).__name__
             raise ValueError(f"sampling must be SamplingParams, got {got}")
+        self._check_tokens("logit_bias", [token for token, _ in request.sampling.logit_bias])
         logprobs = request.logprobs
         if logprobs is not None and not (is_integer(logprobs) and 0 <= logprobs <= MAX_LOGPROBS):
             what = f"an integer in [0, {MAX_LOGPROBS}]"

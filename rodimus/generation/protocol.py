@@ -20,12 +20,9 @@ from .sampling import MAX_SEED, SamplingParams, is_integer
 # Refused unless they say what happens anyway.
 _UNSUPPORTED = {
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -43,8 +40,8 @@ _NO_REFUSAL = {"refusal": None}
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
     *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs"),
-    *("stop_token_ids", "ignore_eos", "best_of"),
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "logprobs", "stop_token_ids", "ignore_eos", "best_of"),
 }
 # of a message, what a template is given beside role and content
 _NAMES = ("name", "tool_call_id")
@@ -226,6 +223,9 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         min_p=fields.number("min_p", 0.0, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 100),
         seed=_seed(fields),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
+        logit_bias=_logit_bias(fields),
     )
     return Call(
         is_chat=is_chat,
@@ -328,6 +328,24 @@ def _stop_token_ids(fields, limits):
     if not isinstance(ids, list) or len(ids) > most or not all(map(is_integer, ids)):
         raise fields.wrong("stop_token_ids", f"a list of at most {most} token ids", ids)
     return tuple(ids)
+
+
+def _logit_bias(fields):
+    """Numbers by token, whose id is text in JSON."""
+    given = fields.get("logit_bias", {})
+    bias = given if isinstance(given, dict) else {"": given}
+    if not all(map(_is_token, bias)) or not all(map(_is_bias, bias.values())):
+        what = "an object of token ids and numbers in [-100, 100]"
+        raise fields.wrong("logit_bias", what, given)
+    return {int(token): value for token, value in bias.items()}
+
+
+def _is_token(text):
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _is_bias(value):
+    return _is_number(value) and -100 <= value <= 100
 
 
 def _seed(fields):

@@ -1,12 +1,14 @@
 """How the next token is chosen: greedy or drawn, each row of a batch by its own parameters.
 
-The filters are those of transformers, in its order: repetition penalty, temperature, top-k, top-p,
-min-p. Each is a threshold on a row's scores, so a row's outcome depends on that row alone. Random
-numbers are a function of a request's seed and of how many tokens it has drawn: neighbours, batch
-size and order of arrival change nothing.
+Scores get their bias first, then penalties: that of repetition is transformers', those of presence
+and frequency are OpenAI's. The filters are those of transformers, in its order: temperature, top-k,
+top-p, min-p. Each is a threshold on a row's scores, so a row's outcome depends on that row alone.
+Random numbers are a function of a request's seed and of how many tokens it has drawn: neighbours,
+batch size and order of arrival change nothing.
 """
 
 import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -33,6 +35,10 @@ class SamplingParams:
         repetition_penalty: Divides positive scores of tokens that the prompt or the continuation
             already has, multiplies negative ones; 1 changes nothing.
         seed: Same seed, same text; None draws one.
+        presence_penalty: Taken from the scores of tokens that the continuation already has; below
+            0 they become likelier.
+        frequency_penalty: The same once for each time that the continuation has them.
+        logit_bias: What is added to the scores of some tokens, by token; kept as pairs.
 
     Raises:
         ValueError: a value is of another kind or outside its range.
@@ -44,6 +50,9 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | Iterable[tuple[int, float]] = ()
 
     def __post_init__(self):
         _check("temperature", self.temperature, Real, lambda x: 0 <= x <= 100, "in [0, 100]")
@@ -55,6 +64,14 @@ class SamplingParams:
         if self.seed is not None:
             holds, what = lambda x: 0 <= x <= MAX_SEED, f"in [0, {MAX_SEED}]"
             _check("seed", self.seed, Integral, holds, what)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), Real, lambda x: -2 <= x <= 2, "in [-2, 2]")
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how often the continuation has a token."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def is_greedy(self) -> bool:
@@ -73,6 +90,21 @@ def _check(name, value, kind, holds, what):
         raise ValueError(f"{name} must be {expected} {what}, got {value!r:.40}")
     if not holds(value):
         raise ValueError(f"{name} must be {what}, got {value}")
+
+
+def _pairs(logit_bias):
+    """The checked pairs of token and bias."""
+    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
+    try:
+        pairs = tuple((token, bias) for token, bias in pairs)
+    except (TypeError, ValueError) as error:
+        got = f"{logit_bias!r:.40}"
+        raise ValueError(f"logit_bias must map tokens to numbers, got {got}") from error
+    for token, bias in pairs:
+        _check("a token of logit_bias", token, Integral, lambda x: x >= 0, "at least 0")
+        holds = lambda x: -100 <= x <= 100
+        _check(f"logit_bias of token {token}", bias, Real, holds, "in [-100, 100]")
+    return pairs
 
 
 # ----------------------------------------------------------------------------------------------
@@ -117,6 +149,13 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor
     """Scores with tokens of ``seen`` (bool ``[B, V]``) made less likely by ``penalty``."""
     penalty = penalty[:, None]
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def penalise_counts(scores: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
+    """Scores less ``presence`` where ``counts`` (int ``[B, V]``) are above 0, and ``frequency``
+    times the count."""
+    counts = counts.float()
+    return scores - presence[:, None] * counts.clamp_max(1) - frequency[:, None] * counts
 
 
 def keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
@@ -239,9 +278,18 @@ def _float32(numbers, device):
 
 
 class _Plan(NamedTuple):
-    """How tokens of some rows are chosen; None for what none of them does."""
+    """How tokens of some rows are chosen; None for what none of them does.
 
+    Attributes:
+        bias: Row, token and number of each.
+        penalty: Of repetition, by row.
+        counting: Penalties of presence and frequency, by row.
+        drawing: Rows that draw, through their filters.
+    """
+
+    bias: tuple[Tensor, Tensor, Tensor] | None
     penalty: Tensor | None
+    counting: tuple[Tensor, Tensor] | None
     drawing: Tensor | None
     filters: _Filters | None
 
@@ -249,8 +297,9 @@ class _Plan(NamedTuple):
 class Sampler:
     """Chooses one token for every row; rows have their own parameters, seed and history.
 
-    A row costs nothing that only others asked for: filters run over the rows that use them, and
-    the table of seen tokens, ``[rows, V]`` bytes, is made when the first penalty comes.
+    A row costs little that only others asked for: filters run over the rows that use them, and
+    the tables of seen tokens, ``[rows, V]`` bytes, and of how often a continuation has them, four
+    times that, are made when the first penalty comes.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu"):
@@ -261,6 +310,7 @@ class Sampler:
         self.seeds = torch.zeros(rows, dtype=torch.long, device=device)
         self.drawn = torch.zeros(rows, dtype=torch.long, device=device)
         self.seen: Tensor | None = None
+        self.counts: Tensor | None = None
 
     def place(self, row: int, params: SamplingParams, prompt: Tensor) -> None:
         """Give a row to a new sequence; ``prompt`` int64 ``[T]`` counts as seen."""
@@ -270,16 +320,23 @@ class Sampler:
         self.drawn[row] = 0
         if params.repetition_penalty != 1:
             if self.seen is None:
-                shape = (len(self.params), self.vocab_size)
-                # written in any mode of torch
-                with torch.inference_mode(False):
-                    self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+                self.seen = self._table(torch.bool)
             self.seen[row] = False
             self.seen[row, prompt.to(self.device)] = True
+        if params.counts_tokens:
+            if self.counts is None:
+                self.counts = self._table(torch.int32)
+            self.counts[row] = 0
+
+    # written in any mode of torch
+    @torch.inference_mode(False)
+    def _table(self, dtype):
+        shape = (len(self.params), self.vocab_size)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def move(self, source: int, target: int) -> None:
         """Let the sequence of one row go on in another."""
-        for rows in (self.params, self.seeds, self.drawn, self.seen):
+        for rows in (self.params, self.seeds, self.drawn, self.seen, self.counts):
             if rows is not None:
                 rows[target] = rows[source]
         self._plans.clear()
@@ -295,9 +352,14 @@ class Sampler:
         """
         rows = slice(first_row, first_row + logits.shape[0])
         scores, plan = logits.float(), self.plan(first_row, logits.shape[0])
+        if plan.bias is not None:
+            *places, numbers = plan.bias
+            scores = scores.index_put(places, numbers, accumulate=True)
+        # rows without a penalty keep what others left in a table: by 1, or times 0, nothing changes
         if plan.penalty is not None:
-            # rows without a penalty keep what others left in the table: by 1 nothing changes
             scores = penalise_repetition(scores, self.seen[rows], plan.penalty)
+        if plan.counting is not None:
+            scores = penalise_counts(scores, self.counts[rows], *plan.counting)
         peak, tokens = scores.max(-1)
         if plan.drawing is not None:
             at = plan.drawing + first_row
@@ -306,6 +368,9 @@ class Sampler:
             self.drawn[at] += 1
         if plan.penalty is not None:
             self.seen[rows].scatter_(1, tokens[:, None], True)
+        if plan.counting is not None:
+            counts, chosen = self.counts[rows], tokens[:, None]
+            counts.scatter_(1, chosen, counts.gather(1, chosen) + 1)
         return tokens.masked_fill(not_finite(peak), -1)
 
     def plan(self, first_row: int, count: int) -> _Plan:
@@ -313,12 +378,20 @@ class Sampler:
         key = first_row, count
         if key not in self._plans:
             params = self.params[first_row : first_row + count]
-            penalty = drawing = filters = None
+            bias = penalty = counting = drawing = filters = None
+            biased = [(i, *pair) for i, p in enumerate(params) for pair in p.logit_bias]
+            if biased:
+                row, token, number = zip(*biased, strict=True)
+                places = (torch.tensor(x, device=self.device) for x in (row, token))
+                bias = (*places, _float32(number, self.device))
             if any(p.repetition_penalty != 1 for p in params):
                 penalty = _float32([p.repetition_penalty for p in params], self.device)
+            if any(p.counts_tokens for p in params):
+                presence = _float32([p.presence_penalty for p in params], self.device)
+                counting = presence, _float32([p.frequency_penalty for p in params], self.device)
             drawn = [i for i, p in enumerate(params) if not p.is_greedy]
             if drawn:
                 drawing = torch.tensor(drawn, device=self.device)
                 filters = _Filters([params[i] for i in drawn], self.vocab_size, self.device)
-            self._plans[key] = _Plan(penalty, drawing, filters)
+            self._plans[key] = _Plan(bias, penalty, counting, drawing, filters)
         return self._plans[key]

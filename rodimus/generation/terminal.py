@@ -210,6 +210,8 @@ def _sampling(options: argparse.Namespace, seed: int) -> SamplingParams:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
         seed=seed,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
     )
 
 

@@ -364,7 +364,7 @@ def test_bfloat16_runs_with_a_float32_state(plus):
 @ON_BOTH
 def test_an_engine_made_in_inference_mode_runs_in_any(model):
     """The mode is a thread's own: a worker's thread has another."""
-    penalised = SamplingParams(repetition_penalty=1.3)
+    penalised = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5)
     requests = [Request(prompts_of(20)[0], 9, x) for x in (penalised, SamplingParams())]
     expected = tokens_of(Engine(model).generate(requests))
     with torch.inference_mode():
@@ -444,6 +444,10 @@ def test_the_only_token_comes_before_the_end(plus):
         (Request(b"def f"), "a list of token ids, got bytes"),
         (Request([1], max_new_tokens=True), "max_new_tokens must be an integer .* got True"),
         (Request([1], sampling={"temperature": 1}), "sampling must be SamplingParams, got dict"),
+        (
+            Request([1], sampling=SamplingParams(logit_bias={300: 1})),
+            "tokens of logit_bias must be",
+        ),
         (Request([1], stop="ab"), "stop must be a tuple of strings, got the string 'ab'"),
         (Request([1], stop=(5,)), r"stop must be a tuple of strings, got \(5,\)"),
         (Request([1], stop=None), "stop must be a tuple of strings, got None"),

@@ -68,11 +68,12 @@ def test_filters_equal_transformers_for_mixed_rows_in_one_batch():
 
 def test_parameters_are_copied_to_the_device_once(monkeypatch):
     """Not for every token: there a copy waits. Rows that change are noticed."""
-    sampler, logits = Sampler(3, VOCAB), torch.randn(3, VOCAB)
+    sampler, logits = Sampler(4, VOCAB), torch.randn(4, VOCAB)
     mixed = [
         SamplingParams(temperature=1, top_k=5, min_p=0.1, seed=1),
         SamplingParams(),
         SamplingParams(temperature=0.7, top_p=0.8, repetition_penalty=1.2, seed=2),
+        SamplingParams(presence_penalty=1, logit_bias={3: 1}),
     ]
     for row, params in enumerate(mixed):
         sampler.place(row, params, torch.tensor([1, 2]))
@@ -83,7 +84,7 @@ def test_parameters_are_copied_to_the_device_once(monkeypatch):
     sampler.move(2, 0)
     assert sampler.plan(0, 2).drawing.tolist() == [0] and sampler.plan(0, 2).penalty is not None
     sampler.place(0, SamplingParams(), torch.tensor([1]))
-    assert sampler.plan(0, 2) == (None, None, None)
+    assert set(sampler.plan(0, 2)) == {None}
 
 
 def test_a_nucleus_wider_than_the_head_is_found_by_sorting():
@@ -138,9 +139,46 @@ def test_draws_follow_the_probabilities_and_never_take_probability_zero():
     assert draw(scores[:2], edges).tolist() == [1, 4]
 
 
+def test_penalties_of_counts_and_bias_follow_openais_formula():
+    """Of the tokens of the continuation, not of the prompt, each row by its own numbers."""
+    rows = [
+        SamplingParams(presence_penalty=0.7, frequency_penalty=-0.1),
+        SamplingParams(),
+        SamplingParams(frequency_penalty=0.4, logit_bias={5: -100, 7: 1.5}),
+        SamplingParams(repetition_penalty=1.5, presence_penalty=-0.5, logit_bias=[(9, 1)]),
+    ]
+    few, prompt = 12, torch.tensor([1, 2, 2])
+    sampler = Sampler(len(rows), few)
+    for row in range(len(rows)):
+        sampler.place(row, SamplingParams(presence_penalty=1), prompt)
+    sampler(torch.zeros(len(rows), few))
+    for row, params in enumerate(rows):
+        sampler.place(row, params, prompt)
+    written: list[list[int]] = [[] for _ in rows]
+    for step in range(30):
+        if step == 20:
+            # the last sequence takes the place of the first
+            sampler.move(3, 0)
+            rows[0], written[0] = rows.pop(), written.pop()
+        logits = torch.randn(len(rows), few)
+        for row, (token, params) in enumerate(zip(sampler(logits).tolist(), rows, strict=True)):
+            scores, told = logits[row].tolist(), dict(params.logit_bias)
+            for j in range(few):
+                scores[j] += told.get(j, 0)
+                if j in (*prompt.tolist(), *written[row]):
+                    by = params.repetition_penalty
+                    scores[j] *= by if scores[j] < 0 else 1 / by
+                count = written[row].count(j)
+                scores[j] -= params.frequency_penalty * count
+                scores[j] -= params.presence_penalty * (count > 0)
+            assert token == scores.index(max(scores)), (step, row)
+            written[row].append(token)
+
+
 @pytest.mark.parametrize("params", GRID[::7], ids=str)
 def test_a_row_draws_the_same_alone_and_in_any_company(params):
-    params = SamplingParams(**{**vars(params), "seed": 11})
+    counted = {"presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {4: 2}}
+    params = SamplingParams(**{**vars(params), "seed": 11, **counted})
     prompt, steps = torch.randint(VOCAB, (5,)), torch.randn(30, VOCAB)
     alone = Sampler(1, VOCAB)
     alone.place(0, params, prompt)
@@ -235,6 +273,8 @@ def test_logprobs_are_those_of_the_model():
         {"seed": -1},
         {"seed": 2**63},
         {"seed": 1.5},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": "1"},
     ],
     ids=str,
 )
@@ -242,3 +282,20 @@ def test_parameters_outside_their_range_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} must be"):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(
+    "bias, message",
+    [
+        (5, "logit_bias must map tokens to numbers, got 5"),
+        ({5}, "logit_bias must map tokens to numbers"),
+        ({-1: 1.0}, "a token of logit_bias must be at least 0, got -1"),
+        ({"7": 1.0}, "a token of logit_bias must be an integer"),
+        ({7: 101}, r"logit_bias of token 7 must be in \[-100, 100\], got 101"),
+        ({7: None}, "logit_bias of token 7 must be a number"),
+    ],
+    ids=str,
+)
+def test_a_wrong_bias_is_refused(bias, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(logit_bias=bias)

@@ -45,6 +45,7 @@ from tests.model.helpers import build, config_of
 ROOT = Path(__file__).parent.parent.parent
 LIMITS = Limits(body_bytes=20_000, body_seconds=1, prompt_tokens=400, new_tokens=300, choices=6)
 SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+SAMPLED |= {"presence_penalty": 0.4, "frequency_penalty": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -447,7 +448,15 @@ BAD_COMPLETIONS = {
     "unsupported": ({"prompt": "x", "echo": True}, "echo is not supported"),
     "best_of": ({"prompt": "x", "n": 2, "best_of": 3}, "best_of must be n = 2"),
     "best_of text": ({"prompt": "x", "best_of": "all"}, "best_of must be n = 1"),
-    "logit bias": ({"prompt": "x", "logit_bias": {"5": 3}}, "logit_bias is not supported"),
+    "presence": ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty must be a number in"),
+    "frequency": ({"prompt": "x", "frequency_penalty": "1"}, "frequency_penalty must be a number"),
+    "bias": ({"prompt": "x", "logit_bias": 5}, "logit_bias must be an object of token ids and"),
+    "bias token": ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias must be an object"),
+    "bias high": (
+        {"prompt": "x", "logit_bias": {"5": 101}},
+        "numbers in [-100, 100], got an object",
+    ),
+    "bias of none": ({"prompt": "x", "logit_bias": {"257": 1}}, "must be in [0, 257), got 257"),
 }
 BAD_CHATS = {
     "no messages": ({}, "messages must be"),
