@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,12 +11,18 @@ from typing import TextIO
 from .errors import InputError
 from .options import parse
 
+# While transformers imports torchao, where that is installed, these warn of libraries for other
+# devices and of how one calls the other.
+_LOUD = ("torchao", "torch.utils._pytree")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (told in one line), 1 where what
     it prints cannot be written, or that of a shell for a command that a signal ended: Ctrl-C (130),
     or a pipe that nobody reads (141)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in _LOUD:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # there is none where it was closed
     out = _Output(sys.stdout or io.StringIO())
     try:

@@ -31,7 +31,7 @@ OPTIONAL = {
     "uvicorn": "rodimus serve, with starlette",
     "matplotlib": "the loss curve as a picture",
     "rich": "the progress display of training",
-    "torchao": "weights in 8 bits, rodimus generate --weight-dtype int8",
+    "torchao": "weights in 8 and 4 bits, rodimus generate --weight-dtype int8",
     "lm_eval": "rodimus eval --tasks",
 }
 

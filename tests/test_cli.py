@@ -130,6 +130,12 @@ def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
+def test_libraries_that_transformers_imports_do_not_warn_of_each_other(checkpoint):
+    pytest.importorskip("torchao")
+    run = python("-m", "rodimus", "generate", checkpoint, "--prompt", "hello", "--max-new-tokens=1")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 def test_generate_with_quantized_weights(checkpoint, model, tokenizer, weight_dtype, capsys):
