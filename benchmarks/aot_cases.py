@@ -52,13 +52,14 @@ def _ddts_chunk():
             yield f"{name} gates inside", call, i == 0
     # not K = 16 in float32, which spills on sm_80 with every tile
     packed = [
-        (64, BF16),
-        (16, FP16),
-        *((keys, dtype) for keys in (32, 64) for dtype in (FP32, FP16)),
+        (64, 4096, BF16),
+        (16, 64, BF16),
+        (16, 4096, FP16),
+        *((keys, 4096, dtype) for keys in (32, 64) for dtype in (FP32, FP16)),
     ]
-    for i, (keys, dtype) in enumerate(packed):
-        name = f"K{keys} V4096 {_text(dtype)} packed"
-        yield name, partial(_train_packed_ddts, keys, 4096, dtype), i == 0
+    for i, (keys, values, dtype) in enumerate(packed):
+        name = f"K{keys} V{values} {_text(dtype)} packed"
+        yield name, partial(_train_packed_ddts, keys, values, dtype), i == 0
     yield "K64 V4096 bfloat16 segments", partial(_walk_segments, 64, 4096), True
 
 

@@ -424,15 +424,16 @@ def test_programs_that_share_a_multiprocessor():
 
 
 @pytest.mark.parametrize("value_dim", [64, 128, 192, 4096])
-def test_float32_products_of_16_channels_are_no_narrow_wgmma(value_dim):
+def test_products_of_16_channels_are_no_narrow_wgmma(value_dim):
     """Sixteen columns on eight warps would be 8 for each warpgroup (see ``gate_tile``), and so
     would 64 rows of a walk."""
     chunk = triton_module("rodimus_kernels.ddts.triton_chunk")
     assert chunk.prepare_tile(16, torch.float32, 90).num_warps == 4
     assert chunk.products_tile(16, value_dim, torch.float32, 90).num_warps == 4
     for tma in (True, False):
-        walk = chunk.walk_tile(16, value_dim, torch.float32, tma, 90, True)
-        assert walk.num_warps == 4 * walk.width // 64
+        for dtype in (torch.float32, torch.bfloat16):
+            walk = chunk.walk_tile(16, value_dim, dtype, tma, 90, True)
+            assert walk.num_warps <= 4 * walk.width // 64, (tma, dtype)
 
 
 @pytest.mark.parametrize("impl", CHUNKED)

@@ -89,7 +89,9 @@ def walk_tile(
     # read and write are 64 * K numbers a stage, of 99 KiB
     if arch == 86:
         stages = max(min(stages, 256 // key_dim), 1)
-    return Tile(width, 4 if tma and key_dim <= 128 else 8, stages)
+    # on eight warps 64 rows and K = 16 are 8 columns for each warpgroup (see gate_tile)
+    narrow = arch >= 90 and key_dim == 16 and width == 64
+    return Tile(width, 4 if narrow or (tma and key_dim <= 128) else 8, stages)
 
 
 def _single_walk_tile(key_dim: int, value_dim: int, tma: bool, arch: int) -> Tile:
