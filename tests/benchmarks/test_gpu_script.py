@@ -1,7 +1,11 @@
 """What ``make gpu`` runs, with an interpreter that only notes what it is asked."""
 
+import importlib.metadata
 import os
+import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +91,24 @@ def test_quality_is_trained_where_it_is_asked_for_and_goes_on_in_the_next_call(
 def test_quality_is_not_trained_unasked(tmp_path):
     timed(tmp_path, "models")
     assert "benchmarks.quality" not in (tmp_path / "python.log").read_text()
+
+
+@pytest.mark.slow
+def test_its_tests_are_found_where_the_packages_of_the_extras_are_missing(tmp_path):
+    """The script installs nothing, and one module that cannot be imported stops all tests."""
+    needs = (need for need in importlib.metadata.requires("rodimus") if "extra ==" in need)
+    extras = {re.match(r"[\w-]+", need)[0] for need in needs} - {"pytest"}
+    found = [x for x in importlib.metadata.distributions() if x.name.replace("_", "-") in extras]
+    left_out = {file.parts[0] for distribution in found for file in distribution.files}
+    for path in Path(pytest.__file__).parent.parent.iterdir():
+        if path.name not in left_out:
+            (tmp_path / path.name).symlink_to(path)
+    paths = os.pathsep.join(map(str, (tmp_path, machine.ROOT, machine.ROOT / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "tests"],
+        cwd=machine.ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,12 +1,13 @@
 """Peers in llama.cpp compute with the weights of the models here."""
 
-import gguf
 import pytest
 import torch
 
 from benchmarks import harness, peers
 from benchmarks.peers import guard, llama, rwkv
 from benchmarks.sizes import config_of
+
+gguf = pytest.importorskip("gguf")
 
 CPU = torch.device("cpu")
 FAMILIES = {"qwen2": "qwen2-1.5b", "rwkv6": "rwkv6-1.6b"}

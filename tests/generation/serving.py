@@ -8,6 +8,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
 import uvicorn
 
 from rodimus.generation import Engine

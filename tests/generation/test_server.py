@@ -19,6 +19,8 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 
+pytest.importorskip("tests.generation.serving")
+
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.engine import Delta, Generation, TokenLogprobs
 from rodimus.generation.protocol import parse_chat

@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+
+pytest.importorskip("torchao")
+
 from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
