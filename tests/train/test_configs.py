@@ -13,7 +13,7 @@ import torch
 
 from rodimus.loading import model_class, read_config
 from rodimus.train.batches import open_sources
-from rodimus.train.load import load_config
+from rodimus.train.load import load_config, to_toml
 from rodimus.train.pack import pack
 from rodimus.train.plan import make_plan
 from rodimus.train.shards import TokenShards
@@ -96,18 +96,30 @@ def test_tiny_run_learns_python(tmp_path, device):
     data, run, on_gpu = tmp_path / "data", tmp_path / "run", device.type == "cuda"
     source = Path(sysconfig.get_paths()["stdlib"]) / "asyncio"
     pack(str(source), data, vocab_size=512, tokenizer_sample=0.5, val_fraction=0.1)
-    overrides = ("--out", run, "--no-export", "--log.every", 20, "--train.device", device.type)
-    overrides += ("--data.train", data / "train.json", "--data.val", data / "val.json")
-    overrides += ("--checkpoint.every", 20) if on_gpu else ()
+    config = load_config(ROOT / "train" / "ci_tiny.toml")
+    shards = {"train": (str(data / "train.json"),), "val": (str(data / "val.json"),)}
+    config = replace(
+        config,
+        out=str(run),
+        export=False,
+        data=replace(config.data, **shards),
+        train=replace(config.train, device=device.type),
+        log=replace(config.log, every=20),
+        checkpoint=replace(config.checkpoint, every=20 if on_gpu else config.checkpoint.every),
+    )
+    # no options: tyro, which reads them, may be missing where the GPU is
+    written = tmp_path / "run.toml"
+    written.write_text(to_toml(config))
     start = train_alone if on_gpu else partial(train, 1)
-    config = ROOT / "train" / "ci_tiny.toml"
-    assert start(config, *overrides, timeout=240) == [0]
+    assert start(written, timeout=240) == [0]
     # 0.73 to 0.78 of it measured (sources of Python 3.10 to 3.13); equally likely tokens: 1.2
     reached = metrics(run, "val_bits_per_byte")[40]
     assert reached < 0.8 * bits_per_byte_of_frequencies(data)
     if on_gpu:
         (run / "metrics.jsonl").unlink()
-        assert start(config, *overrides, "--checkpoint.resume", 20, timeout=240) == [0]
+        resumed = replace(config, checkpoint=replace(config.checkpoint, resume="20"))
+        written.write_text(to_toml(resumed))
+        assert start(written, timeout=240) == [0]
         assert min(metrics(run, "loss")) == 21
         # a GPU may add in another order
         assert metrics(run, "val_bits_per_byte")[40] == pytest.approx(reached, rel=1e-3)
