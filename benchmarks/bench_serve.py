@@ -89,7 +89,7 @@ def serving(model: peers.HuggingFaceModel, slots: int) -> Iterator[int]:
     """
     from rodimus.options import API_KEY_VARIABLE
 
-    paths = os.pathsep.join((str(machine.ROOT), str(machine.ROOT / "kernels")))
+    paths = os.pathsep.join((str(machine.ROOT), str(machine.ROOT / "kernels"), *sys.path))
     environment = {**os.environ, "PYTHONPATH": paths}
     environment.pop(API_KEY_VARIABLE, None)
     with tempfile.TemporaryDirectory() as name:

@@ -98,6 +98,17 @@ def test_a_server_that_does_not_start_says_why():
             pass
 
 
+def test_the_server_has_the_packages_of_this_process(tmp_path, monkeypatch):
+    """They may come by PYTHONPATH alone, as on a machine where nothing can be installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "uvicorn.py").write_text("raise ImportError('this one is found')")
+    bench = harness.Bench("tiny", CPU, torch.float32, (), folder=None, rounds=1, load=0.0)
+    model = bench.model("rodimus-1.4b")
+    with pytest.raises(peers.Fault, match="this one is found"):
+        with bench_serve.serving(model, 1):
+            pass
+
+
 def test_the_server_is_measured_as_its_clients_see_it(tmp_path):
     run(tmp_path, "--bench-models", "rodimus-plus-1.6b", files=["bench_serve.py"])
     (record,) = records.read(tmp_path)
