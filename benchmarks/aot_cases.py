@@ -192,11 +192,13 @@ def _attention():
     for i, (dim, dtype) in enumerate(shapes):
         for bounds in (None, torch.tensor([0, 100, 300])):
             name = f"D{dim} {_text(dtype)}" + ("" if bounds is None else " packed")
-            yield name, partial(_train_attention, dim, dtype, bounds), i == 0
+            yield name, partial(_train_attention, dim, dim, dtype, bounds), i == 0
+    yield "D16 Dv80 bfloat16", partial(_train_attention, 16, 80, BF16, None), False
 
 
-def _train_attention(dim, dtype, bounds):
-    q, k, v = (torch.empty(1, 300, heads, dim, dtype=dtype) for heads in (16, 1, 16))
+def _train_attention(dim, value_dim, dtype, bounds):
+    sizes = ((16, dim), (1, dim), (16, value_dim))
+    q, k, v = (torch.empty(1, 300, *size, dtype=dtype) for size in sizes)
     o, lse = OPS.shared_key_attention(q, k, v, 130, 0.1, bounds)
     OPS.shared_key_attention_backward(q, k, v, 130, 0.1, bounds, o, lse, o)
 

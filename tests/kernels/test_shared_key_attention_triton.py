@@ -12,7 +12,7 @@ import torch
 
 from rodimus_kernels import rope, rope_tables, shared_key_attention
 from rodimus_kernels.testing import assert_close, assert_within_budget, relative_error
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 from tests.kernels.test_shared_key_attention import (
     CASES,
     LIMIT,
@@ -222,6 +222,19 @@ def test_compiles_without_a_graph_break(tiling):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     plain, again = run(function, *tensors), run(compiled, *tensors)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dim, value_dim", [(16, 80), (80, 16), (16, 256), (256, 16), (16, 16)])
+def test_products_of_16_channels_are_no_narrow_wgmma(triton_attention, dim, value_dim):
+    """Eight warps would take 8 columns of 64 rows for each warpgroup, of 128 rows they take 16."""
+    empty = lambda heads, size: torch.empty(1, 300, heads, size, dtype=torch.bfloat16)
+    q, do, k, v = empty(2, dim), empty(2, value_dim), empty(1, dim), empty(2, value_dim)
+    for kernel, by_query in enumerate(([q], [q, do], [q, do])):
+        with triton_module("rodimus_kernels._triton").assume_capability(90):
+            tile = triton_attention._operands(kernel, by_query, [k, v]).tile
+        rows = tile.keys if kernel == 2 else tile.queries
+        # fewer rows are no wgmma
+        assert rows < 64 or tile.num_warps <= 4 * rows // 64, kernel
 
 
 def test_registration(tiling):

@@ -207,8 +207,13 @@ class _Operands(NamedTuple):
 def _operands(kernel: int, by_query, by_key):
     """Operands of a kernel, numbered as in :func:`tiles`, from ``[B, T, H, D]``."""
     tma = use_tma(*by_query, *by_key)
-    dim = max(x.shape[-1] for x in (*by_query, *by_key))
-    tile = tiles(dim, by_key[0].dtype, tma)[kernel]
+    dims = [x.shape[-1] for x in (*by_query, *by_key)]
+    tile = tiles(max(dims), by_key[0].dtype, tma)[kernel]
+    # on eight warps 64 rows of 16 channels are 8 columns for each warpgroup, a wgmma which ended in
+    # an illegal access on an H200 (Triton 3.6)
+    rows = tile.keys if kernel == 2 else tile.queries
+    if min(dims) <= 16 and rows == 64 and capability(by_key[0]) >= 90:
+        tile = tile._replace(num_warps=4)
     if not tma:
         return _Operands(by_query, by_key, tile, tma)
     from triton.tools.tensor_descriptor import TensorDescriptor
