@@ -5,6 +5,7 @@ apart so that a schema is readable in one place, and torch.compile, selective ch
 native library can name an operator without importing its implementation.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,12 +41,27 @@ torch.library.define(
 )
 
 
+def refuse_second_derivative(backward: Callable) -> Callable:
+    """A backward whose results raise RuntimeError where they are differentiated. torch's
+    ``once_differentiable`` takes them for constants where all that arrives is constant, as behind a
+    plain sum, though they depend on what was saved."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def refusing(ctx, *grads):
+        if torch.is_grad_enabled():
+            grads = [x if x is None else x.detach().requires_grad_() for x in grads]
+        return once(ctx, *grads)
+
+    return refusing
+
+
 def register_gradient(operator: str, backward: Callable, setup_context: Callable) -> None:
     """The gradient of ``rodimus::operator``, as ``torch.library.register_autograd`` takes it. A
     gradient of the gradient raises RuntimeError: the backward operators have none, and torch would
     take what they return for constants."""
     torch.library.register_autograd(
-        f"rodimus::{operator}", once_differentiable(backward), setup_context=setup_context
+        f"rodimus::{operator}", refuse_second_derivative(backward), setup_context=setup_context
     )
 
 

@@ -2,10 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
-from ._schemas import is_transformed
+from ._schemas import is_transformed, refuse_second_derivative
 from .linear import linear, multiplies_slowly
 from .reference import can_read_values, no_autocast
 
@@ -192,7 +191,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, cross_entropy
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivative
     def backward(ctx, dloss, _):
         dhidden, dweight = (_scaled(x, dloss, ctx.dtype) for x in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None
