@@ -198,7 +198,7 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> Call:
     top = fields.integer("top_logprobs", 0, 0, MAX_LOGPROBS)
     wanted = fields.boolean("logprobs", False)
     if top and not wanted:
-        raise fields.wrong("top_logprobs", "used with logprobs = true", top)
+        raise ApiError(400, "top_logprobs needs logprobs = true", param="top_logprobs")
     messages = _messages(fields)
     logprobs = top if wanted else None
     return _call(fields, limits, [messages], new_tokens, logprobs, is_chat=True)
@@ -213,8 +213,10 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         raise fields.wrong("best_of", f"n = {choices}, which chooses none", best)
     stream = fields.boolean("stream", False)
     options = fields.get("stream_options", {})
-    if not isinstance(options, dict) or (options and not stream):
-        raise fields.wrong("stream_options", "an object, used with stream = true", options)
+    if not isinstance(options, dict):
+        raise fields.wrong("stream_options", "an object", options)
+    if options and not stream:
+        raise ApiError(400, "stream_options needs stream = true", param="stream_options")
     sampling = SamplingParams(
         temperature=fields.number("temperature", 1.0, 0, 2),
         # -1 is another name of all
@@ -373,6 +375,9 @@ class _Fields:
 
     def wrong(self, name, what, got):
         shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
+        if isinstance(got, list):
+            kinds = ", ".join(sorted(set(map(_kind, got))))
+            shown = f"a list of {len(got)} ({kinds})" if got else "an empty list"
         return ApiError(400, f"{name} must be {what}, got {shown}", param=name)
 
     def boolean(self, name, default):
@@ -409,6 +414,8 @@ def _is_number(value):
 
 
 def _kind(value):
+    if value == "":
+        return "an empty string"
     names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
 
