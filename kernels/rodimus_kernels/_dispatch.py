@@ -117,7 +117,14 @@ def query_scale(scale: float | None, key_dim: int) -> float:
     """The scale of queries of K channels, by default ``K ** -0.5``; raise ValueError for K = 0."""
     if key_dim == 0:
         raise ValueError("queries and keys need at least one channel, got K = 0")
+    check_scale(scale)
     return key_dim**-0.5 if scale is None else scale
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise ValueError for a tensor: it would get no gradient."""
+    if isinstance(scale, torch.Tensor):
+        raise ValueError("scale must be a number, got a tensor: multiply the queries by it")
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

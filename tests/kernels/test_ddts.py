@@ -781,6 +781,8 @@ def bad_inputs():
     yield r"rise from 0 to T = 5, got \[0, 4\]", one | {"cu_seqlens": bounds.clamp(max=4)}
     yield "at least one token", {name: x[:, :0] for name, x in ok.items()}
     yield "at least one channel, got K = 0", {n: x[..., :0] for n, x in ok.items()}
+    # it would get no gradient
+    yield "scale must be a number, got a tensor", ok | {"scale": torch.tensor(0.5)}
     yield "unknown impl 'fast'", ok | {"impl": "fast"}
     yield "device of q", ok | {"v": v.to("meta")}
 

@@ -324,6 +324,7 @@ class TestErrors:
             ({"k": (2, 5, 0, 16)}, {}, r"at least one head and one channel.*\(2, 5, 0, 16\)"),
             ({"q": (2, 5, 4, 0), "k": (2, 5, 2, 0)}, {}, "at least one head and one channel"),
             ({}, {"scale": 0.0}, r"scale must be > 0, got 0.0"),
+            ({}, {"scale": torch.tensor(0.5)}, "scale must be a number, got a tensor"),
             ({}, {"impl": "fast"}, "unknown impl 'fast'; expected one of 'auto', 'reference'"),
             ({}, {"cu_seqlens": torch.tensor([0, 5])}, "expected B = 1, got B = 2"),
         ],

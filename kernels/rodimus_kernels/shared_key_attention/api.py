@@ -8,6 +8,7 @@ from .._dispatch import (
     check_floating,
     check_position,
     check_same_device,
+    check_scale,
     check_shape,
     choose_compiled,
     load,
@@ -277,5 +278,6 @@ def _check(q, k, v, window_size, scale):
         raise ValueError(f"window_size must be an integer, got {window_size!r}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be >= 1, got {window_size}")
+    check_scale(scale)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be > 0, got {scale}")
