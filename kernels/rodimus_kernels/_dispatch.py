@@ -129,10 +129,12 @@ def check_scale(scale: float | None) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
-    shape = tensor.shape
+    shape = getattr(tensor, "shape", None)
     # a token waits for dozens of these
     if shape == expected:
         return
+    if shape is None:
+        raise _no_tensor(name, tensor)
     fits = len(shape) == len(expected)
     for got, want in zip(shape, expected, strict=False):
         fits = fits and (got == want or isinstance(want, str))
@@ -141,12 +143,18 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]
         raise ValueError(f"{name} must have shape [{wanted}], got {tuple(shape)}")
 
 
+def _no_tensor(name, value):
+    return ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def check_same_device(
     reference_name: str, reference: torch.Tensor, **others: torch.Tensor | None
 ) -> None:
     """Raise ValueError unless the others live on the reference's device."""
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != reference.device:
+        if tensor is not None and getattr(tensor, "device", None) != reference.device:
+            if not isinstance(tensor, torch.Tensor):
+                raise _no_tensor(name, tensor)
             raise ValueError(
                 f"{name} must be on the device of {reference_name} ({reference.device}),"
                 f" got {tensor.device}"

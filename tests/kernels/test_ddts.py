@@ -776,6 +776,9 @@ def bad_inputs():
     yield "log_decay must have shape", ok | {"log_decay": q[..., :3]}
     yield "v must be floating point, got torch.int64", ok | {"v": v.long()}
     yield "initial_state must have shape", ok | {"initial_state": torch.zeros(1, 1, 4, 8)}
+    yield "k must be a tensor, got NoneType", ok | {"k": None}
+    yield "initial_state must be a tensor, got ndarray", ok | {"initial_state": v.numpy()}
+    yield "cu_seqlens must be a tensor, got list", one | {"cu_seqlens": [0, 5]}
     yield "expected B = 1, got B = 2", ok | {"cu_seqlens": bounds}
     yield "integers", one | {"cu_seqlens": bounds.float()}
     yield r"rise from 0 to T = 5, got \[0, 4\]", one | {"cu_seqlens": bounds.clamp(max=4)}
