@@ -309,7 +309,13 @@ def _add_eval(commands) -> None:
     tasks.add_argument(
         "--limit", type=at_least_one, metavar="N", help="questions of a task, to try it out"
     )
-    tasks.add_argument("--batch-size", type=at_least_one, default=8, metavar="N")
+    tasks.add_argument(
+        "--batch-size",
+        type=at_least_one,
+        default=8,
+        metavar="N",
+        help="questions in one forward pass (default: %(default)s)",
+    )
     tasks.add_argument(
         "--max-length",
         type=at_least_one,
@@ -398,7 +404,13 @@ def _add_sampling(
 ) -> None:
     inf = float("inf")
     add = parser.add_argument
-    add("--max-new-tokens", type=number(int, 1, inf, "at least 1"), default=256, metavar="N")
+    add(
+        "--max-new-tokens",
+        type=number(int, 1, inf, "at least 1"),
+        default=256,
+        metavar="N",
+        help="most tokens of one text (default: %(default)s)",
+    )
     add(
         "--temperature",
         type=number(float, 0, 100, "0 to 100"),

@@ -69,6 +69,8 @@ def test_help_of_every_command(name, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: rodimus {name}".strip())
     assert all(len(line) < 100 for line in text.splitlines())
+    unexplained = re.findall(r"^  (--\S+(?: \S+)*)\n(?! {6})", text, re.MULTILINE)
+    assert not unexplained
 
 
 def python(*arguments, **options) -> subprocess.CompletedProcess:
