@@ -126,6 +126,10 @@ class Generation:
         self.is_read_alone = False
         self._taken = (0, 0)
 
+    def __repr__(self) -> str:
+        shown = f"{self.text!r}, {len(self.tokens)} tokens"
+        return f"<Generation {shown}, finish_reason={self.finish_reason!r}>"
+
     @property
     def text(self) -> str:
         """Text generated so far."""

@@ -36,6 +36,16 @@ def test_greedy_tokens_equal_generate_past_the_window_and_across_chunks(model):
     assert not engine.running and not engine.has_work
 
 
+def test_a_generation_shows_what_it_has_produced():
+    engine = Engine(text_model(), byte_tokenizer(), slots=1)
+    generation = engine.submit(Request([5, 6], 3))
+    assert repr(generation) == "<Generation '', 0 tokens, finish_reason=None>"
+    while engine.has_work:
+        engine.step()
+    shown = f"<Generation {generation.text!r}, 3 tokens, finish_reason='length'>"
+    assert repr(generation) == shown
+
+
 @ON_BOTH
 def test_tokens_do_not_depend_on_neighbours(model):
     """Requests come and go at every step, are cancelled, and differ in every parameter."""
