@@ -442,7 +442,10 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: the folder holds none, or its files cannot be read.
     """
     if not (folder / TOKENIZER_FILES[0]).is_file():
-        raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}")
+        # where a pack has it
+        inner = folder / "tokenizer"
+        hint = f"; did you mean {inner}?" if (inner / TOKENIZER_FILES[0]).is_file() else ""
+        raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}{hint}")
     # unregistered, transformers would ask whether to run the code that an exported folder carries
     register()
     try:

@@ -186,6 +186,9 @@ def test_a_tokenizer_is_named_as_a_model_is(corpus, tmp_path, monkeypatch):
     assert asked == [("owner/name", ["*.json", "*.jinja"])]
     with pytest.raises(InputError, match=r"corpus.jsonl holds no tokenizer: expected tokenizer.j"):
         pack(str(corpus), tmp_path / "out", tokenizer=str(corpus))
+    # another pack has one within
+    with pytest.raises(InputError, match=r"out0 holds no .*; did you mean .*out0.tokenizer\?"):
+        pack(str(corpus), tmp_path / "out", tokenizer=str(tmp_path / "out0"))
 
 
 def test_folder_and_plain_text(tmp_path):
