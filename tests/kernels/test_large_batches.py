@@ -121,9 +121,9 @@ SEQUENCES = {
 }
 
 
-@pytest.mark.parametrize("operator, inputs", SEQUENCES.values(), ids=SEQUENCES)
-def test_tokens_may_be_far_apart(operator, inputs, tmp_path):
-    """Offsets of a tile's rows are past 2**31 elements; one that wraps stays in the memory."""
+@pytest.fixture
+def memory(tmp_path):
+    """Memory of rows that lie ``APART``, behind 2**31 elements more: what wraps stays in it."""
     shape = {"dtype": torch.bfloat16, "size": 2**31 + TOKENS * APART}
     if DEVICE == "cpu":
         # a file with holes: only what is written takes memory
@@ -132,15 +132,35 @@ def test_tokens_may_be_far_apart(operator, inputs, tmp_path):
         pytest.skip("needs 20 GB of device memory")
     else:
         memory = torch.zeros(shape["size"], dtype=shape["dtype"], device=DEVICE)
+    return memory[2**31 :].view(TOKENS, APART)
+
+
+@pytest.mark.parametrize("operator, inputs", SEQUENCES.values(), ids=SEQUENCES)
+def test_tokens_may_be_far_apart(operator, inputs, memory):
+    """Offsets of a tile's rows are past 2**31 elements."""
     # log-decays among them
     given = (-constants(inputs + 1, 2, TOKENS, 1, 16).abs()).unbind(0)
-    far = time_first(memory[2**31 :].view(TOKENS, APART), given)
+    far = time_first(memory, given)
     found = []
     for *leaves, dy in given, far:
         leaves = [x.requires_grad_() for x in leaves]
         y = operator(*leaves)
         found.append([y, *torch.autograd.grad(y, leaves, dy.view(y.shape))])
     assert all(map(torch.equal, *found))
+
+
+ROWS = OPERATORS | {"shared_key_attention": lambda x: attention(*[x[:, :, None]] * 3)}
+
+
+@pytest.mark.parametrize("operator", ROWS.values(), ids=ROWS)
+def test_rows_may_be_far_apart(operator, memory):
+    """Of a batch of single tokens; the last begins 2**31 elements behind the first."""
+    given = constants(3, 1, 16)
+    # with tokens as near as they can be: others would be copied
+    far = memory[::4, :16].unsqueeze(1).copy_(given)
+    assert far.stride() == (2**30, 16, 1)
+    with torch.no_grad():
+        assert torch.equal(operator(given), operator(far))
 
 
 @pytest.mark.gpu
