@@ -306,10 +306,14 @@ def test_the_last_segment_is_walked_once(monkeypatch):
     assert torch.equal(o[:, :128], expected[:, :128]) and o[:, 128:].isnan().all()
 
 
-@pytest.mark.parametrize("heads, states", [(1, True), (2, False)])
-def test_descriptors_equal_pointers(heads, states):
+@pytest.mark.parametrize(
+    "heads, states, documents", [(1, True, None), (2, False, None), (1, True, (9, 11))]
+)
+def test_descriptors_equal_pointers(heads, states, documents):
+    """Documents with states of their own, at whose ends a descriptor would not clip, have none."""
     triton_helpers = triton_module("rodimus_kernels._triton")
-    inputs = make(DdtsCase(2, 70, heads, 16, 32, "mixed", states=states))
+    batch, length = (2, 70) if documents is None else (1, sum(documents))
+    inputs = make(DdtsCase(batch, length, heads, 16, 32, "mixed", states, documents))
     plain = run_ddts(ddts, inputs, impl="triton_chunk")
     with triton_helpers.assume_capability(90 if DEVICE == "cpu" else 80):
         other = run_ddts(ddts, inputs, impl="triton_chunk")
