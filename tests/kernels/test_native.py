@@ -432,6 +432,15 @@ def test_extreme_gates(isa):
 
 
 @needs_library
+def test_keys_shorter_than_the_least_norm(isa):
+    """A zero key writes nothing."""
+    case = mixer_step(torch.float32, 3, 5, 40)
+    case[2][1][0] *= 1e-7
+    case[2][1][1] = 0
+    check(case)
+
+
+@needs_library
 def test_a_closed_gate_lets_nothing_through(isa):
     """However large what it stands before: a least value of the gate would be seen behind it."""
     huge, closed, one = torch.full((1, 40), 1e20), torch.full((1, 40), -1e20), torch.ones(40)
