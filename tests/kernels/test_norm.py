@@ -218,6 +218,17 @@ def test_strided_inputs(impl):
     assert relative_error(strided, plain) < LIMIT
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_strided_gradient(impl):
+    """Half of one, as that of an output that was joined with another."""
+    tensors = make("x", "weight", shape=(3, 48))
+    dy = torch.randn(3, 96, device=DEVICE)[:, :48]
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    y = rms_norm(*leaves, impl=impl)
+    found = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert all(map(torch.equal, found, torch.autograd.grad(y, leaves, dy.contiguous())))
+
+
 @pytest.mark.parametrize("residual", [True, False])
 def test_opcheck(residual):
     triton_module("rodimus_kernels.triton_norm")
