@@ -49,6 +49,12 @@ def make(*names, shape=(2, 7, 48)):
     return {name: torch.randn(size).to(DEVICE) for name, size in sizes.items()}
 
 
+def in_wider_rows(tensors):
+    """The same, each in rows of a stride of its own."""
+    named = enumerate(tensors.items(), start=1)
+    return {name: F.pad(x, (0, 8 * i))[..., : x.shape[-1]] for i, (name, x) in named}
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", [(48,), (3, 16), (2, 7, 1000)])
 def test_rms_norm(impl, shape):
@@ -90,11 +96,11 @@ def test_gradients_where_a_row_is_cut_into_blocks(impl, residual, width, monkeyp
     monkeypatch.setattr(module, "_WIDE", 32)
     assert module._backward_blocks(width, 32, torch.empty(0))[0] == -(-width // 32)
     tensors = make("x", "gate", "weight", *residual, shape=(2, 7, width))
-    ours = lambda **t: gated_rms_norm(**t, impl=impl)
+    ours = lambda **t: gated_rms_norm(**in_wider_rows(t), impl=impl)
     assert_close(run(ours, tensors), run(exact_gated_rms_norm, tensors, torch.float64), LIMIT)
     monkeypatch.setattr(module, "_PLAIN_WIDE", 32)
     tensors = make("x", "residual", "weight", shape=(2, 7, width))
-    ours = lambda **t: add_rms_norm(**t, impl=impl)
+    ours = lambda **t: add_rms_norm(**in_wider_rows(t), impl=impl)
     assert_close(run(ours, tensors), run(exact_add_rms_norm, tensors, torch.float64), LIMIT)
 
 
