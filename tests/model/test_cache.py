@@ -324,13 +324,17 @@ def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
     assert held[0] == held[1]
 
 
+@pytest.fixture
+def few_recorded(monkeypatch):
+    """So many tokens can be taken back, fewer than the window has."""
+    monkeypatch.setattr(modeling_rodimus._RecurrentCacheLayer, "max_rollback", 12)
+    return 12
+
+
 @pytest.mark.parametrize("first", [1, 40])
-def test_what_is_recorded_token_by_token_is_let_go(model, first):
+def test_what_is_recorded_token_by_token_is_let_go(model, first, few_recorded):
     """A cache that speculative decoding leaves behind goes on recording in later calls."""
-    most = (
-        prefill(model, random_ids(1, 1), DynamicCache(config=model.config)).layers[0].max_rollback
-    )
-    later, held = random_ids(1, 6, seed=9), []
+    most, later, held = few_recorded, random_ids(1, 6, seed=9), []
     ids = random_ids(1, first + 6 * most)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
@@ -560,9 +564,9 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
 
 
 @pytest.mark.parametrize("by", ["lookup", "model"])
-def test_a_draft_longer_than_what_is_recorded_by_itself(model, kind, by):
+def test_a_draft_longer_than_what_is_recorded_by_itself(model, kind, by, few_recorded):
     """Whoever asks for the logits of a draft may refuse all of it."""
-    longer, few = 2 * modeling_rodimus.RodimusStateLayer.max_rollback + 44, 3
+    longer, few = 2 * few_recorded + 44, 3
     ids = random_ids(1, longer + 6)
     options = {"prompt_lookup_num_tokens": longer}
     if by == "lookup":
