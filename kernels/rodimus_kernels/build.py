@@ -189,6 +189,7 @@ def _build_cpu(folder, scratch, library, mark):
 
 def _build_cuda(folder, scratch, library, mark):
     nvcc, cxx, torch = _nvcc(), _cxx(), _torch()
+    _check_release(nvcc)
     archs = cuda_archs(nvcc)
     objects = [scratch / f"{name}.o" for name in ("kernels", "operators", "block")]
     include = [f"-I{torch / 'include'}", f"-I{nvcc.parent.parent / 'include'}"]
@@ -266,6 +267,14 @@ def _nvcc() -> Path:
     if home:
         raise RuntimeError(f"CUDA_HOME must name a folder with bin/nvcc in it, got {home!r}")
     raise Unavailable("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+
+
+def _check_release(nvcc: Path) -> None:
+    """Raise Unavailable for a toolkit whose headers lack a grid's barrier in two halves."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found and tuple(map(int, found.groups())) < (12, 2):
+        raise Unavailable(f"expected nvcc of CUDA 12.2 or newer, got {found[1]}.{found[2]}: {nvcc}")
 
 
 def _toolkit_of(nvcc: Path) -> Path:

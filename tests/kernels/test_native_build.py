@@ -294,6 +294,18 @@ def test_other_gpu_architectures_build_again(tmp_path, monkeypatch):
     assert build.build(tmp_path)["cuda"] == "up to date"
 
 
+@pytest.mark.parametrize("home", ["12.1", "11.8"])
+def test_a_toolkit_that_is_too_old_is_said(tmp_path, monkeypatch, home):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {home}, V{home}.105'")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("RODIMUS_BUILD_CPU", "0")
+    line = build.build(tmp_path / "out", force=True)["cuda"]
+    assert line == f"skipped: expected nvcc of CUDA 12.2 or newer, got {home}: {nvcc.resolve()}"
+
+
 def unavailable():
     raise build.Unavailable("no nvcc")
 
