@@ -38,7 +38,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read config {path}: {error.strerror}") from error
+        inner = path / "config.toml"
+        hint = f"; did you mean {inner}?" if inner.is_file() else ""
+        raise InputError(f"cannot read config {path}: {error.strerror}{hint}") from error
     except ValueError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
     model = values.get("model")

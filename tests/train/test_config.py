@@ -115,6 +115,10 @@ def test_options_change_a_whole_run(write):
 def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
     with pytest.raises(InputError, match="cannot read config"):
         load_config(tmp_path / "none.toml")
+    # a run has one within
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(InputError, match=r"Is a directory; did you mean .*config.toml\?"):
+        load_config(tmp_path)
     with pytest.raises(InputError, match="not valid TOML"):
         load_config(write("[optim\nlr=1"))
 
