@@ -15,6 +15,14 @@ pytestmark = TRITON_MARKS
 SMALL, LARGE = (2, 9, 32), (66, 16384, 2048)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept():
+    """Of a test's tens of GB, for those that other processes run beside the next."""
+    yield
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
 @functools.cache
 def constants(*shape):
     """The same numbers in every call, in bfloat16; to copy them to a GPU waits for it."""
