@@ -210,7 +210,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         what = f"at most {limits.choices} together with the number of prompts"
         raise fields.wrong("n", what, choices * len(prompts))
     if (best := fields.get("best_of")) not in (None, 1, choices):
-        raise fields.wrong("best_of", f"n = {choices}, which chooses none", best)
+        raise fields.wrong("best_of", f"n = {choices}: all texts are given", best)
     stream = fields.boolean("stream", False)
     options = fields.get("stream_options", {})
     if not isinstance(options, dict):

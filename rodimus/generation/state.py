@@ -76,7 +76,7 @@ class StateLayout:
         """
         attends = config.block_type == "rodimus_plus"
         if window_dtype not in (None, torch.int8):
-            raise ValueError(f"window_dtype must be None or torch.int8, got {window_dtype}")
+            raise ValueError(f"window_dtype must be None or torch.int8, got {window_dtype!r}")
         if window_dtype and not attends:
             raise ValueError(
                 "the model has no attention window whose values could be int8:"
