@@ -404,57 +404,31 @@ def _add_sampling(
 ) -> None:
     inf = float("inf")
     add = parser.add_argument
-    add(
-        "--max-new-tokens",
-        type=number(int, 1, inf, "at least 1"),
-        default=256,
-        metavar="N",
-        help="most tokens of one text (default: %(default)s)",
+
+    def add_number(name, kind, low, high, what, default, explanation):
+        metavar = "N" if kind is int else "X"
+        bounds = number(kind, low, high, what)
+        add(f"--{name}", type=bounds, default=default, metavar=metavar, help=explanation)
+
+    text = "most tokens of one text (default: %(default)s)"
+    add_number("max-new-tokens", int, 1, inf, "at least 1", 256, text)
+    text = "randomness: 0 takes the likeliest token every time (default: %(default)s)"
+    add_number("temperature", float, 0, 100, "0 to 100", temperature, text)
+    text = "sample among the N likeliest tokens only (default: all)"
+    add_number("top-k", int, 0, inf, "at least 0", 0, text)
+    text = (
+        "sample among the likeliest tokens that make up this share, 0 among the likeliest alone"
+        " (default: %(default)s)"
     )
-    add(
-        "--temperature",
-        type=number(float, 0, 100, "0 to 100"),
-        default=temperature,
-        metavar="X",
-        help="randomness: 0 takes the likeliest token every time (default: %(default)s)",
-    )
-    add(
-        "--top-k",
-        type=number(int, 0, inf, "at least 0"),
-        default=0,
-        metavar="N",
-        help="sample among the N likeliest tokens only (default: all)",
-    )
-    add(
-        "--top-p",
-        type=number(float, 0, 1, "0 to 1"),
-        default=top_p,
-        metavar="X",
-        help="sample among the likeliest tokens that make up this share, 0 among the likeliest "
-        "alone (default: %(default)s)",
-    )
-    add(
-        "--min-p",
-        type=number(float, 0, 1, "0 to 1"),
-        default=0.0,
-        metavar="X",
-        help="sample among tokens at least this likely, relative to the likeliest (default: all)",
-    )
-    add(
-        "--repetition-penalty",
-        type=number(float, 0.01, 100, "0.01 to 100"),
-        default=1.0,
-        metavar="X",
-        help="make tokens that were there before less likely; 1 changes nothing (default)",
-    )
-    for name, each in (("presence", "once"), ("frequency", "for each time")):
-        add(
-            f"--{name}-penalty",
-            type=number(float, -2, 2, "-2 to 2"),
-            default=0.0,
-            metavar="X",
-            help=f"taken {each} from the score of tokens that the answer already has (default: 0)",
-        )
+    add_number("top-p", float, 0, 1, "0 to 1", top_p, text)
+    text = "sample among tokens at least this likely, relative to the likeliest (default: all)"
+    add_number("min-p", float, 0, 1, "0 to 1", 0.0, text)
+    text = "make tokens that were there before less likely; 1 changes nothing (default)"
+    add_number("repetition-penalty", float, 0.01, 100, "0.01 to 100", 1.0, text)
+    text = "taken from the score of tokens that the answer already has (default: 0)"
+    add_number("presence-penalty", float, -2, 2, "-2 to 2", 0.0, text)
+    text = "the same once for each time that the answer has them (default: 0)"
+    add_number("frequency-penalty", float, -2, 2, "-2 to 2", 0.0, text)
     add(
         "--stop",
         action="append",

@@ -260,13 +260,12 @@ def test_options_of_sampling_reach_the_engine(checkpoint, model, tokenizer, caps
     greedy = text()
     for option in (("--min-p", 1), ("--top-k", 1), ("--top-p", 1e-6), ("--top-p", 0)):
         assert text("--temperature", 1, *option) == greedy
-    sampling = SamplingParams(repetition_penalty=3.0)
-    request = Request(tokenizer("hello").input_ids, 20, sampling)
-    (penalised,) = Engine(model, tokenizer).generate([request])
-    assert text("--repetition-penalty", 3) == f"hello{penalised.text}\n" != greedy
-    # so much for a token that was there is nothing to one that was not
-    for option in ("--presence-penalty", "--frequency-penalty"):
-        assert text(option, 2) != greedy
+    penalties = {"repetition": 3.0, "presence": 2.0, "frequency": 0.5}
+    for name, value in penalties.items():
+        sampling = SamplingParams(**{f"{name}_penalty": value})
+        request = Request(tokenizer("hello").input_ids, 20, sampling)
+        (penalised,) = Engine(model, tokenizer).generate([request])
+        assert text(f"--{name}-penalty", value) == f"hello{penalised.text}\n" != greedy, name
     new = greedy.removeprefix("hello").removesuffix("\n")
     first, second = new[8:10], new[4]
     assert text("--stop", first) == f"hello{new[: new.index(first)]}\n"

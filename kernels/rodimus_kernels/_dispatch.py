@@ -152,13 +152,15 @@ def check_same_device(
 ) -> None:
     """Raise ValueError unless the others live on the reference's device."""
     for name, tensor in others.items():
-        if tensor is not None and getattr(tensor, "device", None) != reference.device:
-            if not isinstance(tensor, torch.Tensor):
-                raise _no_tensor(name, tensor)
-            raise ValueError(
-                f"{name} must be on the device of {reference_name} ({reference.device}),"
-                f" got {tensor.device}"
-            )
+        device = getattr(tensor, "device", None)
+        if tensor is None or device == reference.device:
+            continue
+        # an array of numpy has one that is text
+        if not isinstance(device, torch.device):
+            raise _no_tensor(name, tensor)
+        raise ValueError(
+            f"{name} must be on the device of {reference_name} ({reference.device}), got {device}"
+        )
 
 
 def check_floating(**tensors: torch.Tensor | None) -> None:

@@ -374,10 +374,11 @@ class _Fields:
         return default if value is None else value
 
     def wrong(self, name, what, got):
-        shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
         if isinstance(got, list):
             kinds = ", ".join(sorted(set(map(_kind, got))))
             shown = f"a list of {len(got)} ({kinds})" if got else "an empty list"
+        else:
+            shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
         return ApiError(400, f"{name} must be {what}, got {shown}", param=name)
 
     def boolean(self, name, default):

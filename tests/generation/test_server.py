@@ -92,6 +92,10 @@ class TestCompletions:
     def test_sampling_fields_reach_the_engine(self, client, direct):
         _, answer = client.complete("Hello", seed=7, max_tokens=30, **SAMPLED)
         assert answer["choices"][0]["text"] == direct("Hello", 30, seed=7, **SAMPLED).text
+        fields = {"temperature": 0, "max_tokens": 5, "logit_bias": {"72": 100, "90": -100}}
+        biased = direct("Hello", 5, logit_bias={72: 100, 90: -100}).text
+        assert client.complete("Hello", **fields)[1]["choices"][0]["text"] == biased
+        assert biased != direct("Hello", 5).text
 
     @pytest.mark.parametrize(
         "prompt, texts",

@@ -109,3 +109,11 @@ def test_a_state_of_the_mixer_with_strides():
     state = torch.zeros(B, 1, V, K).transpose(2, 3)
     with pytest.raises(ValueError, match=r"state must be contiguous, got strides \(24, 24, 1, 4\)"):
         call(rk.ddts_mixer_step, state=state)
+
+
+def test_quantised_weights_elsewhere_are_no_less_a_weight():
+    """They are no tensor, and have a device."""
+    weight = rk.quantize_int4(torch.ones(V, K))
+    elsewhere = weight._replace(values=weight.values.to("meta"), scale=weight.scale.to("meta"))
+    with pytest.raises(ValueError, match=r"weight must be on the device of x \(cpu\), got meta"):
+        rk.linear(torch.zeros(B, K), elsewhere)

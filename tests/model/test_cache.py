@@ -326,7 +326,7 @@ def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
 
 @pytest.fixture
 def few_recorded(monkeypatch):
-    """So many tokens can be taken back, fewer than the window has."""
+    """So many tokens can be taken back, more than a window has."""
     monkeypatch.setattr(modeling_rodimus._RecurrentCacheLayer, "max_rollback", 12)
     return 12
 
