@@ -10,8 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import compress, islice, pairwise
 from numbers import Integral
 
 import torch
@@ -32,6 +32,9 @@ MOST_TOGETHER = 16
 # so much of such a forward must be tokens on a CPU, where padding costs as much as they do; on a
 # GPU it is little beside the launches of another forward
 _LEAST_FULL_ON_CPU = 0.75
+# positions of a prompt whose log-probabilities are computed at once: each takes the vocabulary in
+# float32, several times
+_SCORED_AT_ONCE = 64
 # the error of what was under way in such a step
 STEP_FAILED = "a step of the engine failed or was interrupted"
 
@@ -43,11 +46,14 @@ class Request:
     Args:
         prompt: Token ids, at least one; or text, which needs a tokenizer and gets the special
             tokens that it adds.
-        max_new_tokens: Most tokens to generate, the one that ends the text included.
+        max_new_tokens: Most tokens to generate, the one that ends the text included. At least 1;
+            with ``prompt_logprobs`` it may be 0, which scores the prompt alone.
         sampling: How tokens are chosen; greedy by default.
         stop: Strings that end the text; the text does not contain them. Needs a tokenizer.
         stop_tokens: Tokens that end the text; None for the model's end-of-text tokens.
         logprobs: Report each token's log-probability and those of so many likeliest; None for none.
+        prompt_logprobs: The same of the prompt's tokens, which is then read whole, whatever state
+            there is of its beginning.
         keep_state: Give the state back at the end, to continue from it later.
     """
 
@@ -57,6 +63,7 @@ class Request:
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     keep_state: bool = False
 
 
@@ -102,6 +109,8 @@ class Generation:
         text: Of those tokens, as it continues the prompt's, if the engine has a tokenizer; without
             what stopped it.
         logprobs: One entry a token, if asked for.
+        prompt_logprobs: If asked for, one entry for each token of the prompt but the first, given
+            the tokens before it; complete when the first token is generated.
         finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
             "length", "cancelled" or "error".
         error: What went wrong, for "error": with the model, the step, or the text of the tokens.
@@ -114,6 +123,7 @@ class Generation:
         self.request, self.prompt, self.stop_tokens = request, prompt, stop_tokens
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.prefix_tokens = 0
@@ -280,7 +290,12 @@ class Engine:
             raise ValueError(f"expected a Request or text, got {type(request).__name__}")
         self._check_place()
         prompt = self._check_prompt(request.prompt) if like is None else like.prompt
-        total = len(prompt) + _at_least("max_new_tokens", 1, request.max_new_tokens)
+        for name in ("logprobs", "prompt_logprobs"):
+            most = getattr(request, name)
+            if most is not None and not (is_integer(most) and 0 <= most <= MAX_LOGPROBS):
+                raise ValueError(f"{name} must be an integer in [0, {MAX_LOGPROBS}], got {most!r}")
+        least = 1 if request.prompt_logprobs is None else 0
+        total = len(prompt) + _at_least("max_new_tokens", least, request.max_new_tokens)
         if self.max_length is not None and total > self.max_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens and max_new_tokens is"
@@ -290,10 +305,6 @@ class Engine:
             got = type(request.sampling).__name__
             raise ValueError(f"sampling must be SamplingParams, got {got}")
         self._check_tokens("logit_bias", [token for token, _ in request.sampling.logit_bias])
-        logprobs = request.logprobs
-        if logprobs is not None and not (is_integer(logprobs) and 0 <= logprobs <= MAX_LOGPROBS):
-            what = f"an integer in [0, {MAX_LOGPROBS}]"
-            raise ValueError(f"logprobs must be {what}, got {logprobs!r}")
         self._check_stop(request.stop)
         ends = self.end_tokens
         if request.stop_tokens is not None:
@@ -509,8 +520,9 @@ class Engine:
 
     def _read_on(self, reading, chunks):
         generations = reading.generations
+        scored = [x.request.prompt_logprobs is not None for x in generations]
         try:
-            logits = self._read_chunk(chunks, reading.cache)
+            logits = self._read_chunk(chunks, reading.cache, every_token=any(scored))
         except FloatingPointError as error:
             self._reading = None
             if len(generations) == 1:
@@ -521,18 +533,29 @@ class Engine:
             self.waiting.extendleft(reversed(generations))
             return
         self.stats.prompt_tokens += sum(map(len, chunks))
+        for row in compress(range(len(chunks)), scored):
+            self._score(generations[row], reading.read, logits[row, -len(chunks[row]) :])
         reading.read += max(map(len, chunks))
         if reading.read < len(generations[0].prompt):
             return
         for row, generation in enumerate(generations):
             state = SequenceState.from_cache(reading.cache, generation.prompt, row)
-            self._enter(generation, state, logits[row : row + 1].clone())
+            self._enter(generation, state, logits[row : row + 1, -1].clone())
         self._reading = None
+
+    def _score(self, generation, read, logits):
+        """Report a prompt's log-probabilities, from the logits ``[T, V]`` after tokens ``read`` and
+        on, each of which predicts the next token."""
+        targets = generation.prompt[read + 1 :][: len(logits)].to(self.device)
+        pairs = (x.split(_SCORED_AT_ONCE) for x in (logits[: len(targets)], targets))
+        for some, tokens in zip(*pairs, strict=True):
+            most = generation.request.prompt_logprobs
+            generation.prompt_logprobs += _entries(some, tokens, most)
 
     def _start_reading(self, room):
         """The first that wait; None where they do not fit into what a step still may read."""
         generation = self.waiting[0]
-        prefix = self._known(generation.prompt)
+        prefix = self._known(generation)
         read = 0 if prefix is None else len(prefix.state.tokens)
         if min(len(generation.prompt) - read, self.prefill_chunk) > room:
             return None
@@ -569,13 +592,16 @@ class Engine:
         if generation.is_read_alone or others[0].is_read_alone:
             return False
         prompt = generation.prompt
-        if self._known(prompt) is not None or any(prompt is x.prompt for x in others):
+        if self._known(generation) is not None or any(prompt is x.prompt for x in others):
             return False
         starts = (x.prompt for x in others if self.prefixes.recent)
         return not any(torch.equal(x, prompt[: len(x)]) for x in starts)
 
-    def _known(self, prompt):
+    def _known(self, generation):
         """What a prompt may start from, if there is anything."""
+        prompt = generation.prompt
+        if generation.request.prompt_logprobs is not None:
+            return None
         if self._shared is not None and self._shared.state.tokens is prompt:
             return self._shared
         return self.prefixes.longest(prompt)
@@ -586,29 +612,50 @@ class Engine:
         self._shared = prefix if same else None
 
     @torch.no_grad()
-    def _read_chunk(self, chunks, cache):
-        """Logits ``[B, V]`` after more tokens of each prompt.
+    def _read_chunk(self, chunks, cache, every_token=False):
+        """Logits ``[B, 1, V]`` after more tokens of each prompt; ``[B, T, V]`` after every token,
+        on the left of which there may be padding.
 
         Raises:
             FloatingPointError: what the model makes of a prompt is not finite; where there are
                 several, nobody can tell of which.
         """
         ids, mask = _left_padded(chunks)
+        mask = None if mask is None else mask.to(self.device)
         output = self.model(
             input_ids=ids.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
+            attention_mask=mask,
             cache=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=0 if every_token else 1,
         )
-        logits = output.logits[:, -1]
-        if len(chunks) > 1 and not_finite(logits.amax(-1)).any():
-            raise FloatingPointError("the model's logits hold NaN or infinity")
+        logits = output.logits
+        # one prompt is checked where its first token is chosen, which a scored one may not have
+        if len(chunks) > 1 or every_token:
+            broken = not_finite(logits.amax(-1))
+            if (broken if mask is None else broken & mask[:, -logits.shape[1] :]).any():
+                raise FloatingPointError("the model's logits hold NaN or infinity")
         return logits
 
     def _enter(self, generation, state, logits):
-        """Choose the first token; unless it is the last, take the first free slot."""
+        """Choose the first token, if one is wanted; unless it is the last, take the first free
+        slot."""
         row = len(self.running)
+        if generation.request.max_new_tokens == 0:
+            self._finish(generation, "length")
+        else:
+            self._choose_first(generation, row, logits)
+            if generation.finish_reason == "error":
+                return
+        self.prefixes.leave(state, logits)
+        self._share(Prefix(state, logits))
+        if generation.finish_reason is None:
+            self.states.write(row, state)
+            self.running.append(generation)
+        elif generation.request.keep_state:
+            generation.state = state
+
+    def _choose_first(self, generation, row, logits):
         self.sampler.place(row, generation.request.sampling, generation.prompt)
         chosen = self.sampler(logits, first_row=row)
         if self.tokenizer is not None:
@@ -620,18 +667,10 @@ class Engine:
             )
         chosen_at = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)
-        if generation.finish_reason == "error":
-            return
-        # before the end, if that is the only token
-        generation.started = chosen_at
-        self.prefixes.leave(state, logits)
-        self._share(Prefix(state, logits))
-        if generation.finish_reason is None:
-            self.states.write(row, state)
+        if generation.finish_reason != "error":
+            # before the end, if that is the only token
+            generation.started = chosen_at
             self.decoder.tokens[row] = chosen[0]
-            self.running.append(generation)
-        elif generation.request.keep_state:
-            generation.state = state
 
     def _decode(self, meanwhile):
         running = list(self.running)
@@ -671,11 +710,11 @@ class Engine:
             return
         most = max(generations[i].request.logprobs for i in asked)
         rows = torch.tensor(asked, device=self.device)
-        found = token_logprobs(logits[rows], chosen[rows].clamp_min(0), most)
-        for i, own, values, ids in zip(asked, *(x.tolist() for x in found), strict=True):
-            top = tuple(zip(ids, values, strict=True))[: generations[i].request.logprobs]
+        entries = _entries(logits[rows], chosen[rows].clamp_min(0), most)
+        for i, entry in zip(asked, entries, strict=True):
             if tokens[i] >= 0:
-                generations[i].logprobs.append(TokenLogprobs(tokens[i], own, top))
+                top = entry.top[: generations[i].request.logprobs]
+                generations[i].logprobs.append(replace(entry, top=top))
 
     def _fail(self, generation, error):
         generation.error = error
@@ -729,6 +768,13 @@ def _place_of(model):
     embedding, since a large model has hundreds of weights, and every request asks."""
     weight = model.get_input_embeddings().weight
     return weight.dtype, weight.device
+
+
+def _entries(logits, tokens, most) -> list[TokenLogprobs]:
+    """Of tokens ``[N]``, each under its row of the logits ``[N, V]``."""
+    own, values, ids = (x.tolist() for x in token_logprobs(logits, tokens, most))
+    tops = [tuple(zip(*row, strict=True)) for row in zip(ids, values, strict=True)]
+    return [TokenLogprobs(*x) for x in zip(tokens.tolist(), own, tops, strict=True)]
 
 
 def _places(chunks) -> int:

@@ -19,7 +19,7 @@ from .sampling import MAX_SEED, SamplingParams, is_integer
 
 # Refused unless they say what happens anyway.
 _UNSUPPORTED = {
-    "echo": (False,),
+    "echo": (False,),  # of a chat
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
@@ -76,6 +76,7 @@ class Call:
         options: Arguments of the engine's ``Request`` but the prompt.
         stop_token_ids: Tokens that end the text besides those of the model.
         ignore_eos: Those of the model do not end it.
+        echo: The answer's texts, tokens and log-probabilities begin with those of the prompt.
         length_field: The field that says how many tokens the client wants; None if it did not say.
         stream, include_usage: Answer in pieces; with a last piece that counts tokens.
         id, created: Of the answer.
@@ -87,6 +88,7 @@ class Call:
     options: dict[str, Any]
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
+    echo: bool
     length_field: str | None
     stream: bool
     include_usage: bool
@@ -120,6 +122,8 @@ class Call:
         for ids in token_ids:
             for choice in range(self.choices):
                 options = {**self.options, "stop_tokens": ends}
+                if self.echo:
+                    options["prompt_logprobs"] = options["logprobs"]
                 if max_length is not None:
                     options["max_new_tokens"] = self._new_tokens(len(ids), max_length)
                 seed = options["sampling"].seed
@@ -179,11 +183,14 @@ def parse_completion(body: dict[str, Any], limits: Limits) -> Call:
     Raises:
         ApiError: 400, naming the field.
     """
-    fields = _Fields(body, {*_SHARED, "prompt"})
+    fields = _Fields(body, {*_SHARED, "prompt", "echo"})
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-    new_tokens = fields.integer("max_tokens", min(16, limits.new_tokens), 1, limits.new_tokens)
+    echo = fields.boolean("echo", False)
+    # none where there is something to say about the prompt
+    least = 0 if echo and logprobs is not None else 1
+    new_tokens = fields.integer("max_tokens", min(16, limits.new_tokens), least, limits.new_tokens)
     prompts = _prompts(fields, limits)
-    return _call(fields, limits, prompts, new_tokens, logprobs, is_chat=False)
+    return _call(fields, limits, prompts, new_tokens, logprobs, is_chat=False, echo=echo)
 
 
 def parse_chat(body: dict[str, Any], limits: Limits) -> Call:
@@ -204,7 +211,7 @@ def parse_chat(body: dict[str, Any], limits: Limits) -> Call:
     return _call(fields, limits, [messages], new_tokens, logprobs, is_chat=True)
 
 
-def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
+def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat, echo=False):
     choices = fields.integer("n", 1, 1, limits.choices)
     if choices * len(prompts) > limits.choices:
         what = f"at most {limits.choices} together with the number of prompts"
@@ -241,6 +248,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat):
         },
         stop_token_ids=_stop_token_ids(fields, limits),
         ignore_eos=fields.boolean("ignore_eos", False),
+        echo=echo,
         length_field=next((name for name in _LENGTHS if fields.get(name) is not None), None),
         stream=stream,
         include_usage=_Fields(options, {"include_usage", "include_obfuscation"}).boolean(
@@ -454,6 +462,10 @@ class _Place:
             self._characters += len(self._decoder.decode(token.data))
         return at
 
+    def move_to(self, characters: int) -> None:
+        """Go on behind so many characters."""
+        self._characters = characters
+
 
 class Answer:
     """Writes the answers to one call.
@@ -462,10 +474,17 @@ class Answer:
         model: Name of the model.
         call: What is answered.
         token_text: Of one token id.
+        echoed: Of each prompt, the text that its choices begin with; empty where none does.
     """
 
-    def __init__(self, model: str, call: Call, token_text: Callable[[int], TokenText]):
-        self.model, self.call, self.token_text = model, call, token_text
+    def __init__(
+        self,
+        model: str,
+        call: Call,
+        token_text: Callable[[int], TokenText],
+        echoed: Sequence[str] = (),
+    ):
+        self.model, self.call, self.token_text, self.echoed = model, call, token_text, echoed
         # where each choice's next token begins in its text
         self._places: dict[int, _Place] = {}
 
@@ -473,12 +492,16 @@ class Answer:
         """The answer in one piece."""
         choices = []
         for index, generation in enumerate(generations):
+            echo = self._echo(index, generation) if self.call.echo else None
             choice = self._choice(index, generation.logprobs, generation.finish_reason)
             if self.call.is_chat:
                 message = {"role": "assistant", "content": generation.text}
                 choice["message"] = message | _NO_REFUSAL
             else:
                 choice["text"] = generation.text
+            if echo is not None:
+                choice["text"] = echo["text"] + choice["text"]
+                choice["logprobs"] = _joined(echo["logprobs"], choice["logprobs"])
             choices.append(choice)
         kind = "chat.completion" if self.call.is_chat else "text_completion"
         return {**self._envelope(kind, choices), "usage": usage(generations, self.call.choices)}
@@ -489,6 +512,10 @@ class Answer:
             return None
         choice = self._choice(index, [], None)
         return self._piece([choice | {"delta": {"role": "assistant", "content": ""}}])
+
+    def echo(self, index: int, generation: Generation) -> dict[str, Any]:
+        """The piece of a choice that repeats its prompt, once that has been read."""
+        return self._piece([self._echo(index, generation)])
 
     def piece(self, index: int, delta: Delta) -> dict[str, Any]:
         """One piece of a choice."""
@@ -502,6 +529,24 @@ class Answer:
     def closing(self, generations: list[Generation]) -> dict[str, Any]:
         """The last piece, which counts tokens, for those who asked for it."""
         return {**self._piece([]), "usage": usage(generations, self.call.choices)}
+
+    def _echo(self, index, generation):
+        text, logprobs = self.echoed[index // self.call.choices], None
+        if self.call.options["logprobs"] is not None:
+            # nothing comes before the first token that could make it likely
+            first = self.token_text(int(generation.prompt[0]))
+            logprobs = {
+                "tokens": [first.name],
+                "token_logprobs": [None],
+                "top_logprobs": [None],
+                "text_offset": [self._place(index).pass_by(first)],
+            }
+            logprobs = _joined(logprobs, self._lists(index, generation.prompt_logprobs))
+        self._place(index).move_to(len(text))
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _place(self, index):
+        return self._places.setdefault(index, _Place())
 
     def _choice(self, index, logprobs, finish_reason):
         written = None
@@ -542,7 +587,7 @@ class Answer:
     def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
         """A completion's log-probabilities: lists as long as the tokens."""
         texts = [self.token_text(entry.token) for entry in entries]
-        place = self._places.setdefault(index, _Place())
+        place = self._place(index)
         return {
             "tokens": [text.name for text in texts],
             "token_logprobs": [max(entry.logprob, _IMPOSSIBLE) for entry in entries],
@@ -556,6 +601,13 @@ class Answer:
             ],
             "text_offset": [place.pass_by(text) for text in texts],
         }
+
+
+def _joined(first, then):
+    """Lists of tokens behind those of the tokens before them; either may be None."""
+    if first is None or then is None:
+        return then if first is None else first
+    return {name: first[name] + then[name] for name in first}
 
 
 def usage(generations: list[Generation], choices: int) -> dict[str, Any]:

@@ -243,9 +243,13 @@ class Service:
             # a full server does not tokenise what it cannot take
             self.worker.check_room(len(call.prompts) * call.choices)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
+        echoed = []
+        if call.echo:
+            pairs = zip(call.prompts, token_ids, strict=True)
+            echoed = [await run_in_threadpool(self._text_of, *pair) for pair in pairs]
         engine = self.worker.engine
         await exchange.submit(call.requests(token_ids, engine.end_tokens, engine.max_length))
-        answer = Answer(self.model_name, call, self._token_text)
+        answer = Answer(self.model_name, call, self._token_text, echoed)
         if call.stream:
             ended = functools.partial(self._stream_ended, endpoint, exchange)
             return _EventStream(self._pieces(exchange, answer, call), ended)
@@ -299,6 +303,14 @@ class Service:
         self._check_tokens(call.input_field, ids)
         return ids
 
+    def _text_of(self, prompt, ids) -> str:
+        """A prompt as text; of tokens without those that texts leave out."""
+        if isinstance(prompt, str):
+            return prompt
+        shown = [token for token in ids if token not in self.worker.engine.skipped_tokens]
+        with self._encoding:
+            return decode(self.tokenizer, shown)
+
     def _check_tokens(self, field, ids):
         size = self.worker.engine.model.config.vocab_size
         for token in (min(ids), max(ids)) if ids else ():
@@ -340,6 +352,7 @@ class Service:
         for index in range(len(exchange.generations)):
             if (piece := answer.opening(index)) is not None:
                 yield _event(piece)
+        echoes = set(exchange.generations) if call.echo else set()
         try:
             with _until_cancelled():
                 async with aclosing(exchange.news()) as news:
@@ -351,8 +364,13 @@ class Service:
                         generation, delta = found
                         if delta.finish_reason in ("error", "cancelled"):
                             break
+                        index = exchange.generations.index(generation)
+                        if generation in echoes:
+                            echoes.remove(generation)
+                            # with log-probabilities it takes its time
+                            echo = await run_in_threadpool(answer.echo, index, generation)
+                            yield _event(echo)
                         if delta.text or delta.logprobs or delta.finish_reason:
-                            index = exchange.generations.index(generation)
                             yield _event(answer.piece(index, delta))
             self._finished(exchange.generations)
             exchange.status = 200

@@ -246,7 +246,7 @@ class TestReadingTogether:
     def test_a_step_that_fails_over_them_ends_them_and_not_those_that_wait(self, plus):
         engine, prompts = Engine(plus, slots=4, prefill_chunk=20), prompts_of(9, 9, 9)
         read = engine._read_chunk
-        engine._read_chunk = lambda chunks, cache: 1 / 0
+        engine._read_chunk = lambda *args, **options: 1 / 0
         generations = [engine.submit(Request(p, 9)) for p in prompts]
         with pytest.raises(ZeroDivisionError):
             engine.step()
@@ -328,6 +328,73 @@ def test_logprobs_are_those_of_the_full_forward(plus):
     for entry, row in zip(found.logprobs, expected, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+@ON_BOTH
+@pytest.mark.parametrize("new_tokens", [0, 1, 6])
+@pytest.mark.parametrize("chunk", [5, 512])
+def test_prompt_logprobs_are_those_of_the_full_forward(plus, chunk, new_tokens):
+    """Of prompts in chunks, of several in one forward, and of one of whose beginning there is a
+    state."""
+    prompts = prompts_of(12, 11, 9, 70, 1)
+    prompts.append(torch.cat((prompts[0], prompts[2])))
+    engine = Engine(plus, slots=3, prefill_chunk=chunk, recent_states=4)
+    engine.add_prefix(engine.read(prompts[0].tolist()))
+    found = engine.generate([Request(p, new_tokens, prompt_logprobs=3) for p in prompts])
+    for prompt, generation in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            expected = plus(here(prompt)[None]).logits[0].log_softmax(-1)[:-1]
+        entries = generation.prompt_logprobs
+        assert [entry.token for entry in entries] == prompt[1:].tolist()
+        for entry, row in zip(entries, expected, strict=True):
+            assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
+            assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+        assert generation.tokens == (greedy(plus, prompt, new_tokens) if new_tokens else [])
+        assert (generation.finish_reason, generation.error) == ("length", None)
+    assert engine.stats.prefix_tokens == 0 and not engine.has_work
+
+
+@ON_BOTH
+def test_a_scored_prompt_leaves_its_state(plus):
+    (prompt,) = prompts_of(12)
+    engine = Engine(plus, recent_states=1)
+    (scored,) = engine.generate(Request(prompt, 0, prompt_logprobs=0, keep_state=True))
+    assert scored.tokens == [] and all(entry.top == () for entry in scored.prompt_logprobs)
+    assert scored.state.tokens.tolist() == prompt.tolist()
+    (continued,) = engine.generate(Request(torch.cat((prompt, prompt)), 5))
+    assert continued.prefix_tokens == 12
+    assert continued.tokens == greedy(plus, torch.cat((prompt, prompt)), 5)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_prompt_that_has_no_finite_score_is_an_error(plus, together):
+    prompts = prompts_of(12, 11)
+    marked, spoiled = prompts[0][3].item(), []
+    prompts[1][prompts[1] == marked] += 1
+    plus.model.embeddings.register_forward_pre_hook(
+        lambda module, args: spoiled.append((args[0] == marked).any(-1)[:, None, None])
+    )
+    plus.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.masked_fill(spoiled[-1], torch.nan)
+    )
+    requests = [Request(p, 0, prompt_logprobs=0) for p in prompts[:together]]
+    broken, *others = Engine(plus).generate(requests)
+    assert broken.finish_reason == "error" and "NaN or infinity" in broken.error
+    assert all(len(other.prompt_logprobs) == 10 for other in others)
+
+
+@ON_BOTH
+def test_what_the_model_makes_of_padding_is_no_score(plus):
+    prompts = prompts_of(12, 11)
+    padding = torch.zeros(2, 12, 1, dtype=torch.bool)
+    padding[1, 0] = True
+    plus.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.masked_fill(here(padding), torch.nan)
+    )
+    found = Engine(plus).generate([Request(p, 0, prompt_logprobs=0) for p in prompts])
+    assert [len(x.prompt_logprobs) for x in found] == [11, 10]
+    assert [x.finish_reason for x in found] == ["length", "length"]
 
 
 @ON_BOTH

@@ -183,6 +183,62 @@ class TestCompletions:
         # at this temperature most are not the likeliest
         assert likeliest == 0 or max(map(len, tops)) == 2
 
+    @pytest.mark.parametrize("prompt", ["Hello", [39, 68, 75, 75, 78]], ids=["text", "tokens"])
+    def test_echo_begins_with_the_prompt(self, client, direct, prompt):
+        assert byte_tokenizer()("Hello").input_ids == [39, 68, 75, 75, 78]
+        fields = {"max_tokens": 6, "temperature": 0, "echo": True}
+        _, answer = client.complete(prompt, **fields)
+        (choice,) = answer["choices"]
+        assert choice["text"] == "Hello" + direct("Hello", 6).text and choice["logprobs"] is None
+        assert answer["usage"]["completion_tokens"] == 6
+
+    @pytest.mark.parametrize("made", [0, 6])
+    @pytest.mark.parametrize("length", [1, 5, 150])
+    def test_echo_scores_the_prompt(self, client, length, made):
+        """What tools that rank given continuations ask for."""
+        text = ("Hello, " * 30)[:length]
+        fields = {"max_tokens": made, "temperature": 0, "echo": True, "logprobs": 2}
+        (choice,) = client.complete(text, **fields)[1]["choices"]
+        found, tokens = choice["logprobs"], byte_tokenizer()(text).input_ids
+        assert choice["text"].startswith(text) and choice["finish_reason"] == "length"
+        assert {len(values) for values in found.values()} == {length + made}
+        assert found["text_offset"][: length + 1] == list(range(length + min(made, 1)))
+        assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+        model = text_model()
+        with torch.no_grad():
+            rows = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        own = [row[token].item() for row, token in zip(rows, tokens[1:], strict=False)]
+        assert found["token_logprobs"][1:length] == pytest.approx(own, abs=1e-4)
+        likeliest = [row.max().item() for row in rows[: length + made - 1]]
+        tops = [max(top.values()) for top in found["top_logprobs"][1 : length + min(made, 1)]]
+        assert tops == pytest.approx(likeliest, abs=1e-4)
+
+    def test_an_echo_repeats_special_tokens_as_they_were_sent(self, client):
+        """The text that follows begins behind them, though generated texts leave them out."""
+        text = f"Hi{END}there"
+        fields = {"max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 0}
+        (choice,) = client.complete(text, **fields)[1]["choices"]
+        assert choice["text"].startswith(text)
+        assert choice["logprobs"]["tokens"][:4] == ["H", "i", END, "t"]
+        assert choice["logprobs"]["text_offset"][-2] == len(text)
+        tokens = byte_tokenizer()(text).input_ids
+        (choice,) = client.complete(tokens, **fields)[1]["choices"]
+        assert choice["text"].startswith("Hithere")
+        assert choice["logprobs"]["text_offset"][-2] == len("Hithere")
+
+    def test_an_echo_is_streamed_before_what_follows(self, client):
+        body = {"prompt": ["Hello", "there"], "n": 2, "seed": 1, "max_tokens": 20, "echo": True}
+        body["logprobs"] = 1
+        _, answer = client.complete(**body)
+        events = client.stream("/v1/completions", body)
+        for choice in answer["choices"]:
+            own = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
+            assert own[0]["text"] == body["prompt"][choice["index"] // 2]
+            assert "".join(piece["text"] for piece in own) == choice["text"]
+            for name, values in choice["logprobs"].items():
+                pieces = (piece["logprobs"][name] for piece in own if piece["logprobs"])
+                assert [value for piece in pieces for value in piece] == values
+
     def test_a_stream_is_the_same_text_in_pieces(self, client, direct):
         body = {"prompt": ["Hello", "there"], "max_tokens": 40, "temperature": 0}
         events = client.stream(
@@ -455,7 +511,13 @@ BAD_COMPLETIONS = {
     ),
     "stream options list": ({"prompt": "x", "stream": True, "stream_options": [1]}, "an object"),
     "unknown": ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'?"),
-    "unsupported": ({"prompt": "x", "echo": True}, "echo is not supported"),
+    "unsupported": ({"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+    "echo": ({"prompt": "x", "echo": 1}, "echo must be true or false, got 1"),
+    "no tokens": ({"prompt": "x", "max_tokens": 0}, "max_tokens must be an integer in [1, 300]"),
+    "no tokens, no logprobs": (
+        {"prompt": "x", "echo": True, "max_tokens": 0},
+        "max_tokens must be an integer in [1, 300], got 0",
+    ),
     "best_of": ({"prompt": "x", "n": 2, "best_of": 3}, "best_of must be n = 2"),
     "best_of text": ({"prompt": "x", "best_of": "all"}, "best_of must be n = 1"),
     "presence": ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty must be a number in"),
@@ -1049,10 +1111,10 @@ def test_a_choice_that_fails_ends_its_stream_by_its_own_name():
     engine.end_tokens = ()
     read = engine._read_chunk
 
-    def breaks(tokens, cache):
+    def breaks(tokens, cache, **options):
         if 1 in tokens:
             raise FloatingPointError("not finite")
-        return read(tokens, cache)
+        return read(tokens, cache, **options)
 
     engine._read_chunk = breaks
     with serving(engine=engine) as (client, service, _):
