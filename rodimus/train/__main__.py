@@ -1,8 +1,8 @@
 """`rodimus train CONFIG` and `torchrun -m rodimus.train CONFIG`: one run from start to export.
 
-Exit status: 0 done, 1 stopped by the guard or the last checkpoint not written, 2 bad input, 143
-terminated with a checkpoint (start the same command again to go on); ``status`` leaves it in a file
-too.
+Exit status: 0 the run is done, 1 the guard stopped it or its last checkpoint could not be written,
+2 bad input, 143 terminated after a checkpoint (the same command resumes). ``status`` also writes it
+to a file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         status = train(argv[0], argv[1:])
     except InputError as error:
-        # every rank finds the same fault, or all of a machine that differs; one of each says it
+        # all ranks fail alike, or all ranks of one machine: one rank of each machine reports it
         if is_main:
             print(f"rodimus train: error: {error}", file=sys.stderr)
         elif os.environ.get("LOCAL_RANK") == "0":
@@ -73,7 +73,7 @@ def train(path: str, overrides: list[str]) -> int:
 
 
 def hold(config: TrainConfig, held: ExitStack) -> None:
-    """Keeps other runs out of the folder of this one, which goes again where nothing comes in."""
+    """Keeps other runs out of this run's folder; a new folder that stays empty is deleted."""
     from .loop import make_folder
     from .store import alone
 
@@ -92,7 +92,7 @@ def remove_empty(folder: Path) -> None:
 
 
 def run(config: TrainConfig, ranks: Ranks) -> int:
-    """Trains and leaves the other ranks, who need not wait for an export; the exit status."""
+    """Trains and leaves the process group, so that no rank waits for an export; the exit status."""
     from . import parallel
     from .guard import RunStopped
     from .loop import Trainer
@@ -106,19 +106,19 @@ def run(config: TrainConfig, ranks: Ranks) -> int:
             trainer.log.say(str(stopped))
             status = 1
         except InputError as error:
-            # found by this rank alone; the others end when it does
+            # only this rank found the error; the others end when this process does
             print(f"rodimus train: error: rank {ranks.rank}: {error}", file=sys.stderr)
             return 2
         finally:
             trainer.close()
-        # at once: a launcher may kill this process when another ends, or a scheduler at its export
+        # now: a launcher may kill this process when another ends, a scheduler during the export
         leave(TERMINATED if status == 0 and config.export else status)
     parallel.stop()
     return status
 
 
 def finish(config: TrainConfig) -> None:
-    """Exports the trained model and shows what it writes."""
+    """Exports the trained model and prints a sample of its text."""
     if not config.export:
         return
     from transformers.utils import logging as transformers_logging
@@ -138,7 +138,7 @@ def finish(config: TrainConfig) -> None:
 
 
 def sample(folder: Path, prompt: str, new_tokens: int) -> str:
-    """Text of ``prompt`` and its most likely continuation by an exported model.
+    """Returns ``prompt`` followed by its greedy continuation by an exported model.
 
     Raises:
         InputError: the model predicts tokens but cannot generate.

@@ -1,4 +1,4 @@
-"""Batches by step: sources opened and checked, rows put in order, read one step ahead."""
+"""Batches by step: opens and checks the sources, orders their rows and reads them ahead."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_sources(patterns: tuple[str, ...], *, weighted: bool = False) -> list[T
     """
     sources: list[TokenShards] = []
     for pattern in patterns:
-        # a file of that name wins: brackets are common in the names of folders
+        # an existing file comes before a glob: brackets are common in folder names
         found = [pattern] if Path(pattern).is_file() else sorted(glob(pattern, recursive=True))
         if not found:
             path = Path(pattern).absolute()
@@ -69,10 +69,10 @@ def _check_once(sources: Sequence[TokenShards]) -> None:
 
 
 def check_held_out(train: Sequence[TokenShards], held_out: Sequence[TokenShards]) -> None:
-    """Refuses to hold out what is trained on, or what has other tokens.
+    """Refuses held-out data that is also trained on, or that has another tokenizer.
 
     Raises:
-        InputError: names a manifest that is in both, or whose tokens are others.
+        InputError: a manifest is in both, or the vocabulary or tokenizer differs.
     """
     trained = {source.path.resolve() for source in train}
     for source in held_out:
@@ -88,7 +88,7 @@ def verify_share(sources: list[TokenShards], rank: int, world_size: int) -> None
 
 
 class TrainData:
-    """Batches of training rows by step: the same global batch for every number of ranks.
+    """Batches of training rows by step; the global batch is the same for any number of ranks.
 
     Args:
         sources: Opened manifests, in the order of ``config.train``.
@@ -117,7 +117,7 @@ class TrainData:
         self.mine = np.arange(rank * share, (rank + 1) * share)
 
     def batch(self, first: int) -> Batch:
-        """This rank's rows of the global batch of samples ``first`` and on, on the CPU."""
+        """This rank's rows of the global batch that begins with sample ``first``, on the CPU."""
         sources, rows = self.order(first + self.mine)
         read = [self.readers[s](int(r)) for s, r in zip(sources, rows, strict=True)]
         return Batch(*torch.from_numpy(np.stack(read, 1)))
@@ -127,8 +127,8 @@ class Prefetcher:
     """Runs ``load`` ahead in a thread, so that training never waits for the disk.
 
     Args:
-        load: Called with the first sample of consecutive batches; its exception is raised by the
-            ``get`` of that batch.
+        load: Called with the first sample of each batch in turn; if it raises, ``get`` of that
+            batch raises the exception.
         stride: Samples from one batch to the next.
     """
 
@@ -137,7 +137,7 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def get(self, first: int) -> Batch:
-        """The batch at sample ``first``; a jump starts over from there."""
+        """The batch at sample ``first``; if that is not the next one, reading restarts there."""
         if self._thread is None or first != self._next:
             self.close()
             self._start(first)
@@ -167,7 +167,7 @@ class Prefetcher:
             first += self.stride
 
     def close(self) -> None:
-        """Stops the thread; what it had loaded is dropped."""
+        """Stops the thread and drops the batches it has loaded."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()

@@ -1,6 +1,6 @@
-"""Best-fit packing: whole documents laid into rows, so that a row wastes little and cuts nothing.
+"""Best-fit packing: whole documents are placed into rows, with little padding and without cuts.
 
-Documents longer than a row are cut into rows of their own; their rests and all shorter documents
+Documents longer than a row are first cut into full rows; their remainders and all shorter documents
 are packed longest first, each into the fullest row that still has room (best-fit decreasing).
 """
 
@@ -15,8 +15,8 @@ from .shards import TokenShards
 class BestFitRows:
     """Plans all rows of a source at once; the plan is a function of the shards and ``seq_len``.
 
-    Every rank computes the same plan, which takes seconds for 10^6 documents and a few integers of
-    memory a document: for larger sources use ``concat``.
+    Every rank computes the same plan. It takes seconds for 10^6 documents and the memory of a few
+    integers per document; for larger sources use ``concat``.
 
     Args:
         shards: Where the tokens are.
@@ -29,7 +29,7 @@ class BestFitRows:
             [_pieces(i, shards, seq_len) for i in range(len(shards.tokens))]
         )
         row_of_piece = best_fit(self.pieces[:, 2], seq_len)
-        # pieces of a row stand together, in the order of the source
+        # the pieces of a row become adjacent, in the order of the source
         order = np.argsort(row_of_piece, kind="stable")
         self.pieces = self.pieces[order]
         counts = np.bincount(row_of_piece)
@@ -57,7 +57,7 @@ def _pieces(shard: int, shards: TokenShards, seq_len: int) -> np.ndarray:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Assigns pieces to rows: longest first, each where the least room would be left.
+    """Assigns pieces to rows: longest first, each to the row where it leaves the least room.
 
     Args:
         lengths: int64, entries in [1, ``capacity``].
@@ -66,7 +66,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     Returns:
         int64 row of every piece; rows are numbered from 0 without gaps.
     """
-    # rows by the room they have left; a piece takes the first with enough
+    # by_room[n]: rows with room for n more tokens; a piece goes to the smallest n that suffices
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     roomy = np.zeros(capacity + 1, bool)
     row_of_piece = np.empty(len(lengths), np.int64)

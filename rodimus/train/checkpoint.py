@@ -1,8 +1,8 @@
 """Saving and restoring a run: torch's distributed checkpoints, plus proof that they are whole.
 
 Every rank writes its shards and hashes them; a checkpoint counts once rank 0 has listed all
-checksums in COMPLETE. Restoring checks them first: torch notices a truncated file but loads flipped
-bits without a word. A damaged checkpoint is set aside and the one before it is used.
+checksums in COMPLETE. Restoring checks them first: torch notices a truncated file but silently
+loads flipped bits. A damaged checkpoint is set aside and the one before it is used.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ _PROGRESS = "progress.json"
 DATA_ORDER = ("data.seq_len", "data.packing", "data.weights", "data.train", "train.seed")
 """Settings that decide which text is in which row, and in which order rows come."""
 STARTED_AGAIN = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-"""Variables that are positive in a process of a job that was started again by itself."""
+"""Environment variables that are positive in a job that Slurm or torchrun has restarted."""
 
 
 @dataclass
 class Progress:
-    """Where a run is; with weights and optimizer all there is to resume from."""
+    """Position of a run: together with weights and optimizer state, all that resuming needs."""
 
     step: int = 0
     """Optimizer steps done."""
     next_sample: int = 0
-    """First sample of the next batch; ahead of ``step`` batches where data was skipped."""
+    """First sample of the next batch; beyond ``step`` batches if data was skipped."""
     tokens: int = 0
     """Training tokens of these steps."""
     guard: dict[str, Any] = field(default_factory=dict)
@@ -72,12 +72,12 @@ class Checkpointer:
 
     Args:
         root: Folder of checkpoints.
-        config: How often, how many, in the background or not.
+        config: How many to keep, whether to write in the background, what to resume from.
         model: Sharded model.
         optimizers: Its optimizers.
         identity: What must agree between a checkpoint and the run that resumes from it.
-        settings: What may change between them, and is reported where it does.
-        size: Bytes of one checkpoint, but for a few files of text.
+        settings: What may differ between them; differences are reported.
+        size: Bytes of one checkpoint, without a few small text files.
     """
 
     def __init__(
@@ -93,26 +93,26 @@ class Checkpointer:
         self.root, self.config, self.size = root, config, size
         self.identity, self.settings = identity, settings
         self.model, self.optimizers = model, list(optimizers)
-        # the writer thread's collectives must never meet the training step's; the watchdog comes
-        # first, and says which rank it is
+        # the writer thread's collectives must never mix with the training step's; the timeout is
+        # longer than the watchdog's, whose report names the rank that hangs
         timeout = timedelta(seconds=config.timeout_s + 60)
         self.group = dist.new_group(backend="gloo", timeout=timeout)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._writer: threading.Thread | None = None
-        # where the run was at its last checkpoint, written or read
+        # progress at the last checkpoint that was written or read
         self._last: Progress | None = None
         self._has_failed = False
 
     def save(self, progress: Progress, *, wait: bool) -> bool:
         """Starts a checkpoint of this step; with ``wait`` it is complete on return. The last one is
-        not written again where the run has not moved since.
+        not written again if the run has not moved since.
 
         A failure to write (a full disk) is logged as an error on every rank, and training goes on.
-        Where the disk is too small for the new one beside all that are kept, and after a failure,
-        the oldest goes before the new one is written instead of after; never the only one.
+        If the disk has no room for the new one beside all that are kept, or after a failure, the
+        oldest is deleted before the new one is written instead of after; the only one never is.
 
         Returns:
-            False where it was waited for and not written.
+            False if it was waited for and could not be written.
         """
         if progress == self._last and (not wait or self._is_written(progress.step)):
             return True
@@ -130,7 +130,7 @@ class Checkpointer:
             return not wait
         state = self._state()
         if self.config.async_save and not wait:
-            # training goes on: what is written is a copy in host memory, plain and made here
+            # training goes on, so a copy is written: in pageable host memory, made synchronously
             state = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
             self._writer = threading.Thread(
                 target=self._write, args=(folder, about, state), name="checkpoint"
@@ -147,8 +147,8 @@ class Checkpointer:
         return self._from_main(lambda: _is_complete(step_folder(self.root, step)))
 
     def shortage(self) -> str | None:
-        """What to say where the disk does not hold the checkpoints that are kept and, where that is
-        one, the next beside it; one of rank 0, since others need not see the folder."""
+        """A message if the disk cannot hold all checkpoints that are kept, or two if one is kept
+        (it stays until the next is complete). For rank 0: others need not see the folder."""
         least = max(2, self.config.keep)
         with suppress(OSError):
             free = self._free() + len(complete_steps(self.root)) * self.size
@@ -164,7 +164,7 @@ class Checkpointer:
         return shutil.disk_usage(there).free
 
     def _lack(self) -> list[str]:
-        """What to say where the disk does not hold one more checkpoint."""
+        """A message if the disk has no room for one more checkpoint, else no message."""
         with suppress(OSError):
             free = self._free()
             if free < self.size:
@@ -172,7 +172,7 @@ class Checkpointer:
         return []
 
     def _replaceable(self) -> list[Path]:
-        """Checkpoints whose place the next one takes; never the only one."""
+        """Checkpoints that the next one replaces; never the only one."""
         keep = max(1, self.config.keep - 1)
         return store.superseded(self.root, keep, self.config.keep_every)
 
@@ -182,14 +182,14 @@ class Checkpointer:
         return False
 
     def _prepare(self, folder: Path) -> str | None:
-        """Makes way for a checkpoint; what went wrong, if something did."""
+        """Makes room for a checkpoint; returns what went wrong, if anything."""
         try:
             if folder.exists():
-                # left by an earlier run past the step that this one resumed from
+                # left by an earlier start that went beyond the step this one resumed from
                 store.remove(folder)
             lack = self._lack()
             if lack or self._has_failed:
-                # a quota is not seen in what is free
+                # after a failure also without a lack: free space does not show a quota
                 early = self._replaceable()
                 for old in early:
                     store.remove(old)
@@ -209,26 +209,26 @@ class Checkpointer:
     def _write(self, folder: Path, about: dict[str, Any], state: dict[str, Any]) -> None:
         errors, checksums = [], {}
         try:
-            # nothing is copied ahead: for that torch waits for the device, and in a thread of its
-            # own every rank would open the first GPU of the machine
+            # no copying ahead: torch synchronises with the device for it, and in the writer thread
+            # every rank would open the machine's first GPU
             writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
             dcp.save(state, storage_writer=writer, process_group=self.group)
             checksums = self._hash_mine(folder, about)
         except (Exception, CheckpointException) as failure:
-            # whatever went wrong here must reach every rank, or the others wait for ever
+            # every rank must learn of any failure here, or the others wait forever
             errors = reasons(failure, self.rank)
         results: list[Any] = [None] * self.world_size
         try:
             dist.all_gather_object(results, (errors, checksums), group=self.group)
         except Exception as failure:
-            # in a thread nobody would see it; the next exchange of the ranks ends the run
+            # an exception in a thread would go unseen; the next collective ends the run
             told = "; ".join(errors) or failure
             logger.error("checkpoint %s not written: %s", folder.name, told)
             return
         errors = sorted({error for part, _ in results for error in part})
         self._has_failed |= bool(errors)
         if errors:
-            # torch's writer says of a full disk that a position is unexpected
+            # torch's writer reports a full disk as an unexpected position
             errors += self._lack() if self.rank == 0 else []
             logger.error("checkpoint %s not written: %s", folder.name, "; ".join(errors))
             if self.rank == 0:
@@ -259,9 +259,9 @@ class Checkpointer:
         return {path.name: sha256_file(path) for path in mine}
 
     def restore(self) -> Progress | None:
-        """Loads what ``config.resume`` asks for; None where the run starts from nothing.
+        """Loads what ``config.resume`` asks for; None if the run starts from scratch.
 
-        A job that a scheduler or torchrun has started again goes on from its newest checkpoint.
+        A job that Slurm or torchrun has restarted always resumes from its newest checkpoint.
 
         Raises:
             InputError: the step asked for is missing or damaged, the run exists although
@@ -269,7 +269,7 @@ class Checkpointer:
         """
         again: list[Any] = [None] * self.world_size
         mine = any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)
-        # torchrun counts the starts of its own node alone
+        # torchrun counts only the restarts of its own node
         dist.all_gather_object(again, mine, group=self.group)
         wanted = "auto" if any(again) else self.config.resume
         steps = self._from_main(lambda: complete_steps(self.root))
@@ -295,7 +295,7 @@ class Checkpointer:
         if damaged:
             raise InputError(f"{folder} is damaged: {', '.join(damaged)}")
         progress = self._load(folder)
-        # of a branch that is left: nothing may resume from them, roll back to them or export them
+        # later steps are of an abandoned branch: never resume from, roll back to or export them
         left = [step_folder(self.root, later) for later in steps if later > step]
         moved = self._from_main(lambda: [store.set_aside(folder, "left") for folder in left])
         for before, after in zip(left, moved, strict=True) if self.rank == 0 else ():
@@ -349,7 +349,7 @@ class Checkpointer:
         )
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group, configured in zip(groups, own, strict=True):
-            # the checkpoint's moments, this run's weight decay and betas
+            # keep the checkpoint's moments, but use this run's weight decay and betas
             group.update({key: value for key, value in configured.items() if key != "params"})
         self._from_main(lambda: _point_to(folder))
         self._last = Progress(**about["progress"])
@@ -358,7 +358,7 @@ class Checkpointer:
     def _state(self) -> dict[str, Any]:
         fresh = [optimizer for optimizer in self.optimizers if not optimizer.state]
         model, optim = get_state_dict(self.model, self.optimizers)
-        # torch gives an optimizer its state by an update without gradients, which is none of a run
+        # torch creates optimizer state by a dummy update, which must not count as a step of the run
         for count in (x["step"] for o in fresh for x in o.state.values() if "step" in x):
             count.zero_()
         for tied in self.model.all_tied_weights_keys:
@@ -370,8 +370,8 @@ class Checkpointer:
 
 
 def reasons(failure: BaseException, rank: int) -> list[str]:
-    """What went wrong on which rank, in a line each. Torch tells every rank of those of all, in an
-    exception that is no ``Exception``."""
+    """What went wrong, one line per rank. Torch raises the failures of all ranks on every rank, as
+    a ``CheckpointException``, which is not an ``Exception``."""
     failures = {rank: failure}
     if isinstance(failure, CheckpointException):
         failures = {rank: error for rank, (error, _) in failure.failures.items()}
@@ -379,7 +379,7 @@ def reasons(failure: BaseException, rank: int) -> list[str]:
 
 
 def _check_seen(folder: Path, written: Sequence[Iterable[str]]) -> None:
-    """Refuses a checkpoint of which this rank sees a part alone; ``written`` by rank."""
+    """Refuses a checkpoint of which this rank sees only a part; ``written``: file names by rank."""
     for rank, names in enumerate(written):
         if not all((folder / name).is_file() for name in names):
             raise FileNotFoundError(
@@ -411,10 +411,10 @@ def _point_to(folder: Path) -> None:
 
 
 def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> list[str]:
-    """What to say of each setting that is not what the checkpoint says it was.
+    """Messages about the settings that differ from those in the checkpoint.
 
     Raises:
-        InputError: it is the optimizer, whose state the checkpoint holds.
+        InputError: the optimizer differs, and so its state, which the checkpoint holds.
     """
     changed = [key for key in sorted(saved.keys() & current) if saved[key] != current[key]]
     if "optim.name" in changed:
@@ -429,7 +429,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
 
 
 def risen_rate(saved: dict[str, Any], current: dict[str, Any], progress: Progress) -> list[str]:
-    """What to say where the last step now has a far higher learning rate than it was made with."""
+    """A message if the last step's learning rate is now far higher than it was in that step."""
     before, now = (_rate(settings, progress) for settings in (current | saved, current))
     if now <= 2 * before:
         return []
@@ -440,7 +440,7 @@ def risen_rate(saved: dict[str, Any], current: dict[str, Any], progress: Progres
 
 
 def _rate(settings: dict[str, Any], progress: Progress) -> float:
-    """As a share of the peak."""
+    """Learning rate of the last step, as a share of the peak."""
     schedule = {f.name: settings[f"schedule.{f.name}"] for f in fields(ScheduleSection)}
     length = [settings[f"train.{name}"] for name in ("steps", "tokens", "global_batch_tokens")]
     steps = steps_of_run(*length, progress.step, progress.tokens)
@@ -448,11 +448,11 @@ def _rate(settings: dict[str, Any], progress: Progress) -> float:
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    """Refuses a checkpoint of another run. A field that only one of them has is of another version
-    of transformers, which adds its own to every configuration.
+    """Refuses a checkpoint of another model or tokenizer. Fields that only one side has are not
+    compared, because versions of transformers add different ones to every configuration.
 
     Raises:
-        InputError: names the first value that differs.
+        InputError: a value differs; the message names the first one.
     """
     for key in sorted(saved.keys() & current.keys()):
         if saved[key] != current[key]:

@@ -1,8 +1,8 @@
-"""What a training run is made of: one frozen dataclass a section of the TOML file.
+"""Settings of a training run: one frozen dataclass per section of the TOML file.
 
-Field docstrings become the text of ``rodimus train CONFIG --help``. Values are checked where they
-enter, so that a mistake ends the run before any work starts. ``rodimus.train.load`` reads and
-writes the file.
+Field docstrings become the text of ``rodimus train CONFIG --help``. Values are checked on
+construction, so that a mistake ends the run before any work starts. ``rodimus.train.load`` reads
+and writes the file.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, is_dataclass
 
 from ..errors import InputError
 
-# torch counts its timeouts in nanoseconds, 64 bits of them
+# torch stores timeouts as 64-bit nanoseconds
 _LONGEST_S = 1e9
-# what is less may be 0 in float32, and AdamW divide 0 by it where no gradient came
+# a smaller eps may be 0 in float32, and AdamW would divide 0 by 0 where there is no gradient
 _LEAST_EPS = 1e-37
 
 
@@ -51,10 +51,11 @@ class ModelSection:
     """Which model is trained."""
 
     config: str = ""
-    """Configuration of Rodimus or of a peer (JSON). Inside a TOML file: relative to that file.
-    Empty: that of `weights`."""
+    """Configuration of Rodimus or of a peer (JSON); in a TOML file, relative to that file.
+    Empty: the configuration of `weights`."""
     weights: str = ""
-    """Folder of a model or run, or a name on the hub, to start from; empty: from train.seed."""
+    """Folder of a model or run, or a hub name, whose weights to start from.
+    Empty: random weights from train.seed."""
 
     def __post_init__(self) -> None:
         _require(
@@ -68,7 +69,7 @@ class DataSection:
     """Token shards, written by `rodimus data pack`."""
 
     train: tuple[str, ...] = ()
-    """Manifests (NAME.json) or globs of them, from the working directory; an entry is a source."""
+    """Manifests (NAME.json) or globs, relative to the working directory; each entry is a source."""
     val: tuple[str, ...] = ()
     """Held-out manifests; empty means no evaluation."""
     weights: tuple[float, ...] = ()
@@ -80,8 +81,8 @@ class DataSection:
     mask_doc_start: bool = True
     """Do not predict the first token of a document from the document before it."""
     verify: bool = True
-    """Check the sha256 of every shard before the first step. Each rank checks its share: where
-    every node has a copy of its own, no copy is checked whole."""
+    """Check the sha256 of every shard before the first step. Each rank checks only its share:
+    if every node has its own copy, no copy is checked completely."""
 
     def __post_init__(self) -> None:
         _require(bool(self.train), "data.train must name at least one manifest")
@@ -100,16 +101,16 @@ class DataSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How long, how wide, in which arithmetic."""
+    """Length, batch and arithmetic of the run."""
 
     steps: int = 0
     """Optimizer steps. Give either this or `tokens`."""
     tokens: int = 0
     """Training tokens, rounded up to whole steps. Give either this or `steps`."""
     global_batch_tokens: int = 524_288
-    """Tokens in one optimizer step over all ranks; must be rows * seq_len."""
+    """Tokens in one optimizer step over all ranks; must be a multiple of data.seq_len."""
     micro_batch: int = 8
-    """Rows in one forward pass of one rank; accumulation is derived."""
+    """Rows in one forward pass of one rank; gradient accumulation follows from it."""
     dtype: str = "auto"
     """auto: bfloat16 where the device multiplies it natively, else float32."""
     device: str = "auto"
@@ -145,14 +146,14 @@ class TrainSection:
 def steps_of_run(
     steps: int, tokens: int, global_batch_tokens: int, done: int = 0, seen: int = 0
 ) -> int:
-    """Optimizer steps of a run of so many steps, or else tokens, whose first ``done`` steps have
-    ``seen`` tokens, in batches of whatever size."""
+    """Optimizer steps of a run of ``steps`` steps, or if that is 0 of ``tokens`` tokens, whose
+    first ``done`` steps took ``seen`` tokens in batches of any size."""
     return steps or done - (-max(0, tokens - seen) // global_batch_tokens)
 
 
 @dataclass(frozen=True)
 class OptimSection:
-    """The optimizer; decay is left off biases, norms, residual weights and the embedding."""
+    """The optimizer; biases, norms, residual weights and the embedding are not decayed."""
 
     name: str = "adamw"
     """adamw, or muon (matrices inside the blocks by Muon, the rest by AdamW)."""
@@ -208,11 +209,12 @@ class ParallelSection:
     replicate: int = 1
     """Copies of the sharded model (HSDP): usually the number of nodes."""
     reshard_after_forward: str = "auto"
-    """auto: keep gathered weights until backward where one replica fits; or true, false."""
+    """true: free gathered weights after a block's forward; false: keep them until backward;
+    auto: true if the bf16 weights of a replica exceed a tenth of a GPU's memory."""
     context_parallel: int = 1
-    """Ranks that share every row, a piece each, for rows too long for one GPU."""
+    """Ranks among which every row is split, for rows too long for one GPU."""
     timeout_s: float = 600.0
-    """A rank that is silent for this long is reported by name and the run ends."""
+    """A rank that makes no progress for this long is reported by name and the run ends."""
 
     def __post_init__(self) -> None:
         _at_least(self, "parallel", 1, "replicate", "context_parallel")
@@ -224,7 +226,7 @@ class ParallelSection:
 
 @dataclass(frozen=True)
 class CheckpointSection:
-    """What survives a crash."""
+    """Saving and resuming."""
 
     every: int = 1000
     """Steps between checkpoints; the last step always has one."""
@@ -235,12 +237,12 @@ class CheckpointSection:
     async_save: bool = True
     """Write in the background while training goes on."""
     verify: bool = True
-    """Check sha256 of every file before loading."""
+    """Check the sha256 of every file before loading."""
     timeout_s: float = 3600.0
     """A save or a restore that takes longer than this ends the run."""
     resume: str = "auto"
-    """auto: newest sound checkpoint; never: an existing run is an error; or a step. Of the first
-    start alone: a job that is started again by Slurm or torchrun goes on."""
+    """auto: newest intact checkpoint; never: an existing run is an error; or a step.
+    Applies to the first start only: a job that Slurm or torchrun restarts always resumes (auto)."""
 
     def __post_init__(self) -> None:
         _at_least(self, "checkpoint", 1, "every", "keep")
@@ -259,9 +261,10 @@ class GuardSection:
     max_bad_steps: int = 3
     """Consecutive bad steps, or rollbacks to one checkpoint, that end the run."""
     spike_sigma: float = 8.0
-    """A loss this many deviations above its running mean is a spike; 0 switches it off."""
+    """A loss this many standard deviations above its running mean is a spike; 0 disables this."""
     on_spike: str = "skip"
-    """skip the update, rollback to the last checkpoint and go round the data, or stop."""
+    """skip: drop the update; rollback: return to the last checkpoint and skip the data since;
+    stop: end the run."""
 
     def __post_init__(self) -> None:
         _one_of("guard.on_spike", self.on_spike, ("skip", "rollback", "stop"))
@@ -278,7 +281,7 @@ class EvalSection:
     tokens: int = 0
     """Tokens evaluated, spread evenly over the held-out set; 0 means all of it."""
     sample_prompt: str = ""
-    """Continued by the exported model at the end of the run; empty means no sample."""
+    """Prompt that the exported model continues at the end of the run; empty means no sample."""
     sample_tokens: int = 96
     """Length of that continuation."""
 
@@ -347,16 +350,16 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run, with one size of batch from its start."""
+        """Optimizer steps of the whole run, if the batch size never changed."""
         train = self.train
         return steps_of_run(train.steps, train.tokens, train.global_batch_tokens)
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-steps of one optimizer step on every one of ``world_size`` ranks.
+        """Micro-steps of one optimizer step on each of ``world_size`` ranks.
 
         Raises:
-            InputError: the rows of a batch do not divide over ranks and micro-batches, or ranks
-                that share rows do not divide the ranks.
+            InputError: the rows of a batch do not divide evenly over ranks and micro-batches, or
+                the ranks do not divide by ``parallel.context_parallel``.
         """
         pieces = self.parallel.context_parallel
         _require(

@@ -1,7 +1,7 @@
-"""What a run shows: one line that is rewritten on a terminal, one line after another elsewhere.
+"""Console output of a run: one line that is rewritten on a terminal, a line per report elsewhere.
 
-A terminal gets a bar by rich where that is installed. The line is drawn whole each time: no thread,
-no hidden cursor, so nothing is left behind by a process that ends at once.
+If rich is installed, a terminal shows a progress bar. The line is redrawn whole each time, without
+a thread or a hidden cursor, so a process that is killed leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Console:
     """Lines and progress on a stream.
 
     Args:
-        file: Where to; default standard output.
+        file: Where to print; default standard output.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -55,7 +55,7 @@ class Console:
         print(f"{clear}{line}", file=self.file, flush=True)
 
     def progress(self, step: int, steps: int, values: dict[str, float]) -> None:
-        """Shows where the run is, in place of the last such line where the stream allows it."""
+        """Shows the progress of the run, replacing the last progress line if the stream can."""
         line = progress_line(step, steps, values)
         if self._rich is None:
             return self.say(line)
@@ -63,7 +63,7 @@ class Console:
         self._standing = True
 
     def close(self) -> None:
-        """Leaves the last line of progress standing."""
+        """Ends the last progress line, so that it stays."""
         if self._standing:
             print(file=self.file, flush=True)
             self._standing = False

@@ -1,15 +1,16 @@
 """Context parallelism: every rank of a group computes one piece of the same rows.
 
-The recurrence needs no ring: a piece acts on what is before it through its own final state and its
-total decay, so one all-gather of those a layer tells every rank where to start. The convolution and
-the attention window look back a fixed number of tokens, which the ranks before send. Logits and
-gradients are those of one rank, packed documents included. Rodimus* (arXiv 2410.06577), section 3.
+The recurrence needs no ring: a piece changes the incoming state only by its total decay and its own
+final state, so one all-gather of these per layer gives every rank its initial state. The
+convolution and the attention window look back a fixed number of tokens, which the preceding ranks
+send. Logits and gradients equal those of one rank, also with packed documents. Rodimus* (arXiv
+2410.06577), section 3.
 
     context = Context(group, position_ids)          # of the whole rows, on every rank
     out = model(input_ids=context.piece(ids), shift_labels=context.piece(labels),
                 num_items_in_batch=predicted, context=context)
 
-``out.loss`` is then this piece's part of the loss, and gradients of the parameters are to be summed
+``out.loss`` is then this piece's part of the loss, and the parameters' gradients must be summed
 over the group. All ranks must make the same calls; each exchange is one collective, or a message to
 each rank that the window reaches.
 """
@@ -36,13 +37,13 @@ from .rows import Batch
 
 
 class Context:
-    """One rank's piece of some rows, and the way to what it needs from the ranks before it.
+    """One rank's piece of some rows, and the exchanges that bring what it needs from other ranks.
 
     Args:
         group: Ranks that share the rows, in the order of their pieces.
         position_ids: int64 ``[B or 1, T]`` of the whole rows: rotary positions, on the device that
             computes. A position that does not follow its predecessor starts a packed document.
-        is_packed: Whether there is such a position. None looks, and the host waits for the device.
+        is_packed: Whether there is such a position. None checks, and the host waits for the device.
 
     Raises:
         ValueError: the rows do not divide over the ranks.
@@ -67,17 +68,17 @@ class Context:
         return x.narrow(1, self.rank * self.length, self.length).contiguous()
 
     def _starts_of(self, tokens: int) -> torch.Tensor:
-        """First tokens of documents in this piece and ``tokens`` before it."""
+        """True where a document starts, in this piece and the ``tokens`` tokens before it."""
         return self.starts.narrow(1, self.rank * self.length - tokens, tokens + self.length)
 
     @torch.compiler.disable
     def extend(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """x ``[B, T / ranks, D]`` after the last ``tokens`` tokens before it, or as many as there
+        """x ``[B, T / ranks, D]`` preceded by the ``tokens`` tokens before it, or as many as there
         are; differentiable."""
         return _Extend.apply(x, self, tokens)
 
     def convolve(self, conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """A causal convolution of width W over x ``[B, T / ranks, D]``: W - 1 tokens look back."""
+        """A causal convolution of width W over x ``[B, T / ranks, D]``: looks W - 1 tokens back."""
         x = self.extend(x, conv.kernel_size[0] - 1)
         documents = None
         if self.is_packed:
@@ -91,7 +92,7 @@ class Context:
         """:func:`rodimus_kernels.ddts` over the whole rows: this piece's output ``[B, T / ranks, H,
         V]``."""
         if self.is_packed:
-            # erases the state, and with it what came before
+            # RESET erases the state of the preceding documents
             log_decay = log_decay.masked_fill(self._starts_of(0)[..., None, None], RESET)
         state = self._state_before(*ddts_summary(k, v, log_decay))
         return ddts(q, k, v, log_decay, initial_state=state)[0]
@@ -110,8 +111,8 @@ class Context:
         scale: float,
     ) -> torch.Tensor:
         """:func:`rodimus_kernels.shared_key_attention` over the whole rows: this piece's output
-        ``[B, T / ranks, H, Dv]``. One window of keys and values looks back, over as many ranks as
-        it spans."""
+        ``[B, T / ranks, H, Dv]``. One window of earlier keys and values is fetched, from as many
+        ranks as it spans."""
         reach = self.size * self.length if window_size is None else window_size
         shapes = k.shape[2:], v.shape[2:]
         both = self.extend(torch.cat((k.flatten(2), v.flatten(2)), dim=-1), reach - 1)
@@ -120,10 +121,10 @@ class Context:
         options = {"window_size": window_size, "scale": scale}
         if not self.is_packed:
             return shared_key_attention(q, k, v, **options)
-        # what is left of the first document begins it here
+        # the part of the first document that is in reach counts as its start
         starts = F.pad(self._starts_of(k.shape[1] - self.length)[:, 1:], (1, 0), value=True)
         starts = starts.expand(q.shape[0], -1)
-        # documents of one row end where those of another go on: row by row
+        # attend row by row, because document boundaries differ between rows
         rows = [
             shared_key_attention(*(x[b : b + 1] for x in (q, k, v)), cu_seqlens=bounds, **options)
             for b, bounds in enumerate(map(boundaries_of, starts))
@@ -132,10 +133,10 @@ class Context:
 
 
 def check_splits(config: TrainConfig, model: PreTrainedConfig) -> None:
-    """Refuses a model whose rows cannot be cut, where the run cuts them.
+    """Refuses context parallelism for a model that does not support it.
 
     Raises:
-        InputError: the model is a peer, or drops attention weights.
+        InputError: the model is a peer, or has attention dropout.
     """
     if config.parallel.context_parallel == 1:
         return
@@ -152,7 +153,7 @@ def model_inputs(
     batch: Batch, group: dist.ProcessGroup | None, *, is_packed: bool
 ) -> dict[str, Any]:
     """The model's arguments for a batch of whole rows: the rows, or with a group this rank's piece
-    of them; is_packed: ``batch.is_packed()``, from before it went to a device."""
+    of them. ``is_packed`` is ``batch.is_packed()``, called before the batch went to a device."""
     if group is None:
         inputs = dict(zip(("input_ids", "shift_labels", "position_ids"), batch, strict=True))
         return inputs | {"is_packed": is_packed}
@@ -162,7 +163,7 @@ def model_inputs(
 
 
 class _StateBefore(torch.autograd.Function):
-    """The state before this piece, from every rank's own; backward is the same the other way."""
+    """The state before this piece, from the final states of all pieces; backward scans reversed."""
 
     @staticmethod
     def forward(ctx, state, log_decay, context):
@@ -192,7 +193,7 @@ def _gather(x, context):
 
 
 class _Extend(torch.autograd.Function):
-    """Tokens of the ranks before; backward sends their gradients home."""
+    """Prepends tokens of preceding ranks; backward sends their gradients back to those ranks."""
 
     @staticmethod
     def forward(ctx, x, context, tokens):
@@ -225,14 +226,14 @@ class _Extend(torch.autograd.Function):
 
 
 def _reach(context, tokens):
-    """``(hop, count)``: a piece takes the last ``count`` tokens of the piece ``hop`` before it."""
+    """``(hop, count)``: a piece takes the last ``count`` tokens of the ``hop``-th piece before."""
     hops = range(1, min(context.size, -(-tokens // context.length) + 1))
     return [(hop, min(context.length, tokens - (hop - 1) * context.length)) for hop in hops]
 
 
 def _exchange(mine, theirs, context):
-    """Sends ``mine`` and fills ``theirs``, both by rank of the group; ranks that do not exist are
-    left out."""
+    """Sends ``mine`` and fills ``theirs``, both keyed by rank in the group; ranks that do not exist
+    are skipped."""
     ranks = range(context.size)
     mine = {rank: x.contiguous() for rank, x in mine.items() if rank in ranks}
     theirs = {rank: x for rank, x in theirs.items() if rank in ranks}

@@ -1,7 +1,7 @@
 """`make demo`: a small Rodimus+ learns Python from the standard library's own sources.
 
 Packs the sources, trains on as many processes as there are cores (two at most), evaluates, exports
-and writes code: the same commands a long run uses, a few minutes on two cores, no download.
+and writes code, with the commands that a long run uses: a few minutes on two cores, no download.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def cores() -> int:
 
 
 def demo(out: Path, processes: int) -> None:
-    """Runs the whole demonstration; what is already there (shards, checkpoints) is used again.
+    """Runs the whole demonstration; existing shards and checkpoints are reused.
 
     Args:
         out: Folder for data, run, plot and exported model.
         processes: Training processes.
 
     Raises:
-        InputError: not run from the checkout, or a part failed.
+        InputError: not run from the checkout, or a step failed.
     """
     if not CONFIG.is_file():
         raise InputError(f"{CONFIG} not found: run from the root of the repository")
@@ -42,7 +42,7 @@ def demo(out: Path, processes: int) -> None:
     data = out / "data"
     if not (data / "val.json").is_file():
         print("packing the Python standard library", flush=True)
-        # without val.json an earlier one was interrupted
+        # --overwrite: without val.json, an earlier pack was interrupted
         options = ["stdlib", str(data), "--val-fraction", "0.05", "--overwrite"]
         pack.run(parse(["data", "pack", *options]))
     print(f"training on {processes} process{'es' if processes > 1 else ''}", flush=True)

@@ -1,4 +1,4 @@
-"""Held-out loss: nats a token and bits a byte, the second comparable across tokenizers."""
+"""Held-out loss in nats per token and in bits per byte; the latter compares across tokenizers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Evaluation(NamedTuple):
     """Result of one pass over held-out rows."""
 
     loss: float
-    """Mean nats a predicted token."""
+    """Mean nats per predicted token."""
     bits_per_byte: float
-    """The same in bits a byte of the text behind those tokens."""
+    """The same in bits per byte of the text of those tokens."""
     tokens: int
     """Predicted tokens."""
 
 
 class Evaluator:
-    """Runs the model over held-out rows, shared out over the ranks.
+    """Runs the model over held-out rows, divided among the ranks.
 
-    Rows are cut at ``seq_len`` like training rows, each without a view of the one before. With all
-    rows every token but the first of a document (the begin mark) is predicted once, so bits a byte
-    are exact; with ``tokens`` they rest on the set's mean bytes a token.
+    Rows are cut at ``seq_len`` like training rows, and none sees the row before it. Over all rows,
+    every token but the first of a document (the begin mark) is predicted once, so bits per byte
+    are exact; with ``tokens`` they are based on the mean bytes per token of the whole set.
 
     Args:
         sources: Opened manifests.
@@ -42,7 +42,7 @@ class Evaluator:
         tokens: Tokens to evaluate, spread evenly; 0 means all.
         micro_batch: Rows in one forward pass of one rank.
         ranks: This process among the others.
-        compiled: The model's blocks are compiled; all rows are then given as packed ones.
+        compiled: Whether the model's blocks are compiled; if so, all rows are passed as packed.
 
     Raises:
         InputError: no document has a token to predict.
@@ -63,7 +63,7 @@ class Evaluator:
             for s in sources
         ]
         sizes = np.array([len(reader.rows) for reader in self.readers])
-        # of each source among the rows of all
+        # range of each source within the rows of all sources
         self.ends = sizes.cumsum()
         self.starts = self.ends - sizes
         self.rows: Sequence[int] | np.ndarray = range(int(self.ends[-1]))
@@ -79,9 +79,9 @@ class Evaluator:
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
-        """Evaluates; None when ``stop()``, asked after each batch and with one answer for all
-        ranks, became true."""
-        # on the device: no batch waits for the one before
+        """Evaluates; None if ``stop()`` became true, which is called after each batch and returns
+        the same on all ranks."""
+        # summed on the device, so that no batch waits for the one before
         nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         predicted = 0.0
         mine, parts = self.ranks.share

@@ -1,8 +1,8 @@
 """Floating-point operations of a model, counted so that MFU means what it says.
 
 A multiply-add is two operations, backward is twice forward. Counted: every matrix product (the
-tied head once), the DDTS recurrence itself (write and read of the state, 4 n D a token, whatever
-the chunk size), attention over the keys a token really sees, and the short convolution.
+tied head once), the DDTS recurrence itself (write and read of the state, 4 n D per token for any
+chunk size), attention over the keys a token really sees, and the short convolution.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig
 
-# tokens of a chunk in every implementation of the recurrence that trains
+# tokens per chunk in every implementation of the recurrence that is used for training
 CHUNK = 64
 
 
@@ -93,7 +93,7 @@ def train_flops(model: nn.Module, config: PreTrainedConfig, seq_len: int) -> Tok
     Args:
         model: The model, on any device (meta will do), not sharded.
         config: Its configuration: Rodimus's or that of a peer.
-        seq_len: Length of an unpacked row; documents shorter than it need less attention.
+        seq_len: Length of an unpacked row; shorter documents need less attention.
     """
     layer = _layer(config)
     seen = visible_keys(seq_len, min(layer.window, seq_len))
@@ -112,13 +112,13 @@ def hardware_flops(
 
     Beyond ``train_flops``: the products inside a chunk of the recurrence, and with ``recompute``
     the forward of every block once more. That recomputation ends with the last tensor that
-    backward needs, so the product that ends a block is not made again.
+    backward needs, so the product that ends a block is not recomputed.
 
     Args:
         model, config, seq_len: As in ``train_flops``.
         recompute: Whether blocks are run a second time in backward (``train.ac = full``). What
-            ``selective`` makes again is not counted: no product of a layer but, on a GPU, the
-            small one inside the input gate; and the convolution.
+            ``selective`` recomputes is not counted: the convolution and, on a GPU, the small
+            product inside the input gate, but no other product of a layer.
     """
     layer = _layer(config)
     spent = sum(train_flops(model, config, seq_len))

@@ -1,6 +1,6 @@
 """When loss or gradient goes wrong: skip the update, roll back, or stop, on all ranks together.
 
-Every rank judges the same reduced numbers, so all come to the same verdict without talking.
+Every rank judges the same reduced numbers, so all reach the same verdict without communicating.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .config import GuardSection
 logger = logging.getLogger(__name__)
 
 OK, SKIP, ROLLBACK = "ok", "skip", "rollback"
-# good steps before a spike can be told from the fall of the loss at the start of a run
+# good steps before spikes are looked for: at the start of a run the loss still falls steeply
 _WARMUP = 50
 # weight of the newest loss in the running mean and variance: a memory of about 20 steps
 _NEWEST = 0.05
@@ -73,7 +73,7 @@ class Guard:
     def _limit(self) -> float:
         if self.config.spike_sigma == 0 or self.seen.good < _WARMUP:
             return math.inf
-        # a flat loss has next to no deviation: no less than 1% of the mean counts as one
+        # a flat loss has almost no deviation, so at least 1% of the mean is used
         deviation = max(math.sqrt(self.seen.variance), 0.01 * abs(self.seen.mean))
         return self.seen.mean + self.config.spike_sigma * deviation
 

@@ -1,8 +1,8 @@
-"""Weights from a seed alone: the same on one rank and on many, with no checkpoint to start from.
-CPUs with other vector instructions may draw other numbers; replicas have those of the first.
+"""Initial weights from a seed alone: the same on one rank and on many, without a checkpoint.
+CPUs with other vector instructions may draw other numbers; all replicas get those of the first.
 
-A 1.6B model is built on the meta device and sharded before it has any memory. Each module is then
-made real on its own, initialised by the model's own rule from a generator seeded with (seed, module
+A 1.6B model is built on the meta device and sharded before it has any memory. Each block is then
+allocated on its own, initialised by the model's own rule from generators seeded with (seed, module
 name), and copied into its shards; a rank holds one whole block at a time, never the whole model.
 """
 
@@ -47,8 +47,8 @@ def template(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -> None:
-    """Fills parameters and buffers of ``model``, whole or sharded, already on its device; a call of
-    all ranks.
+    """Fills the parameters and buffers of ``model``, which is on its device, whole or sharded. All
+    ranks must call it.
 
     Args:
         model: The model after ``to_empty``; tied weights are still tied.
@@ -67,24 +67,24 @@ def initialize(model: PreTrainedModel, units: dict[str, nn.Module], seed: int) -
             real.named_buffers(prefix=unit_name)
         )
         for name, value in values.items():
-            # a tied head is no parameter of its own
+            # a tied head is not a parameter of its own
             if name in targets:
                 # every rank has made the value, so no rank has to send it
                 assign(targets[name], value, source=None)
     for target in targets.values():
         if isinstance(target, DTensor) and target.device_mesh.ndim > 1:
-            # where CPUs differ they may draw other numbers, and replicas would differ for ever
+            # different CPUs may draw different numbers, and the replicas would never agree again
             group = target.device_mesh.get_group(0)
             dist.broadcast(target.to_local(), group=group, group_src=0)
 
 
 def assign(target: torch.Tensor, value: torch.Tensor, *, source: int | None) -> None:
-    """Copies a whole value into a parameter, which may be sharded; on any device.
+    """Copies a whole tensor into a parameter, which may be sharded, on any device.
 
     Args:
-        target: What is written.
-        value: Of the whole shape; where a ``source`` sends, the others' is not read.
-        source: The rank whose value it is; None where each rank takes its part of its own.
+        target: The parameter.
+        value: Tensor of the whole shape; with a ``source``, only that rank's is read.
+        source: The rank that sends its value; None: each rank takes its shard of its own value.
     """
     if isinstance(target, DTensor):
         value = distribute_tensor(

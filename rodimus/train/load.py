@@ -1,8 +1,8 @@
 """TOML file -> ``TrainConfig`` -> command-line overrides, and back to TOML.
 
 Strict both ways: an unknown key is an error that suggests the nearest known one, a value of the
-wrong type is an error that names both. ``extends = "base.toml"`` takes a single parent, whose keys
-the child replaces.
+wrong type is an error that names both. ``extends = "base.toml"`` names a single parent, whose keys
+the child overrides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .config import TrainConfig
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses one file, its parents included; paths in ``model`` and below ``~`` become absolute.
+    """Parses one file and its parents; paths in ``model``, and those below ``~``, become absolute.
 
     Raises:
         InputError: the file is missing, is not TOML, or extends itself.
@@ -61,7 +61,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _beside(path: Path, value: str, *, may_be_on_hub: bool) -> str:
-    """A path in a file as an absolute one; a name on the hub stays, where there is no such path."""
+    """Makes a path in a file absolute; a hub name is left as it is, unless such a path exists."""
     target = (path.parent / Path(value).expanduser()).resolve()
     if may_be_on_hub and not target.exists():
         from ..loading import is_hub_name
@@ -72,7 +72,7 @@ def _beside(path: Path, value: str, *, may_be_on_hub: bool) -> str:
 
 
 def _at_home(value: Any) -> Any:
-    """A path, or each of a list, with the home folder for ``~``: no shell sees a file."""
+    """Expands ``~`` in a path or a list of paths: no shell does so for those in a file."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     is_there = isinstance(value, str) and value.startswith("~/")
@@ -176,12 +176,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         raise InputError(_one_line(told.getvalue())) from stop
 
 
-# lines of a box in Unicode, or rules in the ASCII that a plain locale gets
+# Unicode box-drawing characters, or the ASCII lines that a plain locale gets
 _FRAME = re.compile("[\u2500-\u257f]+|-{4,}|^[|+]|[|+]$")
 
 
 def _one_line(box: str) -> str:
-    """What tyro says below a title: its first paragraph, and the option it suggests."""
+    """tyro's error box as one line: the first paragraph below its title and a suggested option."""
     rows = [_FRAME.sub("", row.strip()).strip() for row in box.strip().splitlines()[1:]]
     rows = list(dropwhile(lambda row: not row, rows))
     end = rows.index("") if "" in rows else len(rows)
@@ -206,5 +206,5 @@ def to_toml(config: TrainConfig) -> str:
 def _literal(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(_literal(v) for v in value)}]"
-    # JSON spells numbers, booleans and strings as TOML does, but for surrogates and for DEL
+    # JSON writes numbers, booleans and strings as TOML does, except for surrogates and DEL
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

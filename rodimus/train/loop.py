@@ -47,12 +47,12 @@ from .weights import (
 logger = logging.getLogger(__name__)
 
 
-# status of a run whose last checkpoint could not be written
+# exit status of a run whose last checkpoint could not be written
 NOT_SAVED = 1
 
 
 class Trainer:
-    """One run: everything is checked and built here, ``run`` does the work.
+    """One run: the constructor checks and builds everything, ``run`` does the work.
 
     Args:
         config: The resolved run.
@@ -65,7 +65,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: parallel.Ranks) -> None:
         self.config, self.ranks, self.out = config, ranks, Path(config.out)
         self.accumulation = config.accumulation(ranks.world_size)
-        # one answer for all: what a rank sees of a file system may be late
+        # one answer for all ranks: a shared file system may show some of them an older state
         begun = parallel.from_main(lambda: has_begun(config), ranks.patient)
         model_config, train, val = parallel.together(lambda: open_inputs(config, begun), ranks)
         self.told = take_marks(model_config, train[0])
@@ -125,7 +125,7 @@ class Trainer:
         self.guard = guard.Guard(config.guard, self.progress.guard)
         self.returns: Counter[int] = Counter()
         self.signals = Signals()
-        # of all ranks, by the last step, or in the evaluation after it
+        # whether any rank was asked, as of the last step or of the evaluation after it
         self.asked_to_end = self.asked_to_save = False
         self.log = RunLog(self.out, config.log, self.progress.step, enabled=ranks.is_main)
         parallel.together(
@@ -134,7 +134,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run; batches before a checkpoint may have had another
+        """Optimizer steps of the whole run; batches of earlier starts may have had another
         size."""
         train, done = self.config.train, self.progress
         length = train.steps, train.tokens, train.global_batch_tokens
@@ -153,11 +153,12 @@ class Trainer:
             seed_dropout(config.train.seed, progress.step, self.ranks.rank)
 
         self.watchdog.beat(f"computing step {progress.step + 1}")
-        # the loss of a micro-batch is its sum over the predicted tokens of the whole global batch
+        # a micro-batch's loss is its sum divided by the predicted tokens of the whole global batch
         labelled = float((batch.labels >= 0).sum()) / self.ranks.per_row
         predicted = parallel.sum_over_ranks([labelled], self.ranks.device)[0]
         predicted = predicted.round().clamp_min(1).float()
-        # packed rows are any rows; a compiler makes a graph for each answer, and the ranks wait
+        # when compiled, all rows are passed as packed: otherwise the first batch of either kind
+        # would be compiled anew, while the other ranks wait
         packed = [
             config.train.compile or micro.is_packed()
             for micro in batch.split(config.train.micro_batch)
@@ -179,7 +180,7 @@ class Trainer:
         norm = norm.full_tensor()
         asked = take_requests(self.signals)
         sums = parallel.sum_over_ranks([total, *asked], self.ranks.device)
-        # the only wait of a step for the device: the guard decides whether its update is made
+        # the only place where a step waits for the device: the guard decides whether to update
         mean_loss, terminate, save, grad_norm = torch.cat((sums, norm.double()[None])).tolist()
         self.asked_to_end = terminate > 0
         self.asked_to_save |= save > 0
@@ -226,7 +227,7 @@ class Trainer:
             due = step % config.checkpoint.every == 0 or is_last
             due |= self.asked_to_save or self.asked_to_end
             self.asked_to_save = False
-            # first: an evaluation that fails must not take the steps before it along
+            # save first: an evaluation that fails must not lose the steps before it
             is_saved = not due or self.save(wait=is_last or self.asked_to_end)
             if is_saved and not self.asked_to_end and (step % config.eval.every == 0 or is_last):
                 self.held_out(signals)
@@ -240,20 +241,20 @@ class Trainer:
         return 0
 
     def save(self, *, wait: bool) -> bool:
-        """Starts a checkpoint, unless there is one of this very step; False where it was waited for
-        and not written."""
+        """Starts a checkpoint, unless this step has one already; False if it was waited for and not
+        written."""
         self.progress.guard = self.guard.state()
         with self.watchdog.paused(f"saving step {self.progress.step}"):
             return self.checkpoints.save(self.progress, wait=wait)
 
     def asked(self, signals: Signals) -> tuple[bool, bool]:
-        """Whether some rank was asked to terminate, and to save; the same answer on every rank."""
+        """Whether any rank was asked to terminate, and to save; the same answer on every rank."""
         terminate, save = parallel.reduce_sum(take_requests(signals))
         return terminate > 0, save > 0
 
     def held_out(self, signals: Signals) -> Evaluation | None:
-        """Evaluates and reports, and saves in between where it is asked to; None without held-out
-        data or when interrupted."""
+        """Evaluates and reports, saving between batches when asked to; None without held-out data
+        or when interrupted."""
         if self.evaluate is None:
             return None
 
@@ -279,8 +280,8 @@ class Trainer:
         return result
 
     def lacks_evaluation(self) -> bool:
-        """Whether the run was terminated in the evaluation after its last step; the same answer on
-        every rank."""
+        """Whether the run was terminated during the evaluation after its last step; the same answer
+        on every rank."""
         if self.evaluate is None or self.progress.step != self.steps:
             return False
         is_missing = self.ranks.is_main
@@ -291,12 +292,12 @@ class Trainer:
         return parallel.reduce_sum([float(is_missing)])[0] > 0
 
     def roll_back(self) -> bool:
-        """Returns to the last checkpoint, to go on with the data after the spike; whether there is
-        one.
+        """Returns to the last checkpoint and goes on with the data after the spike; False if there
+        is no checkpoint.
 
         Raises:
-            RunStopped: it is the ``guard.max_bad_steps``-th return to that checkpoint: other data
-                do not help.
+            RunStopped: this is the ``guard.max_bad_steps``-th return to that checkpoint, so other
+                data does not help.
         """
         bad_in_a_row = self.guard.seen.bad_in_a_row
         next_sample = self.progress.next_sample
@@ -356,7 +357,7 @@ def open_inputs(
     config: TrainConfig, begun: bool
 ) -> tuple[PreTrainedConfig, list[TokenShards], list[TokenShards]]:
     """The model's configuration, the training data and the held-out data, as this machine has them;
-    creates the folder of the run, which may have ``begun``.
+    creates the folder of the run. ``begun``: whether the run has a checkpoint.
 
     Raises:
         InputError: something is missing, or does not fit the rest.
@@ -374,8 +375,8 @@ def open_inputs(
 
 
 def take_requests(signals: Signals) -> list[float]:
-    """What this rank was asked for, to end and to save, as 0 or 1; what comes after that is for the
-    next exchange of the ranks."""
+    """Whether this rank was asked to end, and to save, as 0 or 1; requests that arrive later wait
+    for the next exchange between ranks."""
     save = signals.save
     if save:
         signals.save = False
@@ -396,17 +397,17 @@ def meter_of(
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Seeds torch for one step of one rank, so that masks differ between both and a resumed run
-    draws those of the undisturbed one."""
+    """Seeds torch for one step of one rank, so that dropout masks differ between steps and ranks,
+    and a resumed run draws the same ones as an uninterrupted run."""
     (word,) = np.random.SeedSequence((seed, step, rank)).generate_state(1)
     torch.manual_seed(int(word))
 
 
 def make_folder(path: Path) -> None:
-    """Creates the folder of a run where it is missing.
+    """Creates the folder of a run if it is missing.
 
     Raises:
-        InputError: it cannot be created, or it or what a run writes there cannot be written to.
+        InputError: it cannot be created, or it or what a run writes in it is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -429,8 +430,8 @@ def identity_of(model: PreTrainedConfig, source: TokenShards) -> dict[str, Any]:
 def settings_of(
     config: TrainConfig, sources: list[TokenShards], device: torch.device
 ) -> dict[str, Any]:
-    """What decides the result of a run, and may change where it is resumed; data by their tokens,
-    wherever they lie, and the dtype that the device computes in."""
+    """Settings that decide the result of a run but may change when it is resumed. Data are compared
+    by their number of tokens, not by path; the dtype is the one the device computes in."""
     sections = {name: getattr(config, name) for name in ("data", "optim", "schedule", "guard")}
     values = {f"{name}.{k}": v for name, part in sections.items() for k, v in vars(part).items()}
     for key in ("steps", "tokens", "global_batch_tokens", "seed", "z_loss", "max_grad_norm"):
@@ -445,10 +446,10 @@ def settings_of(
 
 
 def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenShards) -> None:
-    """Writes the resolved run, its model and its tokenizer beside the checkpoints.
+    """Writes the resolved configuration, the model's and the tokenizer beside the checkpoints.
 
-    `rodimus train OUT/config.toml` resumes the run from that copy, whatever step this start began
-    with.
+    `rodimus train OUT/config.toml` resumes the run from that copy, whose ``checkpoint.resume`` is
+    always auto.
 
     Raises:
         InputError: they cannot be written.

@@ -28,7 +28,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # an RTX A1000 is no A100
+    # an RTX A1000 is not an A100
     known = (gpu.flops for word, gpu in DEVICES.items() if re.search(rf"{word}(?!\d)", name))
     return next(known, None)
 
@@ -38,8 +38,8 @@ class RunLog:
 
     Args:
         out: Folder of the run; ``metrics.jsonl`` grows there, one JSON object a line.
-        config: Which trackers to feed besides.
-        step: After which the run goes on: what a tracker has of later steps is of a branch left.
+        config: Which trackers to feed as well.
+        step: The run goes on after it; trackers drop what they have of later, abandoned steps.
         enabled: Whether this is the main rank.
 
     """
@@ -51,7 +51,7 @@ class RunLog:
         if not enabled:
             return
         self._console = Console()
-        # without a buffer, which would keep what a full disk refused to be refused again at the end
+        # unbuffered: a buffer would keep what a full disk refused, and fail again when it is closed
         self._file = (out / "metrics.jsonl").open("a+b", buffering=0)
         self._file.seek(max(0, self._file.tell() - 1))
         self._is_cut = self._file.read(1) not in (b"", b"\n")
@@ -64,10 +64,10 @@ class RunLog:
         """Appends one record; ``time`` (Unix seconds) is added."""
         if not self.enabled:
             return
-        # JSON has no other numbers: after a step without a finite loss there is none
+        # JSON has neither infinities nor NaN
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         row = {"step": step, "time": round(time.time(), 3), **finite}
-        # a killed run, or a disk that is full, leaves half a line
+        # a killed run, or a full disk, may have left half a line
         line = b"\n" * self._is_cut + json.dumps(row).encode() + b"\n"
         try:
             self._is_cut = self._file.write(line) < len(line)
@@ -102,8 +102,8 @@ class RunLog:
             self._report("console", error)
 
     def _report(self, name: str, error: Exception) -> None:
-        """Says once what is not written: a full disk, a terminal that is gone or a tracker that has
-        died must not end a run that can go on."""
+        """Reports once that an output fails: a full disk, a closed terminal or a dead tracker must
+        not end a run that can go on."""
         if name not in self._failed:
             logger.error("%s: not written: %s", name, error)
         self._failed.add(name)
@@ -125,7 +125,7 @@ class Meter:
         self.reset(0)
 
     def reset(self, step: int) -> None:
-        """Starts a new interval; also after work that is no training (evaluation)."""
+        """Starts a new interval; also called after work other than training (evaluation)."""
         self._start, self._step = time.perf_counter(), step
         self._tokens = self._wait = 0.0
 
@@ -135,7 +135,7 @@ class Meter:
         self._wait += data_wait
 
     def read(self, step: int, steps: int) -> dict[str, float]:
-        """Figures of the interval that ends with ``step`` of ``steps`` done, and a new interval."""
+        """Figures of the interval that ends after ``step`` of ``steps``; starts a new interval."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rate = self._tokens / elapsed
         figures = {
@@ -153,7 +153,7 @@ class Meter:
 
 
 def require_trackers(config: LogSection) -> None:
-    """Looks for the packages of the trackers asked for, on every rank and before any work.
+    """Checks that the requested trackers are installed, on every rank and before any work.
 
     Raises:
         InputError: one is not installed.
@@ -179,11 +179,11 @@ def _tensorboard(out: Path, step: int) -> Any:
 def _wandb(out: Path) -> Any:
     import wandb
 
-    # a run that is started again goes on in the same place
+    # a restarted run continues the same run of W&B
     known = out / "wandb_id"
     identity = known.read_text() if known.is_file() else None
     run = wandb.init(project="rodimus", name=out.name, dir=str(out), id=identity, resume="allow")
     write_atomic(known, run.id)
-    # by its own count, W&B drops what comes again after a return to an earlier step
+    # with its own step count, W&B would drop steps that are repeated after a rollback
     run.define_metric("*", step_metric="step")
     return lambda step, values: run.log({**values, "step": step})

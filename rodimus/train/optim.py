@@ -52,8 +52,8 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 class _OnShards:
-    """An optimizer whose arithmetic is on this rank's shards as plain tensors; it keeps the sharded
-    ones."""
+    """An optimizer that computes on this rank's shards as plain tensors; its parameters and state
+    stay DTensors."""
 
     def _init_group(self, group, *lists):
         has_complex = super()._init_group(group, *lists)
@@ -63,19 +63,19 @@ class _OnShards:
 
 
 class ShardAdamW(_OnShards, torch.optim.AdamW):
-    """AdamW on this rank's shards as plain tensors, element by element the same.
+    """AdamW on this rank's shards as plain tensors, with the same result element by element.
 
-    What DTensor does around them takes the host time at the end of a step, where a GPU waits: 7 to
-    11 ms instead of 3 for the 506 parameters of 24 blocks of Rodimus+ (one core of an AMD EPYC).
+    DTensor's dispatch would take host time at the end of a step, when the GPU waits: 7 to 11 ms
+    instead of 3 for the 506 parameters of 24 blocks of Rodimus+ (one core of an AMD EPYC).
     """
 
 
 class ShardMuon(_OnShards, torch.optim.Muon):
-    """Muon whose iteration is on whole matrices, each on one of the ranks that share a replica.
+    """Muon that iterates on whole matrices, each on one of the ranks that share a replica.
 
-    A round is one matrix for each rank and two exchanges, in bfloat16, as the iteration computes.
-    DTensor exchanges something for nearly every product: on 8 ranks 13.5 collectives and 4.4 ms of
-    the host a matrix, instead of 0.25 and 0.14 (one core of an AMD EPYC, nothing really sent).
+    A round takes one matrix per rank and two exchanges, in bfloat16 like the iteration. DTensor
+    would communicate for nearly every product: on 8 ranks 13.5 collectives and 4.4 ms of host time
+    per matrix, instead of 0.25 and 0.14 (one core of an AMD EPYC, nothing really sent).
     """
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class ShardMuon(_OnShards, torch.optim.Muon):
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
-            # the ranks of a round wait for its largest
+            # matrices of similar size share a round, because its ranks wait for the largest
             matrices.sort(key=torch.Tensor.numel)
             ranks = _sharing(matrices[0]) if matrices else None
             at_once = ranks.size() if ranks else 1
@@ -112,7 +112,7 @@ class ShardMuon(_OnShards, torch.optim.Muon):
 
 
 def _sharing(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """The ranks that have shards of one replica of a parameter; None where this rank has it all."""
+    """The ranks that have shards of one replica of a parameter; None if this rank has all of it."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
@@ -126,13 +126,13 @@ def _on_whole(
     shards: Sequence[torch.Tensor],
     ranks: dist.ProcessGroup | None,
 ) -> list[torch.Tensor]:
-    """Applies a function to whole matrices in bfloat16, to the i-th on the i-th rank.
+    """Applies a function to whole matrices in bfloat16, the i-th matrix on the i-th rank.
 
     Args:
         function: Its result has the shape of its argument, which it may overwrite.
-        shapes: Of the matrices, at most as many as there are ranks.
-        shards: This rank's rows of each; the others have theirs, as ``torch.chunk`` splits them.
-        ranks: Who shares the matrices; None where this rank has them whole.
+        shapes: Shapes of the matrices, at most as many as there are ranks.
+        shards: This rank's rows of each matrix; the ranks split the rows as ``torch.chunk`` does.
+        ranks: The ranks that share the matrices; None if this rank has them whole.
 
     Returns:
         This rank's rows of the results, bfloat16.
@@ -154,7 +154,7 @@ def _on_whole(
 
 
 def checkpoint_bytes(model: nn.Module, config: OptimSection) -> int:
-    """Bytes of weights and moments, float32: AdamW has two moments, Muon one of its matrices."""
+    """Bytes of weights and moments in float32: AdamW keeps two moments, Muon one per matrix."""
     sizes = {name: sum(p.numel() for p in part) for name, part in parameter_groups(model).items()}
     less = sizes["matrix"] if config.name == "muon" else 0
     return 4 * (3 * sum(sizes.values()) - less)

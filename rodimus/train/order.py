@@ -23,7 +23,7 @@ def permute(indices: np.ndarray, n: int, key: Sequence[int]) -> np.ndarray:
     Args:
         indices: int64, entries in [0, n).
         n: Size of the permuted range.
-        key: Non-negative integers; another key, another permutation.
+        key: Non-negative integers; every key gives another permutation.
 
     Returns:
         int64 shaped like ``indices``.
@@ -56,8 +56,8 @@ class SampleOrder:
 
     Args:
         sizes: Rows of each source.
-        weights: Share of samples drawn from each source. Without, every row of all sources comes
-            once before any comes again.
+        weights: Share of samples drawn from each source. Without weights, every row of all sources
+            comes once before any comes again.
         seed: Decides every permutation.
     """
 
@@ -92,7 +92,7 @@ class SampleOrder:
         return source, row
 
     def _permuted(self, drawn: np.ndarray, size: int, stream: int) -> np.ndarray:
-        """The number in [0, size) that each draw gives, in every epoch another permutation."""
+        """The number in [0, size) that each draw gives; every epoch has its own permutation."""
         epochs, numbers = np.divmod(drawn, size)
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -100,7 +100,7 @@ class SampleOrder:
         return numbers
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source of every place of a block, and how often it came before in that block."""
+        """The source at every place of a block, and how often it occurs before in that block."""
         slots = permute(np.arange(_BLOCK), _BLOCK, (self.seed, 0, block))
         source = np.searchsorted(np.cumsum(self.quota), slots, side="right")
         count = np.empty_like(source)
@@ -110,7 +110,7 @@ class SampleOrder:
 
 
 def _quotas(weights: Sequence[float]) -> np.ndarray:
-    """Slots of each source in a block: proportional, rounded, none left empty, summing to it.
+    """Slots of each source in a block: proportional, at least one each, ``_BLOCK`` in total.
 
     Raises:
         InputError: there are more sources than slots.
@@ -122,7 +122,7 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
     rest = _BLOCK - int(quota.sum())
     # the largest remainders take what rounding left over
     quota[np.argsort(quota - exact, kind="stable")[: max(rest, 0)]] += 1
-    # the largest sources give back what the smallest got
+    # the largest sources give up the slots that the smallest were rounded up to
     for _ in range(-rest):
         quota[quota.argmax()] -= 1
     return quota

@@ -27,7 +27,7 @@ from .store import alone
 from .tokenizer import DocumentEncoder, tokenizer_digest, train_tokenizer
 
 _BATCH_BYTES = 1 << 20
-# folder within OUT where a pack is made
+# prefix of the folder within OUT where a pack is made
 _UNFINISHED = ".pack-"
 
 
@@ -68,20 +68,20 @@ def pack(
         tokenizer: Folder of a tokenizer, model or run, or ``owner/name`` on the hub; by default one
             is trained.
         vocab_size: Size of a trained vocabulary.
-        tokenizer_sample: Share of the training documents a tokenizer is trained on; all of them
-            where it is none.
+        tokenizer_sample: Share of the training documents a tokenizer is trained on; if that
+            selects no document, all of them.
         val_fraction: Share of documents held out.
         field: Text field of jsonl, parquet and datasets.
         shard_tokens: Size at which a shard is closed.
-        overwrite: Write into ``out`` though it holds something: an earlier pack is replaced, what
-            else is there stays.
+        overwrite: Write into ``out`` even if it is not empty: an earlier pack is replaced, other
+            files stay.
 
     Returns:
         The manifest of each part.
 
     Raises:
-        InputError: the source cannot be read, a part would be empty, a number makes no sense, or
-            ``out`` holds something.
+        InputError: the source cannot be read, a part would be empty, a number is out of range, or
+            ``out`` is not empty.
     """
     _check_shares(val_fraction, tokenizer_sample)
     if shard_tokens < 1:
@@ -96,7 +96,7 @@ def pack(
     with alone(out):
         for killed in out.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(killed, ignore_errors=True)
-        # inside: the folder around OUT may be another file system, or not ours to write to
+        # inside OUT, because its parent may be another file system or not writable
         with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
             manifests = _write_parts(
                 source,
@@ -127,7 +127,7 @@ def learn(
             if part == "train" and int.from_bytes(digest[8:], "big") < share * 2**64:
                 yield text
 
-    # a share of few documents may be none of them
+    # a share of few documents may select none of them
     share = 1.0 if next(sample(tokenizer_sample), None) is None else tokenizer_sample
     return train_tokenizer(sample(share), vocab_size)
 
@@ -181,10 +181,10 @@ def _write_parts(
 
 
 def _replace(made: Path, out: Path) -> None:
-    """Move what was packed into ``out``, over an earlier pack. Manifests go first and come last, so
-    that none ever stands beside the shards of another."""
+    """Moves a finished pack into ``out``, over an earlier one. Manifests are deleted first and
+    written last, so that none is ever beside the shards of another pack."""
     manifests = [out / f"{part}.json" for part in ("train", "val")]
-    # also of a pack that was killed here and has no manifest
+    # also those of a pack that was killed here and has no manifest
     shards = [
         path
         for manifest in manifests
@@ -192,14 +192,14 @@ def _replace(made: Path, out: Path) -> None:
         if path.suffix in (".bin", ".idx")
     ]
     if any(path.is_file() for path in manifests + shards):
-        # what the new tokenizer has no file for would be taken for its own
+        # leftover files of the old tokenizer would be read as part of the new one
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     for path in manifests + shards:
         path.unlink(missing_ok=True)
     files = [path.relative_to(made) for path in made.rglob("*") if path.is_file()]
-    # shards come first: by them what else is there is known for a pack's
+    # shards first: if this is interrupted, they tell the next pack that the rest is a pack's too
     for path in sorted(files, key=lambda path: (out / path in manifests, len(path.parts))):
-        # a tokenizer's further chat templates lie in a folder of their own
+        # a tokenizer keeps additional chat templates in a subfolder
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(made / path, out / path)
 
@@ -240,8 +240,8 @@ def run_tokenizer(options: argparse.Namespace) -> None:
     """The command ``rodimus tokenizer train``.
 
     Raises:
-        InputError: a source or an option is wrong, a package is missing, or ``OUT`` holds something
-            or cannot be written.
+        InputError: a source or an option is wrong, a package is missing, or ``OUT`` is not empty or
+            cannot be written.
     """
     out = Path(options.out)
     names = inspect.signature(learn).parameters

@@ -1,4 +1,4 @@
-"""The only file that knows processes, sharding, compilation and activation checkpointing.
+"""The only file that knows about processes, sharding, compilation and activation checkpointing.
 
 The same calls serve one CPU process (a mesh of one), two CPU processes (gloo), one GPU, a node
 (FSDP2) and many nodes (HSDP: shards inside a node, replicas across).
@@ -40,7 +40,7 @@ from .shards import allow_open_files
 T = TypeVar("T")
 # parameters of glibc's mallopt; a block may be at most 32 MiB to stay on the heap
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# to hash terabytes or to wait for a hub; a rank that has died is noticed at once
+# enough to hash terabytes or to wait for a hub; a rank that has died is noticed at once anyway
 _START_TIMEOUT = timedelta(days=1)
 
 
@@ -55,7 +55,8 @@ class Ranks:
     context: dist.ProcessGroup | None = None
     """Neighbours that share this rank's rows; None where every rank has rows of its own."""
     patient: dist.ProcessGroup | None = None
-    """All ranks, for what may take hours on one of them before training begins; None for all."""
+    """All ranks, with a long timeout for work that takes hours on one of them before training
+    begins; None: the default group."""
 
     @property
     def per_row(self) -> int:
@@ -69,7 +70,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """The rank that prints and writes what is written once."""
+        """Whether this is the rank that prints, and writes what is written once."""
         return self.rank == 0
 
 
@@ -89,9 +90,9 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next one.
 
-    By default it gives large blocks back, and the system clears every page again: 24,000 page
-    faults, a tenth of the time, in each step of `configs/train/demo_cpu.toml`. Other C libraries
-    have no ``mallopt`` and are left alone.
+    By default it returns large blocks, and the system clears every page again: 24,000 page faults,
+    a tenth of the time, in each step of `configs/train/demo_cpu.toml`. Other C libraries have no
+    ``mallopt`` and are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -122,7 +123,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
         _check_gpus()
         torch.cuda.set_device(where)
     allow_open_files()
-    # the watchdog comes first and knows more
+    # longer than the watchdog's timeout, whose report says more
     timeout = timedelta(seconds=config.timeout_s + 60)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
@@ -153,7 +154,7 @@ def start(config: ParallelSection, device: str) -> Ranks:
 
 
 def _check_gpus() -> None:
-    """Every rank of the machine finds the same, so that its first one can say it."""
+    """Every rank of the machine reaches the same result, so its first one can report it."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if here > gpus:
         raise InputError(
@@ -163,8 +164,8 @@ def _check_gpus() -> None:
 
 
 def _group_along(shape: tuple[int, ...], dim: int, timeout: timedelta) -> dist.ProcessGroup:
-    """This rank's group along a dimension of all ranks in that shape; a mesh would give its own the
-    timeout of torch. All ranks together are the group that is there."""
+    """This rank's group along dimension ``dim`` of all ranks arranged in ``shape``; groups made by
+    a mesh would have torch's default timeout. For one dimension, the existing group of all."""
     if len(shape) == 1:
         return dist.group.WORLD
     ranks = torch.arange(math.prod(shape)).view(shape).movedim(dim, -1).flatten(0, -2)
@@ -184,17 +185,17 @@ def reduce_sum(values: list[float]) -> list[float]:
 
 
 def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Sums a few numbers over all ranks on their device, where no host waits for them.
+    """Sums a few numbers over all ranks on their device, without making the host wait.
 
     Args:
         values: Numbers, or tensors ``[]`` on the device.
-        device: That of every rank.
+        device: Where the sum is made; of the same kind on every rank.
 
     Returns:
         float64 ``[len(values)]`` on the device, the same on every rank.
     """
     options = {"dtype": torch.float64, "device": device}
-    # a number that is copied to a GPU waits for it, one that is filled in does not
+    # copying a number to a GPU waits for the GPU, filling a tensor with it does not
     total = torch.stack(
         [
             x.double() if isinstance(x, torch.Tensor) else torch.full((), x, **options)
@@ -206,21 +207,21 @@ def sum_over_ranks(values: Sequence[float | torch.Tensor], device: torch.device)
 
 
 def from_main(compute: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """What ``compute`` returns on rank 0, given to every rank of ``group``, which are all."""
+    """Returns on every rank what ``compute`` returns on rank 0; ``group`` contains all ranks."""
     result = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(result, src=0, group=group)
     return result[0]
 
 
 def together(work: Callable[[], T], ranks: Ranks) -> T:
-    """Runs ``work`` on every rank, for hours if it takes them; where it fails on one, all ranks
-    raise the same error.
+    """Runs ``work``, which may take hours, on every rank; if it fails on one, all ranks raise the
+    same error.
 
     Returns:
         What ``work`` returned on this rank.
 
     Raises:
-        InputError: of the first rank that failed.
+        InputError: the error of the first rank that failed.
     """
     result = problem = None
     try:
@@ -268,14 +269,14 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
             # backward begins with the head: it would be gathered again at once
             options["reshard_after_forward"] = False
         fully_shard(module, **options)
-        # the loss is a sum over all ranks divided once by all predicted tokens: gradients are
-        # summed, by a plain sum because gloo has no scaled one; neither call reaches children
+        # the loss is a sum over all ranks divided once by all predicted tokens, so gradients are
+        # summed, with a plain sum because gloo has no scaled one; children need their own calls
         module.set_force_sum_reduction_for_comms(True)
         if ranks.world_size > 1:
-            # on one rank it is 1 anyway, and said so it would be a pass over all gradients
+            # on one rank it is 1 anyway, and setting it would cost a pass over all gradients
             module.set_gradient_divide_factor(1.0)
     for block in blocks:
-        # what the model calls instead where the next block's norm takes this block's sum
+        # the model calls this instead of forward if the next block's norm adds the residual
         if hasattr(block, "forward_unsummed"):
             register_fsdp_forward_method(block, "forward_unsummed")
     model.to_empty(device=ranks.device)
@@ -286,12 +287,12 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
 
 
 def reshards(config: ParallelSection, parameters: int, memory: float) -> bool:
-    """Whether weights are given back after a block's forward, and gathered again in backward.
+    """Whether weights are freed after a block's forward, and gathered again in backward.
 
     Args:
-        config: ``auto`` gives them back where bf16 weights of one replica are more than a tenth of
-            the device's memory.
-        parameters: Of the whole model.
+        config: ``auto`` frees them if the bf16 weights of one replica are more than a tenth of the
+            device's memory.
+        parameters: Parameters of the whole model.
         memory: Bytes of one device; infinite on a CPU, where a tenth says nothing.
     """
     if config.reshard_after_forward == "auto":
@@ -312,14 +313,14 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
 def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     """Recomputes block activations in backward: all of them, or all but the costly products.
 
-    Each block gets a forward of its own, inside of what compiles or shards the block afterwards.
-    transformers would checkpoint the call of a block in some versions: around the compiled block,
-    into which no policy sees.
+    Each block's ``forward`` is replaced, inside of what compiles or shards the block afterwards.
+    Some versions of transformers would checkpoint the call of a block instead: around the compiled
+    block, whose operators a policy cannot see.
 
     Args:
         model: A transformers model, neither compiled nor sharded yet.
-        mode: ``none``, ``full`` or ``selective``: results of ``SAVED_OPS`` are kept, but that of
-            the product which ends a block, for nothing in its backward needs it.
+        mode: ``none``, ``full`` or ``selective``: results of ``SAVED_OPS`` are kept, except that of
+            the product that ends a block, because backward does not need it.
     """
     if mode != "none":
         for block in _blocks(model):
@@ -342,8 +343,8 @@ def _checkpointed(block: nn.Module, mode: str) -> Callable:
     return checkpointed
 
 
-# what costs most to make again for its size: products, attention and the recurrence; a result that
-# autograd would not keep, as that of a norm, is kept all the same where it is named here
+# the results that cost most to recompute for their size: products, attention and the recurrence;
+# results of operators named here are kept even if autograd would not keep them (those of norms)
 SAVED_OPS = frozenset(
     """
     aten::mm aten::addmm aten::bmm aten::baddbmm
@@ -355,8 +356,8 @@ SAVED_OPS = frozenset(
 
 
 def _keep_products(last: torch.Size, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """last: shape of the transposed weight whose product ends the block; where another weight has
-    it, that product is made again."""
+    """last: shape of the transposed weight whose product ends the block; products with another
+    weight of that shape are recomputed too."""
     name = (op.name() if hasattr(op, "name") else str(op)).partition(".")[0]
     ends = name == "aten::mm" and args[1].shape == last
     if name in SAVED_OPS and not ends:
@@ -365,6 +366,6 @@ def _keep_products(last: torch.Size, context, op, *args, **kwargs) -> Checkpoint
 
 
 def mark_micro_step(model: FSDPModule, *, last: bool) -> None:
-    """Before a backward pass: replicas exchange gradients only in the last micro-step."""
+    """Called before a backward pass: replicas exchange gradients only in the last micro-step."""
     model.set_is_last_backward(last)
     model.set_requires_all_reduce(last)

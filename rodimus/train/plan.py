@@ -2,7 +2,7 @@
 
 Parameters are counted on the meta device and operations follow ``flops``. Memory of weights and
 optimizer is exact arithmetic; activations are an estimate from the tensors that backward needs,
-with fused kernels; throughput follows from the MFU that is assumed.
+with fused kernels; throughput follows from an assumed MFU.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ class Plan:
     gpus: int
     flops: TokenFlops
     recomputed: float
-    """Operations of a token that are made a second time."""
+    """Recomputed operations per token."""
     steps: int
     tokens: int
     memory: dict[str, float]
     tokens_per_s: float
     traffic: dict[str, float]
     checkpoint: int
-    """Bytes of one on disk."""
+    """Bytes of one checkpoint on disk."""
     checkpoints: int
-    """On disk at once, at most: those that are kept, and the next while it is written."""
+    """Most checkpoints on disk at once: those that are kept, and the next while it is written."""
 
     @property
     def days(self) -> float:
-        """Time of the whole run."""
+        """Days that the whole run takes."""
         return self.tokens / self.tokens_per_s / 86400
 
     @property
     def memory_gb(self) -> float:
-        """Memory of one GPU."""
+        """Memory of one GPU in GB."""
         return sum(self.memory.values()) / 1e9
 
 
 def activation_bytes(config: PreTrainedConfig, mode: str) -> float:
-    """Bytes a token and block keeps for backward in bf16, with the fused kernels of a GPU.
+    """Bytes kept for backward per token and block in bf16, with the fused kernels of a GPU.
 
     Args:
         config: Model shapes.
@@ -73,7 +73,7 @@ def activation_bytes(config: PreTrainedConfig, mode: str) -> float:
 
 
 def _rodimus_bytes(config: RodimusConfig) -> tuple[float, float]:
-    """Bytes without checkpointing, and with the results of products, DDTS and attention alone."""
+    """Bytes without checkpointing, and if only results of products, DDTS and attention are kept."""
     d, mem, wide, stream = config.d_model, config.mem_size, config.d_inner, 4 * config.d_model
     # [x, gate]; low rank of the input gate; q and k; output and states of the recurrence
     both = 2 * 2 * wide + 2 * config.input_gate_rank + 2 * 2 * mem
@@ -120,12 +120,12 @@ def make_plan(config: TrainConfig, gpus: int, *, mfu: float, gpu: str = "H100") 
     Args:
         config: The run.
         gpus: Ranks; ``parallel.replicate`` copies of the model share them.
-        mfu: Share of its peak FLOP/s that a GPU reaches; MFU, unless blocks are run again.
+        mfu: Share of its peak FLOP/s that a GPU reaches; the MFU, unless blocks are recomputed.
         gpu: Kind of GPU, a key of ``devices.DEVICES``.
 
     Raises:
-        InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, rows
-            of this model cannot be cut, or a figure makes no sense.
+        InputError: the batch, the replicas or the pieces of rows do not divide over the GPUs, this
+            model does not support context parallelism, or a number is out of range.
     """
     if gpus < 1 or not 0 < mfu <= 1:
         what = "--gpus must be at least 1 and --mfu a share, above 0 and at most 1"
@@ -175,7 +175,7 @@ def _memory(
     gathered = n - block * (len(layers) - 2) if gathers_twice else n
     tokens = config.train.micro_batch * config.data.seq_len / config.parallel.context_parallel
     kept, whole = (activation_bytes(shapes, mode) for mode in (config.train.ac, "none"))
-    # backward has one block whole
+    # backward holds all activations of one block
     activations = tokens * ((len(layers) - 1) * kept + whole)
     return {
         "weights, fp32": 4 * n / shards,

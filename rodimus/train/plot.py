@@ -14,11 +14,12 @@ from ..errors import InputError, first_line
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
     """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
 
-    A run that was killed and resumed has written some steps twice: the later record wins, and what
-    an earlier start did from that step on is left out, as is a line that is no record or cut short.
+    A run that was killed and resumed has written some steps twice: the later record wins, and
+    records of an earlier start from that step on are dropped. Lines that are cut short or are not
+    records are skipped.
 
     Raises:
-        InputError: the run has no records, or they may not be read.
+        InputError: the run has no records, or they cannot be read.
     """
     path = Path(run) / "metrics.jsonl"
     try:
@@ -34,7 +35,7 @@ def read_metrics(run: str | Path) -> list[dict[str, float]]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            # an evaluation, which has none, belongs to the step that is there
+            # the record of an evaluation has no loss, and is added to that of its step
             if "loss" in row and isinstance(row["loss"], int | float | None):
                 if row["step"] <= newest:
                     steps = {step: kept for step, kept in steps.items() if step < row["step"]}
@@ -87,7 +88,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     out = Path(out) if out else Path(run) / "loss.png"
     try:
         figure.savefig(out, dpi=120)
-    # an ending that matplotlib does not know is a ValueError
+    # matplotlib raises ValueError for a file extension it does not know
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write {out}: {first_line(error)}") from error
     finally:

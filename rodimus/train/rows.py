@@ -20,14 +20,14 @@ IGNORE = -100
 
 
 class Batch(NamedTuple):
-    """Rows of one rank, all int64 ``[rows, seq_len]``; ``labels`` holds -100 where none is due."""
+    """Rows of one rank, all int64 ``[rows, seq_len]``; ``labels`` is -100 where there is none."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
 
     def is_packed(self) -> bool:
-        """Whether a document begins inside a row; to be asked before the batch is on a device."""
+        """Whether a document begins inside a row; to be called while the batch is on the CPU."""
         return bool((self.position_ids.diff(dim=1) != 1).any())
 
     def to(self, device: torch.device) -> Batch:
@@ -90,7 +90,7 @@ class RowReader:
     """Reads rows of one source into arrays.
 
     Args:
-        rows: ``ConcatRows``, or ``BestFitRows`` of the same interface.
+        rows: ``ConcatRows``, or ``BestFitRows``, which has the same interface.
         mask_doc_start: Leave the first token of a document unpredicted.
     """
 
@@ -115,7 +115,7 @@ class RowReader:
         tokens = self.shards.read(window.shard, window.start, window.length + 1)
         out[0], out[1, : len(tokens) - 1] = tokens[: window.length], tokens[1:]
         starts = self.shards.starts[window.shard]
-        # in the index's own dtype: numpy would convert all of it to one for both
+        # in the index's own dtype: otherwise numpy would convert the whole index to a common one
         ends = np.array([window.start, window.start + window.length + 1], starts.dtype)
         low, high = np.searchsorted(starts, ends)
         inside = starts[low:high].astype(np.int64) - window.start

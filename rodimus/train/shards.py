@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..run_folder import sha256_file
 
 FORMAT_VERSION = 1
-# of the ids, for vocabularies up to 65536 and for larger ones
+# dtypes of the ids, for vocabularies up to 65536 and for larger ones
 _DTYPES = ("<u2", "<u4")
 
 
@@ -61,7 +61,7 @@ class ShardWriter:
     Args:
         folder: Where the files go; created if missing.
         name: NAME of the files, for example ``train``.
-        vocab_size: Ids are below it; decides the width on disk.
+        vocab_size: Every id is below it; it decides the dtype on disk.
         shard_tokens: A shard is closed by the document that reaches this size.
     """
 
@@ -218,9 +218,9 @@ class TokenShards:
 
 
 def allow_open_files() -> None:
-    """Lets this process have as many files open as it may. Each mapped one stays open: a trillion
-    tokens are some 7,500, where most systems allow 1,024 until more are asked for. So does the
-    connection to every other rank, in every group."""
+    """Raises this process's limit on open files to the most it may have. Every mapped file stays
+    open (a trillion tokens are some 7,500 files), and so does a connection to every other rank in
+    every group, while the limit of most systems is at first 1,024."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -1,9 +1,9 @@
 """Signals of a scheduler, remembered until a step or a batch of an evaluation ends.
 
-SIGTERM asks for a checkpoint and the end of the run, as does the SIGHUP of a terminal that closes,
-SIGUSR1 for a checkpoint alone. A second SIGTERM ends the process at once; one right after the first
-is taken for the same, since a launcher passes on what the scheduler has sent to every process
-already.
+SIGTERM asks for a checkpoint and the end of the run, as does the SIGHUP of a terminal that closes;
+SIGUSR1 asks only for a checkpoint. A second SIGTERM ends the process at once. One right after the
+first counts as the same, because a launcher forwards what the scheduler has already sent to every
+process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from types import FrameType
 
 # what a shell reports for a process that SIGTERM ended; schedulers requeue on it
 TERMINATED = 128 + signal.SIGTERM
-# seconds in which signals of one request arrive
+# signals within this many seconds belong to one request
 TOGETHER_S = 2.0
 
 
 class Signals:
-    """Counts signals while installed (a context manager; main thread only)."""
+    """Records signals while installed (a context manager; main thread only)."""
 
     def __init__(self) -> None:
         self.terminate = self.save = False
@@ -30,12 +30,12 @@ class Signals:
 
     def __enter__(self) -> Signals:
         numbers = [signal.SIGTERM, signal.SIGUSR1]
-        # nohup has it ignored
+        # under nohup the process must go on ignoring SIGHUP
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         for number in numbers:
             self._before[number] = signal.signal(number, self._receive)
-        # a handler waits for the main thread, which may be in a collective: a thread hears all
+        # handlers run in the main thread, which may wait in a collective: a thread listens as well
         self._heard, written = socket.socketpair()
         written.setblocking(False)
         self._fd = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False), written
@@ -47,7 +47,7 @@ class Signals:
             signal.signal(number, handler)
         before, written = self._fd
         signal.set_wakeup_fd(before)
-        # the thread reads the end
+        # ends the listening thread, which reads the end of the stream
         written.close()
 
     def _receive(self, number: int, _: FrameType | None) -> None:
@@ -57,7 +57,7 @@ class Signals:
             self.terminate = True
 
     def _listen(self) -> None:
-        """Ends the process at the second request to."""
+        """Ends the process at the second request to terminate."""
         since = None
         while heard := self._heard.recv(1):
             if heard[0] != signal.SIGTERM:

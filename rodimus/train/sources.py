@@ -17,7 +17,7 @@ from ..errors import InputError, first_line
 STDLIB_LICENCE = "PSF-2.0"
 _SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-# installed packages, and test suites whose data tables would crowd out prose code
+# installed packages, and test suites whose data tables would crowd out ordinary code
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -28,12 +28,12 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
         source: ``stdlib``; a ``.txt``, ``.md`` or ``.py`` file (one document), a ``.jsonl`` file
             (one document a line), a ``.parquet`` file (one a row), a folder of such files, or
             ``hf:NAME`` for the train split of a HuggingFace dataset, or for a folder that
-            ``save_to_disk`` wrote. Rows without a text are left out of the last two.
+            ``save_to_disk`` wrote. Rows of parquet files and datasets without a text are skipped.
         field: Name of the text field in jsonl, parquet and datasets.
 
     Raises:
-        InputError: the source does not exist, may not be read, is damaged, is not UTF-8, or lacks
-            the field; names the place.
+        InputError: the source does not exist, cannot be read, is damaged, is not UTF-8, or lacks
+            the field; the message names the place.
         ImportError: parquet needs pyarrow, ``hf:`` needs datasets; the message says so.
     """
     if not source:
@@ -62,7 +62,7 @@ def _stdlib() -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As ``os.walk``, which leaves out what it may not read, without a word."""
+    """``os.walk``, but an unreadable folder is an error, which ``os.walk`` would silently skip."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -85,7 +85,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a file of a folder is read; one that was meant to be and cannot is refused."""
+    """Whether a file in a folder is read; compressed texts and broken links are refused."""
     suffix = path.suffix.lower()
     if suffix in _COMPRESSED and Path(path.stem).suffix.lower() in _SUFFIXES:
         raise InputError(f"{path} is compressed: expected {path.stem}")
@@ -109,7 +109,7 @@ def _file(path: Path, field: str) -> Iterator[str]:
 def _decode(data: bytes, place: str, offset: int) -> str:
     try:
         text = data.decode("utf-8")
-        # the mark that some editors begin a file with is none of its text
+        # the byte order mark that some editors begin a file with is not part of its text
         return text if offset else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(
@@ -119,7 +119,7 @@ def _decode(data: bytes, place: str, offset: int) -> str:
 
 
 def _unicode(text: str, place: str) -> str:
-    """The text, if it is one: JSON can spell halves of characters."""
+    """Returns the text if it is valid Unicode: JSON can spell lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -141,7 +141,7 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            # arrays within arrays may go deeper than the parser does
+            # nested arrays may be too deep for the parser
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{place} is not JSON: {error}") from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -180,7 +180,7 @@ def _check_column(path: Path, schema, field: str) -> None:
     kind = schema.field(field).type
     if str(kind).startswith("dictionary"):
         kind = kind.value_type
-    # null: nothing but nulls
+    # a column of type null holds only nulls
     if str(kind) not in ("string", "large_string", "string_view", "null"):
         raise InputError(f"{path}, column {field!r}, must be text, got {kind}")
 
@@ -193,7 +193,7 @@ def _dataset(name: str, field: str) -> Iterator[str]:
     except ImportError as error:
         raise ImportError(f"hf:{name} needs datasets: pip install datasets") from error
     try:
-        # a folder that save_to_disk wrote of one split
+        # a folder in which save_to_disk wrote one split
         if (Path(name) / "state.json").is_file():
             rows = datasets.load_from_disk(name)
         else:
@@ -208,7 +208,7 @@ def _dataset(name: str, field: str) -> Iterator[str]:
                 yield _unicode(text, place)
     except InputError:
         raise
-    # a missing configuration or split, a name that is none, files that are damaged
+    # a missing configuration or split, an invalid name, damaged files
     except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"hf:{name} cannot be read: {reason}") from error

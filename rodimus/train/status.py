@@ -1,7 +1,7 @@
-"""What a run says to the script that starts it again, in the file ``RODIMUS_STATUS_FILE`` names.
+"""A run's status for the script that restarts it, in the file that ``RODIMUS_STATUS_FILE`` names.
 
-A launcher reports one status for all ranks, and often another one: torchrun makes 1 of all but 0,
-srun tells of who was killed for another's end. So rank 0 writes its own.
+A launcher reports one status for all ranks, and often a different one: torchrun turns all but 0
+into 1, srun reports a rank that was killed because another ended. So rank 0 writes its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "RODIMUS_STATUS_FILE"
-# a checkpoint is complete since this start: where nothing else follows, the run has crashed, and
-# started again it gets further
+# a checkpoint was completed since this start: if nothing else is written later, the run has
+# crashed, and a restart will get further
 SAVED = "saved"
 
 
@@ -24,7 +24,7 @@ def leave(status: int) -> None:
 
 
 def leave_saved() -> None:
-    """Says that a checkpoint is complete; a failure to say it does no harm to the run."""
+    """Records that a checkpoint is complete; a failure to do so does not harm the run."""
     path = _path()
     if path is not None:
         with suppress(OSError):
@@ -32,7 +32,7 @@ def leave_saved() -> None:
 
 
 def leave_crashed() -> None:
-    """Writes 1, unless the run was still under way and has saved since it was started."""
+    """Writes 1, unless the run was still under way and has saved since this start."""
     path = _path()
     if path is None or (path.exists() and path.read_text(encoding="utf-8").strip() == SAVED):
         return

@@ -1,5 +1,5 @@
-"""Folders on disk, without any torch: held by one process; checkpoints made complete, set aside,
-deleted.
+"""Folders on disk, without importing torch: locks a folder for one process; completes checkpoints,
+sets them aside and deletes them.
 
 COMPLETE appears by an atomic rename after the last file of a checkpoint, so a killed run leaves
 either a whole checkpoint or one that does not count; ``RUN/checkpoints/latest`` then names it.
@@ -20,11 +20,11 @@ from ..run_folder import MARKER, complete_steps, step_folder, step_number
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Holds a folder against other packs and runs, where the system and the folder's file system
-    have such locks; they end with a process.
+    """Locks a folder against other packs and runs, if the operating system and the folder's file
+    system support it; the lock ends with the process.
 
     Raises:
-        InputError: another one is at work in it, or it cannot be read.
+        InputError: another process is at work in the folder, or it cannot be read.
     """
     try:
         import fcntl
@@ -60,12 +60,12 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def mark_complete(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Makes a checkpoint count: the marker with its checksums."""
+    """Makes a checkpoint count: writes the marker with its checksums."""
     write_atomic(folder / MARKER, json.dumps({"sha256": dict(checksums)}, indent=1))
 
 
 def point_to(folder: Path) -> None:
-    """Names a checkpoint the latest, for people and scripts: nothing here reads it."""
+    """Records which checkpoint is the latest, for people and scripts: no code here reads it."""
     write_atomic(folder.parent / "latest", folder.name)
 
 
@@ -79,8 +79,8 @@ def set_aside(folder: Path, why: str) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint, its marker first, so that a half-deleted one does not count; of a
-    linked one, the link alone."""
+    """Deletes a checkpoint, its marker first, so that a half-deleted one does not count. If it is a
+    symbolic link, only the link is deleted."""
     if folder.is_symlink():
         return folder.unlink()
     (folder / MARKER).unlink(missing_ok=True)

@@ -18,12 +18,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """Learns byte-level BPE merges; any text round-trips exactly.
 
     Args:
-        texts: Training part alone: held-out text must not shape the vocabulary.
+        texts: The training part only: held-out text must not shape the vocabulary.
         vocab_size: At least 258: 256 bytes and the two document marks.
 
     Returns:
-        A tokenizer that puts ``<|begin|>`` (id 0) before a text; ``<|end|>`` (id 1) closes it, and
-        pads batches on the left.
+        A tokenizer that puts ``<|begin|>`` (id 0) before a text; ``<|end|>`` (id 1) is its end
+        token, and pads batches on the left.
 
     Raises:
         InputError: ``vocab_size`` is too small.
@@ -63,7 +63,7 @@ class DocumentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.backend.encode_special_tokens = True
-        # a folder may tell both, for batches of a model: a document is neither cut nor filled up
+        # a tokenizer's folder may set either for model batches; documents need neither
         self.backend.no_truncation()
         self.backend.no_padding()
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id

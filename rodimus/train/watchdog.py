@@ -1,7 +1,7 @@
-"""Names the rank that hangs: every rank tells the others how far it is, in a thread of its own.
+"""Names the rank that hangs: a thread on every rank tells the others how far it is.
 
-A rank that stands still makes all others wait in a collective, where each of them can only say that
-it waits. Here the ranks compare how many beats they have made, and the one behind is reported.
+A rank that hangs makes all others wait in a collective, where each of them can only report that it
+waits. Here the ranks compare how many beats they have made, and the one behind is reported.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 
 class Watchdog:
-    """Ends the process, with a report, when this rank has not moved for ``timeout_s``.
+    """Ends the process, with a report, when this rank has made no progress for ``timeout_s``.
 
     Args:
         rank: This process.
         world_size: Number of processes; a single one is not watched.
-        timeout_s: Seconds between two beats that count as a hang.
-        save_s: The same for a save or a restore.
+        timeout_s: Seconds without a beat that count as a hang.
+        save_s: The same during a save or a restore.
     """
 
     def __init__(self, rank: int, world_size: int, timeout_s: float, save_s: float) -> None:
@@ -40,21 +40,21 @@ class Watchdog:
         """Begins to watch."""
         self.beat("starting")
         if self.world_size > 1:
-            # a connection of its own: the main thread holds the other's lock while it waits
+            # a connection of its own: the main thread holds the default one's lock while it waits
             self._store = dist.distributed_c10d._get_default_store().clone()
-            # rank 0 may hold the store, and end at its first error: others would wait for it
+            # rank 0 may host the store and end at its first error: first let all ranks connect
             dist.barrier()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def beat(self, where: str) -> None:
-        """Says that this rank moves, and what it is about to do; cheap enough for any loop."""
+        """Records that this rank moves on, and what it does next; cheap enough for any loop."""
         self._count, self._where, self._since = self._count + 1, where, time.monotonic()
 
     @contextmanager
     def paused(self, where: str) -> Iterator[None]:
-        """Lets this rank stand still for as long as a save or a restore may take. A rank that does
-        not come to it is still found by its own beats."""
+        """Allows this rank to make no progress for as long as a save or a restore may take. A rank
+        that does not reach this call is still found by its own beats."""
         self.beat(where)
         self._limit = self.save_s
         try:
@@ -72,7 +72,7 @@ class Watchdog:
     def _watch(self) -> None:
         period = min(5.0, self.timeout_s / 4)
         while not self._stop.wait(period):
-            # rank 0 keeps the beats, and may have ended before this rank reports
+            # rank 0 stores the beats, and may have ended before this rank reports
             with suppress(dist.DistError):
                 self._store.set(f"beat/{self.rank}", f"{self._count}\n{self._name}\n{self._where}")
             silent = time.monotonic() - self._since
@@ -88,7 +88,7 @@ class Watchdog:
                 os._exit(1)
 
     def _blame(self) -> str:
-        """The ranks with the fewest beats; all of them where none is behind."""
+        """Names the ranks with the fewest beats: all of them if none is behind."""
         seen = {}
         for rank in range(self.world_size):
             key = f"beat/{rank}"

@@ -1,7 +1,7 @@
-"""Weights that exist already as the first ones of a run: checked on the host, then sharded.
+"""Existing weights as the initial ones of a run: checked on the host, then sharded.
 
-Rank 0 reads the folder, by the loading code of the package, and sends every rank its shards, one
-parameter after another: no device holds more than one whole parameter beside its own shards. A
+Rank 0 reads the folder with the package's loading code and sends every rank its shards, one
+parameter after another: no device holds more than one whole parameter besides its own shards. A
 resumed run has weights of its own and reads none.
 """
 
@@ -41,14 +41,14 @@ REMARKS = {
     *("transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"),
     *_MARKS,
 }
-"""Fields of a configuration on which nothing depends that a model computes."""
+"""Fields of a configuration that do not affect what a model computes."""
 _CARRIED = {
     *("pad_token_id", "use_cache", "head_dim"),
     *("use_fast_path", "use_fused_swiglu", "use_fused_cross_entropy"),
     *(f"no_weight_decay_on_{what}" for what in ("bias", "embedding", "norm")),
 }
-"""Fields that a configuration may have though its class does not name them: those of generation,
-transformers' width of Qwen2's heads, switches of the released code."""
+"""Fields that a configuration may have although its class does not declare them: for generation,
+the width of Qwen2's heads in transformers, switches of the released code."""
 
 
 def has_begun(config: TrainConfig) -> bool:
@@ -57,11 +57,11 @@ def has_begun(config: TrainConfig) -> bool:
 
 
 def read_model_config(config: TrainConfig, begun: bool) -> PreTrainedConfig:
-    """The model of a run: ``model.config``, or where that is left out what the run has begun with,
-    or what ``model.weights`` are those of.
+    """The model configuration of a run: ``model.config``; without it the one that the run has begun
+    with, or else that of ``model.weights``.
 
     Raises:
-        InputError: it cannot be read, or ``model.config`` has a key that means nothing.
+        InputError: it cannot be read, or ``model.config`` has an unknown key.
     """
     if config.model.config:
         model = read_config(Path(config.model.config))
@@ -73,11 +73,11 @@ def read_model_config(config: TrainConfig, begun: bool) -> PreTrainedConfig:
 
 
 def take_marks(model: PreTrainedConfig, data: TokenShards) -> list[str]:
-    """Gives a configuration the tokens that begin and end the documents of its data: what it says
-    ends a text wherever the model generates, and another tokenizer may have words there.
+    """Gives a configuration the tokens that begin and end the documents of its data: generation
+    stops at the configured end token, which may be a word of another tokenizer.
 
     Returns:
-        What to say of those that it had otherwise.
+        Messages about the tokens that were different.
     """
     told = []
     for name in _MARKS:
@@ -89,7 +89,7 @@ def take_marks(model: PreTrainedConfig, data: TokenShards) -> list[str]:
 
 
 def _check_keys(path: str, model: PreTrainedConfig) -> None:
-    """Refuses what transformers keeps of a configuration without knowing it: most often a typo."""
+    """Refuses keys that transformers keeps without knowing them: most often they are typos."""
     default = type(model)()
     known = [*default.to_dict(), *default.attribute_map]
     for key in vars(model):
@@ -107,12 +107,12 @@ def weights_name(config: TrainConfig) -> str:
 
 
 class ExistingWeights:
-    """What ``model.weights`` names.
+    """The weights that ``model.weights`` names.
 
     Args:
         config: The run.
         model: Its model.
-        data: Shards of its data: their tokenizer.
+        data: Shards of its data, for their tokenizer.
         ranks: This process among the others.
     """
 
@@ -128,11 +128,11 @@ class ExistingWeights:
         self._is_read, self._weights = False, {}
 
     def read(self) -> None:
-        """Checks the folder and reads it into the memory of rank 0; a call of all ranks.
+        """Checks the folder and reads it into the memory of rank 0; all ranks must call it.
 
         Raises:
-            InputError: there is no such folder, it is damaged, its model is another one, its tokens
-                are others than those of the data, or its weights are no floating-point numbers.
+            InputError: the folder is missing or damaged, its model is another one, its tokens are
+                not those of the data, or its weights are not floating-point.
         """
         parallel.together(lambda: self._read() if self.ranks.is_main else None, self.ranks)
         self._is_read = True
@@ -145,7 +145,7 @@ class ExistingWeights:
         if not dtypes <= _FLOATING:
             found = ", ".join(sorted(dtypes - _FLOATING))
             raise InputError(f"{folder} holds weights in {found}: model.weights must be floating")
-        # exact from all of these but float64
+        # float32 holds all of these dtypes exactly, except float64
         loaded = load_model(folder, dtype=torch.float32)
         self._weights = stored(loaded)
         names = " and ".join(sorted(dtypes))
@@ -154,8 +154,8 @@ class ExistingWeights:
 
     @torch.no_grad()
     def give_to(self, model: nn.Module) -> None:
-        """Puts the weights into a sharded model, to the bit, and forgets them; a call of all
-        ranks."""
+        """Copies the weights bit for bit into a sharded model and drops them; all ranks must call
+        it."""
         if not self._is_read:
             self.read()
         for name, target in stored(model).items():
@@ -166,7 +166,7 @@ class ExistingWeights:
 
 
 def stored(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint of a model holds, by name: a tied head is not in it a second time."""
+    """The tensors that a checkpoint of a model holds, by name; a tied head is not in it twice."""
     tied = model.all_tied_weights_keys
     return {name: x for name, x in model.state_dict().items() if name not in tied}
 
@@ -175,10 +175,10 @@ def check_model(ours: PreTrainedConfig, theirs: PreTrainedConfig, folder: Path) 
     """Compares the run's model with that of existing weights.
 
     Returns:
-        What to say of settings that differ though the weights fit.
+        Messages about settings that differ although the weights fit.
 
     Raises:
-        InputError: the weights do not fit, or are no language model's.
+        InputError: the weights do not fit, or are not those of a language model.
     """
     own, other = _described(ours), _described(theirs)
     differing = [k for k in sorted(own.keys() | other.keys()) if own.get(k) != other.get(k)]
@@ -199,7 +199,7 @@ def check_tokens(folder: Path, data: TokenShards) -> list[str]:
     """Compares the vocabulary of existing weights with that of the data.
 
     Returns:
-        What to say where they cannot be compared.
+        A message if they cannot be compared.
 
     Raises:
         InputError: a token differs.
@@ -222,7 +222,7 @@ def check_tokens(folder: Path, data: TokenShards) -> list[str]:
 
 
 def _described(model: PreTrainedConfig) -> dict[str, Any]:
-    """What a configuration says of the model, one level of tables taken apart."""
+    """The fields of a configuration that describe the model, with one level of tables flattened."""
     found: dict[str, Any] = {}
     for key, value in model.to_dict().items():
         if key in REMARKS:
