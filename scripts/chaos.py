@@ -1,11 +1,11 @@
-"""Chaos run: a training run is killed, terminated and damaged at random, and must not notice.
+"""Chaos run: a training run is killed, terminated and damaged at random, without any effect.
 
     python scripts/chaos.py --events 30
 
 Trains a tiny Rodimus+ on two processes twice: once undisturbed, once with random events, each of
 which ends the run (SIGKILL of a rank, SIGTERM of all) and may then damage the newest of several
-checkpoints (a truncated file, a flipped bit). The run is started again after every event, by itself
-finds the newest sound checkpoint, and must end with the same losses to the bit.
+checkpoints (a truncated file, a flipped bit). The run is restarted after every event, finds the
+newest intact checkpoint by itself, and must end with bitwise the same losses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVENTS = ("kill", "terminate", "kill and truncate", "kill and flip a bit")
 
 
 class Group:
-    """Two forked ranks of `rodimus train`; as under torchrun, none outlives another's death."""
+    """Two forked ranks of `rodimus train`; as under torchrun, if one dies the other is killed."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         with socket.socket() as probe:
@@ -55,7 +55,7 @@ class Group:
         return [r.exitcode for r in self.ranks]
 
     def signal(self, number: int, only: int | None = None) -> None:
-        """Sends a signal to one rank, or to all that live."""
+        """Sends a signal to one rank, or to all that are alive."""
         for index, rank in enumerate(self.ranks):
             if only in (None, index) and rank.is_alive():
                 os.kill(rank.pid, number)
@@ -82,7 +82,7 @@ def lines(run: Path) -> int:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step; of a step trained more than once, the last."""
+    """Loss by step; the last one of a step that was trained more than once."""
     rows = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         # a killed writer leaves half a line
@@ -94,8 +94,8 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def damage(run: Path, how: str, rng: random.Random) -> None:
-    """Truncates a file of the newest checkpoint, or flips one of its bits. The only one is left: a
-    run without a sound checkpoint would refuse to start over by itself."""
+    """Truncates a file of the newest checkpoint, or flips one of its bits. An only checkpoint is
+    left intact: a run whose checkpoints are all damaged would refuse to start over by itself."""
     steps = store.complete_steps(run / "checkpoints")
     if len(steps) < 2:
         return
@@ -110,7 +110,7 @@ def damage(run: Path, how: str, rng: random.Random) -> None:
 
 
 def disturb(run: Path, group: Group, event: str, rng: random.Random) -> None:
-    """Waits for a random moment some steps on, then lets the event happen."""
+    """Waits for a random moment some steps later, then makes the event happen."""
     target = lines(run) + rng.randrange(12)
     while lines(run) < target and all(rank.is_alive() for rank in group.ranks):
         time.sleep(0.02)
@@ -129,7 +129,7 @@ def disturb(run: Path, group: Group, event: str, rng: random.Random) -> None:
 
 
 def main() -> int:
-    """Runs the experiment; returns 0 when the disturbed run ends as the undisturbed one."""
+    """Runs the experiment; returns 0 if the disturbed run has the losses of the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)

@@ -2,7 +2,7 @@
 
     python scripts/scaling.py
 
-Arithmetic only: nothing in it was measured, and the page says so.
+Arithmetic only: nothing on the page was measured, and it says so.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def page() -> str:
         for gpus in GPUS:
             path = ROOT / "configs" / "train" / f"{name}.toml"
             config = load_config(path)
-            # the global batch stays: many GPUs have few rows each
+            # the global batch stays the same, so with many GPUs each has few rows
             rows = min(config.train.micro_batch, config.rows // gpus)
             changes = ["--train.micro-batch", str(rows)]
             changes += ["--parallel.replicate", str(gpus // PER_NODE)]

@@ -1,15 +1,15 @@
 #!/bin/bash
-# Starts the training processes of this node with torchrun, where there is no scheduler; on every
+# Starts the training processes of this node with torchrun, without a scheduler. Run it on every
 # node, with the address of the first one:
 #   MASTER_ADDR=node0 NODES=2 bash scripts/train_multinode.sh configs/train/rodimus_plus_1b6.toml \
 #       --parallel.replicate 2
-# MAX_RESTARTS=3 lets torchrun start all ranks again when one has failed, three times at most.
+# MAX_RESTARTS=3 lets torchrun restart all ranks when one fails, at most three times.
 set -eu
 
 : "${MASTER_ADDR:?must name the first node}"
-# torchrun passes SIGTERM on and kills its workers 30 s later; newer ones wait as long as is said here
+# torchrun forwards SIGTERM and kills its workers 30 s later; newer versions wait this many seconds
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
-# else ranks that are started again find the addresses of those that have ended
+# otherwise restarted ranks find the addresses of the ranks that have ended
 # (https://github.com/pytorch/pytorch/issues/135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
