@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
-# the suite runs in two processes; more threads than cores only slow each other down. It is that of
-# the CPU on every machine: a GPU has `make gpu`, and where torch sees one no rank can be forked
+# the suite runs in two processes; more threads than cores only slow each other down. It is the CPU
+# suite on every machine: a GPU has `make gpu`, and where torch sees a GPU, ranks cannot be forked
 RUN_TESTS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 -q -rs
 
 .PHONY: help install demo test test-all test-transformers lint format native aot bench gpu clean
@@ -60,7 +60,7 @@ format: $(STAMP)
 aot: $(STAMP)
 	$(BIN)/python -m benchmarks.aot
 
-# names as in benchmarks/peers/interface.py; empty for all of them
+# names as in benchmarks/peers/interface.py; empty means all of them
 MODELS ?= rodimus-plus-1.6b,rwkv6-1.6b,qwen2-1.5b,rodimus-1.4b
 
 $(VENV)/.bench: $(STAMP)
@@ -69,7 +69,7 @@ $(VENV)/.bench: $(STAMP)
 		echo "llama.cpp could not be compiled: the peers run without it"
 	@touch $@
 
-# several sittings, because a machine changes more between runs than within one
+# several runs, because a machine's speed changes more between runs than within one
 bench: $(VENV)/.bench native
 	for sitting in 1 2 3; do $(BIN)/python -m pytest -q benchmarks/bench_memory.py \
 		benchmarks/bench_decode.py benchmarks/bench_prefill.py benchmarks/bench_demo.py --bench-scale full \
@@ -79,7 +79,7 @@ bench: $(VENV)/.bench native
 		--bench-sittings 3 --bench-models "$(MODELS)" || exit 1; done || exit 1; done
 	$(BIN)/python -m benchmarks.report
 
-# RODIMUS_GPU_PARTS="tests operators" runs a part; .ci/gpu names them all
+# RODIMUS_GPU_PARTS="tests operators" runs only these parts; .ci/gpu names all of them
 gpu:
 	@sh .ci/gpu $(PYTHON)
 

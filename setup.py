@@ -1,4 +1,4 @@
-"""Metadata of the distribution: what it is called, what it needs, which folders it takes.
+"""Metadata of the distribution: its name, its requirements and the folders it contains.
 
 Two packages are installed: ``rodimus`` (model, generation, training) and ``rodimus_kernels``
 (operators), which lives in ``kernels/``. That folder is a plain directory and never a package: a
@@ -41,13 +41,13 @@ SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 
 def version() -> str:
-    """The one place that states the version is ``rodimus/__init__.py``."""
+    """Reads the version from ``rodimus/__init__.py``, the only place that states it."""
     text = (HERE / "rodimus" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)[1]
 
 
 def builder():
-    """The module that builds ``csrc/``; by its path, because its package needs torch."""
+    """The module that builds ``csrc/``, loaded by its path because its package imports torch."""
     path = HERE / "kernels" / "rodimus_kernels" / "build.py"
     spec = importlib.util.spec_from_file_location("rodimus_kernels_build", path)
     module = importlib.util.module_from_spec(spec)
@@ -56,7 +56,7 @@ def builder():
 
 
 class BuildPy(build_py):
-    """The modules, the sources of the native operators, and what this machine can build of them."""
+    """Builds the modules, and adds the native operators: sources, and what can be built here."""
 
     def run(self):
         super().run()
@@ -64,7 +64,7 @@ class BuildPy(build_py):
         package = build.PACKAGE
         if not self.editable_mode:
             package = Path(self.build_lib, "rodimus_kernels")
-            # what an earlier build left there is not what is being packed
+            # remove what an earlier build left there, so that it is not packed
             shutil.rmtree(package / "csrc", ignore_errors=True)
             for name in build.LIBRARIES.values():
                 (package / name).unlink(missing_ok=True)
@@ -120,8 +120,8 @@ setup(
     package_data={"rodimus": ["*.jinja", "py.typed"], "rodimus_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        # its minor versions change what generate() and a model say to each other: 5.24 the name of
-        # the cache, without which every token is wrong and no error says so
+        # its minor versions change what generate() and a model pass to each other: 5.24 renamed the
+        # cache argument, without which every token is wrong and there is no error
         "transformers>=5.17,<5.25",
         "safetensors>=0.5",
         "numpy>=1.26",
