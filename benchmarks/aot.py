@@ -4,9 +4,9 @@
 
 Kernels are taken from their own launchers: the calls of ``aot_cases.py`` run on CPU tensors while
 the launch itself is replaced by a compilation for the target, so what is compiled is what would
-run.
-One line a kernel: registers a thread, bytes of stack (spills), shared memory a program. Fails on a
-stack over 128 bytes, shared memory over the architecture's limit, or a ``wgmma`` of 8 columns.
+run. Prints one line per kernel: registers per thread, bytes of stack (spills), shared memory per
+program. Fails on a stack over 128 bytes, shared memory over the architecture's limit, or a
+``wgmma`` of 8 columns.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from rodimus_kernels._triton import assume_capability
 
 from . import aot_cases
 
-# shared memory a program may ask for, bytes: CUDA programming guide, technical specifications
+# bytes of shared memory that a program may use: CUDA programming guide, technical specifications
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 STACK_LIMIT = 128
 

@@ -1,5 +1,5 @@
-"""Calls that launch every Triton kernel in the shapes of the models, for ``aot.py``: CPU tensors
-without values, because what is launched there is only compiled."""
+"""Calls that launch every Triton kernel in the shapes of the models, for ``aot.py``: with
+uninitialised CPU tensors, because launches are only compiled there."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ class Case(NamedTuple):
 
 
 def cases(*, everything: bool) -> Iterator[Case]:
-    """Those of every module, which is imported on the way: in the shapes and dtypes of the models,
-    or in others as well."""
+    """Imports every module and yields its cases: in the shapes and dtypes of the models, and with
+    ``everything`` in others as well."""
     for module, make in MODULES.items():
         importlib.import_module(f"rodimus_kernels.{module}")
         for name, call, is_models in make():
@@ -231,7 +231,7 @@ def _step_attention(dim, dtype, int8):
         row = reference.int8_row_bytes(1, dim, 16, dim, dtype)
         cache = torch.empty(1, 2112, row, dtype=torch.uint8)
     OPS.ring_attention(q, k, v, cache, torch.tensor([5000]), 2049, 0.1)
-    # where nothing runs side by side there is one part
+    # on a CPU the launcher makes a single part, so the kernel that joins parts is launched here
     parts, lse = torch.empty(129, *v.shape), torch.empty(129, 1, 16)
     sizes = {"H": 16, "DV": dim, "BDV": dim, "BP": 256, "BN": triton_step._JOINED}
     triton_step.join_parts_kernel[(16, 1)](parts, lse, v, 129, **sizes, num_warps=4, **FP_FUSION)

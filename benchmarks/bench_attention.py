@@ -1,8 +1,8 @@
 """Shared-key attention by device time: against its floor, FlexAttention and flash-attn.
 
 Shapes are those of a layer of the 1.6B model: 16 query heads, 1 key head, 16 value heads of 128, a
-window of 2049 keys. Peers get the key head expanded with stride 0, and again copied to all heads,
-as a model without shared keys would store it. On a GPU every call is a CUDA graph of several runs.
+window of 2049 keys. Peers run once with the key head expanded with stride 0 and once copied to all
+heads, as a model without shared keys has it. On a GPU every call is a CUDA graph of several runs.
 Before anything is timed, values and gradients are compared with float64 on the device.
 
     floor   forward, training: products of visible pairs over the measured rate of a large product
@@ -49,7 +49,7 @@ POINTS = {
 
 
 def flops(what: str, batch: int, length: int, dim: int, window: int) -> int:
-    """Forward: two products a pair. Backward: five, one of which repeats the forward's."""
+    """Forward: two products per pair. Backward: five, one of which repeats one of the forward's."""
     products = {"forward": 2, "training": 7}[what]
     return products * 2 * dim * HEADS * batch * sizes.visible_pairs(length, window)
 
@@ -98,7 +98,7 @@ def repeated(function):
 
 
 def sequence_calls(what, tensors, window, impl, flops) -> dict[str, Call]:
-    """Ours, and each peer with the key expanded and copied."""
+    """Ours, and each peer once with the key expanded and once with it copied."""
     attend = functools.partial(shared_key_attention, window_size=window)
     found = {}
     for name in (impl, *(peer for peer in PEERS if peer != impl)):
@@ -138,7 +138,7 @@ def run_steps(step, tokens, caches, position, impl):
 
 
 def rings(batch, rows, dim, device, dtype, *, int8) -> list[torch.Tensor]:
-    """Full caches that take turns."""
+    """Full ring caches, to be used in turn."""
     heads, like = (1, dim, HEADS, dim), {"device": device, "dtype": dtype}
     shape = (batch, rows, (1 + HEADS) * dim)
     if int8:
@@ -153,12 +153,12 @@ def rings(batch, rows, dim, device, dtype, *, int8) -> list[torch.Tensor]:
 
 
 def calls_of(point, bench, impl) -> tuple[dict[str, Call], float | None]:
-    """What is timed at a point, by name, and the error that was found before."""
+    """The calls to time at a point, by name, and the error that was found before timing."""
     what, batch, length, dim, window = point
     device, dtype = bench.device, bench.dtype
     if what == "decode":
         return decode_calls(batch, length, dim, window, impl, device, dtype), None
-    # torch compiles FlexAttention for each shape, and gives up on a function after eight
+    # torch compiles FlexAttention for each shape, and stops compiling a function after eight
     torch.compiler.reset()
     error = check(impl, dim, window, device, dtype)
     tensors = make_inputs(batch, length, dim, device, dtype)

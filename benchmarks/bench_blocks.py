@@ -1,8 +1,8 @@
-"""One token through blocks of the 1.6B model in a full window, by device time: ten kernels a block
-against one, and on a CPU the native form against plain torch.
+"""One token through blocks of the 1.6B model with a full window, by device time: ten kernels per
+block against one, and on a CPU the native implementation against plain torch.
 
-Every block has weights of its own, so no cache holds what the last run has read. Before anything is
-timed, each form is compared with the reference in float64.
+Every block has its own weights, so that no cache holds what the last run has read. Before anything
+is timed, each implementation is compared with the reference in float64.
 
     floor   weights and window once, states and taps twice, over the measured copy rate
 """
@@ -27,11 +27,11 @@ POINTS = {
     "cuda": [(batch, 2112) for batch in (1, 2, 4, 8)],
 }
 BUDGET = 2.0
-"""Error against float64, in units of that of the reference on the same inputs."""
+"""Largest error against float64, as a multiple of the reference's error on the same inputs."""
 
 
 class Blocks:
-    """Blocks of random weights, and what one token of each sequence finds."""
+    """Blocks of random weights, with states, rings and inputs for one token of each sequence."""
 
     def __init__(self, batch: int, rows: int, scale: str, device: torch.device, dtype: torch.dtype):
         settings = sizes.config_of("rodimus_plus", scale)
@@ -60,12 +60,12 @@ class Blocks:
         self.floor_bytes += batch * window * sum(x[0, 0].nbytes for x in self.rings)
 
     def step(self, impl: str) -> torch.Tensor:
-        """The stream behind the last block; states are written in place."""
+        """The stream after the last block; states are written in place."""
         states = (self.taps, self.states, self.rings, self.position, self.rotary)
         return blocks_step(self.stream, self.weights, *states, **self.named, impl=impl)
 
     def copied(self) -> "Blocks":
-        """The same with states of its own."""
+        """A copy with its own states, which shares the weights."""
         other = copy.copy(self)
         other.taps, other.states, other.rings = (
             [x.clone() for x in given] for given in (self.taps, self.states, self.rings)
@@ -73,7 +73,7 @@ class Blocks:
         return other
 
     def exact(self) -> "Blocks":
-        """The same in float64."""
+        """A copy in float64."""
         wide, convert = copy.copy(self), lambda x: None if x is None else x.double()
         wide.weights = [BlockWeights(*map(convert, block)) for block in self.weights]
         for name in ("taps", "states", "rings", "rotary"):
@@ -83,7 +83,7 @@ class Blocks:
 
 
 def impls_of(device: torch.device) -> tuple[str, ...]:
-    """What is timed, the form that is chosen by itself first."""
+    """The implementations to time, first the one that is chosen automatically."""
     if not native.is_available(device.type):
         return ("reference",)
     return ("native", "persistent" if device.type == "cuda" else "reference")
@@ -101,7 +101,7 @@ def test_blocks(bench, benchmark, start, point):
         try:
             found = blocks.copied().step(impl)
         except (RuntimeError, ValueError) as reason:
-            # persistent needs bfloat16 and a large GPU; what is chosen by itself must run
+            # persistent needs bfloat16 and a large GPU; the automatic choice must run
             if not calls:
                 raise
             calls[f"blocks/{impl}"] = str(reason).splitlines()[0]

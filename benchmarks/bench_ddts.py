@@ -1,9 +1,9 @@
 """DDTS and what surrounds it in a layer, by device time: against bytes, and chunk_gla of fla.
 
 Shapes are those of a layer of the 1.6B (V = 4096) and 4B (V = 6144) models. On a GPU every call is
-a CUDA graph of several runs, so host time does not count, and its inputs, but for those of the
-gates, are several times the cache. Before anything is timed, its values and gradients are compared
-with float64 on the device.
+a CUDA graph of several runs, so host time does not count, and its inputs, except those of the
+gates, are several times as large as the cache. Before anything is timed, its values and gradients
+are compared with float64 on the device.
 
     floor   bytes: each input read once, each output written once, over the measured copy rate
 """
@@ -61,7 +61,7 @@ def check(case: DdtsCase, impl: str, device: torch.device) -> float:
 
 
 def make_inputs(case: DdtsCase, device: torch.device) -> DdtsInputs:
-    """The case's inputs; values and gradients drawn on the device, for they are large."""
+    """The case's inputs; values and gradients are large, so they are drawn on the device."""
     narrow = ddts_inputs(dataclasses.replace(case, value_dim=16), device=device)
     shape = (case.batch, case.length, case.heads, case.value_dim)
     v, do = (torch.randn(shape, device=device, dtype=case.dtype) for _ in range(2))
@@ -69,7 +69,7 @@ def make_inputs(case: DdtsCase, device: torch.device) -> DdtsInputs:
 
 
 def forward(inputs: DdtsInputs, function: Callable) -> Call:
-    """Without gradients."""
+    """The forward pass without gradients."""
     x = inputs[:4]
 
     def call() -> None:
@@ -96,11 +96,11 @@ PASSES = {"forward": forward, "training": training}
 def surroundings(
     bench: Bench, batch: int, length: int, width: int, impls: Sequence[str]
 ) -> tuple[dict[str, Call | str], float]:
-    """Convolution, input gate, gates and the gated norm of a layer, forward; with the largest error
+    """Convolution, input gate, gates and the gated norm of a layer, forward; and the largest error
     of any of them against float64.
 
     Args:
-        impls: The first is ours and must be right; others that are not have a reason.
+        impls: The first is ours and must be correct; for others that are not, a reason is returned.
     """
     shape = Shape.of(bench.scale, batch, length)._replace(inner=width, keys=KEY_DIM)
     calls, largest = {}, 0.0
@@ -114,8 +114,8 @@ def surroundings(
 
 
 def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], float]:
-    """One token of each sequence, by implementation; states take turns. With the largest error of
-    any of them against float64."""
+    """One token of each sequence, by implementation, with states that take turns; and the largest
+    error of any of them against float64."""
     q, k, v, log_decay = (x[:, 0] for x in ddts_inputs(case, device=device)[:4])
     shape = (case.batch, 1, case.key_dim, case.value_dim)
     one = torch.randn(shape, device=device)
@@ -139,14 +139,14 @@ def step_calls(case: DdtsCase, device: torch.device) -> tuple[dict[str, Call], f
 
 
 def fla_forward(q, k, v, log_decay):
-    """``chunk_gla`` of the flash-linear-attention that is installed."""
+    """``chunk_gla`` of the installed flash-linear-attention."""
     from fla.ops.gla import chunk_gla
 
     return chunk_gla(q, k, v, log_decay, scale=q.shape[-1] ** -0.5)
 
 
 def calls_of(what: str, inputs: DdtsInputs, on_gpu: bool) -> dict[str, Call]:
-    """What is timed at a point, by name."""
+    """The calls to time at a point, by name."""
     impl = "triton_chunk" if on_gpu else "eager"
     ours = functools.partial(ddts, impl=impl)
     return {

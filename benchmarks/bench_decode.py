@@ -1,4 +1,4 @@
-"""Decoding: milliseconds a token, by context and batch, every model in turn."""
+"""Decoding: milliseconds per token, by context and batch, every model in turn."""
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ POINTS = {
 }
 LAST = [point for point in POINTS["cuda"] if point[0] > 1]
 STEPS = 8
-"""Tokens of one timed call on a GPU, so that a call is long against its synchronisation."""
+"""Tokens of one timed call on a GPU, so that a call takes much longer than its synchronisation."""
 SIDE_BY_SIDE = 2**18
-"""Tokens of a batch that a peer's engines keep each on their own: 8 GB of Qwen2."""
+"""Most tokens in a batch for which several engines of a peer each keep a cache: 8 GB of Qwen2."""
 
 
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: int) -> Target:
-    """A session that stands after ``context`` tokens, decoding greedily."""
+    """A session after ``context`` tokens, which decodes greedily."""
     steps = STEPS if bench.device.type == "cuda" else 1
     bench.require_room(model, batch, context)
     rewinds = model.rewinds(engine)
@@ -48,11 +48,11 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, context: 
 
 def engines_of(bench: Bench, model: peers.Model, batch: int, context: int) -> tuple[str, ...]:
     """All engines for one sequence; for a batch the plain one and the one meant for speed. With
-    quantised weights those that read them: our own, and llama.cpp.
+    quantised weights those that support them: our own, and llama.cpp.
 
-    On a GPU the plain ones wait for Python, whatever the context: one case tells about them, the
-    others are left to the engines meant for speed, of a peer all that worked in the first case; of
-    its caches only one fits where they are large.
+    On a GPU the plain engines wait for Python at any context, so only the first case times them.
+    All other cases time the engines meant for speed: of a peer, all that worked in the first case,
+    or only one where the cache is so large that several do not fit.
     """
     if bench.weight_dtype:
         reads = "engine" if model.name in peers.OURS else LLAMA_CPP

@@ -1,7 +1,7 @@
-"""A token of the model of `make demo` on a CPU: in the engine, whose step is one call of all
-blocks, and by the model's modules, as with adapters or hooks.
+"""One token of the model of `make demo` on a CPU: in the engine, whose step is one call for all
+blocks, and through the model's modules, as with adapters or hooks.
 
-Its weights of 8 MB stay in the cache: what is timed is the way to the products.
+Its 8 MB of weights stay in the cache: what is timed is the overhead around the products.
 """
 
 import functools
@@ -30,11 +30,11 @@ def demo(device: torch.device) -> RodimusForCausalLM:
 
 
 class Modules:
-    """Greedy decoding by the modules of a model, with the cache of transformers."""
+    """Greedy decoding through the modules of a model, with the cache of transformers."""
 
     def __init__(self, model: RodimusForCausalLM, prompt: torch.Tensor):
         self.model, self.cache = model, DynamicCache(config=model.config)
-        # what hooks do is not known, so blocks run one by one
+        # a hook may do anything, so with one the model runs its blocks one by one
         self.hook = model.model.layers[0].register_forward_hook(lambda *_: None)
         self.token = self._read(prompt)
 
@@ -49,11 +49,11 @@ class Modules:
 
 
 def calls_of(prompt: torch.Tensor, room: int) -> dict[str, Call]:
-    """Both ways on, after they have found the same tokens.
+    """Steps of the engine and of the modules, after a check that both give the same tokens.
 
     Args:
         prompt: ``[1, T]``.
-        room: Tokens that the engine may generate.
+        room: Number of tokens that the engine may generate.
     """
     engine = Engine(demo(prompt.device), slots=1, max_length=prompt.shape[1] + room)
     generation = engine.submit(Request(prompt[0].tolist(), room, stop_tokens=()))

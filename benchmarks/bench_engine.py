@@ -1,8 +1,8 @@
-"""The generation engine under load: clients that each ask again as soon as they are answered.
+"""The generation engine under load: clients that each send the next request when one is answered.
 
-Time to the first token and time between tokens as percentiles over the requests, and tokens a
-second of the whole engine. Then steps of a full engine beside those of the model alone: the
-difference is what sampling and the host add. Ours alone: the peers' packages have no engine of
+Time to the first token and time between tokens as percentiles over the requests, and tokens per
+second of the whole engine. Then steps of a full engine and of the model alone: the difference is
+what sampling and the host add. Only our models are measured: the peers' packages have no engine of
 their own.
 """
 
@@ -29,12 +29,12 @@ REQUESTS_A_CLIENT = {"tiny": 2, "full": 4}
 # (running sequences, prompt)
 FULL = {"tiny": (2, 16), "full": (64, 1024)}
 STEPS = 8
-"""Of one timed call of a full engine."""
+"""Steps in one timed call of a full engine."""
 SAMPLING = {"greedy": {}, "sampled": {"temperature": 0.8, "top_p": 0.95, "seed": peers.SEED}}
 
 
 def serve(engine, prompts: Iterator[list[int]], clients: int, new_tokens: int) -> list:
-    """Keep ``clients`` requests in flight until the prompts are used up; finished generations."""
+    """Keeps ``clients`` requests in flight until no prompt is left; the finished generations."""
     from rodimus.generation.engine import Request
 
     def ask() -> None:
@@ -107,10 +107,10 @@ def test_engine(bench, start, point):
 
 
 def full_engine(bench: Bench, model: peers.Model, slots: int, length: int, sampling: dict):
-    """An engine in which every slot has a sequence that runs on for as long as steps are timed."""
+    """An engine in which every slot has a sequence that does not end while steps are timed."""
     from rodimus.generation.engine import Engine, Request, SamplingParams
 
-    # until the last prompt is read, and then a call of each target in warm-up and timed rounds
+    # tokens until the last prompt is read, and of each target's calls in warm-up and timed rounds
     room = slots * (2 + length // 512) + 8 * STEPS * bench.rounds
     engine = Engine(model.model, slots=slots, max_length=length + room)
     for prompt in peers.random_tokens(slots, length, model).tolist():
@@ -142,11 +142,11 @@ def measure_steps(bench: Bench, name: str, slots: int, length: int, mode: str) -
 
 
 def step_times(turns: timing.RoundRobin, slots: int, profile: dict) -> dict:
-    """Milliseconds of one step, by fields of a row.
+    """Milliseconds of one step, as fields of a row.
 
-    The model's time is the device's where there is one. ``beside_model_ms`` is the middle of the
-    rounds' differences; ``host_ms`` what is left of a step beside all kernels, sampling's too,
-    where the device's profiler reports them.
+    On a GPU the model's time is device time. ``beside_model_ms`` is the median of the rounds'
+    differences; ``host_ms`` is a step's time without that of all kernels, those of sampling
+    included, if the device's profiler reports them.
     """
     clocks = {"step": "wall_ms", "model": "device_ms"}
     if turns.device.type != "cuda":

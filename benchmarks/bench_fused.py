@@ -1,12 +1,12 @@
 """The operators around the mixers by device time: loss, norms, rotation, MLP activation,
 convolution and gates, forward and with all gradients.
 
-Shapes are those of a layer and of the head of the 1.6B model. Peers are the same of torch's own
-functions, and that compiled. On a GPU every call is a CUDA graph of several runs. Before anything
-is timed, values and gradients on the same inputs are compared with float64 on the device.
+Shapes are those of a layer and of the head of the 1.6B model. Peers are the same operators made of
+torch functions, eager and compiled. On a GPU every call is a CUDA graph of several runs. Before
+anything is timed, values and gradients on the same inputs are compared with float64 on the device.
 
-    floor   the later of bytes, each input and output once in each direction, over the measured copy
-            rate, and of GEMMs over the measured rate of a large one
+    floor   the longer of two times: bytes (each input and output once in each direction) over the
+            measured copy rate, and GEMMs over the measured rate of a large one
 """
 
 import functools
@@ -54,7 +54,7 @@ POINTS = {
 
 
 class Shape(NamedTuple):
-    """What an operator's inputs are made of."""
+    """Sizes of an operator's inputs."""
 
     batch: int
     length: int
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, scale: str, batch: int, length: int) -> "Shape":
-        """That of Rodimus+ at a scale."""
+        """The sizes of Rodimus+ at a scale."""
         fields = sizes.config_of("rodimus_plus", scale)
         config = RodimusConfig(**{**fields, "bos_token_id": None, "eos_token_id": None})
         mixer = config.mixer_cfg
@@ -81,12 +81,12 @@ class Operator(NamedTuple):
 
     Attributes:
         function: Ours, of inputs and constants; takes ``impl``.
-        plain: The same of torch's own functions.
-        inputs: That get gradients.
-        constants: That get none.
-        again: What backward has to read besides the gradients of the outputs.
-        flops: Of the forward's GEMMs; the backward's are twice as many.
-        limit: Of relative errors, where what is float32 follows from something coarser.
+        plain: The same operator made of torch functions.
+        inputs: Arguments that get gradients.
+        constants: Arguments that get none.
+        again: Tensors that backward must read besides the gradients of the outputs.
+        flops: Operations of the forward's GEMMs; the backward has twice as many.
+        limit: Limit of relative errors, if float32 results are computed from coarser values.
     """
 
     function: Callable[..., object]
@@ -98,11 +98,11 @@ class Operator(NamedTuple):
     limit: float = 0.0
 
     def ours(self, impl: str) -> Callable[..., object]:
-        """The function in one of its forms."""
+        """The function in one of its implementations."""
         return functools.partial(self.function, impl=impl)
 
     def work(self, what: str, impl: str) -> tuple[int, int | None]:
-        """Bytes and operations that no form of a pass avoids."""
+        """Bytes and operations that no implementation of a pass can avoid."""
         with torch.no_grad():
             outputs = size(*results(self.ours(impl), self))
         moved = size(*self.inputs, *self.constants) + outputs
@@ -158,14 +158,14 @@ def plain_gated_norm(x, gate, residual, residual_weight, weight):
 
 
 def norm(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of the float32 stream."""
+    """Norm of the float32 stream."""
     x, weight = normal(shape.batch, shape.length, shape.hidden).float(), normal(shape.hidden)
     function = functools.partial(rms_norm, eps=EPS)
     return Operator(function, plain_norm, (x, weight), again=(x, weight))
 
 
 def add_norm(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of the float32 stream and a branch; backward reads their sum, as large as the stream."""
+    """Norm of the float32 stream plus a branch; backward reads the sum, as large as the stream."""
     x, weight = normal(shape.batch, shape.length, shape.hidden), normal(shape.hidden)
     inputs = x, normal(*x.shape).float(), weight
     function = functools.partial(add_rms_norm, eps=EPS)
@@ -173,7 +173,7 @@ def add_norm(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
 
 
 def gated_norm(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Behind the mixer; the gate is half of a projection."""
+    """Gated norm after the mixer; the gate is half of a projection."""
     x, residual = (normal(shape.batch, shape.length, shape.inner) for _ in range(2))
     inputs = x, halves(shape, normal)[1], residual, normal(shape.inner), normal(shape.inner)
 
@@ -185,12 +185,12 @@ def gated_norm(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
 
 
 def halves(shape: Shape, normal: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """x and gate of the mixer, beside each other in one projection."""
+    """x and gate of the mixer, the two halves of one projection."""
     return normal(shape.batch, shape.length, 2 * shape.inner).chunk(2, dim=-1)
 
 
 def rotation(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of the queries; the gradient is another rotation."""
+    """Rotation of the queries; the gradient is another rotation."""
     q = normal(shape.batch, shape.length, shape.heads, shape.hidden // shape.heads)
     positions = torch.arange(shape.length, device=q.device)[None]
     tables = rope_tables(positions, q.shape[-1], dtype=q.dtype)
@@ -204,7 +204,7 @@ def plain_swiglu(projection):
 
 
 def activation(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of the MLP."""
+    """Activation of the MLP."""
     inputs = (normal(shape.batch, shape.length, 2 * shape.mlp),)
     return Operator(swiglu, plain_swiglu, inputs, again=inputs)
 
@@ -217,7 +217,7 @@ def plain_conv(x, weight, bias):
 
 
 def convolution(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of half a projection, with silu."""
+    """Convolution of half a projection, with silu."""
     inputs = halves(shape, normal)[0], normal(shape.inner, 4), normal(shape.inner)
     function = lambda *tensors, impl: short_conv(*tensors, impl=impl)[0]
     return Operator(function, plain_conv, inputs, again=inputs)
@@ -229,7 +229,7 @@ def plain_input_gate(x, hidden, weight, bias):
 
 
 def value_gate(shape: Shape, normal: Callable[..., torch.Tensor]) -> Operator:
-    """Of half a projection, from a low rank."""
+    """Gate of half a projection, from a low-rank product."""
     hidden, weight = normal(shape.batch, shape.length, RANK), normal(shape.inner, RANK)
     inputs = halves(shape, normal)[0], hidden, weight * RANK**-0.5, normal(shape.inner)
     flops = 2 * hidden.numel() * shape.inner
@@ -276,7 +276,7 @@ def results(function: Callable[..., object], operator: Operator) -> tuple[torch.
 def pass_of(
     what: str, function: Callable[..., object], operator: Operator, do: tuple[torch.Tensor, ...]
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Runs a pass: the outputs, or the gradients of all inputs for those of the outputs."""
+    """A function that runs a pass: the outputs, or the gradients of all inputs, given ``do``."""
     if what == "forward":
         return torch.no_grad()(lambda: results(function, operator))
     leaves = tuple(x.detach().requires_grad_() for x in operator.inputs)
@@ -287,7 +287,7 @@ def pass_of(
 def exact_passes(
     what: str, operator: Operator, do: tuple[torch.Tensor, ...]
 ) -> dict[str, tuple[torch.Tensor, ...]]:
-    """By pass what is right, from the reference in float64; of training the outputs as well."""
+    """Correct results by pass, from the reference in float64; for training the outputs as well."""
     wide = lambda tensors: tuple(x.double() if x.is_floating_point() else x for x in tensors)
     names = PASSES if what == "training" else PASSES[:1]
     operator = operator._replace(inputs=wide(operator.inputs), constants=wide(operator.constants))
@@ -316,13 +316,13 @@ def calls_of(
     impl: str,
     others: dict[str, Callable[..., object]],
 ) -> tuple[dict[str, Call | str], float]:
-    """What is timed of an operator, by name, and our largest error.
+    """The calls to time of an operator, by name, and our largest error.
 
     Args:
         what: One of ``PASSES``.
-        name: The operator's.
-        impl: The form of ours; it must be right.
-        others: Peers by engine; one that fails or is wrong is a reason in its row.
+        name: The operator's name.
+        impl: Our implementation, which must be correct.
+        others: Peers by engine; for one that fails or is wrong, the reason replaces the call.
     """
     with torch.no_grad():
         do = tuple(torch.randn_like(x) for x in results(operator.ours(impl), operator))
@@ -350,10 +350,10 @@ def calls_of(
 
 
 def peers_of(operator: Operator, device: torch.device) -> dict[str, Callable[..., object]]:
-    """The same of torch's functions; on a GPU compiled as well."""
+    """The same operator made of torch functions; on a GPU also compiled."""
     found = {"torch": operator.plain}
     if device.type == "cuda":
-        # torch gives up on a function after eight shapes
+        # torch stops compiling a function after eight shapes
         torch.compiler.reset()
         found["compiled"] = torch.compile(operator.plain)
     return found

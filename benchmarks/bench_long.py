@@ -1,9 +1,10 @@
 """Long rows in training: the trainer's step over rows of 65,536 tokens, and over as many tokens in
 rows of 4,096 and of 16,384.
 
-Without recomputation the activations of so many tokens fit no GPU. Products, recurrence and
-attention are kept, if that fits, else all is computed twice; where it does not, the row says so.
-The trainer has the memory for itself: no other model, nor another copy of this one, is loaded.
+Without recomputation the activations of so many tokens fit on no GPU. Results of products,
+recurrence and attention are kept if they fit, otherwise everything is recomputed; a row tells which
+mode did not fit. The trainer has the memory for itself: no other model, nor another copy of this
+one, is loaded.
 """
 
 import contextlib
@@ -25,11 +26,11 @@ POINTS = {
 }
 LAST = POINTS["cuda"]
 RECOMPUTED = ("selective", "full")
-"""In the order in which they are tried; the first that fits is timed."""
+"""Modes of ``train.ac`` in the order in which they are tried; the first that fits is timed."""
 
 
 def without_weights(bench: Bench, name: str) -> peers.Model:
-    """What the trainer asks of a model; its weights, and all other models, leave the memory."""
+    """The parts of a model that the trainer uses; its weights and all other models are freed."""
     one = bench_train.alone(bench, name)
     model = copy.copy(one.model(name))
     model.model = SimpleNamespace(config=model.model.config)
@@ -46,7 +47,7 @@ def started(
     recomputed: str,
     opened: contextlib.ExitStack,
 ) -> Target:
-    """The trainer after two steps: the second has the optimizer's state from its beginning."""
+    """The trainer after two steps; in the second the optimizer's state exists from the start."""
     trainer = bench_train.in_trainer(bench, model, batch, length, recomputed)
     target = opened.enter_context(trainer)
     for _ in range(2):

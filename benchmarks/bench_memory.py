@@ -1,8 +1,8 @@
-"""Memory: bytes a model keeps between tokens, held to the formula, and what a step needs besides.
+"""Memory: bytes a model keeps between tokens, checked against the formula, and what a step adds.
 
-Then the largest batch of each model that decodes, alone on a GPU: found by trying.
+Then the largest batch that each model can decode alone on a GPU, found by trying.
 
-Nothing here is a time, so the records of a busy machine are as good as those of a quiet one.
+No times are measured, so the records of a busy machine are as good as those of a quiet one.
 """
 
 import functools
@@ -47,7 +47,7 @@ def measure(bench: Bench, model: peers.Model, batch: int, context: int) -> dict:
 
 
 def _step_memory(bench: Bench, model, session, state_bytes: int, batch: int) -> dict:
-    """Peak of one step over what is resident, and the batch that this leaves room for."""
+    """Peak memory of one step beyond what is resident, and the batch for which there is room."""
     resident = torch.cuda.memory_allocated(bench.device)
     torch.cuda.reset_peak_memory_stats(bench.device)
     session.step()
@@ -86,14 +86,14 @@ def test_memory(bench, start, point):
 TRIED = {"tiny": 48, "full": 4096}
 """Context of the largest batch."""
 SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-"""Of the batch whose states alone fill the memory, in the order in which they are tried."""
+"""Shares of the batch whose states alone fill the memory, in the order in which they are tried."""
 
 
 def largest_batch(most: int, has_room: Callable[[int], bool]) -> dict[str, int]:
-    """The first batch of ``SHARES`` that finds room, and the smallest of those before it.
+    """The first batch of ``SHARES`` that fits, and the smallest before it, which does not.
 
     Raises:
-        peers.Unavailable: none does.
+        peers.Unavailable: none fits.
     """
     found: dict[str, int] = {}
     for batch in dict.fromkeys(max(1, int(share * most)) for share in SHARES):
@@ -104,7 +104,7 @@ def largest_batch(most: int, has_room: Callable[[int], bool]) -> dict[str, int]:
 
 
 def decodes(bench: Bench, model: peers.Model, context: int, batch: int) -> bool:
-    """Whether a batch finds room at a context, and in steps of the engine meant for speed."""
+    """Whether a batch fits at a context, and during steps of the engine meant for speed."""
     session = None
     try:
         with torch.inference_mode():
@@ -125,14 +125,14 @@ def decodes(bench: Bench, model: peers.Model, context: int, batch: int) -> bool:
 
 
 def lacks_memory(error: BaseException | None) -> bool:
-    """Whether memory was missing first: a graph whose recording fails for it has its own error."""
+    """Whether a lack of memory caused an error: a graph that cannot be recorded has its own one."""
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def measure_largest(bench: Bench, name: str, context: int) -> dict:
-    """The row of one model: from the batch whose states would fill what is free, downwards."""
+    """The row of one model; tries batches downwards from one whose states fill the free memory."""
     model = bench_train.alone(bench, name).model(name)
     free = machine.memory_bytes(bench.device)
     state = model.expected_state(1, context).total
@@ -150,7 +150,7 @@ def measure_largest(bench: Bench, name: str, context: int) -> dict:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", [*peers.OURS, *peers.BASELINES])
 def test_largest_batch(bench, start, name):
-    """One model at a time: the others would take of its memory."""
+    """One model at a time: the others would take some of its memory."""
     if bench.device.type != "cuda" or name not in bench.names:
         pytest.skip("the memory of a CPU is not the model's alone")
     context = TRIED[bench.scale]

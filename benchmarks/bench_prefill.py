@@ -1,4 +1,4 @@
-"""Prefill: time to the first token and tokens a second, by prompt length, every model in turn."""
+"""Prefill: time to the first token and tokens per second, by prompt length, every model in turn."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LAST = [(1, 131072)]
 
 
 def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: int) -> Target:
-    """A prompt to the logits of its last position, and their argmax: the first token."""
+    """From a prompt to the logits of its last position, and their argmax: the first token."""
     bench.require_room(model, batch, length)
     session = model.session(engine, batch, length + 1)
     ids = peers.random_tokens(batch, length, model)
@@ -29,7 +29,7 @@ def prepare(bench: Bench, model: peers.Model, engine: str, batch: int, length: i
 
 
 def engines_of(model: peers.Model) -> tuple[str, ...]:
-    """Caches differ only in decoding: one, and llama.cpp where it is an engine."""
+    """One cache, because caches differ only in decoding, and llama.cpp if it is an engine."""
     first = model.engines[0]
     return tuple(engine for engine in model.engines if engine in (first, peers.LLAMA_CPP))
 

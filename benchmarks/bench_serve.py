@@ -1,9 +1,9 @@
-"""`rodimus serve` under load: clients on the loopback that each ask again as soon as they are
+"""`rodimus serve` under load: clients on the loopback that each send the next request when one is
 answered, and read their answers as a stream.
 
-Times are those of a client, the connection, HTTP and the text of tokens included: to the first
-token, and from one token to the next. Where an event brings several tokens, the time since the last
-one is divided among them. Every load has prompts of its own, so no state is used again.
+Times are measured by a client, and include the connection, HTTP and detokenisation: to the first
+token, and from one token to the next. If an event brings several tokens, the time since the last
+one is divided among them. Every load has its own prompts, so no state is reused.
 """
 
 import asyncio
@@ -24,39 +24,39 @@ import pytest
 from . import bench_train, machine, peers, records, timing
 from .harness import Bench, skipped_row
 
-# clients of one load after the other, prompt, new tokens
+# clients of each load in turn, prompt length, new tokens
 LOADS = {
     "tiny": ((1, 3), 16, 4),
     "cpu": ((1,), 128, 32),
     "cuda": ((1, 8, 64), 1024, 128),
 }
-# what has no point: all of it
+# tests without a point, as all of this module are, run last
 LAST = (None,)
 REQUESTS_A_CLIENT = 4
 START_SECONDS = 240.0
-"""A server that is not there by then is given up: its weights are read and its steps captured."""
+"""Limit for the start of a server, which reads its weights and captures its steps."""
 PERCENTILES = (50, 95, 99)
 END = ";"
-"""Every token's text ends so, and is counted by it."""
+"""The text of every token ends with it, so that tokens can be counted."""
 
 
 class Answer(NamedTuple):
-    """When it was asked for, and when how many tokens came, in seconds."""
+    """When a request was sent, and when how many tokens arrived, in seconds."""
 
     asked: float
     came: list[tuple[float, int]]
 
     @property
     def first_ms(self) -> float:
-        """To the first token."""
+        """Time to the first token."""
         return 1e3 * (self.came[0][0] - self.asked)
 
     @property
     def between_ms(self) -> list[float]:
-        """From each token to the next one."""
+        """Time from each token to the next one."""
         gaps = []
         last, first_tokens = self.came[0]
-        # what came with the first token is not waited for
+        # tokens that came with the first one were not waited for
         gaps += [0.0] * (first_tokens - 1)
         for at, tokens in self.came[1:]:
             gaps += [1e3 * (at - last) / tokens] * tokens
@@ -82,10 +82,10 @@ def word_tokenizer(vocab_size: int):
 
 @contextlib.contextmanager
 def serving(model: peers.HuggingFaceModel, slots: int) -> Iterator[int]:
-    """The command with a copy of the model, until the end of the context; its port.
+    """Runs the server with a copy of the model until the end of the context; yields its port.
 
     Raises:
-        peers.Fault: it ends, or does not listen in time; the message is the last that it said.
+        peers.Fault: it ends, or does not listen in time; the message has its last line of output.
     """
     from rodimus.options import API_KEY_VARIABLE
 
@@ -112,7 +112,7 @@ def serving(model: peers.HuggingFaceModel, slots: int) -> Iterator[int]:
 
 
 def _port(process: subprocess.Popen, log: Path) -> int:
-    """Where it listens, as it says itself."""
+    """The port on which the server listens, from its output."""
     deadline, mark = time.monotonic() + START_SECONDS, "running on http://127.0.0.1:"
     while True:
         ended = process.poll() is not None or time.monotonic() > deadline
@@ -131,19 +131,19 @@ def _port(process: subprocess.Popen, log: Path) -> int:
 
 
 async def ask(port: int, prompt: list[int], new_tokens: int) -> Answer:
-    """One streamed completion of exactly so many tokens."""
+    """One streamed completion of exactly ``new_tokens`` tokens."""
     asked = time.perf_counter()
     body = {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0}
     data = json.dumps(body | {"stream": True, "ignore_eos": True}).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    # the answer to a request of HTTP/1.0 is not in chunks and ends with the connection
+    # an answer in HTTP/1.0 is not chunked and ends with the connection
     head = "POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     lines = []
     with contextlib.closing(writer):
         while line := await reader.readline():
             lines.append((time.perf_counter(), line))
-    # read now that nothing waits for it
+    # parsed only now, when no time is being taken
     events = [(at, line) for at, line in lines if line.startswith(b"data: {")]
     if b" 200 " not in lines[0][1] or not events:
         raise peers.Fault(f"the server refuses: {lines[-1][1].decode(errors='replace').strip()}")
@@ -168,20 +168,20 @@ def _tokens(event: dict) -> int:
 async def load(
     port: int, prompts: Sequence[list[int]], clients: int, new_tokens: int
 ) -> list[Answer]:
-    """Answers to all prompts, of which so many are asked for at once."""
+    """Answers to all prompts, with ``clients`` requests in flight."""
     waiting, answers = iter(prompts), []
 
     async def client() -> None:
         for prompt in waiting:
             answers.append(await ask(port, prompt, new_tokens))
 
-    # the first that fails ends the others, and is what is told
+    # the first failure ends the others and is raised
     await asyncio.gather(*(client() for _ in range(clients)))
     return answers
 
 
 def row(name: str, family: str, clients: int, answers: list[Answer]) -> dict:
-    """What one load found: percentiles over its requests, and over all tokens but the first."""
+    """The row of one load: percentiles over its requests, and over all tokens but the first."""
     first = [answer.first_ms for answer in answers]
     between = [answer.between_ms for answer in answers]
     seconds = max(a.came[-1][0] for a in answers) - min(a.asked for a in answers)
@@ -193,7 +193,7 @@ def row(name: str, family: str, clients: int, answers: list[Answer]) -> dict:
         clients=clients,
         requests=len(answers),
         tokens_per_s=tokens / seconds,
-        # of tens of thousands of tokens the mean of each request
+        # tokens are too many to record: of each request only the mean between tokens
         samples={"first_token_ms": first, "between_tokens_ms": [sum(x) / len(x) for x in between]},
         **{
             f"{what}_p{p}_ms": timing.quantile(values, p / 100)
@@ -210,7 +210,7 @@ def measure(bench: Bench, name: str, loads: Sequence[int], length: int, new_toke
     prompts = iter(peers.random_tokens(1 + sum(counts), length, model).tolist())
     take = lambda count: [next(prompts) for _ in range(count)]
     rows = []
-    # the server is another process: what this one keeps for later it cannot have
+    # the server is another process, and cannot use the memory that this one keeps cached
     bench_train.clear(bench)
     with serving(model, max(loads)) as port:
         asyncio.run(load(port, take(1), 1, new_tokens))

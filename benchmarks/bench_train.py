@@ -1,4 +1,4 @@
-"""Training step: forward, backward and AdamW; tokens a second and the share of the matrix rate."""
+"""Training step: forward, backward and AdamW; tokens per second and share of the matrix rate."""
 
 import contextlib
 import dataclasses
@@ -17,8 +17,8 @@ from .harness import Bench, Target, dtype_name
 
 
 def points(memory_bytes: float) -> list[tuple[int, int]]:
-    """Batch and length of steps of 16,384 tokens, half as many on a GPU of 80 GB: beside the
-    weights of every model it has no room for more."""
+    """Batch and length of steps of 16,384 tokens, or half as many on a GPU of 80 GB, which has no
+    room for more beside the weights of every model."""
     tokens = 16384 if memory_bytes >= 100e9 else 8192
     return [*dict.fromkeys((tokens // n, n) for n in (4096, tokens, 2048, 8192))]
 
@@ -35,10 +35,10 @@ POINTS = {
 }
 
 LAUNCHES = ("compiled", "recorded")
-"""How else a step may be launched on a GPU: from compiled blocks, and as one recorded graph."""
+"""Other ways to launch a step on a GPU: from compiled blocks, and as one recorded graph."""
 
 TRAINER = "trainer"
-"""The step of `rodimus train` on one rank, whole."""
+"""The whole step of `rodimus train` on one rank."""
 
 
 def prepare(
@@ -52,8 +52,8 @@ def prepare(
     """One optimizer step on random tokens; the weights stay in the benchmark's dtype.
 
     Args:
-        engine: The model's own way, or one of ``LAUNCHES``.
-        optimizers: By model's name; those that are missing are made and kept there.
+        engine: The model's own engine, or one of ``LAUNCHES``.
+        optimizers: Optimizers by model name; missing ones are made and added.
     """
     if not isinstance(model, peers.HuggingFaceModel):
         raise peers.Unavailable(f"{model.name} by its package has no backward")
@@ -73,7 +73,7 @@ def prepare(
     if model.family == "qwen2":
         # its loss needs positions; ours would look for packed documents in them and wait
         positions = torch.arange(length, device=ids.device).expand(batch, -1)
-        # causal, and no more: while a graph is recorded transformers would make a dense mask
+        # causal, without a mask: while a graph is recorded transformers would make a dense one
         arguments |= {"position_ids": positions, "attention_mask": {"full_attention": None}}
 
     def step() -> None:
@@ -87,8 +87,8 @@ def prepare(
 
 
 def launched(engine: str, step: Callable[[], None], network: torch.nn.Module) -> Callable[[], None]:
-    """The step, or one of ``LAUNCHES`` that has run once: what a model cannot do of them is a
-    reason, of ours too."""
+    """The step, launched as ``engine`` says and run once. A model that cannot be launched that way
+    is skipped with a reason, even one of ours."""
     if engine not in LAUNCHES:
         return step
     launch = {"compiled": compiled, "recorded": recorded}[engine]
@@ -107,8 +107,8 @@ def launched(engine: str, step: Callable[[], None], network: torch.nn.Module) ->
 def compiled(
     step: Callable[[], None], network: torch.nn.Module, backend: str = "inductor"
 ) -> Callable[[], None]:
-    """The step with every block compiled, as ``train.compile`` does; the other targets of the model
-    take turns with it, so its blocks are as they were in between."""
+    """The step with every block compiled, as ``train.compile`` does. Blocks are restored after each
+    call, because other targets of the model take turns with it."""
     names = network._no_split_modules or ()
     blocks = [block for block in network.modules() if type(block).__name__ in names]
     if not blocks:
@@ -140,19 +140,19 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
         for _ in range(3):
             step()
     outside.wait_stream(stream)
-    # a recording has memory of its own
+    # a recording has its own memory pool
     torch.cuda.empty_cache()
     try:
         with torch.cuda.graph(graph):
             step()
     except BaseException:
-        # gradients in memory that was never written
+        # the gradients are in memory that was never written
         network.zero_grad(set_to_none=True)
         torch.cuda.set_stream(outside)
         raise
 
     def run(graph=graph, reads=step) -> None:
-        """Replays; ``reads`` keeps the tokens that the graph reads where it found them."""
+        """Replays the graph; ``reads`` keeps alive the tokens that the graph reads."""
         graph.replay()
 
     return run
@@ -162,14 +162,14 @@ def recorded(step: Callable[[], None], network: torch.nn.Module) -> Callable[[],
 def in_trainer(
     bench: Bench, model: peers.Model, batch: int, length: int, recomputed: str = "none"
 ) -> Iterator[Target]:
-    """One step of the loop of `rodimus train`: float32 weights of its own, sharded over one rank,
+    """One step of the loop of `rodimus train`: its own float32 weights, sharded over one rank,
     products in the benchmark's dtype, rows of several documents read from shards, the guard.
 
     Operations are counted as in ``prepare``, where a row is one document and nothing is computed
     twice.
 
     Args:
-        recomputed: What of the activations, as ``train.ac`` has it; the engine's name tells it.
+        recomputed: Which activations are recomputed, as in ``train.ac``; part of the engine's name.
     """
     from rodimus.train import config as sections
     from rodimus.train import parallel
@@ -226,8 +226,7 @@ def write_documents(folder: Path, vocab_size: int, batch: int, length: int) -> N
 
 
 def alone(bench: Bench, name: str) -> Bench:
-    """The run with one model; the others leave the memory, and are loaded again when they are asked
-    for."""
+    """The run with one model; the others are freed, and loaded again when they are asked for."""
     for other in bench.models.keys() - {name}:
         del bench.models[other]
     clear(bench)
@@ -235,7 +234,7 @@ def alone(bench: Bench, name: str) -> Bench:
 
 
 def clear(bench: Bench) -> None:
-    """Give back the memory of what nothing refers to."""
+    """Free the memory of unreferenced objects."""
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -243,7 +242,7 @@ def clear(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def _put_back(bench: Bench) -> Iterator[None]:
-    """Afterwards every model decodes again, those too whose step failed."""
+    """Afterwards makes every model ready to decode again, even if its step failed."""
     try:
         yield
     finally:
@@ -264,17 +263,17 @@ def measure(
     *,
     by_itself: bool = False,
 ) -> list:
-    """Time what ``Bench.targets`` found and write the record; its rows.
+    """Time what ``Bench.targets`` found and write the record; returns its rows.
 
     Args:
-        by_itself: The trainer has the GPU's memory for itself: its peak is what was planned.
+        by_itself: The trainer has the GPU's memory for itself, so its peak can be held to the plan.
     """
     targets, skipped = found
     tokens, rounds = batch * length, bench.few_rounds
     rows, used = bench.time_targets(benchmark, targets, skipped, tokens=tokens, rounds=rounds)
     timed = {row["target"]: row for row in rows}
     for target in targets if bench.device.type == "cuda" else ():
-        # not timed: a step alone, for what it allocates and where its time goes
+        # an untimed step alone, to see what it allocates and where its time goes
         if target.engine != "recorded":
             timed[target.name]["step_bytes"] = operators.peak_bytes(target.call, bench.device)
             if by_itself:
@@ -321,7 +320,7 @@ def test_launches(bench, benchmark, start, name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", peers.OURS)
 def test_trainer(bench, benchmark, start, name):
-    """One model at a time: beside its own weights the trainer has an optimizer, in float32."""
+    """One model at a time: the trainer has its own weights and an optimizer, in float32."""
     if bench.scale == "full" and bench.device.type != "cuda" or name not in bench.names:
         pytest.skip("a step of a 1.5B model takes minutes on a CPU")
     batch, length = POINTS["tiny" if bench.scale == "tiny" else "cuda"][0]

@@ -1,8 +1,8 @@
 """The launch configurations worth trying for each Triton kernel, with reasons.
 
 ``KERNELS`` is the one list, at the shapes of the 1.6B model; ``benchmarks/tune.py`` measures it.
-What is chosen stands beside each launcher as a plain function or constant: nothing is tuned while a
-model runs, so a first call is as fast as any other and every machine computes the same.
+The chosen configuration is a plain function or constant beside each launcher: nothing is tuned
+while a model runs, so a first call is as fast as any other and every machine computes the same.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A call that launches the kernel; what it must read, and its operations if they may bind."""
+    """A call that launches the kernel, what it must read, and its operations if they may matter."""
 
     call: Callable[[], Any]
     reads: tuple
@@ -60,11 +60,11 @@ class Kernel:
     """A kernel and the values to try.
 
     Args:
-        module: of the launcher.
-        names: of the module's constants that a value sets, or of the function that gives a tile.
-        values: The chosen ones, of every architecture, and others.
-        make: The launch, on inputs of its own.
-        place: of the tile among those that the function gives.
+        module: Module of the launcher.
+        names: Names of the module's constants that a value sets, or of its function for a tile.
+        values: The chosen values of every architecture, and others.
+        make: Makes the launch, on its own inputs.
+        place: Index of the tile, if the function returns several.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Kernel:
 
 
 def _ddts(stage: str, case: Case) -> Launch:
-    """A stage alone, on inputs of the size that the stage before would give."""
+    """A stage alone, on inputs of the size that the stage before it would produce."""
     columns = triton_chunk._columns(case.batch, case.length, None)
     slots, chunk = columns.count, TRITON_CHUNK
     keys = case.tokens(1, 4 * KEY_DIM).split(KEY_DIM, dim=-1)
@@ -132,7 +132,7 @@ def _attention(stage: str, case: Case) -> Launch:
 
 
 def operator(name: str, *makers: Callable[[Case], Any]) -> Callable[[Case], Launch]:
-    """An operator of torch's library, on what is made for it; some make several inputs."""
+    """A registered operator, on inputs from ``makers``, each of which makes one or several."""
 
     def make(case: Case) -> Launch:
         made = (maker(case) for maker in makers)
@@ -192,7 +192,7 @@ def _rope(case: Case) -> tuple:
 
 
 def _ring(case: Case) -> tuple:
-    """One token a row, at a full window."""
+    """One token per row, at a full window."""
     q, k, v = (case.random(case.batch, 1, heads, HEAD_DIM) for heads in (HEADS, 1, HEADS))
     cache = case.random(case.batch, WINDOW + 63, (HEADS + 1) * HEAD_DIM)
     position = torch.full((case.batch,), 2 * WINDOW, device=case.device)
@@ -200,7 +200,7 @@ def _ring(case: Case) -> tuple:
 
 
 def _logits(case: Case) -> tuple:
-    """Without the gradient, which would take the place of the logits."""
+    """Without the gradient, which would overwrite the logits."""
     labels = torch.randint(VOCABULARY, (case.length,), device=case.device)
     return case.random(case.length, VOCABULARY), labels, 1e-4, -100, False
 
@@ -210,13 +210,13 @@ def _logits(case: Case) -> tuple:
 # ----------------------------------------------------------------------------------------------
 
 # width, warps, stages: half the width or few stages leave room for a second program, more stages
-# load further ahead, twice the width reads read, write and a half as often; the last two are for
-# GPUs without a copy engine
+# load further ahead, twice the width loads `read`, `write` and `a` half as often; the last two are
+# for GPUs without a copy engine
 _WALK = "64x4x3 128x4x2 128x4x3 128x4x4 128x8x3 256x8x2 128x8x2 64x8x3"
-# elements a thread, rows loaded together, programs: fewer leave fewer partial sums
+# elements per thread, rows loaded together, programs: fewer programs leave fewer partial sums
 _NORM_BACKWARD = " ".join(f"{e}x{r}x{p}" for e in (8, 16) for r in (1, 2, 3) for p in (264, 528))
 _NORM_NAMES = "_BACKWARD_ELEMENTS _ROWS _PROGRAMS"
-# channels, warps, tokens in flight: more loads under way against registers
+# channels, warps, tokens in flight: more loads in flight need more registers
 _CONV = ("512x4x4", "512x4x2", "512x4x8", "256x2x4", "1024x8x4", "512x2x4")
 
 KERNELS = {
@@ -237,7 +237,7 @@ KERNELS = {
     # width of K, warps; at least 16 columns for every four warps (see gate_tile)
     "gate": Kernel(triton_chunk, "gate_tile", "16x4x1 32x4x1 32x8x1", partial(_ddts, "gate")),
     # queries, keys, warps, stages: few warps, so that several programs share a multiprocessor,
-    # or large tiles, which read less; the last of each is Ampere's
+    # or large tiles, which read less; the last of each list is for Ampere
     "attention": Kernel(
         triton_attention,
         "tiles",
@@ -293,7 +293,7 @@ KERNELS = {
         "128x32x4x3 128x16x2x3 128x16x4x3 256x16x4x3 128x32x8x2 128x64x8x2 64x64x4x2",
         operator("input_gate_backward", _input_gate, _value),
     ),
-    # elements a thread: few warps share a row's sum sooner, many hold it in fewer registers
+    # elements per thread: few warps finish a row's sum sooner, many hold it in fewer registers
     "gated-norm": Kernel(
         triton_norm, "_FORWARD_ELEMENTS", "8 16 32", operator("gated_rms_norm_rows", _gated_norm)
     ),

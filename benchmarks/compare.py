@@ -1,4 +1,4 @@
-"""Two commits of this project, timed in turn: ratios with intervals instead of two lonely times.
+"""Two commits of this project, timed in turn: ratios with intervals instead of two separate times.
 
     python -m benchmarks.compare HEAD~5 --group decode --context 1024
     python -m benchmarks.compare main . --scale tiny
@@ -9,8 +9,8 @@ has them built; ``.`` is the working tree as it is. The benchmarks themselves ar
 this checkout. The processes take turns round by round, so a busy machine slows both alike.
 
 With ``--records`` nothing is timed: base and head are folders of records, or commits whose
-committed records are read. Their rounds were not interleaved, so the interval of a ratio goes from
-one end of both medians' intervals to the other.
+committed records are read. Their rounds were not interleaved, so the interval of a ratio covers the
+ratio of any two values in both medians' intervals.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join(map(str, (tree / "kernels", machine.ROOT))),
         }
         arguments = [f"--{name}={getattr(options, name)}" for name in _SHARED]
-        # the folder it runs in comes first on its path: that is where `rodimus` is found
+        # the folder it runs in comes first on its path, so `rodimus` is imported from there
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.compare", "--worker", *arguments],
             cwd=tree,
@@ -72,7 +72,7 @@ class Worker:
         raise RuntimeError(f"the process of a commit ended with status {self.process.wait()}")
 
     def time(self) -> timing.Sample:
-        """One call."""
+        """Time one call."""
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return timing.Sample(**self.answer())
@@ -188,8 +188,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no such commit.
-        RuntimeError: a commit's process ends, is of another tree, decodes wrongly, or is the only
-            one with native operators: its speed would be theirs.
+        RuntimeError: a commit's process ends, imports another tree, decodes wrongly, or is the only
+            one with native operators, which would decide the ratio.
     """
     if options.native is None:
         options.native = native.is_available(machine.device().type)
@@ -285,7 +285,7 @@ def read_set(name: str) -> dict[Key, dict[str, Any]]:
 
 
 def ratio_of_medians(base: dict[str, Any], head: dict[str, Any], target: str) -> timing.Ratio:
-    """How many times as fast head is; the interval holds the ratios of both medians' intervals."""
+    """How many times as fast head is; the interval covers any ratio of both medians' intervals."""
     before, after = (targets.interval(targets.times(r, target), (r,)) for r in (base, head))
     bounds = before.low / after.high, before.high / after.low
     return timing.Ratio(before.median / after.median, *bounds, before.coverage * after.coverage)
@@ -338,7 +338,7 @@ def _line(ratio: timing.Ratio, base: dict[str, Any], head: dict[str, Any], targe
 
 
 def _kind(ratio: timing.Ratio) -> str:
-    """``open`` where the interval encloses 1 or rests on few rounds."""
+    """``open`` if the interval encloses 1 or rests on few rounds."""
     if ratio.coverage < targets.ENOUGH_COVERAGE or ratio.low <= 1 <= ratio.high:
         return "open"
     return "slower" if ratio.high < 1 else "faster"

@@ -24,7 +24,7 @@ from . import machine, peers, warm
 from .harness import DTYPES, Bench
 from .sizes import SCALES
 
-# in the order of their worth, should the seconds not suffice for all
+# most important first, in case the seconds do not suffice for all
 OPERATORS = ("ddts", "attention", "blocks", "fused")
 MODULES = (*OPERATORS, "decode", "train", "prefill", "memory", "engine", "demo", "serve", "long")
 GPU_CASE_SECONDS = 20.0
@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test a point: a module's ``POINTS`` are its cases by scale, and by device at full."""
+    """One test per point; a module's ``POINTS`` are its cases by scale, and by device at full."""
     if "point" not in metafunc.fixturenames:
         return
     scale = _scale(metafunc.config)
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is worth most runs first; a module's ``LAST`` points run after all other modules."""
+    """Runs the most important first; a module's ``LAST`` points run after all other modules."""
 
     def rank(item: pytest.Item) -> tuple[bool, int]:
         module, call = item.module, getattr(item, "callspec", None)
@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest):
-    """The run: models are loaded once and stay; nothing needs a gradient."""
+    """The run: models are loaded once and stay loaded, without gradients."""
     option = request.config.getoption
     load, device, scale = machine.load_now(), machine.device(), _scale(request.config)
     models = tuple(model for model in option("--bench-models").split(",") if model)
@@ -129,8 +129,8 @@ def bench(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def start(bench: Bench, request: pytest.FixtureRequest):
-    """Ask with group, case and models before a case is measured: skips it if that is done or too
-    late.
+    """A function to call with group, case and models before a case is measured: it skips the case
+    if that is already recorded or the run's time is spent.
 
     At full scale the seconds of each case are printed when it is done.
     """

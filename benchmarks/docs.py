@@ -6,9 +6,9 @@ A table stands below a line ``<!-- measured: NAME -->``, a figure of a sentence 
 ``<!--NAME-->`` and ``<!--/-->``. Both are computed here from ``results/NVIDIA_H200`` and
 ``results/AMD_EPYC`` and rewritten in place.
 
-A new figure is an entry of its name in the dictionary of its section, a new table a function of its
-name that yields the head and then the rows, listed in ``TABLES``. Figures called ``run_*`` are
-machine, days, commit and versions of the records behind a table.
+To add a figure, add an entry with its name to the dictionary of its section; to add a table, write
+a function with its name that yields the head and then the rows, and list it in ``TABLES``. Figures
+called ``run_*`` are machine, days, commit and versions of the records behind a table.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def update(root: Path = ROOT, *, write: bool = True) -> list[str]:
-    """Rewrite the documents; the names of those that differed from the records.
+    """Rewrite the documents; returns the names of those that differed from the records.
 
     Args:
         root: Folder that holds README.md, benchmarks/ and docs/.
@@ -94,7 +94,7 @@ def tables() -> dict[str, str]:
 
 
 def figures() -> dict[str, str]:
-    """Every figure of a sentence by its name."""
+    """Every figure in a sentence by its name."""
     return runs() | goals() | decoding() | decoding_on_cpu() | training() | operators()
 
 
@@ -104,13 +104,13 @@ def figures() -> dict[str, str]:
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a Markdown table and a blank line; nothing where it has no rows."""
+    """Lines of a Markdown table and a blank line; nothing if it has no rows."""
     first, *others = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return [first, "|" + "---|" * len(head), *others, ""] if others else []
 
 
 def us(milliseconds: float) -> str:
-    """Microseconds, three digits where they say something."""
+    """Microseconds, with one decimal below 100."""
     value = milliseconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
@@ -143,7 +143,7 @@ RUNS = {
     "run_cpu_int4": (CPU, ("decode-int4",), ("torch", "llama-cpp-python")),
     "run_cpu_quality": (CPU, ("quality",), _CPU_PACKAGES[:1]),
 }
-"""Folder, beginnings of the names of its records, and packages whose versions are told."""
+"""Folder, beginnings of the names of its records, and packages whose versions are listed."""
 
 
 def record(name: str, folder: str = GPU) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def records_of(folder: str, groups: str | tuple[str, ...]) -> list[dict[str, Any
 
 
 class Case(dict[str, Row]):
-    """Measured rows of a record by target; a target that was not measured is an error of it."""
+    """Measured rows of a record by target; for a target that was not measured, RecordError."""
 
     def __init__(self, name: str, folder: str = GPU):
         self.name, self.record = name, record(name, folder)
@@ -169,7 +169,7 @@ class Case(dict[str, Row]):
         raise RecordError(f"{self.name}: expected {target} to be measured, got {[*self]}")
 
     def token_ms(self, target: str, key: str = "median_ms") -> float:
-        """Milliseconds a token, of which a call decodes several."""
+        """Milliseconds per token; a call decodes several."""
         return self[target][key] / self.settings["steps"]
 
 
@@ -204,7 +204,7 @@ def run_of(folder: str, groups: tuple[str, ...], packages: tuple[str, ...]) -> s
 
 
 def goals() -> dict[str, str]:
-    """How many targets are met, and which of those of a token on the CPU."""
+    """How many targets are met, and the outcomes of those for a token on the CPU."""
     every = targets.outcomes(records.read(RESULTS))
 
     def told(outcome: targets.Outcome) -> str:
@@ -268,8 +268,8 @@ def compared(case: Case, peers: Iterable[str]) -> list[Row]:
     """Rows of ours and of peers.
 
     Raises:
-        RecordError: another engine of a peer is faster, and the column's heading would not be true;
-            or it was not measured.
+        RecordError: another engine of a peer is faster, so the column's heading would be wrong, or
+            a target was not measured.
     """
     rows, best = [case[target] for target in (*OURS, *peers)], records.fastest(case.record)
     for peer in peers:
@@ -279,7 +279,7 @@ def compared(case: Case, peers: Iterable[str]) -> list[Row]:
 
 
 def readme_gpu() -> Cells:
-    """ms/token at batch 1, tokens/s above, and the share of each model's bandwidth bound."""
+    """ms/token at batch 1, else tokens/s, and the share of each model's bandwidth bound."""
     yield "", *OURS.values(), *GPU_PEERS.values()
     for batch, context in DECODE:
         case = decoded(batch, context)
@@ -292,7 +292,7 @@ def readme_gpu() -> Cells:
 
 
 def decode() -> Cells:
-    """ms a token of every sequence, and the bandwidth bound."""
+    """ms per token of every sequence, and the bandwidth bound."""
     yield (
         *("batch", "context", "Rodimus+ 1.6B", "its tokens/s", "Rodimus 1.4B", "RWKV6-1.6B"),
         "Qwen2-1.5B",
@@ -307,9 +307,9 @@ def decode() -> Cells:
 
 
 def caches() -> Cells:
-    """ms/token by what keeps the state; a star where samples lie far apart.
+    """ms/token by what keeps the state; a star marks noisy samples.
 
-    A static cache outside a graph is not shown: that of Rodimus+ was rewritten after the records.
+    A static cache outside a graph is not shown: Rodimus+'s was rewritten after the records.
     """
     yield "", "Rodimus+ 1.6B", "Rodimus 1.4B", "Qwen2-1.5B (transformers)"
     case = decoded(1, 4096)
@@ -372,7 +372,7 @@ def cpu_cases() -> dict[int, Case]:
 
 
 def quantized_cases(bits: int) -> dict[int, Case]:
-    """Those with weights of so many bits."""
+    """Cases of decoding with weights of so many bits."""
     return {n: Case(f"decode-int{bits}-b1-t{n}-bfloat16", CPU) for n in (128, 4096)}
 
 
@@ -387,7 +387,7 @@ def speedup(row: Row, peer: str) -> str:
 
 
 def read_rates(case: Case) -> list[float]:
-    """GB/s of the read that took its turn in every round."""
+    """GB/s of the memory read that was timed in every round."""
     read = case.settings[READ]
     return [read["bytes"] / wall / 1e6 for wall in read["samples"]["wall_ms"]]
 
@@ -402,7 +402,7 @@ def readme_cpu() -> Cells:
 
 
 def tokens_of_cpu() -> Cells:
-    """A token against the bytes it needs, at the memory's rate of the same rounds."""
+    """A token's time and that of the bytes it needs, at the memory rate of the same rounds."""
     yield (
         *("context", "read, GB/s", "Rodimus+ 1.6B, bound", "ms", "share"),
         *("Rodimus 1.4B, bound", "ms", "share"),
@@ -439,7 +439,7 @@ def quantized_tokens(bits: int) -> Cells:
 
 
 def cpu_undecided() -> str:
-    """Where a peer is not slower than Rodimus+ in all but a few rounds: its contexts."""
+    """Peers that are not slower than Rodimus+ in all but a few rounds, with their contexts."""
     found = []
     for peer in CPU_PEERS:
         lows = {context: ratio(case[PLUS], peer)[1] for context, case in cpu_cases().items()}
@@ -460,7 +460,7 @@ def cpu_rounds() -> str:
 
 
 def cpu_reproduced() -> str:
-    """``23 of 24``: median ratios of a case's last run inside the interval of those before it."""
+    """``23 of 24``: median ratios of a case's last run inside the interval of all earlier runs."""
     inside = []
     rounded = (case for bits in (8, 4) for case in quantized_cases(bits).values())
     for case in (*cpu_cases().values(), *rounded):
@@ -477,7 +477,7 @@ def cpu_reproduced() -> str:
 
 
 def medians_of_runs(case: Case, samples: list[float]) -> list[float]:
-    """The median of each run of a case, whose samples follow each other."""
+    """The median of each run of a case; ``samples`` holds one run after the other."""
     rest = iter(samples)
     return [median(islice(rest, rounds)) for rounds in case.settings["sittings"]]
 
@@ -492,11 +492,11 @@ def decoding_on_cpu() -> dict[str, str]:
         return ", ".join(f"{case[t][field] / 1e9:.1f} GB of {short(t)}" for t in targets)
 
     def rates(cases: dict[int, Case]) -> str:
-        """GB/s that the machine read, by the median of a run."""
+        """GB/s that the machine read: the range of the runs' medians."""
         return span(x for case in cases.values() for x in medians_of_runs(case, read_rates(case)))
 
     def milliseconds(*targets: str) -> str:
-        """Of a token, by the median of a run."""
+        """Milliseconds per token: the range of the runs' medians."""
         walls = [(c, c[t]["samples"]["wall_ms"]) for t in targets for c in cases.values()]
         return span(x for case, samples in walls for x in medians_of_runs(case, samples))
 
@@ -518,7 +518,7 @@ def decoding_on_cpu() -> dict[str, str]:
         "cpu_rounds": cpu_rounds(),
         "cpu_reproduced": cpu_reproduced(),
         "cpu_undecided": cpu_undecided(),
-        # of a token at the shortest context: all that moves, and weights alone
+        # everything that a token moves at the shortest context
         "cpu_bytes": gigabytes(cases[128], "moved_bytes"),
         "cpu_rates": rates(cases),
         "cpu_ours_ms": milliseconds(PLUS),
@@ -540,7 +540,7 @@ TRAINED = {
     "rwkv6-1.6b/own": "RWKV6-1.6B",
 }
 BACKWARD = {"shared_key_attention_dkv_kernel": 4, "shared_key_attention_dq_kernel": 3}
-"""Kernels of attention's backward, and the GEMMs of visible pairs that each makes."""
+"""Kernels of attention's backward, and the GEMMs of visible pairs that each computes."""
 
 
 def trained(case: str) -> Case:
@@ -590,7 +590,7 @@ def training() -> dict[str, str]:
     rwkv6_walls = long["rwkv6-1.6b/own"]["samples"]["wall_ms"]
 
     def of_gemm_rate(name: str) -> str:
-        """Share of the peak GEMM throughput at which a kernel makes its GEMMs."""
+        """Share of the peak GEMM throughput that a kernel reaches in its GEMMs."""
         forward = flops("forward", 4, 4096, 128, 2049)
         least_ms = BACKWARD[name] / 2 * forward / profiled.record["ceilings"]["gemm_TFLOPs"] / 1e9
         return f"{least_ms * kernels[name]['launches'] / kernels[name]['ms']:.0%}"
@@ -598,7 +598,7 @@ def training() -> dict[str, str]:
     return {
         "gemm_rate_train": gemm_rate((profiled, long)),
         "kernels_ms": f"{kernels_ms:.0f}",
-        # tokens a second if a step took as long as its kernels
+        # tokens per second if a step took as long as its kernels
         "kernels_alone": f"{4 * 4096 / kernels_ms * 1e3:,.0f}",
         "unexplained_ms": f"{step['median_ms'] - kernels_ms:.0f}",
         "other_kernels": f"{1 - sum(kernel['share'] for kernel in step['kernels']):.0%}",
@@ -622,8 +622,8 @@ STEP_CASES = {n: f"attention-decode-b{n}-t2112-bfloat16" for n in (1, 8, 64, 256
 ATTENTION = ("triton/expanded", "flex/expanded", "flex/repeated", "sdpa/expanded", "sdpa/repeated")
 FLEX_SDPA = ("`flex`, in place", "`flex`, copied", "`sdpa`, in place", "`sdpa`, copied")
 GEMMS_US = 43.8
-"""Of a block's linear layers at one row on the H200, as a chain of graph nodes; by hand, beside the
-records."""
+"""Time of a block's linear layers at one row on the H200, as a chain of graph nodes; measured by
+hand, not in the records."""
 
 
 def passes(names: str) -> dict[str, Case]:
@@ -644,7 +644,7 @@ def ddts() -> Cells:
 
 
 def surroundings() -> Cells:
-    """Operators around the mixer; together by the sums of rounds, as the target has it."""
+    """Operators around the mixer; their total is computed from sums of rounds, as in the target."""
     yield "", "bound", "measured", "bound / measured", "`reference`"
     case = Case("ddts-surroundings-b8-t4096-bfloat16-v4096")
     names = [row["family"] for row in case.values() if row["engine"] == "triton"]
@@ -703,7 +703,7 @@ def attention_bounds() -> Cells:
 
 
 def attention_passes(shape: str) -> list[Row]:
-    """Our row forward, and forward and backward."""
+    """Our rows of the forward pass, and of forward and backward."""
     return [Case(ATTENTION_CASES.format(what, shape))[ATTENTION[0]] for what in PASSES]
 
 
@@ -713,7 +713,7 @@ def operators() -> dict[str, str]:
     forward, both = attention_passes("b8-t4096")
     backward_ms = both["median_ms"] - forward["median_ms"]
     scan = Case(DDTS_CASES.format("forward", "b8-t4096"))["ddts/triton_chunk"]
-    # beside the linear layers and the attention step of its blocks
+    # a token's time without the linear layers and the attention steps of its blocks
     rest_ms = decoded(1, 4096).token_ms(PLUS) - LAYERS * (GEMMS_US / 1e3 + time)
     return {
         "ddts_bound_us": us(scan["floor_ms"]),

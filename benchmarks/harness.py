@@ -1,4 +1,4 @@
-"""One run of whole-model benchmarks: models loaded once, targets in turn, a record a case.
+"""One run of whole-model benchmarks: models loaded once, targets in turn, a record per case.
 
 The pytest files say what a target does; everything they share is here: which models can run, the
 correctness check before any timing, rows with ratios and floors, and the record.
@@ -24,7 +24,7 @@ DISAGREEMENT_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Relative error between decoding and prefilling above which a model is not timed."""
 
 READ = "memory_read"
-"""What takes a turn in each round on a CPU, beside the targets: reading more than a cache holds."""
+"""On a CPU timed in each round like a target: a read of more memory than a cache holds."""
 
 MARGIN_BYTES = 2 * 10**9
 """Memory left free when a cache is filled at full scale."""
@@ -43,7 +43,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def skipped_row(label: str, engine: str, found: peers.Unavailable) -> dict[str, Any]:
-    """The row of a model, or of one in an engine, that could not be measured."""
+    """The row of a model, or of a model in an engine, that could not be measured."""
     name = records.model_of(label)
     is_fault = name in peers.OURS and isinstance(found, peers.Fault)
     family = peers.entry(name).family
@@ -55,7 +55,7 @@ class Target:
     """One model in one engine, ready to be timed.
 
     Attributes:
-        model: Its weights.
+        model: The model that runs.
         engine: One of the model's engines.
         call: What is timed.
         facts: Fields of the row that are known before timing.
@@ -94,15 +94,15 @@ class Bench:
         names: Models of the catalogue that take part.
         folder: Where records go; None writes none.
         kept: Folder of earlier records; a case of this commit in it is not measured again.
-        rounds: Timed rounds of a case, and of a batch of warm-up.
+        rounds: Timed rounds of a case; also the most rounds of warm-up, on a GPU twice as many.
         load: Cores that other programs kept busy before the run.
         deadline: ``time.monotonic()`` after which no further case starts.
-        case_seconds: A case has fewer rounds, but at least six, to be timed in about this time.
-        again: Measure cases that have a record.
+        case_seconds: A case gets fewer rounds, but at least six, if it would take longer than this.
+        again: Measure even cases that have a record.
         weight_dtype: What ``peers.load`` rounds the matrices of linear layers to.
-        sittings: A case whose record has fewer is timed again, and its rounds are added: each run
-            is one sitting.
-        cold: Nothing of an operator's inputs is in a cache when it is called.
+        sittings: Each run is one sitting; a case whose record has fewer is timed again, and its
+            rounds are added.
+        cold: Empty the cache before each call of an operator.
     """
 
     scale: str
@@ -121,10 +121,10 @@ class Bench:
     cold: bool = False
     models: dict[str, peers.Model | peers.Unavailable] = dataclasses.field(default_factory=dict)
     checked: dict[str, float | peers.Unavailable] = dataclasses.field(default_factory=dict)
-    # that of the code that was imported, whatever is committed while it runs
+    # the commit of the imported code, whatever is committed while it runs
     commit: dict[str, Any] = dataclasses.field(default_factory=lambda: machine.commit())
     _ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
-    # since the run began or the last record was made
+    # counts since the run began or the last record was made
     _others: machine.Others = dataclasses.field(default_factory=machine.Others)
 
     @property
@@ -164,8 +164,8 @@ class Bench:
         return found
 
     def done(self, group: str, case: str, names: Iterable[str] = ()) -> bool:
-        """Whether this code has a record of the case here already, with a row of every model that
-        is named, measured or skipped, and no sitting is missing."""
+        """Whether the case has a record of this code and machine already, with a row (measured or
+        skipped) of every named model and with enough sittings."""
         for record in self._recorded(group, case):
             sittings = record["settings"].get("sittings")
             enough = sittings is None or len(sittings) >= self.sittings
@@ -175,7 +175,7 @@ class Bench:
 
     def _recorded(self, group: str, case: str) -> list[dict[str, Any]]:
         """Records of this machine, versions and code in which anything was measured and no model of
-        ours failed; none where everything is measured again."""
+        ours failed; none if everything is to be measured again."""
         here = machine.describe(self.device) | self.commit
         folders = {self.folder, self.kept} if not self.again else set()
         return [
@@ -197,7 +197,7 @@ class Bench:
         """Every model in every engine that can do a case, and rows of those that cannot.
 
         Args:
-            prepare: Makes a target; it is called once untimed, so that what fails fails here.
+            prepare: Makes a target, which is called once untimed, so that failures happen here.
             engines: The engines of a model that take part.
         """
         ready, rows = [], []
@@ -219,7 +219,7 @@ class Bench:
                         )
                     )
                 except peers.Unavailable as reason:
-                    # what failed, or was interrupted, would be again
+                    # what failed or was interrupted would fail again
                     self.checked.setdefault(label, reason.copy())
                     rows.append(skipped_row(label, engine, reason))
         return ready, rows
@@ -227,8 +227,8 @@ class Bench:
     def _prepared(
         self, prepare: Callable[[peers.Model, str], Target], model: peers.Model, engine: str
     ) -> Target:
-        """A target that is right and fast enough; on a GPU its first call compiles. What is no
-        engine of the model's own is checked as its first."""
+        """A target that is correct and fast enough; on a GPU its first call compiles. An engine
+        that is not one of the model's own is checked as the model's first."""
         self._check(model, engine if engine in model.engines else model.engines[0])
         target = prepare(model, engine)
         limit = CALL_LIMIT_SECONDS[self.device.type]
@@ -245,8 +245,8 @@ class Bench:
         raise peers.Unavailable(f"too slow: one call took {seconds:.0f} s, limit {limit:.0f} s")
 
     def _check(self, model: peers.Model, engine: str) -> None:
-        """Raise Unavailable unless the engine decodes what it prefills, on the same tokens, a
-        recorded step does what the step does, and other code gives the same logits."""
+        """Raise Unavailable unless the engine's decoding agrees with its prefill of the same
+        tokens, a recorded step with the plain one, and the logits with those of other code."""
         label = f"{model.name}/{engine}"
         if label not in self.checked:
             self.checked[label] = peers.guarded(lambda: self._disagreement(model, engine))
@@ -266,8 +266,8 @@ class Bench:
         if engine in peers.RECORDED:
             peers.require_replay(model, ids, engine)
         if engine == peers.LLAMA_CPP:
-            # two engines round, each on its own: 0.12 (rwkv) and 0.06 in bfloat16, against
-            # float32 with the same weights
+            # both engines round, independently: errors of 0.12 (rwkv) and 0.06 in bfloat16,
+            # against float32 with the same weights
             peers.require_same_logits(model, ids, 2 * DISAGREEMENT_LIMITS[self.dtype])
         return error
 
@@ -306,7 +306,7 @@ class Bench:
             benchmark, targets, skipped, tokens=tokens, rounds=rounds, earlier=earlier
         )
         if len(used.get("sittings", ())) < 2:
-            # it had other targets: nothing of it is in the rows
+            # the earlier record had other targets: nothing of it is in the rows
             earlier = None
         benchmark.group = f"{group} {case}"
         return self.record(group, case, {**used, **settings}, rows, earlier)
@@ -326,9 +326,9 @@ class Bench:
         Args:
             benchmark: The fixture of pytest-benchmark; it times the focus of each round.
             targets, skipped: From ``targets``; the first target is the focus.
-            tokens: That one call consumes or produces.
+            tokens: Tokens that one call consumes or produces.
             rounds: Timed rounds; by default those of the run.
-            earlier: Record of earlier sittings; another choice of targets starts anew.
+            earlier: Record of earlier sittings; ignored if it has other targets.
         """
         rounds = rounds or self.rounds
         if not targets:
@@ -355,10 +355,10 @@ class Bench:
     def _settled(
         self, targets: list[Target], skipped: list[dict[str, Any]], rounds: int
     ) -> tuple[timing.RoundRobin, int, int]:
-        """The turns after warm-up, the rounds to time and those that were run.
+        """The turns after warm-up, the rounds to time and the rounds of warm-up.
 
-        Each target ran alone before; the last ones are skipped where memory does not suffice for
-        all of them side by side.
+        Each target has run alone before; if memory does not suffice for all of them together, the
+        last ones are skipped.
         """
         while True:
             calls = {target.name: target.call for target in targets}
@@ -379,7 +379,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def _rates(self, earlier: dict[str, Any] | None) -> dict[str, float]:
-        """The machine's ceilings; the means over the sittings, where there are earlier ones."""
+        """The machine's ceilings, as means over all sittings if there are earlier ones."""
         if earlier is None:
             return self.ceilings
         count = len(earlier["settings"]["sittings"])
@@ -388,14 +388,14 @@ class Bench:
 
     @functools.cached_property
     def _source(self) -> torch.Tensor:
-        """What a round reads beside the models, to know the memory's rate just then."""
+        """The tensor that each round reads, to measure the memory rate at that moment."""
         return torch.ones(machine.read_elements(self.device, quick=self.scale == "tiny"))
 
     def _add_floor(
         self, row: dict[str, Any], turns: timing.RoundRobin, rates: Mapping[str, float]
     ) -> None:
-        """How near a row comes to this machine's memory or matrix rate, whichever it counts. The
-        memory's rate on a CPU is that of each round."""
+        """Add how near a row comes to this machine's memory or matrix rate, whichever it counts. On
+        a CPU the memory rate is that of each round."""
         seconds = row["median_ms"] / 1e3
         if "moved_bytes" in row and READ in turns.targets:
             parts = row["moved_bytes"] / self._source.nbytes
@@ -418,12 +418,11 @@ class Bench:
         rows: list[dict[str, Any]],
         earlier: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Make a record of this run and of the sittings before it; write it, if the run has a
-        folder and anything was measured: a fault of the GPU must not replace what it found
-        before.
+        """Make a record of this run and of earlier sittings. It is written if the run has a folder
+        and anything was measured: a fault of the GPU must not replace an earlier record.
 
         Raises:
-            peers.Fault: a model of ours fails or is wrong; what was measured beside it is written.
+            peers.Fault: a model of ours fails or is wrong; the record with the others is written.
         """
         load = self.load, self._others.cores()
         self._others.start()
@@ -456,7 +455,7 @@ class Bench:
 
     @property
     def few_rounds(self) -> int:
-        """Rounds for calls of seconds: a third of the run's."""
+        """Rounds for calls that take seconds: a third of the run's."""
         return max(self.rounds // 3, min(self.rounds, 6))
 
     def out_of_time(self) -> bool:
@@ -465,8 +464,8 @@ class Bench:
 
 
 def _join(turns: timing.RoundRobin, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Put the samples of earlier sittings before those just taken; the record, or None where it has
-    other targets and this sitting is the first."""
+    """Put the samples of earlier sittings before those just taken; returns their record, or None if
+    it has other targets, so that this sitting is the first."""
     found = {row["target"]: row for row in (earlier or {"rows": []})["rows"] if "samples" in row}
     if earlier is not None and READ in earlier["settings"]:
         found[READ] = earlier["settings"][READ]
@@ -488,7 +487,7 @@ def _clocks(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
 
 
 def _rounded(turns: timing.RoundRobin, name: str) -> dict[str, list[float]]:
-    """What ``_clocks`` gives, as a record has it."""
+    """What ``_clocks`` returns, rounded for a record."""
     return {clock: [round(x, 6) for x in column] for clock, column in _clocks(turns, name).items()}
 
 
@@ -499,7 +498,7 @@ def _columns(row: dict[str, Any]) -> list[list[float | None]]:
 
 
 def _best_baselines(targets: list[Target], turns: timing.RoundRobin) -> dict[str, str]:
-    """The fastest engine of each baseline that runs: ratios are taken to it."""
+    """The fastest engine of each baseline that runs; ratios are taken to it."""
     best: dict[str, str] = {}
     for name in peers.BASELINES:
         engines = [target.name for target in targets if target.model.name == name]
@@ -519,7 +518,7 @@ def _timed_row(
         )
         for name, label in references.items()
         for kind, clock in (("", "wall_ms"), ("cpu_", "cpu_ms"))
-        # CPU time is counted in steps that a short call may not reach
+        # CPU time is counted in ticks, and a short call may take less than one
         if all(clocks[clock])
     }
     medians = {

@@ -28,13 +28,13 @@ SYSTEM_TIMES = Path("/proc/stat")
 CPU_FACTS = Path("/proc/cpuinfo")
 
 BUSY = 0.05
-"""Share of the cores above which other programs are told of."""
+"""Share of the cores that other programs may keep busy without a warning."""
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Of a processor, those that decide how fast products are: a virtual machine may hide its model."""
+"""Instruction sets that decide how fast products are: a virtual machine may hide the CPU model."""
 
 WHERE = ("name", "instructions", "threads", "versions", "commit", "dirty")
-"""What results of one record have in common."""
+"""Fields of a machine's description that all results in one record have in common."""
 
 
 def device() -> torch.device:
@@ -43,7 +43,7 @@ def device() -> torch.device:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What the record says about where it was made; no host or user names."""
+    """The description of this machine for a record; no host or user names."""
     about: dict[str, Any] = {
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu": cpu_name(),
@@ -59,7 +59,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def are_alike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two descriptions are of the same machine, versions and code, for one record."""
+    """Whether two descriptions have the same machine, versions and code, to share a record."""
     return all(a.get(name) == b.get(name) for name in WHERE)
 
 
@@ -81,7 +81,7 @@ def instructions() -> str:
 
 
 def _of_cpu(field: str) -> str:
-    """What the system says of the first processor; empty where it does not."""
+    """A field of the first processor from the system; empty if it is not there."""
     try:
         text = CPU_FACTS.read_text(encoding="utf-8")
     except OSError:
@@ -91,12 +91,12 @@ def _of_cpu(field: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A machine's name as a folder: ``NVIDIA H200`` is ``NVIDIA_H200``, as ``make gpu`` has it."""
+    """A machine's name as a folder: ``NVIDIA H200`` is ``NVIDIA_H200``, as in ``make gpu``."""
     return re.sub(r"[ /]", "_", name)
 
 
 def installed(distributions: tuple[str, ...]) -> dict[str, str | None]:
-    """Version of each distribution, None where it is not installed."""
+    """Version of each distribution, None if it is not installed."""
     found: dict[str, str | None] = {}
     for name in distributions:
         try:
@@ -108,7 +108,7 @@ def installed(distributions: tuple[str, ...]) -> dict[str, str | None]:
 
 def gpu_state(device: torch.device) -> dict[str, str]:
     """Driver, clocks, temperature and throttling of a GPU, as the driver's tool reports them. The
-    tool counts GPUs that torch may not see."""
+    tool also lists GPUs that torch may not see."""
     fields = {
         "uuid": "uuid",
         "driver": "driver_version",
@@ -131,10 +131,10 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """Commit of the checkout, and whether its files differ from it, records and reports aside: a
-    hash of what differs, or False.
+    """Commit of the checkout, and whether its files (except records and reports) differ from it: a
+    hash of the differences, or False.
 
-    The variable ``RODIMUS_BENCH_COMMIT`` wins: a copy without its git folder is told that way.
+    The variable ``RODIMUS_BENCH_COMMIT`` takes precedence, for a copy without its git folder.
     """
     told = os.environ.get(COMMIT_VARIABLE)
     head = told or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
@@ -154,15 +154,15 @@ def _output(command: list[str]) -> str:
         run = subprocess.run(command, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
-    # a file that differs may have any bytes
+    # a diff may contain any bytes
     return run.stdout.decode(errors="backslashreplace").strip()
 
 
 def disturbances(before: float, during: float = 0.0) -> list[str]:
-    """Why timings of this moment deserve suspicion, in words; empty on a quiet machine.
+    """Reasons to distrust timings taken now, in words; empty on a quiet machine.
 
     Args:
-        before, during: Cores that other programs kept busy, before the benchmark and beside it.
+        before, during: Cores that other programs kept busy, before and during the benchmark.
     """
     found = []
     cores = os.cpu_count() or 1
@@ -183,7 +183,7 @@ def disturbances(before: float, during: float = 0.0) -> list[str]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, float]:
-    """What memory and matrix units of this machine reach now, by torch's own operations.
+    """Rates that memory and matrix units of this machine reach now, in torch's own operations.
 
     Args:
         device: Where to measure.
@@ -192,7 +192,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -
 
     Returns:
         ``copy_GBps`` (bytes read plus bytes written), ``read_GBps`` (a sum), ``gemv_GBps`` (bytes
-        of the weight a second in a product with one row) and ``gemm_TFLOPs`` (a large product).
+        of the weight per second in a product with one row) and ``gemm_TFLOPs`` (a large product).
     """
     width = 128 if quick else 8192 if device.type == "cuda" else 2048
     rates = _memory_rates(device, read_elements(device, quick=quick))
@@ -200,7 +200,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -
 
 
 def read_elements(device: torch.device, *, quick: bool = False) -> int:
-    """Numbers in float32 that are read for the memory's rate: far more than a cache holds."""
+    """Count of float32 numbers to read for the memory rate: far more than a cache holds."""
     return 2**20 if quick else 2**30 if device.type == "cuda" else 2**26
 
 
@@ -253,7 +253,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Others:
-    """What programs other than this one and its ended children take of the machine's cores."""
+    """Measures the cores that programs other than this one and its ended children keep busy."""
 
     def __init__(self) -> None:
         self.start()
@@ -263,8 +263,8 @@ class Others:
         self._since = time.monotonic(), _seconds_of_others()
 
     def cores(self) -> float:
-        """Cores that they kept busy since the start, what the host took from a virtual machine
-        included; 0.0 where the system does not say."""
+        """Cores that they kept busy since the start, including what the host took from a virtual
+        machine; 0.0 if the system does not say."""
         since, before = self._since
         seconds = max(time.monotonic() - since, 1e-9)
         return max((_seconds_of_others() - before) / seconds, 0.0)
@@ -281,7 +281,7 @@ def _seconds_of_others() -> float:
 
 
 def load_now(seconds: float = 0.5) -> float:
-    """Cores that other programs keep busy for a moment in which this one sleeps."""
+    """Cores that other programs keep busy during a moment in which this one sleeps."""
     others = Others()
     time.sleep(seconds)
     return others.cores()

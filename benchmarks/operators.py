@@ -10,17 +10,18 @@ from . import peers, records, timing
 from .harness import Bench
 
 RUNS_IN_A_GRAPH = 5
-"""But one where the cache is emptied before each."""
+"""Runs in one graph, but a single one if the cache is emptied before each run."""
 
 ROTATED_BYTES = 2**28
-"""What a step reads in turn, and what empties a cache: several times what its last level holds."""
+"""Bytes of the states that take turns, and of the read that empties a cache: several times the
+size of a last-level cache."""
 
 PEER_LIMIT_SECONDS = 90.0
 """A peer that takes longer to compile and choose among its kernels is skipped."""
 
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
-"""Relative errors: rounding of inputs, states and outputs to 8 bits; fp32 products are three tf32
-ones."""
+"""Limits of relative errors: bf16 rounds inputs, states and outputs to 8 bits; an fp32 product is
+three tf32 ones."""
 
 
 class Call(NamedTuple):
@@ -28,9 +29,9 @@ class Call(NamedTuple):
 
     Attributes:
         function: Runs it.
-        floor_bytes: That one run cannot avoid.
-        runs: Of the operator by the function.
-        flops: Of the products that one run cannot avoid.
+        floor_bytes: Bytes that one run cannot avoid.
+        runs: Runs of the operator in one call of the function.
+        flops: Operations of the products that one run cannot avoid.
     """
 
     function: Callable[[], object]
@@ -40,25 +41,25 @@ class Call(NamedTuple):
 
     @property
     def work(self) -> dict[str, int]:
-        """Bytes and operations, those of the two that are counted."""
+        """Bytes and operations, whichever of the two are counted."""
         found = {"floor_bytes": self.floor_bytes, "flops": self.flops}
         return {name: count for name, count in found.items() if count is not None}
 
 
 def floor_ms(work: Mapping[str, int], ceilings: Mapping[str, float]) -> float:
-    """The later of bytes over the measured copy rate and operations over that of a large GEMM."""
+    """The longer of bytes over the measured copy rate and operations over that of a large GEMM."""
     bytes_ms = work.get("floor_bytes", 0) / ceilings["copy_GBps"] / 1e6
     return max(bytes_ms, work["flops"] / ceilings["gemm_TFLOPs"] / 1e9 if "flops" in work else 0.0)
 
 
 def rotated(nbytes: int) -> int:
-    """How many states or caches of so many bytes take turns, or the last level would hold one."""
+    """How many states or caches of ``nbytes`` take turns, so that no last-level cache holds one."""
     return max(1, min(ROTATED_BYTES // nbytes, 64))
 
 
 def flushes(device: torch.device) -> Callable[[], object]:
-    """Reads so much that a cache holds nothing else. A write would leave it to the next call to
-    write back."""
+    """A function that reads so much that a cache holds nothing else. It does not write, because the
+    next call would have to write that back."""
     buffer = torch.zeros(ROTATED_BYTES // 4, device=device)
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -69,7 +70,7 @@ def flushes(device: torch.device) -> Callable[[], object]:
 def captured(
     function: Callable[[], object], device: torch.device, runs: int = RUNS_IN_A_GRAPH
 ) -> Callable[[], object]:
-    """The function as a graph of several runs; on a CPU as it is."""
+    """The function as a graph of several runs; on a CPU the function itself."""
     if device.type != "cuda":
         return function
     side = torch.cuda.Stream()
@@ -86,7 +87,7 @@ def captured(
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most bytes a run allocates beyond what is there before; None without a GPU."""
+    """Most bytes a run allocates beyond what is allocated before it; None without a GPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -101,9 +102,9 @@ def kernels(call: Callable[[], object], top: int = 10) -> dict[str, Any]:
     """Where the device's time goes in one run.
 
     Returns:
-        ``kernels``: those that take longest together (name, launches, ms, share of all);
-        ``kernels_ms``: all of them; ``idle_ms``: between the first and the last of them, the time
-        that none covers.
+        ``kernels``: those with the longest total time (name, launches, ms, share of all);
+        ``kernels_ms``: the time of all kernels; ``idle_ms``: the time between the first and the
+        last of them that no kernel covers.
     """
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         call()
@@ -143,8 +144,8 @@ def measure(
     Args:
         bench: The run.
         benchmark: The fixture of pytest-benchmark.
-        calls: By target, or the reason why one cannot run. The first is the focus and must run;
-            others that fail, once or while they are captured, are skipped.
+        calls: Calls by target, or the reason why a target cannot run. The first is the focus and
+            must run; others that fail, in a first run or while they are captured, are skipped.
     """
     graphs, peaks, rows = {}, {}, []
     flush = flushes(bench.device) if bench.cold else None
@@ -176,10 +177,10 @@ def measured(
 
     Args:
         name: ``family/engine``.
-        turns: has timed what :func:`captured` returned.
-        floor_ms: of a single run.
-        calls: of the operator by the function that was captured.
-        more: fields to add; from ``floor_bytes`` and ``flops`` :mod:`benchmarks.work` has rates.
+        turns: Has timed what :func:`captured` returned.
+        floor_ms: Floor of a single run.
+        calls: Calls of the operator by the function that was captured.
+        more: Fields to add; :mod:`benchmarks.work` computes rates from ``floor_bytes``, ``flops``.
     """
     on_gpu = turns.device.type == "cuda"
     clock = "device_ms" if on_gpu else "wall_ms"

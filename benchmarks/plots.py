@@ -1,4 +1,4 @@
-"""Pictures of the records, readable in black and white: every model has a marker and a dash."""
+"""Pictures of the records, readable in black and white: every model has its marker and dash."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STYLES = {
     "fla-rodimus-plus-1.6b": ("X", "--", "0.6"),
 }
 
-# group: marker and name of an operator; of those around the mixers only some have products
+# group: marker and name of an operator; only some of those around the mixers have products
 OPERATORS = {
     "ddts-forward": ("o", "DDTS"),
     "ddts-training": ("s", "DDTS and backward"),
@@ -39,13 +39,13 @@ OPERATORS = {
     "fused-forward": ("X", "loss, input gate"),
     "fused-training": ("*", "loss, input gate and backward"),
 }
-# groups of one record for several operators, or for each of several
+# groups of several operators, in one record or in one each
 AROUND = ("fused-forward", "fused-training", "ddts-surroundings")
 OUR_FORMS = {"triton", "triton_chunk", "triton_recurrent", "native"}
 
 
 def _alike(found: list[Record], group: str, **settings: Any) -> list[Record]:
-    """The records of a group whose settings agree: in bfloat16, of weights that are not rounded."""
+    """The records of a group with these settings, by default bfloat16 and unrounded weights."""
     settings = {"weights": None, "dtype": "bfloat16", **settings}
     return [
         record
@@ -56,8 +56,8 @@ def _alike(found: list[Record], group: str, **settings: Any) -> list[Record]:
 
 
 def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) -> Points:
-    """``y`` of each model over setting ``x``, in records that are alike: of ``engine`` where that
-    was timed, for the best of equal ones would be the luckiest; else the best."""
+    """``y`` of each model over setting ``x``, in records that are alike: of ``engine`` if that was
+    timed, because the best of several equal engines would be the luckiest; else the best."""
     best = min if y.endswith("_ms") else max
     points: Points = {}
     for record in _alike(found, group, **settings):
@@ -68,7 +68,7 @@ def _measured(found: list[Record], group: str, x: str, y: str, **settings: Any) 
                 continue
             line = points.setdefault(name, {})
             place = record["settings"][x]
-            # a timed call of decoding may be several tokens
+            # a timed call of decoding may produce several tokens
             value = row[y] / (record["settings"].get("steps", 1) if y.endswith("_ms") else 1)
             line[place] = best(line.get(place, value), value)
     return points
@@ -97,7 +97,7 @@ def _finish(axes: Any, title: str, x: str, y: str, *, log_y: bool = True) -> Non
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
             axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        # a line that seems to fall to nothing must have done so
+        # start at 0, so that only a line that falls to 0 seems to do so
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter(_plain)
     axes.set_title(title, fontsize=10)
@@ -113,8 +113,8 @@ def _plain(value: float, _: object = None) -> str:
 
 
 def decode_latency(found: list[Record], axes: Any) -> None:
-    """Milliseconds a token over the context, with the memory floors dotted; without them where a
-    time is below its floor: the machine was not the same when the memory's rate was measured."""
+    """Milliseconds per token over the context, with the memory floors dotted. Floors are left out
+    if a time is below its floor: the machine was slower when the memory rate was measured."""
     times = _measured(found, "decode", "context", "median_ms", batch=1)
     floors = _measured(found, "decode", "context", "floor_ms", batch=1)
     title = "Decoding, batch 1"
@@ -131,21 +131,21 @@ def decode_latency(found: list[Record], axes: Any) -> None:
 
 
 def _read_rates(found: list[Record]) -> list[float]:
-    """GB/s of the memory while each context of batch 1 was timed, where a read took its turn."""
+    """GB/s of the memory while each context of batch 1 was timed, if reads were timed as well."""
     asked = [record["settings"] for record in _alike(found, "decode", batch=1)]
     reads = [settings[READ] for settings in asked if READ in settings]
     return [read["bytes"] / median(read["samples"]["wall_ms"]) / 1e6 for read in reads]
 
 
 def decode_throughput(found: list[Record], axes: Any) -> None:
-    """Tokens a second over the batch, at the context that was timed with most batches."""
+    """Tokens per second over the batch, at the context that was timed with the most batches."""
     context = _most_batches(found)
     _draw(axes, _measured(found, "decode", "batch", "tokens_per_s", context=context))
     _finish(axes, f"Decoding after {context:,} tokens of context", "batch", "tokens a second")
 
 
 def _most_batches(found: list[Record]) -> int:
-    """Of several contexts with as many batches the longest."""
+    """The context that was timed with the most batches; of several, the longest."""
     batches: dict[int, set[int]] = {}
     for settings in (record["settings"] for record in _alike(found, "decode")):
         batches.setdefault(settings["context"], set()).add(settings["batch"])
@@ -189,27 +189,27 @@ def crossover() -> int:
 
 
 def prefill_speed(found: list[Record], axes: Any) -> None:
-    """Tokens a second over the prompt's length."""
+    """Tokens per second over the prompt's length."""
     _draw(axes, _measured(found, "prefill", "context", "tokens_per_s"))
     _finish(axes, "Prefill, batch 1", "prompt, tokens", "tokens a second")
 
 
 def train_speed(found: list[Record], axes: Any) -> None:
-    """Tokens a second over the length of a row, tokens a step fixed."""
+    """Tokens per second over the length of a row, at a fixed number of tokens per step."""
     _draw(axes, _measured(found, "train", "context", "tokens_per_s"))
     _finish(axes, "Training step", "tokens a row", "tokens a second", log_y=False)
 
 
 def long_rows(found: list[Record], axes: Any) -> None:
-    """Tokens a second of the trainer over the length of a row, tokens a step fixed."""
+    """Tokens per second of the trainer over the length of a row, at fixed tokens per step."""
     _draw(axes, _measured(found, "long", "context", "tokens_per_s"))
     title = "Step of rodimus train with recomputation"
     _finish(axes, title, "tokens a row", "tokens a second", log_y=False)
 
 
 def roofline(found: list[Record], axes: Any) -> None:
-    """TFLOP/s of operators over the operations a byte that they have to make, below what memory and
-    matrix units of the run reach; the fastest of ours and the fastest other of each record."""
+    """TFLOP/s of operators over their operations per byte, below the rates that memory and matrix
+    units reached in the run: our fastest and the fastest other of each record."""
     points = [*_operators(found)]
     copy, gemm = (
         max(record["ceilings"][name] for record, *_ in points)
@@ -228,7 +228,7 @@ def roofline(found: list[Record], axes: Any) -> None:
         style["label"] = "_again" if seen or not ours else label
         axes.plot([intensity], [rate], marker, color="0.0", markersize=5, **style)
         if ours and record["group"].endswith(("step", "decode")):
-            # numbers near each other would overlap
+            # alternate sides: numbers near each other would overlap
             side = next(sides)
             place = {"xytext": (5 * side, -3 * side), "ha": "left" if side > 0 else "right"}
             place |= {"textcoords": "offset points", "fontsize": 6}
@@ -239,8 +239,8 @@ def roofline(found: list[Record], axes: Any) -> None:
 
 
 def _operators(found: list[Record]) -> Iterator[tuple[Record, float, float, bool]]:
-    """Record, operations a byte, TFLOP/s and whether it is ours, of the fastest row of each side in
-    bfloat16, where both bytes and operations are counted."""
+    """Record, operations per byte, TFLOP/s and whether it is ours, of the fastest row of each side
+    in bfloat16, if both bytes and operations are counted."""
     for record in (r for group in OPERATORS for r in _alike(found, group, cache=None)):
         sides: dict[bool, list[Mapping[str, Any]]] = {}
         for row in measured(record):
@@ -267,7 +267,7 @@ def roof(found: list[Record], axes: Any) -> None:
             axes.plot([100 * share], [len(names) - 1], marker, label=label, markersize=6, **style)
     axes.axvline(100, color="0.0", linewidth=1)
     axes.set_xlim(left=0)
-    # a row more, for the legend
+    # one more row, for the legend
     axes.set_ylim(len(names) + 0.4, -0.6)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title("Operators in bf16: share of the roof", fontsize=10)
@@ -279,7 +279,7 @@ def roof(found: list[Record], axes: Any) -> None:
 
 def _shares(found: list[Record]) -> Iterator[tuple[str, dict[bool, float]]]:
     """Name of an operator at a size, and the share of its roof that the fastest of each side
-    reaches; once, where several records have it."""
+    reaches; only once if several records have it."""
     told: set[str] = set()
     for group in dict.fromkeys((*OPERATORS, *AROUND)):
         sized = lambda record: (record["settings"]["batch"], record["settings"]["context"])
@@ -300,7 +300,7 @@ def _shares(found: list[Record]) -> Iterator[tuple[str, dict[bool, float]]]:
 
 
 def _is_compared(row: Mapping[str, Any]) -> bool:
-    """Not what reads other bytes, nor our reference, which is written to be read."""
+    """False for what reads other bytes, and for our reference, which is not written for speed."""
     return row["family"] != "step-int8" and row["engine"] != "reference"
 
 
@@ -309,7 +309,7 @@ def _is_ours(row: Mapping[str, Any]) -> bool:
 
 
 def _size(settings: Mapping[str, Any], group: str) -> str:
-    """``8 x 4,096``, of a step ``8 sequences``."""
+    """``8 x 4,096``, or for a step ``8 sequences``."""
     batch = settings["batch"]
     if group.endswith(("step", "decode")):
         return f"{batch} sequence{'s' * (batch > 1)}"
@@ -319,7 +319,7 @@ def _size(settings: Mapping[str, Any], group: str) -> str:
 
 def recall(found: list[Record], axes: Any) -> None:
     """Accuracy of the hardest recall test over the state expansion, ours and the paper's; attention
-    has none."""
+    has no state to expand."""
     lines: Points = {}
     for record in _recall_records(found):
         expansion = record["settings"]["shape"]["mem_size"]
@@ -329,7 +329,7 @@ def recall(found: list[Record], axes: Any) -> None:
                 axes.axhline(score, color="0.0", linewidth=0.8, linestyle="--", label="attention")
             else:
                 lines.setdefault(row["target"], {})[expansion] = score
-    # ours are the dark ones
+    # the dark styles are for ours
     order = sorted(lines.items(), key=lambda item: (not item[0].startswith("rodimus"), item[0]))
     for (name, line), (marker, dash, grey) in zip(order, STYLES.values(), strict=False):
         places = sorted(line)
@@ -354,9 +354,9 @@ class Plot(NamedTuple):
     """One kind of picture.
 
     Attributes:
-        title: Of the picture in ``RESULTS.md``.
-        axis: The setting along which it says more than a point; None where any record does.
-        source: The records that it shows.
+        title: Title of the picture in ``RESULTS.md``.
+        axis: The setting that must have several values; None if any record is enough.
+        source: Selects the records that it shows.
         draw: Draws them.
     """
 
@@ -426,8 +426,8 @@ class Picture(NamedTuple):
 
 
 def pictures(found: list[Record]) -> Iterator[Picture]:
-    """Every picture that the records give and that says more than a point. Machines never share
-    one: a line from one to the other would mean nothing."""
+    """Every picture that the records allow and that says more than a point. Machines never share a
+    picture: a line from one to the other would mean nothing."""
     for machine in sorted({record["machine"]["name"] for record in found}):
         mine = [record for record in found if record["machine"]["name"] == machine]
         for name, plot in PLOTS.items():

@@ -1,4 +1,4 @@
-"""Records of benchmarks: one JSON file a case, machine-written, with raw samples.
+"""Records of benchmarks: one JSON file per case, machine-written, with raw samples.
 
 A record says what was asked (group, case, settings), where (machine, commit), and for every target
 either what was measured or why it was not. Files are written whole or not at all.
@@ -56,9 +56,9 @@ def make(
         case: One point of the group, for instance ``b1-t4096-bf16``; names the file.
         settings: dtype, batch, context, rounds, seed, scale and whatever else was asked.
         machine: From ``machine.describe``.
-        rows: One a target; see ``skipped`` and ``check``.
+        rows: One per target; see ``skipped`` and ``check``.
         ceilings: From ``machine.ceilings``, in the same run.
-        load: Cores that other programs kept busy before the benchmark and beside it.
+        load: Cores that other programs kept busy before and during the benchmark.
         warnings: Disturbances, in words.
     """
     record = {
@@ -78,15 +78,15 @@ def make(
 
 
 def row(target: str, family: str, engine: str, **fields: Any) -> dict[str, Any]:
-    """The row of a target that was measured, and what was."""
+    """The row of a target that was measured, with what was measured."""
     return {"target": target, "family": family, "engine": engine, "status": "measured", **fields}
 
 
 def skipped(
     target: str, family: str, engine: str, reason: str, *, is_fault: bool = False
 ) -> dict[str, Any]:
-    """The row of a target that could not be measured, and why; of a model of ours that fails, its
-    fault."""
+    """The row of a target that could not be measured, and why; ``is_fault``: it is a model of ours
+    and fails."""
     fault = {"fault": True} if is_fault else {}
     return row(target, family, engine, status="skipped", reason=reason, **fault)
 

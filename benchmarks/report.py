@@ -1,10 +1,10 @@
-"""Records to ``RESULTS.md`` and plots: what loses first, with the reason, then everything.
+"""Writes ``RESULTS.md`` and plots from records: losses first, with the reason, then everything.
 
     python -m benchmarks.report [--results DIR] [--out DIR] [--docs] [--check]
 
 With ``--docs`` also the measured tables and figures of README and docs/ (:mod:`benchmarks.docs`).
 Nothing is typed by hand: the same records give the same text, byte for byte. Verdicts follow the
-interval of the ratio, not its middle: where it encloses 1 nothing is claimed.
+interval of the ratio, not its median: if it encloses 1, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-# group: title, and what a call of it is
+# group: title, and the unit that a call processes
 TIMED = {
     "decode": ("Decoding", "token"),
     "prefill": ("Prefill", "prompt"),
@@ -98,7 +98,7 @@ class Verdict(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """``loses``, ``wins``, or ``open`` where the interval encloses 1 or rests on few rounds."""
+        """``loses``, ``wins``, or ``open`` if the interval encloses 1 or rests on few rounds."""
         if self.ratio.coverage < ENOUGH_COVERAGE:
             return "open"
         if self.ratio.high < 1:
@@ -125,7 +125,7 @@ def ordered(found: Iterable[Record]) -> list[Record]:
 
 def verdicts(found: Iterable[Record]) -> Iterator[Verdict]:
     """Each model of ours against each baseline's fastest engine, in every timed case. Ours is
-    ``engine`` where that was timed: the fastest of equal ones would be the luckiest."""
+    ``engine`` if that was timed: the fastest of several equal engines would be the luckiest."""
     for record in (r for r in found if r["group"] in TIMED):
         best, rows = records.fastest(record), {row["target"]: row for row in measured(record)}
         for ours in (name for name in peers.OURS if name in best):
@@ -179,7 +179,7 @@ def size(count: float) -> str:
 
 
 def section(title: str, body: Iterable[str]) -> list[str]:
-    """A heading and what stands below it, unless that is nothing."""
+    """A heading and its body; nothing if the body is empty."""
     body = [*body]
     return [f"## {title}", "", *body] if body else []
 
@@ -223,7 +223,7 @@ def render(found: list[Record], pictures: Mapping[str, str] | None = None) -> st
 
 
 def _commit(about: Mapping[str, Any]) -> str:
-    """The commit a record was made of, short, and whether files had changed since."""
+    """The commit that a record was made at, short, and whether files had changed since."""
     return about.get("commit", "unknown")[:12] + (" + changes" if about.get("dirty") else "")
 
 
@@ -265,7 +265,7 @@ def _disturbances(found: list[Record]) -> Iterator[str]:
 
 
 def _targets(found: list[Record]) -> Iterator[str]:
-    """Every target, or nothing where the records measure none."""
+    """Every target, or nothing if the records measure none."""
     outcomes = targets.outcomes(found)
     if all(outcome.figure is None for outcome in outcomes):
         return
@@ -376,7 +376,7 @@ def _ms(row: Row, name: str, steps: int) -> str:
 
 
 def _ratio(row: Row, baseline: str) -> str:
-    """By the wall, and by CPU time, which other programs on the machine disturb less."""
+    """The ratio by wall time, and by CPU time, which other programs on the machine disturb less."""
     if f"ratio_to_{baseline}" not in row:
         return ""
     by_cpu = row.get(f"cpu_ratio_to_{baseline}")
@@ -417,7 +417,7 @@ def _memory(found: list[Record]) -> Iterator[str]:
 
 
 def _numbers(name: str) -> tuple[list[int], str]:
-    """Order of tests: by the lengths in their names."""
+    """Sort key of tests: the lengths in their names."""
     return [int(number) for number in re.findall(r"\d+", name)], name
 
 
@@ -446,7 +446,7 @@ def _quality(found: list[Record]) -> Iterator[str]:
         )
 
 
-# what is told at each length of a long context
+# figures at each length of a long context: title and format
 _DRIFT = {
     "state_norm": ("norm of the states", ".4g"),
     "bfloat16": ("logits in bfloat16, error", ".1e"),
@@ -517,7 +517,7 @@ def _skipped(found: list[Record]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write ``RESULTS.md`` and with ``--docs`` the documentation, or with ``--check`` tell whether
+    """Write ``RESULTS.md`` and with ``--docs`` the documentation, or with ``--check`` check whether
     they are what the records say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results")

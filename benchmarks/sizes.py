@@ -2,7 +2,7 @@
 
 Full scale is the published shape of each model (sources beside the configurations); tiny keeps the
 structure and runs in milliseconds. The formulas know nothing of the implementations: the memory
-benchmark holds each model's cache to them, byte for byte.
+benchmark checks each model's cache against them, byte for byte.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def sequence_flops(family: str, config: Mapping[str, Any], length: int) -> float
     """Operations that mix tokens in a forward pass over one sequence: attention and states.
 
     A key that a query sees costs two products of the head's width for each query head; an entry of
-    a recurrent state is written and read once a token, two operations each.
+    a recurrent state is written and read once per token, two operations each.
     """
     layers = width = window = 0
     if family == "qwen2":
@@ -283,8 +283,8 @@ def sequence_flops(family: str, config: Mapping[str, Any], length: int) -> float
     elif family == "rodimus_plus":
         layers, width = config["n_layer"], config["d_model"]
         window = config["attn_cfg"]["window_size"] // 2 + 1
-    # where an element has 0 bytes only the float32 states are left: four bytes and four operations
-    # an entry
+    # with 0 bytes per element only the float32 states are left: four bytes and four operations per
+    # entry
     states, _ = _FORMULAS[family](config, 1, 0)
     return 4.0 * layers * width * visible_pairs(length, window) + length * states
 

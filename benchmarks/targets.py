@@ -38,7 +38,7 @@ class Target(NamedTuple):
         figure: Its value in every round, from the records of a case; None where no benchmark
             has it.
         goal: Sign, bound and the figure's unit: ``<= 165 us``.
-        cases: Names of the records of each case; of several the worst counts.
+        cases: Names of the records of each case; of several cases the worst counts.
     """
 
     machine: str
@@ -68,10 +68,10 @@ class Target(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """A figure of rounds and of medians that were timed by themselves, in another record.
+    """A figure of rounds and of medians that were timed separately, in another record.
 
     Attributes:
-        others: What the medians are of, from the records of a case.
+        others: The times of which the medians are taken, from the records of a case.
         rounds: The figure in every round, from the medians and the records.
     """
 
@@ -92,7 +92,7 @@ class Counted(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """A target, its figure with an interval, and the records that they are of."""
+    """A target, its figure with an interval, and the records from which it follows."""
 
     target: Target
     figure: timing.Ratio | None = None
@@ -112,13 +112,13 @@ class Outcome(NamedTuple):
 
 
 def outcomes(found: Iterable[Record]) -> list[Outcome]:
-    """What records say of every target, losses first."""
+    """What records say about every target, missed ones first."""
     found = list(found)
     return sorted((outcome(t, found) for t in TARGETS), key=lambda o: KINDS.index(o.kind))
 
 
 def outcome(target: Target, found: Iterable[Record]) -> Outcome:
-    """What records say of a target."""
+    """What records say about a target."""
     named = {
         f"{record['group']}-{record['case']}": record
         for record in found
@@ -136,7 +136,7 @@ def outcome(target: Target, found: Iterable[Record]) -> Outcome:
 
 
 def interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
-    """Median and interval of a figure of some records: those of its ratio to one."""
+    """Median and interval of a figure of some records, computed as those of its ratio to 1."""
     sittings = case[0]["settings"].get("sittings", ())
     return timing.ratio(rounds, [1.0] * len(rounds), sittings)
 
@@ -144,8 +144,8 @@ def interval(rounds: Rounds, case: tuple[Record, ...]) -> timing.Ratio:
 def measure(figure: Figure, case: tuple[Record, ...]) -> timing.Ratio:
     """Median and interval of a figure from the records of a case.
 
-    Medians that were timed by themselves may lie anywhere in their own intervals: together with
-    that of the rounds these hold at 95 %, and what reaches furthest counts.
+    Medians that were timed separately may lie anywhere in their own intervals. These and that of
+    the rounds hold at 95 % together, and the outermost bounds count.
     """
     if isinstance(figure, Counted):
         (value,) = figure(*case)
@@ -188,7 +188,7 @@ def times(record: Record, target: str) -> Rounds:
     row = rows(record)[target]
     if "samples_ms" in row:
         return row["samples_ms"]
-    # a timed call of decoding may be several tokens
+    # a timed call of decoding may produce several tokens
     return [wall / record["settings"].get("steps", 1) for wall in row["samples"]["wall_ms"]]
 
 
@@ -214,7 +214,7 @@ def together_us(*targets: str) -> Figure:
 
 
 def backward_us(target: str) -> Figure:
-    """Microseconds that both passes take beyond the forward, which was timed by itself."""
+    """Microseconds that both passes take beyond the forward, which was timed separately."""
     return Beside(
         lambda both, forward: [times(forward, target)],
         lambda alone, both, _: [1e3 * (x - alone[0]) for x in times(both, target)],
@@ -222,7 +222,7 @@ def backward_us(target: str) -> Figure:
 
 
 def backward_speedup(ours: str, peer: str) -> Figure:
-    """How many times as fast as a peer's our backward is."""
+    """How many times as fast our backward is as a peer's."""
 
     def quotients(alone: Sequence[float], both: Record, _: Record) -> Rounds:
         mine, theirs = (
@@ -235,7 +235,7 @@ def backward_speedup(ours: str, peer: str) -> Figure:
 
 
 def speedup(ours: str, *engines: str) -> Figure:
-    """How many times as fast as a peer we are, in the fastest of its engines that was timed."""
+    """How many times as fast we are as the fastest timed engine of a peer."""
 
     def figure(record: Record) -> Rounds:
         timed = [times(record, name) for name in engines if name in rows(record)]
@@ -255,7 +255,7 @@ def growth(target: str) -> Figure:
 
 
 def over_bound(target: str) -> Figure:
-    """Time over that of the bytes it moves, at the memory's rate of the same round."""
+    """Time over that of the bytes that are moved, at the memory rate of the same round."""
 
     def figure(record: Record) -> Rounds:
         read, moved = record["settings"][READ], rows(record)[target]["moved_bytes"]
@@ -266,7 +266,7 @@ def over_bound(target: str) -> Figure:
 
 
 def host_us(target: str) -> Figure:
-    """Microseconds of an engine's step beside its kernels, which were profiled once."""
+    """Microseconds of an engine's step minus its kernels, which were profiled once."""
 
     def figure(record: Record) -> Rounds:
         row = rows(record)[target]
@@ -287,7 +287,7 @@ def tokens_per_s(target: str) -> Figure:
 
 
 def mfu(target: str) -> Figure:
-    """Percent of the data sheet's FLOP/s at which a step does what the model needs."""
+    """Percent of the data sheet's FLOP/s, counting only the operations that the model needs."""
 
     def figure(record: Record) -> Rounds:
         least_ms = 1e3 * rows(record)[target]["flops"] / DEVICES["H200"].flops
@@ -297,7 +297,7 @@ def mfu(target: str) -> Figure:
 
 
 def over_formula(name: str) -> Figure:
-    """Bytes that a model keeps over those of the formula, or the reverse where they are fewer."""
+    """Bytes that a model keeps over those of the formula, or the inverse if they are fewer."""
 
     def value(record: Record) -> float:
         row = _of_model(record, name)
@@ -315,8 +315,8 @@ def state_growth(name: str) -> Figure:
 
 
 def over_plan(name: str) -> Figure:
-    """Peak memory of a model's training step over what `rodimus plan` says, or the reverse where
-    it is less."""
+    """Peak memory of a model's training step over what `rodimus plan` says, or the inverse if it
+    is less."""
 
     def value(record: Record) -> float:
         quotient = _of_model(record, name)["of_plan"]
@@ -386,7 +386,7 @@ def both(shape: str) -> Cases:
 over_fla, over_flex = speedup(DDTS, FLA), speedup(ATTENTION, FLEX)
 backward, backward_over_flex = backward_us(ATTENTION), backward_speedup(ATTENTION, FLEX)
 around, attend, decoded = together_us(*AROUND), us(ATTENTION), ms(PLUS)
-# `auto` steps DDTS in Triton and attention in CUDA
+# `auto` runs the step of DDTS in Triton and that of attention in CUDA
 ddts_step, attention_step = us("ddts_step/triton"), us("step/native")
 on_gpu, on_cpu = decode(1024, 4096, 32768, 131072), decode(128, 1024, 4096, 16384)
 grown = (("decode-b1-t131072-bfloat16", "decode-b1-t4096-bfloat16"),)
@@ -497,8 +497,8 @@ ON_CPU = {
         ">= 5 times",
         (("demo-b1-t128-float32",),),
     ),
-    # the first loop, before this project, trained four layers of Rodimus; the demo trains two of
-    # Rodimus+, so what is left of the first, a rate, says nothing of it
+    # the first loop, before this project, trained four layers of Rodimus, the demo trains two of
+    # Rodimus+: all that is left of the first is a rate, which cannot be compared
     "demo training over its first loop, tokens per core-second": (None, ">= 1.5 times", ()),
     "state and cache, bytes and their formula, the larger over the smaller": (
         over_formula(PLUS_MODEL),

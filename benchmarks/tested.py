@@ -1,8 +1,8 @@
-"""JUnit reports of test runs on this machine to one record, which ``RESULTS.md`` tells of.
+"""Turns JUnit reports of test runs on this machine into one record, for ``RESULTS.md``.
 
     python -m benchmarks.tested [--out DIR] RUN.xml [RUN.xml ...]
 
-``make gpu`` calls it. A report that is not there is a run that crashed or was stopped.
+``make gpu`` calls it. A missing report is a run that crashed or was stopped.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 def row(report: Path) -> dict[str, Any]:
-    """What one run of pytest found: counts of ``OUTCOMES``, seconds, and the names of what failed.
+    """What one run of pytest found: counts of ``OUTCOMES``, seconds, and names of failed tests.
 
     Args:
-        report: JUnit XML; its name without the ending names the run.
+        report: JUnit XML; its name without the suffix names the run.
     """
     try:
         suites = list(ElementTree.parse(report).iter("testsuite"))
@@ -53,7 +53,7 @@ def _name(case: ElementTree.Element) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the record; 1 where a test failed or a run has no result."""
+    """Write the record; 1 if a test failed or a run has no result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("reports", type=Path, nargs="+", metavar="RUN.xml")
     parser.add_argument("--out", type=Path, help="folder of the record")

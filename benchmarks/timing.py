@@ -22,7 +22,7 @@ AGREEMENT = 0.02
 """Warm-up ends when the medians of two successive batches of rounds differ by less."""
 
 FEWEST_ROUNDS = 6
-"""The fewest whose range encloses the median at 95 %."""
+"""The fewest rounds whose range encloses the median with 95 % probability."""
 
 
 class Sample(NamedTuple):
@@ -53,8 +53,8 @@ class Summary(NamedTuple):
 class Ratio(NamedTuple):
     """Median of per-round ratios with an interval.
 
-    Of one sitting: what encloses the median at ``coverage``. Of several: where that share of all
-    rounds lies.
+    For one sitting the interval encloses the median with probability ``coverage``; for several it
+    contains that share of all rounds.
     """
 
     median: float
@@ -103,8 +103,8 @@ def ratio(
     """Ratio of two targets that were timed in the same rounds.
 
     Args:
-        numerators, denominators: In order of rounds.
-        sittings: Rounds of each sitting, where there were several.
+        numerators, denominators: Times in order of rounds.
+        sittings: Rounds of each sitting, if there were several.
 
     Raises:
         ValueError: the two were not timed in the same rounds.
@@ -117,8 +117,8 @@ def ratio(
     rounds = [a / b for a, b in zip(numerators, denominators, strict=True)]
     middle = statistics.median(rounds)
     if len(sittings) > 1:
-        # a shared machine changes more between sittings than within one, and not by little: what
-        # encloses the median of these says nothing of the next
+        # a shared machine changes much more between sittings than within one: an interval of the
+        # median of these sittings says nothing about the next
         if sum(sittings) != len(rounds):
             raise ValueError(f"expected {sum(sittings)} rounds of the sittings, got {len(rounds)}")
         return Ratio(middle, quantile(rounds, 0.025), quantile(rounds, 0.975), 0.95)
@@ -132,10 +132,10 @@ class RoundRobin:
         targets: Name and call of each; a call's result is dropped before the next one runs.
         device: Where they run.
         focus: The target that is timed last in each round; the others rotate.
-        before: Name and what is called before each call of a target, untimed.
+        before: By name of a target, a function called before each of its calls, untimed.
         flush: Called before each call of any target, untimed, to leave nothing of the last ones in
-            a cache. A GPU may still be at it when the call is launched, so the wall's time, but not
-            the device's, has the rest of it; no launch is waited for, then.
+            a cache. A GPU may still be flushing when the call is launched: wall time then includes
+            the rest of the flush, device time does not, nor does it include waiting for the launch.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class RoundRobin:
         self.time_focus()
 
     def warm_up(self, *, batch: int, most: int) -> int:
-        """Rounds that are not kept, until two successive batches agree within ``AGREEMENT``.
+        """Run rounds that are not kept, until two successive batches agree within ``AGREEMENT``.
 
         Args:
             batch: Rounds of one batch.
@@ -227,12 +227,12 @@ class RoundRobin:
         """Warm up for timed rounds.
 
         Args:
-            rounds: That are wanted.
-            seconds: Where warm-up and all rounds would take longer than this, there are fewer, but
-                no fewer than ``FEWEST_ROUNDS``.
+            rounds: Rounds that are wanted.
+            seconds: If warm-up and all rounds would take longer than this, there are fewer, but no
+                fewer than ``FEWEST_ROUNDS``.
 
         Returns:
-            The rounds to time, and those that were run.
+            The rounds to time, and the rounds of warm-up that were run.
         """
         # clocks and caches of a GPU settle slowly, and its rounds are short
         most, done = (2 if self.device.type == "cuda" else 1) * rounds, 0
@@ -253,8 +253,8 @@ class RoundRobin:
         """Put earlier sittings' samples of the same targets before those of this one.
 
         Args:
-            sittings: Rounds of each.
-            samples: Of every target, in order of rounds.
+            sittings: Rounds of each earlier sitting.
+            samples: Samples of every target, in order of rounds.
         """
         self.sittings = [*sittings, len(self.samples[self.focus])]
         self.samples = {name: [*samples[name], *new] for name, new in self.samples.items()}

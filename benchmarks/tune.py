@@ -2,12 +2,12 @@
 
     python -m benchmarks.tune [KERNEL ...] [--jobs 12] [--out FOLDER] [--seconds 300]
 
-The configurations are those of ``benchmarks/candidates.py``. Run this on another kind of GPU, and
-put into the launchers what wins there.
+The configurations are those of ``benchmarks/candidates.py``. For another kind of GPU, run this
+there and put the winners into the launchers.
 
-Each candidate has a process of its own, for one that faults takes its process with it. The
-processes compile side by side, compare their results with the chosen configuration's on the same
-inputs, and wait; then one after the other times both in turn. One record a kernel.
+Each candidate has its own process, because one that faults takes its process with it. The processes
+compile side by side, compare their results with the chosen configuration's on the same inputs, and
+wait; then one after the other times both in turn. One record per kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .candidates import KERNELS, Case, chosen, setting
 
 ROUNDS, CASE_SECONDS = 30, 2.0
 
-# configurations add up in other orders, and that is all they may do: bfloat16 has 8 bits
+# configurations may differ only in the order of their sums: bfloat16 has 8 bits
 ERROR_LIMIT = 1e-2
 
 COMMAND = (sys.executable, "-m", "benchmarks.tune")
@@ -60,7 +60,7 @@ def _tensors(result: Any) -> list[torch.Tensor]:
 
 
 def candidate(name: str, index: int, case: Case) -> Iterator[dict[str, Any] | None]:
-    """Compile, compare, and say so by a None; then wait for the ceilings and give the row."""
+    """Compile, compare, and yield None when done; then wait for the ceilings and yield the row."""
     kernel, value, focus = KERNELS[name], KERNELS[name].values[index], target(name, index)[0]
     torch.manual_seed(0)
     launch = kernel.make(case)
@@ -98,9 +98,9 @@ def candidate(name: str, index: int, case: Case) -> Iterator[dict[str, Any] | No
 
 
 def answer(name: str, index: int, case: Case) -> None:
-    """Give what a candidate says, a line each, or the row that says why it cannot."""
+    """Print what a candidate yields, a line each, or the row that says why it cannot run."""
     try:
-        # a compiler that prints something must not be taken for an answer
+        # output of a compiler must not be taken for an answer
         with contextlib.redirect_stdout(sys.stderr):
             for said in candidate(name, index, case):
                 print(json.dumps(said), file=sys.__stdout__, flush=True)
@@ -117,7 +117,7 @@ def answer(name: str, index: int, case: Case) -> None:
 def run_together(
     jobs: list[tuple[str, int]], case: Case, ceilings: dict[str, float], deadline: float
 ) -> list[dict[str, Any]]:
-    """A row of each job: they compile side by side and are timed one after the other."""
+    """A row for each job; jobs compile side by side and are timed one after the other."""
     if time.monotonic() > deadline:
         return [records.skipped(*target(*job), "no time was left") for job in jobs]
     environment, running = {**os.environ, "OMP_NUM_THREADS": "1"}, []
@@ -168,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the candidates of the kernels; those that cannot run are told with the reason."""
+    """Measure the candidates of the kernels; those that cannot run are listed with the reason."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -1,4 +1,4 @@
-"""Compile what the GPU benchmarks time, in many processes: the timed run then starts at once.
+"""Compile what the GPU benchmarks time, in many processes, so that the timed run starts at once.
 
     python -m benchmarks.warm [--jobs 12] [--seconds 200] operators models
 
@@ -27,7 +27,7 @@ from rodimus_kernels.testing import DdtsCase
 from .peers import is_installed
 
 TRIAL_MS = {"warmup": 5, "rep": 25}
-"""Time of one configuration while it is chosen: Triton's 125 ms would add a minute to the run."""
+"""Time to try one configuration for: Triton's 125 ms would add a minute to the run."""
 
 DEVICE = torch.device("cuda")
 
@@ -57,7 +57,7 @@ def shorten_trials() -> None:
 
 
 def take_share(share: int, shares: int) -> None:
-    """Let every autotuned kernel run each ``shares``-th of its configurations once, untimed."""
+    """Make every autotuned kernel run each ``shares``-th of its configurations once, untimed."""
     from triton.runtime.autotuner import Autotuner
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ def take_share(share: int, shares: int) -> None:
         configs = self.prune_configs(kwargs)
         mine = configs[share::shares]
         result, has_run = None, False
-        # one that cannot be compiled is not chosen later, but what follows needs some result
+        # a configuration that does not compile is never chosen, but the caller needs some result
         for place, config in enumerate([*mine, *configs]):
             if place >= len(mine) and has_run:
                 break
@@ -95,10 +95,10 @@ def operator_jobs() -> Iterator[Job]:
         key=lambda i: bench_ddts.POINTS["cuda"][i][0] != "training",
     ):
         what, _, length, width = bench_ddts.POINTS["cuda"][index]
-        # their kernels are those of the fused operators
+        # the surroundings have the kernels of the fused operators
         if what != "surroundings":
             yield Job("ddts", str(index))
-        # a longer sequence has no kernels of its own, and training has those of the forward pass
+        # longer sequences have the same kernels, and training includes those of the forward pass
         if what == "training" and length == 4096:
             for share in range(8):
                 yield Job("chunk_gla", str(index), share, 8)
@@ -115,7 +115,7 @@ def model_jobs() -> Iterator[Job]:
     """Every model with few layers: prefill, decode and a training step."""
     from . import peers
 
-    # those first that take longest
+    # the slowest first
     shared = {"rwkv6": 6, "qwen3_next": 6}
     for entry in sorted(peers.CATALOGUE, key=lambda entry: entry.family not in shared):
         shares = shared.get(entry.family, 1)
@@ -205,7 +205,7 @@ def run_model(name: str) -> None:
     model = bench.model(name)
     with torch.inference_mode():
         for engine in dict.fromkeys((model.engines[0], model.engines[-1])):
-            # the results of a share's configurations are not looked at
+            # no check: the results of a share's configurations do not matter
             bench.checked[f"{name}/{engine}"] = 0.0
             bench_decode.prepare(bench, model, engine, 1, 1024).call()
         session = model.session(model.engines[0], 1, 2049)
@@ -233,7 +233,7 @@ JOBS = {"operators": operator_jobs, "models": model_jobs}
 
 
 def run_all(jobs: list[Job], count: int, seconds: float) -> dict[Job, str]:
-    """What became of each job, run ``count`` at a time; after the seconds no more is waited for."""
+    """Run jobs, ``count`` at a time, and stop after ``seconds``; what became of each job."""
     deadline, became = time.monotonic() + seconds, {}
     waiting, running = list(jobs), {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -265,7 +265,7 @@ def run_all(jobs: list[Job], count: int, seconds: float) -> dict[Job, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the jobs; one that fails is told and no error: the timed run will say why."""
+    """Run the jobs; a failed one is listed but is no error: the timed run will say why."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("groups", nargs="*", help=f"which of {', '.join(JOBS)}")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")

@@ -1,7 +1,7 @@
 """Bytes and operations that a run of an operator cannot avoid, and the rates that follow.
 
-Rows of operators have them where their benchmark counts them. What older records and other rows
-lack follows from the shapes: each input read once and each output written once, in each direction.
+Rows of operators have them if their benchmark counts them. For older records and other rows they
+follow from the shapes: each input read once and each output written once, in each direction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 class Work(NamedTuple):
-    """Of one run; None where it is not counted."""
+    """Work of one run; None where it is not counted."""
 
     bytes: float | None
     flops: float | None
@@ -46,7 +46,7 @@ def rates(record: Record, row: Row) -> dict[str, float]:
 
 def _ddts(what: str, settings: Mapping[str, Any]) -> Work:
     """Operations of the recurrence; each entry of the state as ``sizes.sequence_flops`` counts it.
-    What surrounds it has no products that count."""
+    The operators around it have no products that count."""
     passes = {"forward": 1, "step": 1, "training": 3}.get(what)
     if passes is None:
         return Work(None, None)

@@ -1,7 +1,7 @@
 """Every model behind one interface: random weights, one dtype, the same tokens.
 
 A ``Model`` holds one set of weights. A ``Session`` is one batch of sequences in one engine of that
-model: it prefills, decodes greedily with the argmax inside the timed step, and tells the bytes it
+model: it prefills, decodes greedily with the argmax inside the timed step, and reports the bytes it
 keeps.
 """
 
@@ -63,9 +63,9 @@ def load(
     """A model of the catalogue with random weights.
 
     Args:
-        weight_dtype: What the matrices of linear layers are rounded to: ``"int8"``, in our models
-            one scale for each output and in llama.cpp Q8_0, or ``"int4"``, one scale for 32 inputs
-            and Q4_0, with heads in more bits; other engines keep what they have.
+        weight_dtype: What the matrices of linear layers are rounded to: ``"int8"`` (in our models
+            one scale per output, in llama.cpp Q8_0) or ``"int4"`` (one scale per 32 inputs, and
+            Q4_0), with heads in more bits; other engines keep their weights as they are.
 
     Raises:
         Unavailable: a package, a GPU or the memory is missing; the message says which.

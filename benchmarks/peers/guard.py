@@ -1,4 +1,4 @@
-"""Third-party code on a machine that it may not know: whatever goes wrong becomes a reason."""
+"""Runs third-party code that may not support this machine: any failure becomes a reason."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Unavailable(Exception):
     """A model or engine that cannot run here; the message is the reason for the record."""
 
     def copy(self) -> Unavailable:
-        """To be kept: one that was raised holds what was on the stack, a model's memory too."""
+        """A copy to keep: a raised one refers to its stack frames, and so to a model's memory."""
         return type(self)(*self.args)
 
 
 class Fault(Unavailable):
-    """It is here and fails, or gives wrong numbers: no reason for a model of ours."""
+    """It is here but fails or gives wrong numbers; a model of ours must not be skipped for that."""
 
 
 def require_package(module: str, distribution: str) -> None:
@@ -31,12 +31,12 @@ def require_package(module: str, distribution: str) -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether there is a package of that name, and not just a folder that others put things into,
-    as flash-attn 4 alone leaves ``flash_attn``."""
+    """Whether there is a package of that name, and not just a namespace folder, as flash-attn 4
+    alone leaves ``flash_attn``."""
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
-        # of a parent
+        # the parent is missing
         return False
     return found is not None and found.origin is not None
 
@@ -48,16 +48,17 @@ class _Late(BaseException):
 def guarded(call: Callable[[], Any], limit: float | None = None) -> Any:
     """Run a peer's code; what it raises becomes the reason why it was skipped.
 
-    A peer is third-party code on a machine it may not know: whatever goes wrong in it is part of
-    the result, and must not take the other peers' results with it.
+    A peer is third-party code that may not support this machine: any failure in it is part of the
+    result, and must not cost the other peers' results.
 
     Args:
         call: What to run.
-        limit: Seconds after which it is interrupted, between two of Python's instructions; needs
-            the main thread.
+        limit: Seconds after which it is interrupted, between two Python instructions; needs the
+            main thread.
 
     Raises:
-        Unavailable: it says so, was too slow or had too little memory; a Fault: anything else.
+        Unavailable: raised by the call, or it was too slow or ran out of memory.
+        Fault: anything else went wrong.
     """
     try:
         with _alarm(limit):

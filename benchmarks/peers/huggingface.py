@@ -1,5 +1,5 @@
-"""Models of transformers, ours among them, and of flash-linear-attention: a cache, our engine's
-decoder or a recorded CUDA graph keeps the state."""
+"""Models of transformers, ours among them, and of flash-linear-attention. The state is kept by a
+cache, by our engine's decoder or by a recorded CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .interface import OURS, Entry, Session, bytes_of, entry, random_tokens, ran
 from .llama import LLAMA_CPP, WithLlamaCpp
 
 WARM_UP_STEPS = 3
-"""Steps before one is recorded: kernels are compiled and chosen in them."""
+"""Steps that run before one is recorded, to compile and choose kernels."""
 
 PREFIX = "prefix"
-"""A recorded step whose attention gets the written places of a cache alone: ``prefix.py``."""
+"""A recorded step whose attention gets only the written places of a cache: see ``prefix.py``."""
 RECORDED = ("graph", PREFIX)
 """Engines that replay a CUDA graph."""
 
@@ -41,7 +41,7 @@ class HuggingFaceModel(WithLlamaCpp):
         self.device, self.dtype, self.weight_dtype = first.device, first.dtype, weight_dtype
         self.weight_bytes = sum(map(bytes_of, parameters))
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        # of an embedding that is not the head a token reads a row
+        # of an embedding that is not also the head, a token reads only one row
         read = [p for p in parameters if p is head or p is not embedding]
         self.token_bytes = sum(map(bytes_of, read))
         self.head_parameters = head.numel()
@@ -61,7 +61,7 @@ class HuggingFaceModel(WithLlamaCpp):
         return kind(self, engine, batch, room)
 
     def rewinds(self, engine: str) -> bool:
-        # attention over all places of a static cache of transformers
+        # a static cache of transformers makes attention read all of its places
         static = engine == "static" or (engine == "graph" and "static" in self.engines)
         return (static and self.name not in OURS) or engine == PREFIX
 
@@ -103,14 +103,14 @@ class HuggingFaceSession(Session):
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         cache = {self.cache_name: self.cache}
         if self.engine == PREFIX and ids.shape[1] == 1:
-            # all that is there; while a graph is recorded transformers would make a dense mask
+            # attend to all that is there; while a graph is recorded transformers would make a mask
             cache["attention_mask"] = {"full_attention": None}
         output = self.owner.model(ids, use_cache=True, logits_to_keep=1, **cache)
         self.cache = output[self.cache_name]
         return output.logits[:, -1]
 
     def fill(self, context: int) -> None:
-        # only keys and values grow: a state is as long after 8 tokens as after 8000
+        # only keys and values grow: a state is as large after 8 tokens as after 8000
         whole = self.engine == "own" and self.owner.family == "rodimus_plus"
         prompt = context if whole else min(context, 8)
         self.prefill(random_tokens(self.batch, prompt, self.owner))
@@ -121,7 +121,7 @@ class HuggingFaceSession(Session):
             if self.engine == PREFIX:
                 layer.cut(context)
             else:
-                # later places are masked until they are written anew
+                # later places are masked until they are overwritten
                 layer.cumulative_length.fill_(context)
 
     def state_bytes(self) -> StateBytes:
@@ -139,7 +139,7 @@ def _cache_name(family: str, engine: str) -> str:
     from rodimus.modeling_rodimus import CACHE_NAME
 
     if engine == "own":
-        # flash-linear-attention's
+        # the name in flash-linear-attention
         return "past_key_values"
     # one name for all since transformers 5.24
     return "cache_params" if family == "mamba2" and CACHE_NAME != "cache" else CACHE_NAME
@@ -175,13 +175,13 @@ def _extend(cache: Any, tokens: int) -> None:
             )
             layer.update(keys, values)
         elif hasattr(layer, "read"):
-            # our static layers: one count for all, and a ring that is as long from the start
+            # our static layers: one counter for all, and a ring of full length from the start
             if layer.ring is not None:
                 layer.ring.normal_()
             if layer is layer.read.owner:
                 layer.read.count(tokens, tokens)
         elif hasattr(layer, "cumulative_length"):
-            # the state of a recurrent layer is as long after 8 tokens as after 8000
+            # the state of a recurrent layer is as large after 8 tokens as after 8000
             layer.cumulative_length += tokens
 
 
@@ -231,14 +231,14 @@ class EngineSession(HuggingFaceSession):
 class GraphSession(Session):
     """A session whose steps are recorded once in a CUDA graph and replayed.
 
-    Where a step replaces the cache's tensors, the graph ends by copying the new into the old ones.
+    If a step replaces the cache's tensors, the graph ends by copying the new into the old ones.
     """
 
     def __init__(self, session: HuggingFaceSession):
         self.session, self.token = session, session.token
-        # by the number of their steps
+        # graphs by the number of their steps
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        # the graphs read them at fixed addresses
+        # tensors that the graphs read at fixed addresses
         self.kept: list[torch.Tensor] = []
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
@@ -281,7 +281,7 @@ class GraphSession(Session):
         return graph
 
     def _warm_up(self) -> None:
-        """The steps before a recording; one of places in a prefix is of those at hand."""
+        """The steps before a recording; a prefix is rewound, since it is recorded at its places."""
         places = self.session.cache.get_seq_length() if self.session.engine == PREFIX else None
         for _ in range(WARM_UP_STEPS):
             self.session.step()
@@ -289,7 +289,7 @@ class GraphSession(Session):
             self.session.rewind(places)
 
     def _replaced(self) -> list[torch.Tensor]:
-        """Tensors that a step replaces: a static cache and a prefix are written in place."""
+        """Tensors that a step replaces; a static cache and a prefix are written in place."""
         if self.session.engine in ("static", PREFIX):
             return []
         return [x for layer in self.session.cache.layers for part in _tensors(layer) for x in part]
@@ -299,10 +299,10 @@ def require_replay(model: HuggingFaceModel, ids: torch.Tensor, engine: str = "gr
     """Raise Fault unless replays of a recorded step give the tokens of the step itself.
 
     A step that counts on the host, or reads what another step replaced, is recorded without an
-    error and repeats itself.
+    error, but every replay repeats the same step.
 
     Args:
-        model: Has the engine.
+        model: A model with the engine.
         ids: The prompt ``[B, T]``.
         engine: One of ``RECORDED``.
     """
@@ -349,7 +349,7 @@ def _classes(found: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
         config = rodimus.RodimusConfig(**fields)
         return rodimus.RodimusForCausalLM, config, ("dynamic", "static", *graph, "engine")
     if "fla" in found.source:
-        # the attention of its Rodimus+ appends to keys and values: no two steps are alike
+        # the attention of fla's Rodimus+ appends to keys and values, so no two steps are alike
         return *_fla_classes(found, fields), ("own", *(graph if found.family == "rwkv6" else ()))
     if found.family == "qwen2":
         # transformers' own, which can also be trained with our loss
@@ -363,7 +363,7 @@ def _classes(found: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 
     name = {"qwen3_next": "Qwen3Next", "mamba2": "Mamba2"}[found.family]
     config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=None, eos_token_id=None)
-    # without its package transformers computes the recurrence by torch: a row says so
+    # without the package transformers computes the recurrence in torch, and the engine is named so
     package = {"qwen3_next": "fla", "mamba2": "mamba_ssm"}[found.family]
     engine = "dynamic" if is_installed(package) else "torch"
     return getattr(transformers, f"{name}ForCausalLM"), config, (engine,)
@@ -372,7 +372,7 @@ def _classes(found: Entry, scale: str, device: torch.device) -> tuple[Any, Any, 
 def _fla_classes(found: Entry, fields: dict[str, Any]) -> tuple[Any, Any]:
     """RWKV6 and Rodimus+ of flash-linear-attention, in the shapes of the published models.
 
-    Its defaults are neither: RWKV6 would have 4 heads and half the key width, and Rodimus+ fails
+    Its defaults are different: RWKV6 would have 4 heads and half the key width, and Rodimus+ fails
     for more than one layer unless ``block_residual_in_fp32`` is set.
     """
     import fla.models as fla

@@ -1,4 +1,4 @@
-"""What every model of the comparison is: the catalogue, ``Model`` and ``Session``.
+"""The interface of all compared models: the catalogue, ``Model`` and ``Session``.
 
 Weights are random and never zero: a processor can be faster on zeros than on data.
 """
@@ -16,7 +16,7 @@ from rodimus_kernels import decode_weight
 from ..sizes import StateBytes, config_of, sequence_flops, state_bytes
 
 SEED = 0
-"""Of all random weights and tokens."""
+"""Seed of all random weights and tokens."""
 
 
 class Entry(NamedTuple):
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     source: str
 
 
-# in the order in which they are loaded: what matters most first, should memory not suffice for all
+# in loading order: what matters most comes first, in case memory does not suffice for all
 CATALOGUE = (
     Entry("rodimus-plus-1.6b", "rodimus_plus", "rodimus"),
     Entry("rwkv6-1.6b", "rwkv6", "rwkv or fla"),
@@ -72,11 +72,11 @@ class Session(ABC):
 
     @abstractmethod
     def fill(self, context: int) -> None:
-        """Stand after ``context`` random tokens, without the cost of computing them."""
+        """Set the state to one after ``context`` random tokens, without computing all of them."""
 
     def rewind(self, context: int) -> None:
-        """Stand after the first ``context`` tokens again; for engines of which the model's
-        ``rewinds`` is true."""
+        """Return to the state after the first ``context`` tokens; for engines for which
+        ``Model.rewinds`` is true."""
         raise NotImplementedError(f"{type(self).__name__} cannot forget tokens")
 
     @abstractmethod
@@ -103,11 +103,11 @@ class Model(ABC):
         dtype, device: Of the weights.
         weight_bytes: All weights.
         token_bytes: Weights that one token reads: all but an embedding that is not the head.
-        body_parameters: Of all products of a token but that which gives the logits.
+        body_parameters: Parameters of all products of a token except the one for the logits.
         weight_dtype: What the matrices of linear layers were rounded to, in our models and in
             llama.cpp: ``"int8"``, ``"int4"`` or None.
-        head_parameters: Of the product that gives the logits.
-        vocab_size: Tokens.
+        head_parameters: Parameters of the product that gives the logits.
+        vocab_size: Number of tokens.
     """
 
     name: str
@@ -132,15 +132,15 @@ class Model(ABC):
         """
 
     def rewinds(self, engine: str) -> bool:
-        """Whether a step of the engine takes as long as its session has room, however few tokens
-        it holds: to be timed at a context it has to have no more room, and be rewound."""
+        """Whether a step's time depends on the room of its session, not on the tokens it holds: to
+        be timed at a context, the session must have no more room than that, and be rewound."""
         return False
 
     def forward_flops(self, batch: int, length: int, *, logits: int) -> float:
         """Operations of a forward pass over ``[batch, length]``, a multiply-add counted as two.
 
         Counted are the products with weights, attention over the keys that a token sees, and
-        writing and reading each recurrent state once a token.
+        writing and reading each recurrent state once per token.
 
         Args:
             logits: Positions of each sequence that get logits.
@@ -151,7 +151,7 @@ class Model(ABC):
         return 2.0 * batch * (length * body + logits * self.head_parameters) + batch * mixing
 
     def expected_state(self, batch: int, context: int) -> StateBytes:
-        """What the formulas say that a session keeps."""
+        """What a session keeps according to the formulas."""
         config = config_of(self.family, self.scale)
         return state_bytes(self.family, config, batch, context, self.dtype.itemsize)
 
@@ -167,7 +167,7 @@ def disagreement(session: Session, ids: torch.Tensor) -> float:
     """Relative error between one prefill and the same tokens with the last one decoded.
 
     Args:
-        session: Is left after ``ids``.
+        session: Its state is that after ``ids`` when this returns.
         ids: ``[B, T]``, T at least 2.
     """
     whole = session.prefill(ids).double()
@@ -181,7 +181,7 @@ def randomize(parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Matrices get N(0, 1 / inputs), biases and log-rates 0, norms and other vectors 1.
 
     The normal numbers are one pool that is repeated with a shift: a billion parameters then take a
-    second, and no product is faster for it.
+    second, and products are no faster on them.
     """
     pools: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
     for i, (name, parameter) in enumerate(parameters):

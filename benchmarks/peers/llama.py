@@ -26,10 +26,10 @@ from .guard import Fault, Unavailable, require_package
 from .interface import Model, Session, random_tokens
 
 LLAMA_CPP = "llama.cpp"
-"""An engine of Qwen2 and RWKV6 on a CPU, with the weights of the others."""
+"""An engine of Qwen2 and RWKV6 on a CPU, with the same weights as the others."""
 
 _PROMPT_BATCH = 512
-"""Tokens that a prompt is read by, llama.cpp's own default."""
+"""Tokens of a prompt that are read at once, llama.cpp's own default."""
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
@@ -42,8 +42,8 @@ class LlamaCpp:
         config: Its fields, as in ``sizes``.
         weights: Matrices in bfloat16 or float32, and vectors, under the names of transformers
             (Qwen2) or RWKV-LM (RWKV6).
-        weight_dtype: ``"int8"`` rounds matrices to llama.cpp's Q8_0, those that its own converter
-            rounds; ``"int4"`` has its own quantiser round the file to Q4_0.
+        weight_dtype: ``"int8"`` rounds the matrices that llama.cpp's converter would round, to its
+            Q8_0; ``"int4"`` lets llama.cpp's quantiser round the file to Q4_0.
 
     Attributes:
         weight_bytes: All weights.
@@ -81,16 +81,16 @@ class LlamaCpp:
             if size > free:
                 raise Unavailable(f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
             params = llama_cpp.llama_model_default_params()
-            # as the other engines hold weights: in pages of the process, not of a file
+            # hold weights as the other engines do: in memory of the process, not mapped from a file
             params.use_mmap = False
             self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise Unavailable(f"llama.cpp refused the model: {''.join(self.log[-3:])}")
-        # __del__ would come after the library's functions where Python ends
+        # when Python exits, __del__ would run after the library's functions are gone
         weakref.finalize(self, llama_cpp.llama_model_free, self.model)
 
     def _round_to_q4_0(self, path: Path) -> dict[str, int]:
-        """Replace a file by what its user would quantise it to; the bytes of each tensor."""
+        """Replace a file by what llama.cpp's quantiser makes of it; the bytes of each tensor."""
         import gguf
 
         params = self.library.llama_model_quantize_default_params()
@@ -105,12 +105,12 @@ class LlamaCpp:
 
 @functools.cache
 def _start() -> list[str]:
-    """Start the library; what it says from then on."""
+    """Start the library; returns the list to which its log is appended."""
     import llama_cpp
 
     said: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda _, text, __: said.append(str(text)))
-    # it calls this for as long as it is loaded, whichever models are gone
+    # the library calls this for as long as it is loaded, even after all models are gone
     _KEPT.append(callback)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p())
     llama_cpp.llama_backend_init()
@@ -121,8 +121,8 @@ _KEPT: list[Any] = []
 
 
 class LlamaCppSession(Session):
-    """One sequence in a context of llama.cpp. Beside weights in bfloat16 it has its defaults (keys
-    and values in float16, flash attention where it chooses it), beside float32 nothing shorter."""
+    """One sequence in a context of llama.cpp. With weights in bfloat16 it has its defaults (keys
+    and values in float16, flash attention where it chooses it), with float32 nothing shorter."""
 
     def __init__(self, owner: LlamaCpp, batch: int, room: int):
         if batch != 1:
@@ -168,7 +168,7 @@ class LlamaCppSession(Session):
 
 
 class WithLlamaCpp(Model):
-    """A model that llama.cpp runs as well, where ``LLAMA_CPP`` is one of its engines."""
+    """A model that llama.cpp can run as well, if ``LLAMA_CPP`` is one of its engines."""
 
     @abstractmethod
     def named_weights(self) -> Mapping[str, torch.Tensor]:
@@ -184,7 +184,7 @@ class WithLlamaCpp(Model):
         return LlamaCpp(self.family, config, self.named_weights(), weight_dtype=weight_dtype)
 
     def llama_cpp_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits ``[1, vocab]`` behind a prompt ``[1, T]`` in llama.cpp, of weights that are not
+        """Logits ``[1, vocab]`` after a prompt ``[1, T]`` in llama.cpp, with weights that are not
         rounded."""
         room = ids.shape[1] + 1
         if not self.weight_dtype:
@@ -203,12 +203,12 @@ class WithLlamaCpp(Model):
 
 def require_same_logits(model: WithLlamaCpp, ids: torch.Tensor, limit: float) -> None:
     """Raise Fault unless llama.cpp gives the logits of the model's first engine, with weights
-    that are not rounded: those are written by the same code.
+    that are not rounded: the same code writes both kinds.
 
     Args:
-        model: Has the engine ``LLAMA_CPP``.
+        model: A model with the engine ``LLAMA_CPP``.
         ids: The prompt ``[1, T]``.
-        limit: Of the relative error.
+        limit: Limit of the relative error.
     """
     engine = model.engines[0]
     first = model.session(engine, 1, ids.shape[1] + 1).prefill(ids).double()
@@ -225,8 +225,8 @@ def write_gguf(
     *,
     in_8_bits: bool = False,
 ) -> dict[str, int]:
-    """Write a model without a tokenizer; arguments as those of :class:`LlamaCpp`. Matrices keep
-    their dtype or are rounded, vectors are float32. Returns the bytes of each tensor."""
+    """Write a model without a tokenizer; arguments as for :class:`LlamaCpp`. Matrices keep their
+    dtype or are rounded, vectors are float32. Returns the bytes of each tensor."""
     import gguf
 
     writer = gguf.GGUFWriter(path, family)
@@ -258,7 +258,7 @@ def write_gguf(
 
 
 def _is_rounded(name: str, tensor: torch.Tensor) -> bool:
-    """Whether llama.cpp's converter rounds a tensor: matrices of whole blocks, but for the small
+    """Whether llama.cpp's converter rounds a tensor: matrices of whole blocks, except the small
     ones of RWKV's token shift and decay."""
     small = any(part in name for part in ("time_mix_w", "time_mix_decay_w", "time_mix_first"))
     return tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and not small
@@ -336,7 +336,7 @@ def _rwkv6(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Te
             yield f"{block}.{name}.weight", of(f"{theirs}.weight")
             if "ln" in theirs:
                 yield f"{block}.{name}.bias", of(f"{theirs}.bias")
-        # theirs are multiplied from the right
+        # RWKV-LM multiplies by these from the right
         yield f"{block}.time_mix_w1.weight", of("att.time_maa_w1").T
         yield f"{block}.time_mix_w2.weight", of("att.time_maa_w2").transpose(1, 2)
         yield f"{block}.time_mix_decay_w1.weight", of("att.time_decay_w1").T

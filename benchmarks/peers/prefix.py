@@ -1,9 +1,9 @@
-"""A cache of transformers in buffers of a fixed size, of which attention gets what is written.
+"""A cache of transformers in buffers of a fixed size, which gives attention only what is written.
 
-A static cache hands out every place it has, and so needs a mask. Without one ``sdpa`` has torch's
-flash kernel, which divides long keys among programs and takes grouped heads as they are. Where a
-token is written is known to the host alone: a CUDA graph of steps is one of their places, and
-replays decode there again.
+A static cache returns all of its places, and so needs a mask. Without one ``sdpa`` uses torch's
+flash kernel, which divides long keys among programs and takes grouped heads as they are. Only the
+host knows where a token is written: a CUDA graph of steps is bound to the places it was recorded
+at, and replays decode there again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PrefixLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write behind what is there."""
+        """Append to what is written."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         begin = self.get_seq_length()
@@ -39,10 +39,10 @@ class PrefixLayer(DynamicLayer):
         return self.keys, self.values
 
     def cut(self, tokens: int) -> None:
-        """Hold the first tokens and no others."""
+        """Keep only the first ``tokens`` tokens."""
         self.keys, self.values = (buffer[:, :, :tokens] for buffer in self.buffers)
 
 
 def prefix_cache(layers: int, room: int) -> Cache:
-    """An empty cache of so many layers."""
+    """An empty cache of ``layers`` layers."""
     return Cache(layers=[PrefixLayer(room) for _ in range(layers)])

@@ -1,4 +1,4 @@
-"""RWKV6 by its own package ``rwkv``, on the CPU."""
+"""RWKV6 in its own package ``rwkv``, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .llama import LLAMA_CPP, WithLlamaCpp
 
 
 class RwkvModel(WithLlamaCpp):
-    """RWKV6 by the package ``rwkv``, which reads a checkpoint file and knows one sequence."""
+    """RWKV6 in the package ``rwkv``, which reads a checkpoint file and handles one sequence."""
 
     engines = ("package", LLAMA_CPP)
 
@@ -52,7 +52,7 @@ class RwkvModel(WithLlamaCpp):
         return RwkvSession(self)
 
     def named_weights(self) -> Mapping[str, torch.Tensor]:
-        # made anew: the package keeps its own
+        # made anew, because the package keeps its own copy
         return dict(random_checkpoint(config_of("rwkv6", self.scale), self.dtype))
 
 
@@ -73,7 +73,7 @@ class RwkvSession(Session):
         return logits[None]
 
     def fill(self, context: int) -> None:
-        # the state is as long after 8 tokens as after 8000
+        # the state is as large after 8 tokens as after 8000
         self.prefill(random_tokens(1, min(context, 8), self.owner))
 
     def state_bytes(self) -> StateBytes:
@@ -111,7 +111,7 @@ def random_checkpoint(c: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[s
     randomize(tensors.items())
     yield from tensors.items()
     for layer in range(c["num_hidden_layers"]):
-        # a decay of exp(-exp(-3)) = 0.95 a token, as the published models start with
+        # a decay of exp(-exp(-3)) = 0.95 per token, the published models' initial value
         base = torch.full((1, 1, width), -3.0, dtype=dtype)
         yield f"blocks.{layer}.att.time_decay", base
         for name in norms + (("ln0",) if layer == 0 else ()):

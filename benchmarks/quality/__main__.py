@@ -1,9 +1,9 @@
 """Run the quality experiments: ``python -m benchmarks.quality mqar --size cpu``.
 
-Every variant of a case gets the same data, steps, learning rates and seeds. Training that the
-record holds for this commit and machine is not repeated, so a command that ends early is continued
-by the same command. The size ``gpu`` is the protocol for one large GPU, ``tiny`` the same for a
-test: its numbers mean nothing.
+Every variant of a case gets the same data, steps, learning rates and seeds. Training runs that are
+recorded for this commit and machine are not repeated, so a command that ends early is continued by
+the same command. The size ``gpu`` is the protocol for one large GPU, ``tiny`` a short version of it
+for tests, whose numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def kept_runs(
     folders: Iterable[Path], case: str, about: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Runs by variant and learning rate that are recorded for this commit, machine and settings; of
-    several records those of the one with most."""
+    several records, those of the one with the most runs."""
     settings = json.loads(json.dumps(settings))
     found = [
         {row["target"]: row["sweep"] for row in record["rows"]}
@@ -50,9 +50,9 @@ def run_case(
     """Train the runs of a case that are missing; False if there was no time for all.
 
     Args:
-        folder: Where the record goes; what it holds is not trained again.
-        deadline: Of the monotonic clock; no run starts that would end later, by the longest of its
-            kind so far.
+        folder: Where the record goes; runs that are in it are not trained again.
+        deadline: Time of the monotonic clock; no run starts that would end later, judging by the
+            longest run of its variant so far.
         earlier: Another folder whose records count as well.
     """
     about, load, others = machine.describe(device), machine.load_now(), machine.Others()

@@ -1,11 +1,11 @@
 """Whether anything drifts over a long context: ``python -m benchmarks.quality.drift``.
 
-Models with random weights read random tokens in chunks, to 131,072 of them. At powers of two it is
-told how large the recurrent states are, how far the logits in bfloat16 are from those in float32,
-of the same weights, and how far those of tokens that are decoded one by one from those of the same
-tokens read at once. An error that grew with the context would be a defect, whatever the weights.
+Models with random weights read up to 131,072 random tokens in chunks. At powers of two it records
+how large the recurrent states are, how far logits in bfloat16 are from those in float32 with the
+same weights, and how far logits of tokens decoded one by one are from those of the same tokens read
+at once. An error that grew with the context would be a defect, whatever the weights.
 
-On a CPU the models have the shape of that of `make demo`, on a GPU that of the 1.6B and 1.4B.
+On a CPU the models have the shape of the `make demo` model, on a GPU those of the 1.6B and 1.4B.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def shape(block_type: str, scale: str) -> RodimusConfig:
 
 
 def made(config: RodimusConfig, device: torch.device) -> dict[torch.dtype, RodimusForCausalLM]:
-    """One model in two dtypes, with the same weights: those that bfloat16 can hold."""
+    """One model in two dtypes, with the same weights, rounded to bfloat16."""
     torch.manual_seed(peers.SEED)
     rounded = RodimusForCausalLM(config).eval().to(device, torch.bfloat16)
     return {torch.float32: copy.deepcopy(rounded).float(), torch.bfloat16: rounded}
 
 
 class Reader:
-    """A model that reads a text and stands somewhere in it."""
+    """A model that reads a text in parts, with its state after what it has read."""
 
     def __init__(self, model: RodimusForCausalLM):
         self.model, self.cache = model, DynamicCache(config=model.config)
 
     @torch.no_grad()
     def read(self, ids: torch.Tensor, kept: int = 1) -> torch.Tensor:
-        """Logits ``[kept, vocab]`` of the last of some more tokens ``[T]``, float64."""
+        """Reads more tokens ``[T]``; logits ``[kept, vocab]`` of the last of them, float64."""
         output = self.model(
             ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=kept
         )
@@ -72,7 +72,7 @@ class Reader:
             self.cache = here
 
     def state_norm(self) -> float:
-        """Of the recurrent states of all layers."""
+        """Norm of the recurrent states of all layers."""
         states = (x for layer in self.cache.layers for x in layer.recurrent_states.values())
         return math.sqrt(sum(x.double().square().sum().item() for x in states))
 
@@ -85,7 +85,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def drifts(
     models: dict[torch.dtype, RodimusForCausalLM], ids: torch.Tensor, first: int
 ) -> Iterator[dict[str, float]]:
-    """What is told at each power of two from ``first`` on.
+    """The figures at each length: ``first``, and twice the length before.
 
     Args:
         models: From ``made``.

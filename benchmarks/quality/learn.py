@@ -23,19 +23,19 @@ from .tasks import Batch
 
 Draw = Callable[[int, torch.Generator], Batch]
 Runs = Mapping[str, list[dict[str, Any]]]
-"""Results of ``run`` by learning rate as text, one a seed."""
+"""Results of ``run`` by learning rate as text, one per seed."""
 
 # two draws of every test, the same for every network: one chooses the learning rate
 REPORTED, CHOOSING = 12345, 54321
 
 
 class Task(NamedTuple):
-    """What is learned and what is asked afterwards.
+    """What is learned and what is tested afterwards.
 
     Attributes:
         train: Batch of a step, from the step's number and a generator.
         tests: Name and batch of each evaluation.
-        score: ``accuracy`` (more is better) or ``bits`` a target (less is better).
+        score: ``accuracy`` (more is better) or ``bits`` per target (less is better).
         length: Longest training row, for the state of attention.
     """
 
@@ -50,14 +50,14 @@ class Task(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How long and how wide: the same for every variant.
+    """Training runs of a case, the same for every variant.
 
     Attributes:
         steps: Optimizer steps of a run.
         rates: Learning rates of the sweep.
-        seeds: Of initialisation and data.
-        sweep_seeds: How many of the seeds are trained at every rate; the others at the best one
-            alone. None: all of them.
+        seeds: Seeds of initialisation and data.
+        sweep_seeds: How many of the seeds are trained at every rate, the others only at the best
+            one. None: all of them.
     """
 
     steps: int
@@ -81,8 +81,8 @@ class Budget(NamedTuple):
 
 
 def best_rate(task: Task, budget: Budget, runs: Runs) -> float:
-    """Of a whole sweep the rate with the best mean over its seeds and all tests, of the draws for
-    choosing; of equal ones the first."""
+    """The rate of a complete sweep with the best mean over its seeds and all tests, on the draws
+    for choosing; of equal ones the first."""
 
     def mean(rate: float) -> float:
         seeds = budget.seeds[: budget.sweep_seeds]
@@ -190,7 +190,7 @@ def evaluate(network: nn.Module, task: Task, device: torch.device, seed: int) ->
 
 
 def _home(task: Task, device: torch.device) -> torch.device:
-    """Sources lie in the machine's memory, drawn tasks are made on the device."""
+    """Where batches are made: sources are in host memory, random tasks are drawn on the device."""
     return torch.device("cpu") if task.score == "bits" else device
 
 
@@ -211,8 +211,8 @@ def run(
     """Train one network and score it; AdamW, a tenth of warm-up, then a cosine to zero.
 
     Returns:
-        ``seed``, ``scores`` by test, ``choosing``, the same of the draws that choose the learning
-        rate, ``seconds`` and ``parameters``.
+        ``seed``, ``scores`` by test, ``choosing`` (the same on the draws that choose the learning
+        rate), ``seconds`` and ``parameters``.
     """
     torch.manual_seed(seed)
     network = build(variant, shape).to(device).train()
@@ -221,7 +221,7 @@ def run(
     vectors = [p for p in network.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
-    # unless told not to, it also moves beta1, from 0.95 to 0.85 and back
+    # with cycle_momentum it would also move beta1, from 0.95 to 0.85 and back
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=budget.steps, pct_start=0.1, cycle_momentum=False
     )

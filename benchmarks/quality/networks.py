@@ -1,8 +1,8 @@
 """Networks of the quality experiments: one layer with five gates, and the real models.
 
-The ablation changes the gate alone. Projections, the key's norm, convolution, state size,
-initialisation and the count of parameters are the same to the last tensor. What a gate does not use
-it carries along.
+The ablation changes only the gate. Projections, the key's norm, convolution, state size,
+initialisation and the count of parameters are the same to the last tensor. A gate keeps the
+parameters that it does not use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     Attributes:
         vocab: Tokens.
-        width: Of the residual stream; the state has 2 * width value channels.
+        width: Width of the residual stream; the state has 2 * width value channels.
         mem_size: Key channels of the state.
         layers: Mixers in a row.
         window: Keys that Rodimus+ sees, its own included.
@@ -49,12 +49,12 @@ def gate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Written key and log-decay of each gate, ``[B, T, K]`` each, in float32.
 
-    Every gate writes keys of unit length, as the formula of Rodimus does: beside it, the models of
-    those names would differ in two things at once.
+    Every gate writes keys of unit length, as the formula of Rodimus does: the models of the other
+    names would otherwise differ from it in two things at once.
 
     rodimus: tempered selection (arXiv 2410.06577); gla: log-sigmoid / 16 (arXiv 2312.06635);
-    mamba2: one decay a token, its step size scales the key (arXiv 2405.21060); rwkv6: exp(-exp(w))
-    a channel (arXiv 2404.05892); none: nothing is forgotten.
+    mamba2: one decay per token, whose step size scales the key (arXiv 2405.21060); rwkv6:
+    exp(-exp(w)) per channel (arXiv 2404.05892); none: nothing is forgotten.
     """
     if kind == "rodimus":
         return ops.ddts_gates(k, select, temper)

@@ -1,5 +1,5 @@
-"""Sizes of the quality experiments: some hours of a CPU core, the paper's figure on a GPU, and its
-path through the code in seconds."""
+"""Sizes of the quality experiments: ``cpu`` takes some hours of a core, ``gpu`` repeats the paper's
+figure, and ``tiny`` runs the code of ``gpu`` in seconds."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _mqar(size: str) -> Iterator[Case]:
     task = mqar_task(vocab, train, tests, batch=batch, test_batch=test_batch)
     note = "Trained on lengths 64 to 256 with up to 64 pairs. Columns: length/pairs."
     case = partial(Case, task=task, budget=budget)
-    # the claim first: Rodimus at 64 finds what Mamba2 finds at 256
+    # the paper's claim first: Rodimus at 64 recalls as much as Mamba2 at 256
     for mem_size in (64, 256, 16, 128, 32):
         told = [f"{name} {line[mem_size]}" for name, line in PAPER_MQAR.items() if mem_size in line]
         told = f" The paper reports, for 1024/256 at this state expansion: {', '.join(told)}."
@@ -85,7 +85,7 @@ def _mqar(size: str) -> Iterator[Case]:
             note=note + told,
         )
         if mem_size == 64:
-            # it has no state to expand
+            # once, because attention has no state to expand
             shape = Shape(vocab, width, mem_size)
             yield case(f"mqar-{size}-attention", shape, variants=("attention",), note=note)
 

@@ -1,7 +1,7 @@
 """Tasks without downloads: associative recall, passkey retrieval, Python sources as bytes.
 
-Each gives ``Batch(ids, targets)``: both long ``[B, T]``; a target of -100 is not asked. Everything
-is drawn from a generator, so a seed and a shape name one batch on one kind of device.
+Each returns ``Batch(ids, targets)``: both long ``[B, T]``; a target of -100 is not asked for.
+Everything is drawn from a generator, so a seed and a shape determine a batch on one kind of device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 def _distinct(
     low: int, high: int, batch: int, count: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """``[batch, count]`` tokens of ``low .. high - 1``, no two alike in a row."""
+    """``[batch, count]`` tokens of ``low .. high - 1``, all different within a row."""
     scores = torch.rand(batch, high - low, device=generator.device, generator=generator)
     return low + scores.topk(count, dim=1).indices
 
@@ -114,10 +114,10 @@ def passkey(batch: int, length: int, depth: float, vocab: int, generator: torch.
 def python_sources(share: str, most: int = 2**24) -> torch.Tensor:
     """Bytes of the standard library's sources, uint8 ``[N]``, files separated by a zero.
 
-    Without its character tables: they are so alike that a held-out one has been seen.
+    Its character tables are left out: they are so alike that a held-out one would not be new.
 
     Args:
-        share: ``train`` or ``val``: one file in twenty, by a checksum of its name.
+        share: ``train``, or ``val``, which is one file in twenty by a checksum of its name.
         most: Stop after this many bytes.
     """
     if share not in ("train", "val"):
