@@ -94,7 +94,7 @@ class Bench:
         names: Models of the catalogue that take part.
         folder: Where records go; None writes none.
         kept: Folder of earlier records; a case of this commit in it is not measured again.
-        rounds: Timed rounds of a case; also the most rounds of warm-up, on a GPU twice as many.
+        rounds: Timed rounds of a case; warm-up has at most as many, on a GPU twice as many.
         load: Cores that other programs kept busy before the run.
         deadline: ``time.monotonic()`` after which no further case starts.
         case_seconds: A case gets fewer rounds, but at least six, if it would take longer than this.

@@ -517,7 +517,7 @@ def _skipped(found: list[Record]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write ``RESULTS.md`` and with ``--docs`` the documentation, or with ``--check`` check whether
+    """Write ``RESULTS.md`` and, with ``--docs``, the documentation; ``--check`` only tells whether
     they are what the records say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=HERE / "results")

@@ -2,7 +2,7 @@
 
 On a shared machine a time alone says little; the ratio of two times of the same round says much
 more. Every call is timed by three clocks: the wall, the process's CPU time, and on a GPU the
-device's own events. A target is synchronised with the device before and after, inside the timing.
+device's own events. The device is synchronised before a call, and again after it within the timing.
 """
 
 from __future__ import annotations

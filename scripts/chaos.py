@@ -1,4 +1,4 @@
-"""Chaos run: a training run is killed, terminated and damaged at random, without any effect.
+"""Chaos run: a training run is killed, terminated and damaged at random, and must end the same.
 
     python scripts/chaos.py --events 30
 

@@ -1,4 +1,4 @@
-"""Best-fit packing: whole documents are placed into rows, with little padding and without cuts.
+"""Best-fit packing: documents are placed whole into rows, with little padding.
 
 Documents longer than a row are first cut into full rows; their remainders and all shorter documents
 are packed longest first, each into the fullest row that still has room (best-fit decreasing).

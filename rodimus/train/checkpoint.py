@@ -109,7 +109,7 @@ class Checkpointer:
 
         A failure to write (a full disk) is logged as an error on every rank, and training goes on.
         If the disk has no room for the new one beside all that are kept, or after a failure, the
-        oldest is deleted before the new one is written instead of after; the only one never is.
+        oldest (never the only one) is deleted before the new one is written instead of after.
 
         Returns:
             False if it was waited for and could not be written.
@@ -189,7 +189,7 @@ class Checkpointer:
                 store.remove(folder)
             lack = self._lack()
             if lack or self._has_failed:
-                # after a failure also without a lack: free space does not show a quota
+                # also after a failure, because free space does not show a quota
                 early = self._replaceable()
                 for old in early:
                     store.remove(old)
@@ -414,7 +414,7 @@ def changed_settings(saved: dict[str, Any], current: dict[str, Any], folder: Pat
     """Messages about the settings that differ from those in the checkpoint.
 
     Raises:
-        InputError: the optimizer differs, and so its state, which the checkpoint holds.
+        InputError: the optimizer differs: the checkpoint holds the state of another one.
     """
     changed = [key for key in sorted(saved.keys() & current) if saved[key] != current[key]]
     if "optim.name" in changed:

@@ -3,8 +3,8 @@
 The recurrence needs no ring: a piece changes the incoming state only by its total decay and its own
 final state, so one all-gather of these per layer gives every rank its initial state. The
 convolution and the attention window look back a fixed number of tokens, which the preceding ranks
-send. Logits and gradients equal those of one rank, also with packed documents. Rodimus* (arXiv
-2410.06577), section 3.
+send. Logits and gradients equal those of one rank, also with packed documents. Source: Rodimus*
+(arXiv 2410.06577), section 3.
 
     context = Context(group, position_ids)          # of the whole rows, on every rank
     out = model(input_ids=context.piece(ids), shift_labels=context.piece(labels),

@@ -79,7 +79,7 @@ class Evaluator:
         self.bytes_per_token = sum(s.manifest.n_bytes for s in sources) / predictable
 
     def __call__(self, model: nn.Module, stop: Callable[[], bool]) -> Evaluation | None:
-        """Evaluates; None if ``stop()`` became true, which is called after each batch and returns
+        """Evaluates; None if ``stop()`` became true. It is called after each batch and must return
         the same on all ranks."""
         # summed on the device, so that no batch waits for the one before
         nats = torch.zeros((), dtype=torch.float64, device=self.ranks.device)

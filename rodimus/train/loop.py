@@ -446,7 +446,7 @@ def settings_of(
 
 
 def save_settings(config: TrainConfig, model: PreTrainedConfig, source: TokenShards) -> None:
-    """Writes the resolved configuration, the model's and the tokenizer beside the checkpoints.
+    """Writes the resolved configurations of run and model, and the tokenizer, to the run's folder.
 
     `rodimus train OUT/config.toml` resumes the run from that copy, whose ``checkpoint.resume`` is
     always auto.

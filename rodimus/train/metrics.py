@@ -37,9 +37,9 @@ class RunLog:
     """Writes records of the main rank; on other ranks every call does nothing.
 
     Args:
-        out: Folder of the run; ``metrics.jsonl`` grows there, one JSON object a line.
+        out: Folder of the run; ``metrics.jsonl`` grows there, one JSON object per line.
         config: Which trackers to feed as well.
-        step: The run goes on after it; trackers drop what they have of later, abandoned steps.
+        step: The last step done; tensorboard drops what it has of later, abandoned steps.
         enabled: Whether this is the main rank.
 
     """
@@ -115,7 +115,7 @@ class Meter:
     Args:
         world_size: Ranks, for tokens per second and rank.
         useful: Operations of one token that the model needs, for MFU.
-        spent: Operations of one token that are made, for HFU.
+        spent: Operations of one token that are executed, for HFU.
         peak: FLOP/s of one device, or None where unknown.
     """
 

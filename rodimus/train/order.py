@@ -122,7 +122,7 @@ def _quotas(weights: Sequence[float]) -> np.ndarray:
     rest = _BLOCK - int(quota.sum())
     # the largest remainders take what rounding left over
     quota[np.argsort(quota - exact, kind="stable")[: max(rest, 0)]] += 1
-    # the largest sources give up the slots that the smallest were rounded up to
+    # the largest sources give up the slots by which the smallest were rounded up
     for _ in range(-rest):
         quota[quota.argmax()] -= 1
     return quota

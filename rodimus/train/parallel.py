@@ -343,8 +343,8 @@ def _checkpointed(block: nn.Module, mode: str) -> Callable:
     return checkpointed
 
 
-# the results that cost most to recompute for their size: products, attention and the recurrence;
-# results of operators named here are kept even if autograd would not keep them (those of norms)
+# the results that cost most to recompute for their size: products, attention and the recurrence.
+# Norms are not among them: their results would be kept here, although autograd does not keep them
 SAVED_OPS = frozenset(
     """
     aten::mm aten::addmm aten::bmm aten::baddbmm

@@ -12,7 +12,7 @@ from ..errors import InputError, first_line
 
 
 def read_metrics(run: str | Path) -> list[dict[str, float]]:
-    """Records of ``RUN/metrics.jsonl`` in order of steps, one a step.
+    """Records of ``RUN/metrics.jsonl`` in order of steps, one per step.
 
     A run that was killed and resumed has written some steps twice: the later record wins, and
     records of an earlier start from that step on are dropped. Lines that are cut short or are not

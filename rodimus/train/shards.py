@@ -218,9 +218,9 @@ class TokenShards:
 
 
 def allow_open_files() -> None:
-    """Raises this process's limit on open files to the most it may have. Every mapped file stays
-    open (a trillion tokens are some 7,500 files), and so does a connection to every other rank in
-    every group, while the limit of most systems is at first 1,024."""
+    """Raises this process's limit on open files from what most systems begin with, 1,024, to the
+    most it may have. Every mapped file stays open (a trillion tokens are some 7,500 files), and so
+    does a connection to every other rank in every group."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

@@ -26,7 +26,7 @@ def documents(source: str, *, field: str = "text") -> Iterator[str]:
 
     Args:
         source: ``stdlib``; a ``.txt``, ``.md`` or ``.py`` file (one document), a ``.jsonl`` file
-            (one document a line), a ``.parquet`` file (one a row), a folder of such files, or
+            (one document per line), a ``.parquet`` file (one per row), a folder of such files, or
             ``hf:NAME`` for the train split of a HuggingFace dataset, or for a folder that
             ``save_to_disk`` wrote. Rows of parquet files and datasets without a text are skipped.
         field: Name of the text field in jsonl, parquet and datasets.

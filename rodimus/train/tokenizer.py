@@ -63,7 +63,7 @@ class DocumentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.backend.encode_special_tokens = True
-        # a tokenizer's folder may set either for model batches; documents need neither
+        # a tokenizer's folder may enable both for batches of a model; documents need neither
         self.backend.no_truncation()
         self.backend.no_padding()
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
