@@ -1,10 +1,10 @@
 """Operators of Rodimus and Rodimus+: a reference in plain torch, one public function, one dispatch.
 
 The mathematics is in :mod:`rodimus_kernels.reference`. Importing this package needs torch alone;
-what else an implementation needs is imported when it is chosen.
+anything else that an implementation needs is imported when it is chosen.
 
-Forward-mode derivatives and the transforms of ``torch.func`` are those of the references, which
-``impl="auto"`` chooses for them; other implementations refuse a forward-mode derivative.
+Only the references support forward-mode derivatives and the transforms of ``torch.func``;
+``impl="auto"`` chooses them there, and other implementations refuse a forward-mode derivative.
 """
 
 import importlib
@@ -30,7 +30,7 @@ from .shared_key_attention import rope, shared_key_attention, shared_key_attenti
 from .short_conv import short_conv, short_conv_step
 from .swiglu import swiglu
 
-# these need torch alone, and torch.compile cannot import while it traces a first call
+# imported here because torch.compile cannot trace an import in a first call; they need torch alone
 for _module in (
     *("ddts.eager", "ddts.gated", "ddts.native_mixer", "ddts.native_step"),
     *("native_block", "native_conv", "native_linear", "native_norm"),

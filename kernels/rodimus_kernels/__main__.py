@@ -7,7 +7,7 @@ from . import build, native
 
 
 def main() -> None:
-    """Print a line a device, or build."""
+    """Print one line per device, or build."""
     if sys.argv[1:2] == ["build"]:
         del sys.argv[1]
         return build.main()

@@ -13,11 +13,12 @@ from ._schemas import is_transformed
 from .reference import can_read_values
 
 _logger = logging.getLogger(__name__)
-# where load says what it gives out, while somebody wants to know; by id, for two may be equal
+# lists to which load adds what it returns, for implementations_used; by id, as two may be equal
 _observers: dict[int, list[str]] = {}
 
-# Modules whose import has ended. In sys.modules they are from its beginning, for other threads too,
-# and torch.compile sees that as it was when tracing began, but attributes as they are.
+# Modules whose import is complete. sys.modules holds a module from the start of its import, also
+# for other threads, and torch.compile sees the state of sys.modules from when tracing began, but
+# the current attributes of a module.
 _imported = types.ModuleType("imported")
 
 
@@ -36,7 +37,7 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
     if impl not in implementations:
         names = ", ".join(map(repr, ("auto", *implementations)))
         raise ValueError(f"{operator}: unknown impl {impl!r}; expected one of {names}")
-    # threads may come and go meanwhile
+    # a copy, because other threads may add or remove observers meanwhile
     for used in tuple(_observers.values()):
         used.append(implementations[impl])
     module, function = implementations[impl].split(":")
@@ -52,8 +53,8 @@ def load(operator: str, impl: str, implementations: Mapping[str, str]) -> Callab
 
 
 def implementations_used(call: Callable[[], object]) -> list[str]:
-    """What the operators chose during a call: ``"module:function"``, in order, of those of an
-    operator that is made of others too. For reports: other threads' operators count as well."""
+    """Implementations that operators chose during a call, in order, as ``"module:function"``; also
+    of operators called by operators. For reports: those of other threads are included as well."""
     used: list[str] = []
     _observers[id(used)] = used
     try:
@@ -63,7 +64,7 @@ def implementations_used(call: Callable[[], object]) -> list[str]:
     return used
 
 
-# torch.compile cannot trace an import: it runs this one while compiling
+# torch.compile cannot trace an import: it calls this function while compiling
 @torch.compiler.assume_constant_result
 def _import(module: str) -> str | None:
     try:
@@ -74,12 +75,12 @@ def _import(module: str) -> str | None:
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether ``impl="auto"`` may use Triton there, whose operators no transform of ``torch.func``
-    takes; where a GPU has to do without, said once."""
+    """Whether ``impl="auto"`` may use Triton on this device; its operators do not support the
+    transforms of ``torch.func``. Warns once about a GPU that cannot use it."""
     return device.type == "cuda" and not is_transformed() and _finds_triton(device)
 
 
-# what torch.compile takes for constant must be a plain function
+# assume_constant_result needs a plain function, and a cached one is not
 @torch.compiler.assume_constant_result
 def _finds_triton(device):
     return _gpu_runs_triton(device)
@@ -99,16 +100,16 @@ def _gpu_runs_triton(device: torch.device) -> bool:
 
 
 def choose_compiled(fallback: str, *tensors: torch.Tensor | None, one_dtype: bool = False) -> str:
-    """What ``impl="auto"`` means for a decode operator: the library of ``csrc/`` where it is built,
-    takes these tensors and no gradient is wanted; else the fallback."""
+    """What ``impl="auto"`` means for a decode operator: the library of ``csrc/`` if it is built and
+    takes these tensors, and no gradient is wanted; else the fallback."""
     fits = native.fits(*tensors, one_dtype=one_dtype, is_decoding=True)
     return "native" if fits else fallback
 
 
 def mark_written(*tensors: torch.Tensor) -> None:
     """Tell autograd that an operator has written tensors in place: kernels write by pointer, and a
-    backward that has saved one of the tensors has to raise. What torch.compile traces is told by
-    itself."""
+    backward that has saved one of the tensors has to raise. torch.compile does so by itself for the
+    code that it traces."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 
@@ -122,7 +123,7 @@ def query_scale(scale: float | None, key_dim: int) -> float:
 
 
 def check_scale(scale: float | None) -> None:
-    """Raise ValueError for a tensor: it would get no gradient."""
+    """Raise ValueError for a tensor, because it would get no gradient."""
     if isinstance(scale, torch.Tensor):
         raise ValueError("scale must be a number, got a tensor: multiply the queries by it")
 
@@ -130,7 +131,7 @@ def check_scale(scale: float | None) -> None:
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
     """Raise ValueError unless the shape is the expected one; a string names a free dimension."""
     shape = getattr(tensor, "shape", None)
-    # a token waits for dozens of these
+    # the fast path: decoding a token makes dozens of these checks
     if shape == expected:
         return
     if shape is None:
@@ -155,7 +156,7 @@ def check_same_device(
         device = getattr(tensor, "device", None)
         if tensor is None or device == reference.device:
             continue
-        # an array of numpy has one that is text
+        # a numpy array has a device too, which is a string
         if not isinstance(device, torch.device):
             raise _no_tensor(name, tensor)
         raise ValueError(
@@ -171,11 +172,11 @@ def check_floating(**tensors: torch.Tensor | None) -> None:
 
 
 def check_position(position: torch.Tensor, batch: int) -> None:
-    """Raise ValueError unless these are ages of sequences: int64 ``[B]``, none of them negative
-    where a check may look."""
+    """Raise ValueError unless these are positions: int64 ``[B]``, and not negative where values may
+    be read."""
     check_shape("position", position, (batch,))
     if position.dtype != torch.int64:
         raise ValueError(f"position must be int64, got {position.dtype}")
-    # a list costs half of what a comparison of tensors does
+    # the minimum of a list takes half the time of a comparison of tensors
     if batch and can_read_values(position) and (lowest := min(position.tolist())) < 0:
         raise ValueError(f"position must be >= 0, got {lowest}")

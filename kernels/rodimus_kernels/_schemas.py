@@ -1,8 +1,8 @@
 """Schemas and fakes of the torch.library namespace ``rodimus``, before any backend is loaded.
 
-An implementation registers its kernels and autograd formula on these names in its own file. Kept
-apart so that a schema is readable in one place, and torch.compile, selective checkpointing and the
-native library can name an operator without importing its implementation.
+An implementation registers its kernels and autograd formula on these names in its own file. They
+are kept apart so that all schemas can be read in one place, and torch.compile, selective
+checkpointing and the native library can name an operator without importing its implementation.
 """
 
 import functools
@@ -42,9 +42,9 @@ torch.library.define(
 
 
 def refuse_second_derivative(backward: Callable) -> Callable:
-    """A backward whose results raise RuntimeError where they are differentiated. torch's
-    ``once_differentiable`` takes them for constants where all that arrives is constant, as behind a
-    plain sum, though they depend on what was saved."""
+    """Wrap a backward so that differentiating its results raises RuntimeError. torch's
+    ``once_differentiable`` treats them as constants if all incoming gradients are constants, as
+    after a plain sum, although they depend on the saved tensors."""
     once = once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -57,29 +57,29 @@ def refuse_second_derivative(backward: Callable) -> Callable:
 
 
 def register_gradient(operator: str, backward: Callable, setup_context: Callable) -> None:
-    """The gradient of ``rodimus::operator``, as ``torch.library.register_autograd`` takes it. A
-    gradient of the gradient raises RuntimeError: the backward operators have none, and torch would
-    take what they return for constants."""
+    """Register the gradient of ``rodimus::operator``, with the arguments of
+    ``torch.library.register_autograd``. A second derivative raises RuntimeError: the backward
+    operators have no gradient, and torch would treat their results as constants."""
     torch.library.register_autograd(
         f"rodimus::{operator}", refuse_second_derivative(backward), setup_context=setup_context
     )
 
 
 def in_forward_mode() -> bool:
-    """Whether torch differentiates forwards (``torch.func.jvp`` and all that is made of it,
-    ``forward_ad.dual_level``). Operators of the library would drop the tangents without a word, and
-    under other transforms a tensor does not say whether it has one."""
+    """Whether forward-mode differentiation is active (``torch.func.jvp`` and everything built on
+    it, ``forward_ad.dual_level``). Operators of ``torch.library`` would silently drop the tangents,
+    and under other transforms a tensor does not show whether it has a tangent."""
     return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
-    """Whether torch differentiates forwards, or a transform of ``torch.func`` runs: gradients of
-    operators of the library know none of them."""
+    """Whether forward-mode differentiation or a transform of ``torch.func`` is active: the
+    gradients of operators of ``torch.library`` support neither."""
     return in_forward_mode() or torch._C._functorch.maybe_current_level() is not None
 
 
 def refuse_forward_mode(operator: str) -> None:
-    """Raise ValueError where torch differentiates forwards."""
+    """Raise ValueError if forward-mode differentiation is active."""
     if in_forward_mode():
         raise ValueError(
             f"{operator}: this implementation has no forward-mode derivative;"
@@ -117,7 +117,7 @@ def _(q, k, v, log_decay, scale, states, do, dfinal_state):
 
 
 def chunk_columns(batch: int, length: int, cu_seqlens: torch.Tensor | None) -> int:
-    """Chunks of the Triton form; packed documents with states of their own get an upper bound."""
+    """Number of chunks in the Triton form; for packed documents with states, an upper bound."""
     if cu_seqlens is None:
         return batch * ((length + TRITON_CHUNK - 1) // TRITON_CHUNK)
     return length // TRITON_CHUNK + cu_seqlens.shape[0] - 1
@@ -125,7 +125,7 @@ def chunk_columns(batch: int, length: int, cu_seqlens: torch.Tensor | None) -> i
 
 def tile_dtype(v: torch.Tensor) -> torch.dtype:
     """Operand dtype of the Triton products: float16 goes through tf32, which keeps its 11 bits and
-    the range of float32 for the state."""
+    gives the state the range of float32."""
     return torch.bfloat16 if v.dtype == torch.bfloat16 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""Helpers of Triton implementations with two callers or more."""
+"""Helpers that two or more Triton implementations share."""
 
 import contextlib
 import functools
@@ -17,10 +17,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Triton 3.10 turns this off by default; kernels are tested with it
+# Triton 3.10 turns this off by default; the kernels are tested with it on
 FP_FUSION = {"enable_fp_fusion": True}
 
-# CUDA programming guide, technical specifications: of the second and the third axis
+# most programs along the second and third axis (CUDA programming guide, technical specifications)
 _GRID_LIMIT = 65_535
 
 _assumed_capability: int | None = None
@@ -28,8 +28,8 @@ _assumed_capability: int | None = None
 
 def capability(x: torch.Tensor) -> int:
     """Compute capability of the tensor's device, times ten: 80, 86, 90, 100; 0 without a GPU. 86
-    stands for all of the second kind of Ampere, Ada and workstation Blackwells (8.6, 8.9, 12.x),
-    where a block has 99 KiB of shared memory instead of 163."""
+    stands for GA10x Ampere, Ada and workstation Blackwell together (8.6, 8.9, 12.x), where a
+    thread block has 99 KiB of shared memory instead of 163."""
     if _assumed_capability is not None:
         return _assumed_capability
     if not x.is_cuda:
@@ -42,7 +42,7 @@ def capability(x: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def assume_capability(value: int):
-    """Launch as if on such a device: for compilation without one, and for the interpreter."""
+    """Launch as if on such a device: for compiling without one, and for the interpreter."""
     global _assumed_capability
     _assumed_capability, before = value, _assumed_capability
     try:
@@ -70,8 +70,8 @@ def implement(operator: str) -> Callable[[Callable], None]:
 
 
 def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:
-    """Raise ValueError unless the tensors are where Triton can run and of a dtype it takes, and no
-    forward-mode derivative is under way."""
+    """Raise ValueError unless Triton takes the tensors' devices and dtypes, and no forward-mode
+    differentiation is active."""
     refuse_forward_mode(operator)
     for tensor in tensors:
         if not (tensor.is_cuda or INTERPRETED):
@@ -86,8 +86,8 @@ def check_runs_here(operator: str, *tensors: torch.Tensor) -> None:
 
 
 def check_grid(operator: str, what: str, programs: int) -> None:
-    """Raise ValueError where a launch has more programs along the second or third axis of its grid
-    than a GPU counts there; the first takes ``2^31 - 1``."""
+    """Raise ValueError if a launch has more programs along the second or third axis of its grid
+    than a GPU allows there; the first axis takes ``2^31 - 1``."""
     if programs > _GRID_LIMIT:
         raise ValueError(
             f"{operator}: expected at most {_GRID_LIMIT} {what} in a call, got {programs}"
@@ -95,14 +95,14 @@ def check_grid(operator: str, what: str, programs: int) -> None:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself where its last dimension is dense, else a copy where it is."""
+    """``x`` itself if its last dimension is dense, else a dense copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def near_tokens(x: torch.Tensor) -> torch.Tensor:
-    """:func:`unit_stride` for a kernel with tiles of up to 128 tokens of ``[B, T, ...]``: a copy
-    also where these are so far apart that offsets in a tile pass 2^31: in 64 bits they would take
-    registers, and attention's backward spills on sm_80."""
+    """:func:`unit_stride` for a kernel with tiles of up to 128 tokens of ``[B, T, ...]``. It also
+    copies x if its tokens are so far apart that offsets within a tile exceed 2^31: 64-bit offsets
+    take registers, and with them attention's backward spills on sm_80."""
     x = unit_stride(x)
     return x if x.stride(1) < 2**31 // 128 else x.contiguous()
 
@@ -111,7 +111,7 @@ def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """``x`` as rows of unit stride ``[N, D]``; a slice of a projection is not copied."""
     if x is None:
         return None
-    # -1 could be any number where D = 0
+    # not reshape(-1, D): -1 would be ambiguous for D = 0
     return unit_stride(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
@@ -122,32 +122,32 @@ def strides(*tensors: torch.Tensor) -> list[int]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; 1 in the interpreter, where nothing runs side by side."""
+    """Multiprocessors of the device; 1 in the interpreter, where nothing runs in parallel."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def row_block(dim: int) -> int:
-    """What a block holds of a dimension: a power of two, 1 also of a dimension of 0."""
+    """Size of a block that holds a dimension: a power of two, and 1 for a dimension of 0."""
     return triton.next_power_of_2(max(dim, 1))
 
 
 def block_dim(dim: int) -> int:
-    """What a tile holds of a dimension that a tensor core multiplies: a power of two, at least
+    """Size of a tile that holds a dimension multiplied on tensor cores: a power of two, at least
     16."""
     return max(row_block(dim), 16)
 
 
 def divisor_tile(size: int, limit: int) -> int:
-    """The largest power of two up to ``limit``, itself one, that divides ``size``."""
+    """The largest power of two up to ``limit``, itself a power of two, that divides ``size``."""
     return math.gcd(size, limit)
 
 
 @triton.jit
 def sequence_tokens(i_n, bounds, T):
-    """Row of the batch, first token and end of a sequence: packed ones with ``bounds`` share row
-    0, others are rows of T tokens."""
+    """Row of the batch, first token and end of a sequence: packed sequences (with ``bounds``) share
+    row 0, others are rows of T tokens."""
     if bounds is None:
         start = i_n * 0
         return i_n, start, start + T
@@ -160,7 +160,7 @@ def sequence_tokens(i_n, bounds, T):
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a b in fp32, ``a`` rounded to b's dtype.
 
-    UPCAST: the interpreter multiplies bf16 operands wrongly and truncates where it should round.
+    UPCAST: for the interpreter, which multiplies bf16 wrongly and truncates instead of rounding.
     """
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
@@ -170,8 +170,8 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def exp2(x):
-    """``2 ** x`` of fp32, zero below 2 ** -126: one instruction, where keeping denormal results
-    takes four."""
+    """``2 ** x`` of fp32, with results below 2 ** -126 flushed to zero: this is one instruction,
+    and keeping denormal results would take four."""
     if _INTERPRETED:
         return tl.exp2(x)
     else:
@@ -182,8 +182,8 @@ def exp2(x):
 
 @triton.jit
 def settle(x):
-    """fp32 x as it stands: without this, Triton computes everything from the loads to an operand
-    of ``mma.sync`` again in each warp that multiplies it."""
+    """fp32 x unchanged. Without this, Triton repeats the whole computation of an operand of
+    ``mma.sync``, from the loads on, in each warp that multiplies it."""
     if _INTERPRETED:
         return x
     else:
@@ -207,8 +207,8 @@ def reciprocal(x):
 def softplus_terms(b_x):
     """``(softplus, log softplus, sigmoid, sigmoid / softplus)`` of fp32 pre-activations.
 
-    With s = exp(-|x|), softplus(x) = max(x, 0) + s r with r = log(1 + s) / s, from 1 down to ln 2.
-    All four follow from r without a difference or a quotient that underflows, however far x is.
+    With s = exp(-|x|), softplus(x) = max(x, 0) + s r with r = log(1 + s) / s, between ln 2 and 1.
+    All four follow from r without a difference or a quotient that underflows, however large |x| is.
     """
     small = exp2(-tl.abs(b_x) * LOG2_E)
     # log(1 + s) = 2 atanh(z) with z = s / (2 + s) <= 1/3: the next term is below 2e-8 of the sum
@@ -234,8 +234,8 @@ def softplus_terms(b_x):
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))`` of fp32, zero below 2 ** -126: a least value would come back from a
-    product with a number as large."""
+    """``1 / (1 + exp(-x))`` of fp32, zero below 2 ** -126: a smallest value instead of zero would
+    matter again in a product with a very large number."""
     return reciprocal(1.0 + exp2(-x * LOG2_E))
 
 

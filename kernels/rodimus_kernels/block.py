@@ -31,8 +31,8 @@ class BlockWeights(NamedTuple):
     """Weights of a block; those of attention and MLP are None in a Rodimus block.
 
     D d_model, V d_inner, K mem_size, R rank of the input gate, W taps, I width of the MLP. Matrices
-    are ``[outputs, inputs]`` and of one dtype; on a CPU those of linear layers, together, may be
-    quantised: in 8 bits, or all but gate_out in 4.
+    are ``[outputs, inputs]`` and have one dtype. On a CPU the matrices of linear layers may be
+    quantised, all of them together: to 8 bits, or, except for gate_out, to 4 bits.
 
     Attributes:
         mixer_norm: ``[D]``. fc: ``[2V, D]``. conv: ``[V, W]``. conv_bias: ``[V]``.
@@ -68,8 +68,8 @@ class BlockWeights(NamedTuple):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all matrices are of one dtype, or those of linear layers all quantised, and rows
-        of all weights are dense, as the native form needs."""
+        """Whether the native form takes these weights: all matrices have one dtype or those of
+        linear layers are all quantised, and the rows of all weights are dense."""
         given = [matrix for name in MATRICES if (matrix := getattr(self, name)) is not None]
         uniform = all(type(x) in QUANTIZED for x in given) and type(self.gate_out) is not Int4Weight
         uniform = uniform or {matrix.dtype for matrix in given} == {self.conv.dtype}
@@ -87,8 +87,8 @@ _place = attrgetter("shape", "device")
 
 
 class _Fitting:
-    """Shapes and devices of the block, and of the ring in it, that were found to fit last: mostly
-    they are those of the next block, or token, which should not wait for all their names."""
+    """Shapes and devices of the last block, and of its ring, that passed the checks. The next block
+    or token mostly has the same ones, and then skips the checks of every tensor by name."""
 
     block = ring = None
 
@@ -97,7 +97,7 @@ _fitting = _Fitting()
 
 
 def _fitting_before(stream):
-    # sizes that a compiler or a fake tensor stands for belong to that call alone
+    # symbolic sizes, from a compiler or of fake tensors, are valid in that call only
     is_plain = type(stream) in (torch.Tensor, torch.nn.Parameter)
     return _fitting if is_plain and not torch.compiler.is_compiling() else _Fitting()
 
@@ -123,17 +123,16 @@ def blocks_step(
         rodimus:       h + mixer(norm(h))
         rodimus_plus:  h' = h + mixer(norm(h));  a = attention(norm(h'));  h' + mlp(norm(h' + a))
 
-    The native form rounds to the weights' dtype where the modules of the model do, but once in the
-    mixer and in the MLP, and where they do not round it does not.
+    The native form rounds to the weights' dtype only where the modules of the model do, but just
+    once in the mixer and once in the MLP.
 
     Args:
-        stream: Residual stream ``[B, D]``; float32 or the weights' dtype, which for 8-bit weights
-            is that of the convolution. On a CPU the
-            native form reads the weights for 8 rows at a time, and a row does not depend on the
-            others.
+        stream: Residual stream ``[B, D]``; float32 or the weights' dtype, which for quantised
+            weights is that of the convolution. On a CPU the native form reads the weights once for
+            every 8 rows, and a row's result does not depend on the other rows.
         weights: Each block's own tensors; nothing is copied.
         taps: Each block's last W inputs of the convolution, oldest first, ``[B, V, W]``.
-        states: float32 ``[B, 1, K, V]``, one a block.
+        states: float32 ``[B, 1, K, V]``, one per block.
         rings: Each block's keys and values ``[B, R, Hk * dim + Hv * dim]``, or bytes with 8-bit
             values, as in :func:`shared_key_attention_step`; empty or None without attention.
         position: int64 ``[B]``: tokens each sequence has seen before this one.
@@ -143,7 +142,7 @@ def blocks_step(
         key_eps: Lower bound of the key norm.
         norm_eps: Added to the mean squares.
         impl: ``"auto"``, ``"native"``, ``"persistent"`` or ``"reference"``; an explicit choice
-            never falls back. ``"persistent"`` is one kernel a block, on a GPU with cooperative
+            never falls back. ``"persistent"`` is one kernel per block, on a GPU with cooperative
             launches: bfloat16 weights, B <= 8, a plain ring, one key head and an even number up to
             32 of query heads of 128 channels. It has not run on a GPU yet, so ``"auto"`` does not
             choose it.
@@ -152,7 +151,7 @@ def blocks_step(
         ``[B, D]`` in the stream's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device breaks the contract; no block has changed anything.
+        ValueError: a shape, dtype or device breaks the contract; nothing has been written then.
         ImportError: the chosen implementation cannot be loaded.
     """
     rings = [ring for ring in rings if ring is not None]
@@ -184,7 +183,7 @@ def blocks_step(
 
 
 def _can_write_natively(weights, taps, states, rings) -> bool:
-    """Whether the native form takes what it writes in place as it stands."""
+    """Whether the native form can write taps, states and rings in place as they are."""
     for w, tap, state, ring in zip(weights, taps, states, rings or repeat(None), strict=False):
         dtype = w.conv.dtype
         if tap.dtype != dtype or state.dtype != torch.float32:
@@ -312,10 +311,10 @@ def _check_ring(i, stream, w, ring, window_size, head_dim):
 
 
 def can_fuse_block(rows: int, *tensors: torch.Tensor | QuantizedWeight | None) -> bool:
-    """Whether :func:`blocks_step` is to take so many rows natively: plain float32 or bfloat16
+    """Whether :func:`blocks_step` should take this many rows natively: plain float32 or bfloat16
     tensors, or quantised weights, on a device whose native operators are built, and no gradient to
-    record. On a CPU at most 32 rows, or 8 of bfloat16 where torch multiplies it well: its products
-    read the weights once, the native form once for 8 rows.
+    record. On a CPU at most 32 rows, or 8 with bfloat16 where torch multiplies that fast: torch's
+    products read the weights once, the native form once for every 8 rows.
 
     Args:
         rows: sequences in the batch.

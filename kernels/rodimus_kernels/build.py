@@ -2,21 +2,21 @@
 
 Two libraries on torch's stable ABI, without Python.h, so one build serves every Python and every
 torch from 2.11 on. ``_rodimus_cpu.so`` needs a C++17 compiler and seconds; ``_rodimus_cuda.so``
-needs nvcc and a minute. They are two because either compiler may be absent, and so that a machine
-without a GPU never maps megabytes of GPU code. Whatever is missing is said in one line and skipped:
-every operator has a form in plain torch.
+needs nvcc and a minute. There are two because either compiler may be absent, and so that a machine
+without a GPU never maps megabytes of GPU code. A library that cannot be built is reported in one
+line and skipped, because every operator has a form in plain torch.
 
-A library carries a digest of the sources and of this file, and that of CUDA the architectures it
-has code for. One that is up to date is not built again; one that does not match the sources beside
-it is never loaded.
+A library carries a digest of the sources and of this file, and the CUDA library also the
+architectures it has code for. An up-to-date library is not built again; a library that does not
+match the sources beside it is never loaded.
 
 Environment:
-    RODIMUS_BUILD_CPU: ``auto`` (where a compiler is found), ``0``, or ``1`` (its absence is an
-        error).
+    RODIMUS_BUILD_CPU: ``auto`` (build if a compiler is found), ``0`` (never), or ``1`` (raise an
+        error if it cannot be built).
     RODIMUS_BUILD_CUDA: the same for nvcc.
-    RODIMUS_CUDA_ARCHS: for example ``"80;90a"``, from old to new. Default ``80;90a;100``, of these
-        what nvcc knows; GPUs newer than the last run its PTX.
-    CXX, CUDA_HOME: compilers to use; one that is named and not there is an error.
+    RODIMUS_CUDA_ARCHS: for example ``"80;90a"``, from old to new. The default is those of
+        ``80;90a;100`` that nvcc knows; GPUs newer than the last run its PTX.
+    CXX, CUDA_HOME: compilers to use; naming one that does not exist is an error.
 
 Only the standard library is imported, so setup.py can run this file before anything is installed.
 """
@@ -54,7 +54,7 @@ CPU_ISAS = {
     "avx512bf16": f"{_AVX512} -mavx512bf16 -mavx512vnni",
 }
 _CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall"]
-# loops over numbers: no errno, no floating point exceptions to preserve
+# numeric loops need neither errno nor floating-point exceptions
 _KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 
 
@@ -98,8 +98,8 @@ def _recorded(library, pattern):
 def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
     """Whether a GPU of this compute capability runs what was built for these architectures.
 
-    Code of an architecture runs on later minor versions of it, that of one with the letter ``a`` on
-    no other and that with ``f`` on its family; PTX of the last architecture on all from there on.
+    Code for an architecture also runs on its later minor versions; with the letter ``a`` it runs on
+    no other, with ``f`` on its family. PTX of the last architecture runs on it and all later ones.
     """
     major, minor = capability
     for arch in archs.split(";"):
@@ -111,14 +111,14 @@ def has_code_for(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def build(output: Path = PACKAGE, *, force: bool = False) -> dict[str, str]:
-    """Build what this machine can build and say what became of each library.
+    """Build what this machine can build and report the outcome for each library.
 
     Args:
         output: folder the libraries are written to.
         force: build even what is up to date.
 
     Returns:
-        Library to one line: ``built``, ``up to date``, or why it was ``skipped`` or ``failed``.
+        One line per library: ``built``, ``up to date``, or why it was ``skipped`` or ``failed``.
 
     Raises:
         RuntimeError: a library was required and cannot be built.
@@ -156,7 +156,7 @@ def _build_one(kind, library, force):
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / library.name
         make(folder, Path(scratch), built, f'-DRODIMUS_SOURCES="{current}"')
-        # written beside its place and renamed: a process that has the old one mapped keeps it
+        # written beside its destination, then renamed: processes that map the old file keep it
         beside = library.with_suffix(f".{os.getpid()}.new")
         try:
             shutil.copyfile(built, beside)
@@ -204,7 +204,7 @@ def _build_cuda(folder, scratch, library, mark):
         ],
         folder,
     )
-    # the runtime is linked in: the library needs a driver, and no toolkit of a given version
+    # the runtime is linked statically: the library needs a driver, but no particular toolkit
     _run(
         [str(nvcc), "-shared", "-cudart", "static", *map(str, objects), *_links(torch)]
         + ["-o", str(library)],
@@ -213,7 +213,7 @@ def _build_cuda(folder, scratch, library, mark):
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """Architectures to build for: those asked for, or of the default ones what this nvcc knows."""
+    """Architectures to build for: those asked for, or the default ones that this nvcc knows."""
     asked = os.environ.get("RODIMUS_CUDA_ARCHS")
     archs = (asked or DEFAULT_ARCHS).replace(",", ";").split(";")
     for arch in archs:
@@ -228,8 +228,8 @@ def cuda_archs(nvcc: Path) -> list[str]:
 
 
 def nvcc_flags(archs: list[str]) -> list[str]:
-    """Flags for the GPU code: one binary an architecture, and PTX of the last for those to come,
-    which takes none of the instructions that no other architecture has."""
+    """Flags for the GPU code: one binary per architecture, and PTX of the last for future ones,
+    without the instructions that only that architecture has."""
     flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC", "--threads=0"]
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
@@ -238,8 +238,8 @@ def nvcc_flags(archs: list[str]) -> list[str]:
 
 
 def _has_wanted_archs(library: Path) -> bool:
-    """Whether a library is for the architectures that are wanted; where there is no nvcc it is all
-    that there can be."""
+    """Whether a library was built for the wanted architectures; True if there is no nvcc, because
+    it cannot be built again then."""
     try:
         return recorded_archs(library) == ";".join(cuda_archs(_nvcc()))
     except Unavailable:
@@ -270,7 +270,7 @@ def _nvcc() -> Path:
 
 
 def _check_release(nvcc: Path) -> None:
-    """Raise Unavailable for a toolkit whose headers lack a grid's barrier in two halves."""
+    """Raise Unavailable for a toolkit whose headers lack the split grid barrier (arrive, wait)."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\d+)\.(\d+)", said)
     if found and tuple(map(int, found.groups())) < (12, 2):
@@ -278,7 +278,7 @@ def _check_release(nvcc: Path) -> None:
 
 
 def _toolkit_of(nvcc: Path) -> Path:
-    """The nvcc inside the toolkit that a wrapper or link on PATH stands for."""
+    """The nvcc inside the toolkit that a wrapper or link on PATH leads to."""
     text = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.*)$", text, re.MULTILINE)
     return Path(top[1]).resolve() / "bin" / "nvcc" if top else nvcc.resolve()
@@ -325,8 +325,8 @@ def _run(command, folder):
 
 
 class Usage(NamedTuple):
-    """What nvcc made of one kernel: registers a thread, bytes of stack and of spills to it, and the
-    bytes of shared memory that it declares."""
+    """What one compiled kernel uses: registers per thread, bytes of stack and of register spills,
+    and bytes of shared memory that it declares."""
 
     kernel: str
     arch: str
@@ -341,7 +341,7 @@ def report() -> list[Usage]:
 
     Raises:
         Unavailable: there is no nvcc.
-        RuntimeError: it failed.
+        RuntimeError: nvcc failed.
     """
     nvcc, folder = _nvcc(), sources()
     with tempfile.TemporaryDirectory() as scratch:
@@ -369,7 +369,7 @@ def _demangled(names: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Build, and print one line a library."""
+    """Build, and print one line per library."""
     parser = argparse.ArgumentParser(description="Build the native operators of csrc/.")
     add = parser.add_argument
     add("--force", action="store_true", help="build what is up to date as well")

@@ -16,10 +16,10 @@ _IMPLS = {
 IMPLS = tuple(_IMPLS)
 
 # Bytes of logits held at once. On a CPU 8 MiB of them stay in cache between the passes (with 4096
-# classes, it beat 1 MiB .. 64 MiB there); a GPU wants whole waves of work instead.
+# classes, this was the fastest size of 1 MiB .. 64 MiB); a GPU needs whole waves of work instead.
 _BYTES_AT_ONCE_CPU = 1 << 23
 _BYTES_AT_ONCE = 1 << 30
-# The weight gradient is rewritten once per chunk, so a large vocabulary must not shrink it further.
+# Least rows of a chunk, whatever the vocabulary: every chunk rewrites the whole weight gradient.
 _MIN_ROWS = 256
 
 
@@ -38,16 +38,16 @@ def linear_cross_entropy(
         loss_n = lse_n - logit_n[label_n] + z_loss * lse_n^2
 
     Gradients are computed in the forward, while a chunk's logits exist, so nothing of size N x
-    vocabulary is saved. What is computed from the logits is float32 whatever the input dtype; a
-    product of half-precision inputs rounds the logits themselves to it.
+    vocabulary is saved. Everything computed from the logits is float32 or wider for any input
+    dtype; the logits themselves are rounded to half precision if the inputs have it.
 
     Args:
         hidden: ``[N, D]``.
         weight: Head ``[vocabulary, D]``, dtype of ``hidden``.
         labels: Integers ``[N]``; already shifted.
         z_loss: Weight of the squared log-partition term.
-        ignore_index: Label that counts for nothing.
-        reduction: ``"sum"``, or ``"mean"`` over the labels that count.
+        ignore_index: Label to ignore.
+        reduction: ``"sum"``, or ``"mean"`` over the labels that are not ignored.
         impl: ``"auto"``, ``"triton"``, ``"eager"`` or ``"reference"``, which holds all logits; an
             explicit choice never falls back.
 
@@ -90,7 +90,7 @@ def linear_cross_entropy(
             hidden, weight, labels, z_loss=z_loss, ignore_index=ignore_index, reduction=reduction
         )
     if not torch.is_grad_enabled():
-        # asked for in the forward, where the mode is off: gradients would be taken for nothing
+        # needs_input_grad ignores the grad mode: without this, gradients would be computed
         hidden, weight = hidden.detach(), weight.detach()
     losses = _ChunkedCrossEntropy.apply(hidden, weight, labels, z_loss, ignore_index, function)
     loss, cross_entropy = losses
@@ -101,15 +101,16 @@ def linear_cross_entropy(
 
 
 def eager_rows(logits, labels, z_loss, ignore_index, write_gradient):
-    """Losses of rows of logits, which become their gradient in place.
+    """Losses of rows of logits; the logits are replaced in place by their gradient.
 
     Args:
         logits: ``[N, vocabulary]``, float32 or float64; overwritten.
         labels: int64 ``[N]``. z_loss, ignore_index: as in :func:`linear_cross_entropy`.
-        write_gradient: Without it the logits' memory holds nothing of use afterwards.
+        write_gradient: If False, the logits' memory holds nothing useful afterwards.
 
     Returns:
-        ``[N, 2]`` in float32 or wider: with the z term, whose gradient is written, and without.
+        ``[N, 2]`` in float32 or wider: the loss with the z term, whose gradient is written, and
+        the loss without it.
     """
     ignored = labels == ignore_index
     valid, target = (~ignored).to(logits.dtype), torch.where(ignored, 0, labels)[:, None]
@@ -134,8 +135,8 @@ def _chunk_rows(logit_bytes: int, vocabulary: int, device: torch.device) -> int:
 
 
 def _add_product(total, a, b):
-    """``total += a @ b`` in total's dtype; on a GPU the product itself adds, and is not rounded.
-    Nor is it in float16 elsewhere, which need not hold a sum over many rows."""
+    """``total += a @ b`` in total's dtype. On a GPU the product accumulates into total and is not
+    rounded; elsewhere float16 is widened first, as a sum over many rows may overflow it."""
     if total.is_cuda and total.dtype != a.dtype and not torch.compiler.is_compiling():
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.dtype == torch.float16:
@@ -145,7 +146,7 @@ def _add_product(total, a, b):
 
 
 def _scaled(x, factor, dtype):
-    """``x * factor`` in this dtype, with the scalar as it is: 1 / tokens is no bfloat16."""
+    """``x * factor`` in ``dtype``; the factor is not rounded: 1 / tokens is inexact in bfloat16."""
     if x is None:
         return None
     factor = factor.reshape((1,) * x.dim())
@@ -155,7 +156,7 @@ def _scaled(x, factor, dtype):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the losses; the gradients are taken in the forward and scaled in the backward."""
+    """Sum of the losses; the gradients are computed in the forward and scaled in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, z_loss, ignore_index, losses_of_rows):
@@ -180,12 +181,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     dhidden[chunk] = dlogits @ weight
                 if need_weight:
                     _add_product(dweight, dlogits.t(), x)
-        # in float16 a sum over all tokens may be infinite, of which their mean is not
+        # not rounded in float16: the sum over all tokens may overflow even if their mean does not
         if dweight is not None and weight.dtype != torch.float16:
             dweight = dweight.to(weight.dtype)
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
-        # no views of one tensor: the loss may be changed in place
+        # clones, not views of one tensor: the loss may be changed in place
         loss, cross_entropy = (total.clone() for total in totals)
         ctx.mark_non_differentiable(cross_entropy)
         return loss, cross_entropy

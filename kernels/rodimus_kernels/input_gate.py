@@ -1,4 +1,4 @@
-"""The low-rank input gate of the mixer: what of each channel may enter the state."""
+"""The low-rank input gate of the mixer: how much of each channel may enter the state."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ _IMPLS = {
 }
 IMPLS = tuple(_IMPLS)
 
-# the widest rank that a program of the Triton form holds
+# the largest rank that a program of the Triton form holds
 _MAX_RANK = 128
 
 
@@ -27,7 +27,7 @@ def input_gate(
 ) -> torch.Tensor:
     """``x * sigmoid(hidden @ weight.T + bias)``; differentiable.
 
-    Rodimus* (arXiv 2410.06577), section 3.1: the gate of the value, through a rank of 32 or 48. In
+    Rodimus* (arXiv 2410.06577), section 3.1: the gate of the value, with a rank of 32 or 48. In
     Triton the gate is never written to memory.
 
     Args:
@@ -39,9 +39,9 @@ def input_gate(
             falls back.
 
     Returns:
-        ``[..., D]`` in x's dtype; the gate is computed in float32 or wider, but with
-        ``impl="eager"``, the automatic choice off a GPU where hidden, weight and bias have one
-        dtype that it multiplies well, in that.
+        ``[..., D]`` in x's dtype. The gate is computed in float32 or wider, except with
+        ``impl="eager"``: then in the common dtype of hidden, weight and bias. ``"eager"`` is the
+        automatic choice without Triton if torch multiplies that dtype fast.
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
@@ -60,22 +60,22 @@ def input_gate(
 
 
 def _choose(triton: bool, rank: int, double: bool, suits: bool) -> str:
-    """What ``impl="auto"`` means: Triton on a GPU where the rank fits a program, else torch's own
-    product if it takes these dtypes, and not slowly."""
+    """What ``impl="auto"`` means: Triton on a GPU if the rank fits in a program, else torch's own
+    product if it takes these dtypes and is not slow, else the reference."""
     if triton and rank <= _MAX_RANK and not double:
         return "triton"
     return "eager" if suits else "reference"
 
 
 def _are_alike(x, *product):
-    """Whether a product is of one dtype, or autocast makes it so."""
-    # tensors without values have no autocast
+    """Whether the tensors of the product have one dtype, or autocast gives them one."""
+    # the meta device has no autocast
     casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     return casts or len({t.dtype for t in product}) == 1
 
 
 def eager_input_gate(x, hidden, weight, bias):
-    """Three torch operations in the dtypes given, as autocast has them.
+    """Three torch operations in the given dtypes, which autocast may change.
 
     Raises:
         ValueError: hidden, weight and bias differ in dtype, outside autocast.

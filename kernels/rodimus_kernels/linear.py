@@ -1,5 +1,5 @@
-"""Linear layer without gradients: for the few rows of a decode step, where reading the weights is
-all the time, and for many rows on a CPU that lacks instructions for the weights' dtype."""
+"""Linear layer without gradients: for the few rows of a decode step, where reading the weights
+takes all the time, and for many rows on a CPU without instructions for the weights' dtype."""
 
 import functools
 
@@ -36,8 +36,8 @@ def linear(
         weight: ``[N, K]`` of x's dtype, or weights of 8 or 4 bits, which the native form takes on a
             CPU.
         bias: ``[N]`` or None; float32 or x's dtype.
-        impl: ``"auto"``, ``"native"``, ``"eager"``, ``"widened"``, which takes the products in
-            float32, of some weights at a time, or ``"reference"``; an explicit choice never falls
+        impl: ``"auto"``, ``"native"``, ``"eager"``, ``"widened"``, which multiplies in float32 with
+            a part of the weights at a time, or ``"reference"``; an explicit choice never falls
             back.
 
     Returns:
@@ -76,11 +76,11 @@ def _check_quantized(weight):
 
 
 def _choose(x, weight, bias):
-    """What ``impl="auto"`` means: the native form also for more rows than it takes, in parts."""
+    """What ``impl="auto"`` means; the native form also for more rows than it takes, in parts."""
     rows, is_slow = x.shape[0], multiplies_slowly(x.device, x.dtype)
     widens = is_slow or type(weight) is Int4Weight
     most = native.MAX_CPU_ROWS if widens else native.MAX_ROWS
-    # 8-bit weights with float32: each row as it would be alone, however many there are
+    # 8-bit weights, unless x's dtype is slow: each row gets the same result as it would alone
     always = type(weight) is Int8Weight and not is_slow
     if rows >= 1 and (rows <= most or always):
         if choose_compiled("eager", x, weight, bias) == "native":
@@ -90,8 +90,8 @@ def _choose(x, weight, bias):
 
 @torch.compiler.assume_constant_result
 def multiplies_slowly(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's products in this dtype are far slower there than those in float32: on a CPU
-    for which its library has none in half precision."""
+    """Whether torch's products in this dtype are far slower on this device than those in float32:
+    so on a CPU for which MKLDNN has no products in half precision."""
     return device.type == "cpu" and dtype in _ASKS_MKLDNN and not _has_products(dtype)
 
 
@@ -109,7 +109,7 @@ def _has_products(dtype):
 @reference.outside_autocast
 def eager_linear(x, weight, bias=None):
     """``F.linear``; a wider bias is added in its own dtype, then rounded. Quantised weights are
-    multiplied out: the sum of their values times x is more than float16 holds."""
+    multiplied out first: the sum of their unscaled values times x may overflow float16."""
     if type(weight) in QUANTIZED:
         return reference.linear(x, weight, bias)
     if bias is None or bias.dtype == x.dtype:
@@ -134,7 +134,7 @@ def widened_linear(x, weight, bias=None):
 
 
 def _widened(weight, part, buffer):
-    """Rows of weights in the buffer; those of 8 bits without their scale."""
+    """Rows of weights, widened into the buffer; 8-bit weights without their scale."""
     if type(weight) is Int4Weight:
         values, scale = reference.int4_values(weight.values[part]), weight.scale[part]
         rows = buffer[: len(values)]

@@ -1,12 +1,12 @@
 """The native operators of ``csrc/`` seen from Python: schemas, fakes, and loading the libraries.
 
-Schemas and fakes stand here rather than in C++, so that torch.compile, ``opcheck`` and a library
+Schemas and fakes are here rather than in C++, so that torch.compile, ``opcheck`` and a library
 built for one device all know every operator, and an operator without its library fails with torch's
 own message. The libraries only add implementations; ``rodimus_kernels.build`` makes them.
 
-Rows are contiguous for all operators, float32 or bfloat16, and on a CPU matrices of linear layers
-int8 with scales; states are float32 and written in place.
-None of them is differentiable: the public functions choose them without gradients only.
+All operators take dense rows in float32 or bfloat16; on a CPU the matrices of linear layers may
+also be quantised, with scales. States are float32 and written in place.
+None of them is differentiable: the public functions choose them only where no gradient is needed.
 """
 
 import ctypes
@@ -59,15 +59,16 @@ CPU_ISAS = tuple(build.CPU_ISAS)
 DTYPES = (torch.float32, torch.bfloat16)
 _KINDS = (torch.Tensor, torch.nn.Parameter)
 MAX_ROWS = 8
-"""Rows of x that :func:`rodimus_kernels.linear` takes."""
+"""Most rows of x that the native :func:`rodimus_kernels.linear` takes."""
 MAX_CPU_ROWS = 4 * MAX_ROWS
-"""Rows for which reading all weights again for each ``MAX_ROWS`` of them is faster on a CPU than
-torch's products in float32: 3 times at 16 rows of a small model and 1.5 times of the 1.6B's blocks,
-as fast at 32 rows of these; widened weights met it between 24 and 64 rows (2 cores with AVX2)."""
+"""Up to this many rows, reading all weights again for each ``MAX_ROWS`` of them is faster on a CPU
+than torch's products in float32: at 16 rows 3 times as fast for a small model and 1.5 times for the
+1.6B's blocks, at 32 rows of these equally fast; against widened weights the break-even was between
+24 and 64 rows (2 cores with AVX2)."""
 MAX_TAPS = 8
-"""Taps of the convolution of a sequence, which is on a CPU alone."""
+"""Most taps of the convolution of a sequence, which exists on a CPU only."""
 MAX_CUDA_KEYS, MAX_CUDA_HEAD_DIM = 128, 256
-"""Keys of a state, and channels of a head, that the operators take on a GPU."""
+"""Most keys of a state, and most channels of a head, that the operators take on a GPU."""
 _NOT_BUILT = "they are not built; build them with: python -m rodimus_kernels build"
 
 for _name, _schema in _SCHEMAS.items():
@@ -127,7 +128,7 @@ def _(stream, *_):
 # ------------------------------------------------------------------------------------------ loading
 
 
-# torch.compile must not trace a look at the file system: it runs this one while compiling
+# torch.compile must not trace access to the file system: it calls this function while compiling
 @torch.compiler.assume_constant_result
 def is_available(device_type: str) -> bool:
     """Whether the native operators of ``"cpu"`` or ``"cuda"`` can be called; loads their library on
@@ -137,7 +138,7 @@ def is_available(device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def _can_decode(device_type: str) -> bool:
-    """As :func:`is_available`; that the library is missing is said once."""
+    """Like :func:`is_available`, but warns once if the library is missing."""
     found = is_available(device_type)
     if not found:
         _say_if_not_built(device_type)
@@ -197,8 +198,8 @@ def cpu_isa() -> str | None:
 
 
 def select_cpu_isa(name: str) -> bool:
-    """Use another instruction set, to test or to measure it; False, and no change, where the
-    processor lacks it."""
+    """Use another instruction set, to test or to measure it. Returns False and changes nothing if
+    the processor lacks it."""
     require("select_cpu_isa", "cpu")
     library = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cpu"])
     return bool(library.rodimus_cpu_select_isa(name.encode()))
@@ -209,15 +210,15 @@ def fits(
     one_dtype: bool = False,
     is_decoding: bool = False,
 ) -> bool:
-    """Whether ``impl="auto"`` may choose the native form for these tensors: plain float32 or
-    bfloat16 tensors or, on a CPU, quantised weights; the operators of their device built, no
-    gradient to record and no transform of ``torch.func`` under way.
+    """Whether ``impl="auto"`` may choose the native form for these tensors: they are plain float32
+    or bfloat16 tensors or, on a CPU, quantised weights; the operators of their device are built; no
+    gradient has to be recorded and no transform of ``torch.func`` is active.
 
     Args:
         tensors: the arguments of the operator; None for one that is not given.
         one_dtype: the operator needs all of them to have the same dtype.
-        is_decoding: a token waits for the operator: if only its library is missing, a warning says
-            so, once a process and device, unless ``RODIMUS_BUILD_CPU`` or ``_CUDA`` is 0.
+        is_decoding: the call is part of decoding: if only the library is missing, warn about it
+            once per process and device, unless ``RODIMUS_BUILD_CPU`` or ``_CUDA`` is 0.
     """
     if is_transformed():
         return False
@@ -239,10 +240,10 @@ def fits(
     return _can_decode(kind) if is_decoding else is_available(kind)
 
 
-# what torch.compile takes for constant must be a plain function
+# assume_constant_result needs a plain function, and a cached one is not
 @torch.compiler.assume_constant_result
 def _runs_here(device: torch.device) -> bool:
-    """Whether the library has code for this GPU; if it was built for others, that is said once."""
+    """Whether the library can run on this GPU; if it cannot, the reason is logged once."""
     found = _lacks_code(device)
     if found is not None:
         _warn_once(found)
@@ -275,7 +276,7 @@ def _lacks_code(device):
 
 
 def _cuda_problem() -> str | None:
-    """What keeps the CUDA library's own runtime from running, whatever torch's can do."""
+    """Why the CUDA runtime inside the library cannot run, or None; torch's own may still run."""
     function = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cuda"]).rodimus_cuda_problem
     function.restype = ctypes.c_char_p
     problem = function()
@@ -294,7 +295,7 @@ def _is_quantized_on_cpu(weight):
 
 
 def _quantized_dtypes(weight):
-    """Those of values and scale."""
+    """Dtypes of values and scale."""
     is_int8 = type(weight) is Int8Weight
     return (torch.int8, torch.float32) if is_int8 else (torch.uint8, torch.bfloat16)
 
@@ -305,9 +306,9 @@ def check(
     """Raise unless an explicit ``impl="native"`` can take these tensors.
 
     Raises:
-        ValueError: a dtype other than float32 or bfloat16, quantised weights on another device than
-            a CPU or of other dtypes, dtypes that differ where the operator needs one, or a
-            derivative is asked for.
+        ValueError: a dtype is not float32 or bfloat16, quantised weights are not on a CPU or have
+            wrong dtypes, dtypes differ where the operator needs a single one, or a derivative is
+            wanted.
         ImportError: the device has no native operators here.
     """
     if fits(*tensors, one_dtype=one_dtype):
@@ -342,11 +343,11 @@ def check(
 
 
 def has_dense_rows(x: torch.Tensor) -> bool:
-    """Whether the operators take a matrix or a vector as it stands: a half of a wider projection is
-    one that they do."""
+    """Whether the operators take a matrix or a vector without a copy, as they do for one half of a
+    wider projection."""
     return x.stride(-1) == 1 or x.shape[-1] == 1
 
 
 def dense_rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """A matrix or a vector whose rows are dense; copied where it is not. None stays None."""
+    """A matrix or a vector with dense rows; copied if its rows are not dense. None stays None."""
     return x if x is None or has_dense_rows(x) else x.contiguous()

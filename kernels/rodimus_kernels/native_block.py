@@ -1,6 +1,6 @@
-"""One token through the blocks of the model by the library of ``csrc/``: one call instead of dozens
-a block, or on a GPU, where it does not take the shape, torch's products and the fused operators
-between them."""
+"""One token through the blocks of the model with the library of ``csrc/``: one call instead of
+dozens per block. On a GPU, shapes that the library does not take are computed with torch's products
+and the fused operators between them."""
 
 from itertools import repeat
 
@@ -16,7 +16,7 @@ from .shared_key_attention import rope, shared_key_attention_step
 from .short_conv import short_conv_step
 from .swiglu import swiglu
 
-# as StepLinearLaunch in csrc/cuda/sizes.h: a block's shared memory, and what is not for rows of x
+# as StepLinearLaunch in csrc/cuda/sizes.h: a block's shared memory, and the part without rows of x
 _MOST_SHARED, _MOST_FIXED = 99 * 1024, 4 * 16 * (16 * native.MAX_ROWS + native.MAX_ROWS)
 
 
@@ -34,7 +34,7 @@ def step(
     persistent=False,
     **eps,
 ):
-    """:func:`rodimus_kernels.blocks_step`; on a CPU for eight rows at a time."""
+    """:func:`rodimus_kernels.blocks_step`; on a CPU, eight rows at a time."""
     on_cpu, rows = stream.device.type == "cpu", stream.shape[0]
     sizes = {"window_size": window_size, "head_dim": head_dim}
     if on_cpu and rows > native.MAX_ROWS and not persistent:
@@ -72,19 +72,19 @@ def step(
 
 
 def _rows_of(given, rows):
-    """These rows of tensors, lists of them and None."""
+    """The given rows of tensors and of lists of tensors; None stays None."""
     if given is None or isinstance(given, torch.Tensor):
         return None if given is None else given[rows]
     return [_rows_of(x, rows) for x in given]
 
 
 def persistent_step(*arguments, **named):
-    """:func:`step` in one kernel a block."""
+    """:func:`step` with one kernel per block."""
     return step(*arguments, **named, persistent=True)
 
 
 def _is_one_call(rows, w, cos, head_dim, persistent) -> bool:
-    """Whether the GPU's kernels take a block whole: few rows, and weights in 16-byte pieces."""
+    """Whether the GPU kernels take a whole block: few rows, and weights in 16-byte pieces."""
     streamed = [w.fc, w.query_key, w.mem_gate, w.gate_in, w.mixer_out]
     if w.query is not None:
         streamed += [w.query, w.key, w.value, w.attn_out, w.ffn_in, w.ffn_out]
@@ -93,7 +93,7 @@ def _is_one_call(rows, w, cos, head_dim, persistent) -> bool:
     inputs = [x.shape[1] for x in streamed]
     return (
         rows <= native.MAX_ROWS
-        # the persistent kernel asks its GPU how much there is
+        # the persistent kernel asks the GPU itself how much shared memory there is
         and (persistent or _fits_shared(rows, max(inputs)))
         and w.mem_gate.shape[0] <= 2 * native.MAX_CUDA_KEYS
         and all(x.dtype == torch.bfloat16 and x.is_contiguous() for x in (w.gate_out, *streamed))
@@ -115,7 +115,7 @@ def _in_pieces(x) -> bool:
 
 @outside_autocast
 def compose(stream, weights, taps, states, rings, position, rotary, **named):
-    """The blocks from torch's products, which read each weight once for many rows."""
+    """The blocks with torch's products, which read each weight once for all rows."""
     for block in zip(weights, taps, states, rings or repeat(None), strict=False):
         stream = _compose_block(stream, *block, position, rotary, **named)
     return stream

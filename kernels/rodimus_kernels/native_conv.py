@@ -1,4 +1,4 @@
-"""The short convolution through the library of ``csrc/``: one token, and on a CPU sequences."""
+"""The short convolution with the library of ``csrc/``: one token, and on a CPU also sequences."""
 
 import torch
 
@@ -29,8 +29,8 @@ def forward(
     cu_seqlens=None,
     seq_idx=None,
 ):
-    """:func:`rodimus_kernels.short_conv` on a CPU, without gradient; all tensors float32, or all
-    bfloat16, and packed documents without states."""
+    """:func:`rodimus_kernels.short_conv` on a CPU, without gradient: all tensors are float32, or
+    all bfloat16, and packed documents have no states."""
     if not _has_form(x, weight, initial_state, output_final_state, cu_seqlens):
         raise ValueError(
             f"short_conv(impl='native') takes at most {native.MAX_TAPS} taps on a CPU and packed"
@@ -40,7 +40,7 @@ def forward(
     native.check("short_conv", x, weight, bias, initial_state, one_dtype=True)
     if cu_seqlens is not None:
         seq_idx = document_ids(cu_seqlens, x.shape[1])[None]
-    # an empty tensor counts as contiguous whatever its strides, and would not be copied
+    # an empty tensor counts as contiguous with any strides, and would not be copied
     rows = native.dense_rows(x) if x.numel() else x.new_empty(x.shape)
     y = torch.ops.rodimus.native_short_conv(
         rows,

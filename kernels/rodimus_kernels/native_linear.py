@@ -1,4 +1,4 @@
-"""Linear layer for up to eight rows through the library of ``csrc/``: weights are streamed once."""
+"""Linear layer for up to eight rows with the library of ``csrc/``: weights are streamed once."""
 
 import torch
 
@@ -7,8 +7,8 @@ from .quantized_weight import QUANTIZED
 
 
 def linear(x, weight, bias=None):
-    """:func:`rodimus_kernels.linear`; x and weight float32, or both bfloat16, or quantised
-    weights with either."""
+    """:func:`rodimus_kernels.linear`, where x and weight are both float32 or both bfloat16, or the
+    weight is quantised and x is either."""
     native.check("linear", x, weight, bias)
     if not 1 <= x.shape[0] <= native.MAX_ROWS:
         raise ValueError(

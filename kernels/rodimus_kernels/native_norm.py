@@ -1,4 +1,4 @@
-"""The norms of a block through the library of ``csrc/``: one pass, no gradient."""
+"""The norms of a block with the library of ``csrc/``: one pass, no gradient."""
 
 import math
 
@@ -8,7 +8,7 @@ from . import native
 
 
 def _rows(x):
-    """``[..., D]`` as the matrix the operators take; a view wherever it can be one."""
+    """``[..., D]`` as the matrix that the operators take; a view where possible."""
     return native.dense_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 

@@ -139,10 +139,10 @@ def _choose(impl, *tensors):
     if runs_triton(tensors[0].device):
         double = any(x is not None and x.dtype == torch.float64 for x in tensors)
         fallback = _gpu_form(tensors[0].shape[-1], double)
-    # Triton, where it runs, takes any number of rows
+    # Triton is preferred where it runs, because it takes any number of rows
     return "native" if fallback != "triton" and native.fits(*tensors) else fallback
 
 
 def _gpu_form(width: int, double: bool) -> str:
-    """Where the compiled operators do not fit: Triton, if a row fits its registers."""
+    """Triton if it takes the dtype and a row fits in its registers, else the reference."""
     return "triton" if width <= 16384 and not double else "reference"

@@ -1,16 +1,16 @@
-"""Weights of linear layers in 8 and 4 bits, as the operators of one token read them on a CPU."""
+"""Weights of linear layers in 8 and 4 bits, as the decode operators read them on a CPU."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# as kInt4Group and kInt4Unit in csrc/arguments.h: weights that share a scale, and packed together
+# as kInt4Group and kInt4Unit in csrc/arguments.h: weights per scale, and weights packed together
 _GROUP, _UNIT = 32, 128
-# What is left of the largest weight of a group, in steps of the scale: which of them loses least
-# differs by group.
+# Candidates for the size of a group's largest weight in steps of the scale: which of them gives the
+# least error differs by group.
 _LARGEST = (8.5, 8.0, 7.5, 7.0)
-# Rows that are rounded at a time, so that what lies between stays small.
+# Rows that are rounded at a time, to keep intermediate tensors small.
 _ROWS_AT_ONCE = 64
 
 
@@ -39,12 +39,12 @@ class Int8Weight(NamedTuple):
 
 
 class Int4Weight(NamedTuple):
-    """A matrix of integers from -8 to 7, of which 32 neighbours in a row share a scale.
+    """A matrix of integers from -8 to 7; every 32 neighbours in a row share a scale.
 
     Attributes:
         values: uint8 ``[N, 64 U]`` with ``U = ceil(K / 128)``: a row is U units of 32 words of 16
             bits, little-endian; bits 4 j to 4 j + 3 of word i are weight ``32 j + i`` of the unit,
-            in two's complement. Those behind K are zeros.
+            in two's complement. Weights past K are zeros.
         scale: bfloat16 ``[N, 4 U]``.
         inputs: K.
     """
@@ -65,18 +65,18 @@ QUANTIZED = (Int8Weight, Int4Weight)
 
 
 def int4_units(inputs: int) -> int:
-    """Units that a row of an :class:`Int4Weight` has."""
+    """Number of units in a row of an :class:`Int4Weight`."""
     return -(-inputs // _UNIT)
 
 
 def quantize_int4(weight: torch.Tensor) -> Int4Weight:
-    """A matrix ``[N, K]`` in 4 bits, 4.5 with the scales.
+    """Round a matrix ``[N, K]`` to 4 bits per weight, 4.5 with the scales.
 
-    Each group of 32 in a row takes the scale, of four that put its largest weight near the end of
-    the range, with which the sum of squared errors is least. A group of zeros stays zeros.
+    Four scales put the largest weight of a group of 32 in a row near the end of the range; each
+    group takes the one with the least sum of squared errors. A group of zeros stays zeros.
 
     Raises:
-        ValueError: not a matrix of floating point, or a weight that is infinite or no number.
+        ValueError: weight is not a floating-point matrix, or holds an infinity or NaN.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
@@ -95,7 +95,7 @@ def _round_rows(weight):
     padded = F.pad(weight.float(), (0, -weight.shape[1] % _UNIT))
     groups = padded.unflatten(1, (-1, _GROUP))
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    # its sign is that of the scale's negative: the range has one more step below zero
+    # the scale gets the opposite sign, because the range has one more step below zero
     largest = torch.where(high > -low, high, low)
     least, best = None, None
     for steps in _LARGEST:
@@ -116,7 +116,7 @@ def _integers(groups, scale):
 
 
 def _pack(values):
-    """uint8 ``[N, 64 U]`` of int16 ``[N, 4 U, 32]``."""
+    """Pack int16 ``[N, 4 U, 32]`` into uint8 ``[N, 64 U]``."""
     places = values.unflatten(1, (-1, 4)).unbind(2)
     words = places[3] << 12
     for j in range(3):
@@ -128,11 +128,11 @@ def decode_weight(weight: torch.Tensor) -> torch.Tensor | QuantizedWeight:
     """A parameter of a linear layer as :func:`linear` and :func:`blocks_step` take it.
 
     torchao's 8-bit weights (``Int8WeightOnlyConfig``, one scale for each output) on a CPU become
-    an :class:`Int8Weight` of the same memory, and a tensor that has an ``int4_weight`` on a CPU
-    becomes that; any other weight is returned as it stands, also one whose layer does more than
-    multiply by it: activations in 8 bits, smoothing, a zero point.
+    an :class:`Int8Weight` of the same memory, and for a tensor with the attribute ``int4_weight``
+    on a CPU that attribute is returned. Any other weight is returned unchanged, also one whose
+    layer does more than multiply by it: 8-bit activations, smoothing, a zero point.
     """
-    # a token asks for every matrix, and what a tensor lacks is looked for slowly
+    # the fast path: each token looks up every matrix, and lookups of absent attributes are slow
     if type(weight) in (torch.Tensor, torch.nn.Parameter):
         return weight
     values, scale = getattr(weight, "qdata", None), getattr(weight, "scale", None)
@@ -157,7 +157,7 @@ def decode_weight(weight: torch.Tensor) -> torch.Tensor | QuantizedWeight:
     return weight if zero is not None and zero.any() else Int8Weight(values, scale.flatten())
 
 
-# what torchao keeps of layers that do something to their input first
+# attributes that torchao sets for layers that change their input before the product
 _MORE_THAN_A_MATRIX = (
     "act_quant_kwargs",
     "act_quant_scale",

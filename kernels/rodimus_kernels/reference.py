@@ -40,9 +40,9 @@ def accumulation_dtype(*tensors):
 
 
 def can_read_values(x):
-    """Whether a check may look at a tensor's values: a plain one of the CPU, and no CUDA graph is
-    recorded, which would not look again. On a GPU it would stop the stream; fake tensors, those of
-    ``torch.compile`` and of transforms have none to show."""
+    """Whether a check may read a tensor's values: only a plain CPU tensor's, and not while a CUDA
+    graph is captured, because a replay would not repeat the check. On a GPU reading would stall the
+    stream; fake tensors and those of ``torch.compile`` and transforms have no values to read."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or _is_graph_recorded():
         return False
     plain = type(x) in (torch.Tensor, torch.nn.Parameter)
@@ -58,9 +58,9 @@ def _is_graph_recorded():
 
 
 def no_autocast(device):
-    """Context that computes in the dtypes that are written: autocast would round products to half
-    precision. Tensors without values (meta) have no autocast."""
-    # torch.compile of torch 2.11 cannot ask whether there is one
+    """Context that computes in the tensors' own dtypes: autocast would round products to half
+    precision. The meta device has no autocast."""
+    # torch.compile in torch 2.11 cannot trace the question whether a device has autocast
     if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -83,7 +83,7 @@ def outside_autocast(function):
 
 
 def softplus(x):
-    """ln(1 + e^x), exact for any x (``F.softplus`` is cut to x above 20)."""
+    """ln(1 + e^x), exact for any x (``F.softplus`` returns x above 20)."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -122,7 +122,7 @@ def ddts_gates(k, select, temper, *, eps=1e-12):
 
 @outside_autocast
 def input_gate(x, hidden, weight, bias):
-    """What of x may enter the state: ``x * sigmoid(hidden weight^T + bias)``.
+    """The part of x that may enter the state: ``x * sigmoid(hidden weight^T + bias)``.
 
     Args:
         x: ``[..., D]``. hidden: ``[..., R]``. weight: ``[D, R]``. bias: ``[D]``.
@@ -139,7 +139,7 @@ def swiglu(projection):
     """Gated activation of the MLP, ``silu(gate) * x``.
 
     Args:
-        projection: x and gate beside each other, ``[..., 2 D]``.
+        projection: x, then gate, in one tensor ``[..., 2 D]``.
 
     Returns:
         ``[..., D]`` in the projection's dtype.
@@ -240,7 +240,7 @@ def ddts_step(q, k, v, log_decay, state, *, scale=None):
 
 
 def ddts_scan(states, log_decays, *, reverse=False):
-    """State before each segment of a sequence, from what each segment leaves by itself.
+    """State before each segment of a sequence, from the state that each leaves starting from zero.
 
         before[0] = 0        before[s + 1] = exp(log_decays[s])[:, None] * before[s] + states[s]
 
@@ -336,9 +336,9 @@ def chunk_decays(log_decay):
 
         exp(sum(log_decay[j+1 .. i])) = grow_l[i] shrink_l[j]
 
-    with grow_l[i] the decay from the start of i's block to i, and shrink_l[j] that after j to the
-    end of j's block. Climbing a dyadic tree, each takes one more product a level with the decay of
-    the neighbouring block, itself the exponential of a sum of log-decays. All factors are <= 1, so
+    with grow_l[i] the decay from the start of i's block to i, and shrink_l[j] the decay after j to
+    the end of j's block. Each level of this dyadic tree multiplies them by the decay of a
+    neighbouring block, which is the exponential of a sum of log-decays. All factors are <= 1, so
     nothing overflows, and nothing cancels.
 
     Args:
@@ -347,7 +347,7 @@ def chunk_decays(log_decay):
     Returns:
         ``(levels, grow, shrink, keep)``. ``levels[l]`` is (``grow_l`` of the odd blocks,
         ``shrink_l`` of the even blocks), each ``[..., C / 2h, h, K]``; ``grow`` and ``shrink`` are
-        the same of the whole chunk, ``[..., C, K]``, and ``keep [..., K]`` its total decay.
+        the same for the whole chunk, ``[..., C, K]``, and ``keep [..., K]`` is its total decay.
     """
     total, grow, shrink = log_decay, log_decay.exp().clone(), torch.ones_like(log_decay)
     levels = []
@@ -372,8 +372,8 @@ def odd_blocks(x, level):
 
 
 def corners(scores, level):
-    """View of the scores that meet at a level: ``[..., C, C]`` to ``[..., C / 2h, h, h]``, the rows
-    of each odd block and the columns of the even block before it."""
+    """View of the scores between the blocks that meet at a level: ``[..., C, C]`` to ``[..., C /
+    2h, h, h]``, the rows of each odd block and the columns of the even block before it."""
     blocks = scores.unflatten(-1, (-1, 2, 1 << level)).unflatten(-4, (-1, 2, 1 << level))
     return blocks[..., 1, :, :, 0, :].diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
@@ -452,7 +452,7 @@ def ddts_chunk(
 def check_cu_seqlens(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> int:
     """Check the boundaries of packed documents and return how many sequences there are.
 
-    Values are read only where that is free: :func:`can_read_values`.
+    Values are read only where :func:`can_read_values` allows it.
     """
     if cu_seqlens is None:
         return batch
@@ -518,7 +518,7 @@ def rope_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-# of plain tensors of the CPU, where a token of a small model would wait for them
+# cache for plain CPU tensors: computing these takes noticeable time in each token of a small model
 _FREQUENCIES: dict[tuple[int, float], torch.Tensor] = {}
 
 
@@ -527,7 +527,7 @@ def _rope_frequencies(dim, base, position_ids):
     is_kept = can_read_values(position_ids)
     if is_kept and (dim, base) in _FREQUENCIES:
         return _FREQUENCIES[dim, base]
-    # what is kept must serve outside of inference mode too
+    # a cached tensor must also be usable outside inference mode
     with torch.inference_mode(False) if is_kept else contextlib.nullcontext():
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / -dim
         frequencies = base**exponents
@@ -568,8 +568,8 @@ def visible_keys(queries, keys, window_size, *, cu_seqlens=None, device=None):
 
 
 def expand_heads(x, heads):
-    """``[B, S, Hx, D]`` to ``[B, H, S, D]`` for what knows one head count: head i reads head i %
-    Hx. One head is expanded with stride 0, a few are copied."""
+    """``[B, S, Hx, D]`` to ``[B, H, S, D]``, for attention functions with a single head count: head
+    i reads head i % Hx. One head is expanded with stride 0, a few are copied."""
     x = x.transpose(1, 2)
     if x.shape[1] == 1:
         return x.expand(-1, heads, -1, -1)
@@ -602,24 +602,24 @@ def shared_key_attention(q, k, v, *, window_size=None, scale=None, cu_seqlens=No
     return torch.einsum("bhts,bshd->bthd", weights, v_wide).to(v.dtype)
 
 
-# Values of a window may be kept in a byte each. 127 steps either side of zero, so that a scale that
-# is rounded to nearest never asks for more: amax / scale <= 127 * 257 / 256 < 127.5.
+# Values of a window may be stored in one byte each: 127 steps on either side of zero, which suffice
+# although the scale is rounded to nearest: amax / scale <= 127 * 257 / 256 < 127.5.
 _STEPS = 127
 
 
 def quantize_values(v):
-    """Values in 8 bits, with one scale a token and head: ``v ~ values * scale``.
+    """Values in 8 bits, with one scale per token and head: ``v ~ values * scale``.
 
         scale = bfloat16(max |v| / 127)        values = round(v / scale), ties to even
 
     No value is off by more than half a scale, and the largest becomes 127 or -127. A head that
-    holds NaN or infinity gets the scale NaN, so whatever attends to it is NaN; one whose scale is
-    below 2 ** -126, the smallest normal number, becomes zeros with scale 0.
+    holds NaN or infinity gets the scale NaN, so every query that attends to it gets NaN; a head
+    whose scale is below 2 ** -126, the smallest normal number, becomes zeros with scale 0.
 
-    Quantising what :func:`dequantize_values` gives in v's own dtype (float32, bfloat16, float16)
-    leads back to the same bytes. Rounding a product to that dtype moves it by less than 127 / 257
-    of a scale, so it keeps its step. The largest, ``127 * scale``, also leads back to its scale:
-    only for a scale with the significand 1.5 does it not in bfloat16, and no bfloat16 value has
+    Quantising the result of :func:`dequantize_values` in v's own dtype (float32, bfloat16, float16)
+    gives the same bytes again. Rounding a product to that dtype moves it by less than 127 / 257 of
+    a scale, so it keeps its step. The largest, ``127 * scale``, also gives the same scale again: in
+    bfloat16 that fails only for a scale with the significand 1.5, and no bfloat16 value leads to
     such a scale.
 
     Args:
@@ -654,8 +654,8 @@ def dequantize_values(values, scales, dtype):
 def int8_row_bytes(
     key_heads: int, dim: int, value_heads: int, value_dim: int, dtype: torch.dtype
 ) -> int:
-    """Bytes of a token in a window with 8-bit values: keys in ``dtype``, values, one bfloat16 scale
-    a value head on an even byte, and what is missing to a multiple of 16."""
+    """Bytes per token in a window with 8-bit values: keys in ``dtype``, values, one bfloat16 scale
+    per value head starting on an even byte, and padding to a multiple of 16."""
     scales_at = key_heads * dim * dtype.itemsize + value_heads * value_dim
     return -(-(scales_at + scales_at % 2 + 2 * value_heads) // 16) * 16
 
@@ -671,7 +671,7 @@ def ring_parts(
     value_dim: int,
     dtype: torch.dtype,
 ) -> _RingParts:
-    """What a ring holds, as views of it: keys, values, scales of the values or None.
+    """Views of the parts of a ring: keys, values, and the scales of the values or None.
 
     A floating-point ring has rows ``[keys | values]``. A ring of bytes has 8-bit values: rows of
     :func:`int8_row_bytes` with the keys in ``dtype``, then int8 values, then bfloat16 scales.
@@ -679,11 +679,11 @@ def ring_parts(
     Args:
         cache: ``[..., row]``; a ring of bytes, uint8, has dense rows that start on 16 bytes.
         key_heads, dim, value_heads, value_dim: Hk, D, Hv and Dv.
-        dtype: of the keys in a ring of bytes.
+        dtype: that of the keys in a ring of bytes.
 
     Returns:
         ``(keys [..., Hk, D], values [..., Hv, Dv], scales [..., Hv] or None)``: in the ring's
-        dtype, or of a ring of bytes in ``dtype``, int8 and bfloat16.
+        dtype, or for a ring of bytes in ``dtype``, int8 and bfloat16.
     """
     key_row, value_row = key_heads * dim, value_heads * value_dim
     keys_shape, values_shape = (key_heads, dim), (value_heads, value_dim)
@@ -701,11 +701,11 @@ def ring_parts(
 def write_ring(
     parts: _RingParts, index: tuple | EllipsisType, k: torch.Tensor, v: torch.Tensor
 ) -> None:
-    """Put keys and values into rows of a ring, rounded to what it holds.
+    """Write keys and values into rows of a ring, rounded to the ring's dtypes.
 
     Args:
-        parts: of :func:`ring_parts`; written in place.
-        index: what to index the parts with for the rows ``[...]``.
+        parts: result of :func:`ring_parts`; written in place.
+        index: index into the parts that selects the rows ``[...]``.
         k: ``[..., Hk, D]``. v: ``[..., Hv, Dv]``.
     """
     keys, values, scales = parts
@@ -729,11 +729,11 @@ def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=No
     """A few new tokens against a ring cache; the cache is written in place.
 
     Token p of a sequence lives in row ``p % R`` of its ring as ``[keys of Hk heads | values of Hv
-    heads]``. A ring of bytes holds its values, those of the new tokens too, in 8 bits.
+    heads]``. A ring of bytes holds all values, also those of the new tokens, in 8 bits.
 
     Args:
-        q: ``[B, T, H, D]``. k: ``[B, T, Hk, D]``. v: ``[B, T, Hv, Dv]``, all after rotary
-            embedding.
+        q: ``[B, T, H, D]``. k: ``[B, T, Hk, D]``, both after rotary embedding. v: ``[B, T, Hv,
+            Dv]``.
         cache: ``[B, R, Hk * D + Hv * Dv]``, or uint8 ``[B, R, int8_row_bytes]`` with keys in the
             dtype of k; R >= window_size + T - 1.
         position: int64 ``[B]``, tokens already in each sequence.
@@ -748,7 +748,7 @@ def shared_key_attention_step(q, k, v, cache, position, *, window_size, scale=No
     parts = ring_parts(cache, key_heads, dim, *v.shape[2:], k.dtype)
     write_ring(parts, (torch.arange(batch, device=q.device)[:, None], new_positions % ring), k, v)
 
-    # Row r holds the newest position p <= last with p % R = r; a negative one is still empty.
+    # Row r holds the newest position p <= last with p % R = r; if p is negative, it is still empty.
     last = new_positions[:, -1:]
     held = last - (last - torch.arange(ring, device=q.device)) % ring
     age = new_positions[:, :, None] - held[:, None, :]
@@ -818,8 +818,8 @@ def short_conv(
 
 
 def last_inputs(x, width, initial_state=None, cu_seqlens=None):
-    """The last inputs of each sequence, oldest first ``[N, D, W]`` and contiguous, from its state
-    where short."""
+    """The last W inputs of each sequence, oldest first and contiguous ``[N, D, W]``; a sequence
+    shorter than W takes the rest from its state."""
     if cu_seqlens is None:
         past = x.new_zeros(x.shape[0], width, x.shape[2])
         if initial_state is not None:
@@ -870,8 +870,8 @@ def short_conv_step(x, conv_state, weight, bias=None):
 
 
 def rms_norm(x, weight, *, eps=1e-5):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed wide, in weight's
-    dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 or wider and
+    returned in weight's dtype."""
     wide = x.to(accumulation_dtype(x, weight))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(wide.dtype)).to(weight.dtype)
@@ -917,8 +917,9 @@ def gated_rms_norm(x, gate, weight, *, eps=1e-5, residual=None, residual_weight=
 
 
 def dense_weight(weight):
-    """A matrix ``[N, K]`` of a linear layer. Multiplied out are ``(values, scale)``, int8 and
-    float32 ``[N]``, and with K behind them those of ``rodimus_kernels.Int4Weight``."""
+    """The matrix ``[N, K]`` of a linear layer. Quantised weights are multiplied out: ``(values,
+    scale)``, int8 and float32 ``[N]``, or the ``(values, scale, K)`` of
+    ``rodimus_kernels.Int4Weight``."""
     if not isinstance(weight, tuple):
         return weight
     values, scale, *inputs = weight
@@ -938,7 +939,7 @@ def int4_values(values):
 @outside_autocast
 def linear(x, weight, bias=None):
     """x ``[M, K]`` times weight ``[N, K]`` transposed, plus bias ``[N]``; rounded once, to x's
-    dtype. The weight may be one of :func:`dense_weight`."""
+    dtype. The weight may be any that :func:`dense_weight` takes."""
     weight = dense_weight(weight)
     dtype = accumulation_dtype(x, weight)
     y = x.to(dtype) @ weight.to(dtype).t()
@@ -954,9 +955,9 @@ def blocks_step(stream, weights, taps, states, rings=(), position=None, rotary=N
     """One token through blocks, one after the other; taps, states and rings are written in place.
 
     Args:
-        stream: ``[B, D]``. Of each block, weights: a ``BlockWeights``; taps: ``[B, V, W]``;
-            states: ``[B, 1, K, V]``; rings: ``[B, R, Hk * dim + Hv * dim]``, or of bytes; none
-            without attention. position: int64 ``[B]``. rotary: tables ``(cos, sin)``, each
+        stream: ``[B, D]``. For each block, weights: a ``BlockWeights``; taps: ``[B, V, W]``;
+            states: ``[B, 1, K, V]``; rings: ``[B, R, Hk * dim + Hv * dim]``, or a ring of bytes;
+            none without attention. position: int64 ``[B]``. rotary: tables ``(cos, sin)``, each
             ``[B, dim // 2]``, or None.
 
     Returns:
@@ -1026,7 +1027,7 @@ def _block_step(
 
 @outside_autocast
 def linear_cross_entropy(hidden, weight, labels, *, z_loss=0.0, ignore_index=-100, reduction="sum"):
-    """Cross entropy of ``softmax(hidden weight^T)``, with the logits in full.
+    """Cross entropy of ``softmax(hidden weight^T)``, with all logits in memory.
 
         loss_n = lse_n - logit_n[label_n] + z_loss * lse_n^2
 

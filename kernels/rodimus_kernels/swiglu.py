@@ -16,8 +16,8 @@ IMPLS = tuple(_IMPLS)
 def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     """``silu(gate) * x`` of the halves ``x, gate`` of one projection; differentiable.
 
-    GLU variants (arXiv 2002.05202). It takes the projection whole, so that in Triton one kernel
-    writes its gradient, which halves of their own would be copied into.
+    GLU variants (arXiv 2002.05202). It takes the whole projection so that in Triton one kernel
+    writes its gradient; the gradients of separate halves would have to be copied into one tensor.
 
     Args:
         projection: ``[..., 2 D]``: x in the first D channels, its gate in the others.
@@ -26,7 +26,7 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
     Returns:
         ``[..., D]`` in the projection's dtype, computed in float32 or wider; with
-        ``impl="eager"``, the automatic choice off a GPU, in the dtype given.
+        ``impl="eager"``, the automatic choice off a GPU, in the projection's dtype.
 
     Raises:
         ValueError: the width is odd, or the dtype or device breaks the contract.
@@ -41,6 +41,6 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
 
 
 def eager_swiglu(projection):
-    """Two torch operations in the dtype given."""
+    """Two torch operations in the projection's dtype."""
     x, gate = projection.chunk(2, dim=-1)
     return F.silu(gate) * x

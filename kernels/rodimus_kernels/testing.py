@@ -9,8 +9,8 @@ import torch
 from . import reference
 
 REGIMES = ("random", "strong", "weak", "mixed", "spike", "reset")
-"""Gate regimes: ordinary; -20 a token; -6e-6 a token; runs of both; -1e4 every 40 tokens; erased
-states."""
+"""Gate regimes, with log-decays: ordinary; -20 per token; -6e-6 per token; runs of both; -1e4 every
+40 tokens; erased states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DdtsCase:
         regime: one of ``REGIMES``.
         states: give an initial state and ask for the final one.
         documents: lengths of packed documents, empty ones allowed; requires ``batch == 1``.
-        dtype: of q, k, v and do; log_decay and states are float32 (float64 with float64).
+        dtype: that of q, k, v and do; log_decay and states are float32 (float64 with float64).
     """
 
     batch: int = 1
@@ -44,7 +44,7 @@ class DdtsCase:
 
 
 class DdtsInputs(NamedTuple):
-    """What a run of DDTS takes, in the dtypes of its case; ``None`` where the case has none."""
+    """Inputs of a run of DDTS, in the dtypes of its case; ``None`` for those the case lacks."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -116,7 +116,7 @@ def run_ddts(
     """Outputs and every gradient of one run, by name.
 
     Args:
-        function: ``ddts`` or a function of its signature.
+        function: ``ddts`` or a function with its signature.
         inputs: as :func:`ddts_inputs` makes them.
         dtype: convert the tensors first; float64 gives the truth.
         options: passed on, for instance ``impl``.
@@ -142,7 +142,7 @@ def run_ddts(
 
 
 def _difference(actual, exact):
-    """In float64; shapes that only broadcast are refused."""
+    """``actual - exact`` in float64; different shapes that would broadcast are refused."""
     if actual.shape != exact.shape:
         raise ValueError(f"expected shape {tuple(exact.shape)}, got {tuple(actual.shape)}")
     return actual.double() - exact.double()
@@ -162,7 +162,7 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def assert_close(
     actual: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], limit: float
 ) -> None:
-    """Every named tensor of ``exact`` within a relative error; the message lists all errors.
+    """Assert a relative error within ``limit`` for each of ``exact``; the message lists all errors.
 
     Raises:
         AssertionError: an error is larger.
@@ -181,14 +181,14 @@ def assert_within_budget(
     *,
     factor: float = 2.0,
 ) -> None:
-    """The largest and the root-mean-square error stay within ``factor`` times the baseline's.
+    """Assert that the largest and the rms error are within ``factor`` times the baseline's.
 
     Args:
         name: for the message.
-        actual: what the implementation gave.
+        actual: the implementation's result.
         exact: the float64 truth.
-        baseline: what the reference gives when it computes in the dtype of the inputs.
-        factor: how much worse than the baseline is still right.
+        baseline: the reference's result when it computes in the dtype of the inputs.
+        factor: how many times the baseline's error is still accepted.
 
     Raises:
         AssertionError: an error is larger.
@@ -198,7 +198,7 @@ def assert_within_budget(
     (worst, rms), (worst_allowed, rms_allowed) = (
         measure(_difference(x, exact)) for x in (actual, baseline)
     )
-    # one unit of float32 rounding at the size of the answer, should the baseline be exact
+    # one unit of float32 rounding at the size of the answer, in case the baseline is exact
     slack = torch.finfo(torch.float32).eps * exact.double().abs().max().item()
     assert worst <= factor * worst_allowed + slack and rms <= factor * rms_allowed + slack, (
         f"{name}: largest error {worst:.2e}, rms {rms:.2e};"

@@ -1,10 +1,10 @@
 """The short convolution in Triton, forward and backward: one walk over time each way.
 
 Channels are independent. A program takes a block of channels and a run of tokens and walks over
-it: the last ``W - 1`` inputs stay in registers, backward also the unfinished sums of as many tokens
-of dx, so that each tensor is read or written once. ``W - 1`` tokens before a run are read again,
-and after it in the backward. Gradients of weight and bias are summed per program and then over
-programs in a fixed order, without atomics.
+it: the last ``W - 1`` inputs stay in registers, and in the backward also the unfinished sums of
+``W - 1`` tokens of dx, so that each tensor is read or written once. The ``W - 1`` tokens before a
+run are read again, in the backward also those after it. Gradients of weight and bias are summed per
+program and then over programs in a fixed order, without atomics.
 
 Packed rows come with ``documents [B, T]``, the id of each token's document. A tap on a token of
 another id reads the document's initial state, or zero.
@@ -18,9 +18,9 @@ from ._schemas import register_gradient
 from ._triton import FP_FUSION, check_grid, check_runs_here, implement, sigmoid, unit_stride
 from .reference import last_inputs
 
-# channels of a program, four a thread: 16 bytes of fp32, and few enough registers for many warps
+# channels of a program, four per thread: 16 bytes of fp32, and few enough registers for many warps
 _CHANNELS, _WARPS = 512, 4
-# tokens of a run; backward a run has sums of its own, which are written and read once more
+# tokens of a run; in the backward each run has its own sums, which are written and read once more
 _FORWARD_TOKENS, _BACKWARD_TOKENS = 64, 256
 # tokens whose loads are in flight together; divides both runs
 _AHEAD = 4
@@ -28,14 +28,14 @@ _AHEAD = 4
 
 @triton.jit
 def mask_if(mask, condition):
-    """``mask`` where the scalar holds; the interpreter broadcasts a bool to an int."""
+    """``mask`` if the scalar holds; ``!= 0``, as the interpreter broadcasts a bool to an int."""
     return (mask & condition) != 0
 
 
 @triton.jit
 def document_at(documents, i_b, t, T):
-    """Id of the document of token ``t``, behind a row that of its last token; rows not packed hold
-    one document each."""
+    """Id of the document of token ``t``, past the end of a row that of its last token; unpacked
+    rows hold one document each."""
     if documents is None:
         return i_b
     else:
@@ -44,7 +44,7 @@ def document_at(documents, i_b, t, T):
 
 @triton.jit
 def past_documents(documents, i_b, t, T, W: tl.constexpr):
-    """Ids of the ``W - 1`` tokens before ``t``, -1 before a row and behind it that of its last
+    """Ids of the ``W - 1`` tokens before ``t``: -1 before a row, past its end that of its last
     token; none if rows are not packed."""
     ids = ()
     if documents is not None:
@@ -57,7 +57,7 @@ def past_documents(documents, i_b, t, T, W: tl.constexpr):
 
 @triton.jit
 def load_tokens(p, t, stride, T, mask, COUNT: tl.constexpr):
-    """``COUNT`` rows from token ``t`` on, of the tensor's dtype; zero from T on."""
+    """``COUNT`` rows from token ``t`` on, in the tensor's dtype; zero from T on."""
     rows = ()
     for i in tl.static_range(COUNT):
         rows += (tl.load(p + (t + i) * stride, mask=mask_if(mask, t + i < T), other=0.0),)
@@ -80,8 +80,8 @@ def load_taps(weight, bias, o_d, mask, W: tl.constexpr):
 def past_inputs(p_x, h0, bounds, ids, i_n, t, o_d, x_t, D, mask, W: tl.constexpr):
     """The ``W - 1`` inputs of document ``i_n`` before token ``t``, oldest first, in fp32.
 
-    Before its first token are the columns of the state ``h0 [N, D, W]``: the last is that of the
-    token before. Tokens of other ``ids`` are zero, as all are that are nowhere.
+    Inputs before its first token are columns of the state ``h0 [N, D, W]``, whose last column is
+    the token just before. Tokens of other ``ids`` are zero, and so are tokens that do not exist.
     """
     past = ()
     start = t * 0
@@ -111,11 +111,11 @@ def preactivation(inputs, taps, b_b):
 
 @triton.jit
 def backward_step(inputs, taps, b_b, b_dy, pending, ids, i_n):
-    """``(dp, pending)``: the gradient before silu at a token of document ``i_n``, and its part in
+    """``(dp, pending)``: the gradient before silu at a token of document ``i_n``, and the sums for
     dx.
 
-    ``pending`` comes with the sums of the ``W - 1`` tokens before, of documents ``ids`` where rows
-    are packed, and goes with that of the token as well; what is first is finished.
+    On entry ``pending`` holds the sums of the ``W - 1`` tokens before, of documents ``ids`` if rows
+    are packed; on return it also holds that of the token, and the first sum is complete.
     """
     b_y = preactivation(inputs, taps, b_b)
     b_sigmoid = sigmoid(b_y)
@@ -172,7 +172,7 @@ def short_conv_fwd_kernel(
         for i in tl.static_range(AHEAD):
             t = first + i_t + i
             if len(ids) > 0:
-                # again from the cache: held from token to token they cost more registers
+                # read again from the cache: kept from token to token, they cost more registers
                 ids = past_documents(documents, i_b, t, T, W)
                 i_n = document_at(documents, i_b, t, T)
                 if i_n != ids[W - 2]:
@@ -228,7 +228,7 @@ def short_conv_bwd_kernel(
         for i in tl.static_range(AHEAD):
             t = first + i_t + i
             if len(ids) > 0:
-                # again from the cache: held from token to token they cost more registers
+                # read again from the cache: kept from token to token, they cost more registers
                 ids = past_documents(documents, i_b, t, T, W)
                 i_n = document_at(documents, i_b, t, T)
                 if i_n != ids[W - 2]:
@@ -245,7 +245,7 @@ def short_conv_bwd_kernel(
             sums = added
             past = inputs[1:]
             pending = pending[1:]
-    # what the tokens after the run add to its last ones
+    # what the tokens after the run add to dx of its last tokens
     after = first + tl.cdiv(min(TOKENS, T - first), AHEAD) * AHEAD
     rows = load_tokens(p_x, after, x_t, T, mask, W - 1)
     drows = load_tokens(p_dy, after, dy_t, T, mask, W - 1)
@@ -289,8 +289,8 @@ def short_conv_dstate_kernel(
 ):
     """``dh0 [N, D, W]``; program (channels, document). ``bounds [N + 1]`` of packed documents.
 
-    The first ``W - 1`` tokens finish the sums of the state's columns instead of dx's; no token
-    reads the oldest column.
+    The first ``W - 1`` tokens complete the sums of the state's columns instead of those of dx; no
+    token reads the oldest column.
     """
     i_n = tl.program_id(1).to(tl.int64)
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -331,7 +331,7 @@ def forward(
 ):
     """The contract is that of :func:`rodimus_kernels.short_conv`."""
     check_runs_here("short_conv", x, weight)
-    # the kernels read vectors by index
+    # the kernels index vectors with stride 1
     bias, cu_seqlens = (y if y is None else y.contiguous() for y in (bias, cu_seqlens))
     y = torch.ops.rodimus.short_conv(x, weight, bias, initial_state, cu_seqlens, seq_idx)
     final_state = None
@@ -345,7 +345,7 @@ def _documents(x, cu_seqlens, seq_idx):
     if cu_seqlens is None:
         return None if seq_idx is None else seq_idx.contiguous()
     column = torch.arange(x.shape[1], device=x.device)
-    # an empty document has no tokens, but a state: ids count it
+    # an empty document has no tokens but has a state, so ids count it
     return torch.searchsorted(cu_seqlens[1:].long(), column, right=True, out_int32=True)[None]
 
 
@@ -440,7 +440,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, dy):
-    # once: activation checkpointing gives them out no second time
+    # read once: with activation checkpointing, saved tensors cannot be unpacked a second time
     saved = ctx.saved_tensors
     _, _, bias, initial_state, _, _ = saved
     dx, dweight, dbias, dh0 = torch.ops.rodimus.short_conv_backward(*saved, dy)

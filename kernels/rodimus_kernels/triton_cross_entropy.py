@@ -1,7 +1,7 @@
 """Cross entropy of rows of logits in Triton: a row is read twice and becomes its gradient in place.
 
-A program takes a row, first for its log-partition function, then for the gradient. One row a
-multiprocessor at a time is small enough that the second reading finds it in the L2 cache.
+A program reads a row first for its log-partition function, then for the gradient. With one row per
+multiprocessor at a time, the second read finds the row in the L2 cache.
 """
 
 import torch
@@ -34,8 +34,8 @@ def cross_entropy_rows_kernel(
     o_v = tl.arange(0, BV)
     label = tl.load(labels + i_t * labels_t)
     valid = label != ignore_index
-    # A label outside the vocabulary makes the loss NaN. Before the reductions, whose barriers keep
-    # every thread's reading ahead of the writing below.
+    # A label outside the vocabulary makes the loss NaN. This is loaded before the reductions, whose
+    # barriers make sure that every thread has read it before the logits are overwritten below.
     inside = valid & (label >= 0) & (label < V)
     target = tl.load(p_x + label, mask=inside, other=float("nan")).to(tl.float32)
     # finite, so that a block of masked logits does not subtract infinities

@@ -1,8 +1,8 @@
 """The low-rank input gate in Triton: the gate exists in registers only, forward and backward.
 
-Backward is one pass over x and dy: a program has a block of tokens and walks over a group of the
-channels. Its sums, over tokens and over channels, are added to those of others in a fixed order,
-without atomics.
+The backward is one pass over x and dy: a program takes a block of tokens and walks over a group of
+the channels. Its sums, over tokens and over channels, are added to those of other programs in a
+fixed order, without atomics.
 """
 
 import torch
@@ -21,15 +21,15 @@ from ._triton import (
     sigmoid,
 )
 
-# of a tile
+# tile of the forward
 _TOKENS, _CHANNELS, _WARPS = 64, 128, 8
-# of a tile of the backward: the more tokens a program sums over, the fewer sums are written. On an
-# H200 (8 * 4096 tokens, 4096 channels, rank 32) 438 us with the sums; tiles that were up to 14 us
-# faster spill registers.
+# tile of the backward: the more tokens a program sums over, the fewer sums are written. On an H200
+# (8 * 4096 tokens, 4096 channels, rank 32) it takes 438 us including the sums; tiles that were up
+# to 14 us faster spill registers.
 _SUMMED_TOKENS, _BACKWARD_CHANNELS, _BACKWARD_WARPS = 128, 32, 4
 # tiles of the backward in flight or in registers
 _STAGES = 3
-# programs of the backward: where blocks of tokens are fewer, groups of channels make up for it
+# programs of the backward: if there are fewer blocks of tokens, groups of channels make up for it
 _PROGRAMS = 256
 
 
@@ -185,10 +185,10 @@ def _backward(x, hidden, weight, bias, dy):
     length, width = rows.shape
     tokens, channels, stages = _SUMMED_TOKENS, _BACKWARD_CHANNELS, _STAGES
     if hidden.dtype == torch.float32:
-        # tiles of twice the bytes, products of three
+        # float32 tiles have twice the bytes, and each product is made of three
         tokens, channels, stages = tokens // 2, max(channels // 2, 16), 1
     if hidden.shape[-1] > 64:
-        # what the smallest GPUs have for a block
+        # fits in the shared memory that a block has on the smallest GPUs
         tokens, stages = tokens // 2, min(stages, 2)
     blocks = triton.cdiv(length, tokens)
     check_grid("input_gate", f"blocks of {tokens} tokens", blocks)

@@ -1,9 +1,9 @@
 """The norms in Triton, forward and backward: one pass over the rows each way.
 
-A program keeps a row in registers. Backward it walks over rows ``id, id + programs, ...``, with the
-next ones on their way; the gradients of weights are summed per program and then over programs in a
-fixed order, without atomics. Nothing is saved but the inputs: the backward computes the row's mean
-square again.
+A program keeps a row in registers. In the backward it walks over rows ``id, id + programs, ...``
+while the next ones are loading; the gradients of weights are summed per program and then over
+programs in a fixed order, without atomics. No statistics are saved: the backward computes the row's
+mean square again.
 """
 
 import torch
@@ -16,15 +16,15 @@ from ._triton import FP_FUSION, as_rows, capability, check_runs_here, implement,
 # a row is one block of registers
 MAX_WIDTH = 16384
 
-# programs of a backward pass and rows of each in flight or in registers: of one to three rows, four
-# to sixteen elements and 132 to 1056 programs nearly the best on an H200 for 32768 rows of 4096
+# programs of a backward pass, and rows of each in flight or in registers: nearly the best of one to
+# three rows, four to sixteen elements and 132 to 1056 programs on an H200, for 32768 rows of 4096
 # (gated) and of 2048
 _PROGRAMS, _ROWS = 264, 3
-# elements a thread holds of a row of up to 4096; the backward keeps a row five times and the sums
+# elements per thread in a row of up to 4096; the backward holds five values per element, and sums
 _FORWARD_ELEMENTS, _BACKWARD_ELEMENTS = 16, 8
-# rows of more have fewer warps, of all registers, and less shared memory for what is in flight
+# wider rows: fewer warps, which use all registers, and less shared memory for rows in flight
 _WIDE, _WIDE_ELEMENTS = 4096, 32
-# the backward of a plain row has a block for so many columns, that of a gated one for _WIDE
+# most columns of a block in the backward of a plain row; in that of a gated row it is _WIDE
 _PLAIN_WIDE = 8192
 
 
@@ -36,11 +36,11 @@ def normalized(b_x, D: tl.constexpr, eps):
 
 @triton.jit
 def normalized_backward(b_dn, b_x, r_square, r_dot, D: tl.constexpr, eps):
-    """``(x / rms, gradient of x)`` of what is here of a row, from the gradient of the former and
-    ``(sum x^2, sum dn x)`` of the row."""
+    """``(x / rms, gradient of x)`` for a block of a row, from the gradient of ``x / rms`` and the
+    ``(sum x^2, sum dn x)`` of the whole row."""
     r_rms = 1.0 / tl.sqrt(r_square / D + eps)
     b_n = b_x * r_rms
-    # the sum with x rather than n does not wait for r_rms
+    # r_dot is a sum with x rather than n, so it does not have to wait for r_rms
     return b_n, r_rms * (b_dn - b_n * (r_rms * (r_dot / D)))
 
 
@@ -55,7 +55,7 @@ def add_rms_norm_fwd_kernel(
     b_x = tl.load(x + i_t * x_t + o_d, mask=mask, other=0.0)
     if residual is not None:
         b_r = tl.load(residual + i_t * residual_t + o_d, mask=mask, other=0.0).to(tl.float32)
-        # the interpreter adds bf16 wrongly; a sum of two has the same bits through fp32
+        # the interpreter adds bf16 wrongly; a sum of two numbers has the same bits through fp32
         b_x = (b_x.to(stream.dtype.element_ty).to(tl.float32) + b_r).to(stream.dtype.element_ty)
         tl.store(stream + i_t * D + o_d, b_x, mask=mask)
     b_n = normalized(b_x.to(tl.float32), D, eps)
@@ -72,7 +72,7 @@ def rounded_sum(b_x, b_residual, b_rw):
 @triton.jit
 def row_sums(x, gate, weight, residual, residual_weight, dy, D: tl.constexpr, BD: tl.constexpr):
     """``(sum h^2, sum dy w h)`` of a row ``h`` that is cut into blocks, with or without gate and
-    residual; every program of a row's blocks reads it whole."""
+    residual; the program of each block reads the whole row."""
     r_square = 0.0
     r_dot = 0.0
     for first in tl.static_range(0, D, BD):
@@ -112,9 +112,9 @@ def rms_norm_bwd_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``dx`` of the normalised stream, plus ``dstream`` where it has a use of its own; the same in
-    the dtype of a branch that was added to it. A program has a block of ``BD`` columns, the whole
-    row if that is no wider."""
+    """``dx`` of the normalised stream, plus ``dstream`` if the stream has other uses; ``dbranch``
+    is the same in the dtype of the branch that was added. A program takes a block of ``BD`` columns
+    or, if it is no wider, the whole row."""
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
@@ -153,7 +153,7 @@ def gated_rms_norm_fwd_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``rms_norm((x + residual * residual_weight) * silu(gate)) * weight``, one row a program."""
+    """``rms_norm((x + residual * residual_weight) * silu(gate)) * weight``, one row per program."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     mask = o_d < D
@@ -193,8 +193,8 @@ def gated_rms_norm_bwd_kernel(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights by program. It has a
-    block of ``BD`` columns, the whole row if that is no wider."""
+    """All gradients of :func:`gated_rms_norm_fwd_kernel`; those of the weights are per program. A
+    program takes a block of ``BD`` columns or, if it is no wider, the whole row."""
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
     b_w = tl.load(weight + o_d, mask=mask, other=0.0).to(tl.float32)
@@ -260,7 +260,7 @@ def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None)
     """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to ``MAX_WIDTH``."""
     given = [t for t in (residual, residual_weight) if t is not None]
     _check("gated_rms_norm", x, gate, weight, *given)
-    # the kernels read vectors by index
+    # the kernels index vectors with stride 1
     weight = weight.contiguous()
     residual_weight = None if residual_weight is None else residual_weight.contiguous()
     return torch.ops.rodimus.gated_rms_norm_rows(x, gate, weight, eps, residual, residual_weight)
@@ -275,23 +275,23 @@ def _check(operator, *tensors):
 
 
 def _tile(width, elements):
-    """One row in a program's registers, ``elements`` a thread as far as warps allow."""
+    """One row in a program's registers, ``elements`` per thread as far as warps allow."""
     block = row_block(width)
     warps = max(1, min(block // (32 * elements), 16))
     return {"D": width, "BD": block, "num_warps": warps, **FP_FUSION}
 
 
 def _backward_tile(width, x):
-    """As :func:`_tile`, with the rows in flight; one less where a block has 99 KiB for them."""
+    """Like :func:`_tile`, with rows in flight; one fewer where a thread block has only 99 KiB."""
     tile = _tile(width, _WIDE_ELEMENTS if width > _WIDE else _BACKWARD_ELEMENTS)
     rows = min(_ROWS, 2 * _WIDE // tile["BD"] + 1) - (capability(x) == 86)
     return {**tile, "ROWS": max(rows, 1)}
 
 
 def _backward_blocks(width, widest, x):
-    """Programs a row, and the tile of each. All that a row beyond the widest block needs at once is
-    more than the registers hold; its parts, each with the sums over the whole, leave no room for
-    rows in flight."""
+    """Programs per row, and the tile of each. The registers cannot hold all values of a row that is
+    wider than the widest block. Its blocks, each with the sums over the whole row, leave no room
+    for rows in flight."""
     tile = _backward_tile(min(width, widest), x)
     blocks = triton.cdiv(width, tile["BD"])
     return blocks, {**tile, "D": width, "ROWS": 1 if blocks > 1 else tile["ROWS"]}
@@ -443,7 +443,7 @@ def _autograd_add_rms_norm(ctx, dy, dstream):
     stream, weight = ctx.saved_tensors
     if dy is None:
         return (None if dstream is None else dstream.to(ctx.x_dtype)), dstream, None, None
-    # a branch of the stream's own dtype has its very gradient
+    # a branch with the stream's dtype has the same gradient as the stream
     branch = None if ctx.x_dtype == stream.dtype else ctx.x_dtype
     dstream, dweight, dx = torch.ops.rodimus.rms_norm_rows_backward(
         stream, weight, ctx.eps, dy, dstream, branch

@@ -1,4 +1,4 @@
-"""The gated activation in Triton: both halves' gradient is written into one tensor."""
+"""The gated activation in Triton: the gradients of both halves are written into one tensor."""
 
 import torch
 import triton
@@ -7,14 +7,14 @@ import triton.language as tl
 from ._schemas import register_gradient
 from ._triton import FP_FUSION, as_rows, check_runs_here, implement, row_block, sigmoid
 
-# channels of a program: of 512 to 4096 the best on an H200 for 5632 channels; not timed for the
-# 2736 of the 1.6B model, which one program takes whole
+# channels of a program: the best of 512 to 4096 on an H200 for 5632 channels; not timed for the
+# 2736 of the 1.6B model, which a single program takes
 _CHANNELS = 4096
 
 
 @triton.jit
 def swiglu_fwd_kernel(xg, y, xg_t, D, BD: tl.constexpr):
-    """``y [T, D]`` contiguous, of the halves of ``xg [T, 2 D]``; program (token, channels)."""
+    """``y [T, D]`` contiguous, from the halves of ``xg [T, 2 D]``; program (token, channels)."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     mask = o_d < D
@@ -34,7 +34,7 @@ def swiglu_bwd_kernel(xg, dy, dxg, xg_t, dy_t, D, BD: tl.constexpr):
     b_g = tl.load(xg + i_t * xg_t + D + o_d, mask=mask, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + i_t * dy_t + o_d, mask=mask, other=0.0).to(tl.float32)
     b_sigmoid = sigmoid(b_g)
-    # the gate's factors first: where they are zero, a product of the others may be infinite
+    # the gate's factors first: where they are zero, the product of the others may be infinite
     b_dg = b_dy * (b_sigmoid * (1.0 + b_g * (1.0 - b_sigmoid))) * b_x
     p_dx = dxg + i_t * 2 * D + o_d
     tl.store(p_dx, (b_dy * (b_g * b_sigmoid)).to(dxg.dtype.element_ty), mask=mask)

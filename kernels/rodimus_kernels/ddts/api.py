@@ -39,12 +39,12 @@ IMPLS = tuple(_SEQUENCE)
 _SHORT = 8
 
 # Counted in machine code, not timed (K = 64, V = 4096, bfloat16, sm_90, Triton 3.9): a row takes
-# 129,000 warp instructions a token in the recurrent kernel, and 164,000 for up to 64 tokens in the
-# chunked ones. Recurrent pays while most of a GPU is idle: up to 4 rows, 64 programs each, take the
-# time of one, and the latency of the two chunked kernels is estimated at that of 32 tokens.
+# 129,000 warp instructions per token in the recurrent kernel, and 164,000 for up to 64 tokens in
+# the chunked ones. Recurrent pays off while most of a GPU is idle: up to 4 rows of 64 programs take
+# the time of one row, and the latency of the two chunked kernels is estimated as that of 32 tokens.
 _RECURRENT_ROWS, _RECURRENT_TOKENS = 4, 128
 
-# The longest that shapes the chunked form does not take go to the recurrent one (not timed).
+# Longest sequence that goes to the recurrent form if the chunked one lacks its shape (not timed).
 _ONE_CHUNK = 64
 
 
@@ -62,9 +62,9 @@ def ddts_gates(
         k         = k / max(|k|, eps) * softplus(select) ** sigmoid(temper)
 
     Rodimus* (arXiv 2410.06577), section 3.1. In float32 both results are finite for
-    pre-activations of any size up to 1e38. So are their gradients up to 1e36, where those that
-    arrive are up to 1 and keys have a norm of 1 or more: beyond, the derivative of the written key
-    by temper leaves the range before a saturated sigmoid makes it small.
+    pre-activations of any size up to 1e38. Their gradients are finite up to 1e36, if incoming
+    gradients are at most 1 and keys have a norm of at least 1: beyond that, the derivative of the
+    written key with respect to temper overflows before a saturated sigmoid makes it small.
 
     Args:
         k: Raw keys ``[..., K]``; float of any width.
@@ -118,8 +118,8 @@ def ddts(
         initial_state: ``[N, H, K, V]``; N = B, or the number of packed documents. Default zeros.
         output_final_state: Return the state after the last token of each sequence.
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents, rising from 0 to T; requires B
-            = 1. Values are checked on the CPU; on a GPU that would stop the stream, so they are
-            the caller's promise.
+            = 1. The values are checked on a CPU only: on a GPU a check would stall the stream, so
+            the caller must make sure that they are right.
         impl: ``"auto"``, ``"triton_chunk"``, ``"triton_recurrent"``, ``"eager"`` or
             ``"reference"``; an explicit choice never falls back.
 
@@ -183,8 +183,8 @@ def _choose(
     value_dim: int,
     dtype: torch.dtype,
 ) -> str:
-    """What ``impl="auto"`` means, by where it runs, what is asked of it and the shape."""
-    # 256 channels of a state and their float32 operands are more than the registers hold
+    """What ``impl="auto"`` means for a device, with or without gradients, and a shape."""
+    # the registers cannot hold a state of 256 channels with its float32 operands
     spills = key_dim == 256 and dtype == torch.float32
     chunked = triton and key_dim in TRITON_KEY_DIMS and value_dim % 16 == 0 and not spills
     short = max(rows, _RECURRENT_ROWS) * length <= _RECURRENT_TOKENS

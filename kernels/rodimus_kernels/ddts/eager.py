@@ -1,11 +1,11 @@
-"""Chunked DDTS in torch operations, with a backward written by hand: training and prefill where
-Triton is not.
+"""Chunked DDTS in torch operations, with a hand-written backward: training and prefill where
+Triton does not run.
 
 The forward is the chunked form of ``reference.py``. The backward recomputes the decays of the chunk
 from the inputs, walks the state gradient backwards over the chunks, and sends the gate gradient
-down the same dyadic tree that the forward climbed: sums only, so a decay of -20 a step does not
-cancel its gradient away. Both work in place, a chunk at a time, on what the cache of a processor
-holds. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
+down the same dyadic tree that the forward climbed: these are sums only, so even with a log-decay of
+-20 per step the gradient does not cancel. Both work in place, one chunk at a time, on tensors that
+fit in a processor's cache. Saved beyond the inputs: one state ``[K, V]`` per chunk of 64 tokens.
 """
 
 import torch
@@ -91,7 +91,7 @@ def _chunked_forward(q, k, v, log_decay, scale, initial_state, save_states):
 
 
 def _chunks(dtype, *tensors):
-    """``[B, T, H, X]`` to ``[B * H, NT, C, X]``: views where the heads are one."""
+    """``[B, T, H, X]`` to ``[B * H, NT, C, X]``: views if there is one head."""
     return (reference.to_chunks(x.to(dtype), EAGER_CHUNK).flatten(0, 1) for x in tensors)
 
 
@@ -118,7 +118,7 @@ def _chunked_backward(q, k, v, log_decay, scale, states, do, dfinal_state):
         torch.sum(states[:, n] * dstate, -1, out=dtotal[:, n])
         dstate.mul_(keep[:, n, :, None]).baddbmm_(read[:, n], doc[:, n])
 
-    # The diagonal of the scores carries no gate.
+    # The diagonal of the scores does not depend on the gates.
     diagonal = dscores.diagonal(dim1=-2, dim2=-1)[..., None]
     through_prefix, through_suffix = dread.mul_(grow), dwrite.mul_(shrink)
     dprefix, dsuffix = qc * through_prefix, kc * through_suffix
@@ -152,8 +152,8 @@ def _product(a, b):
 def _split_total(dprefix, dsuffix, dtotal, level):
     """Gradient of the block sums one level down: ``[..., C / 2h, K]`` to ``[..., C / h, K]``.
 
-    An even block's sum entered the prefixes of the odd block after it, an odd block's the suffixes
-    of the even block before it, and both the sum of the pair.
+    An even block's sum is part of the prefixes of the odd block after it, an odd block's sum is
+    part of the suffixes of the even block before it, and both are part of the sum of the pair.
     """
     odd_prefix = reference.odd_blocks(dprefix, level).sum(-2)
     even_suffix = reference.even_blocks(dsuffix, level).sum(-2)

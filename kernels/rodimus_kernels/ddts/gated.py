@@ -48,8 +48,8 @@ def gated_ddts(
         scale: Query scale. Default ``K ** -0.5``.
         initial_state: ``[B, H, K, V]``. Default zeros.
         output_final_state: Return the state after the last token of each row.
-        starts: bool ``[B, T]`` or ``[1, T]``, True at the first token of each packed document: it
-            erases the state before it.
+        starts: bool ``[B, T]`` or ``[1, T]``, True at the first token of each packed document,
+            which erases the state before it.
         impl: ``"auto"``, ``"triton_chunk"``, ``"separate"``, which calls the two functions, or
             ``"reference"``; an explicit choice never falls back.
 
@@ -93,8 +93,8 @@ def gated_ddts(
 
 
 def _choose(sequence: str, dtype: torch.dtype, key_dim: int) -> str:
-    """What ``impl="auto"`` means, by what ``ddts`` would choose: with float32 values or 256
-    channels the gates inside cost the backward more registers than there are."""
+    """What ``impl="auto"`` means, given what ``ddts`` would choose: with float32 values or 256
+    channels, gates inside the kernels would need more registers than the backward has."""
     inside = sequence == "triton_chunk" and dtype != torch.float32 and key_dim <= 128
     return "triton_chunk" if inside else "separate"
 

@@ -116,7 +116,7 @@ def ddts_mixer_step(
 
 
 def _check(q, state, gates, branches, vectors, given):
-    """Raise ValueError unless the tensors of a step, by name, belong together."""
+    """Raise ValueError unless the shapes, dtypes and devices of a step's tensors fit together."""
     x, gate_hidden = given["x"], given["gate_hidden"]
     check_shape("q", q, ("B", "K"))
     check_shape("x", x, (q.shape[0], "V"))

@@ -1,5 +1,5 @@
-"""One token of the mixer through the library of ``csrc/``: nothing between its projections is
-written to memory but the state and the result."""
+"""One token of the mixer with the library of ``csrc/``: between the projections, only the state and
+the result are written to memory."""
 
 import torch
 

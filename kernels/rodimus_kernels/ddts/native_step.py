@@ -1,4 +1,4 @@
-"""One token of DDTS through the library of ``csrc/``: state read and written once."""
+"""One token of DDTS with the library of ``csrc/``: the state is read and written once."""
 
 import torch
 

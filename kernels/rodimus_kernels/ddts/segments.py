@@ -1,8 +1,8 @@
-"""Public functions for a sequence in segments: what each leaves behind, and what each starts from.
+"""Public functions for sequences cut into segments: the state each leaves, and each starts from.
 
 A segment of DDTS acts on the state before it through two things: its total log-decay, and the state
-it leaves when it starts from zero. So segments can be computed side by side, over the programs of
-one GPU or over many GPUs, and only the summaries meet.
+it leaves when it starts from zero. So segments can be computed in parallel, over the programs of
+one GPU or over many GPUs, and only these summaries are exchanged.
 """
 
 import torch
@@ -51,7 +51,7 @@ def ddts_summary(
 
 
 class _Summary(torch.autograd.Function):
-    """Saves its inputs alone: a float32 copy of the values would be twice their size."""
+    """Saves only its inputs: a float32 copy of the values would be twice their size."""
 
     @staticmethod
     def forward(ctx, k, v, log_decay):
@@ -77,7 +77,7 @@ class _Summary(torch.autograd.Function):
 
 def _fade(log_decay):
     """How much of each token is left at the end of the segment, and the total log-decay."""
-    # summed from the end without the token's own: the difference of two sums would cancel
+    # summed from the end, without the token's own decay: a difference of two sums would cancel
     after = F.pad(log_decay[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
     return after.exp(), log_decay.sum(1)
 
@@ -93,8 +93,8 @@ def ddts_scan(
     Args:
         states: What each segment leaves when it starts from zero, ``[S, N, H, K, V]``, in order.
         log_decays: Total log-decay of each segment, ``[S, N, H, K]``.
-        reverse: From the last segment to the first: of the gradients of ``before`` it makes the
-            gradients of ``states``.
+        reverse: Scan from the last segment to the first, which turns the gradients of ``before``
+            into the gradients of ``states``.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
     Returns:

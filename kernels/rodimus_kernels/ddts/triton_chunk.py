@@ -1,8 +1,8 @@
 """Chunked DDTS in Triton: training and prefill on a GPU.
 
 Forward: prepare, walk. Backward: prepare again, the walk in reverse, products, gate. Saved beyond
-the inputs: one state ``[V, K]`` in the operands' dtype per chunk of 64 tokens, so 2 V bytes a token
-for K = 64 in bfloat16, and nothing without gradients. The kernels are in
+the inputs: one state ``[V, K]`` in the operands' dtype per chunk of 64 tokens, so 2 V bytes per
+token for K = 64 in bfloat16, and nothing without gradients. The kernels are in
 ``triton_chunk_kernels.py``.
 """
 
@@ -46,7 +46,7 @@ _LEVELS = int(math.log2(TRITON_CHUNK))
 
 _MIN_CHUNKS_PER_SEGMENT = 4
 _MAX_SEGMENTS = 16
-# of a walk, in the time of the two launches that segments add (an estimate, not timed)
+# chunks that a walk takes in the time of the two launches that segments add (estimated, not timed)
 _CHUNKS_OF_SPLITTING = 8
 
 
@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 
 
 def prepare_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
-    """As much of K at once as the registers hold; the scores add up over the slices. Four warps
+    """As much of K at once as the registers hold; the scores are summed over the slices. Four warps
     leave room for a second program. Before sm_90 each warp holds the log-decays of all rows.
     Sixteen columns are too few for eight warps (see :func:`gate_tile`).
     """
@@ -72,7 +72,7 @@ def walk_tile(
     key_dim: int, value_dim: int, dtype: torch.dtype, tma: bool, arch: int, saves: bool
 ) -> Tile:
     """The state is ``width * K`` fp32 in registers. The addresses of the pointer variant need 8
-    warps, and before sm_90 the products' operands half of the width.
+    warps, and before sm_90 the products' operands take registers that halve the width.
 
     With the copy engine and K = 64 on an H200 (B = 8, T = 4096, V = 4096): 163 us with 128 columns
     and four stages in flight, 168 with 64 and three, 190 with 128 and two. While states are saved,
@@ -86,19 +86,19 @@ def walk_tile(
     limit = (8192 if tma or arch >= 90 else 4096) // key_dim
     width = divisor_tile(value_dim, max(min(limit, 128), 16))
     stages = 2 if arch >= 90 else 3
-    # read and write are 64 * K numbers a stage, of 99 KiB
+    # read and write take 64 * K numbers each per stage; all stages share 99 KiB
     if arch == 86:
         stages = max(min(stages, 256 // key_dim), 1)
-    # on eight warps 64 rows and K = 16 are 8 columns for each warpgroup (see gate_tile)
+    # on eight warps, 64 rows and K = 16 are 8 columns per warpgroup (see gate_tile)
     narrow = arch >= 90 and key_dim == 16 and width == 64
     return Tile(width, 4 if narrow or (tma and key_dim <= 128) else 8, stages)
 
 
 def _single_walk_tile(key_dim: int, value_dim: int, tma: bool, arch: int) -> Tile:
-    """Of float32 operands: beside state and output ``[64, width]`` the parts of three products take
-    registers, and leave 16 columns. K = 16 spills so (reversed, 800 bytes on sm_90), but not where
-    ``wgmma`` reads operands from shared memory: that wants 64 columns for every four warps, and
-    leaves registers for one stage alone, or for two with 128 and the copy engine.
+    """For float32 operands: besides state and output ``[64, width]``, the parts of three products
+    take registers, which leaves 16 columns. K = 16 would spill (in reverse, 800 bytes on sm_90)
+    unless ``wgmma`` reads operands from shared memory: that needs 64 columns for every four warps,
+    and leaves registers for only one stage, or for two with 128 columns and the copy engine.
     """
     if key_dim == 16 and arch >= 90:
         width = divisor_tile(value_dim, 128)
@@ -106,7 +106,7 @@ def _single_walk_tile(key_dim: int, value_dim: int, tma: bool, arch: int) -> Til
     width = divisor_tile(value_dim, 32 if tma and key_dim == 64 else 16)
     if arch >= 90:
         return Tile(width, 8, 2)
-    # read and write are 64 * K numbers a stage, of 163 KiB, or of 99
+    # read and write take 64 * K numbers each per stage; all stages share 163 KiB, or 99
     return Tile(width, 8, max(min(3, (128 if arch == 86 else 256) // key_dim), 1))
 
 
@@ -126,8 +126,8 @@ def products_tile(key_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -
 def gate_tile(key_dim: int, dtype: torch.dtype, arch: int) -> Tile:
     """Slices of K: five ``[C, width]`` fp32 values and dA live across the levels. In float32 the
     parts of three products take more registers than four warps have, so eight share them before
-    sm_90. There they would make ``wgmma`` 8 columns wide, as 32 columns on 16 warps are, which
-    ended in an illegal access on an H200 (Triton 3.6)."""
+    sm_90. On sm_90 eight warps would make ``wgmma`` 8 columns wide, as 32 columns on 16 warps do,
+    which ended in an illegal access on an H200 (Triton 3.6)."""
     return Tile(min(key_dim, 16), 8 if dtype == torch.float32 and arch < 90 else 4, 1)
 
 
@@ -138,8 +138,8 @@ def forward(
 
     Raises:
         ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
-            float32, bfloat16 or float16, the sequences * heads are more than 65,535, or the tensors
-            are not where Triton runs.
+            float32, bfloat16 or float16, sequences * heads is more than 65,535, or Triton does not
+            run on the tensors' device.
     """
     resets = None
     if cu_seqlens is not None and initial_state is None and not output_final_state:
@@ -190,7 +190,7 @@ def _check_dims(call, key_dim, value_dim):
 
 
 class _Columns(NamedTuple):
-    """Where the chunks lie. The tensors are None for dense rows."""
+    """Where the chunks are. The tensors are None for dense rows."""
 
     count: int
     per_row: int
@@ -207,7 +207,7 @@ def _columns(batch, length, cu_seqlens):
     chunks = (bounds.diff() + TRITON_CHUNK - 1) // TRITON_CHUNK
     offsets = torch.nn.functional.pad(chunks.cumsum(0), (1, 0))
     column = torch.arange(count, device=bounds.device)
-    # columns after the last chunk fall behind the end of the last document: empty
+    # columns after the last chunk start past the end of the last document, so they are empty
     document = torch.searchsorted(offsets[1:], column, right=True).clamp(max=len(chunks) - 1)
     starts = bounds[document] + (column - offsets[document]) * TRITON_CHUNK
     ends = bounds[document + 1]
@@ -229,7 +229,7 @@ def _precision(v):
 
 
 def _round(v):
-    """bfloat16 needs no rounding of fp32 operands, and three products hold all of them."""
+    """Whether to round fp32 operands to tf32: neither for bfloat16, nor for three products."""
     return v.dtype == torch.float16
 
 
@@ -238,8 +238,8 @@ def _upcast(v):
 
 
 class _Keys(NamedTuple):
-    """Everything of the inputs that has K channels, and what is done with it. With ``temper``, k is
-    raw, g the pre-activation of the selection gate, and eps the least norm of k; else g is the
+    """All inputs with K channels, and how they are used. With ``temper``, k is raw, g is the
+    pre-activation of the selection gate, and eps the least norm of k; otherwise g is the
     log-decay."""
 
     q: torch.Tensor
@@ -253,7 +253,7 @@ class _Keys(NamedTuple):
 
 def _keys(q, k, g, temper, eps, scale, resets):
     temper = None if temper is None else near_tokens(temper)
-    # rows of zeros behind the last token are divided by their norm, too
+    # rows of zeros after the last token are divided by their norm, too
     eps = max(eps, torch.finfo(torch.float32).tiny)
     return _Keys(*(near_tokens(x) for x in (q, k, g)), temper, eps, scale, resets)
 
@@ -266,13 +266,14 @@ def _key_strides(keys):
 @functools.cache
 def _summed(device):
     """Which log-decays the decay of each row of a chunk sums up, ``[levels + 2, C, C]`` of zeros
-    and ones in bfloat16: at level l of the tree those from the start of the row's block to itself
-    where that is an odd block of ``2^l``, and those after it to the end of the block where it is an
-    even one; then those of the whole chunk up to the row, and after it. Copied to the device at the
-    first call, which a CUDA graph can therefore not capture.
+    and ones in bfloat16: at level l of the tree, in an odd block of ``2^l`` those from the start of
+    the block to the row, in an even block those after the row to the end of the block; then those
+    of the whole chunk up to the row, and those after it. The first call copies the masks to the
+    device, so a CUDA graph cannot capture that call.
 
-    Made in a thread of its own: while torch.compile(mode="reduce-overhead") runs a function for the
-    first time, all that its thread allocates is memory of the graph to be, where nothing may stay.
+    They are made in a thread of their own: while torch.compile(mode="reduce-overhead") runs a
+    function for the first time, everything that its thread allocates is memory of the future graph,
+    in which nothing may remain.
     """
     with ThreadPoolExecutor(1) as other:
         return other.submit(_make_summed, device).result()
@@ -325,8 +326,8 @@ def _prepare(keys, v, columns):
 
 
 def use_tma(x: torch.Tensor, dtype: torch.dtype, columns: _Columns) -> bool:
-    """Hopper's copy engine clips at the end of a row, so not at the end of a packed document; it
-    converts nothing, and wants 16-byte strides."""
+    """Whether Hopper's copy engine can load x. It clips at the end of a row but not of a packed
+    document, does not convert dtypes, and needs strides in multiples of 16 bytes."""
     if capability(x) < 90 or not x.numel():
         return False
     aligned = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
@@ -334,15 +335,15 @@ def use_tma(x: torch.Tensor, dtype: torch.dtype, columns: _Columns) -> bool:
 
 
 def segments(programs: int, chunks: int, slots: int) -> int:
-    """Into how many segments to cut each sequence, by the time of the waves.
+    """Into how many segments to cut each sequence, by the estimated time of the waves.
 
-    A segment costs its chunks once more, at about half the work, to know the state it leaves
-    behind, and the launches of two more kernels: worth it where few sequences leave multiprocessors
-    idle.
+    With segments, chunks are walked once more, at about half the work, to find the state that each
+    segment leaves behind, and two more kernels are launched. This pays off where few sequences
+    leave multiprocessors idle.
 
     Args:
-        programs: of a walk without segments.
-        chunks: of a sequence.
+        programs: programs of a walk without segments.
+        chunks: chunks of a sequence.
         slots: programs that run at the same time.
     """
     best, best_time = 1, None
@@ -358,19 +359,20 @@ def segments(programs: int, chunks: int, slots: int) -> int:
 
 def programs_per_multiprocessor(tile: Tile, key_dim: int, dtype: torch.dtype, saves: bool) -> int:
     """How many programs of a walk run on a multiprocessor at the same time: two, if their registers
-    and, of 228 KiB, their shared memory leave room.
+    and their shared memory fit, the latter in 228 KiB.
 
     Args:
-        tile: of the walk.
+        tile: that of the walk.
         key_dim: K.
-        dtype: of the products' operands.
+        dtype: that of the products' operands.
         saves: states are saved, from a tile in shared memory.
     """
-    # x, read, write and a of each stage; y and states on their way out
+    # x, read, write and a in each stage; y and states while they are stored
     stage = TRITON_CHUNK * (tile.width + 2 * key_dim + TRITON_CHUNK)
     out = tile.width * (TRITON_CHUNK + (key_dim if saves else 0))
     shared = (tile.num_stages * stage + out) * dtype.itemsize
-    # barriers, and 1 KiB that each program has for the system; 8 warps hold over 128 registers each
+    # 1280 bytes: barriers, and 1 KiB per program for the system. A thread of 8 warps has over 128
+    # registers
     return 2 if tile.num_warps <= 4 and 2 * (shared + 1280) <= 228 * 1024 else 1
 
 
@@ -382,7 +384,7 @@ def _segments(x, programs, columns, per_multiprocessor):
 
 
 def _walk(x, tiles, columns, initial_state, sequences, *, reverse, states):
-    """``(y, final state)`` of the walk; with ``states`` filled by the way."""
+    """``(y, final state)`` of the walk; fills ``states`` unless that is None."""
     heads, key_dim, value_dim = x.shape[2], tiles.keep.shape[-1], x.shape[-1]
     dtype, saves = tiles.a.dtype, states is not None
     tma = use_tma(x, dtype, columns)
@@ -444,7 +446,7 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
 
 
 def _segment_length(columns, count):
-    """Chunks of a segment; packed documents are walked whole, whatever their length."""
+    """Chunks of a segment; packed documents of any length are walked in one segment."""
     return -(-columns.per_row // count) if columns.offsets is None else columns.count
 
 
@@ -475,7 +477,7 @@ def _segment_states(run, x, tiles, initial_state, sequences, count):
 
 
 def _scan(local, decay, initial_state):
-    """Each segment's own state ``[N, H, S, K, V]`` becomes, in place, the one it starts from."""
+    """Replace each segment's own state ``[N, H, S, K, V]`` in place by the one it starts from."""
     sequences, heads, count, key_dim, value_dim = local.shape
     check_grid("ddts_scan", "sequences * heads", sequences * heads)
     block_k, block_v = min(key_dim, 32), divisor_tile(value_dim, 32)
@@ -499,8 +501,8 @@ def scan(states, log_decays, *, reverse):
 
     Raises:
         ValueError: K is not one of ``TRITON_KEY_DIMS``, V is not a multiple of 16, a dtype is not
-            float32, the sequences * heads are more than 65,535, or the tensors are not where Triton
-            runs.
+            float32, sequences * heads is more than 65,535, or Triton does not run on the tensors'
+            device.
     """
     check_runs_here("ddts_scan", states, log_decays)
     if states.dtype != torch.float32 or log_decays.dtype != torch.float32:
@@ -510,7 +512,7 @@ def scan(states, log_decays, *, reverse):
     _check_dims("ddts_scan(impl='triton')", *states.shape[-2:])
     if reverse:
         states, log_decays = states.flip(0), log_decays.flip(0)
-    # written in place: a copy even where the layout is right
+    # written in place, so a copy even if the layout is right already
     local = states.movedim(0, 2).clone(memory_format=torch.contiguous_format)
     # Triton launches on the current device
     guard = torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext()
@@ -534,7 +536,7 @@ def _forward(
     saved = columns.count if save_states else 0
     states = v.new_empty((heads, saved, value_dim, key_dim), dtype=tile_dtype(v))
     if cu_seqlens is not None:
-        # what is behind the last document is not read, but the same in each run
+        # columns after the last document are not read, but are made the same in each run
         states[:, -(-q.shape[1] // TRITON_CHUNK) :] = 0.0
     o, final_state = _walk(
         v,
@@ -568,7 +570,7 @@ def _backward(q, k, v, log_decay, temper, eps, scale, resets, cu_seqlens, states
 
 
 class _Products(NamedTuple):
-    """What products writes, fp32 by slot; ``along`` only where keys were normalised."""
+    """What products writes, fp32 by slot; ``along`` only if keys were normalised."""
 
     da: torch.Tensor
     dread: torch.Tensor
@@ -578,7 +580,7 @@ class _Products(NamedTuple):
 
 
 def _products(v, do, states, dstates, columns, normalised):
-    """``normalised``: the tiles of prepare, where a gradient of normalised keys is wanted."""
+    """``normalised``: the tiles of prepare if a gradient of normalised keys is wanted, or None."""
     heads, value_dim, key_dim = states.shape[0], states.shape[2], states.shape[3]
     tile = products_tile(key_dim, value_dim, states.dtype, capability(v))
     slots = heads * columns.count

@@ -1,4 +1,4 @@
-"""Triton kernels of chunked DDTS: prepare, walk, and the two backward passes owned by chunks.
+"""Triton kernels of chunked DDTS: prepare, walk, and the two backward passes over single chunks.
 
 Inside a chunk of C tokens, with P and Q the prefix and suffix sums of log-decays (``chunk_decays``
 of ``reference.py``) and A the decayed scores:
@@ -15,7 +15,7 @@ a log-decay may be anything from 0 to -inf.
 The chunk-local tensors (A, read, write, keep, states) are indexed by slot: ``head * NC + column``.
 A column is ``batch * NT + chunk`` in dense rows. Packed documents with states of their own get
 whole chunks each: ``starts`` and ``ends`` give the tokens of a column, ``offsets`` the first column
-of a document; all three are made on the device, so nothing waits for it.
+of a document; all three are made on the device, so the host does not wait for it.
 """
 
 import triton
@@ -33,14 +33,14 @@ from .._triton import (
 
 # reference.RESET, in units of log2; finite, so that 64 of them still add up in fp32
 RESET = tl.constexpr(-1.4426950408889634e30)
-# a selection gate that lets nothing in and nothing go
+# pre-activation of a closed selection gate: the token neither writes nor decays
 CLOSED = tl.constexpr(-1e30)
 
 
 @triton.jit
 def operand(x, ROUND: tl.constexpr):
-    """fp32 as it enters a product. Tensor cores cut off what tf32 does not hold, which would make
-    every product smaller; with ROUND it is rounded to nearest before."""
+    """fp32 x as an operand of a product. Tensor cores truncate to tf32, which would make every
+    product smaller; with ROUND, x is rounded to nearest first."""
     if ROUND:
         rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
         # the NaN of all ones would become -0
@@ -60,7 +60,7 @@ def chunk_tokens(i_c, starts, ends, T, NT, C: tl.constexpr):
 
 @triton.jit
 def key_norms(p_k, o_i, k_t, mask, eps, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """``max(|k|, eps)`` of the rows of a chunk: ``[C]``; eps > 0, for rows outside."""
+    """``max(|k|, eps)`` of the rows of a chunk: ``[C]``; eps > 0 because rows outside are zero."""
     squares = tl.zeros([C], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)[None, :]
@@ -89,7 +89,8 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
         b_select, b_temper = load_gates(p_g, p_temper, mask)
         b_in, b_g = tempered_gates(b_select, b_temper)
         b_k *= reciprocal(norms)[:, None] * b_in
-    # finite, so that zero times it is zero: the key tells later tokens of a NaN, and no earlier one
+    # a NaN decay moves into the key, which only later tokens see; the decay itself becomes finite,
+    # so that zero times it is zero
     b_k = tl.where(b_g == b_g, b_k, b_g)
     b_g *= LOG2_E
     b_g = tl.where(b_g > RESET, b_g, RESET)
@@ -101,8 +102,8 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
 
 @triton.jit
 def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + mask x for a mask of zeros and ones, bf16: an fp32 x is the sum of three bf16 values,
-    of which two are more than products of ``tf32`` hold."""
+    """acc + mask x for a bf16 mask of zeros and ones: fp32 x is split into the sum of three bf16
+    values, of which two already hold more than products in ``tf32`` do."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -116,8 +117,8 @@ def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def is_odd(o_i, level):
-    """Whether a row is in the odd one of the two blocks of ``1 << level`` positions that meet: it
-    is a query then, and one of the even block is a key."""
+    """Whether a row is in the odd one of the two blocks of ``1 << level`` positions that meet: rows
+    of the odd block are queries, rows of the even block are keys."""
     return ((o_i >> level) & 1) == 1
 
 
@@ -130,8 +131,8 @@ def load_summed(summed, level, C: tl.constexpr):
 
 @triton.jit
 def decay_over(b_summed, b_g, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The decays ``[C, BK]`` over those log-decays. A sum of numbers <= 0, as a product with ones:
-    nothing cancels, and it takes fewer instructions than to add them."""
+    """The decays ``[C, BK]`` over the log-decays in ``b_summed``. Sums are products with ones: with
+    numbers <= 0 nothing cancels, and products take fewer instructions than additions."""
     nothing = tl.zeros(b_g.shape, tl.float32)
     return exp2(masked_sum(b_summed, b_g, nothing, PRECISION, INTERPRETED))
 
@@ -222,7 +223,7 @@ def ddts_chunk_prepare_kernel(
         tl.store(write + slot * C * K + o_ck, operand(b_k * suffix, ROUND).to(dtype))
         p_keep = keep + slot * K + o_k + tl.zeros([C, BK], tl.int32)
         tl.store(p_keep, prefix, mask=o_i[:, None] == C - 1)
-    # rows times themselves: above the diagonal keys met later queries
+    # b_row times its transpose also has the keys times later queries, above the diagonal
     b_a = tl.where(o_i[None, :] <= o_i[:, None], b_a, 0.0)
     p_a = a + slot * C * C + o_i[:, None] * C + o_i[None, :]
     tl.store(p_a, operand(b_a, ROUND).to(a.dtype.element_ty))
@@ -230,7 +231,7 @@ def ddts_chunk_prepare_kernel(
 
 @triton.jit
 def sequence_chunks(i_n, offsets, NT):
-    """First column of a sequence and how many it has."""
+    """First column of a sequence, and its number of columns."""
     if offsets is None:
         return i_n * NT, NT
     else:
@@ -257,8 +258,8 @@ def load_written(
     BV: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """What a chunk writes into the state, ``write^T x``: a block of the values ``x [C, BV]``, zero
-    behind the chunk's last token, and ``write [C, K]``."""
+    """The factors of what a chunk writes into the state, ``write^T x``: a block of the values ``x
+    [C, BV]``, zero after the chunk's last token, and ``write [C, K]``."""
     if TMA:
         b_x = x.load([i_b.to(tl.int32), i_h.to(tl.int32), start, column])
         return tl.reshape(b_x, [C, BV]), write.load([row, 0])
@@ -273,8 +274,8 @@ def load_written(
 
 @triton.jit
 def load_read(read, a, row, o_c, K: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
-    """What the outputs of a chunk read: ``read [C, K]`` of the state, and ``a [C, C]`` of the
-    chunk's own values."""
+    """The factors of a chunk's outputs: ``read [C, K]`` for the state before it, and ``a [C, C]``
+    for the chunk's own values."""
     if TMA:
         return read.load([row, 0]), a.load([row, 0])
     else:
@@ -294,7 +295,7 @@ def store_state(
     BV: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """``b_state [BV, K]`` into rows ``row`` and on of ``states[slot]``, ``[V, K]``."""
+    """Store ``b_state [BV, K]`` into ``states[slot]``, ``[V, K]``, from row ``row`` on."""
     if TMA:
         states.store([(slot * V).to(tl.int32) + row, 0], b_state)
     else:
@@ -320,7 +321,7 @@ def store_output(
     BV: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """A chunk's outputs ``[C, BV]`` where :func:`load_written` had its values."""
+    """Store a chunk's outputs ``[C, BV]`` where :func:`load_written` has its values."""
     if TMA:
         place = [i_b.to(tl.int32), i_h.to(tl.int32), start, column]
         y.store(place, tl.reshape(b_y.to(y.dtype), [1, 1, C, BV]))
@@ -343,7 +344,7 @@ def chunk_output(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``[C, BV]`` of a chunk from the state before it ``[BV, K]`` and its own ``x [BV, C]``."""
+    """Output ``[C, BV]`` of a chunk from the state before it ``[BV, K]`` and its ``x [BV, C]``."""
     if not REVERSE:
         b_a = tl.trans(b_a)
     b_y = tl.zeros([BV, C], tl.float32)
@@ -393,9 +394,9 @@ def ddts_chunk_walk_kernel(
 
     Program (block of V, segment, sequence * H + head). ``h0`` and ``ht`` are fp32 ``[sequences * H,
     segments, K, V]``. With ``y=None`` only the state is computed, from zero, and the total decay
-    of the segment goes to ``segment_keep [sequences * H, segments, K]``, but the last segment,
-    whose state nobody starts from, is not walked. ``states [slots, V, K]`` takes the state at the
-    start of each chunk. With ``TMA`` x, y, a, read, write and states are descriptors.
+    of the segment goes to ``segment_keep [sequences * H, segments, K]``; the last segment is not
+    walked then, because no segment starts from its state. ``states [slots, V, K]`` takes the state
+    at the start of each chunk. With ``TMA`` x, y, a, read, write and states are descriptors.
     """
     i_v = tl.program_id(0)
     i_s = tl.program_id(1)
@@ -421,7 +422,7 @@ def ddts_chunk_walk_kernel(
         i_c = first + count - 1 - j if REVERSE else first + j
         slot = i_h * NC + i_c
         b_keep = tl.load(keep + slot * K + o_k)
-        # of the slot in read, write and a
+        # first row of the slot in read, write and a
         row = slot * C
         if TMA:
             # dense rows: a sequence is a row of the batch
@@ -508,11 +509,11 @@ def ddts_chunk_products_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Everything of a chunk that sums over V. ``da`` above the diagonal repeats what is below it.
+    """All gradients of a chunk that are sums over V. ``da`` is symmetric, from the lower triangle.
 
     Program (column, head, slice of K). Outputs are fp32 in the layouts of prepare. ``along [slots,
     slices, C]`` takes what a slice adds to ``sum_K k dk`` of each key as written: the part of its
-    gradient that a normalised key does not feel.
+    gradient along the key, which has no effect on a normalised key.
     """
     i_c = tl.program_id(0).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
@@ -527,7 +528,7 @@ def ddts_chunk_products_kernel(
     b_dread = tl.zeros([C, BK], tl.float32)
     b_dwrite = tl.zeros([C, BK], tl.float32)
     b_dkeep = tl.zeros([BK], tl.float32)
-    # a column behind the last packed document gets zeros
+    # a column after the last packed document gets zeros
     stop = tl.where(start < end, V, 0)
     for i_v in tl.range(0, stop, BV, num_stages=STAGES):
         o_v = i_v + tl.arange(0, BV)
@@ -552,7 +553,7 @@ def ddts_chunk_products_kernel(
     if along is not None:
         b_along = tl.sum(b_dwrite * tl.load(write + slot * C * K + o_ck).to(tl.float32), 1)
         if tl.program_id(2) == 0:
-            # the scores above the diagonal are zero, their gradient need not be
+            # the scores above the diagonal are zero, but their gradient need not be
             b_a = tl.load(a + slot * C * C + o_c[:, None] * C + o_c[None, :]).to(tl.float32)
             lower = o_c[:, None] >= o_c[None, :]
             b_along += tl.sum(tl.where(lower, b_da * b_a, 0.0), 0)
@@ -573,11 +574,11 @@ def gradients_in_chunk(
     ROUND: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Gradients of queries and keys through the scores of a chunk, without the diagonal, and what
-    of them went through the log-decays.
+    """Gradients of queries, keys and log-decays through the scores of a chunk, without their
+    diagonal.
 
     At each level the odd block's queries met the even block's keys, so one product with the
-    symmetric ``da`` gives both. What went through a row's decay goes to each log-decay in it.
+    symmetric ``da`` gives both. The gradient of a row's decay goes to each log-decay in it.
     """
     b_da = operand(tl.load(p_da + o_i[:, None] * C + o_i[None, :]), ROUND)
     b_dq = tl.zeros(b_q.shape, tl.float32)
@@ -588,7 +589,7 @@ def gradients_in_chunk(
         b_summed = load_summed(summed, level, C)
         decay = decay_over(b_summed, b_g, PRECISION, INTERPRETED)
         b_own = tl.where(odd, b_q, b_k)
-        # as the siblings of prepare, whose o_i ^ o_j would stay in registers through this loop
+        # same as siblings in prepare, but o_i ^ o_j would stay in registers throughout this loop
         block = o_i >> level
         b_met = tl.where((block[:, None] ^ block[None, :]) == 1, b_da, 0.0)
         b_faded = operand(b_own * decay, ROUND)
@@ -620,7 +621,7 @@ def gradients_beyond_chunk(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Adds what queries read of the state before the chunk and what keys leave behind it."""
+    """Add the gradients through the state: what queries read before, what keys leave after it."""
     o_ck = o_i[:, None] * K + o_k
     before = load_summed(summed, LEVELS, C)
     prefix = decay_over(before, b_g, PRECISION, INTERPRETED)
@@ -632,7 +633,7 @@ def gradients_beyond_chunk(
     across_d = tl.load(dwrite + slot * C * K + o_ck) * suffix
     b_dg = masked_sum(tl.trans(after), b_k * across_d, b_dg, PRECISION, INTERPRETED)
     b_dk += across_d
-    # before and after a position is the whole chunk
+    # the decays before and after a position make up that of the whole chunk
     b_dg += prefix * suffix * tl.load(dkeep + slot * K + o_k)
     return b_dq, b_dk, b_dg
 
@@ -646,7 +647,7 @@ def raw_key_gradient(
     b_along = tl.zeros([C], tl.float32)
     for i_s in range(SLICES):
         b_along += tl.load(p_along + i_s * C + o_i)
-    # a norm at eps is a constant
+    # a norm that was raised to eps is a constant
     b_along = tl.where(norms > eps, b_along, 0.0)[:, None]
     return (b_dunit - b_unit * b_along) * reciprocal(norms)[:, None]
 
@@ -731,7 +732,7 @@ def ddts_chunk_gate_kernel(
         K, C, LEVELS, PRECISION, INTERPRETED,
     )
     # fmt: on
-    # the diagonal of the scores carries no gate
+    # the diagonal of the scores does not depend on the gates
     diagonal = tl.load(p_da + o_i * C + o_i)[:, None]
     b_dq = (b_dq + diagonal * b_k) * scale
     b_dk += diagonal * b_q

@@ -1,5 +1,5 @@
 """The gates of DDTS in Triton, forward and backward: one pass over the raw projections each way.
-Nothing is saved but the inputs.
+Only the inputs are saved.
 """
 
 import torch
@@ -115,7 +115,7 @@ def ddts_gates_bwd_kernel(
     norm = tl.sqrt(tl.sum(b_k * b_k, 1))[:, None]
     b_unit = b_k / tl.maximum(norm, eps)
     b_dunit, b_ds, b_dt = tempered_gate_gradients(b_dw, b_dg, b_unit, b_s, b_t)
-    # a norm below eps is a constant
+    # a norm below eps was replaced by a constant
     along = tl.where(norm > eps, tl.sum(b_unit * b_dunit, 1)[:, None], 0.0)
     b_dk = (b_dunit - b_unit * along) / tl.maximum(norm, eps)
     o_rk = o_r[:, None] * K + o_k[None, :]
@@ -131,7 +131,7 @@ def gates(k, select, temper, *, eps):
 
 
 def _four_dims(x):
-    """``[B, T, H, K]`` whatever the leading dimensions; a slice of a projection is not copied."""
+    """``[B, T, H, K]`` for any leading dimensions; a slice of a projection is not copied."""
     return unit_stride(x if x.dim() == 4 else x.reshape(-1, 1, 1, x.shape[-1]))
 
 

@@ -20,7 +20,7 @@ from .._triton import (
     unit_stride,
 )
 
-# of the state a program holds; small, for one token leaves no other parallelism than V
+# elements of the state per program; few, because for one token V is the only parallelism
 _ELEMENTS = 4096
 
 
@@ -90,8 +90,8 @@ def forward(
     """``ddts`` token by token; the contract is that of :func:`rodimus_kernels.ddts`.
 
     Raises:
-        ValueError: a gradient is wanted, a dtype is float64, the sequences * heads are more than
-            65,535, or the tensors are not where Triton runs.
+        ValueError: a gradient is wanted, a dtype is float64, sequences * heads is more than 65,535,
+            or Triton does not run on the tensors' device.
     """
     check_runs_here("ddts", q, k, v, log_decay)
     inputs = (q, k, v, log_decay, initial_state)

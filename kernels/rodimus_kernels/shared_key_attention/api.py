@@ -38,8 +38,8 @@ IMPLS = tuple(_SEQUENCE)
 
 _TRITON_MAX_DIM = 256
 
-# Queries against the ring cache in one call: speculative decoding verifies a few tokens, prefill
-# is the other form.
+# Most queries against the ring cache in one call: speculative decoding verifies a few tokens,
+# prefill uses the sequence form.
 MAX_STEP = 8
 
 
@@ -51,8 +51,8 @@ def rope(
 
     Args:
         x: ``[B, T, H, D]``.
-        cos: ``[B or 1, T, dim / 2]``, of the positions by :func:`rodimus_kernels.rope_tables`; the
-            first ``dim <= D`` channels are rotated, the rest pass.
+        cos: ``[B or 1, T, dim / 2]``, from :func:`rodimus_kernels.rope_tables`; the first ``dim <=
+            D`` channels are rotated, the rest pass unchanged.
         sin: Shaped like ``cos``.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; an explicit choice never falls back.
 
@@ -138,7 +138,7 @@ def shared_key_attention(
 
 def _choose(triton: bool, dim: int, dtype: torch.dtype) -> str:
     """What ``impl="auto"`` means: Triton on a GPU where it takes the shape, else torch."""
-    # the parts of three float32 products are more than the registers hold
+    # the registers cannot hold the parts of float32 operands, which are split for three products
     widest = _TRITON_MAX_DIM // 2 if dtype == torch.float32 else _TRITON_MAX_DIM
     return "triton" if triton and dim <= widest and dtype != torch.float64 else "sdpa"
 
@@ -156,15 +156,15 @@ def shared_key_attention_step(
 ) -> torch.Tensor:
     """One to eight tokens against a ring cache, which is updated in place. Not differentiable.
 
-    Token p of a sequence lives in row ``p % R`` as ``[Hk keys | Hv values]``: one contiguous row a
-    token, no shift and no copy when the window is full. Sequences of one batch may have different
-    ages.
+    Token p of a sequence lives in row ``p % R`` as ``[Hk keys | Hv values]``: one contiguous row
+    per token, no shift and no copy when the window is full. Sequences of one batch may be at
+    different positions.
 
     A ring of dtype uint8 keeps values in 8 bits, about half the bytes: a row is the Hk * D keys in
     their dtype, Hv * Dv int8 values, and from the next even byte Hv scales in bfloat16, together
-    :func:`rodimus_kernels.int8_row_bytes`. Values of the new tokens are quantised, as
-    :func:`rodimus_kernels.reference.quantize_values` says, before any query sees them; a head that
-    holds NaN or infinity makes what attends to it NaN.
+    :func:`rodimus_kernels.int8_row_bytes`. Values of the new tokens are quantised with
+    :func:`rodimus_kernels.reference.quantize_values` before any query sees them; a head that holds
+    NaN or infinity makes every query that attends to it NaN.
 
     Args:
         q: Queries ``[B, T, H, D]`` after rotary embedding, 1 <= T <= 8.
@@ -203,7 +203,7 @@ def shared_key_attention_step(
         )
     with torch.no_grad():
         if impl == "auto":
-            # a ring of bytes has its keys in the dtype of k
+            # a ring of bytes holds keys in the dtype of k
             tensors = (q, k, v) if cache.dtype == torch.uint8 else (q, k, v, cache)
             fallback = _choose_step(runs_triton(q.device), max(dim, v.shape[-1]), cache, tensors)
             impl = choose_compiled(fallback, *tensors, one_dtype=True)
@@ -214,7 +214,7 @@ def shared_key_attention_step(
             k,
             v,
             cache,
-            # one age for all rows may come expanded
+            # one position for all rows may be an expanded tensor
             position.contiguous(),
             window_size=window_size,
             scale=dim**-0.5 if scale is None else scale,
@@ -230,7 +230,7 @@ def _check_ring(cache, k, v):
         check_floating(cache=cache)
         return
     check_shape("cache", cache, (k.shape[0], "R", reference.int8_row_bytes(*heads, k.dtype)))
-    # torch.compile cannot ask for the offset
+    # torch.compile cannot trace storage_offset
     offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()
     if cache.stride(2) != 1 or any(place % 16 for place in (*cache.stride()[:2], offset)):
         raise ValueError(
@@ -242,8 +242,8 @@ def _check_ring(cache, k, v):
 def _choose_step(
     triton: bool, dim: int, cache: torch.Tensor, tensors: tuple[torch.Tensor, ...]
 ) -> str:
-    """As :func:`_choose`, for the step: mixed dtypes are the reference's, and Triton wants a cache
-    with dense rows."""
+    """Like :func:`_choose`, for the step: mixed dtypes go to the reference, and Triton needs a
+    cache with dense rows."""
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1:
         return "reference"
@@ -253,7 +253,7 @@ def _choose_step(
 
 def _fits_compiled_step(q, k, v, cache) -> bool:
     """Whether the compiled step takes this ring and, on a GPU, has more than a plain loop for these
-    heads: its kernel is written for one key head and heads of 128 channels, as the models have."""
+    heads: its fast kernel is for one key head and heads of 128 channels, as in the models."""
     heads, dim = q.shape[2:]
     staged = k.shape[2] == 1 and heads % 2 == 0 and heads <= 24 and dim == v.shape[3] == 128
     return cache.is_contiguous() and (q.device.type == "cpu" or staged)

@@ -1,7 +1,8 @@
-"""Sliding-window shared-key attention through flash-attn, where that is installed: version 4
-(``flash_attn.cute``) on the GPUs and heads it has both passes for, else version 2 (``flash_attn``).
+"""Sliding-window shared-key attention through flash-attn, if that is installed: version 4
+(``flash_attn.cute``) for the GPUs and head sizes where it has forward and backward, else version 2
+(``flash_attn``).
 
-Both want as many key as value heads: one key head is expanded with stride 0, never copied.
+Both need as many key heads as value heads: one key head is expanded with stride 0, never copied.
 """
 
 import importlib.metadata
@@ -14,8 +15,9 @@ _missing = []
 
 
 def _import(name, distribution):
-    """The module of this distribution, or None: flash-attn 2 brings an early flash_attn.cute, which
-    has other parameters, and flash-attn 4 alone leaves flash_attn a folder without functions."""
+    """The module of this distribution, or None. The name alone is not enough: flash-attn 2 has an
+    early flash_attn.cute with other parameters, and with flash-attn 4 alone flash_attn is a folder
+    without functions."""
     try:
         importlib.metadata.version(distribution)
         return importlib.import_module(name)
@@ -37,7 +39,8 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
 
     Raises:
         ValueError: v is not float16 or bfloat16, or D and Dv differ.
-        ImportError: version 4 does not take this head on this device, and version 2 is not there.
+        ImportError: version 4 does not take this head size on this device, and version 2 is not
+            installed.
     """
     if v.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] != v.shape[-1]:
         raise ValueError(
@@ -47,20 +50,21 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     library = _choose(_capability(v.device), v.shape[-1])
     length, heads, keys = *q.shape[1:3], k.shape[1]
     q, k = q.to(v.dtype), k.to(v.dtype)
-    # flash-attn gives query head i the key head i // (H / Hk): all H are spelled out
+    # flash-attn gives query head i the key head i // (H / Hk), so keys are expanded to all H heads
     k, v = (reference.expand_heads(x, heads).transpose(1, 2) for x in (k, v))
-    # it counts the keys before the query; all of them are None in version 4 and -1 in version 2
+    # its window counts the keys before the query; no limit is None in version 4, -1 in version 2
     every = None if library is _version_4 else -1
     window = (every if window_size is None else window_size - 1, 0)
     options = {"softmax_scale": scale, "causal": True, "window_size": window}
     if cu_seqlens is None:
         return _output(library.flash_attn_func(q, k, v, **options))
     bounds = cu_seqlens.to(torch.int32).contiguous()
-    # the queries are the last of the keys: of a document that ends before them there is none
+    # the queries are at the last keys' positions; a document that ends before them has no queries
     options["cu_seqlens_q"] = (bounds - (keys - length)).clamp_min(0)
     options["cu_seqlens_k"] = bounds
     if library is _version_2:
-        # the longest document is not known on the host; all tokens bound it, as version 4 assumes
+        # the host does not know the longest document; the number of all tokens bounds it, as
+        # version 4 assumes
         options.update(max_seqlen_q=length, max_seqlen_k=keys)
     return _output(library.flash_attn_varlen_func(q[0], k[0], v[0], **options))[None]
 
@@ -76,7 +80,7 @@ def _capability(device):
 
 def _choose(major, dim):
     """The library for a device of this compute capability and heads of ``dim`` channels. Version 4
-    has 256 channels on Blackwell too, but no window in their backward pass."""
+    takes 256 channels on Blackwell too, but without a window in the backward pass."""
     most = {9: 256, 10: 128, 11: 128}.get(major, 0)
     if _version_4 is not None and dim <= most and dim % 8 == 0:
         return _version_4

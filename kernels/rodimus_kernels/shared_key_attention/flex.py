@@ -1,8 +1,8 @@
 """Sliding-window shared-key attention through torch's FlexAttention.
 
 The blocks that a query block touches are computed, not searched: T / 128 times S / 128 flags. One
-key head is expanded with stride 0, never copied. Compiled on a GPU; on a CPU it is the slow form
-that materialises scores, without gradients.
+key head is expanded with stride 0, never copied. On a GPU it is compiled; on a CPU it is the slow
+form that materialises scores, without gradients.
 """
 
 import functools
@@ -58,7 +58,7 @@ def block_mask(queries, keys, window_size, cu_seqlens, device) -> BlockMask:
     high = (low + _BLOCK - 1).clamp_max(keys - 1)
     start = torch.arange(0, keys, _BLOCK, device=device)[None]
     end = start + _BLOCK - 1
-    # first keys rise with the query, so the corners of a block tell about all of it
+    # the first visible key rises with the query, so the corners of a block decide for all of it
     touched = (end >= first[low, None]) & (start <= high[:, None])
     whole = (start >= first[high, None]) & (end <= low[:, None])
     return BlockMask.from_kv_blocks(

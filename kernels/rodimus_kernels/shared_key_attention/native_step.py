@@ -1,4 +1,4 @@
-"""A few tokens against the ring cache through the library of ``csrc/``: the window is read once."""
+"""A few tokens against the ring cache with the library of ``csrc/``: the window is read once."""
 
 import torch
 
@@ -6,8 +6,8 @@ from .. import native
 
 
 def step(q, k, v, cache, position, *, window_size, scale):
-    """``shared_key_attention_step``; all tensors but ``position`` and a ring of bytes float32, or
-    all bfloat16."""
+    """``shared_key_attention_step``; all tensors except ``position`` and a ring of bytes are
+    float32, or all are bfloat16."""
     ring = None if cache.dtype == torch.uint8 else cache
     native.check("shared_key_attention_step", q, k, v, ring, one_dtype=True)
     rows = (x.contiguous() for x in (q, k, v))

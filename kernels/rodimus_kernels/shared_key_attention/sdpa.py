@@ -25,7 +25,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
     :func:`rodimus_kernels.shared_key_attention`."""
     queries, heads = q.shape[1], q.shape[2]
     window = k.shape[1] if window_size is None else min(window_size, k.shape[1])
-    # keys before the first query's window are seen by nobody
+    # keys before the first query's window are seen by no query
     unseen = max(k.shape[1] - queries - window + 1, 0)
     documents = None
     if cu_seqlens is not None:
@@ -38,8 +38,8 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
 
 
 def step(q, k, v, cache, position, *, window_size, scale):
-    """``shared_key_attention_step``; the ring is read as it stands, however it is rotated: a
-    softmax has no order. The contract is that of
+    """``shared_key_attention_step``; the rows of the ring are read in their order in memory, as a
+    softmax does not depend on the order of its keys. The contract is that of
     :func:`rodimus_kernels.shared_key_attention_step`."""
     batch, steps, key_heads, dim = k.shape
     ring = cache.shape[1]
@@ -51,13 +51,13 @@ def step(q, k, v, cache, position, *, window_size, scale):
     last = new[:, -1:]
     may_look = reference.can_read_values(last)
     if may_look and batch:
-        # without rows that no sequence has reached
+        # drop the rows that no sequence has reached yet
         cache = cache[:, : int(last.max()) + 1]
-    # row r holds the newest position p <= last with p % R = r; a negative one is still empty
+    # row r holds the newest position p <= last with p % R = r; if p is negative, it is still empty
     held = last - (last - torch.arange(cache.shape[1], device=q.device)) % ring
     age = new[:, :, None] - held[:, None, :]
     visible = (held[:, None, :] >= 0) & (age >= 0) & (age < window_size)
-    # 8-bit values times their scales have more bits than bfloat16
+    # 8-bit values times their scales have more bits than bfloat16 holds
     dtype = (
         torch.promote_types(k.dtype, torch.float32) if cache.dtype == torch.uint8 else cache.dtype
     )
@@ -80,8 +80,8 @@ def _attend(q, k, v, window, scale, documents):
     if documents is None and queries == keys and window >= keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     band = min(-(-max(window, _MIN_BAND) // _TILE) * _TILE, _MAX_BAND)
-    # the keys before the first query, then one piece a band. Joining pieces rather than slicing
-    # keeps the backward pass linear: a slice's gradient is as long as all keys
+    # the keys before the first query, then one piece per band. Joining pieces instead of slicing
+    # keeps the backward linear in T: the gradient of a slice is as long as all keys
     pieces = [
         [x[:, :, : keys - queries], *x[:, :, keys - queries :].split(band, 2)] for x in (k, v)
     ]
@@ -102,8 +102,8 @@ def _attend(q, k, v, window, scale, documents):
 
 
 def _band_mask(first, last, low, window, documents, device):
-    """Positions first..last see low..last inside the window and their document: bool ``[queries,
-    keys]``."""
+    """Which keys low..last the queries first..last see in their window and document: bool
+    ``[queries, keys]``."""
     i = torch.arange(first, last, device=device)[:, None]
     j = torch.arange(low, last, device=device)
     visible = (j <= i) & (j > i - window)

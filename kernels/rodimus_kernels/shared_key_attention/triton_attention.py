@@ -33,7 +33,7 @@ from .triton_attention_kernels import (
 
 MAX_DIM = 256
 
-# dk and dv programs in flight, per multiprocessor, below which the heads are split over programs
+# with fewer dkv programs per multiprocessor than this, the heads are split over programs
 _WAVES = 2
 
 
@@ -46,15 +46,15 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Of the forward, dq and dkv kernels, by head dimension: the largest tiles that compile with no (on
-# Ampere at most 40 bytes) spilled registers, except that at D = 128 on Hopper four warps with half
-# the queries were faster on an H200 (B = 8, T = 4096, bfloat16): several programs share a
-# multiprocessor then, and one multiplies while another is at its exponentials.
+# Tiles of the forward, dq and dkv kernels, by head dimension: the largest that compile with no (on
+# Ampere at most 40 bytes of) spilled registers, except that at D = 128 on Hopper four warps with
+# half the queries were faster on an H200 (B = 8, T = 4096, bfloat16): several programs then share a
+# multiprocessor, and one multiplies while another computes its exponentials.
 #
-# dkv holds dk and dv in float32, 2 * BN * D / 256 registers a thread at 8 warps, and two scores, 2
-# * BN * BM / 256: of 255 that is 192 at 64 x 128 and D = 128. The rest takes Hopper's copy engine,
-# which needs no addresses; loads by pointer fit with 64 keys, which reads the queries twice as
-# often, and at D = 256 dk and dv alone would take 256 with 64 keys.
+# dkv holds dk and dv in float32, 2 * BN * D / 256 registers per thread at 8 warps, and two scores,
+# 2 * BN * BM / 256: together 192 of 255 at 64 x 128 and D = 128. The rest suffices with Hopper's
+# copy engine, which needs no addresses; loads by pointer fit only with 64 keys, which reads the
+# queries twice as often, and at D = 256 dk and dv alone would take 256 registers with 64 keys.
 _HOPPER = {
     64: (Tile(128, 128, 8, 2), Tile(128, 128, 8, 2), Tile(64, 128, 8, 2)),
     128: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
@@ -65,8 +65,8 @@ _AMPERE = {
     128: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: (Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
 }
-# three tf32 products an operand: their halves need registers, at 256 with any tile more than there
-# are (dkv spills 6 KiB), so that auto does not choose it
+# float32 takes three tf32 products, and the parts of their operands need registers: at D = 256 more
+# than there are with any tile (dkv spills 6 KiB), so impl="auto" does not choose it
 _SINGLE = {
     64: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     128: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -79,7 +79,7 @@ def tiles(dim: int, dtype: torch.dtype, tma: bool) -> tuple[Tile, Tile, Tile]:
 
     Args:
         dim: the larger of D and Dv.
-        dtype: of q, k and v.
+        dtype: that of q, k and v.
         tma: tiles are loaded by the copy engine.
     """
     table = _SINGLE if dtype == torch.float32 else _HOPPER if tma else _AMPERE
@@ -95,8 +95,8 @@ def head_groups(programs: int, pairs: int, multiprocessors: int) -> int:
 
 
 def use_tma(*tensors: torch.Tensor) -> bool:
-    """Whether Hopper's copy engine takes these ``[B, T, H, D]``: it wants 16-byte strides. Single
-    precision is taken apart in registers anyway."""
+    """Whether to load these ``[B, T, H, D]`` with Hopper's copy engine, which needs strides in
+    multiples of 16 bytes. Not for float32, which is split into parts in registers anyway."""
     if tensors[0].dtype == torch.float32 or capability(tensors[0]) < 90:
         return False
     if not tensors[0].numel():
@@ -110,8 +110,8 @@ def use_tma(*tensors: torch.Tensor) -> bool:
 
 
 def _with_strides(x):
-    """``x`` with a dense last dimension, and a stride that the copy engine takes where it does not
-    matter: one head of a key that was expanded over all heads has stride 0."""
+    """``x`` with a dense last dimension, and with strides that the copy engine takes in dimensions
+    of size 1, where they do not matter: one head of a key expanded over all heads has stride 0."""
     x = near_tokens(x)
     given = [s if n > 1 else x.shape[-1] for n, s in zip(x.shape, x.stride(), strict=True)]
     return x.as_strided(x.shape, [*given[:-1], 1])
@@ -123,7 +123,7 @@ def forward(q, k, v, *, window_size, scale, cu_seqlens=None):
 
     Raises:
         ValueError: D or Dv is above ``MAX_DIM``, a dtype is not float32, bfloat16 or float16,
-            the rows are more than 65,535, or the tensors are not where Triton runs.
+            there are more than 65,535 rows, or Triton does not run on the tensors' device.
     """
     check_runs_here("shared_key_attention", q, k, v)
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
@@ -175,12 +175,13 @@ def _launch(q, k, v, window_size, scale, cu_seqlens):
 
 
 def _document_bounds(cu_seqlens, length):
-    """First token and end of the document of each token, int32 ``[T]``; nothing waits for the
-    device."""
+    """First token and end of the document of each token, int32 ``[T]``; the host does not wait for
+    the device."""
     if cu_seqlens is None:
         return None, None
     token = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    # the first boundary behind the token; of equal ones (empty documents) the last is before it
+    # the first boundary past the token; the one before it is the last of equal ones, which empty
+    # documents have
     after = torch.searchsorted(cu_seqlens, token, right=True)
     return tuple(cu_seqlens[i].to(torch.int32) for i in (after - 1, after))
 
@@ -209,7 +210,7 @@ def _operands(kernel: int, by_query, by_key):
     tma = use_tma(*by_query, *by_key)
     dims = [x.shape[-1] for x in (*by_query, *by_key)]
     tile = tiles(max(dims), by_key[0].dtype, tma)[kernel]
-    # on eight warps 64 rows of 16 channels are 8 columns for each warpgroup, a wgmma which ended in
+    # on eight warps, 64 rows of 16 channels are 8 columns per warpgroup, and such a wgmma ended in
     # an illegal access on an H200 (Triton 3.6)
     rows = tile.keys if kernel == 2 else tile.queries
     if min(dims) <= 16 and rows == 64 and capability(by_key[0]) >= 90:
@@ -219,7 +220,7 @@ def _operands(kernel: int, by_query, by_key):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def describe(x, height):
-        # the tile's unit dimensions lead, or Triton passes it through registers
+        # the tile's unit dimensions come first, else Triton passes it through registers
         return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, height, x.shape[-1]])
 
     queries = [describe(x, tile.queries) for x in by_query]
@@ -293,7 +294,7 @@ def _dkv(q, k, v, lse, delta, do, launch):
     groups = head_groups(
         key_tiles * key_heads * batch, pairs // key_heads, multiprocessors(k.device)
     )
-    # partial sums stay fp32; a lone one is the gradient
+    # partial sums stay fp32; a single one is the gradient itself
     dk = k.new_empty((groups, *k.shape), dtype=k.dtype if groups == 1 else torch.float32)
     dv = v.new_empty(
         (batch, keys, pairs, value_dim), dtype=v.dtype if pairs == value_heads else torch.float32

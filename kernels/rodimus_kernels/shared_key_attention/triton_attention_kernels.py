@@ -1,6 +1,6 @@
 """Triton kernels of sliding-window shared-key attention: forward, and the two backward passes.
 
-Positions are those of the keys, 0 to S; the T queries stand on the last of them. Query position i
+Positions are those of the keys, 0 to S; the T queries are at the last T of them. Query position i
 sees key j where ``first[i] <= j <= i`` with ``first[i] = max(i - W + 1, start of i's document)``;
 seen from the key, ``j <= i < end[j]`` with ``end[j] = min(j + W, end of j's document)``. Both grow
 with the position, so the tiles of a program fall into three runs: one edge, whole tiles, the other
@@ -154,7 +154,7 @@ def attend(
             seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= first[:, None])
             b_s = tl.where(seen, b_s * scale, float("-inf"))
             highest = tl.maximum(top, tl.max(b_s, 1))
-            # a query that has seen no key yet: weights of 0 relative to anything finite
+            # a query that has seen no key yet gets weights of 0, relative to any finite base
             base = tl.where(highest == float("-inf"), 0.0, highest)
         else:
             highest = tl.maximum(top, tl.max(b_s, 1) * scale)
@@ -205,7 +205,7 @@ def shared_key_attention_fwd_kernel(
     UPCAST: tl.constexpr,
 ):
     """``o [B, T, H, DV]`` and ``lse [B, H, T]``. Grid: query tiles, heads, batch."""
-    # the last queries have the fullest windows: they start first
+    # the last queries have the fullest windows, so they start first
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
@@ -419,10 +419,10 @@ def key_gradients(
 ):
     """The query tiles of one head: dv += p^T do, dk += (p * (do v^T - delta))^T q.
 
-    Two accumulators and two scores fill the registers, so nothing else may live in the loop: one
-    copy of it, scores that start from -delta instead of subtracting it, rows that need no mask.
+    Two accumulators and two scores fill the registers, so the loop must not hold anything else:
+    there is one copy of it, dp starts from -delta instead of subtracting it, and rows need no mask.
     """
-    # a second accumulator in Blackwell's tensor memory would pass through registers
+    # with two buffers in Blackwell's tensor memory, the accumulator would pass through registers
     for m in tl.range(begin, stop, BM, num_stages=STAGES, disallow_acc_multi_buffer=True):
         row = m - offset
         b_q = load_tile(q, i_b, i_h, row, T, q_b, q_t, q_h, BM, D, BD, True, TMA)

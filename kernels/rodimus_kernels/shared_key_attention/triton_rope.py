@@ -1,8 +1,7 @@
-"""Rotary position embedding in Triton: every channel is read once and written once, the tables once
-a token for all its heads.
+"""Rotary position embedding in Triton: every channel is read once and written once, and the tables
+are read once per token for all its heads.
 
-Nothing is saved for the backward pass but the tables: the gradient is turned back by the same
-angles.
+Only the tables are saved for the backward pass: the gradient is rotated back by the same angles.
 """
 
 import torch
@@ -12,7 +11,7 @@ import triton.language as tl
 from .._schemas import register_gradient
 from .._triton import FP_FUSION, check_runs_here, implement, row_block, unit_stride
 
-# elements of a program's tile: 16 a thread at 4 warps
+# elements of a program's tile: 16 per thread at 4 warps
 _TILE = 2048
 
 
@@ -38,7 +37,7 @@ def rope_kernel(
     BREST: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """``y [B, T, H, D]``: the first ``2 * HALF`` channels turned, the rest copied. Grid: B * T,
+    """``y [B, T, H, D]``: the first ``2 * HALF`` channels rotated, the rest copied. Grid: B * T,
     blocks of heads."""
     i_bt = tl.program_id(0).to(tl.int64)
     i_b = i_bt // T
@@ -70,8 +69,8 @@ def forward(x, cos, sin):
     """``rope`` in Triton; the contract is that of :func:`rodimus_kernels.rope`.
 
     Raises:
-        ValueError: a dtype is not float32, bfloat16 or float16, or the tensors are not where Triton
-            runs.
+        ValueError: a dtype is not float32, bfloat16 or float16, or Triton does not run on the
+            tensors' device.
     """
     check_runs_here("rope", x, cos, sin)
     return torch.ops.rodimus.rope(x, cos, sin, False)
@@ -85,7 +84,7 @@ def _rope(x, cos, sin, inverse):
     y = x.new_empty(x.shape)
     block_half = row_block(half)
     block = min(max(_TILE // (2 * block_half), 1), row_block(heads))
-    # one table for all rows: no step from row to row
+    # dimensions of size 1 get step 0: all rows may share one table
     steps = [
         0 if size == 1 else stride
         for table in (cos, sin)

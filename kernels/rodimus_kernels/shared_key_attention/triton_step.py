@@ -1,10 +1,10 @@
 """One to eight tokens of shared-key attention against the ring cache, in Triton.
 
 A program takes one token of one sequence, the query heads of a key head (at most 16), and a part
-of the window: keys are read once for all these heads, each value once, and nothing that is not
-visible. The parts are joined by a second, small kernel. The program that sees new tokens writes
-their rows first: a row that is overwritten holds a token that no query sees any more, so one launch
-may do both.
+of the window: keys are read once for all these heads, each value once, and invisible rows not at
+all. The parts are joined by a second, small kernel. The program that sees new tokens writes their
+rows first: a row that is overwritten holds a token that no query sees any more, so one launch can
+write and read.
 """
 
 import math
@@ -27,8 +27,8 @@ from .._triton import (
 MAX_DIM = 256
 # query heads of a program: 16 threads hold a head of 128 channels, so these are 8 warps
 _HEADS = 16
-# keys of a tile: their keys and values are under way together, into registers. With few of them
-# many programs share a multiprocessor: 564 us with 4, 848 us with 8 (H200, 256 sequences).
+# keys of a tile: their keys and values are loaded into registers together. With few of them, many
+# programs share a multiprocessor: 564 us with 4, 848 us with 8 (H200, 256 sequences).
 _KEYS = 4
 # a part shorter than this costs more to join than it saves
 _MIN_KEYS_PER_PART = 16
@@ -39,13 +39,13 @@ _JOINED = 16
 
 @triton.jit
 def quantize_values(b_v):
-    """Steps ``[BH, BDV]`` and scale ``[BH]`` of values in fp32, both in fp32, as
-    :func:`rodimus_kernels.reference.quantize_values` has them, to the bit."""
-    # magnitudes in the order of their bits, NaN above infinity above all numbers
+    """Steps ``[BH, BDV]`` and scale ``[BH]`` of values in fp32, both in fp32 and bitwise equal to
+    those of :func:`rodimus_kernels.reference.quantize_values`."""
+    # magnitudes are in the order of their bits, with NaN above infinity above all numbers
     largest = tl.max(b_v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale = largest.to(tl.float32, bitcast=True) * (1.0 / 127.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-    # to bfloat16, ties to even, by hand: the interpreter cuts off
+    # to bfloat16, ties to even, by hand because the interpreter truncates
     bits = scale.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
     bits = tl.where(largest < 0x7F800000, bits, 0x7FC00000)
@@ -59,7 +59,7 @@ def quantize_values(b_v):
 
 @triton.jit
 def store_quantized(p_steps, p_scale, b_v, mask, is_head, BH: tl.constexpr, BDV: tl.constexpr):
-    """Values ``[BH * BDV]`` of BH heads in 8 bits, and a scale of each head."""
+    """Store values ``[BH * BDV]`` of BH heads in 8 bits, and a scale for each head."""
     b_steps, b_scale = quantize_values(tl.reshape(b_v.to(tl.float32), (BH, BDV)))
     tl.store(p_steps, tl.reshape(b_steps, (BH * BDV,)).to(tl.int8), mask=mask)
     tl.store(p_scale, b_scale.to(p_scale.dtype.element_ty), mask=is_head)
@@ -67,9 +67,9 @@ def store_quantized(p_steps, p_scale, b_v, mask, is_head, BH: tl.constexpr, BDV:
 
 @triton.jit
 def add_keys(acc, top, total, b_s, b_v, b_scales):
-    """``(acc [BH, BDV], top [BH], total [BH])`` of a softmax with BN more keys, by their scores
-    ``[BN, BH]``, -inf where there is no key, and values ``[BN, BH * BDV]``, steps of ``b_scales
-    [BN, BH]`` unless that is None."""
+    """``(acc [BH, BDV], top [BH], total [BH])`` of a softmax with BN more keys, from their scores
+    ``[BN, BH]``, -inf where there is no key, and values ``[BN, BH * BDV]``, which are in steps of
+    ``b_scales [BN, BH]`` unless that is None."""
     # every tile begins with a visible key, so the maximum is finite
     highest = tl.maximum(top, tl.max(b_s, 0))
     b_p = tl.exp2(b_s - highest[None, :])
@@ -124,11 +124,11 @@ def ring_attention_kernel(
     """``o [parts, B * T, H, DV]`` and ``lse [parts, B * T, H]`` of each part of the window, and the
     new rows of the cache. Grid: parts, key heads times blocks of their query heads, B * T.
 
-    INT8: ``cache`` are the keys of a ring of bytes, ``values`` and ``scales`` its other parts; all
-    are strided by rows of c_t keys of KEY_BYTES.
+    INT8: ``cache`` is the keys of a ring of bytes, ``values`` and ``scales`` are its other parts;
+    the rows of all three are c_t keys of KEY_BYTES apart.
 
     Keys and values are tiles ``[BN, BH * BD]`` of one layout, a key repeated for all heads: a score
-    is a sum over the threads of a head, and nothing changes threads through shared memory.
+    is a sum over the threads of a head, and no data goes through shared memory to other threads.
     """
     i_p = tl.program_id(0)
     i_hk = tl.program_id(1) % HK
@@ -136,12 +136,12 @@ def ring_attention_kernel(
     i_bt = tl.program_id(2).to(tl.int64)
     i_b = i_bt // T
     i_t = (i_bt % T).to(tl.int32)
-    # tokens the sequence has seen before this call; the newest visible key is the token itself
+    # tokens that the sequence has seen before this call; the newest visible key is the token's own
     new = tl.load(position + i_b)
     last = new + i_t
     first = tl.maximum(last - W + 1, 0) + i_p * PART
     count = tl.minimum(last + 1 - first, PART).to(tl.int32)
-    # row of the part's first key; the part is no longer than the ring and passes its end once
+    # row of the part's first key; the part is no longer than the ring and wraps at most once
     first_row = (first % R).to(tl.int32)
 
     o_n = tl.arange(0, BN)
@@ -161,7 +161,7 @@ def ring_attention_kernel(
 
     c_row = cache + i_b * c_b
     key_columns = i_hk * D + o_d
-    # 8-bit values have a pointer of their own
+    # 8-bit values have their own pointer
     before: tl.constexpr = 0 if INT8 else HK * D
     value_columns = tl.max_contiguous(
         tl.multiple_of(before + (heads_v % HV) * DV + o_hv_d, VECTOR), VECTOR
@@ -207,7 +207,7 @@ def ring_attention_kernel(
         acc, top, total = add_keys(acc, top, total, b_s, b_v, b_scales)
 
     o_rows = (i_p * tl.num_programs(2).to(tl.int64) + i_bt) * H + heads
-    # a part behind the newest key is empty: weight 0
+    # a part past the newest key is empty and gets weight 0
     b_o = acc / tl.where(total > 0, total, 1.0)[:, None]
     p_o = o + o_rows[:, None] * DV + o_v[None, :]
     tl.store(p_o, b_o.to(o.dtype.element_ty), mask=is_head[:, None] & (o_v < DV)[None, :])
@@ -250,7 +250,7 @@ def join_parts_kernel(
 
 
 def split_window(window: int, programs: int, multiprocessors: int) -> tuple[int, int]:
-    """``(parts, keys a part)``: enough parts to fill the GPU, none too short to be worth it."""
+    """``(parts, keys per part)``: enough parts to fill the GPU, none too short to be worth it."""
     parts = max(_PROGRAMS_PER_SM * multiprocessors // programs, 1)
     parts = min(parts, triton.cdiv(window, _MIN_KEYS_PER_PART))
     part = triton.cdiv(triton.cdiv(window, parts), _KEYS) * _KEYS
@@ -263,8 +263,8 @@ def step(q, k, v, cache, position, *, window_size, scale):
 
     Raises:
         ValueError: D or Dv is above ``MAX_DIM``, dtypes differ or are not float32, bfloat16 or
-            float16, the cache's rows are not dense, the tokens are more than 65,535, or the tensors
-            are not where Triton runs.
+            float16, the cache's rows are not dense, there are more than 65,535 tokens, or Triton
+            does not run on the tensors' device.
     """
     alike = (q, k, v) if cache.dtype == torch.uint8 else (q, k, v, cache)
     check_runs_here("shared_key_attention_step", *alike)
