@@ -1,8 +1,8 @@
-// What an operator's kernels are given: raw pointers, element types, sizes.
+// Arguments of the operators' kernels: raw pointers, element types, sizes.
 //
 // Plain C++ without torch, so the CPU kernels of every instruction set, nvcc and the emulated CUDA
 // kernels of the tests include the same definitions. Rows are contiguous; `stride` is the distance
-// between rows in elements, so a half of a wider projection needs no copy.
+// between rows in elements, so one half of a wider projection needs no copy.
 #pragma once
 
 #include <stdint.h>
@@ -15,25 +15,25 @@
 
 namespace rodimus {
 
-// Rows of x that a linear step takes, and tokens of an attention step.
+// Most rows of x in a linear step, and most tokens in an attention step.
 constexpr int kMaxRows = 8;
 
-// Taps that the convolution of a sequence takes.
+// Most taps of the convolution of a sequence.
 constexpr int64_t kMaxTaps = 8;
 
-// Channels of a head that the attention step takes on CUDA.
+// Most channels of a head in the attention step on CUDA.
 constexpr int kMaxHeadDim = 256;
 
-// int8 and int4 are weights of linear layers only, on a CPU.
+// int8 and int4 are for weights of linear layers only, and only on a CPU.
 enum class Type : int { kFloat32, kBFloat16, kInt8, kInt4 };
 
-// Weights of 4 bits that share a scale, and those that are packed together.
+// How many 4-bit weights share a scale, and how many are packed together.
 constexpr int64_t kInt4Group = 32, kInt4Unit = 128;
 
-// What a CUDA kernel, started under the end of the one before it, does before that has ended: nothing
-// but bring weights to the cache that all share, or read ahead what no kernel just before has written.
-// The last is for kernels that follow another of the same step: what that one has waited for, weights
-// among it, is in memory.
+// What a CUDA kernel may do when it is started before the previous kernel has ended. kUnder: only
+// prefetch weights into the cache that all multiprocessors share. kAhead: also read what the
+// previous kernel has not written. That is for kernels that follow another one of the same step:
+// everything for which that one has waited, including the weights, is in memory.
 enum class Start : int { kUnder, kAhead };
 
 struct Rows {
@@ -44,14 +44,14 @@ struct Rows {
   RODIMUS_EVERYWHERE explicit operator bool() const { return data != nullptr; }
 };
 
-// A block's weights, in the order of rodimus_kernels.BlockWeights; Rodimus ends before kAttnNorm.
+// Weights of a block, as in rodimus_kernels.BlockWeights; Rodimus blocks end before kAttnNorm.
 enum Weight {
   kMixerNorm, kFc, kConv, kConvBias, kQueryKey, kGateIn, kGateOut, kGateBias, kMemGate, kMemBias,
   kResidual, kActNorm, kMixerOut,
   kAttnNorm, kQuery, kKey, kValue, kAttnOut, kFfnNorm, kFfnIn, kFfnOut, kCount
 };
 constexpr int kCountWithoutAttention = kAttnNorm;
-// Those of linear layers, of which all in a block may be int8 or, but for kGateOut, int4.
+// Matrices of linear layers. All of them in a block may be int8 or, except for kGateOut, int4.
 constexpr Weight kMatrices[] = {kFc,    kQueryKey, kGateIn, kGateOut, kMemGate, kMixerOut,
                                 kQuery, kKey,      kValue,  kAttnOut, kFfnIn,   kFfnOut};
 
@@ -85,9 +85,9 @@ struct MixerStep {
   Rows q, k, select, temper;           // [B, K], raw projections
   Rows gate_hidden;                     // [B, R], hidden layer of the input gate
   Rows x, shifted, gate;               // [B, V]
-  Rows scaled;                         // [B, V] or empty; CUDA: y but for the norm's factor
+  Rows scaled;                         // [B, V] or empty; CUDA: y without the norm's factor
   Rows gate_weight;                    // [V, R]
-  const void* gate_scale = nullptr;    // as in Linear, of an int8 gate_weight
+  const void* gate_scale = nullptr;    // as in Linear, for an int8 gate_weight
   Rows gate_bias;                      // [V]
   Rows residual_weight, norm_weight;   // [V]
   Rows y;                              // [B, V]
@@ -108,10 +108,10 @@ struct ConvStep {
   int64_t rows, channels, width;
 };
 
-// Convolution of sequences of any length. Before the first token of one stand the inputs of its state,
-// or zeros; with documents, a tap counts within the document of its token only.
+// Convolution of sequences of any length. The inputs before a sequence's first token are those of
+// its state, or zeros; with documents, the taps of a token only see tokens of the same document.
 struct Conv {
-  Rows x;        // [B * T, D], the tokens of a sequence at the stride
+  Rows x;        // [B * T, D], with the stride between the tokens of a sequence
   Rows y;        // [B * T, D]
   int64_t sequence_stride;  // of x, in elements
   Rows weight;   // [D, W]
@@ -121,15 +121,15 @@ struct Conv {
   int64_t batch, length, channels, width;
 };
 
-// y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8 and each
-// of its rows is to be multiplied by a scale, or int4 and each group in a row is.
+// y = x weight^T + bias for few rows; x and weight have the same element type, or weight is int8
+// with a scale for each of its rows, or int4 with a scale for each group in a row.
 //
-// int4: a row is units of kInt4Unit weights in 32 words of 16 bits, the last unit filled with zeros. The
-// four bits of word i that start at bit 4 j are weight 32 j + i of the unit, in two's complement.
+// int4: a row consists of units of kInt4Unit weights in 32 words of 16 bits, the last unit padded
+// with zeros. Bits 4 j to 4 j + 3 of word i are weight 32 j + i of the unit, in two's complement.
 struct Linear {
   Rows x;        // [M, K]
-  Rows weight;   // [N, K]; of int4 the stride is in bytes
-  const void* scale = nullptr;  // of int8 float32 [N], of int4 bfloat16 [N, groups in whole units]
+  Rows weight;   // [N, K]; for int4 the stride is in bytes
+  const void* scale = nullptr;  // int8: float32 [N]; int4: bfloat16 [N, groups in whole units]
   Rows bias;     // [N] or empty
   Rows y;        // [M, N]
   float* scratch;  // of the size that the implementation states
@@ -149,7 +149,7 @@ struct Norm {
 };
 
 // T <= 8 new tokens of each sequence against its ring: token p is row p % R, [Hk keys | Hv values].
-// With int8_values a row is that of int8_values.h; the type and the stride are those of its keys.
+// With int8_values a row is as in int8_values.h; the type and the stride are those of its keys.
 struct AttentionStep {
   Rows q, k, v, o;           // [B * T, heads * dim]
   Rows cache;                // [B * R, Hk * D + Hv * Dv]
@@ -163,8 +163,8 @@ struct AttentionStep {
   Start start = Start::kUnder;
 };
 
-// Up to three linear layers of one step, with what stands before and after them in a block. bfloat16
-// weights; every input is [rows, inputs].
+// Up to three linear layers of one step, with the operations before and after them in a block.
+// bfloat16 weights; every input is [rows, inputs].
 struct StepLinear {
   struct Layer {
     Rows x, weight, bias, y;
@@ -176,38 +176,38 @@ struct StepLinear {
   Start start = Start::kUnder;
   int64_t together = 0;  // tiles that a GPU works on at once; set at the launch
 
-  // Before: x * norm_weight / sqrt(mean(x^2) + eps), the factor after the product. With norm_weight,
-  // x is as it stands, and its squares are summed here; otherwise x has been multiplied by whoever
-  // wrote it, who left the sums of squares of a row in `parts` pieces.
+  // Before: x * norm_weight / sqrt(mean(x^2) + eps), with the division after the product. If
+  // norm_weight is set, the step multiplies x by it and sums the squares. Otherwise the step that
+  // wrote x has multiplied it already, and left the sum of squares of each row in `parts` pieces.
   Rows norm_weight;
   const float* squares = nullptr;
   int64_t squares_stride = 0, parts = 0;
   float eps = 0.0f;
 
-  // After, for the only layer: sum = residual + y, for each tile of outputs its sum of squares, and
-  // for the norm that follows, if one does, scaled = sum * scaled_weight.
+  // After, for a single layer: sum = residual + y and, if a norm follows, the sum of squares of
+  // each tile of outputs, and scaled = sum * scaled_weight.
   Rows residual, sum, scaled, scaled_weight;
   float* sum_squares = nullptr;  // [rows, tiles]
-  // After, for the only layer: y = silu(second half) * first half.
+  // After, for a single layer: y = silu(second half) * first half.
   bool gated = false;
   // After, for the first `rotated` layers: the rotary embedding of heads of head_dim.
   Rows cos, sin;  // [rows, half]
   int64_t rotated = 0, head_dim = 0, half = 0;
-  // After, for the first conv.channels outputs of the only layer: the convolution of one token.
+  // After, for the first conv.channels outputs of a single layer: the convolution of one token.
   ConvStep conv = {};
 };
 
-// One token through a block of the model on CUDA: its linear steps in their order, the mixer's state
-// behind the second, attention behind the fourth. Rodimus ends with the third.
+// One token through a block of the model on CUDA: its linear steps in order, the mixer's state
+// update after the second, attention after the fourth. A Rodimus block ends with the third.
 struct BlockStep {
   enum { kExpand, kProject, kContract, kAttend, kAttnOut, kMlpIn, kMlpOut, kSteps };
   StepLinear steps[kSteps];
   int count = 0;
-  // tiles of outputs of each step, and of those before it
+  // tiles of outputs of each step, and of all steps before it
   int tiles[kSteps] = {}, before[kSteps] = {};
   MixerStep mixer = {};
   AttentionStep attention = {};
-  // what the next block begins with, of the shape of this one's
+  // the first weights of the next block, if they have the shape of this block's
   Rows next;
 };
 

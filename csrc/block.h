@@ -8,17 +8,17 @@
 
 namespace rodimus {
 
-// What a block is given, and what its attention reads; no window for a block without.
+// Arguments of a block, and what its attention reads; a block without attention has no window.
 struct BlockArguments {
   std::vector<Tensor> weights;
   Tensor taps, state;
   std::optional<Window> window;
-  // of matrices, in the order of Weight: what they are multiplied with, and scales of quantised ones
+  // for matrices, in the order of Weight: their number of inputs, and the scales of quantised ones
   int64_t inputs[kCount] = {};
   const void* scales[kCount] = {};
 };
 
-// The weights' convolution is of the type of the activations; matrices are too, or all quantised.
+// Convolution weights have the type of the activations; matrices too, or all are quantised.
 inline void check_weights(BlockArguments& block, const Tensor& stream, int64_t head_dim) {
   const std::vector<Tensor>& w = block.weights;
   int64_t count = static_cast<int64_t>(w.size());
@@ -89,9 +89,9 @@ inline Window window_of(const std::vector<Tensor>& w, const Tensor& stream, cons
   return window;
 }
 
-// All arguments of all blocks, checked before the first of them runs. The lists hold those of the
-// first block, then those of the second, and so on; `rings` is empty for blocks without attention, and
-// `scales` holds those of each quantised matrix.
+// All arguments of all blocks, checked before the first of them runs. The lists hold the tensors of
+// the first block, then those of the second, and so on; `rings` is empty for blocks without
+// attention, and `scales` has one tensor for each quantised matrix.
 inline std::vector<BlockArguments> block_arguments(
     const Tensor& stream, const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
     const std::vector<Tensor>& taps, const std::vector<Tensor>& states,

@@ -1,5 +1,5 @@
-// A window with 8-bit values: its rows, and how a head is quantised, the same on CPU and CUDA. To the
-// bit what rodimus_kernels.reference.quantize_values does.
+// A window with 8-bit values: its rows, and how a head is quantised, the same on CPU and CUDA.
+// Results are bitwise equal to those of rodimus_kernels.reference.quantize_values.
 #pragma once
 
 #include <stdint.h>
@@ -9,7 +9,7 @@
 
 namespace rodimus {
 
-// How a ring keeps values: as they come, or in a byte.
+// Type in which a ring stores a value: T, or a byte.
 template <class T, bool INT8>
 struct RingValue {
   using type = T;
@@ -26,8 +26,8 @@ struct No {
   static constexpr bool value = false;
 };
 
-// A row of the ring in bytes: keys, int8 values, bfloat16 scales on an even byte, and what is missing
-// to whole pieces of 16.
+// A row of the ring in bytes: keys, int8 values, bfloat16 scales from an even byte on, and padding
+// to a multiple of 16.
 struct Int8Row {
   int64_t values_at, scales_at, bytes;
 };
@@ -40,7 +40,7 @@ RODIMUS_EVERYWHERE static constexpr Int8Row int8_row(int64_t key_bytes, int64_t 
   return {key_bytes, scales_at, (scales_at + 2 * value_heads + 15) / 16 * 16};
 }
 
-// Magnitudes as integers in their order, NaN above infinity above all numbers.
+// A magnitude as an integer, in the same order, with NaN above infinity above all numbers.
 RODIMUS_EVERYWHERE static inline uint32_t magnitude(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
@@ -54,8 +54,8 @@ RODIMUS_EVERYWHERE static inline float scale_value(uint16_t scale) {
   return x;
 }
 
-// The scale of a head, in the bits of a bfloat16, from its largest magnitude: a 127th of it, rounded to
-// nearest; 0 below the smallest normal number, NaN for what is not finite.
+// The scale of a head, in the bits of a bfloat16, from its largest magnitude: a 127th of it,
+// rounded to nearest; 0 if below the smallest normal number, NaN if the magnitude is not finite.
 RODIMUS_EVERYWHERE static inline uint16_t scale_of(uint32_t largest) {
   if (largest >= 0x7f800000u) return 0x7fc0u;
   float x;

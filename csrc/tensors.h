@@ -1,5 +1,5 @@
 // From torch tensors to kernel arguments: every check of the native operators, the same for CPU and
-// CUDA. Messages name what was expected and what came.
+// CUDA. Messages say what was expected and what was given.
 #pragma once
 
 #include <optional>
@@ -65,8 +65,8 @@ inline void check_type(const char* name, const Tensor& x, const Tensor& like) {
                   static_cast<int>(like.scalar_type()));
 }
 
-// A tensor of one row, or of the given number of rows of its last dimension. The last dimension must
-// be dense; rows of a matrix may be apart, rows over several dimensions may not.
+// A tensor as rows of its last dimension, which must be dense. Rows of a matrix may have gaps
+// between them, rows over several dimensions may not.
 inline Rows rows_of(const char* name, const Tensor& x, const Tensor& like, Type type) {
   check_device(name, x, like);
   int64_t dim = x.dim(), size = x.size(dim - 1);
@@ -97,7 +97,7 @@ inline Rows weight_of(const char* name, const Tensor& x, int64_t outputs, int64_
   return is_int8(x) ? rows_of(name, x, like, Type::kInt8) : rows_of(name, x, like);
 }
 
-// Factors of the rows of an int8 matrix, or of the groups of an int4 one.
+// Scales of the rows of an int8 matrix, or of the groups of an int4 matrix.
 inline const void* scale_of(const char* name, const Tensor& scale, const Tensor& weight,
                             const Tensor& like) {
   STD_TORCH_CHECK(like.is_cpu(), name, " is quantised, which only the CPU's operators take");
@@ -129,7 +129,7 @@ inline float* state_of(const Tensor& state, const Tensor& like) {
   return static_cast<float*>(state.data_ptr());
 }
 
-// In the memory of a CPU. Far from where the sums of positions and sizes overflow.
+// For positions in CPU memory. The upper limit keeps sums of positions and sizes far from overflow.
 inline void check_positions(const int64_t* position, int64_t batch) {
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(position[b] >= 0, "position must be >= 0, got ", position[b]);
@@ -138,7 +138,7 @@ inline void check_positions(const int64_t* position, int64_t batch) {
   }
 }
 
-// Last, when everything has been checked.
+// To be called last, when everything has been checked.
 inline Tensor output_like(const Tensor& like, std::initializer_list<int64_t> shape,
                           std::optional<ScalarType> type = std::nullopt) {
   return torch::stable::new_empty(

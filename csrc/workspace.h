@@ -14,11 +14,11 @@ inline Rows columns(const Rows& x, int64_t first) {
   return part;
 }
 
-// Intermediate results of a block, carved out of memory that all blocks use one after the other; each
-// starts on a line.
+// Intermediate results of a block, carved out of memory that all blocks use one after the other;
+// each result starts on a line.
 class Workspace {
  public:
-  // Rows are of `type`, that of the activations, where rows() is not told another.
+  // Rows have `type`, that of the activations, unless rows() is given another.
   Workspace(float* memory, int64_t floats, int64_t rows, Type type)
       : rows_(rows), type_(type), next_(memory), end_(memory + floats) {}
 
@@ -32,7 +32,7 @@ class Workspace {
     return here;
   }
 
-  // What `results` intermediate results take at most beyond their own numbers.
+  // Most floats that `results` intermediate results take beyond their own numbers.
   static constexpr int64_t padding(int64_t results) { return results * kLine; }
 
  private:

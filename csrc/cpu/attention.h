@@ -1,8 +1,9 @@
 // Sliding-window shared-key attention of a few new tokens against the ring cache.
 //
 // The window is split by position: each task scores one part for all heads and keeps the largest
-// score, the sum of weights and the weighted values; a merge joins the parts. The split follows from
-// the ring alone, so a sequence's result depends neither on its neighbours nor on the threads.
+// score, the sum of weights and the weighted values; a merge joins the parts. The number of parts
+// depends only on the window and the number of new tokens, so a sequence's result depends neither
+// on other sequences nor on the threads.
 #pragma once
 
 #include "../int8_values.h"
@@ -50,8 +51,8 @@ inline void write_ring(const AttentionStep& a, int64_t b) {
   }
 }
 
-// What one part of the window keeps of a token, in the scratch: for each head the largest score, the
-// sum of the weights, and the weighted values.
+// What one part of the window stores for a token in the scratch: for each head the largest score,
+// the sum of the weights, and the weighted values.
 struct Part {
   float *largest, *sum, *values;
   int64_t stride;  // from one head's values to the next
@@ -64,13 +65,13 @@ struct Part {
   }
 };
 
-// Numbers as vectors of float32: kLanes of them as they stand, or kPair of bfloat16 as the even ones and
-// the odd ones. Weighted values stay in this order until they are merged.
+// Numbers as vectors of float32: kLanes of them in order, or kPair of bfloat16 as one vector of the
+// even ones and one of the odd ones. Weighted values stay in this order until they are merged.
 template <class V>
 struct Wide {
   static constexpr int kVectors = 1;
   static void make(const float* p, Vector* out) { *out = load(p); }
-  // written out: compilers widen a loop's bytes one by one
+  // with intrinsics, because compilers widen the bytes of a loop one by one
   static void make(const int8_t* p, Vector* out) {
 #if defined(__AVX512F__)
     __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -94,10 +95,10 @@ struct Wide<BFloat16> {
   }
 };
 
-// The rows of the next block, asked for in the order in which they stand in memory while this block is
-// computed: the passes over keys and values take a piece of every row, strides that a processor does
-// not foresee. Some pieces at a time, so that the loads in between need not wait, and into the second
-// level: a block of a wide model is larger than the first, which can also wait for fewer lines at once.
+// Prefetches the rows of the next block in memory order while this block is computed: the passes
+// over keys and values read a piece of every row, with strides that a processor does not predict.
+// Only some lines at a time, so that other loads need not wait, and into the second-level cache: a
+// block of a wide model is larger than the first level, which also allows fewer pending lines.
 struct ReadAhead {
   const char* at;
   int64_t lines;  // of a whole block
@@ -122,7 +123,7 @@ inline void add_scores(const typename Operand<T>::type* const* q, const T* const
   }
 }
 
-// scores[m][j] = q[m] . key of rows[j], for M heads whose key is the one `offset` behind a row's start.
+// scores[m][j] = q[m] . key of rows[j], for M heads whose key is at `offset` from a row's start.
 template <int M, class T>
 inline void score(const T* const* q, const T* const* rows, int64_t offset, int64_t dim,
                   float* const* scores) {
@@ -159,7 +160,7 @@ inline float sum_of(const float* x) {
   return horizontal_sum(sum);
 }
 
-// acc += sum_r weights[r] * values of rows[r], which stand `offset` bytes behind their starts.
+// acc += sum_r weights[r] * values of rows[r], which are `offset` bytes from the rows' starts.
 template <int R, class V, class T>
 inline void add_values(const float* weights, const T* const* rows, int64_t offset, int64_t dim,
                        float* acc) {
@@ -181,8 +182,8 @@ inline void add_values(const float* weights, const T* const* rows, int64_t offse
     for (int r = 0; r < R; ++r) acc[d] += weights[r] * widen(values[r][d]);
 }
 
-// One token against the first `count` of kKeyBlock rows; the others are there to be read. Every step is
-// taken for all heads before the next, so that what one head waits for another one's work can hide.
+// One token against the first `count` of kKeyBlock rows; the others can be read but do not count.
+// Every step is done for all heads before the next, so one head's work hides another's latency.
 template <class T, bool INT8>
 inline void attend_block(const AttentionStep& a, const T* q, const T* const* rows, int64_t count,
                          const Part& part, ReadAhead ahead) {
@@ -206,7 +207,7 @@ inline void attend_block(const AttentionStep& a, const T* q, const T* const* row
           ahead.part(2 * a.heads / M);
         }
       };
-      // the first head of these whose key this is
+      // the first of these heads that uses this key
       int64_t g = ((key - first) % a.key_heads + a.key_heads) % a.key_heads;
       add(Number<2>(), g);
       add(Number<1>(), g);
@@ -269,7 +270,7 @@ inline void scan_part(const AttentionStep& a, int64_t splits, int64_t b, int64_t
   int64_t count = newest - oldest + 1;
   int64_t begin = oldest + split * count / splits, end = oldest + (split + 1) * count / splits;
   const T* ring = static_cast<const T*>(a.cache.data) + b * a.ring * a.cache.stride;
-  // what the window leaves of a block may begin anywhere in it
+  // twice kKeyBlock, because the visible part of a block may begin anywhere in it
   const T* rows[2 * kKeyBlock];
   int64_t row_bytes = a.cache.stride * sizeof(T);
   for (int64_t p = begin; p < end; p += kKeyBlock) {

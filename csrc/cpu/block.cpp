@@ -1,5 +1,5 @@
-// One token through the blocks of the model: every projection and what stands between them, from one
-// call. A decode step has dozens of operators a block, each shorter than a call from Python.
+// One token through the blocks of the model: every projection and everything between them, in one
+// call. A decode step has dozens of operators per block, each shorter than a call from Python.
 #include "../block.h"
 #include "kernels.h"
 #include "threads.h"
@@ -31,7 +31,7 @@ struct Block {
     return a;
   }
 
-  // Layers of one input, side by side on the threads.
+  // Layers with the same input, whose outputs are shared among the threads together.
   void run(const std::vector<Linear>& layers) const {
     int64_t total = 0;
     for (const Linear& layer : layers) total += layer.outputs;
@@ -149,7 +149,7 @@ int64_t widest_input(const BlockArguments& block) {
   return prepared_row(*std::max_element(block.inputs, block.inputs + kCount));
 }
 
-// Numbers that the intermediate results take, with room for a line beside each of them.
+// Floats that the intermediate results take, with padding of a line for each of them.
 int64_t workspace_size(const BlockArguments& block, int64_t batch, int64_t width, int64_t window,
                        int64_t head_dim) {
   const std::vector<Tensor>& w = block.weights;
@@ -188,7 +188,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
       Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch,
                      type_of("conv", given.weights[kConv]));
       Block block{given, given.weights, stream, batch, width, key_eps, norm_eps, work, team, nullptr};
-      // at the same place for all blocks, of which none writes the stream that it reads
+      // at the same place for all blocks; they alternate, so none writes the stream that it reads
       Rows between = block.work.rows(width, last.type), sum = left-- % 2 ? last : between;
       block.converted = block.work.floats(batch * widest_input(given));
       Rows normed = block.work.rows(width);
@@ -197,7 +197,7 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
       if (given.window) {
         block.norm(branch, kAttnNorm, normed, start, sum);
         Rows attended = block.attention(normed, *given.window);
-        // the sum with what was attended reaches the MLP alone
+        // only the MLP reads the sum with the attention's output
         Rows inside = block.work.rows(width, sum.type);
         block.norm(attended, kFfnNorm, normed, sum, inside);
         branch = block.mlp(normed), start = sum;

@@ -6,7 +6,7 @@
 namespace rodimus {
 namespace RODIMUS_ISA {
 
-// WIDTH taps, or any number of them for 0.
+// WIDTH taps, or any number of them if WIDTH is 0.
 template <class T, int WIDTH>
 inline void conv_block(const ConvStep& a, int64_t b, int64_t first, int64_t n) {
   float y[kBlock], bias_buffer[kBlock];
@@ -44,8 +44,8 @@ inline void conv_step(const ConvStep& a, int64_t begin, int64_t end) {
   }
 }
 
-// Tokens [start, stop) of a sequence. The inputs of the last taps are kept widened, one row a token in
-// turn, so x is read once.
+// Tokens [start, stop) of a sequence. The inputs of the last taps are kept widened, in one row per
+// token that is reused in turn, so x is read once.
 template <class T>
 inline void conv_run(const Conv& a, int64_t b, int64_t start, int64_t stop, int64_t first, int64_t n) {
   float weight[kMaxTaps][kBlock], inputs[kMaxTaps][kBlock], y[kBlock], bias_buffer[kBlock];
@@ -90,8 +90,8 @@ inline void conv(const Conv& a, int64_t begin, int64_t end) {
   }
 }
 
-// What the norm sees of one block: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
-// before it goes on, as the models do.
+// Input of the norm for one block: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
+// before it is used further, as in the models.
 inline void norm_input(const Norm& a, int64_t i, int64_t first, int64_t n, float* out) {
   float buffer[kBlock];
   const float* x = read(a.x, i, first, n, out);
@@ -130,7 +130,7 @@ inline void norm(const Norm& a, int64_t begin, int64_t end) {
       squares += sum_of_squares(input, n);
     }
     float factor = 1.0f / sqrtf(squares / static_cast<float>(a.dim) + a.eps);
-    // the input is made a second time: cheaper than keeping a row of any length
+    // the input is computed a second time, which is cheaper than keeping a row of any length
     for (int64_t first = 0; first < a.dim; first += kBlock) {
       int64_t n = at_most(a.dim - first, kBlock);
       norm_input(a, i, first, n, input);

@@ -1,5 +1,5 @@
 // All CPU kernels in one instruction set. The build compiles this file once per set, with
-// RODIMUS_ISA the name of the set and the compiler flags that allow it.
+// RODIMUS_ISA defined as the name of the set, and with the compiler flags that allow it.
 #include "attention.h"
 #include "elementwise.h"
 #include "kernels.h"

@@ -1,9 +1,9 @@
 // y = x weight^T for a few rows of x, at the speed at which the weights can be read.
 //
-// For one row of x, weights are read in order: a single stream a thread is what the processor's
-// prefetchers follow best. For more rows of x a few rows of weights are read side by side, so that x
-// is read less often than they are. One dot product always adds in the same order, so a row's result
-// does not depend on its neighbours.
+// For one row of x, weights are read in order, because the processor's prefetchers follow a single
+// stream per thread best. For more rows of x, a few rows of weights are read side by side, so that
+// x is read less often. One dot product always adds in the same order, so a row's result does not
+// depend on the other rows.
 #pragma once
 
 #if defined(__AVX2__)
@@ -17,7 +17,7 @@ namespace RODIMUS_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-// 32 registers hold the sums.
+// 32 vector registers for the sums.
 constexpr bool kManyRegisters = true;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -27,7 +27,7 @@ constexpr int kVectorBytes = 16;
 constexpr bool kManyRegisters = false;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
-// Rows of x that rows of weights meet at once.
+// Rows of x that rows of weights are multiplied with at once.
 constexpr int kMostTogether = kManyRegisters ? 3 : 2;
 
 typedef float Vector __attribute__((vector_size(kVectorBytes)));
@@ -47,7 +47,7 @@ inline Bits load_bits(const void* p) {
   return x;
 }
 
-// The first n numbers at p, fewer than a vector has, and zeros behind them.
+// The first n numbers at p, fewer than a vector has, followed by zeros.
 template <class V, class T>
 inline V load_first(const T* p, int64_t n) {
 #if defined(__AVX512F__)
@@ -63,7 +63,7 @@ inline V load_first(const T* p, int64_t n) {
 #endif
 }
 
-// Halves are added to each other until one number is left, the same way on every instruction set.
+// Halves are added to each other until one number is left, alike with every instruction set.
 inline float horizontal_sum(Vector x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
@@ -79,8 +79,9 @@ inline float horizontal_sum(Vector x) {
 // Lane l: the horizontal sum of x[l], in the same order.
 inline Vector horizontal_sums(const Vector (&x)[kLanes]) {
 #if defined(__AVX512F__)
-  // Quarters of a vector have 4 lanes. After two folds, quarter j of quarters[i] stands for x[4 j + i];
-  // two more folds inside the quarters put x[4 j] to x[4 j + 3] side by side in quarter j.
+  // Quarters of a vector have 4 lanes. After two folds, quarter j of quarters[i] has the partial
+  // sums of x[4 j + i]; two more folds inside the quarters put the sums of x[4 j] to x[4 j + 3]
+  // side by side in quarter j.
   auto at = [&](int l) { return reinterpret_cast<__m512>(x[l]); };
   auto halves = [](__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
@@ -109,9 +110,9 @@ inline Vector horizontal_sums(const Vector (&x)[kLanes]) {
 // Elements of bfloat16 weights in one vector.
 constexpr int kPair = 2 * kLanes;
 
-// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x, `add_first`
-// the last n of a row that are fewer. A product is summed in kPlaces of them, so that additions need
-// not wait for each other. For two rows of x or more, kRows rows of weights are read side by side.
+// Part of a dot product: `add` takes kWidth elements of a row of weights and of a row of x,
+// `add_first` the last n of a row if fewer. A dot product has kPlaces such sums, so that additions
+// need not wait for each other. For two rows of x or more, kRows rows of weights are read together.
 template <class T>
 struct Sum;
 
@@ -147,9 +148,9 @@ struct Sum<BFloat16> {
 
 #else
 
-// x is float32 here, each run of kPair elements as its even ones, then its odd ones, the last run filled
-// with zeros: a 32-bit word of weights holds an even element in its low half and an odd one in its
-// high half.
+// x is float32 here, with the even elements of each run of kPair before the odd ones, and the last
+// run padded with zeros: a 32-bit word of weights holds an even element in its low half and an odd
+// one in its high half.
 template <>
 struct Sum<BFloat16> {
   static constexpr int kWidth = kPair, kPlaces = 1, kRows = 4;
@@ -171,7 +172,7 @@ typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 typedef int16_t Words __attribute__((vector_size(kVectorBytes)));
 constexpr int kWords = kVectorBytes / 2;
 
-// kWords int8 numbers in 16 bits.
+// kWords int8 numbers, widened to 16 bits.
 inline Words widen_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Words>(
@@ -186,7 +187,7 @@ inline Words widen_bytes(const int8_t* p) {
 #endif
 }
 
-// The first n of them, fewer than kWords, and zeros.
+// The first n of them, fewer than kWords, followed by zeros.
 inline Words widen_first_bytes(const int8_t* p, int64_t n) {
 #if defined(__AVX512F__)
   auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
@@ -198,7 +199,7 @@ inline Words widen_first_bytes(const int8_t* p, int64_t n) {
 #endif
 }
 
-// sum + w x, with the products of two neighbours in one lane.
+// sum + w x, with the products of two neighbours added in one lane.
 inline Integers add_pairs(Integers sum, Words w, const int16_t* p) {
   Words x;
   memcpy(&x, p, sizeof x);
@@ -218,9 +219,9 @@ inline Integers add_pairs(Integers sum, Words w, const int16_t* p) {
 #endif
 }
 
-// x is integers here, of kUnitBits and a sign in a unit of the row, in two halves of 16 bits that are
-// summed by themselves: exactly, up to kMost numbers. Halves are at most 2^14, so that a lane stays below
-// 2^30. A run of kWidth has all upper halves first.
+// x is integers here, of kUnitBits and a sign, in multiples of the row's unit. Two halves of 16
+// bits are summed separately, and exactly up to kMost numbers: halves are at most 2^14, so a lane
+// stays below 2^30. A run of kWidth has all upper halves first.
 template <>
 struct Sum<int8_t> {
   static constexpr int kWidth = kWords, kPlaces = kManyRegisters ? 2 : 1, kRows = 2;
@@ -241,9 +242,9 @@ struct Sum<int8_t> {
   }
 };
 
-// What a row of x must be turned into before the dot products: nothing where they take it as it
-// stands, else numbers of four bytes in their order, `size` of them and what fills the last run. For
-// quantised weights x may be of either type, and the products are in the row's unit.
+// The form of a row of x that the dot products read: x itself, or numbers of four bytes in the
+// order they need, `size` of them and padding of the last run. For quantised weights x may have
+// either type, and the products are in multiples of the row's unit.
 template <class T>
 struct Operand {
   using type = T;
@@ -280,8 +281,8 @@ struct Operand<BFloat16> {
 template <>
 struct Operand<int8_t> {
   using type = int32_t;
-  // The unit is a power of two in which the largest number has kUnitBits, and NaN where one of x is
-  // no number or infinite. Behind the numbers are zeros up to prepared_numbers.
+  // The unit is a power of two in which the largest number has kUnitBits, or NaN if x has a NaN or
+  // an infinity. The numbers are followed by zeros up to prepared_numbers.
   template <class X>
   static const int32_t* make(const X* x, int64_t size, float* out) {
     uint32_t largest = 0;
@@ -289,7 +290,7 @@ struct Operand<int8_t> {
       uint32_t magnitude = to_bits(widen(x[j])) & 0x7fffffffu;
       largest = magnitude > largest ? magnitude : largest;
     }
-    // the exponent from which on all numbers are below 2^exponent, and no factor leaves the normal range
+    // the least exponent with all numbers below 2^exponent and all factors in the normal range
     int exponent = static_cast<int>(largest >> 23) - 126;
     exponent = exponent < -90 ? -90 : exponent;
     float factor = power_of_two(Sum<int8_t>::kUnitBits - exponent);
@@ -306,7 +307,7 @@ struct Operand<int8_t> {
     }
     return made(x, out);
   }
-  // Upper halves, then lower ones, whose sign is that of what rounding the upper ones left.
+  // Upper halves, then lower halves: the signed remainders of rounding to the upper ones.
   static void split(const float* run, int16_t* halves) {
     constexpr int kBits = Sum<int8_t>::kHalfBits;
     for (int l = 0; l < kWords; ++l) {
@@ -324,14 +325,14 @@ struct Operand<int8_t> {
   static float unit(const float* out, int64_t size) { return out[prepared_numbers(size)]; }
 };
 
-// Weights of a single stream that are asked for before their turn, once a line; 0 for none. Those of int8
-// take more of the processor's work a byte, so without it too few are on their way. For bfloat16 it is
-// faster on AVX2, whose vectors have half a line, and slower on AVX-512.
+// How many weights ahead a single stream is prefetched, once per line; 0 for no prefetching. int8
+// takes more of the processor's work per byte, so without it too few lines are in flight. For
+// bfloat16 it is faster on AVX2, whose vectors have half a line, and slower on AVX-512.
 template <class T>
 constexpr int64_t kAhead = sizeof(T) == 1 ? 8192 : sizeof(T) == 2 && kVectorBytes == 32 ? 512 : 0;
 
-// Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) is given each, whose
-// lanes are still to be added.
+// Dot products of R rows of weights, row(r), with M rows of x: done(r, m, sums) gets each of them
+// as a vector whose lanes are still to be added.
 template <int R, int M, class T, class Row, class Done>
 inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, int64_t size,
                      const Done& done) {
@@ -346,7 +347,7 @@ inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, 
     for (int place = 0; place < kPlaces; ++place) add(place, i + place * kWidth);
   };
   constexpr int kTogether = kPlaces * kWidth, kLine = 64 / sizeof(T);
-  // a whole line for each request; int8, of more vectors a line, was slower that way
+  // a whole line per prefetch; int8, with more vectors per line, was slower that way
   constexpr int kStep = sizeof(T) == 1 ? kTogether : kLine;
   int64_t i = 0;
   if constexpr (kAhead<T> > 0 && R * M == 1)
@@ -365,7 +366,7 @@ inline void each_dot(const Row& row, const typename Operand<T>::type* const* x, 
     }
 }
 
-// Those of more numbers than integers hold.
+// Dot products of more numbers than can be summed in integers.
 template <int R, int M>
 void dots_of_parts(const int8_t* weight, int64_t stride, const int32_t* const* x, int64_t size,
                    float (*out)[kMaxRows]) {
@@ -381,7 +382,7 @@ void dots_of_parts(const int8_t* weight, int64_t stride, const int32_t* const* x
     }
 }
 
-// out[r][m]: those of rows of weights `stride` apart.
+// out[r][m]: dot products with rows of weights that are `stride` apart.
 template <int R, int M, class T>
 inline void dots(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                  int64_t size, float (*out)[kMaxRows]) {
@@ -392,8 +393,8 @@ inline void dots(const T* weight, int64_t stride, const typename Operand<T>::typ
                     [&](int r, int m, Vector sums) { out[r][m] = horizontal_sum(sums); });
 }
 
-// Those with any number of rows of x, in groups of MOST, 2 and 1 whose sums fit the registers; for
-// the second and later groups the weights come from the cache.
+// Dot products with any number of rows of x, in groups of MOST, 2 and 1 whose sums fit in the
+// registers; for the second and later groups the weights come from the cache.
 template <int R, int MOST, class T>
 inline void products(const T* weight, int64_t stride, const typename Operand<T>::type* const* x,
                      int64_t rows, int64_t size, float (*out)[kMaxRows]) {
@@ -420,14 +421,14 @@ inline void read_pair(const BFloat16* p, Vector* first, Vector* second) {
   *second = reinterpret_cast<Vector>(both & 0xffff0000u);
 }
 
-// Dot product of a row of int4 weights with a row of x, which is as for int8: a group is summed in
-// integers, exactly, then multiplied by its scale.
+// Dot product of a row of int4 weights with a row of x in the form for int8: a group is summed
+// exactly, in integers, then multiplied by its scale.
 struct Int4Sum {
   static constexpr int64_t kPieces = kInt4Group / kWords;
   static_assert(kPieces * kVectorBytes == kInt4Unit / 2, "a group is a place in all words of a unit");
   Vector upper = {}, lower = {};
   void add(const Words (&packed)[kPieces], const int32_t* x, const Vector (&scales)[4]) {
-    // by itself, so that the next unit need not wait for it
+    // a separate sum, so that the next unit need not wait for it
     Int4Sum unit;
     unit.add_group<0>(packed, x, scales[0]), unit.add_group<1>(packed, x, scales[1]);
     unit.add_group<2>(packed, x, scales[2]), unit.add_group<3>(packed, x, scales[3]);
@@ -451,7 +452,7 @@ struct Int4Sum {
   }
 };
 
-// Those with M rows of x.
+// Dot products with M rows of x.
 template <int M>
 inline void int4_dots(const uint8_t* weight, const BFloat16* scale, const int32_t* const* x,
                       int64_t size, float* out) {
@@ -484,7 +485,7 @@ inline void linear_prepare(const Linear& a) {
   }
 }
 
-// Output n of all rows of x, of sums that are still to be multiplied by scale and the rows' units.
+// Output n of all rows of x, from sums still to be multiplied by scale and the rows' units.
 template <class T>
 inline void finish_linear(const Linear& a, int64_t n, const float* sums, float scale) {
   float bias_buffer[1], bias = a.bias ? *read(a.bias, 0, n, 1, bias_buffer) : 0.0f;

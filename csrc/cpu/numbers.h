@@ -47,7 +47,7 @@ inline void narrow(float x, BFloat16* out) {
 // e^x to 2 units in the last place; 0 below -87.3, finite above 88.
 inline float exponential(float x) {
   float clamped = x < -87.3f ? -87.3f : (x > 88.0f ? 88.0f : x);
-  // adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits
+  // adding 1.5 * 2^23 rounds to an integer, which is then in the low bits
   float shifted = clamped * 1.44269504f + 12582912.0f;
   float n = shifted - 12582912.0f;
   float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -63,7 +63,7 @@ inline float exponential(float x) {
   return x < -87.3f ? 0.0f : result;
 }
 
-// Zero where e^-x is more than exponential() gives: what is left would be seen behind a large factor.
+// Zero where e^-x is beyond the range of exponential(): the rest would matter after a large factor.
 inline float sigmoid(float x) { return x < -88.0f ? 0.0f : 1.0f / (1.0f + exponential(-x)); }
 inline float silu(float x) { return x < -88.0f ? x * 0.0f : x / (1.0f + exponential(-x)); }
 

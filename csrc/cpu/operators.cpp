@@ -3,7 +3,7 @@
 #include "kernels.h"
 #include "threads.h"
 
-// Beside the code it was built from: the loader reads it to refuse a library of other sources.
+// The loader compares this digest with the sources, and refuses a library built from other ones.
 extern "C" __attribute__((used, visibility("default"))) const char rodimus_cpu_sources[] =
     "RODIMUS-SOURCES:" RODIMUS_SOURCES;
 

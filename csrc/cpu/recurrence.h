@@ -44,7 +44,7 @@ inline void recur(const float* __restrict__ decay, const float* __restrict__ k,
 }
 
 inline void ddts_step(const DdtsStep& a, int64_t begin, int64_t end) {
-  // keys are taken kBlock at a time: any number of them fits these buffers
+  // keys are taken kBlock at a time, so any number of them fits these buffers
   float decay[kBlock], k[kBlock], q[kBlock], v[kBlock], o[kBlock], part[kBlock];
   for (int64_t task = begin; task < end; ++task) {
     int64_t n = task / blocks(a.value_dim), first = task % blocks(a.value_dim) * kBlock;

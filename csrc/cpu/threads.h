@@ -13,7 +13,7 @@ namespace rodimus {
 
 using torch::stable::parallel_for;
 
-// Numbers a thread should touch at least; below that, waking it costs more than it helps.
+// Fewest numbers that are worth a thread; below that, waking it costs more than it helps.
 constexpr int64_t kWorthAThread = 16384;
 
 inline int64_t grain(int64_t numbers_per_task) {
@@ -24,15 +24,15 @@ inline int64_t grain(int64_t numbers_per_task) {
 // Rows of weights that a thread takes at a time: enough of them that they are read as one stream.
 inline int64_t rows_at_a_time(int64_t numbers_per_row) { return 4 * grain(numbers_per_row); }
 
-// The threads of one call that has many steps. One leads; it gives the others work, and never waits for
-// one that has not begun: on a busy machine, or where tasks run one after another, it does everything
-// itself.
+// The threads of one call that has many steps. One leads; it gives the others work, and never waits
+// for one that has not begun: on a busy machine, or if torch runs tasks one after another, the
+// leader does everything itself.
 class Team {
  public:
   explicit Team(int64_t members) : parts_(members) {}
 
-  // f(begin, end) for all of 0 .. total, `chunk` tasks at a time. Each thread has a part of its own, which
-  // it reads in order, and then helps the others.
+  // f(begin, end) for all of 0 .. total, `chunk` tasks at a time. Each thread has its own part,
+  // which it does in order, and then helps the others.
   template <class F>
   void run(int64_t total, int64_t chunk, const F& f) {
     int64_t count = std::min<int64_t>(parts_.size(), (total + chunk - 1) / chunk);
@@ -51,7 +51,7 @@ class Team {
     for (Patience patience; inside_.load();) patience.wait();
   }
 
-  // What a thread that does not lead does until `finish`.
+  // Loop of a thread that does not lead, until `finish`.
   void follow(int64_t member) {
     int64_t done = kClosed;
     for (Patience patience;;) {
@@ -61,7 +61,7 @@ class Team {
         patience.wait();
         continue;
       }
-      // whoever is counted in while a step is open is waited for before it changes
+      // the leader waits for every thread that is counted in while a step is open
       inside_.fetch_add(1);
       if (open_.load() == step) work(member), done = step;
       inside_.fetch_sub(1);
@@ -74,7 +74,7 @@ class Team {
  private:
   static constexpr int64_t kClosed = 0, kFinished = -1;
 
-  // Looks again at once for a while, then lets other threads have the core.
+  // Spins for a while, then yields the core to other threads.
   struct Patience {
     int left = 1000;
     void wait() {
@@ -112,7 +112,7 @@ class Team {
   alignas(64) std::atomic<int64_t> inside_{0};
 };
 
-// lead(team) with torch's threads as the team.
+// Run lead(team) with torch's threads as the team.
 template <class F>
 void with_team(const F& lead) {
   int64_t members = torch::stable::get_num_threads();
@@ -130,8 +130,8 @@ void with_team(const F& lead) {
   if (error) std::rethrow_exception(error);
 }
 
-// Parts of a window, each a task: at most 256 positions, and from three parts on a multiple of eight, so
-// that threads share them evenly.
+// Number of parts of a window, each a task of at most 256 positions; from three on a multiple of
+// eight, so that threads share the parts evenly.
 constexpr int64_t window_splits(int64_t positions) {
   int64_t parts = (positions + 255) / 256;
   return parts > 2 ? (parts + 7) / 8 * 8 : parts;

@@ -1,8 +1,8 @@
 // Sliding-window shared-key attention of a few new tokens against the ring cache.
 //
-// A block takes one token of one sequence and one part of its window, a second kernel joins the
-// parts. New tokens are read from the arguments and written to their rows by the way: a row that is
-// overwritten holds a token that no query sees any more, so one launch may do both.
+// A block takes one token of one sequence and one part of its window; a second kernel joins the
+// parts. New tokens are read from the arguments and also written to their rows: a row that is
+// overwritten holds a token that no query sees any more, so one launch can do both.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -15,10 +15,10 @@
 
 namespace rodimus {
 
-// Softmax in powers of two: the scale of the scores carries the factor.
+// Softmax in powers of two: the scale of the scores includes this factor.
 constexpr float kLog2E = 1.44269504f;
 
-// Query heads of the staged kernels: those of 1.6B and of 4B parameters.
+// Most query heads of the staged kernels: those of the models with 1.6B and 4B parameters.
 constexpr int kFewHeads = 16, kManyHeads = 24;
 constexpr int kAnyThreads = 128;
 constexpr int kJoinThreads = 256;
@@ -41,7 +41,7 @@ __device__ inline void widen_eight(const Eight<float>& x, float* out) {
   for (int i = 0; i < 8; ++i) out[i] = x.value[i];
 }
 
-// A bfloat16 is the upper half of a float: one operation an element where both halves are at hand.
+// A bfloat16 is the upper half of a float, so a pair in one word takes one operation per element.
 __device__ inline void widen_eight(const Eight<__nv_bfloat16>& x, float* out) {
   const auto* pairs = reinterpret_cast<const uint32_t*>(x.value);
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ inline uint32_t largest_of_lanes(uint32_t x) {
   return x;
 }
 
-// A value head of a token that was kept in 8 bits, or of a new one, which becomes what is kept.
+// A value head of a token in 8 bits: as stored, or of a new token, quantised as it will be stored.
 template <class T>
 struct Int8Head {
   const int8_t* kept;
@@ -80,7 +80,7 @@ struct Int8Head {
 
   __device__ Int8Head(const int8_t* values, uint16_t scale)
       : kept(values), fresh(nullptr), scale_bits(scale) {}
-  // All lanes of a warp together.
+  // Called by all lanes of a warp together.
   __device__ Int8Head(const T* values, int dim, int lane) : kept(nullptr), fresh(values) {
     uint32_t largest = 0;
     for (int d = lane; d < dim; d += kWarp) largest = larger(largest, magnitude(widen(values[d])));
@@ -92,20 +92,20 @@ struct Int8Head {
   }
 };
 
-// The keys of part i of `parts` of a token's window, numbered from the part's first.
+// The keys of part i of `parts` of a token's window, numbered from the part's first key.
 template <class T>
 struct WindowPart {
   const T *ring, *k, *v;
-  // numbers of a row of the ring, of its keys and of its values; with 8-bit values those of a new token
+  // elements of a row of the ring, of its keys and of its values (with 8 bits: of a new token's)
   int width, key_width, value_width, rows;
-  // keys of the part, the number of the first new token, ring rows of the first key and the token
+  // keys of the part, index of the first new one, ring rows of the first key and of the token
   int count, fresh, first_row, newest_row;
 
   __device__ WindowPart(const AttentionStep& a, int b, int t, int i, int parts) {
-    // a negative position would write before the ring, and only the device knows it
+    // clamped because a negative position, which only the device sees, would write before the ring
     int64_t last = (a.position[b] > 0 ? a.position[b] : 0) + t;
     int visible = static_cast<int>(last < a.window ? last + 1 : a.window);
-    // parts differ by one key at most; the last has one, the token itself, if others have none
+    // parts differ by at most one key; even if others are empty, the last has one, the token itself
     int share = visible / parts, shorter = parts - visible % parts;
     int begin = i * share + (i > shorter ? i - shorter : 0);
     count = share + (i >= shorter), fresh = visible - 1 - t - begin;
@@ -120,7 +120,7 @@ struct WindowPart {
     v = static_cast<const T*>(a.v.data) + b * a.steps * value_width;
   }
 
-  // A part is no longer than the ring, so it passes the ring's end at most once.
+  // A part is no longer than the ring, so it wraps around at most once.
   __device__ const T* row(int n) const {
     int row = first_row + n;
     return ring + static_cast<int64_t>(row < rows ? row : row - rows) * width;
@@ -129,14 +129,14 @@ struct WindowPart {
   __device__ const T* values(int n) const {
     return n < fresh ? row(n) + key_width : v + (n - fresh) * value_width;
   }
-  // Value head h of key n of a ring of 8-bit values; for all lanes of a warp together.
+  // Value head h of key n of a ring of 8-bit values; called by all lanes of a warp together.
   __device__ Int8Head<T> int8_head(int n, int h, int dim, int lane, const Int8Row& at) const {
     if (n >= fresh) return {v + (n - fresh) * value_width + h * dim, dim, lane};
     const char* bytes = reinterpret_cast<const char*>(row(n));
     return {reinterpret_cast<const int8_t*>(bytes + at.values_at) + h * dim,
             reinterpret_cast<const uint16_t*>(bytes + at.scales_at)[h]};
   }
-  // Keys that the ring holds: all but new ones.
+  // How many of the keys are in the ring: all but the new ones.
   __device__ int kept() const { return count < fresh ? count : fresh; }
   // Whether keys n .. n + keys are neighbours in the ring.
   __device__ bool is_run(int n, int keys) const {
@@ -148,8 +148,8 @@ struct WindowPart {
   }
 };
 
-// What a part leaves of one head in the scratch: its sum of values, and {largest score, sum of
-// weights} behind the values of all parts.
+// What a part stores in the scratch for one head: its sum of values, and {largest score, sum of
+// weights} after the values of all parts.
 struct PartResult {
   float *values, *weights;
 
@@ -175,8 +175,8 @@ __device__ inline void copy_if(bool there, T* to, const T* from) {
     *reinterpret_cast<Eight<T>*>(to) = {};
 }
 
-// From the scores of KEYS keys, of which each lane of half a warp has the part of its channels, to
-// the whole score of one key: that of number lane / (16 / KEYS).
+// From scores of KEYS keys over the channels of each lane of half a warp to the whole score of one
+// key per lane: that of number lane / (16 / KEYS).
 template <int KEYS>
 __device__ inline float transpose_sum(float* score, int lane) {
   int mask = kHeadLanes / 2;
@@ -193,8 +193,8 @@ __device__ inline float transpose_sum(float* score, int lane) {
   return score[0];
 }
 
-// The softmax of one query head over the keys so far. Half a warp holds it, each lane eight channels,
-// and needs no other thread.
+// The softmax of one query head over the keys so far. Half a warp holds it, with eight channels per
+// lane, and needs no other thread.
 struct HeadSum {
   float q[8], acc[8] = {}, top = -INFINITY, total = 0.0f;
 
@@ -205,8 +205,8 @@ struct HeadSum {
     for (int i = 0; i < 8; ++i) q[i] *= scale * kLog2E;
   }
 
-  // KEYS more keys, of which the first `present` are there, one at least: so the maximum is finite.
-  // key(j, out) and value(j, out) have the lane's channels, scale(j) a factor of the values.
+  // Add KEYS more keys, of which the first `present` exist; at least one does, so the maximum is
+  // finite. key(j, out) and value(j, out) give the lane's channels, scale(j) a factor for values.
   template <int KEYS, class Key, class Scale, class Value>
   __device__ void add(int present, const Key& key, const Scale& scale, const Value& value) {
     constexpr int kShare = kHeadLanes / KEYS;
@@ -240,7 +240,7 @@ struct HeadSum {
     }
   }
 
-  // Behind the last keys: the sum of weights, which the lanes hold in parts, in all of them.
+  // After the last keys: adds up the parts of the sum of weights, so that every lane has all of it.
   template <int KEYS>
   __device__ void add_lanes() {
 #pragma unroll
@@ -248,7 +248,7 @@ struct HeadSum {
       total += __shfl_xor_sync(0xffffffffu, total, mask);
   }
 
-  // What a part leaves in the scratch.
+  // Store the results of a part in the scratch.
   __device__ void keep(const PartResult& result) const {
     int lane = threadIdx.x % kHeadLanes;
     Eight<float> out;
@@ -259,7 +259,7 @@ struct HeadSum {
   }
 };
 
-// Eight values of each lane of half a warp, a head together: their steps, and the bits of the scale.
+// Quantise a head, eight values per lane of half a warp: writes steps, returns the scale's bits.
 template <class T>
 __device__ inline uint16_t quantize_eight(const Eight<T>& x, EightSteps* out) {
   float value[8];
@@ -282,8 +282,8 @@ constexpr int64_t attention_bytes(int64_t value_heads) {
   return STAGES * KEYS * row;
 }
 
-// Tiles of KEYS keys and their values in shared memory, the keys of a tile first. A thread reads eight
-// channels: of a key those of its place in half a warp.
+// Tiles of KEYS keys and their values in shared memory, the keys of a tile first. A thread reads
+// eight channels; which ones of a key follows from its place in half a warp.
 template <class T, int KEYS>
 struct PlainTiles {
   const WindowPart<T>& part;
@@ -292,8 +292,8 @@ struct PlainTiles {
   __device__ PlainTiles(const AttentionStep& a, const WindowPart<T>& part)
       : part(part), has_values(threadIdx.x / kHeadLanes < a.value_heads) {}
 
-  // Ask for keys n .. n + KEYS of the part. One beyond the last becomes 0: its weight is 0, and 0
-  // times what stood there may be NaN.
+  // Start to copy keys n .. n + KEYS of the part. Keys beyond the last become 0: their weight is 0,
+  // but 0 times what was there before may be NaN.
   __device__ void copy(int n, T* tile) const {
     T* keys = tile;
     T* values = keys + KEYS * kHeadDim + threadIdx.x * 8;
@@ -341,7 +341,7 @@ struct PlainTiles {
   }
 };
 
-// The same of a ring of 8-bit values: a tile is rows as they stand there.
+// The same for a ring of 8-bit values: a tile consists of rows in the format of the ring.
 template <class T, int KEYS>
 struct Int8Tiles {
   const WindowPart<T>& part;
@@ -403,7 +403,7 @@ struct Int8Tiles {
       else if (n >= part.count)
         *reinterpret_cast<Piece<T>*>(to + i) = {};
     if (kept || n >= part.count) return;
-    // a new token: its values become what the ring will hold
+    // a new token: its values are quantised as the ring will hold them
     int channel = threadIdx.x * 8, head = threadIdx.x / kHeadLanes;
     Eight<T> given = {};
     EightSteps steps;
@@ -415,17 +415,17 @@ struct Int8Tiles {
   }
 };
 
-// One key head, heads of kHeadDim channels, up to HEADS of them and an even number. A tile is
-// KEYS keys; STAGES - 1 tiles are on their way while one is used. Half a warp holds a query head,
-// each lane eight channels of it: the softmax of a head needs no other thread.
-// Grid: (parts, B * T), of 16 threads a head.
+// One key head, and an even number up to HEADS of query heads of kHeadDim channels. A tile is KEYS
+// keys; STAGES - 1 tiles are in flight while one is used. Half a warp holds a query head, with
+// eight channels per lane, so the softmax of a head needs no other thread.
+// Grid: (parts, B * T), with 16 threads per head.
 template <class T, bool INT8, int KEYS, int STAGES, int BLOCKS, int HEADS>
 __global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_kernel(AttentionStep a) {
   RODIMUS_DYNAMIC_SHARED(T, shared);
   int bt = static_cast<int>(blockIdx.y), steps = static_cast<int>(a.steps);
   if (a.start != Start::kAhead) take_turn();
   WindowPart<T> part(a, bt / steps, bt % steps, blockIdx.x, gridDim.x);
-  // what is in the ring is there before the new tokens are
+  // keys in the ring can be read before the kernel that writes the new tokens has ended
   bool ahead = a.start == Start::kAhead && part.count <= part.fresh;
   if (a.start == Start::kAhead && !ahead) take_turn();
   std::conditional_t<INT8, Int8Tiles<T, KEYS>, PlainTiles<T, KEYS>> tiles(a, part);
@@ -443,10 +443,10 @@ __global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_ke
   int stage = 0, next = STAGES - 1;
   for (int n = 0; n < part.count; n += KEYS) {
     __pipeline_wait_prior(STAGES - 2);
-    // the tile is there for all threads, and none of them uses the one that is overwritten next
+    // all threads see the tile, and none of them still uses the one that is overwritten next
     __syncthreads();
     tiles.copy(n + (STAGES - 1) * KEYS, shared + next * tile_size);
-    // also behind the last tile: the number of groups under way is constant
+    // also after the last tile, so that the number of groups in flight is constant
     __pipeline_commit();
     T* tile = shared + stage * tile_size;
     sum.add<KEYS>(
@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(HEADS* kHeadLanes, BLOCKS) attention_staged_ke
   } else {
     sum.keep(PartResult(a, gridDim.x, blockIdx.x, bt, h));
   }
-  // the token itself is the last key of the last part, and stands in the last tile
+  // the token itself is the last key of the last part, and is in the last tile
   int last = part.count - 1;
   if (blockIdx.x + 1 == gridDim.x)
     tiles.keep(shared + last / KEYS % STAGES * tile_size, last % KEYS, part.newest());
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
       float score[kTogether], highest = top;
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
-        // a key beyond the last repeats it and weighs nothing
+        // a key beyond the last is replaced by key n and gets weight 0
         bool there = n + j < part.count;
         const T* key = part.key(there ? n + j : n) + key_offset;
         float sum = 0.0f;
@@ -562,8 +562,8 @@ __global__ void __launch_bounds__(kAnyThreads, 4) attention_any_kernel(Attention
   }
 }
 
-// The parts of one head in one. Every warp takes each eighth part, and all of up to kJoinedParts are
-// on their way before the first is used. Grid: (H, B * T).
+// Join the parts of one head. Each warp takes every eighth part, and up to kJoinedParts parts are
+// in flight before the first is used. Grid: (H, B * T).
 __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionStep a) {
   constexpr int kPieces = kMaxHeadDim / kWarp, kWarps = kJoinThreads / kWarp;
   constexpr int kTogether = kJoinedParts / kWarps;
@@ -587,7 +587,7 @@ __global__ void __launch_bounds__(kJoinThreads) attention_join_kernel(AttentionS
     float highest = top;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) highest = fmaxf(highest, tops_of[j]);
-    // parts without keys so far: weights of 0 relative to anything finite
+    // if none of the warp's parts has had keys so far, weights are 0 relative to any finite base
     float base = highest == -INFINITY ? 0.0f : highest, fade = exp2f(top - base);
     top = highest, total *= fade;
 #pragma unroll

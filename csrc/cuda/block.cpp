@@ -1,6 +1,6 @@
-// One token through the blocks of the model: ten kernels each, with what stands between the linear
-// layers at their ends, or one kernel each. For up to eight rows of bfloat16 weights; torch's own
-// products take more.
+// One token through the blocks of the model: in ten kernels per block, where operations between the
+// linear layers are part of the layers' kernels, or in one. For bfloat16 weights and up to eight
+// rows of x; more rows are left to torch's own products.
 #include "../block.h"
 #include "block_plan.h"
 #include "launch.h"
@@ -71,9 +71,9 @@ Tensor blocks_step(const Tensor& stream, const std::vector<Tensor>& weights,
     Rows start = rows_of("stream", stream, stream), last = output_rows(result);
     std::vector<BlockStep> steps(blocks.size());
     for (size_t i = 0; i < blocks.size(); ++i) {
-      // no kernel writes before the one ahead of it has ended, so all blocks may share the memory
+      // no kernel writes before the previous one has ended, so all blocks can share the memory
       Workspace work(static_cast<float*>(memory.data_ptr()), floats, batch, Type::kBFloat16);
-      // at the same place for all blocks, of which none writes the stream that it reads
+      // at the same place for all blocks; they alternate, so none writes the stream that it reads
       Rows between = work.rows(width, last.type);
       blocks[i].stream = start, blocks[i].sum = start = (blocks.size() - i) % 2 ? last : between;
       BlockPlan(blocks[i], cut, work, steps[i]);

@@ -1,5 +1,6 @@
-// What the kernels of a block step are given: a block's weights and states put into linear steps, the
-// mixer's state and attention, with what stands between the linear layers at their ends. No torch here.
+// Arguments of the kernels of a block step: its weights and states as linear steps, the mixer's
+// state update and attention. Operations between linear layers are part of the linear steps. No
+// torch here.
 #pragma once
 
 #include <math.h>
@@ -11,7 +12,7 @@
 
 namespace rodimus {
 
-// A weight with its sizes; a vector is a row of inputs.
+// Weights with their sizes, which are used for matrices only.
 struct Weights {
   Rows rows[kCount];
   int64_t outputs[kCount] = {}, inputs[kCount] = {};
@@ -19,7 +20,7 @@ struct Weights {
 
 struct BlockGiven {
   Weights weights;
-  Rows stream, sum;  // [batch, width], read and written; they may be one
+  Rows stream, sum;  // [batch, width], read and written; they may be the same
   void* taps;
   float* state;
   int64_t batch, width;
@@ -28,7 +29,7 @@ struct BlockGiven {
   Window window = {};
 };
 
-// How a block is cut up: for kernels of its parts, or for one of all on so many multiprocessors.
+// How a block is cut: for one kernel per part (processors = 0), or one on all multiprocessors.
 struct Cut {
   int64_t processors = 0;
 
@@ -38,12 +39,12 @@ struct Cut {
     int64_t parts = processors * (kPersistentThreads / (a.heads * kHeadLanes)) / a.batch;
     for (int64_t most : {a.window / kLeastPart, static_cast<int64_t>(kMostJoined)})
       parts = parts < most ? parts : most;
-    // they are always joined
+    // at least two, because the single kernel always joins parts
     return parts > 2 ? parts : 2;
   }
 
  private:
-  // Keys worth a part.
+  // Fewest keys that are worth a part.
   static constexpr int64_t kLeastPart = 4;
 };
 
@@ -56,14 +57,14 @@ class BlockPlan {
     StepLinear branch = mixer(start);
     if (given_.attends) {
       start = add(branch, start, given_.sum, kAttnNorm);
-      // the sum with what was attended reaches the MLP alone
+      // only the MLP reads the sum with the attention's output
       Stream inside = add(attention(start), start, work_.rows(given_.width, given_.sum.type), kFfnNorm);
       branch = mlp(inside);
     }
     add(branch, start, given_.sum);
   }
 
-  // Numbers that the intermediate results take, with room for a line beside each of them.
+  // Floats that the intermediate results take, with padding of a line for each of them.
   static int64_t floats(const BlockGiven& given, const Cut& cut) {
     const Weights& w = given.weights;
     int64_t inner = w.outputs[kGateOut], gates = w.outputs[kMemGate];
@@ -78,8 +79,8 @@ class BlockPlan {
   }
 
  private:
-  // The residual stream, and for the norm that follows what whoever wrote it has left: its product
-  // with the weight, and sums of squares.
+  // The residual stream and, for the norm that follows, what the step that wrote it has stored: its
+  // product with the norm's weight, and sums of squares.
   struct Stream {
     Rows rows, scaled;
     float* squares = nullptr;
@@ -96,7 +97,7 @@ class BlockPlan {
     return {x, w_.rows[which], bias, y, w_.outputs[which]};
   }
 
-  // A step of one layer or of the first of several.
+  // A step with one layer, or with the first of several.
   StepLinear step(const StepLinear::Layer& first, int which) const {
     StepLinear a;
     a.layers[0] = first;
@@ -105,13 +106,13 @@ class BlockPlan {
     return a;
   }
 
-  // The norm of a stream before a step of it.
+  // Put the norm of a stream before a step that reads the stream.
   void norm(StepLinear& a, const Stream& stream) const {
     for (StepLinear::Layer& layer : a.layers) layer.x = stream.scaled;
     a.squares = stream.squares, a.squares_stride = a.parts = stream.parts;
   }
 
-  // residual + branch, and what the norm of that weight takes from it; -1 for no norm.
+  // sum = residual + branch, and what the norm with the weight norm_weight needs; -1 for no norm.
   Stream add(StepLinear a, const Stream& residual, const Rows& sum, int norm_weight = -1) {
     a.residual = residual.rows, a.sum = sum;
     Stream result{sum};
@@ -159,7 +160,7 @@ class BlockPlan {
     int64_t columns = cut_.mixer_columns(a.rows), floats = mixer_scratch(a, columns);
     a.scratch = work_.floats(floats);
     a.start = Start::kAhead;
-    // its norm's factor is the next product's
+    // the next step applies the norm's factor after its product
     a.scaled = work_.rows(inner);
     step_.mixer = a;
 
@@ -200,7 +201,7 @@ class BlockPlan {
     a.scale = 1.0f / sqrtf(static_cast<float>(window.head_dim));
     a.parts = cut_.parts(a);
     a.scratch = work_.floats(attention_parts_scratch(a, a.parts));
-    // the ring but for its newest row is as old as the token before
+    // all rows of the ring but the newest were written in the steps of earlier tokens
     a.start = Start::kAhead;
     step_.attention = a;
     return step(layer(a.o, kAttnOut), kAttnOut);

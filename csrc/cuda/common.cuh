@@ -22,8 +22,8 @@ struct alignas(16) Piece {
 };
 
 #if defined(__CUDACC__)
-// Wait for the kernel before this one, if this one was started under its end; then let the next one
-// be started under the end of this.
+// Wait for the previous kernel to end, if this one was started before that; then let the next
+// kernel be started before this one has ended.
 __device__ inline void take_turn() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -31,25 +31,26 @@ __device__ inline void take_turn() {
 #endif
 }
 
-// All threads of a cooperative launch: say that this block is here, and wait until all are; what they
-// wrote before is seen from then on. What needs none of it may stand between.
+// The grid barrier of a cooperative launch, for all threads: signal that this block has arrived,
+// then wait until all have; what they wrote before is visible from then on. Work that does not need
+// it can be done in between.
 using GridArrival = cooperative_groups::grid_group::arrival_token;
 __device__ inline GridArrival arrive_at_grid() { return cooperative_groups::this_grid().barrier_arrive(); }
 __device__ inline void wait_for_grid(GridArrival& arrival) {
   cooperative_groups::this_grid().barrier_wait(static_cast<GridArrival&&>(arrival));
 }
 
-// Asynchronous copies that were waited for are read behind this: the wait alone says nothing of memory
-// to the compiler.
+// To be called before reading asynchronous copies that were waited for: for the compiler, the wait
+// alone is no memory barrier.
 __device__ inline void see_copies() { asm volatile("" ::: "memory"); }
 
-// Memory whose size the launch states; aligned for 16-byte pieces.
+// Shared memory whose size the launch gives; aligned for 16-byte pieces.
 #define RODIMUS_DYNAMIC_SHARED(T, name)               \
   extern __shared__ __align__(16) char dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(dynamic_shared)
 
-// Sixteen bytes that no other block reads: the first cache is left to what is shared. Not through .nc,
-// which the assembler moves across the wait for a turn.
+// Load sixteen bytes that no other block reads, without a place in the L1 cache, which is left to
+// shared data. Not with .nc: the assembler moves such loads across the wait of take_turn.
 __device__ inline uint4 load_once(const void* from) {
   uint4 x;
   asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -58,7 +59,7 @@ __device__ inline uint4 load_once(const void* from) {
   return x;
 }
 
-// Bring what will be read into the cache that all multiprocessors share: it cannot be stale there.
+// Prefetch data into the L2 cache: all multiprocessors share it, so the data cannot be stale there.
 // Whole pieces of 16 bytes.
 __device__ inline void prefetch(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
@@ -85,7 +86,7 @@ __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline void narrow(float x, float* out) { *out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16(x); }
 
-// One element of an argument whose type is known at run time: for what is read once a block.
+// One element of an argument whose type is known at run time: for data that is read once per block.
 __device__ inline float element(const Rows& a, int64_t row, int64_t column) {
   int64_t i = row * a.stride + column;
   if (a.type == Type::kFloat32) return static_cast<const float*>(a.data)[i];
@@ -114,7 +115,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-// Sum over a block of whole warps, the same value in every thread; `shared` holds a float a warp.
+// Sum over a block of whole warps, the same in every thread; `shared` holds one float per warp.
 __device__ inline float block_sum(float x, float* shared) {
   x = warp_sum(x);
   __syncthreads();

@@ -1,9 +1,9 @@
 // DDTS for one token: the recurrence alone, and the mixer around it. The state is read and written
-// once, in float32, and never leaves the registers between.
+// once, in float32, and stays in registers in between.
 //
-// A block of WARPS warps owns BV columns of one state; warp w owns key rows w, w + WARPS, ...; a lane
-// owns BV / 32 neighbouring columns. KEYS is the number of keys, padded by zeros
-// to a multiple of WARPS.
+// A block of WARPS warps owns BV columns of one state; warp w owns key rows w, w + WARPS, ...; a
+// lane owns BV / 32 neighbouring columns. KEYS is the number of keys, padded with zeros to a
+// multiple of WARPS.
 #pragma once
 
 #include "common.cuh"
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kStepThreads) ddts_step_kernel(DdtsStep a) {
   float* state = a.state + n * a.key_dim * a.value_dim + first;
   StateTile<KEYS, BV, kStepWarps> tile;
   take_turn();
-  // the longest wait: all of it is on its way before anything else is asked for
+  // the longest wait: the whole state is requested before anything else
   tile.load(state, keys, a.value_dim, columns);
   for (int i = threadIdx.x; i < KEYS; i += kStepThreads) {
     bool inside = i < keys;
@@ -117,7 +117,7 @@ __device__ inline float* mixer_state(const MixerStep& a, int64_t b, int64_t firs
   return a.state + b * a.key_dim * a.value_dim + first;
 }
 
-// The state of tile `index` of row b.
+// Load the state of tile `index` of row b.
 template <int KEYS, int BV, int WARPS>
 __device__ inline void load_mixer_tile(const MixerStep& a, int64_t b, int index,
                                        StateTile<KEYS, BV, WARPS>& tile) {
@@ -132,8 +132,7 @@ struct MixerShared {
   float decay[KEYS], k[KEYS], q[KEYS], v[BV], partial[WARPS * BV], warps[WARPS];
 };
 
-// Columns `first` to first + BV of row b of a mixer, whose state the block has loaded; tile number
-// `index` of `parts`.
+// Tile number `index` of `parts` of row b of a mixer: BV columns, whose state the block has loaded.
 template <int KEYS, int BV, int WARPS>
 __device__ inline void mixer_tile(const MixerStep& a, int64_t b, int index, int parts,
                                   StateTile<KEYS, BV, WARPS>& tile,
@@ -158,7 +157,7 @@ __device__ inline void mixer_tile(const MixerStep& a, int64_t b, int index, int 
     k[i] = k[i] / norm * expf(tau * log_softplus(select));
     q[i] = inside ? a.scale * element(a.q, b, i) : 0.0f;
   }
-  // a column's threads have neighbouring runs of its weights
+  // the threads of a column read neighbouring runs of its weights
   constexpr int kShare = kThreads < 16 * BV ? 4 : 16;
   int share = threadIdx.x % kShare, ranks = static_cast<int>(a.gate_dim);
   int run = (ranks + kShare - 1) / kShare;
@@ -195,7 +194,7 @@ __device__ inline void mixer_tile(const MixerStep& a, int64_t b, int index, int 
   if (threadIdx.x == 0) gated[mixer_values(a.value_dim) + index] = squares;
 }
 
-// Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares a
+// Grid: (ceil(V / BV), B). Scratch: per row, V floats before the norm, then one sum of squares per
 // block, as sizes.h lays them out.
 template <int KEYS, int BV>
 __global__ void __launch_bounds__(kStepThreads) mixer_step_kernel(MixerStep a) {
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(kStepThreads) mixer_norm_kernel(MixerStep a, i
   int64_t b = blockIdx.y, column = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
   take_turn();
   const float* gated = a.scratch + b * mixer_row(a.value_dim, parts);
-  // every block adds the parts in the same order: the same factor for the whole row
+  // every block adds the parts in the same order, so the factor is the same for the whole row
   float squares = 0.0f;
   for (int part = 0; part < parts; ++part) squares += gated[mixer_values(a.value_dim) + part];
   float factor = 1.0f / sqrtf(squares / static_cast<float>(a.value_dim) + a.norm_eps);

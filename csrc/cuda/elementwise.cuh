@@ -17,12 +17,12 @@ __device__ inline bool starts_group(const T* x) {
   return reinterpret_cast<uintptr_t>(x) % sizeof(Group<T>) == 0;
 }
 
-// One channel of the convolution, read before the newest input is known: the taps move on by one.
+// One channel of the convolution, loaded before the newest input is known; then the taps shift.
 template <class T>
 struct ConvTaps {
   Group<T> taps, weights;
   float bias;
-  // the width of the models: all taps in one access
+  // four taps, as the models have: all in one access
   bool together;
 
   __device__ static T* state_of(const ConvStep& a, int64_t b, int64_t channel) {
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kRowThreads) conv_step_kernel(ConvStep a) {
   taps.finish(a, b, channel, static_cast<const T*>(a.x.data)[b * a.x.stride + channel]);
 }
 
-// What the norm sees of one element: x, x + residual, or the gated sum. A sum in bfloat16 is rounded
-// before it goes on, as the models do.
+// Input of the norm for one element: x, x + residual, or the gated sum. A sum in bfloat16 is
+// rounded before it is used further, as in the models.
 __device__ inline float norm_input(const Norm& a, int64_t i, int64_t j) {
   float x = element(a.x, i, j);
   if (a.residual) {

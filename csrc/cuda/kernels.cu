@@ -24,8 +24,8 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Whether a kernel on this device can start under the end of the one before it. Code for an older
-// architecture does not wait for its turn, so what counts is which code the device was given.
+// Whether a kernel on this device may start before the previous one has ended. Code for an older
+// architecture does not wait for its turn, so this depends on the code that the device runs.
 bool starts_under() {
   enum : int { kUnknown, kNo, kYes };
   static std::atomic<int> found[64];
@@ -40,7 +40,7 @@ bool starts_under() {
   return here == kYes;
 }
 
-// Every kernel waits for its turn itself, so it may be started under the end of the one before it.
+// Every kernel waits for its turn itself, so it may be started before the previous one has ended.
 template <class... Parameters, class... Arguments>
 void launch_started(void (*kernel)(Parameters...), dim3 grid, unsigned threads, int64_t shared,
                     cudaStream_t stream, const Arguments&... a) {
@@ -54,7 +54,7 @@ void launch_started(void (*kernel)(Parameters...), dim3 grid, unsigned threads, 
   cudaLaunchKernelEx(&config, kernel, a...);
 }
 
-// Call `run` with the smallest compiled number of keys and the columns of a block as constants.
+// Call `run` with the smallest fitting number of keys and the columns of a block as constants.
 template <class Run>
 void with_tile(int64_t keys, int64_t rows, const Run& run) {
   auto with_columns = [&](auto padded) {
@@ -92,8 +92,8 @@ void launch_linear_rows(const Linear& a, cudaStream_t stream) {
   }
 }
 
-// Let a kernel ask for so much dynamic shared memory: for all its launches the same, as another thread
-// may be about to launch it. Said each time, because every device has to hear it.
+// Allow a kernel this much dynamic shared memory: the same for all its launches, because another
+// thread may be about to launch it. Set at each launch, because every device needs the setting.
 template <class Kernel>
 void allow_shared(Kernel* kernel, int64_t bytes) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -125,15 +125,15 @@ void launch_attention_of(AttentionStep a, cudaStream_t stream) {
   if (!fits_half_warps(a) || a.heads > kManyHeads) {
     launch_started(attention_any_kernel<T, INT8>, grid, kAnyThreads, 0, stream, a);
   } else if (a.heads > kFewHeads) {
-    // not measured: as many bytes on their way as with few heads, from two blocks of more stages
+    // not measured: as many bytes in flight as with few heads, with two blocks of more stages
     launch_attention_staged<T, INT8, INT8 ? 8 : kWide ? 2 : 4, 3, 2, kManyHeads>(a, grid, stream);
   } else if constexpr (INT8) {
-    // as many bytes on their way as with plain values; other shapes were not measured
+    // as many bytes in flight as with plain values; other shapes were not measured
     launch_attention_staged<T, INT8, 8, 3, kWide ? 2 : 3, kFewHeads>(a, grid, stream);
   } else if constexpr (kWide) {
     launch_attention_staged<T, INT8, 4, 2, 2, kFewHeads>(a, grid, stream);
   } else {
-    // three blocks of two stages each keep more on its way than two of three
+    // three blocks of two stages keep more bytes in flight than two blocks of three
     launch_attention_staged<T, INT8, 8, 2, 3, kFewHeads>(a, grid, stream);
   }
   if (a.parts == 1) return;

@@ -9,13 +9,13 @@
 
 namespace rodimus {
 
-// Keys of a state that the step kernels hold in registers.
+// Most keys of a state that the step kernels hold in registers.
 constexpr int64_t kMaxKeys = 128;
 
-// Columns of a state one block carries: narrow while there are few blocks, wide when there are many.
+// Columns of a state that a block updates: few while blocks are few, more when they are many.
 inline int64_t step_columns(int64_t rows) { return rows <= 4 ? 32 : 128; }
 
-// Floats of scratch memory for a mixer step whose blocks carry so many columns.
+// Floats of scratch memory for a mixer step whose blocks update this many columns.
 inline int64_t mixer_scratch(const MixerStep& a, int64_t columns) {
   return a.rows * mixer_row(a.value_dim, (a.value_dim + columns - 1) / columns);
 }
@@ -26,7 +26,7 @@ inline bool in_pieces(const Rows& a) {
   return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && a.stride * size % 16 == 0;
 }
 
-// Whether these layers are what the kernels of linear steps are written for.
+// Whether the kernels of linear steps are written for these layers.
 inline bool suits_step_linear(const StepLinear& a) {
   bool fits = a.inputs > 0 && a.inputs % 8 == 0 && a.rows <= kMaxRows;
   for (int64_t i = 0; i < a.count; ++i)
@@ -37,18 +37,18 @@ inline bool suits_step_linear(const StepLinear& a) {
          (a.norm_weight || a.layers[0].x.type == Type::kBFloat16);
 }
 
-// Whether launch_step_linear takes them: the kernel with the most warps, which many processors get,
-// needs the most memory.
+// Whether launch_step_linear takes these layers. The kernel with the most warps, which is chosen
+// for many multiprocessors, needs the most memory.
 inline bool fits_step_linear(const StepLinear& a) {
   return suits_step_linear(a) && step_linear_launch(a, int64_t{1} << 40).fits();
 }
 
-// Blocks of an attention step that fill a GPU, the fewest keys worth a part, the most parts that are
-// joined in one round, and the keys of a part where sequences alone are more than fit at a time: short
-// blocks then end more evenly. Measured on an H200: one part for 256 sequences, 4 for 64, 33 for 8.
+// Blocks of an attention step that fill a GPU, the fewest keys worth a part, the most parts joined
+// in one round, and the keys of a part with more sequences than fit at a time: short blocks end
+// more evenly. Measured on an H200: one part for 256 sequences, 4 for 64, 33 for 8.
 constexpr int64_t kAttentionBlocks = 264, kShortPart = 32, kMostParts = 64, kLongPart = 256;
 
-// Parts of the window, the same for sequences of any age: a captured graph stays valid.
+// Parts of the window, equal for sequences at any position, so a captured graph stays valid.
 inline int64_t attention_parts(const AttentionStep& a) {
   auto lesser = [](int64_t x, int64_t y) { return x < y ? x : y; };
   int64_t tokens = a.batch * a.steps > 0 ? a.batch * a.steps : 1;
@@ -58,13 +58,13 @@ inline int64_t attention_parts(const AttentionStep& a) {
   return parts > 1 ? parts : 1;
 }
 
-// Floats of scratch memory for an attention step in so many parts.
+// Floats of scratch memory for an attention step in this many parts.
 inline int64_t attention_parts_scratch(const AttentionStep& a, int64_t parts) {
   return parts == 1 ? 0 : parts * a.batch * a.steps * a.heads * (a.value_dim + 2);
 }
 
-// Attention of one key head whose query heads fill half a warp each: that of the staged kernel and of the
-// kernel of a whole block, which have limits of their own for the number of heads.
+// Whether attention has one key head and query heads that fill half a warp each, as the staged
+// kernel and the kernel of a whole block need. Both also limit the number of heads.
 inline bool fits_half_warps(const AttentionStep& a) {
   bool pieces = true;
   for (const Rows& x : {a.q, a.k, a.v, a.cache, a.o})
@@ -78,7 +78,7 @@ inline bool fits_persistent(const AttentionStep& a) {
          a.heads * kHeadLanes <= kPersistentThreads;
 }
 
-// The parts of a block one after the other, each by a function of its own.
+// Run the parts of a block one after the other, each kind with its own function.
 template <class Linear, class Mixer, class Attention>
 void for_parts(const BlockStep& a, const Linear& linear, const Mixer& mixer,
                const Attention& attention) {
@@ -91,7 +91,7 @@ void for_parts(const BlockStep& a, const Linear& linear, const Mixer& mixer,
 
 void launch_ddts_step(const DdtsStep& a, cudaStream_t stream);
 void launch_mixer_step(const MixerStep& a, cudaStream_t stream);
-// The mixer step without its norm: what goes into it stays in the scratch memory.
+// The mixer step without its norm: the norm's input stays in the scratch memory.
 void launch_mixer_state(const MixerStep& a, cudaStream_t stream);
 void launch_conv_step(const ConvStep& a, cudaStream_t stream);
 void launch_linear(const Linear& a, cudaStream_t stream);
@@ -100,11 +100,11 @@ void launch_attention_step(const AttentionStep& a, cudaStream_t stream);
 void launch_norm(const Norm& a, cudaStream_t stream);
 void launch_block_step(const BlockStep& a, cudaStream_t stream);
 
-// Of the current device: its multiprocessors, and the shared memory that a block may have in a
-// cooperative launch, 0 where there is none.
+// Multiprocessors of the current device, and the shared memory that a block may have there in a
+// cooperative launch; 0 if the device has no such launches.
 int64_t multiprocessors();
 int64_t cooperative_shared();
-// A block in one kernel, planned for all multiprocessors; persistent_stages says whether it fits.
+// A block in one kernel, planned for all multiprocessors; persistent_stages tells whether it fits.
 void launch_persistent(const BlockStep& a, cudaStream_t stream);
 
 }  // namespace rodimus

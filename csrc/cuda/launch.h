@@ -11,9 +11,9 @@
 
 namespace rodimus {
 
-// torch's function for the current stream of a device. Looked up when first needed: it stands in
-// the part of torch for GPUs, which Python loads out of sight of other libraries. Without it this
-// library still loads, so its registration can be checked where torch has no such part.
+// torch's function for the current stream of a device. Looked up when first needed, because it is
+// in torch's library for GPUs, whose symbols other libraries do not see when Python has loaded it.
+// So this library also loads without it, and its registration can be checked with a torch for CPUs.
 inline auto current_stream_function() {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function found = [] {
@@ -27,7 +27,7 @@ inline auto current_stream_function() {
   return found;
 }
 
-// What keeps the runtime that is linked in from running here, such as a driver older than it.
+// The error that keeps the linked-in CUDA runtime from running here, such as too old a driver.
 inline cudaError_t runtime_problem() {
   int device = 0;
   return cudaGetDevice(&device);
@@ -40,7 +40,7 @@ void on_stream(const Tensor& like, const Run& run) {
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(current_stream(like.get_device_index(), &stream));
-  // it refuses everything then, also what kernels are cut by
+  // checked first: with such an error, queries about the device that `run` makes would fail as well
   cudaError_t error = runtime_problem();
   if (error == cudaSuccess) {
     run(static_cast<cudaStream_t>(stream));
@@ -50,14 +50,14 @@ void on_stream(const Tensor& like, const Run& run) {
   STD_TORCH_CHECK(error == cudaSuccess, "a kernel was not launched: ", cudaGetErrorString(error));
 }
 
-// Nothing to do where a tensor that decides the grid, such as the result, is empty.
+// Does nothing if `like`, a tensor that decides the grid, such as the result, is empty.
 template <class Arguments>
 void launch(void (*kernel)(const Arguments&, cudaStream_t), const Arguments& a, const Tensor& like) {
   if (like.numel() == 0) return;
   on_stream(like, [&](cudaStream_t stream) { kernel(a, stream); });
 }
 
-// Rows that a grid may have beside the blocks of a row.
+// Check the number of rows, which are along the second axis of a grid.
 inline void check_rows(const char* what, int64_t rows) {
   constexpr int64_t kMostRows = 65535;
   STD_TORCH_CHECK(rows <= kMostRows, what, " must be at most ", kMostRows, " on CUDA, got ", rows);

@@ -1,5 +1,5 @@
-// y = x weight^T + bias for up to eight rows of x in float32, or that do not start on 16 bytes: one
-// warp an output, weights read once, x from the cache. step_linear.cuh has the rest.
+// y = x weight^T + bias for up to eight rows of x that are float32 or do not start on 16 bytes: one
+// warp per output, weights are read once, x comes from the cache. step_linear.cuh has the rest.
 #pragma once
 
 #include "common.cuh"

@@ -33,7 +33,7 @@ Tensor ddts_mixer_step(const Tensor& q, const Tensor& k, const Tensor& select,
                                      gate_weight, gate_bias, residual_weight, norm_weight, scale,
                                      key_eps, norm_eps);
   check_keys(a.key_dim), check_rows("B", a.rows);
-  // torch keeps memory of a stream for that stream, so it may go before the kernel has run
+  // torch reuses a stream's memory on that stream only, so it may be freed before the kernel runs
   Tensor memory = output_like(x, {mixer_scratch(a, step_columns(a.rows))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
   launch(launch_mixer_step, a, y);
@@ -86,7 +86,7 @@ Tensor shared_key_attention_step(const Tensor& q, const Tensor& k, const Tensor&
   check_rows("B * T", a.batch * a.steps);
   Tensor memory = output_like(q, {attention_parts_scratch(a, attention_parts(a))}, ScalarType::Float);
   a.scratch = static_cast<float*>(memory.data_ptr());
-  // of values without channels the keys still go into the ring
+  // launched for q, not o: if values have no channels, keys still go into the ring
   launch(launch_attention_step, a, q);
   return o;
 }

@@ -1,11 +1,11 @@
-// One token through a whole block of the model in one kernel. Its blocks, one on each multiprocessor,
-// wait for each other where a layer needs all of the one before; what they need next is on its way
-// meanwhile, because weights, states and the ring do not depend on the token.
+// One token through a whole block of the model in one kernel. Its thread blocks, one on each
+// multiprocessor, wait for each other where a layer needs all of the previous one; meanwhile they
+// load what they need next, because weights, states and the ring do not depend on the token.
 //
-// The weights of all layers are one stream to a warp: units of 16 outputs by 64 inputs, in the order in
-// which it multiplies them, and between the layers of attention the keys and values that its heads look
-// at. Each lane copies its own pieces to shared memory, STAGES units ahead, across tiles and layers, and
-// reads them back itself: no thread waits for another for any of them.
+// For a warp, the weights of all layers are one stream: units of 16 outputs by 64 inputs, in the
+// order in which it multiplies them, and between the layers of attention the keys and values that
+// its heads read. Each lane copies its own pieces to shared memory, STAGES units ahead, across
+// tiles and layers, and reads them back itself, so no thread waits for another.
 #pragma once
 
 #include "attention.cuh"
@@ -14,18 +14,18 @@
 
 namespace rodimus {
 
-// Which tile of a step is this block's first: they are dealt out in turn, those of a step from the block
-// on at which the step before ended.
+// The first tile of a step for this block. Tiles are dealt out to the blocks in turn, and each step
+// goes on with the block after the one that got the previous step's last tile.
 __device__ inline int first_tile(const BlockStep& a, int step) {
   int blocks = static_cast<int>(gridDim.x);
   int first = (static_cast<int>(blockIdx.x) - a.before[step]) % blocks;
   return first < 0 ? first + blocks : first;
 }
 
-// Attention of one key head and heads of kHeadDim channels: kHeadLanes threads a head, so several parts
-// of the window to a block.
+// Attention of one key head and heads of kHeadDim channels: kHeadLanes threads per head, so a block
+// takes several parts of the window.
 struct AttentionShare {
-  // threads of a part, its first one and the distance to the next, and of all sequences
+  // head and lane of a thread, its first part, the distance to its next, and parts of all sequences
   int h, lane, first, stride, items;
 
   __device__ AttentionShare(const AttentionStep& a) {
@@ -33,7 +33,7 @@ struct AttentionShare {
     int together = kPersistentThreads / threads, share = thread / threads;
     stride = static_cast<int>(gridDim.x) * together;
     items = static_cast<int>(a.parts * a.batch);
-    // threads that fill no part have none
+    // threads that are too few for another part get none
     first = share < together ? static_cast<int>(blockIdx.x) * together + share : items;
     h = thread % threads / kHeadLanes, lane = thread % kHeadLanes;
   }
@@ -46,10 +46,10 @@ struct AttentionShare {
   }
 };
 
-// Keys of a part that are taken together, each a piece of the key and one of the values.
+// Keys that are processed together, and keys of a unit: a piece of the key and one of the values.
 constexpr int kKeysTogether = 4, kKeysOfUnit = 2;
 
-// The stream of a warp's weights, and of keys and values.
+// The stream of a warp's weights, keys and values.
 template <int STAGES>
 class Feed {
  public:
@@ -58,10 +58,10 @@ class Feed {
     find();
     send(kFirst);
   }
-  // The rest of the stages; what is more urgent than they may be asked for before.
+  // Fill the remaining stages; more urgent loads can be requested before this.
   __device__ void fill() { send(STAGES - kFirst); }
 
-  // The lane's pieces of the next unit; OWED units were taken and no send has followed yet.
+  // The lane's pieces of the next unit; OWED units have been taken without a send yet.
   template <int OWED = 0>
   __device__ void take(uint4* w) {
     __pipeline_wait_prior(STAGES - 1 - OWED);
@@ -71,7 +71,7 @@ class Feed {
     for (int i = 0; i < 4; ++i) w[i] = mine_[place * kPieces + i * kPersistentThreads];
   }
 
-  // Start more copies, to the places of units that were taken and used.
+  // Start more copies, into the places of units that were taken and used.
   __device__ void send(int units = 1) {
 #pragma unroll 1
     for (; units > 0; --units) send_one();
@@ -90,7 +90,7 @@ class Feed {
       } else {
 #pragma unroll
         for (int j = 0; j < kKeysOfUnit; ++j) {
-          // keys beyond the last weigh nothing
+          // keys beyond the last repeat it and get weight 0
           int row = first_row_ + (unit_ + j < units_ ? unit_ + j : units_ - 1);
           row -= row < a_.attention.ring ? 0 : static_cast<int>(a_.attention.ring);
           int64_t at = row * a_.attention.cache.stride;
@@ -101,18 +101,18 @@ class Feed {
       // keys are sent in whole groups
       if (unit_ >= units_ && (phase_ != kKeys || unit_ % kKeysTogether == 0)) find();
     }
-    // also behind the last: the number of groups under way is constant
+    // also after the last unit, so that the number of groups in flight is constant
     __pipeline_commit();
     place_ = place_ + 1 == STAGES ? 0 : place_ + 1;
   }
 
   static constexpr int kPieces = 4 * kPersistentThreads, kFirst = 2;
-  // a phase is a linear step, but for the one between those before and behind attention
+  // every phase is a linear step, except for the one between those before and after attention
   static constexpr int kKeys = BlockStep::kAttend + 1, kEnd = BlockStep::kSteps + 1;
 
   __device__ static int step_of(int phase) { return phase - (phase > kKeys); }
 
-  // What comes behind the tile, or the part, whose last unit was sent.
+  // Go on to what follows the tile, or the part, whose last unit was sent.
   __device__ void find() {
     while (phase_ < kEnd) {
       if (phase_ == kKeys ? find_keys() : find_weights()) return;
@@ -133,7 +133,7 @@ class Feed {
     next_ += static_cast<int>(gridDim.x);
     return true;
   }
-  // What the ring has of a part: all but the token itself.
+  // The keys of a part that are in the ring: all but the token itself.
   __device__ bool find_keys() {
     const AttentionStep& a = a_.attention;
     AttentionShare share(a);
@@ -153,18 +153,18 @@ class Feed {
   const BlockStep& a_;
   uint4* mine_;
   int phase_ = 0, next_, unit_, units_, place_ = 0, first_row_;
-  // of keys: where the ring's first row has the lane's
+  // for keys: where the lane's channels are in the ring's first row
   TileWeights weights_;
 };
 
-// What the phases of a block share: x [rows, inputs] and numbers.
+// Shared memory that all phases of a block use: x [rows, inputs] and floats.
 struct PersistentShared {
   __nv_bfloat16* x;
   float *floats, *squares;
 };
 
-// The units of x that a warp multiplies, in shared memory, as stage() leaves them, but there at once and
-// with few waits: several pieces of a lane are on their way together.
+// Copy the units of x that a warp multiplies to shared memory, like stage(), but complete on return
+// and with few waits, because several pieces of a lane are in flight together.
 __device__ inline void stage_now(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
   constexpr int kTogether = 4, kOfUnit = kUnit / kPiece;
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -195,8 +195,8 @@ __device__ inline void stage_now(const StepLinear& a, const Rows& x, __nv_bfloat
   }
 }
 
-// The linear layers of a step. What follows the products is done for several tiles at once: it waits
-// for memory.
+// The linear layers of a step. What follows the products is done for several tiles at once, because
+// it waits for memory.
 template <int STAGES>
 __device__ inline void linear_phase(const BlockStep& block, int step, Feed<STAGES>& feed,
                                     const PersistentShared& shared) {
@@ -208,12 +208,12 @@ __device__ inline void linear_phase(const BlockStep& block, int step, Feed<STAGE
   int size = kPersistentWarps * kTile * rows, most = kSumFloats / size;
   int together = most < kMostTiles ? most : kMostTiles;
   int pieces = a.norm_weight ? kPersistentWarps : a.squares != nullptr;
-  // x of the first step has been staged, as it is not yet multiplied by the weight of its norm
+  // x of the first step was staged by stage_scaled, which multiplies it by the norm's weight
   const void* staged = a.norm_weight ? a.layers[0].x.data : nullptr;
   const __nv_bfloat16* x = shared.x + group * staged_stride(inputs) + quad * kPiece;
 #pragma unroll 1
   for (int first = first_tile(block, step), begin = first; first < tiles; first += together * blocks) {
-    // those before are still read
+    // the sums of the tiles before may still be read
     if (first != begin) __syncthreads();
 #pragma unroll 1
     for (int j = 0; j < together && first + j * blocks < tiles; ++j) {
@@ -255,10 +255,10 @@ struct MixerPhase {
   StateTile<KEYS, BV, kPersistentWarps> tile;
   int parts, tiles;
 
-  // Whether a state has room in the registers beside what else is kept across a wait.
+  // Whether the registers have room for a state besides what else is kept across a wait.
   static constexpr bool kAhead = KEYS <= 64;
 
-  // The first tile's state, on its way while the block waits.
+  // Load the first tile's state while the block waits.
   __device__ MixerPhase(const MixerStep& a)
       : parts(static_cast<int>((a.value_dim + BV - 1) / BV)), tiles(parts * static_cast<int>(a.rows)) {
     if (kAhead) load(a, static_cast<int>(blockIdx.x));
@@ -320,7 +320,7 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
     sum.template add_lanes<kKeysTogether>();
     sum.keep(PartResult(a, parts, i, b, h));
     if (i + 1 < parts) continue;
-    // the token itself is the last key of the last part, and nobody reads the row it takes
+    // the token itself is the last key of the last part; no part reads the row it overwrites
     auto* row = reinterpret_cast<uint4*>(part.newest());
     if (h == 0) row[lane] = reinterpret_cast<const uint4*>(part.k)[lane];
     if (h < a.value_heads)
@@ -328,11 +328,11 @@ __device__ inline void attention_phase(const AttentionStep& a, Feed<STAGES>& fee
   }
 }
 
-// The parts of the window in one: a block takes kJoinedChannels of a head, a thread every 32nd part of
-// one of them.
+// Join the parts of the window: a block takes kJoinedChannels channels of a head, a thread every
+// 32nd part of one channel.
 __device__ inline void join_phase(const AttentionStep& a, const PersistentShared& shared) {
   constexpr int kRows = kPersistentThreads / kJoinedChannels, kTogether = kMostJoined / kRows;
-  // a column of sums meets no bank twice
+  // a column of sums has no bank conflicts
   constexpr int kStride = kJoinedChannels + 1;
   static_assert(kRows == kWarp && kJoinedChannels == kPersistentWarps);
   float *sums = shared.floats, *tops = sums + kRows * kStride, *totals = tops + kRows;
@@ -353,7 +353,7 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
     }
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) top = fmaxf(top, tops_of[j]);
-    // parts without keys: weights of 0 relative to anything finite
+    // if none of the thread's parts has keys, weights are 0 relative to any finite base
     float base = top == -INFINITY ? 0.0f : top, total = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
@@ -373,8 +373,8 @@ __device__ inline void join_phase(const AttentionStep& a, const PersistentShared
   }
 }
 
-// Bring the vectors of the block nearer, which the phases would wait for one after the other: a lane of
-// the first warp takes one of them, the blocks take turns with its pieces.
+// Prefetch the vectors of the block, for which the phases would wait one after the other: one lane
+// of the first warp takes each vector, and the thread blocks take its pieces in turn.
 __device__ inline void warm_vectors(const BlockStep& a) {
   constexpr int64_t kPiece = 1024;
   const StepLinear& expand = a.steps[BlockStep::kExpand];
@@ -402,20 +402,20 @@ __device__ inline void warm_vectors(const BlockStep& a) {
     warm_rows(7 + step, a.steps[step].scaled_weight, 1, a.steps[step].layers[0].outputs);
 }
 
-// The same for the tiles that this block of the grid multiplies first in the next launch: the memory has
-// little to do behind the last layer's weights and while a launch begins.
+// The same for the tiles that this thread block multiplies first in the next launch: the memory has
+// little to do after the last layer's weights and while a launch begins.
 __device__ inline void warm_next(const BlockStep& a) {
   constexpr unsigned kTiles = 2;
   const StepLinear& step = a.steps[BlockStep::kExpand];
   const auto* weight = static_cast<const __nv_bfloat16*>(a.next.data);
   if (weight == nullptr || threadIdx.x >= kTiles * kTile) return;
-  // a thread a row
+  // one thread per row
   int64_t tile = blockIdx.x + threadIdx.x / kTile * gridDim.x, row = tile * kTile + threadIdx.x % kTile;
   if (row < step.layers[0].outputs)
     prefetch(weight + row * a.next.stride, static_cast<uint32_t>(step.inputs * sizeof(*weight)));
 }
 
-// Grid: a block a multiprocessor, in a cooperative launch. Dynamic shared memory: persistent_shared.
+// Grid: one block per multiprocessor, cooperative. Dynamic shared memory: persistent_shared.
 template <int STAGES, int KEYS>
 __global__ void __launch_bounds__(kPersistentThreads, 1)
     persistent_kernel(const __grid_constant__ BlockStep a) {

@@ -1,11 +1,12 @@
-// The linear layers of a decode step on tensor cores: up to eight rows of x against bfloat16 weights,
-// with the norm before them and whatever follows them elementwise in the same kernel.
+// The linear layers of a decode step on tensor cores: up to eight rows of x against bfloat16
+// weights, with the norm before them and the elementwise operations after them in the same kernel.
 //
-// A block makes a tile of 16 outputs: 8 neighbours and 8 more, which lie half a head or half a
-// projection further where the two are combined. Its warps share the inputs among them in units of 64
-// columns. The weights are the left operand of mma.m16n8k16 and the rows of x the eight columns of
-// the right one. A sum does not ask for an order, so a lane takes 16 neighbouring bytes of both for
-// what the instruction regards as columns apart: no shared memory for the weights, and no shuffle.
+// A block computes a tile of 16 outputs: 8 neighbours and 8 more, which are half a head or half a
+// projection further on if the two are combined. Its warps share the inputs among them in units of
+// 64 columns. The weights are the left operand of mma.m16n8k16 and the rows of x the eight columns
+// of the right one. The order of a sum does not matter, so a lane loads 16 neighbouring bytes of
+// both for what the instruction treats as separate columns: no shared memory or shuffle for
+// weights.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -18,8 +19,8 @@ namespace rodimus {
 
 constexpr int kPiece = 8;
 
-// Which outputs a tile has: `first` to first + 7, and as many `apart`. `channel` is the first one's
-// place in the rotary tables, or -1.
+// Which outputs a tile has: `first` to first + 7, and eight more at a distance of `apart`.
+// `channel` is the place of the first one in the rotary tables, or -1.
 struct Tile {
   int first, apart, channel;
 };
@@ -33,7 +34,7 @@ __device__ inline Tile tile_of(const StepLinear& a, int layer, int tile) {
   return {head + 2 * half + (within - turned) * kTile, kHalfTile, -1};
 }
 
-// The layer of a step that has a tile, and which of its own the tile is.
+// The layer of a step that has a tile, and the tile's index within that layer.
 struct TileOfLayer {
   int layer, index;
 };
@@ -45,8 +46,8 @@ __device__ inline TileOfLayer layer_of(const StepLinear& a, int tile) {
   return found;
 }
 
-// The weights of a lane in the tile: the rows of two outputs, those beyond the last repeat it and are
-// not written. Of a unit it has 16 bytes in four places: two columns of either row.
+// The weights of a lane in the tile: the rows of two outputs, where outputs beyond the last repeat
+// it and are not written. Of each unit it has 16 bytes at four places: two columns of each row.
 struct TileWeights {
   const __nv_bfloat16 *near, *far;
   int inputs;
@@ -64,14 +65,14 @@ struct TileWeights {
   template <class Take>
   __device__ void places(int unit, const Take& take) const {
     int column = unit * kUnit + threadIdx.x % 4 * kPiece;
-    // beyond the inputs x is zero, whatever finite weight it meets
+    // beyond the inputs x is zero, so any finite weight will do
     int first = column < inputs ? column : 0;
     int second = column + kUnit / 2 < inputs ? column + kUnit / 2 : 0;
     take(0, near + first), take(1, far + first), take(2, near + second), take(3, far + second);
   }
 };
 
-// sum += the lane's weights of a unit times x of the row that is the lane's column, which may be absent.
+// sum += the lane's weights of a unit times the row of x in the lane's column, if present.
 __device__ inline void multiply_unit(float (&sum)[4], const uint4 (&w)[4], const __nv_bfloat16* x,
                                      bool present) {
   uint4 low = {}, high = {};
@@ -100,8 +101,8 @@ __device__ inline void load_piece(const Rows& x, int64_t row, int64_t column, fl
   }
 }
 
-// The units of x that a warp multiplies, in shared memory; zeros to the end of the last unit. Only
-// the warp itself reads them, so it waits for nobody else; for itself it has yet to wait.
+// Start to copy the units of x that a warp multiplies to shared memory, with zeros to the end of
+// the last unit. Only the warp itself reads them, so it only has to wait for its own copies.
 template <int WARPS>
 __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* staged) {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -123,8 +124,8 @@ __device__ inline void stage(const StepLinear& a, const Rows& x, __nv_bfloat16* 
   __pipeline_commit();
 }
 
-// The same of x times the weight of its norm, TOGETHER rows on their way; `squares` has the sums of
-// squares of these units.
+// The same for x times the weight of its norm, with TOGETHER rows in flight; `squares` gets the
+// sums of squares of these units.
 template <int WARPS, int TOGETHER>
 __device__ inline void stage_scaled(const StepLinear& a, const Rows& x, __nv_bfloat16* staged,
                                     float* squares) {
@@ -169,7 +170,7 @@ __device__ inline void stage_scaled(const StepLinear& a, const Rows& x, __nv_bfl
   __syncwarp();
 }
 
-// Sums of squares that stand in pieces, a warp a row, in a fixed order.
+// Add up sums of squares that are in pieces, one warp per row, in a fixed order.
 template <int WARPS>
 __device__ inline void add_squares(const StepLinear& a, float* squares) {
   int lane = threadIdx.x % kWarp;
@@ -185,7 +186,7 @@ __device__ inline void add_squares(const StepLinear& a, float* squares) {
 
 __device__ inline float rounded(float x) { return widen(__float2bfloat16(x)); }
 
-// The operands of one output beside its sum, all read before the first is used or anything is written.
+// The operands of one output besides its sum, all read before any is used or anything is written.
 struct OutputOperands {
   bool inside;
   float bias = 0.0f, residual = 0.0f, scale = 0.0f;
@@ -199,7 +200,7 @@ struct OutputOperands {
   }
 };
 
-// One output that is added to the residual stream; its square.
+// Add one output to the residual stream; returns the square of the sum.
 __device__ inline float finish_sum(const StepLinear& a, const OutputOperands& given, int64_t m,
                                    int64_t n, float x) {
   x = given.residual + rounded(x);
@@ -209,7 +210,7 @@ __device__ inline float finish_sum(const StepLinear& a, const OutputOperands& gi
   return x * x;
 }
 
-// What follows the products, for output `first` of a tile and the one `apart`: one thread a pair.
+// What follows the products, for an output and the one `apart` from it: one thread per pair.
 __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer& layer,
                                    const Tile& tile, int64_t m, int64_t offset, float one,
                                    float other, float* squares) {
@@ -244,7 +245,7 @@ __device__ inline void finish_pair(const StepLinear& a, const StepLinear::Layer&
   }
 }
 
-// A warp's part of the sums of a tile, [output of the tile][row of x], of so many rows.
+// Store a warp's part of the sums of a tile, [output of the tile][row of x], for `rows` rows.
 __device__ inline void keep_part(float* sums, const float (&sum)[4], int rows) {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, m = lane % 4 * 2;
   float* part = sums + (warp * kTile + lane / 4) * rows + m;
@@ -252,9 +253,9 @@ __device__ inline void keep_part(float* sums, const float (&sum)[4], int rows) {
   if (m + 1 < rows) part[1] = sum[1], part[kHalfTile * rows + 1] = sum[3];
 }
 
-// From the parts of all warps to what follows the products, by kFinishThreads threads. The sums of
-// squares of the norm before stand in `pieces` pieces of kMaxRows; 0 for no norm. The tile is number
-// `index` of `tiles`.
+// Add the parts of all warps and do what follows the products, with kFinishThreads threads. The
+// sums of squares of the norm before are in `pieces` pieces of kMaxRows; 0 for no norm. The tile is
+// number `index` of `tiles`.
 constexpr int kFinishThreads = kHalfTile * kMaxRows;
 
 template <int WARPS>
@@ -284,13 +285,13 @@ __device__ inline void finish_tile(const StepLinear& a, const StepLinear::Layer&
   if (offset == 0 && m < a.rows) a.sum_squares[m * tiles + index] = squares;
 }
 
-// Grid: tiles of all layers. Dynamic shared memory: rows of x, staged_stride(inputs) apart. A warp
-// has 4 * DEPTH loads of 16 bytes a lane on their way. SCALED: rows of x, at most, that the kernel
-// multiplies by the weight of their norm; 0 where that has been done.
+// Grid: tiles of all layers. Dynamic shared memory: rows of x, staged_stride(inputs) apart. A lane
+// has 4 * DEPTH loads of 16 bytes in flight. SCALED: most rows of x that the kernel multiplies by
+// the weight of their norm; 0 if that has been done.
 template <int WARPS, int DEPTH, int BLOCKS, int SCALED>
 __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepLinear a) {
   RODIMUS_DYNAMIC_SHARED(__nv_bfloat16, staged);
-  // squares: of a warp's units, or of all in the first warp's place
+  // squares: of each warp's units, or of all units in the first warp's place
   __shared__ float sums[WARPS * kWarpSums], squares_of[WARPS * kWarpSquares];
   TileOfLayer place = layer_of(a, static_cast<int>(blockIdx.x));
   const StepLinear::Layer& layer = a.layers[place.layer];
@@ -308,13 +309,13 @@ __global__ void __launch_bounds__(WARPS* kWarp, BLOCKS) step_linear_kernel(StepL
     for (int d = 0; d < DEPTH; ++d)
       if (d >= first && d < end && warp + d * WARPS < units) load(w[d], warp + d * WARPS);
   };
-  // on their way before x is looked at, or even there, as far as registers hold both
+  // units requested before x is read, or even written, as far as the registers hold both
   constexpr int kEarly = SCALED == 0 ? DEPTH : SCALED == 1 ? DEPTH / 2 : 0;
   if (a.start == Start::kAhead) {
     load_some(0, kEarly);
     take_turn();
   } else {
-    // tiles that start later have nothing to wait for, and would only ask twice
+    // tiles that start later have nothing to wait for, and would only request weights twice
     if (blockIdx.x < a.together && warp == 0 && lane < kTile) {
       int row = tile.first + lane % kHalfTile + (lane < kHalfTile ? 0 : tile.apart);
       int last = static_cast<int>(layer.outputs) - 1;
