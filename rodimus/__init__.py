@@ -74,7 +74,7 @@ def register() -> None:
         RodimusConfig, RodimusForSequenceClassification, exist_ok=True
     )
     AutoTokenizer.register(TokenizerKey, RodimusTokenizer, exist_ok=True)
-    # by these names the Trainer decides whether label smoothing shifts the labels
+    # the Trainer looks here to decide whether label smoothing shifts the labels
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rodimus"] = RodimusForCausalLM.__name__
     register_attention()
 
@@ -85,7 +85,7 @@ if importlib.util.find_spec("rodimus_kernels") is None:
         " install both with `pip install -e .`, or put kernels/ on the path"
     )
 # The command `rodimus` answers --help without waiting for torch; its commands load what they use.
-# While `python -m NAME` imports NAME's package, "-m" stands where the program will.
+# While `python -m NAME` imports NAME's package, sys.argv[0] is "-m" instead of the program.
 _program = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else Path(*sys.argv[:1]).stem
 if _program != "rodimus":
     register()

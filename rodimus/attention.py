@@ -1,14 +1,14 @@
 """Shared-key attention as an attention implementation of transformers: ``rodimus_ska``.
 
-It is what a model of this package uses where nothing else is asked for; another one is chosen by
+A model of this package uses it by default; another implementation is chosen with
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa")
 
-It gives the logits of "sdpa" and "eager" without a mask of queries by keys: the window is known to
-the operator, and packed documents and padding are boundaries between documents, one number a token.
-Where that cannot be said (new tokens behind padding in a cache, static caches, a caller's own mask
+It gives the logits of "sdpa" and "eager" without a mask of queries by keys: the operator knows the
+window, and packed documents and padding become boundaries between documents, one number per token.
+Where that is impossible (new tokens behind padding in a cache, static caches, a caller's own mask
 function), and where torch compiles a graph of any length for a CPU, the usual mask is built and
-torch's attention takes it.
+torch's attention is used.
 """
 
 import torch
@@ -26,7 +26,7 @@ NAME = "rodimus_ska"
 
 
 def register() -> None:
-    """Let ``attn_implementation="rodimus_ska"`` name this attention, for any transformers model
+    """Register this attention as ``attn_implementation="rodimus_ska"``, for any transformers model
     with causal or sliding-window attention."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_of)
@@ -48,20 +48,20 @@ def attention_forward(
     Args:
         module: the calling layer.
         query: ``[B, H, T, D]``.
-        key: ``[B, H, S, D]``; one head that was expanded with stride 0 is read as one head.
+        key: ``[B, H, S, D]``; a head that was expanded with stride 0 is read as one head.
         value: ``[B, H, S, Dv]``, as ``key``.
         attention_mask: None, the boundaries ``[N + 1]`` of :func:`attention_mask_of`, or a mask
             ``[B, 1, T, S]``.
         scaling: softmax scale; default ``D ** -0.5``.
-        dropout: must be 0 where no mask is given.
+        dropout: must be 0 unless a mask ``[B, 1, T, S]`` is given.
         sliding_window: keys a query sees, its own included; None for all.
         kwargs: what other implementations need.
 
     Returns:
-        ``(o, None)`` with o ``[B, T, H, Dv]``; weights are never there to return.
+        ``(o, None)`` with o ``[B, T, H, Dv]``; attention weights are never returned.
 
     Raises:
-        ValueError: dropout is asked for.
+        ValueError: dropout is requested without such a mask.
     """
     if kwargs.pop("output_attentions", False):
         logger.warning_once(
@@ -77,7 +77,7 @@ def attention_forward(
     q, k, v = (x.transpose(1, 2) for x in (query, _shared_head(key), _shared_head(value)))
     batch, length = q.shape[:2]
     if attention_mask is not None:
-        # all rows in one, and every row begins a document
+        # all rows are laid end to end in one, and each begins a document
         q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     o = shared_key_attention(
         q, k, v, window_size=sliding_window, scale=scaling, cu_seqlens=attention_mask
@@ -86,7 +86,7 @@ def attention_forward(
 
 
 def _shared_head(x):
-    """``x [B, H, S, D]``, or its one head where all heads are the same memory."""
+    """``x [B, H, S, D]``, or only its first head if all heads share the same memory."""
     return x[:, :1] if x.stride(1) == 0 else x
 
 
@@ -103,12 +103,12 @@ def attention_mask_of(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """What :func:`attention_forward` has to know beyond the window, by the contract of
-    transformers' ``AttentionMaskInterface``.
+    """What :func:`attention_forward` needs besides the window, by the contract of transformers'
+    ``AttentionMaskInterface``.
 
     Returns:
-        None where causality and the window say it all; int32 ``[N + 1]`` boundaries of documents
-        in the rows laid end to end, where rows are packed or padded; else a bool mask ``[B, 1, T,
+        None where causality and the window suffice; int32 ``[N + 1]`` boundaries of documents in
+        the rows laid end to end, where rows are packed or padded; else a bool mask ``[B, 1, T,
         S]``.
     """
     is_whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
@@ -118,7 +118,7 @@ def attention_mask_of(
         padding = attention_mask[:, kv_offset : kv_offset + kv_length]
         if not is_tracing(padding) and padding.shape[1] == kv_length and padding.all():
             padding = None
-    # on a CPU the operator takes as many bands of queries as the length asks for: not one graph
+    # on a CPU the operator's number of query bands depends on the length: no one graph fits all
     if torch.device(device).type == "cpu" and is_tracing():
         is_newest = is_whole = False
     if is_newest and not use_vmap and padding is None and (allow_is_causal_skip or not is_whole):
@@ -141,9 +141,9 @@ def attention_mask_of(
 
 
 def _boundaries(batch, length, mask_function, padding, device):
-    """Where documents begin in the rows laid end to end: a token that does not see the one before
-    it, and all padding, so that what is computed there does not depend on how much there is. A
-    window of one key makes every token a document, as it is."""
+    """Where documents begin in the rows laid end to end: at tokens that do not see the one before
+    them, and at all padding, so that its outputs do not depend on how much padding there is. With
+    a window of one key every token is a document, which is correct."""
     rows = torch.arange(batch, device=device)[:, None]
     tokens = torch.arange(length, device=device)[None]
     starts = ~mask_function(rows, 0, tokens, (tokens - 1).clamp_min(0)).expand(batch, length)
@@ -157,8 +157,8 @@ def _boundaries(batch, length, mask_function, padding, device):
 def boundaries_of(starts: torch.Tensor) -> torch.Tensor:
     """int32 ``[N + 1]`` boundaries of documents from bool ``[S]``, True where one begins, as at 0.
 
-    Off the CPU N is S, whatever the documents are: to count them, the host would wait for the
-    device. The spare boundaries are S, where they bound empty documents.
+    Off the CPU N is always S, because to count the documents the host would wait for the device.
+    The surplus boundaries are S and bound empty documents.
     """
     total, device = starts.shape[0], starts.device
     if device.type == "cpu" and not is_tracing(starts):

@@ -1,4 +1,4 @@
-"""The command ``rodimus``: how its commands are run, and how errors are shown."""
+"""The command ``rodimus``: runs its subcommands and shows their errors."""
 
 import contextlib
 import io
@@ -11,19 +11,19 @@ from typing import TextIO
 from .errors import InputError
 from .options import parse
 
-# While transformers imports torchao, where that is installed, these warn of libraries for other
-# devices and of how one calls the other.
+# If torchao is installed, transformers imports it, and these then warn about libraries for other
+# devices and about how torchao uses pytree.
 _LOUD = ("torchao", "torch.utils._pytree")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input (told in one line), 1 where what
-    it prints cannot be written, or that of a shell for a command that a signal ended: Ctrl-C (130),
-    or a pipe that nobody reads (141)."""
+    """Run one command and return its exit code: 0; 2 for bad input (reported in one line); 1 if its
+    output cannot be written; or a shell's code for a command that a signal ended: 130 for Ctrl-C,
+    141 for a pipe that nobody reads."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # there is none where it was closed
+    # sys.stdout is None if it was closed
     out = _Output(sys.stdout or io.StringIO())
     try:
         with contextlib.redirect_stdout(out):
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 code = options.command(options)
             except SystemExit as stop:
                 code = stop.code
-            # the last words fail here, not while Python shuts down
+            # the last write fails here, not while Python shuts down
             out.flush()
-            # argparse lets nobody know that its help could not be written
+            # argparse hides the error if its help cannot be written
             if out.error is not None:
                 raise out.error
             return code or 0
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error is not out.error:
             raise
-        # what is left in the buffer must not be tried again
+        # the rest of the buffer must not be written again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         if isinstance(error, BrokenPipeError):
             return 141
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Output:
-    """Standard output that remembers why it could not be written: the same error of a file that a
-    command writes keeps its traceback."""
+    """Standard output that remembers why it could not be written, so that the same error keeps its
+    traceback if it comes from another file that a command writes."""
 
     def __init__(self, stream: TextIO):
         self.stream, self.error = stream, None

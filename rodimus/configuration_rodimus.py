@@ -33,10 +33,10 @@ ATTENTION_DEFAULTS = {
     "ffn_expand_ratio": 4 / 3,
 }
 
-# Options that the released format can name and no released model uses: other values are refused.
+# Options of the released format that no released model uses: other values are refused.
 _FIXED = {"rotary_emb_scale_base": None, "rotary_emb_interleaved": False, "softmax_scale": None}
 
-# transformers' usual names of what attn_cfg says of positions: they change nothing.
+# transformers' usual names for what attn_cfg says about positions: they have no effect.
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 # Fields that only flash-linear-attention's configuration of the same model_type has.
@@ -52,8 +52,8 @@ class RodimusConfig(PreTrainedConfig):
     """Configuration of a Rodimus or Rodimus+ model; ``config.json`` keeps the released field names.
 
     The usual names are derived from them: ``hidden_size``, ``num_hidden_layers``,
-    ``num_attention_heads`` and ``sliding_window`` can be passed or assigned as well, others
-    (``head_dim``, ``num_key_value_heads``, ``intermediate_size``, ...) follow and can be read.
+    ``num_attention_heads`` and ``sliding_window`` can be passed or assigned as well; others
+    (``head_dim``, ``num_key_value_heads``, ``intermediate_size``, ...) are derived and can be read.
 
     Args:
         block_type: ``"rodimus"`` (mixer only) or ``"rodimus_plus"`` (mixer, attention, gated MLP).
@@ -70,9 +70,9 @@ class RodimusConfig(PreTrainedConfig):
             ``input_gate_low_rank`` or "auto" for max(d_model // 64, 16); ``normalize_epsilon``
             lower bound of the key norm, None for 1e-12; ``mode`` is kept, not used.
         attn_cfg: ``num_heads``, None for d_model // 128; ``num_heads_k``; ``num_heads_v``, None for
-            num_heads; ``window_size`` w: a query sees the w // 2 keys before it and its own, None
-            or 0 for all, which is also what a dict without it means, while no ``attn_cfg`` at all
-            means 4096; ``rotary_emb_dim`` channels rotated, -1 for all, 0 for none;
+            num_heads; ``window_size`` w: a query sees the w // 2 keys before it and its own; None
+            or 0 means all keys, as does a dict without ``window_size``, while no ``attn_cfg`` at
+            all means 4096; ``rotary_emb_dim`` channels rotated, -1 for all, 0 for none;
             ``rotary_emb_base``; ``ffn_expand_ratio`` of the MLP.
         max_position_embeddings: Training length; a hint for tools, not a limit.
         use_scale_embedding: Multiply embeddings by sqrt(mem_size).
@@ -85,7 +85,7 @@ class RodimusConfig(PreTrainedConfig):
     model_type = "rodimus"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy"]
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layer"}
-    # trl reads it of every model whose class is not one of transformers' own
+    # trl reads this from every model whose class is not one of transformers' own
     auto_map = MappingProxyType({})
     base_model_fsdp_plan = {
         "embeddings": "free_full_weight",
@@ -161,7 +161,7 @@ class RodimusConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As transformers, which reads a folder without ``config.json`` as all defaults."""
+        """As in transformers, but a folder without config.json is an error, not all defaults."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not fields:
             raise OSError(f"{pretrained_model_name_or_path} holds no config.json")
@@ -324,7 +324,7 @@ _DERIVED = (
 
 
 def _one_of(name, value, default, alias, kwargs):
-    """A field under its own name or the usual one; not two values."""
+    """A field given under its own name or the usual one; two values must agree."""
     other = kwargs.pop(alias, None)
     if None not in (value, other) and value != other:
         raise ValueError(f"{name} and {alias} are one field, got {value!r} and {other!r}")
@@ -371,7 +371,7 @@ def _complete(name, given, defaults):
 
 
 def _require_complete(name, options, defaults):
-    """``from_pretrained(folder, attn_cfg=...)`` puts what it is given in place of all options."""
+    """Raise for missing options: ``from_pretrained(folder, attn_cfg=...)`` replaces all of them."""
     missing = [key for key in defaults if key not in options]
     if missing:
         key, value = next(iter(options.items()), (missing[0], ...))
@@ -383,14 +383,14 @@ def _require_complete(name, options, defaults):
 
 
 def _refuse_misplaced(name, options, kwargs):
-    """An option of a dict that is given beside it would change nothing."""
+    """Raise for an option that is given beside its dict, where it would have no effect."""
     found = {key: value for key, value in kwargs.items() if key in options}
     if found:
         raise ValueError(f"{', '.join(found)} belongs in {name}: expected {name}={found}")
 
 
 def _report_rope_fields(fields):
-    """Said and no error: a released configuration may have them, and its model read none."""
+    """Warn only: a released configuration may have these fields, but its model never read them."""
     found = {name: fields[name] for name in _ROPE_FIELDS if fields.get(name) is not None}
     if found:
         logger.warning_once(

@@ -1,4 +1,4 @@
-"""Checkpoints of flash-linear-attention's Rodimus to ours and back: one model, two sets of names.
+"""Converts flash-linear-attention's Rodimus checkpoints to ours and back: one model, two namings.
 
 Both implement arXiv 2410.06577. flash-linear-attention (fla) splits what the released checkpoints
 fuse, names the parts differently, and counts the window otherwise: its ``window_size`` is the
@@ -66,7 +66,7 @@ _SAME_FIELDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
 }
-# What fla takes for a field that config.json leaves out, where we take another value.
+# fla's defaults for fields that config.json leaves out, where ours differ.
 _FLA_DEFAULTS = {
     "block_type": "rodimus_plus",
     "vocab_size": 126464,
@@ -74,7 +74,7 @@ _FLA_DEFAULTS = {
     "bos_token_id": 126080,
     "eos_token_id": 126081,
 }
-# What fla can be configured to do and Rodimus as published does not: field, the value we need.
+# Options of fla that Rodimus as published does not have: field, the value we need.
 _FLA_REQUIRED = {"attn": None, "use_short_conv": True, "hidden_act": "swish"}
 _SKA_REQUIRED = {"qkv_bias": False, "qk_norm": False}
 
@@ -85,10 +85,10 @@ def is_fla_config(config: dict[str, Any]) -> bool:
 
 
 def config_from_fla(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``RodimusConfig`` for fla's ``config.json``; an absent one has fla's default.
+    """The fields of ``RodimusConfig`` for fla's ``config.json``; absent ones get fla's defaults.
 
     Raises:
-        ValueError: the configuration uses what the published architecture does not have.
+        ValueError: the configuration uses something that the published architecture lacks.
     """
     config = _FLA_DEFAULTS | config
     _require(config, _FLA_REQUIRED, "")
@@ -135,11 +135,11 @@ def _attention_from_fla(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_to_fla(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of fla's ``config.json`` for ours; an absent one has our default.
+    """The fields of fla's ``config.json`` for ours; absent ones get our defaults.
 
     Raises:
-        ValueError: the configuration uses what fla fixes (one key head, full rotary embedding,
-            expansion by 2, no embedding scale or norm), or is none of ``RodimusConfig``.
+        ValueError: the configuration differs from what fla fixes (one key head, full rotary
+            embedding, expansion by 2, no embedding scale or norm), or is no ``RodimusConfig``.
     """
     ours = RodimusConfig.from_dict(config)
     config = ours.to_dict()
@@ -155,7 +155,7 @@ def config_to_fla(config: dict[str, Any]) -> dict[str, Any]:
         "input_gate_low_rank": mixer["input_gate_low_rank"],
         "conv_size": mixer["d_conv"],
         "k_norm_eps": mixer["normalize_epsilon"],
-        # fla runs with both or neither: its blocks read the first, its model the second
+        # fla needs both or neither: its blocks read this field, its model residual_in_fp32
         "block_residual_in_fp32": config["residual_in_fp32"],
     }
     if config["block_type"] == "rodimus_plus":
@@ -188,7 +188,7 @@ def weights_from_fla(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict for fla's. Every tensor is used exactly once.
 
     Raises:
-        ValueError: a tensor without a counterpart, or one half of a fused pair missing.
+        ValueError: a tensor has no counterpart, or one half of a fused pair is missing.
     """
     owners = {
         name: (ours, part) for ours, theirs in _KEYS.items() for part, name in enumerate(theirs)
@@ -214,7 +214,7 @@ def weights_to_fla(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """fla's state dict for ours: the exact inverse of :func:`weights_from_fla`.
 
     Raises:
-        ValueError: a tensor without a counterpart (an embedding norm, say).
+        ValueError: a tensor has no counterpart (an embedding norm, say).
     """
     result = {}
     for name, tensor in weights.items():

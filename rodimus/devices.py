@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """Figures of a maker's data sheet."""
+    """Figures from the manufacturer's data sheet."""
 
     flops: float
     """Dense bf16 FLOP/s."""
@@ -12,7 +12,7 @@ class Gpu(NamedTuple):
     """Bytes."""
 
 
-# by what the device's name holds; the first that fits counts
+# keyed by a part of the device's name; the first match counts
 DEVICES = {
     "H200 NVL": Gpu(835e12, 141e9),
     "H200": Gpu(989e12, 141e9),

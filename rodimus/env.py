@@ -23,7 +23,7 @@ from . import __version__
 from .errors import first_line
 
 REQUIRED = ("transformers", "tokenizers", "safetensors", "numpy")
-# Distribution: what it gives.
+# Distribution: what it provides.
 OPTIONAL = {
     "triton": "GPU kernels",
     "flash-attn": "shared_key_attention(impl='flash') on a GPU",
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace | None = None) -> None:
     """The command ``rodimus env``."""
     operators = logging.getLogger("rodimus_kernels")
     level = operators.level
-    # what they would warn of is in the report
+    # the report says what the operators would warn about
     operators.setLevel(logging.ERROR)
     try:
         for line in report():
@@ -53,7 +53,7 @@ def report() -> Iterator[str]:
     """The whole report, line by line."""
     yield f"rodimus        {__version__} ({os.path.dirname(__file__)})"
     yield f"python         {platform.python_version()}, {platform.platform()}"
-    yield f"torch          {torch.__version__}"  # with its CUDA, which the package's version lacks
+    yield f"torch          {torch.__version__}"  # with its CUDA version, unlike the distribution's
     for name in REQUIRED:
         yield f"{name:<14} {_version(name) or 'MISSING'}"
     for name, gives in OPTIONAL.items():
@@ -96,7 +96,7 @@ def _operators() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     yield f"operators on {device.type}: the module that works [what impl= accepts]"
     calls = cases(device)
-    # a module states the names of its main operator; its others may have more
+    # a module's IMPLS are those of its main operator; its other operators may have more
     names = [getattr(inspect.getmodule(call.func), "IMPLS", ()) for call in calls.values()]
     known = tuple(dict.fromkeys(itertools.chain(*names)))
     missing: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _operators() -> Iterator[str]:
 
 
 def cases(device: torch.device) -> dict[str, partial]:
-    """Each public operator with a small input for it; what is left to give is ``impl=``."""
+    """Each public operator with small inputs bound; only ``impl=`` is left to pass."""
     ops, (B, T, H, K, V, W) = rodimus_kernels, (1, 64, 1, 16, 32, 4)
 
     def zeros(*shape, dtype=torch.float32):
@@ -170,10 +170,10 @@ def cases(device: torch.device) -> dict[str, partial]:
 
 
 def observe(call: partial) -> str:
-    """The module that does an operator's work; modules, where its own makes it of others."""
+    """The module that does an operator's work, or several if its own module combines others."""
     try:
         used = rodimus_kernels.implementations_used(call)
-    except Exception as error:  # what a compiler or driver says is what the report is for
+    except Exception as error:  # the report is there to show what a compiler or driver says
         return f"fails: {first_line(error)}"
     own = call.func.__module__
     modules = [name.partition(":")[0] for name in used] or [own]
@@ -184,8 +184,8 @@ def observe(call: partial) -> str:
 
 
 def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> Iterator[str]:
-    """The known ``impl=`` that the operator has; ``missing`` gets why one cannot be loaded."""
-    # one way to compute it, nothing to choose
+    """The known ``impl=`` that the operator has; ``missing`` gets the reason if one fails."""
+    # without impl= there is nothing to choose
     chooses = "impl" in inspect.signature(call.func).parameters
     for impl in known if chooses else ():
         try:
@@ -197,7 +197,7 @@ def _others(call: partial, known: tuple[str, ...], missing: dict[str, str]) -> I
             yield f"no {impl}"
             missing.setdefault(impl, first_line(error).partition(": ")[2])
         except (RuntimeError, ValueError):
-            # not one of this operator's, or not for this device: explicit choices never fall back
+            # the operator or the device lacks it: explicit choices never fall back
             continue
         except Exception as error:  # as in observe
             yield f"{impl} fails"

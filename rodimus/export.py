@@ -45,7 +45,7 @@ _SUFFIXES = {".json", ".jinja", ".model", ".safetensors"}
 def export(
     checkpoint: str | Path, out: str | Path, *, step: int | None = None, overwrite: bool = False
 ) -> Path:
-    """Write a checkpoint as a self-contained folder; what was there stays until it is complete.
+    """Write a checkpoint as a self-contained folder; an old one stays until the new is complete.
 
     Args:
         checkpoint: any folder that :func:`rodimus.loading.load_model` reads.
@@ -71,7 +71,7 @@ def export(
         raise InputError(f"{folder} holds quantised weights: export those they were made from")
     model = load_model(folder, step=step)
     if isinstance(model, RodimusForCausalLM) and has_tokenizer(folder):
-        # a classifier made of it needs one for batches; nothing else asks for it
+        # a classifier made from the export needs one for batches; nothing else does
         if model.config.pad_token_id is None:
             model.config.pad_token_id = load_tokenizer(folder).pad_token_id
     try:
@@ -79,18 +79,18 @@ def export(
             write_model(model, temporary)
             if has_tokenizer(folder):
                 write_tokenizer(folder, temporary)
-            # it may have appeared in the meantime, by another export or by anybody else
+            # another process may have created it in the meantime
             if out.exists():
                 _check_replaceable(out, folder, overwrite)
-    # the second is what a full disk is to the weights' writer
+    # the writer of the weights raises SafetensorError for a full disk
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot write {out}: {first_line(error)}") from error
     return out
 
 
 def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
-    """Raise InputError unless all that would be lost with ``out`` is an earlier export."""
-    # a folder that is replaced is another one afterwards
+    """Raise InputError unless replacing ``out`` destroys nothing but an earlier export."""
+    # the replacement is a new folder, to which neither a mount nor the current folder moves
     if out.is_mount() or out.samefile("."):
         what = "a mount point" if out.is_mount() else "the current folder"
         raise InputError(f"{out} is {what}, which cannot be replaced: name a folder in it")
@@ -108,7 +108,7 @@ def _check_replaceable(out: Path, source: Path, overwrite: bool) -> None:
 
 
 def _why_foreign(config: Path) -> str | None:
-    """Why an export did not write this file, or None."""
+    """Why no export can have written this file, or None."""
     try:
         kind = json.loads(config.read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError):
@@ -126,9 +126,9 @@ def _is_written(path: Path) -> bool:
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """Weights, configuration with its ``auto_map``, and the code they name.
+    """Save the weights, the configuration with its ``auto_map``, and the code that this names.
 
-    A peer is saved as it is: its code is that of other packages.
+    A peer is saved without code, because its code belongs to other packages.
     """
     if model.config.model_type in PEERS:
         model.save_pretrained(folder)
@@ -138,7 +138,7 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def copy_code(folder: str | Path) -> None:
-    """The files that ``AUTO_MAP`` names, and what they import."""
+    """Copy the files that ``AUTO_MAP`` names, and those that they import."""
     for source, name in code_files():
         shutil.copyfile(source, Path(folder) / name)
 
@@ -156,7 +156,7 @@ def code_files() -> list[tuple[Path, str]]:
 
 
 def write_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer, declared as transformers' own class: no code of ours is needed to load it."""
+    """Save the tokenizer, declared as transformers' own class so that it loads without our code."""
     load_tokenizer(source).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -167,8 +167,8 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 
 @contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well, else disappears. What
-    was there is removed last."""
+    """A folder beside ``out`` that replaces it if the block succeeds and is deleted otherwise. The
+    old content of ``out`` is removed last."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     written, before = temporary / "new", temporary / "old"
@@ -191,7 +191,7 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 
 def _make_readable(folder: Path) -> None:
-    """Permissions of newly made files: temporary folders, and safetensors' files, are private."""
+    """Set the permissions of new files: temporary folders and safetensors' files are private."""
     mask = os.umask(0)
     os.umask(mask)
     for path in (folder, *folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""What a server allows each request, for its options, the protocol and the terminal."""
+"""What a server allows each request; shared by its options, the protocol and the terminal."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ class Limits:
     """What a client may ask for.
 
     Attributes:
-        body_bytes: Of a request's body.
-        body_seconds: Until the body must have come.
+        body_bytes: Size of a request's body.
+        body_seconds: Time in which the body must arrive.
         prompt_tokens: Tokens of a prompt.
-        new_tokens: Tokens to generate a choice.
-        choices: Prompts times ``n`` of one request.
+        new_tokens: Tokens to generate per choice.
+        choices: Number of prompts times ``n`` in one request.
         stop_strings, stop_characters: How many stop strings, and how long each may be.
     """
 

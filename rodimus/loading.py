@@ -1,7 +1,7 @@
-"""Checkpoint folders: found, checked before anything is built, and loaded.
+"""Finds checkpoint folders, checks them before anything is built, and loads them.
 
-Read here: folders in the released format (ours are the same), those of flash-linear-attention's
-Rodimus, which are converted while loading, the folders of training runs, and those of the peers.
+It reads folders in the released format (also ours), those of flash-linear-attention's Rodimus,
+which are converted while loading, the folders of training runs, and those of the peers.
 """
 
 import json
@@ -43,29 +43,29 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TEXT_FILES = ["*.json", "*.jinja"]
-# What transformers' Trainer keeps of earlier steps.
+# Checkpoints of earlier steps that transformers' Trainer keeps.
 _NOT_FROM_HUB = ["checkpoint-*/*"]
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether a name is one on the hub, ``owner/name`` or ``owner/name@revision``, and not that of
-    a folder here."""
+    """Whether a name is ``owner/name`` or ``owner/name@revision``, as on the hub, and nothing here
+    has that path."""
     try:
         is_here = Path(name).exists()
     except OSError:
-        # it may not be looked at, or is too long
+        # permission is denied, or the name is too long
         is_here = True
     return bool(_HUB_NAME.fullmatch(str(name))) and not is_here
 
 
 def split_hub_name(name: str) -> tuple[str, str | None]:
-    """``(owner/name, revision)`` of a name on the hub, None for its newest."""
+    """``(owner/name, revision)`` of a name on the hub; the revision is None for the newest."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
 
 
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint: the path itself, or what the hub has under a name, downloaded.
+    """The folder of a checkpoint: the path itself, or the download of a name on the hub.
 
     Raises:
         InputError: there is no such folder, it may not be read, or it is neither a model's nor a
@@ -111,7 +111,7 @@ def _download(name: str, *, weights: bool = True) -> Path:
         if weights and not any(folder.glob("*.safetensors")):
             wanted = [*_TEXT_FILES, "pytorch_model*.bin"]
             folder = Path(snapshot_download(repository, allow_patterns=wanted, **options))
-    except Exception as error:  # the hub's client raises many kinds, network errors among them
+    except Exception as error:  # the hub's client raises many classes, network errors among them
         message = f"no folder {name!r} here, and the hub does not give it: {first_line(error)}"
         raise InputError(message) from error
     return folder
@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        InputError: it is not one.
+        InputError: the file cannot be read, or holds no JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint folder, whichever of the formats it is in.
+    """The configuration of a checkpoint folder in any of the formats.
 
     Raises:
         InputError: as ``read_config``.
@@ -144,7 +144,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """A model's configuration: Rodimus's, flash-linear-attention's of it, or that of a peer.
+    """A model's configuration: ours, that of flash-linear-attention's Rodimus, or a peer's.
 
     Raises:
         InputError: the file is none of these, or one of its values is wrong.
@@ -165,20 +165,20 @@ def read_config(path: Path) -> PreTrainedConfig:
             fields = convert.config_from_fla(fields)
         return RodimusConfig.from_dict(fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
-        # the last, transformers' own checks of types, takes several lines
+        # StrictDataclassError, from transformers' type checks, has several lines
         raise InputError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of a configuration's language model, or the other class that it names."""
+    """The class of a configuration's language model, or another of ours that it names."""
     if config.model_type in PEERS:
         return PEERS[config.model_type][1]
     return MODELS.get((config.architectures or [""])[0], RodimusForCausalLM)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, all present and, where that can be told, complete; chosen as
-    transformers does, one file before an index of several.
+    """The files that hold the weights, all present and, where that can be checked, complete. As in
+    transformers, a single file takes precedence over an index of several.
 
     Raises:
         InputError: there are none, one of several is missing, or one is cut short.
@@ -211,7 +211,7 @@ def _check_complete(file: Path) -> None:
     if file.suffix != ".safetensors":
         return
     try:
-        # opened first, because safetensors says of a file without permission that there is none
+        # opened first, because safetensors reports a file without read permission as missing
         with file.open("rb"), safe_open(file, framework="pt"):
             pass
     except OSError as error:
@@ -235,10 +235,10 @@ def load_model(
     Args:
         name: a folder in the released format or in flash-linear-attention's, the folder of a
             training run, or a name on the hub.
-        dtype: what the weights are loaded in; ``"auto"`` keeps what they were saved in.
-        device: where they go; default the CPU.
-        weight_dtype: ``"int8"`` rounds the matrices of all linear layers to 8 bits, one scale for
-            each output; ``"int4"`` those within the blocks to 4 bits, one scale for 32 inputs.
+        dtype: the dtype to load the weights in; ``"auto"`` keeps the one they were saved in.
+        device: where to put the weights; default the CPU.
+        weight_dtype: ``"int8"`` rounds the matrices of all linear layers to 8 bits, one scale per
+            output; ``"int4"`` rounds those within the blocks to 4 bits, one scale per 32 inputs.
         step: which checkpoint of a training run; default the newest complete one.
 
     Raises:
@@ -248,7 +248,7 @@ def load_model(
     if step is not None and not is_run(folder):
         raise InputError(f"{folder} is one model, not a training run: it has no step {step}")
     config = load_config(folder)
-    # a package imported in between may have taken the model type over
+    # a package that was imported after this one may have taken over the model type
     register()
     quantize = quantizer(weight_dtype)
     if is_run(folder):
@@ -267,11 +267,11 @@ def load_model(
 
 
 def quantizer(weight_dtype: str | None) -> Callable[[PreTrainedModel], None]:
-    """What rounds a model's linear layers in place, as ``load_model`` does; found before any weight
-    is read.
+    """The function that rounds a model's linear layers in place for ``load_model``, which asks for
+    it before any weight is read.
 
     Raises:
-        InputError: another dtype, or torchao is missing.
+        InputError: the dtype is another one, or torchao is missing.
     """
     if weight_dtype is None:
         return lambda model: None
@@ -293,7 +293,7 @@ def load_rodimus(
     device: torch.device | str | None = None,
     weight_dtype: str | None = None,
 ) -> RodimusForCausalLM:
-    """As ``load_model``, for what runs Rodimus and Rodimus+ alone: the engine.
+    """As ``load_model``, for the engine, which runs Rodimus and Rodimus+ alone.
 
     Raises:
         InputError: as ``load_model``, or it is another model.
@@ -312,15 +312,15 @@ def _load_released(
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         shapes |= {tensor: shape for tensor, (shape, _) in _headers(file).items()}
-    # what a quantiser stores has names and shapes of its own
+    # quantised weights have names and shapes of their own
     if getattr(config, "quantization_config", None) is None:
         _check_shapes(folder, cls, config, shapes)
     return cls.from_pretrained(folder, config=config, dtype=dtype)
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """Names of the dtypes that a checkpoint folder keeps its weights in; what is no dtype of a
-    weight in torch has safetensors' name.
+    """Names of the dtypes that a checkpoint folder keeps its weights in: safetensors' name for any
+    but torch's usual floating-point dtypes.
 
     Raises:
         InputError: as ``weight_files``.
@@ -424,10 +424,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or run, with or without weights there, or of a name on the hub.
+    """The tokenizer of a model's or run's folder, which may lack weights, or of a name on the hub.
 
     Raises:
-        InputError: as ``read_tokenizer``, or the hub does not give it.
+        InputError: as ``read_tokenizer``, or it cannot be downloaded.
     """
     folder = Path(name).expanduser()
     if is_hub_name(name):
@@ -442,11 +442,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         InputError: the folder holds none, or its files cannot be read.
     """
     if not (folder / TOKENIZER_FILES[0]).is_file():
-        # where a pack has it
+        # where `rodimus data pack` puts it
         inner = folder / "tokenizer"
         hint = f"; did you mean {inner}?" if (inner / TOKENIZER_FILES[0]).is_file() else ""
         raise InputError(f"{folder} holds no tokenizer: expected {TOKENIZER_FILES[0]}{hint}")
-    # unregistered, transformers would ask whether to run the code that an exported folder carries
+    # if unregistered, transformers would ask whether to run the code in an exported folder
     register()
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -498,5 +498,5 @@ def find_device(name: str) -> torch.device:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id: what a model needs, also where ids in between are unused."""
+    """One more than the largest id: the size a model needs, even if ids in between are unused."""
     return max(tokenizer.get_vocab().values()) + 1

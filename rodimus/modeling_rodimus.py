@@ -1,7 +1,7 @@
 """Rodimus and Rodimus+ for transformers: cache layers, mixer, attention, MLP, block, models.
 
-The mathematics is in the operators; this file is their arrangement, the released parameter names,
-and what transformers needs to generate, train, pad, pack and roll back. It imports torch,
+The mathematics is in the operators; this file arranges them under the released parameter names and
+adds what transformers needs to generate, train, pad, pack and roll back. It imports torch,
 transformers and the operators, and falls back to the reference that an exported folder carries, so
 the same file runs with or without the package.
 
@@ -141,31 +141,31 @@ if blocks_step is None:
         " with the package rodimus."
     )
 
-# A window kept as a ring has a multiple of this many places: whole tiles for the attention kernels.
+# Rings of static caches and engine slots have a multiple of this many places: whole kernel tiles.
 RING_TILE = 64
 
-# transformers' name of a cache, among arguments and in outputs.
+# transformers' name for a cache, both as an argument and as an output field.
 CACHE_NAME = (
     "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 )
 
-# A pre-activation of the selection gate at which a token neither writes to the state nor decays it.
+# A selection-gate pre-activation at which a token neither writes to the state nor decays it.
 _CLOSED = -1e30
 
 
 # ----------------------------------------------------------------------------------------------
-# Cache layers: transformers' own, plus a token count and the way back
+# Cache layers: transformers' own, plus a token count and rollback
 # ----------------------------------------------------------------------------------------------
 
 
 class _RecurrentCacheLayer:
-    """What both block types add to transformers' layers: rollback and batch selection of the state.
+    """Rollback and batch selection of the state: what both block types add to transformers' layers.
 
     While the past is recorded (speculative decoding), the layer keeps the state before the newest
-    tokens and those tokens' keys, values and decays; ``crop`` runs the recurrence over the ones
-    that stay. Rollback is exact and costs no memory when nobody records."""
+    tokens and those tokens' keys, values and decays; ``crop`` reruns the recurrence over the tokens
+    that stay. Rollback is exact, and costs no memory unless the past is recorded."""
 
-    # As many of the newest tokens are recorded; more until the next crop, where a draft is longer.
+    # How many of the newest tokens can be rolled back; more until the next crop, for a long draft.
     max_rollback = 128
 
     recorded = checkpoint = ring = window = None
@@ -176,17 +176,17 @@ class _RecurrentCacheLayer:
 
     @property
     def can_step(self) -> bool:
-        """Whether a fused step can take this layer: something was read, and nothing is recorded."""
+        """Whether a fused step can advance this layer: it has read tokens and records nothing."""
         return self.has_previous_state[0] and not self.record_past
 
     def step_position(self):
-        """int64 ``[B]``: tokens that each row has read before a fused step, of all layers alike;
+        """int64 ``[B]``: tokens that each row has read before a fused step, the same in all layers;
         None without a ring."""
         return None
 
     def step_states(self):
-        """``(taps, state, ring)`` that a fused step moves on by one token, in place; the token is
-        counted here."""
+        """``(taps, state, ring)`` that a fused step advances in place by one token; this call
+        counts the token."""
         ring = self.as_ring()
         self.cumulative_length += 1
         return self.conv_states[0], self.recurrent_states[0], ring
@@ -202,7 +202,7 @@ class _RecurrentCacheLayer:
         return seen
 
     def record(self, state, k, v, log_decay):
-        """Remember tokens that start from ``state``; they follow those already recorded."""
+        """Append tokens to the record; an empty record starts from ``state``."""
         if self.recorded is None:
             self.checkpoint = state.clone()
             self.recorded = (k, v, log_decay)
@@ -213,7 +213,7 @@ class _RecurrentCacheLayer:
             self._forget_oldest()
 
     def _forget_oldest(self):
-        """Keep ``max_rollback`` tokens of the record, and what the convolution sees before them."""
+        """Keep the last ``max_rollback`` recorded tokens and the convolution inputs before them."""
         most = self.max_rollback
         k, v, log_decay = (x[:, :-most] for x in self.recorded)
         start = {"initial_state": self.checkpoint, "output_final_state": True}
@@ -263,8 +263,8 @@ class _RecurrentCacheLayer:
         self.forget_record()
 
     def leave_inference_mode(self) -> bool:
-        """Copy what the layer holds from ``torch.inference_mode``, outside of it: tensors made in
-        it may not be written there. Whether there was anything to copy."""
+        """Outside ``torch.inference_mode``, clone the layer's tensors if they were made in it,
+        because those cannot be written in place there. Returns whether they were cloned."""
         written = (self.conv_states.get(0), self.recurrent_states.get(0), self.ring)
         held = any(x is not None and x.is_inference() for x in written)
         leaves = held and not torch.is_inference_mode_enabled()
@@ -279,7 +279,7 @@ class _RecurrentCacheLayer:
         self.batch_select(lambda x: x[indices])
 
     def batch_select(self, select):
-        """Apply ``select`` over the batch to every tensor of the layer."""
+        """Apply ``select``, a function over the batch dimension, to every tensor of the layer."""
         if self.is_conv_states_initialized[0]:
             self.conv_states[0] = select(self.conv_states[0])
         if self.is_recurrent_states_initialized[0]:
@@ -300,8 +300,8 @@ class _RecurrentCacheLayer:
 class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMixin):
     """Cache of a Rodimus block: convolution taps, state, and how many tokens they hold.
 
-    transformers' linear layer does not count tokens, so ``generate`` cannot ask a cache of such
-    layers for its length. The count is the host's: no step of a compiler."""
+    transformers' linear-attention layer does not count tokens, so a cache of such layers cannot
+    tell ``generate`` its length. The count is a number on the host, so no step can be compiled."""
 
     is_sliding = is_compileable = False
 
@@ -333,19 +333,19 @@ class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMi
 
 
 class _TokensRead:
-    """How much a static cache has read: int64 on the device, where a recorded or compiled step
-    counts too. One for all layers; the model counts, after the last block.
+    """How much a static cache has read: int64 counters on the device, which recorded and compiled
+    steps can advance too. All layers share them; the model advances them after the last block.
 
     Attributes:
-        places: 0-dimensional; places of a row, padding included. None before the first.
-        tokens: ``[B]``; those of them that are tokens.
-        owner: The layer that reorders and crops them.
+        places: 0-dimensional; places read per row, padding included. None before the first token.
+        tokens: ``[B]``; how many of them are tokens, not padding.
+        owner: The layer that reorders and crops the counters.
     """
 
     places = tokens = owner = None
 
     def start(self, batch: int, device: torch.device) -> None:
-        """Make both, zero, unless they are there."""
+        """Create both counters at zero unless they exist."""
         if self.tokens is None:
             self.places = torch.zeros((), dtype=torch.long, device=device)
             self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
@@ -365,10 +365,10 @@ class _TokensRead:
 
 class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMixin):
     """Layer of a static cache, for steps that a CUDA graph or a compiler records: nothing in a step
-    depends on a number of the host, and no tensor is replaced.
+    depends on a number on the host, and no tensor is replaced.
 
-    In a Rodimus+ block the window is a ring, token p of a row in place ``p % R`` as ``[keys |
-    values]``. Padding is not in it, so rows of one batch may have different ages."""
+    In a Rodimus+ block the window is a ring of R places; token p of a row is at ``p % R`` as
+    ``[keys | values]``. Padding is not counted, so rows may hold different numbers of tokens."""
 
     def __init__(self, read: _TokensRead, window: int | None, number_of_states: int = 1):
         CacheLayerMixin.__init__(self)
@@ -385,7 +385,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
     # -- the window ----------------------------------------------------------------------------
 
     def _start_ring(self, new):
-        """Room for the window, in whole tiles of the kernels; new: ``[B, T, keys and values]``."""
+        """Allocate the ring in whole kernel tiles; new: ``[B, T, keys and values]``."""
         places = -(-self.window // RING_TILE) * RING_TILE
         self.ring = new.new_zeros(new.shape[0], places, new.shape[2])
         if not torch.compiler.is_compiling():
@@ -402,14 +402,13 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         return self.conv_states[0], self.recurrent_states[0], self.ring
 
     def attend(self, q, k, v, *, scale):
-        """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
-        ring."""
+        """Write one token per row to the ring, then attend; q, k, v: ``[B, 1, heads, dim]``."""
         if self.ring is None:
             self._start_ring(torch.cat((k.flatten(2), v.flatten(2)), dim=-1))
         # autocast may have begun or ended since the ring was made
         dtype = v.dtype
         q, k, v = (x.to(self.ring.dtype) for x in (q, k, v))
-        # blocks may be on several devices; the count is on that of the first
+        # blocks may be on several devices; the count is on the first block's
         read = self.read.tokens.to(q.device, non_blocking=True)
         o = shared_key_attention_step(
             q, k, v, self.ring, read, window_size=self.window, scale=scale
@@ -417,13 +416,13 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         return o.to(dtype)
 
     def update(self, key_states, value_states, *args, tokens=None, **kwargs):
-        """Write several tokens a row, and return what they attend to: the window before them, in
-        order, and themselves.
+        """Write several tokens per row, and return the keys and values they attend to: the window
+        before them, in order, and their own.
 
         Args:
             key_states, value_states: ``[B, 1, T, *]``.
-            tokens: bool ``[B, T]``, False for padding, which heads a row's first tokens; None
-                where there is none.
+            tokens: bool ``[B, T]``, False for padding, which precedes a row's first token; None
+                if there is no padding.
         """
         if not self.is_sliding:
             raise TypeError("a Rodimus block has no keys and values to cache, it has a state")
@@ -443,17 +442,17 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         return seen.split((key_states.shape[-1], value_states.shape[-1]), dim=-1)
 
     def _kept(self) -> int:
-        """How many places before the next token it may still see."""
+        """How many of the places already read the next token can still see."""
         read = 0 if self.read.places is None else int(self.read.places)
         return min(read, self.window - 1)
 
     def _rows(self, places):
-        """Index ``[B, n, row]`` of the ring's tokens at ``places`` counted from the next one."""
+        """Ring index ``[B, n, row]`` of the tokens at ``places``, counted from the next token."""
         read = self.read.tokens.to(places.device, non_blocking=True)
         rows = (read[:, None] + places) % self.ring.shape[1]
         return rows[..., None].expand(*rows.shape, self.ring.shape[2])
 
-    # -- what transformers asks ----------------------------------------------------------------
+    # -- interface of transformers -------------------------------------------------------------
 
     @property
     def is_croppable(self) -> bool:
@@ -467,7 +466,7 @@ class RodimusStaticLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerM
         super().batch_select(select)
         if self.read.owner is self and self.read.tokens is not None:
             self.read.tokens = select(self.read.tokens)
-            # one number for all rows, whose copy leaves inference mode with them
+            # one number for all rows; cloned so that it leaves inference mode with them
             self.read.places = self.read.places.clone()
 
     def get_seq_length(self):
@@ -503,12 +502,11 @@ class RodimusSlidingLayer(
 ):
     """Cache of a Rodimus+ block: the state, and the keys and values of the window.
 
-    A fused step keeps the window as a ring, token p of a row in its place ``p % window``, so that
-    no token moves it; whoever looks at ``keys`` or ``values`` finds them in order, and the ring
-    gone.
+    A fused step keeps the window as a ring, with token p of a row at ``p % window``, so that a new
+    token shifts nothing. Reading ``keys`` or ``values`` puts them back in order and drops the ring.
 
     Attributes:
-        padding: ``[B, 1]``, places before each row's first token; 0 where no query would see them.
+        padding: ``[B, 1]``, padding before each row's first token; 0 if no query would see it.
     """
 
     _keys = _values = None
@@ -516,20 +514,20 @@ class RodimusSlidingLayer(
 
     @property
     def window(self) -> int:
-        """Keys that a query sees, itself included."""
+        """Keys that a query sees, its own included."""
         return self.sliding_window
 
     def lazy_initialization(self, *args, **kwargs):
         if not args:
             return super().lazy_initialization(**kwargs)
-        # transformers copies the window's size to the device and waits for all that is queued there
+        # transformers copies the window's size to the device, and waits for all work queued there
         DynamicLayer.lazy_initialization(self, *args)
         size = self._sliding_window_tensor
         self._sliding_window_tensor = size.to(self.device, non_blocking=True)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """As in transformers, but what is read first is kept, not copied to the end of nothing; and
-        of a long prompt the window alone, where transformers keeps a view of everything."""
+        """As in transformers, but the first keys and values are kept without a concatenation, and
+        of a long prompt only the window is kept, where transformers keeps a view of everything."""
         if self.is_initialized or self.record_past:
             seen = super().update(key_states, value_states, *args, **kwargs)
         else:
@@ -540,14 +538,14 @@ class RodimusSlidingLayer(
             self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
         most = self.sliding_window - 1 + (2 * self.max_rollback if self.record_past else 0)
         held = max(x.shape[-2] for x in (seen[0], self._keys))
-        # a token alone leaves one row behind, which the next one frees; of a record many
+        # a single token may leave a surplus row for the next to free; while recording, many rows
         few = self.max_rollback if self.record_past else 1
         if held > most + (few if key_states.shape[-2] == 1 else 0):
             self.keys, self.values = (x[:, :, -most:].clone() for x in (self._keys, self._values))
         return seen
 
     def skip_padding(self, padding):
-        """Let fused steps see no padding, of which ``padding [B]`` places head the rows."""
+        """Hide from fused steps the ``padding [B]`` places at the start of each row."""
         if not torch.is_tensor(self.padding):
             self._put_in_order()
             self.padding = padding.to(self.device)[:, None]
@@ -570,8 +568,8 @@ class RodimusSlidingLayer(
         return self.ring
 
     def _places(self, start, end):
-        """Index ``[B, n, row]`` of the ring's tokens from ``start`` to before ``end``, padding
-        counted."""
+        """Ring index ``[B, n, row]`` of the places from ``start`` up to but not including ``end``,
+        which count padding."""
         batch, _, row = self.ring.shape
         places = torch.arange(start, end, device=self.ring.device) - self.padding
         places = (places % self.sliding_window).expand(batch, -1)
@@ -620,8 +618,8 @@ class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFul
 
     can_step = False
 
-    # The state stays: it does not grow, and the mixer reads it before the attention waits for what
-    # is brought back.
+    # The state stays on the device: it does not grow, and the mixer reads it before the attention
+    # waits for the prefetched keys and values.
 
     def offload(self):
         DynamicLayer.offload(self)
@@ -634,17 +632,17 @@ class RodimusFullLayer(_HybridReset, _RecurrentCacheLayer, LinearAttentionAndFul
 
 
 def _recurrent_state(layer):
-    """State ``[B, 1, K, V]`` of a cache layer, None before the first token and without a cache."""
+    """State ``[B, 1, K, V]`` of a cache layer; None before the first token or without a cache."""
     if layer is None or not layer.has_previous_state[0]:
         return None
     return layer.recurrent_states[0]
 
 
 def only_cache(cache, past_key_values):
-    """The one that is given of both names of a cache, or None.
+    """The cache given under either of its two names, or None.
 
     Raises:
-        ValueError: both are given, and they are not the same.
+        ValueError: two different caches are given.
     """
     if None not in (cache, past_key_values) and cache is not past_key_values:
         raise ValueError(
@@ -655,10 +653,10 @@ def only_cache(cache, past_key_values):
 
 
 def adopt_cache(cache: Cache | None) -> Cache | None:
-    """Replace a cache's fresh stock layers by ours, in place; layers that are in use are kept.
+    """Replace a cache's fresh stock layers with ours, in place; layers that are in use are kept.
 
-    Layers that do not grow are not offloaded: transformers brings back those that attend to every
-    token, and fails where there are none."""
+    Layers that do not grow are not offloaded, because transformers prefetches only layers that
+    attend to every token, and fails if there are none."""
     read = _TokensRead()
     for i, layer in enumerate(cache.layers if isinstance(cache, Cache) else ()):
         if type(layer) is LinearAttentionLayer and isinstance(cache, StaticCache):
@@ -666,7 +664,7 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
         elif type(layer) is LinearAttentionAndStaticSlidingWindowAttentionLayer:
             if layer.is_initialized:
                 continue
-            # transformers keeps the shorter of the window and what the cache may hold
+            # transformers' max_cache_len is the smaller of the window and the cache's capacity
             cache.layers[i] = RodimusStaticLayer(read, layer.max_cache_len, layer.number_of_states)
             continue
         elif type(layer) is LinearAttentionLayer:
@@ -690,7 +688,7 @@ def adopt_cache(cache: Cache | None) -> Cache | None:
 
 
 def _leave_inference_mode(cache):
-    """Layers are written alike: the first tells for all."""
+    """All layers are written in the same mode, so only the first is checked."""
     layers = getattr(cache, "layers", ())
     if layers and isinstance(layers[0], _RecurrentCacheLayer) and layers[0].leave_inference_mode():
         for layer in layers[1:]:
@@ -698,35 +696,35 @@ def _leave_inference_mode(cache):
 
 
 def _record_at_least(cache, tokens):
-    """Let the layers of a cache that records take back the newest ``tokens``, until it is cropped:
-    a long prompt must not be kept for the sake of a draft that is read with it."""
+    """Let a recording cache roll back the newest ``tokens`` until it is cropped. Not more, because
+    a long prompt that is read together with a draft must not be recorded with it."""
     for layer in getattr(cache, "layers", ()):
         if getattr(layer, "record_past", False):
             layer.max_rollback = max(layer.max_rollback, tokens)
 
 
 def _has_rings(cache) -> bool:
-    """Whether one token a row attends to the cache's own rings, which know what is padding."""
+    """Whether single tokens attend to the cache's own rings, which need no mask for padding."""
     layers = getattr(cache, "layers", ())
     return any(isinstance(layer, RodimusStaticLayer) and layer.is_sliding for layer in layers)
 
 
 # ----------------------------------------------------------------------------------------------
-# Padding and packing: where the tokens of a batch stand
+# Padding and packing: where the tokens of a batch are
 # ----------------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """Where the new tokens of a batch stand: what blocks are told.
+    """Where the new tokens of a batch are, as passed to the blocks.
 
     Attributes:
-        tokens: bool ``[B, T]`` in the left-padded layout; None if all are tokens.
-        order: ``[B, T]``, source of each place of the layout; None for the identity.
+        tokens: bool ``[B, T]`` in the left-padded layout, False for padding; None without padding.
+        order: ``[B, T]``, source index of each place of the layout; None for the identity.
         pads: ``[B]``, padding that would separate the new tokens from cached ones, or None.
-        attention: The mask of the attention implementation in that layout; None where it needs
+        attention: The mask for the attention implementation in that layout; None if it needs
             none.
-        documents: ``[B, T]``, document of each token of packed rows, or None.
-        context: What rows know of their pieces on other ranks, or None.
+        documents: ``[B, T]``, document index of each token of packed rows, or None.
+        context: Access to the pieces of the rows on other ranks, or None.
     """
 
     tokens: torch.Tensor | None = None
@@ -748,10 +746,10 @@ def _left_padded(attention_mask):
 
 
 def _padding_layout(attention_mask, length, has_static_keys) -> Layout:
-    """How the new tokens of a padded batch are laid out, without the mask of attention.
+    """How the new tokens of a padded batch are laid out, without the attention mask.
 
     Blocks run on left-padded rows, where padding neither separates tokens nor follows them. Rows
-    that are padded elsewhere are permuted into that layout, and the cache holds it too.
+    that are padded elsewhere are permuted into that layout, which the cache keeps too.
     """
     if length == 1 and is_tracing(attention_mask):
         return NO_PADDING
@@ -776,7 +774,7 @@ def _padding_layout(attention_mask, length, has_static_keys) -> Layout:
 
 
 def _close_gap(x, pads, new):
-    """Move the padding that heads the last ``new`` places of x ``[B, S, ...]`` to its front."""
+    """Move the padding at the start of x's last ``new`` places to the front; x: ``[B, S, ...]``."""
     places = torch.arange(x.shape[1], device=x.device)
     cached, pads = x.shape[1] - new, pads[:, None]
     source = torch.where(places < pads, places + cached, places - pads)
@@ -785,7 +783,7 @@ def _close_gap(x, pads, new):
 
 
 def _documents(position_ids, cu_seqlens, length, is_packed):
-    """Document of each token in packed rows: ``[B or 1, T]``, None when nothing is packed."""
+    """Document index of each token in packed rows: ``[B or 1, T]``, None if nothing is packed."""
     if cu_seqlens is not None:
         return document_ids(cu_seqlens, length)[None]
     if position_ids is None or length == 1 or is_packed is False:
@@ -797,8 +795,8 @@ def _documents(position_ids, cu_seqlens, length, is_packed):
 
 
 def _mask_of_documents(config, embeds, documents):
-    """What attention has to know of packed rows ``documents [B, T]``, by its own interface: asked
-    with positions, transformers finds out again that rows are packed, and waits for the device."""
+    """Attention mask of packed rows ``documents [B, T]``, from the mask interface itself: given
+    positions, transformers would detect the packing again and wait for the device."""
     if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         return None
     (batch, length), window = documents.shape, config.sliding_window
@@ -834,41 +832,41 @@ def _document_starts(documents):
 
 
 # ----------------------------------------------------------------------------------------------
-# Nothing attached: where parameters may be read instead of calling the module that holds them
+# Nothing attached: when parameters may be read instead of calling the module that holds them
 # ----------------------------------------------------------------------------------------------
 #
-# A fused operator is the same as the modules only while these do what their classes say. A hook,
-# an adapter, a quantiser, an offloaded weight or a patched forward must never be skipped: a wrong
-# yes is a wrong result. But looking takes time, of which a token of a small model has little:
+# A fused operator equals the modules only while these do what their classes say. A hook, an
+# adapter, a quantiser, an offloaded weight or a patched forward must never be skipped: a wrong
+# "yes" gives a wrong result. But checks take time, and a small model's token leaves little:
 #
-# - `_is_compiled`, `_is_step`, `_has_global_hooks` ask about the call: flags, looked at first.
-# - `_is_plain` asks about one layer, in every forward; a compiler can trace it.
-# - `_is_bare` asks about a call of one module, `_is_untouched` about a module and all in it: tens
-#   of microseconds a block, and no compiler sees it.
-# - `_is_sharded` asks whether FSDP alone is around an untouched block, and gathers its weights for
-#   `forward_unsummed` as it does for `forward`.
-# - `_Inspection` keeps what the blocks were when they were untouched. That they are unchanged takes
-#   a few microseconds a block, and is asked before every token.
+# - `_is_compiled`, `_is_step`, `_has_global_hooks` check flags of the call, before anything else.
+# - `_is_plain` checks one layer, in every forward; a compiler can trace it.
+# - `_is_bare` checks the call of one module, `_is_untouched` a module and everything in it: tens
+#   of microseconds per block, never traced by a compiler.
+# - `_is_sharded` checks whether FSDP alone wraps an untouched block and gathers its weights not
+#   only for `forward` but also for `forward_unsummed`.
+# - `_Inspection` remembers the blocks as they were when untouched. Checking that they are unchanged
+#   takes a few microseconds per block and happens before every token.
 
 
 def _is_compiled(x) -> bool:
-    """Whether a compiler traces the call. A CUDA graph that is recorded by hand replays whatever is
-    launched, fused operators too, though transformers calls this tracing; a compiler may not even
-    ask for it."""
+    """Whether a compiler traces the call. Capturing a CUDA graph by hand does not count, although
+    transformers calls it tracing: the graph replays all launches, fused operators too. A compiler
+    cannot trace the check for a capture, so it comes last."""
     if torch.compiler.is_compiling():
         return True
-    # of a plain tensor there is less to ask, and a token to wait for it
+    # a plain tensor needs fewer checks, and every token waits for them
     traces = torch.jit.is_tracing() if type(x) is torch.Tensor else is_tracing(x)
     return traces and not is_cuda_stream_capturing()
 
 
 def _is_step(x) -> bool:
-    """Whether x ``[B, T, D]`` is one token a row that operators without a gradient may take."""
+    """Whether x ``[B, T, D]`` is one token per row that operators without a gradient may take."""
     return x.shape[1] == 1 and _is_free(x)
 
 
 def _is_free(x) -> bool:
-    """Whether operators without a gradient may take x, and nobody looks into the modules."""
+    """Whether operators without a gradient may take x: no gradient, compiler, autocast or hook."""
     return (
         blocks_step is not None
         and not torch.is_grad_enabled()
@@ -879,20 +877,20 @@ def _is_free(x) -> bool:
 
 
 def _has_global_hooks() -> bool:
-    """Whether a hook is called with every module."""
+    """Whether a global hook runs with every module."""
     forward = module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks
     backward = module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
     return bool(forward or backward)
 
 
 def _is_plain(layer, kind):
-    """Whether a layer's parameters say all there is: no adapter, quantiser or hook around it, and
-    no forward of its own, by which accelerate brings offloaded parameters. A layer that was
-    compiled by itself computes the same."""
+    """Whether a layer is its class and parameters and nothing else: no adapter, quantiser or hook,
+    and no patched forward, by which accelerate loads offloaded parameters. A layer that was
+    compiled on its own passes, because it computes the same."""
     attached = (layer._forward_hooks, layer._forward_pre_hooks, "forward" in vars(layer))
     attached += (layer._backward_hooks, layer._backward_pre_hooks)
     held = (x for x in layer._parameters.values() if x is not None)
-    # a tensor of another kind may mean more than its numbers: a quantised weight does
+    # a tensor of another class may hold more than its values, as a quantised weight does
     whole = all(type(x) in (torch.Tensor, nn.Parameter) for x in held)
     return type(layer) is kind and whole and not any(attached)
 
@@ -903,8 +901,8 @@ _NUMBERS = ("eps", "normalize_epsilon", "head_dim")
 
 
 def _is_bare(module) -> bool:
-    """Whether a call of the module is its class's forward and nothing else. What transformers
-    captures outputs with stays attached, idle, when they were asked for once."""
+    """Whether calling the module runs its class's forward and nothing else. Hooks with which
+    transformers captures outputs are allowed: after one use they stay attached, but idle."""
     found = module.__dict__
     hooks = found["_forward_hooks"].values()
     return not any(found.get(name) for name in (*_HOOKS, *_CALLS)) and all(
@@ -913,14 +911,14 @@ def _is_bare(module) -> bool:
 
 
 def _is_untouched(module) -> bool:
-    """Whether a module and all in it compute what their classes say."""
+    """Whether a module and everything in it compute what their classes say."""
     parts = module.__dict__["_modules"].values()
     return type(module) in _KINDS and _is_bare(module) and all(map(_is_untouched, parts))
 
 
 def _is_sharded(block) -> bool:
-    """Whether torch's ``fully_shard`` is all there is around a block of ours, and serves calls of
-    ``forward_unsummed`` too: ``register_fsdp_forward_method`` gave the block one of its own."""
+    """Whether torch's ``fully_shard`` alone wraps a block and also serves ``forward_unsummed``:
+    ``register_fsdp_forward_method`` gives the instance a method of that name."""
     found, (*wrappers, kind) = vars(block), type(block).__bases__
     hooks = (*found["_forward_pre_hooks"].values(), *found["_forward_hooks"].values())
     attached = ("_backward_hooks", "_backward_pre_hooks", *_CALLS)
@@ -934,10 +932,10 @@ def _is_sharded(block) -> bool:
 
 
 class _Inspection:
-    """What was found in an untouched module, to see at a glance whether it has changed since.
+    """A snapshot of an untouched module, to see quickly whether it has changed since.
 
     Attributes:
-        step: What a fused step is given of the blocks, once it is searched for."""
+        step: The blocks' arguments for a fused step, once they have been searched for."""
 
     step, is_searched = None, False
 
@@ -947,24 +945,24 @@ class _Inspection:
         self.names = list(map(vars, self.parts))
         self.hooks = [names[hook] for names in self.names for hook in _HOOKS]
         self.captures = [names["_forward_hooks"] for names in self.names]
-        # each hook ever registered has a number of its own
+        # ids of hooks, which are never reused
         self.captured = list(chain.from_iterable(self.captures))
-        # a forward or a compiled call of its own would be one name more, but where one was before
+        # patching forward or the compiled call adds a name, unless the instance had one before
         self.counts = list(map(len, self.names))
         own = ("_compiled_call_impl", *_NUMBERS)
         self.places = [(names, key) for names in self.names for key in own if key in names]
         self.values = list(starmap(dict.get, self.places))
         tables = [names[kind] for names in self.names for kind in ("_modules", "_parameters")]
-        # views are read in a row; lookups touch more memory, of which a token leaves none in caches
+        # views are read in sequence; lookups touch more memory, all uncached after each token
         self.tables = [table.values() for table in tables if table]
         self.held = list(chain.from_iterable(self.tables))
-        # wrappers of other tensors have no address; they are never replaced in place
+        # tensors that wrap others have no address; they are never replaced in place
         self.tensors = [held for held in self.held if type(held) in (torch.Tensor, nn.Parameter)]
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
 
     def is_unchanged(self) -> bool:
-        """Whether all parts, parameters and numbers are the same, where they were, and still
-        alone."""
+        """Whether all parts, parameters and numbers are the same, in the same memory, and nothing
+        is attached."""
         return (
             not any(self.hooks)
             and list(chain.from_iterable(self.captures)) == self.captured
@@ -982,7 +980,7 @@ class _Inspection:
 
 
 class RodimusRMSNorm(nn.Module):
-    """RMSNorm, computed in float32, in the dtype of its weight."""
+    """RMSNorm, computed in float32 or wider and returned in the dtype of its weight."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -1042,8 +1040,8 @@ class RodimusGateLinear(nn.Linear):
 
 
 class _Products(torch.autograd.Function):
-    """Products of one input with several weights, whose sum of gradients is taken in the products
-    instead of in passes over memory, and in their float32."""
+    """Products of one input with several weights. The input's gradients are summed inside the
+    products, in their float32, instead of in passes over memory."""
 
     @staticmethod
     def forward(ctx, x, *weights):
@@ -1065,29 +1063,29 @@ class _Products(torch.autograd.Function):
 
 
 def _project(x, *layers):
-    """What each layer makes of x."""
+    """The output of each layer for x."""
     if _sums_in_products(x, *layers):
         return _Products.apply(x, *(layer.weight for layer in layers))
     return tuple(_apply(layer, x) for layer in layers)
 
 
 def _project_to_halves(x, layer):
-    """The halves of what a layer makes of x. Their gradients are not joined where they can be two
-    products' own."""
+    """The two halves of a layer's output for x: where possible two products, so that the gradients
+    of the halves need not be concatenated."""
     if _sums_in_products(x, layer):
         return _Products.apply(x, *layer.weight.chunk(2))
     return _apply(layer, x).chunk(2, dim=-1)
 
 
 def _apply(layer, x, is_step=False):
-    """What a linear layer makes of x: by the operator where torch's product is slow, as it is for
-    a step and for half precision on a CPU without instructions for it."""
+    """The output of a linear layer for x: by our operator where torch's product is slow, as it is
+    for a step and for half precision on a CPU without instructions for it."""
     by_operator = (is_step or _multiplies_slowly(x)) and _is_untouched(layer)
     return _product(x, layer.weight, layer.bias) if by_operator else layer(x)
 
 
 def _product(x, weight, bias=None):
-    """``F.linear`` without a gradient, by the operator if the weight is one that it takes."""
+    """``F.linear`` without a gradient, by our operator if it supports the weight."""
     matrix = decode_weight(weight)
     plain = type(matrix) is nn.Parameter and matrix.dtype == x.dtype
     is_quantized = type(matrix) in (Int4Weight, Int8Weight)
@@ -1097,21 +1095,21 @@ def _product(x, weight, bias=None):
 
 
 def _multiplies_slowly(x):
-    """Whether torch has but slow products for x, and an operator without a gradient may be used."""
+    """Whether torch's products are slow for x, and an operator without a gradient may be used."""
     half = not x.is_cuda and x.dtype.itemsize == 2
     return half and _is_free(x) and multiplies_slowly(x.device, x.dtype)
 
 
 def _sums_in_products(x, *layers):
-    """Whether gradients of x through the layers meet in :class:`_Products`, which no transform of
-    ``torch.func`` takes. On a CPU they are small beside the products."""
+    """Whether :class:`_Products`, which ``torch.func`` transforms do not support, should sum the
+    gradients of x through the layers. On a CPU the sum is cheap beside the products."""
     differentiated = x.is_cuda and torch.is_grad_enabled() and not _is_compiled(x)
     plain = differentiated and not torch._C._are_functorch_transforms_active()
     return plain and _are_products(x, *layers)
 
 
 def _are_products(x, *layers):
-    """Whether the layers are products with x and nothing else, in its dtype."""
+    """Whether the layers are nothing but products with x, in its dtype."""
     if not all(_is_plain(layer, nn.Linear) and layer.bias is None for layer in layers):
         return False
     same_dtype = all(layer.weight.dtype == x.dtype for layer in layers)
@@ -1119,10 +1117,10 @@ def _are_products(x, *layers):
 
 
 def _out_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A projection back to the stream: initialised smaller the more branches add to it.
+    """A projection back to the stream: the more branches add to the stream, the smaller its init.
 
-    No class of its own: quantisers replace ``nn.Linear`` alone. transformers initialises modules
-    that own parameters, so the layer says itself what it is."""
+    It has no class of its own because quantisers replace ``nn.Linear`` alone. transformers
+    initialises the modules that own parameters, so an attribute marks the layer."""
     layer = nn.Linear(inputs, outputs, bias=False)
     layer.ends_branch = True
     return layer
@@ -1146,8 +1144,8 @@ class RodimusInnerMixer(nn.Module):
         self.mem_gate_proj = RodimusGateLinear(width, 2 * keys)
 
     def forward(self, x, layout, cache=None):
-        """x ``[B, T, d_inner]`` to the recurrence's output and the convolved x, shaped alike, and
-        the weight ``[d_inner]`` of the latter: where it is offloaded, it is here for now only."""
+        """From x ``[B, T, d_inner]`` the recurrence's output and the convolved x, shaped alike, and
+        the latter's weight ``[d_inner]``, which if offloaded is loaded during this call only."""
         tokens, documents = layout.tokens, layout.documents
         if tokens is not None:
             x = x * tokens[..., None]
@@ -1159,7 +1157,7 @@ class RodimusInnerMixer(nn.Module):
         q, k, select, temper = self._project(shifted)
         v = self._gate_input(x)
         if tokens is not None:
-            # Padding neither writes to the state nor decays it; v is zero with x.
+            # Padding neither writes to the state nor decays it; v is zero because x is.
             closed = max(_CLOSED, torch.finfo(select.dtype).min)
             select = select.masked_fill(~tokens[..., None], closed)
         starts = None if documents is None else _document_starts(documents)
@@ -1179,8 +1177,8 @@ class RodimusInnerMixer(nn.Module):
         return *keys.chunk(2, dim=-1), *gates.chunk(2, dim=-1)
 
     def _joins_weights(self, x):
-        """Whether one product reads x once for less than it costs to join the weights, which are
-        written and read, twice in_proj's size each. On a CPU it was measured to gain nothing."""
+        """Whether one product, which reads x only once, saves more than joining the weights costs:
+        reading and writing twice in_proj's size. On a CPU it was measured to gain nothing."""
         plain = x.is_cuda and self._projections_are_plain()
         return plain and x.numel() > 4 * self.in_proj.weight.numel()
 
@@ -1189,7 +1187,7 @@ class RodimusInnerMixer(nn.Module):
         return plain and _is_plain(self.mem_gate_proj, RodimusGateLinear)
 
     def _gate_input(self, x):
-        """The value: x through its low-rank gate."""
+        """The value: x times its low-rank gate."""
         gate = self.ch_gate_proj
         plain = _is_plain(gate, nn.Sequential) and _is_plain(gate[1], nn.Linear)
         if plain and _is_plain(gate[2], nn.Sigmoid):
@@ -1219,8 +1217,8 @@ class RodimusInnerMixer(nn.Module):
         return conv(new.transpose(1, 2), past=F.pad(past, (width, 0))[..., -width:])
 
     def _recur(self, q, k, v, select, temper, starts, context, state, layer, cache):
-        """The recurrence from raw projections ``[B, T, 1, K]``; where the keys and decays are
-        wanted by themselves, after their gates."""
+        """The recurrence from raw projections ``[B, T, 1, K]``; where keys and decays are needed
+        separately, their gates are applied first."""
         eps, record = self.normalize_epsilon, layer is not None and layer.record_past
         step = q.shape[1] == 1 and state is not None and not torch.is_grad_enabled()
         if context is None and not record and not step:
@@ -1240,7 +1238,7 @@ class RodimusInnerMixer(nn.Module):
         return ddts_step(*one_token, state).unsqueeze(1)
 
     def _recur_recorded(self, q, k, v, log_decay, state, layer, cache):
-        """The recurrence in two parts, so that the newest tokens can be taken back."""
+        """The recurrence in two parts, so that the newest tokens can be rolled back."""
         split = max(q.shape[1] - layer.max_rollback, 0)
         outputs = []
         if split:
@@ -1248,7 +1246,7 @@ class RodimusInnerMixer(nn.Module):
             o, state = ddts(*head, initial_state=state, output_final_state=True)
             outputs.append(o)
             layer.forget_record()
-            # what is kept must be no view of a long prompt
+            # recorded tensors must not be views that keep a long prompt alive
             q, k, v, log_decay = (x[:, split:].clone() for x in (q, k, v, log_decay))
         if state is None:
             dtype = torch.promote_types(v.dtype, torch.float32)
@@ -1286,7 +1284,7 @@ class RodimusMixer(nn.Module):
 def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs
 ):
-    """Attention in the open, for ``attn_implementation="eager"``: it can return its weights."""
+    """Attention written out for ``attn_implementation="eager"``, which can return its weights."""
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -1297,7 +1295,7 @@ def eager_attention_forward(
 
 
 def _as_given(weights, order):
-    """Attention weights ``[B, H, T, T]`` of the left-padded layout, of the rows as they came."""
+    """Attention weights ``[B, H, T, T]`` of the left-padded layout in the order of the input."""
     place = order.argsort(1)
     weights = weights.gather(2, place[:, None, :, None].expand_as(weights))
     return weights.gather(3, place[:, None, None, :].expand_as(weights))
@@ -1307,7 +1305,7 @@ class RodimusAttention(nn.Module):
     """Sliding-window attention with shared keys and a value head per query head (section 3.2).
 
     Keys and values are cached with their heads folded into the last dimension, ``[B, 1, S, Hx *
-    dim]``: transformers' cache layers then keep one key head beside many value heads."""
+    dim]``, so that transformers' cache layers can keep one key head beside many value heads."""
 
     is_causal = True
     # Heads are expanded before the attention interface is called.
@@ -1334,7 +1332,7 @@ class RodimusAttention(nn.Module):
             q, k = rope(q, *rotary), rope(k, *rotary)
         layer = None if cache is None else cache.layers[self.layer_idx]
         if hasattr(layer, "attend") and length == 1 and layout.attention is None:
-            # rings attend by themselves: their rows have different ages
+            # rings attend by themselves, because their rows hold different numbers of tokens
             o, weights = layer.attend(q, k, v, scale=self.scaling), None
         elif layout.context is not None:
             window = self.sliding_window
@@ -1370,7 +1368,7 @@ class RodimusAttention(nn.Module):
         new = (x.flatten(2)[:, None] for x in (k, v))
         keys, values = cache.update(*new, self.layer_idx, tokens=layout.tokens)
         if self.sliding_window is not None and cache.layers[self.layer_idx].record_past:
-            # transformers 5.17 returns all that is recorded, more than its own mask counts
+            # transformers 5.17 returns everything recorded, more than its own mask covers
             visible = self.sliding_window - 1 + length
             keys, values = keys[:, :, -visible:], values[:, :, -visible:]
         if pads is not None:
@@ -1426,7 +1424,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         if order is not None:
             order = order[..., None].expand_as(stream)
             stream = stream.gather(1, order)
-        # not the instance's: what wraps that one too has wrapped this call already
+        # the class's method: what wraps the instance's has already wrapped this call
         stream, branch = RodimusBlock.forward_unsummed(
             self, stream, None, rotary, layout, cache, **kwargs
         )
@@ -1434,7 +1432,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         return stream if order is None else torch.zeros_like(stream).scatter(1, order, stream)
 
     def forward_unsummed(self, stream, branch, rotary, layout, cache=None, **kwargs):
-        """The stream and the branch still to be added to it, from what the block before left."""
+        """The stream and a branch still to be added to it, from those of the previous block."""
         normed, stream = _add_then_norm(self.mixer_norm, stream, branch)
         branch = self.mixer(normed, layout, cache)
         if self.is_plus:
@@ -1444,7 +1442,7 @@ class RodimusBlock(GradientCheckpointingLayer):
         return stream, branch
 
     def step_weights(self):
-        """The block's own weights for a fused step, None where they do not say all there is."""
+        """The block's weights for a fused step; None if a projection has an unexpected bias."""
         inner = self.mixer.inner_mixer
         conv, (gate_in, gate_out, _) = inner.short_conv["conv1d"], inner.ch_gate_proj
         mixer = (self.mixer.fc, inner.in_proj, gate_in, self.mixer.out_proj)
@@ -1486,13 +1484,13 @@ class RodimusBlock(GradientCheckpointingLayer):
 
 
 def _add_then_norm(norm, stream, branch):
-    """``(norm(stream + branch), stream + branch)``; a branch of None is nothing to add."""
+    """``(norm(stream + branch), stream + branch)``; a branch of None adds nothing."""
     if branch is None:
         return norm(stream), stream
     return add_rms_norm(branch, stream, norm.weight, eps=norm.eps)
 
 
-# What a block is made of; other classes may compute anything.
+# The classes that a block is made of; any other class may compute anything.
 _KINDS = {nn.Linear, nn.ModuleDict, nn.Sequential, nn.Sigmoid, RodimusGateLinear}
 _KINDS |= {RodimusShortConv, RodimusRMSNorm, RodimusAddRMSNorm, RodimusGatedRMSNorm, RodimusMLP}
 _KINDS |= {RodimusInnerMixer, RodimusMixer, RodimusAttention, RodimusBlock, nn.ModuleList}
@@ -1524,21 +1522,21 @@ class RodimusPreTrainedModel(PreTrainedModel):
 
     @property
     def init_continuous_batching(self):
-        # its allocator knows attention layers only; servers ask with hasattr and fall back
+        # transformers' allocator knows attention layers only; servers check hasattr and fall back
         raise AttributeError
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        """The shared-key operator where nothing was asked for, the package registered it and the
-        config wants no attention dropout, which it lacks; transformers' own choice otherwise."""
+        """The shared-key operator if no implementation is requested, the package has registered it
+        and the config has no attention dropout, which it lacks; else transformers' own choice."""
         chosen = super().get_correct_attn_implementation(requested_attention, is_init_check)
         ours = "rodimus_ska"
         can_be_ours = requested_attention is None and not self.config.attention_dropout
         return ours if can_be_ours and ours in ALL_ATTENTION_FUNCTIONS.valid_keys() else chosen
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As transformers'. A model whose config names its code, as an exported one's does, takes
-        the code along, under the names of all its classes; loaded with ``trust_remote_code``,
-        transformers copies it."""
+        """As in transformers. If the config names the model's code, as that of an exported model
+        does, the code is saved too, and the config names all its classes; for a model loaded with
+        ``trust_remote_code``, transformers copies the code."""
         if self._takes_code_along():
             code = importlib.import_module(f"{__package__}.export")
             self.config.auto_map = code.AUTO_MAP | self.config.auto_map
@@ -1573,7 +1571,7 @@ class RodimusPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=std)
 
     def _init_inner_mixer(self, module):
-        """Decays start between 0.9 and 0.999 a step at temperature 1, temperatures in (1/16,
+        """Decays start between 0.9 and 0.999 per step at temperature 1, temperatures in (1/16,
         0.9)."""
         gate = module.mem_gate_proj
         for linear in (module.in_proj, *module.ch_gate_proj[:2], gate):
@@ -1594,9 +1592,9 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def __init__(self, config: RodimusConfig):
         super().__init__(config)
-        # no padding_idx: the end of a text is often what pads too, and is to be learned
+        # no padding_idx: the end-of-text token often serves as padding, and has to be learned
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        # a look into a config of transformers takes as long as a small operator
+        # reading a field of a transformers config takes as long as a small operator
         self.embed_scale = math.sqrt(config.mem_size) if config.use_scale_embedding else None
         self.residual_in_fp32 = config.residual_in_fp32
         self.embed_norm = None
@@ -1610,7 +1608,7 @@ class RodimusModel(RodimusPreTrainedModel):
         self.post_init()
 
     def __getstate__(self):
-        """A copy inspects itself."""
+        """Without the inspection, which is of this object: a copy makes its own."""
         return {name: value for name, value in vars(self).items() if name != "_inspected"}
 
     def get_input_embeddings(self):
@@ -1638,21 +1636,21 @@ class RodimusModel(RodimusPreTrainedModel):
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: 0/1 ``[B, cached + T]``; padding may stand anywhere, but a compiled
-                step of one token takes that token as real in every row.
+            attention_mask: 0/1 ``[B, cached + T]``; padding may be anywhere, but a compiled
+                step of one token treats that token as real in every row.
             position_ids: ``[B, T]`` rotary positions. Without mask and cache, a position that
                 does not follow its predecessor starts a packed document: nothing crosses into it.
-            cache: transformers cache; continued by any number of tokens. ``past_key_values``, its
-                name before transformers 5.24, does the same in every version.
+            cache: A transformers cache, continued by any number of tokens. ``past_key_values``, the
+                name before transformers 5.24, works in every version.
             inputs_embeds: ``[B, T, D]`` in place of input_ids.
             use_cache: Return a cache to continue from.
             cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
-                ``cu_seq_lens_q``, as transformers names it, does the same.
-            is_packed: Whether some position does not follow its predecessor, from a caller that
-                made the rows. None looks at them, and the host waits for the device.
-            context: The tokens are one piece of rows whose other pieces are on other ranks: what
-                ``rodimus.train.context.Context`` knows of them. It brings the positions, and
-                excludes mask, cache and packing by other arguments.
+                ``cu_seq_lens_q``, transformers' name for it, works too.
+            is_packed: Whether some position does not follow its predecessor, if the caller knows
+                it. With None the positions are checked, and the host waits for the device.
+            context: A ``rodimus.train.context.Context`` if the tokens are one piece of rows whose
+                other pieces are on other ranks. It provides the positions, and excludes mask,
+                cache and packing by other arguments.
 
         Raises:
             ValueError: an argument's shape is wrong, or arguments exclude each other.
@@ -1707,13 +1705,13 @@ class RodimusModel(RodimusPreTrainedModel):
     def step(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache
     ) -> torch.Tensor | None:
-        """What ``forward`` gives for one token of each row, ``[B, 1, D]``, by fused blocks and
-        without what transformers wraps around a forward: for a small model that is nearly a quarter
-        of the time. None, and nothing has changed, where the modules have to run.
+        """What ``forward`` returns for one token per row, ``[B, 1, D]``, by fused blocks, without
+        transformers' wrappers around ``forward``, which take nearly a quarter of a small model's
+        time. None, with nothing changed, where the modules have to run.
 
         Args:
             input_ids, position_ids: ``[B, 1]``; no row is padding.
-            cache: A cache that has read something, advanced by the token.
+            cache: A cache that has read something; the token is added to it.
         """
         embeds = self.embeddings(input_ids)
         stream = self._step(embeds, None, position_ids, cache)
@@ -1725,13 +1723,13 @@ class RodimusModel(RodimusPreTrainedModel):
         return hidden_states
 
     def _is_captured(self, kwargs) -> bool:
-        """Whether somebody asks for what the blocks return between them, as transformers reads
-        it."""
+        """Whether the blocks' outputs are requested, by the arguments and config fields that
+        transformers reads."""
         asked = (f"output_{name}" for name in self._can_record_outputs)
         return any(kwargs.get(name, getattr(self.config, name, False)) for name in asked)
 
     def _step(self, embeds, attention_mask, position_ids, cache):
-        """The stream after one token a row through fused blocks, ``[B, 1, D]``; None where the
+        """The stream after one token per row through fused blocks, ``[B, 1, D]``; None where the
         modules have to run: more tokens, a gradient, a row whose token is padding, a cache that
         has read nothing, anything attached to a block, no native operators."""
         if not _is_step(embeds) or self.training or cache is None:
@@ -1742,7 +1740,7 @@ class RodimusModel(RodimusPreTrainedModel):
         if not self._sees_no_padding(attention_mask, cache):
             return None
         stream = self._embed(embeds).squeeze(1)
-        # before the search, whose answer is kept: a forward-mode derivative is for this call alone
+        # before the search, whose result is kept: a forward-mode derivative concerns this call only
         if not can_fuse_block(stream.shape[0], stream, embeds):
             return None
         found = self._step_arguments()
@@ -1750,7 +1748,7 @@ class RodimusModel(RodimusPreTrainedModel):
             return None
         rotary = self._rotary(embeds, position_ids.expand(stream.shape[0], 1)[:, 0], None)
         weights, numbers = found
-        # under autocast the modules leave taps of another dtype
+        # modules that ran under autocast leave taps of another dtype
         if any(layer.conv_states[0].dtype != weights[0].conv.dtype for layer in layers):
             return None
         first = layers[0]
@@ -1762,17 +1760,17 @@ class RodimusModel(RodimusPreTrainedModel):
         return stream.unsqueeze(1)
 
     def _inspect(self) -> _Inspection | None:
-        """What the blocks are, where they and all in them compute what their classes say: no hook,
-        adapter, quantiser or patched forward."""
-        # threads may share the model: what one of them has found, another may replace
+        """The inspection of the blocks if they and everything in them compute what their classes
+        say: no hook, adapter, quantiser or patched forward. Else None."""
+        # threads may share the model: another one may replace self._inspected at any time
         found, layers = self._inspected, self.layers
         if found is None or found.parts[0] is not layers or not found.is_unchanged():
             found = self._inspected = _Inspection(layers) if _is_untouched(layers) else None
         return found
 
     def _step_arguments(self):
-        """``(weights, numbers)`` of the blocks for a fused step, None where they do not say all
-        there is, or are no plain tensors."""
+        """``(weights, numbers)`` of the blocks for a fused step; None where the blocks compute more
+        than that, or the operator does not take their weights."""
         found = self._inspect()
         if found is None:
             return None
@@ -1803,7 +1801,7 @@ class RodimusModel(RodimusPreTrainedModel):
 
     def _run_blocks(self, embeds, position_ids, layout, captured, **kwargs):
         """The stream after the last block ``[B, T, D]``, and a branch still to be added to it or
-        None; captured: the blocks' outputs are looked at."""
+        None; captured: whether the blocks' outputs are requested."""
         if layout.documents is not None:
             kwargs["position_ids"] = position_ids
         stream, branch = self._embed(embeds), None
@@ -1817,8 +1815,8 @@ class RodimusModel(RodimusPreTrainedModel):
         return stream, branch
 
     def _sums_in_norms(self, stream, layout) -> bool:
-        """Whether a block's sum may wait for the next norm, which adds while it reads: nobody looks
-        at the stream between blocks. On a CPU it is a small part of the time."""
+        """Whether a block's sum may wait for the next norm, which adds as it reads, because nothing
+        else reads the stream between blocks. On a CPU the sum is a small part of the time."""
         return stream.is_cuda and layout.order is None and self._blocks_are_plain(stream)
 
     def _checkpoints(self) -> bool:
@@ -1833,13 +1831,13 @@ class RodimusModel(RodimusPreTrainedModel):
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
         if not (same and _is_untouched(self.norm_f)):
             return False
-        # the blocks of a model are sharded alike
+        # all blocks of a model are sharded alike
         sharded = bool(self.layers) and _is_sharded(self.layers[0])
         return all(map(_is_sharded, self.layers)) if sharded else self._inspect() is not None
 
     def _sees_no_padding(self, attention_mask, cache) -> bool:
-        """Whether the new token of every row is one, and a fused step attends to tokens alone,
-        whatever the mask says; a cache that holds padding is told which."""
+        """Whether no row's new token is padding, and a fused step can ignore the mask because it
+        attends to tokens alone; a cache that holds padding is told to skip it."""
         if attention_mask is None:
             return True
         if isinstance(attention_mask, Layout):
@@ -1847,7 +1845,7 @@ class RodimusModel(RodimusPreTrainedModel):
         has_keys = self.config.block_type == "rodimus_plus"
         in_keys = has_keys and not _has_rings(cache)
         if is_tracing(attention_mask):
-            # a recording cannot look at a mask; one token is taken as real, as when compiled
+            # tracing cannot read the mask: a single token is treated as real, as when compiled
             return not in_keys
         seen = self.config.sliding_window if in_keys else 1
         if attention_mask[:, -seen:].all():
@@ -1869,9 +1867,9 @@ class RodimusModel(RodimusPreTrainedModel):
         past_key_values=None,
         **kwargs,
     ) -> dict:
-        """The fields of a layout, named and called as transformers does: generation with a
-        compileable cache asks for the masks outside the compiled step, makes each value of a dict
-        contiguous, and passes them as ``attention_mask``."""
+        """The fields of a layout, under transformers' name for the function: generation with a
+        compileable cache calls it outside the compiled step, makes each value of the dict
+        contiguous, and passes the dict as ``attention_mask``."""
         cache = only_cache(cache, past_key_values)
         layout = _layout_of(config, inputs_embeds, attention_mask, cache, position_ids)
         return layout._asdict()
@@ -1899,7 +1897,7 @@ class RodimusModel(RodimusPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         places = torch.arange(embeds.shape[1], device=embeds.device)[None] + past
         if isinstance(attention_mask, torch.Tensor):
-            # Count tokens, not places: in the user's order, padding included.
+            # Count tokens, not padding, in the caller's order, before any permutation.
             counted = attention_mask.long().cumsum(1)[:, -embeds.shape[1] :] - 1
             places = counted.clamp_min(0)
         return places
@@ -1921,13 +1919,13 @@ class RodimusModel(RodimusPreTrainedModel):
         return rope_tables(position_ids, self.rotary_dim, base=self.rotary_base, dtype=embeds.dtype)
 
     def _report_broken_state(self, hidden_states, cache):
-        """Name the layer whose state is not finite, instead of generating from it in silence.
+        """Raise an error naming the layer whose state is not finite, instead of generating from it.
 
-        Looked for where it costs nothing: on the CPU, or when several tokens are added at once.
+        Checked where it costs nothing: on the CPU, or when several tokens are added at once.
         """
         if cache is None or getattr(cache, "isolates_rows", False):
             return
-        # in training it is the loss scaler's affair, and on a GPU a look would wait
+        # in training the loss scaler handles it; on a GPU the check would wait for the device
         if self.training or is_tracing(hidden_states):
             return
         if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
@@ -1954,7 +1952,7 @@ def _layout_of(
         has_static_keys = isinstance(cache, StaticCache) and config.block_type == "rodimus_plus"
         layout = _padding_layout(attention_mask, length, has_static_keys)
         attention_mask = _left_padded(attention_mask)
-    # eager attention is asked for where somebody looks at its weights
+    # eager attention is chosen for its weights, which rings do not return
     looked_at = config._attn_implementation == "eager" and not is_tracing(inputs_embeds)
     one_token = inputs_embeds.shape[1] == 1
     by_ring = one_token and _has_rings(cache) and not looked_at
@@ -1974,8 +1972,8 @@ def _layout_of(
 
 
 def _count_read(cache, length, tokens=None):
-    """Tell a cache whose layers share a count that they have read ``length`` places; tokens: bool
-    ``[B, length]``, False for padding, None where there is none."""
+    """Advance the count that a static cache's layers share by ``length`` places; tokens: bool
+    ``[B, length]``, False for padding, None if there is none."""
     if cache is not None and hasattr(cache.layers[0], "read"):
         cache.layers[0].read.count(length, length if tokens is None else tokens.sum(1))
 
@@ -2009,7 +2007,7 @@ def _check_inputs(embeds, attention_mask, position_ids, cache, config):
         return
     if cache is not None:
         _check_cache(cache, batch, length, config)
-    # before the positions, which generate() counts by the mask
+    # before the positions, because generate() derives them from the mask
     if attention_mask is not None and not isinstance(attention_mask, Layout):
         _check_mask(attention_mask, batch, length, cache)
     if position_ids is not None and position_ids.shape not in ((batch, length), (1, length)):
@@ -2025,7 +2023,7 @@ def _check_mask(attention_mask, batch, length, cache):
             f"attention_mask must have shape ({batch}, {past + length}): {past} cached and {length}"
             f" new tokens; got {tuple(attention_mask.shape)}"
         )
-    # a device is waited for anyway where several tokens come with a mask
+    # for several tokens with a mask, the host waits for the device anyway
     if length > 1 and not torch.equal(attention_mask, attention_mask.bool().to(attention_mask)):
         lowest, highest = attention_mask.min().item(), attention_mask.max().item()
         raise ValueError(
@@ -2047,7 +2045,7 @@ def _check_cache(cache, batch, length, config):
             f" {sorted({type(layer).__name__ for layer in layers})};"
             " make one with DynamicCache(config=model.config)"
         )
-    # also after a reset, which keeps the tensors
+    # also after a reset, because that keeps the tensors
     state = layers[0].recurrent_states.get(0)
     if state is not None and state.shape[0] != batch:
         raise ValueError(f"the cache holds a batch of {state.shape[0]}, got a batch of {batch}")
@@ -2098,14 +2096,14 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         cache, places = kwargs.get(CACHE_NAME), kwargs.get("position_ids")
         given = cache is not None and places is not None
         if given and places.shape[-1] == input_ids.shape[1]:
-            # transformers reads all of input_ids, also what the cache has read
+            # transformers reads all of input_ids, including what the cache has already read
             cache.reset()
         layers = getattr(cache, "layers", ())
         recorded = [getattr(layer, "record_past", False) for layer in layers]
         try:
             return super()._assisted_decoding(input_ids, *args, **kwargs)
         finally:
-            # a cache that records takes no fused steps; transformers lets it go on
+            # a recording cache takes no fused steps, and transformers leaves it recording
             for layer, before in zip(layers, recorded, strict=True):
                 layer.record_past = before
 
@@ -2113,7 +2111,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if CACHE_NAME in inputs:
-            # PEFT 0.21 asks by the name of before whether the virtual tokens were read
+            # PEFT 0.21 checks under the old name whether the virtual tokens were read
             inputs["past_key_values"] = inputs[CACHE_NAME]
         return inputs
 
@@ -2146,7 +2144,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         """
         cache = only_cache(cache, kwargs.pop("past_key_values", None))
         if isinstance(logits_to_keep, int) and logits_to_keep > 1:
-            # who verifies a draft asks for its logits
+            # several logits are requested to verify a draft
             _record_at_least(adopt_cache(cache), logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
@@ -2198,7 +2196,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
         return _apply(self.lm_head, hidden_states, is_step)
 
     def _loss(self, logits, labels, z_loss, **kwargs):
-        """``(loss, cross-entropy)`` of logits, by the loss function that the model carries."""
+        """``(loss, cross-entropy)`` of logits, by the model's own loss function."""
         targets = _shifted_labels(logits, labels, kwargs.get("shift_labels"))
         loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs
@@ -2232,7 +2230,7 @@ class RodimusForCausalLM(RodimusPreTrainedModel, GenerationMixin):
 
 
 def _shifted_labels(rows, labels, shift_labels):
-    """The label of each row of ``[B, T, ...]``: the next one, or the given shifted ones."""
+    """The label of each row of ``[B, T, ...]``: the next label, or that of ``shift_labels``."""
     given = labels if shift_labels is None else shift_labels
     if given.shape != rows.shape[:2]:
         raise ValueError(
@@ -2245,7 +2243,7 @@ class RodimusForSequenceClassification(GenericForSequenceClassification, Rodimus
     """Sequence classification from the last token that is not padding."""
 
     def __init__(self, config: RodimusConfig):
-        # that of transformers asks AutoModel, which trusts no code of a folder by itself
+        # transformers' __init__ calls AutoModel, which does not trust a folder's code by default
         RodimusPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = RodimusModel(config)

@@ -35,13 +35,13 @@ examples:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """What the words after ``rodimus`` ask for; ``command`` is what to call with it.
+    """Parse the arguments after ``rodimus``; ``command`` is the function to call with the result.
 
-    Settings of a training file, ``--section.key VALUE``, stay in ``settings`` of the commands that
-    take them.
+    For the commands that take settings of a training file, ``--section.key VALUE``, these are in
+    ``settings``.
     """
     if argv[:1] == ["train"]:
-        # --help, too, is answered with the file's values
+        # its own parser answers --help, too, with the file's values
         return argparse.Namespace(command=_train, words=argv[1:])
     parser = build_parser()
     options, rest = parser.parse_known_args(argv)
@@ -163,7 +163,7 @@ def _add_serve(commands) -> None:
 
 
 def _add_train(commands) -> None:
-    """For --help alone: ``parse`` leaves its words to it."""
+    """For --help alone: ``parse`` passes the arguments of ``train`` on to it."""
     commands.add_parser("train", help="pretrain a model as a TOML file says")
 
 
@@ -363,7 +363,7 @@ def _add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs a model asks for: which, where, and in which dtypes."""
+    """Options of every command that runs a model: which model, where, and in which dtypes."""
     parser.add_argument(
         "model",
         metavar="MODEL",

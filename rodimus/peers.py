@@ -2,8 +2,8 @@
 
 A configuration file names one by ``model_type``: ``qwen2`` is transformers' own Qwen2, ``gla`` is
 gated linear attention (arXiv 2312.06635) on our operator, since no package runs it on a CPU. Its
-names of parameters and settings are those of flash-linear-attention. Both get the loss that Rodimus
-is trained with: chunked, with z-loss, summed over the whole global batch.
+parameters and settings have flash-linear-attention's names. Both are trained with Rodimus's loss:
+chunked, with z-loss, summed and divided by the token count of the global batch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .modeling_rodimus import CACHE_NAME, RodimusCausalLMOutput, RodimusRMSNorm,
 
 
 class ChunkedLoss:
-    """Before a causal language model of transformers: its forward with Rodimus's training loss."""
+    """Mixin for a causal language model of transformers: adds Rodimus's training loss."""
 
     def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
-        """As the model's own; with ``loss_only`` as ``RodimusForCausalLM``, from
-        ``position_ids``, ``shift_labels``, ``num_items_in_batch``, ``z_loss``, and for a model that
-        takes one an ``attention_mask``; ``is_packed`` tells these models nothing."""
+        """The model's own forward; with ``loss_only`` the loss as in ``RodimusForCausalLM``, from
+        ``position_ids``, ``shift_labels``, ``num_items_in_batch``, ``z_loss`` and, for a model that
+        takes one, ``attention_mask``; ``is_packed`` is ignored."""
         if loss_only:
             return self._chunked_loss(input_ids, **kwargs)
         return super().forward(input_ids, **kwargs)
@@ -196,7 +196,7 @@ class GLAModel(GLAPreTrainedModel):
             input_ids: ``[B, T]``.
             position_ids: ``[B, T]``; a position of 0 starts a packed document.
             cache, past_key_values: State of each layer, as returned; written in place. Two names
-                of one argument, as in transformers.
+                for one argument, as in transformers.
             use_cache: Return the states.
         """
         stream = self.embeddings(input_ids)
@@ -213,7 +213,7 @@ class GLAModel(GLAPreTrainedModel):
 
 
 class GLAForCausalLM(ChunkedLoss, GLAPreTrainedModel):
-    """Language model for training and evaluation; generation is flash-linear-attention's."""
+    """Language model for training and evaluation; to generate, use flash-linear-attention."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
 
@@ -224,14 +224,14 @@ class GLAForCausalLM(ChunkedLoss, GLAPreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids=None, *, loss_only: bool = False, **kwargs):
-        """The training loss, or ``[B, T, V]`` logits, which is what lm-evaluation-harness asks."""
+        """The training loss, or ``[B, T, V]`` logits, which lm-evaluation-harness asks for."""
         if loss_only:
             return super().forward(input_ids, loss_only=True, **kwargs)
         states = self.model(input_ids, **kwargs).last_hidden_state
         return modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
 
 
-# saved under transformers' own name, so that it is loaded without this package
+# saved under transformers' own name, so that it loads without this package
 _Qwen2 = type("Qwen2ForCausalLM", (ChunkedLoss, Qwen2ForCausalLM), {})
 PEERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     "gla": (GLAConfig, GLAForCausalLM),

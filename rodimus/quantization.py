@@ -1,7 +1,7 @@
 """Weights of linear layers in 8 or 4 bits, for models that decode on a CPU.
 
-Needs torchao, whose tensors hold the weights: 8 bits are its own, 4 bits ours, in the form that
-``rodimus_kernels`` reads.
+Needs torchao, whose tensor classes hold the weights: its own for 8 bits; for 4 bits a subclass of
+ours, in the format that ``rodimus_kernels`` reads.
 """
 
 import torch
@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 
 from rodimus_kernels import Int4Weight, linear, quantize_int4, reference
 
-# Gates are small and decide what a state keeps for how long, a narrow one is read by rows of 16 or
-# 32; the score of a token is compared with those of all others.
+# Gates are small and decide what a state keeps and for how long; a narrow gate has rows of only 16
+# or 32 inputs. The head gets 8 bits too, because the scores of all tokens are compared.
 _IN_8_BITS = ("ch_gate_proj", "mem_gate_proj")
 
 
 class Int4Tensor(TorchAOBaseTensor):
-    """A parameter ``[N, K]`` whose numbers are those of an :class:`rodimus_kernels.Int4Weight`.
+    """A parameter ``[N, K]`` that holds the numbers of an :class:`rodimus_kernels.Int4Weight`.
 
-    A linear layer with it needs no gradient of the weight; that of its input is exact.
+    A linear layer with it computes no gradient of the weight; the gradient of its input is exact.
     """
 
     tensor_data_names = ["values", "scale"]
@@ -61,13 +61,13 @@ def _linear(input, weight, bias=None):
 
 
 def round_to_int8(model: PreTrainedModel) -> None:
-    """Round the matrices of all linear layers to 8 bits in place, one scale for each output."""
+    """Round the matrices of all linear layers to 8 bits in place, one scale per output."""
     quantize_(model, Int8WeightOnlyConfig())
 
 
 def round_to_int4(model: PreTrainedModel) -> None:
-    """Round the matrices of linear layers to 4 bits in place, one scale for 32 neighbours in a row;
-    those of a Rodimus block's gates and of the language model's head to 8 bits."""
+    """Round the matrices of linear layers to 4 bits in place, one scale per 32 neighbours in a row;
+    those of a Rodimus block's gates and of the language model's head are rounded to 8 bits."""
     head = model.get_output_embeddings()
     layers = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear)}
     wide = {n for n, x in layers.items() if x is head or any(part in n for part in _IN_8_BITS)}

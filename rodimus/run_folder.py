@@ -1,10 +1,10 @@
-"""The folder of a training run, read: which checkpoints it has, whether they are whole, the model.
+"""Reads the folder of a training run: which checkpoints it has, whether they are intact, the model.
 
     RUN/model.json                    configuration of the model
     RUN/tokenizer/                    tokenizer of the data, where the data had one
     RUN/checkpoints/step-00000020/    files of one checkpoint, and COMPLETE once all are written
 
-COMPLETE lists the sha256 of every file. ``rodimus.train.store`` writes it, after the last of them.
+COMPLETE lists the sha256 of every file. ``rodimus.train.store`` writes it last.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def _is_sound(path: Path, expected: str) -> bool:
 
 
 def sound_checkpoint(run: Path, step: int | None = None) -> Path:
-    """The folder of a run's checkpoint, every file of it checked.
+    """The folder of a run's checkpoint, after checking every file in it.
 
     Args:
         run: Folder of the run.
@@ -96,12 +96,12 @@ def read_weights(checkpoint: Path, into: dict) -> None:
     """Fills tensors by name from a checkpoint, in one process, however many ranks wrote it.
 
     Args:
-        checkpoint: What ``sound_checkpoint`` returned.
-        into: float32 tensors of the full shapes, by their names in the model.
+        checkpoint: A folder that ``sound_checkpoint`` returned.
+        into: float32 tensors of the full shapes, keyed by their names in the model.
     """
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
-        # torch remarks that there is no process group: none is wanted
+        # torch warns that there is no process group, but none is needed
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load({"model": into}, checkpoint_id=checkpoint, no_dist=True)

@@ -1,7 +1,7 @@
 """The tokenizer of the released checkpoints: a plain fast tokenizer with the published chat format.
 
 The released folders name a class of their own in ``auto_map``, whose code needs a package that is
-not in the folder. Registered here under the same name, this class takes its place.
+not in the folder. This class is registered under the same name and takes its place.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ class RodimusTokenizer(PreTrainedTokenizerFast):
     padding_side = "left"
     model_input_names = ["input_ids", "attention_mask"]
 
-    # no __init__: transformers rebuilds a class that has one from the vocabulary without merges
+    # no __init__: transformers rebuilds classes that have one from the vocabulary, without merges
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RodimusTokenizer":
@@ -32,13 +32,13 @@ class RodimusTokenizer(PreTrainedTokenizerFast):
         tokenizer = super().from_pretrained(*args, **kwargs)
         tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        # the code it names is this class; a folder saved from here needs none
+        # this class replaces the code that it names; a folder saved from here needs none
         tokenizer.init_kwargs.pop("auto_map", None)
-        # by itself transformers saves no attribute of a class
+        # transformers does not save attributes of a class by itself
         tokenizer.init_kwargs.setdefault("padding_side", tokenizer.padding_side)
         return tokenizer
 
 
 class TokenizerKey(RodimusConfig):
-    """What the tokenizer is registered for: only a config that no model uses wins over a folder's
-    own code."""
+    """The config class that the tokenizer is registered for: only one that no model uses takes
+    precedence over a folder's own code."""
