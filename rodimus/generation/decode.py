@@ -1,8 +1,8 @@
 """One token for many sequences: the model's own modules over the engine's slots.
 
-Adapters, quantised layers and hooks take part because the model is called as it is. On a GPU the
+Adapters, quantised layers and hooks take effect because the model itself is called. On a GPU the
 call is captured once per batch size and replayed, and captured again when the model has changed; on
-a CPU it runs as it stands.
+a CPU it is not captured.
 """
 
 import logging
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Decoder:
-    """Reads the newest token of the first B slots and gives the logits of the next ones.
+    """Reads the newest token of the first B slots and returns the logits of the next tokens.
 
     Attributes:
         tokens: int64 ``[slots]``: the newest token of each slot, not read yet.
@@ -29,11 +29,11 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, states: SlotStates, *, cuda_graphs: bool = True):
         self.model, self.states = model, states
-        # a wrapper's attributes may be those of the model inside, without what it adds
+        # a wrapper's `step` may be that of the model inside, without what the wrapper adds
         self._is_whole = hasattr(type(model), "step")
         device = states.positions.device
         self.tokens = torch.zeros(states.slots, dtype=torch.long, device=device)
-        # by batch: views of the tokens and the positions
+        # by batch size: views of the tokens and the positions
         self._inputs: dict[int, tuple[Tensor, ...]] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._captured: _Contents | None = None
@@ -41,12 +41,12 @@ class Decoder:
             self._capture()
 
     def follow_model(self, *, is_idle: bool) -> None:
-        """Give up captured steps of a model that has changed since: adapters, hooks, modules,
-        attributes and replaced weights are no part of them. Weights written in place are.
+        """Drop captured steps if the model has changed since: they do not reflect new adapters,
+        hooks, modules, attributes or replaced weights. They do reflect weights written in place.
 
         Args:
-            is_idle: No slot is in use, so the step may be captured again. Until then it runs as it
-                stands.
+            is_idle: No slot is in use, so the step may be captured again. Until then it runs
+                without capture.
         """
         if self._captured is None:
             return
@@ -59,7 +59,7 @@ class Decoder:
     def __call__(self, batch: int) -> Tensor:
         """Logits ``[batch, V]`` after the newest tokens of the ``batch`` slots in use.
 
-        Their states and positions move on by one token.
+        Their states and positions advance by one token.
         """
         for size, (graph, logits) in self._graphs.items():
             if size >= batch:
@@ -114,7 +114,7 @@ class Decoder:
                         self._forward(size)
                 torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                # without a stream of ours, all recordings share one on the first device used
+                # without a stream of ours, all captures share one on the first device used
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
                     logits = self._forward(size)
                 graphs[size] = (graph, logits)
@@ -126,7 +126,7 @@ _VALUES = (bool, int, float, str)
 
 
 class _Contents:
-    """What a model consists of, to see whether a captured call still says what the model does.
+    """A snapshot of what a model consists of, to see whether a captured call still matches it.
 
     The memory of its weights is kept, so that a captured call never reads freed memory."""
 
@@ -134,12 +134,12 @@ class _Contents:
         self.model = model
         self._look()
         self._deciding = self._what_decides()
-        # wrappers of other tensors have no address; they are never replaced in place
+        # tensors that wrap others have no address; they are never replaced in place
         self._tensors = [x for x in self._held if type(x) in (Tensor, nn.Parameter)]
         self._memory = [x.detach() for x in self._tensors]
 
     def is_unchanged(self) -> bool:
-        """Whether every part, weight, hook and setting is the one that it was, where it was."""
+        """Whether every part, weight, hook and setting is unchanged, and in the same memory."""
         found = zip_longest(chain.from_iterable(self._views), self._held, fillvalue=_NOTHING)
         if not all(starmap(is_, found)):
             now = zip_longest(self._what_decides(), self._deciding, fillvalue=_NOTHING)
@@ -152,14 +152,14 @@ class _Contents:
         )
 
     def _look(self):
-        """Remember all that is there, to see in half a millisecond that it still is."""
+        """Remember all values, so that comparing them later takes half a millisecond."""
         self._views = list(self._all_values())
         self._held = list(chain.from_iterable(self._views))
 
     def _all_values(self):
         attributes = [vars(part) for part in self.model.modules()]
         yield from map(dict.values, attributes)
-        # modules, parameters, buffers and hooks, and what an adapter keeps of itself
+        # modules, parameters, buffers and hooks, and the settings of adapters
         for value in chain.from_iterable(map(dict.values, attributes)):
             if isinstance(value, dict):
                 yield value.values()
@@ -169,7 +169,7 @@ class _Contents:
         yield module_hooks._global_forward_hooks.values()
 
     def _what_decides(self):
-        """All but None and objects that only remember something, such as an inspection."""
+        """All values but None and objects that merely cache something, such as an inspection."""
         kinds = (*_VALUES, Tensor, nn.Module)
         values = chain.from_iterable(self._all_values())
         return [x for x in values if isinstance(x, kinds) or callable(x)]

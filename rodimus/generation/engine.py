@@ -27,15 +27,15 @@ from .state import SequenceState, SlotStates, StateLayout
 from .text import TextStream, encode, skipped_tokens
 
 MAX_LOGPROBS = 20
-# prompts read in one forward, whose states take memory besides the slots
+# most prompts read in one forward: their states take memory in addition to the slots
 MOST_TOGETHER = 16
-# so much of such a forward must be tokens on a CPU, where padding costs as much as they do; on a
-# GPU it is little beside the launches of another forward
+# the least share of tokens in such a forward on a CPU, where padding costs as much as tokens; on a
+# GPU padding costs little compared with the launches of another forward
 _LEAST_FULL_ON_CPU = 0.75
-# positions of a prompt whose log-probabilities are computed at once: each takes the vocabulary in
-# float32, several times
+# positions of a prompt whose log-probabilities are computed at once: each takes a few copies of its
+# logits in float32
 _SCORED_AT_ONCE = 64
-# the error of what was under way in such a step
+# the error of generations that were under way in such a step
 STEP_FAILED = "a step of the engine failed or was interrupted"
 
 
@@ -45,16 +45,16 @@ class Request:
 
     Args:
         prompt: Token ids, at least one; or text, which needs a tokenizer and gets the special
-            tokens that it adds.
+            tokens that the tokenizer adds.
         max_new_tokens: Most tokens to generate, the one that ends the text included. At least 1;
             with ``prompt_logprobs`` it may be 0, which scores the prompt alone.
         sampling: How tokens are chosen; greedy by default.
         stop: Strings that end the text; the text does not contain them. Needs a tokenizer.
         stop_tokens: Tokens that end the text; None for the model's end-of-text tokens.
-        logprobs: Report each token's log-probability and those of so many likeliest; None for none.
-        prompt_logprobs: The same of the prompt's tokens, which is then read whole, whatever state
-            there is of its beginning.
-        keep_state: Give the state back at the end, to continue from it later.
+        logprobs: Report log-probabilities of each token and of this many likeliest; None for none.
+        prompt_logprobs: The same for the tokens of the prompt, which is then read from its
+            beginning even if a state of that is stored.
+        keep_state: Return the state at the end, to continue from it later.
     """
 
     prompt: str | Sequence[int]
@@ -72,8 +72,8 @@ class TokenLogprobs:
     """Natural-log probabilities under the model, before any sampling parameter.
 
     Attributes:
-        token, logprob: The token chosen, and its own.
-        top: Token and log-probability of the likeliest, in order.
+        token, logprob: The token chosen, and its log-probability.
+        top: Tokens and log-probabilities of the likeliest, in order.
     """
 
     token: int
@@ -83,8 +83,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Delta:
-    """What came since the last look: tokens, text, log-probabilities, and why it ended if it
-    did."""
+    """What is new since the last call of ``drain``: tokens, text, log-probabilities, and the finish
+    reason if it ended."""
 
     tokens: list[int]
     text: str
@@ -92,7 +92,7 @@ class Delta:
     finish_reason: str | None
 
     def then(self, later: "Delta") -> "Delta":
-        """Both, as one look would have found them."""
+        """Both, as one call of ``drain`` would have returned them."""
         return Delta(
             tokens=self.tokens + later.tokens,
             text=self.text + later.text,
@@ -106,16 +106,16 @@ class Generation:
 
     Attributes:
         tokens: Generated so far, with the token that ended the text.
-        text: Of those tokens, as it continues the prompt's, if the engine has a tokenizer; without
-            what stopped it.
-        logprobs: One entry a token, if asked for.
-        prompt_logprobs: If asked for, one entry for each token of the prompt but the first, given
-            the tokens before it; complete when the first token is generated.
+        text: Text of those tokens, as a continuation of the prompt's, if the engine has a
+            tokenizer; without what stopped it.
+        logprobs: One entry per token, if requested.
+        prompt_logprobs: One entry per token of the prompt except the first, if requested; complete
+            when the first token is generated.
         finish_reason: None while it runs; then "stop" (an end-of-text token or a stop string),
             "length", "cancelled" or "error".
         error: What went wrong, for "error": with the model, the step, or the text of the tokens.
-        prefix_tokens: Tokens of the prompt that were not read: a state stood for them.
-        state: After the end, if asked for; it has read all tokens but the last one generated.
+        prefix_tokens: Tokens of the prompt that were not read because a kept state covers them.
+        state: After the end, if requested; it has read all tokens but the last one generated.
         submitted, started, finished: Seconds of ``time.perf_counter``: request, first token, end.
     """
 
@@ -132,7 +132,7 @@ class Generation:
         self.started: float | None = None
         self.finished: float | None = None
         self.stream: TextStream | None = None
-        # that of a forward that broke, of which it is not known whose it was
+        # set after a forward of several prompts failed: the one at fault is not known
         self.is_read_alone = False
         self._taken = (0, 0)
 
@@ -150,7 +150,7 @@ class Generation:
         return torch.cat((self.prompt, self.prompt.new_tensor(self.tokens[:-1])))
 
     def drain(self) -> Delta:
-        """What came since the last call."""
+        """What is new since the last call."""
         tokens, characters = self._taken
         self._taken = (len(self.tokens), len(self.text))
         return Delta(
@@ -174,8 +174,8 @@ class EngineStats:
 
 @dataclass
 class _Reading:
-    """Prompts on their way into the model, one in chunks or several whole: the cache that has read
-    ``read`` tokens of each, or what was left by the same prompt before."""
+    """Prompts that the model is reading, one in chunks or several whole: a cache that has read
+    ``read`` tokens of each, or in ``whole`` what the same prompt left behind earlier."""
 
     generations: list[Generation]
     cache: Cache | None
@@ -187,34 +187,34 @@ class Engine:
     """Generates for many requests at once.
 
     Greedy tokens equal those of ``model.generate`` (without ``window_dtype``), and no sequence's
-    tokens depend on its neighbours: both exactly so in float32, up to what a different batch size
-    rounds. Not thread-safe: one thread calls it.
+    tokens depend on its neighbours: both exactly in float32, up to the rounding that changes with
+    the batch size. Not thread-safe: one thread calls it.
 
     Args:
-        model: A Rodimus or Rodimus+ language model, adapted, quantised or hooked as it may be.
+        model: A Rodimus or Rodimus+ language model; may have adapters, hooks, quantised weights.
         tokenizer: For prompts, answers and stop strings as text; without one the engine knows
             tokens only.
         slots: Sequences that run at once; their memory is ``slots * state_bytes(...)``, made here.
         prefill_chunk: Most tokens of prompts read between two tokens of the running sequences.
-        max_length: Most tokens of prompt and continuation; None for no limit, which only a
-            Rodimus+ without a window cannot have.
-        window_dtype: Of the values in the slots' windows: None for the model's dtype, or
+        max_length: Most tokens of prompt and continuation; None for no limit, which all models
+            allow but a Rodimus+ without a window.
+        window_dtype: Dtype of the values in the slots' windows: None for the model's dtype, or
             ``torch.int8``, which takes about half the memory and rounds them
-            (:func:`rodimus_kernels.reference.quantize_values`); prompts are read before that.
-        recent_states: States that sequences leave behind, after the prompt and at the end, of which
-            so many are kept: prompts that begin with the same tokens, such as the next turn of a
-            conversation, start from them. Each takes as much memory as a state file. Where the
-            model is changed, ``prefixes.clear()`` forgets what the one before it has read.
-        cuda_graphs: On a GPU, capture the decode step once per batch size. What is done to the
-            model later takes part from the next request on.
+            (:func:`rodimus_kernels.reference.quantize_values`) after the prompt has been read.
+        recent_states: How many of the states that sequences leave behind, after the prompt and at
+            the end, are kept: prompts that begin with the same tokens, such as the next turn of a
+            conversation, start from them. Each takes as much memory as a state file. After a
+            change of the model, ``prefixes.clear()`` drops the states that it had computed before.
+        cuda_graphs: On a GPU, capture the decode step once per batch size. Later changes to the
+            model take effect from the next request on.
 
     Raises:
         ValueError: the model is no language model of this package or on several devices, a number
             is not an integer of at least 1 (``recent_states``: 0), ``max_length`` is missing, or
-            ``window_dtype`` is neither, or given for a model without attention.
+            ``window_dtype`` is neither of the two, or given for a model without attention.
     """
 
-    # what is made here is written in any mode of torch, and in other threads
+    # tensors made here are written in any mode of torch, and in other threads
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -243,7 +243,7 @@ class Engine:
         self.states = SlotStates(self.layout, slots, self.device)
         self.decoder = Decoder(model, self.states, cuda_graphs=cuda_graphs)
         self.sampler = Sampler(slots, model.config.vocab_size, self.device)
-        # those of a tokenizer may be none that the model knows
+        # a tokenizer's end tokens may be outside the model's vocabulary
         size = model.config.vocab_size
         self.end_tokens = [x for x in end_tokens(model, tokenizer) if 0 <= x < size]
         self.skipped_tokens = frozenset() if tokenizer is None else skipped_tokens(tokenizer, size)
@@ -251,10 +251,10 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self.stats = EngineStats()
-        # tokens are launched, and the host is free until it looks at them
+        # a step is only launched, and the host is free until it reads the tokens
         self._computes_apart = self.device.type != "cpu"
         self._reading: _Reading | None = None
-        # of the prompt read last, where the first that waits has the same
+        # the state of the prompt read last, if the first waiting request has the same prompt
         self._shared: Prefix | None = None
         self._news: list[Generation] = []
 
@@ -271,15 +271,15 @@ class Engine:
         return generation
 
     def enqueue(self, generation: Generation) -> None:
-        """Queue what ``prepare`` made."""
+        """Queue a generation that ``prepare`` made."""
         self.waiting.append(generation)
 
     def prepare(self, request: Request | str, like: Generation | None = None) -> Generation:
-        """Check a request without queueing it. Any thread may call this; with a prompt of text only
-        the one that steps, whose tokenizer it needs.
+        """Check a request without queueing it. Any thread may call this; for a prompt of text, only
+        the thread that steps, because the engine's tokenizer is used.
 
         Args:
-            like: What this made of a request with the same prompt, which is not checked again.
+            like: The result for a request with the same prompt, which is then not checked again.
 
         Raises:
             ValueError: the request cannot be served; the message says what was expected.
@@ -322,8 +322,8 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """End a request now, wherever it is; one that has ended is left as it is.
 
-        Where this raises, as for want of memory for a state that is left behind, it ends all that
-        is under way, as a step does.
+        If this raises, for example because memory for a state that is left behind runs out, it ends
+        everything under way, as a failed step does.
         """
         if generation.finish_reason is not None:
             return
@@ -337,7 +337,7 @@ class Engine:
             return
         if self._reading is not None and generation in self._reading.generations:
             self._reading = None
-        # a step that was interrupted may have left it in none of these places
+        # after an interrupted step it may be in none of these places
         elif generation in self.waiting:
             self.waiting.remove(generation)
             self._share(self._shared)
@@ -352,7 +352,7 @@ class Engine:
         return SequenceState.from_cache(cache, prompt)
 
     def add_prefix(self, state: SequenceState) -> None:
-        """Let every later prompt that begins with the state's tokens, and goes on, start from it.
+        """Let every later prompt that begins with the state's tokens, and is longer, start from it.
 
         The state must come from this model: ``load_state`` checks that.
 
@@ -376,7 +376,7 @@ class Engine:
         return torch.tensor(ids, dtype=torch.long, device="cpu")
 
     def _check_tokens(self, name, tokens) -> list[int]:
-        # of a tensor or an array as of a list
+        # a tensor or an array is taken as well as a list
         ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise ValueError(f"{name} must be a list of token ids, got {type(tokens).__name__}")
@@ -411,13 +411,13 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> list[Generation]:
         """Read at most one chunk of prompts, then give each running sequence one token.
 
-        A step that raises, or is interrupted, ends all that was under way with an error: states may
-        have moved on that no token belongs to. What waits goes on waiting.
+        A step that raises, or is interrupted, ends everything under way with an error, because
+        states may have advanced without a token. What waits goes on waiting.
 
         Args:
-            meanwhile: Work of the host that needs nothing of this step, such as telling the news of
-                the one before. Called once: where a GPU can compute the step's tokens at the same
-                time, then; else first.
+            meanwhile: Work for the host that needs nothing from this step, such as delivering the
+                news of the previous one. Called once: while a GPU computes the step's tokens, where
+                that is possible, else first.
 
         Returns:
             The generations with news, those cancelled since the last step included.
@@ -443,7 +443,7 @@ class Engine:
         Leaving the loop early cancels the request.
 
         Raises:
-            ValueError: the request cannot be served; at once, not in the loop.
+            ValueError: the request cannot be served; raised at once, not in the loop.
         """
         return self._stream(self.prepare(request))
 
@@ -476,7 +476,7 @@ class Engine:
             if torch.equal(generation.prompt, after.prompt):
                 after.prompt = generation.prompt
         with ExitStack() as ends:
-            # each is cancelled, whatever the cancellation of another raises
+            # each is cancelled, even if cancelling another one raises
             for generation in reversed(generations):
                 ends.callback(self.cancel, generation)
             for generation in generations:
@@ -511,7 +511,7 @@ class Engine:
                 self._enter(*reading.generations, reading.whole.state, reading.whole.logits)
                 self._reading = None
                 continue
-            # chunks are cut from each prompt's start, whatever else is read in the same step
+            # chunks are counted from each prompt's start, whatever else is read in the same step
             chunks = [x.prompt[reading.read :][: self.prefill_chunk] for x in reading.generations]
             room -= _places(chunks)
             if room < 0:
@@ -544,8 +544,8 @@ class Engine:
         self._reading = None
 
     def _score(self, generation, read, logits):
-        """Report a prompt's log-probabilities, from the logits ``[T, V]`` after tokens ``read`` and
-        on, each of which predicts the next token."""
+        """Report log-probabilities of a prompt from the logits ``[T, V]`` after its tokens
+        ``read .. read + T - 1``, each of which predicts the token that follows."""
         targets = generation.prompt[read + 1 :][: len(logits)].to(self.device)
         pairs = (x.split(_SCORED_AT_ONCE) for x in (logits[: len(targets)], targets))
         for some, tokens in zip(*pairs, strict=True):
@@ -553,7 +553,7 @@ class Engine:
             generation.prompt_logprobs += _entries(some, tokens, most)
 
     def _start_reading(self, room):
-        """The first that wait; None where they do not fit into what a step still may read."""
+        """The first waiting prompts; None if they exceed what the step may still read."""
         generation = self.waiting[0]
         prefix = self._known(generation)
         read = 0 if prefix is None else len(prefix.state.tokens)
@@ -569,8 +569,8 @@ class Engine:
         return _Reading([generation], prefix.state.to_cache(self.model.config, self.layout), read)
 
     def _first_together(self, room):
-        """The first that waits, and those behind it that are read in the same forward: each whole,
-        from its beginning, and where little of it is padding."""
+        """The first waiting generation, and those behind it that are read in the same forward: each
+        whole, from its beginning, as long as little of the forward is padding."""
         together: list[Generation] = []
         on_cpu = self.device.type == "cpu"
         least_full = _LEAST_FULL_ON_CPU if on_cpu else 0.0
@@ -588,7 +588,7 @@ class Engine:
         return together
 
     def _may_join(self, generation, others):
-        """Whether a prompt need not wait for one of the others, to start from its state."""
+        """Whether a prompt need not wait to start from the state of one of the others."""
         if generation.is_read_alone or others[0].is_read_alone:
             return False
         prompt = generation.prompt
@@ -598,7 +598,7 @@ class Engine:
         return not any(torch.equal(x, prompt[: len(x)]) for x in starts)
 
     def _known(self, generation):
-        """What a prompt may start from, if there is anything."""
+        """The prefix from which a prompt may start, or None."""
         prompt = generation.prompt
         if generation.request.prompt_logprobs is not None:
             return None
@@ -607,18 +607,18 @@ class Engine:
         return self.prefixes.longest(prompt)
 
     def _share(self, prefix):
-        """Keep what was read last as long as the first that waits has the same prompt."""
+        """Keep what was read last while the first waiting generation has the same prompt."""
         same = prefix and self.waiting and self.waiting[0].prompt is prefix.state.tokens
         self._shared = prefix if same else None
 
     @torch.no_grad()
     def _read_chunk(self, chunks, cache, every_token=False):
-        """Logits ``[B, 1, V]`` after more tokens of each prompt; ``[B, T, V]`` after every token,
-        on the left of which there may be padding.
+        """Logits ``[B, 1, V]`` after the last token of each chunk, or ``[B, T, V]`` after every
+        token, with padding on the left.
 
         Raises:
-            FloatingPointError: what the model makes of a prompt is not finite; where there are
-                several, nobody can tell of which.
+            FloatingPointError: the model's output for a prompt is not finite; if there are
+                several, it is not known for which.
         """
         ids, mask = _left_padded(chunks)
         mask = None if mask is None else mask.to(self.device)
@@ -630,7 +630,7 @@ class Engine:
             logits_to_keep=0 if every_token else 1,
         )
         logits = output.logits
-        # one prompt is checked where its first token is chosen, which a scored one may not have
+        # a single prompt is checked when its first token is chosen, unless it is only scored
         if len(chunks) > 1 or every_token:
             broken = not_finite(logits.amax(-1))
             if (broken if mask is None else broken & mask[:, -logits.shape[1] :]).any():
@@ -668,7 +668,7 @@ class Engine:
         chosen_at = time.perf_counter()
         self._accept([generation], chosen.tolist(), logits, chosen)
         if generation.finish_reason != "error":
-            # before the end, if that is the only token
+            # taken before `finished`, in case this is the only token
             generation.started = chosen_at
             self.decoder.tokens[row] = chosen[0]
 
@@ -676,7 +676,7 @@ class Engine:
         running = list(self.running)
         logits = self.decoder(len(running))
         chosen = self.sampler(logits)
-        # a row that found none ends, but a graph of more rows may run it once more
+        # a row without a valid token ends, but a graph of more rows may run it once more
         self.decoder.tokens[: len(running)] = chosen.clamp_min(0)
         meanwhile()
         ended = self._accept(running, chosen.tolist(), logits, chosen)
@@ -684,7 +684,7 @@ class Engine:
             self._leave(row)
 
     def _accept(self, generations, tokens, logits, chosen) -> list[int]:
-        """Give each generation its token; end those that it ends, and say which rows they are."""
+        """Give each generation its token, end those that are done, and return their rows."""
         self._report_logprobs(generations, tokens, logits, chosen)
         self._news += generations
         ended = []
@@ -764,8 +764,8 @@ def _check_devices(model):
 
 
 def _place_of(model):
-    """Dtype and device of a model, which ``model.half()`` or ``model.to()`` change: of its
-    embedding, since a large model has hundreds of weights, and every request asks."""
+    """Dtype and device of a model, which ``model.half()`` or ``model.to()`` change: those of its
+    embedding, because every request asks, and a large model has hundreds of weights."""
     weight = model.get_input_embeddings().weight
     return weight.dtype, weight.device
 
@@ -778,12 +778,12 @@ def _entries(logits, tokens, most) -> list[TokenLogprobs]:
 
 
 def _places(chunks) -> int:
-    """Of a batch of them, padding included."""
+    """Places in a batch of the chunks, padding included."""
     return len(chunks) * max(map(len, chunks))
 
 
 def _left_padded(chunks):
-    """int64 ``[B, T]``, and bool ``[B, T]`` that is True for tokens; None where there is no
+    """int64 ``[B, T]``, and bool ``[B, T]`` that is True for tokens, or None if there is no
     padding."""
     longest = max(map(len, chunks))
     if all(len(chunk) == longest for chunk in chunks):
@@ -797,9 +797,9 @@ def _left_padded(chunks):
 
 
 def _at_least(name, least, value) -> int:
-    # torch takes none beyond 64 bits
+    # torch takes no integers beyond 64 bits
     if not is_integer(value) or not least <= value < 2**63:
         what = f"an integer of at least {least}, below 2^63"
         raise ValueError(f"{name} must be {what}, got {value!r}")
-    # a narrow integer of numpy overflows where Python's does not
+    # numpy's narrow integers overflow where Python's do not
     return int(value)

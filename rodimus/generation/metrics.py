@@ -1,4 +1,4 @@
-"""What a server tells Prometheus: the engine's counters, and how long requests take."""
+"""A server's metrics for Prometheus: the engine's counters, and how long requests take."""
 
 from ..errors import InputError
 from .engine import Generation
@@ -44,7 +44,7 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """All metrics, in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def count_request(self, endpoint: str, status: int) -> None:
@@ -52,9 +52,9 @@ class Metrics:
         self._requests.labels(endpoint, str(status)).inc()
 
     def observe(self, generations: list[Generation], arrived: float) -> None:
-        """Take in the times of a request's generations since it ``arrived``, in seconds of
-        ``time.perf_counter``: tokenising is among them. So are those of a client that left: it may
-        have left for them."""
+        """Record how long a request's generations took since it ``arrived`` (in seconds of
+        ``time.perf_counter``), tokenising included. Clients that left count too, because long
+        times may be why they left."""
         for generation in generations:
             if generation.started is not None:
                 self._first.observe(generation.started - arrived)

@@ -1,4 +1,4 @@
-"""What an engine has read before: states from which prompts that begin alike may start."""
+"""States that an engine has computed, from which prompts that begin with their tokens may start."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from .state import SequenceState
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A state, and the logits ``[1, V]`` after its last token where they are known: a prompt of
-    just its tokens needs them."""
+    """A state and, if known, the logits ``[1, V]`` after its last token, which a prompt of exactly
+    its tokens needs."""
 
     state: SequenceState
     logits: Tensor | None = None
@@ -29,7 +29,7 @@ class Prefixes:
     """States that were added stay; of those that sequences left behind, the last used ones do.
 
     Args:
-        recent: Most states of the second kind.
+        recent: How many states left by sequences are kept.
     """
 
     def __init__(self, recent: int):
@@ -50,14 +50,14 @@ class Prefixes:
         self._added.append(Prefix(state))
 
     def leave(self, state: SequenceState, logits: Tensor | None = None) -> None:
-        """Keep a state while it is among the last ones used."""
+        """Keep a state as long as it is among the last ones used."""
         known = [x for x in self._left if torch.equal(x.state.tokens, state.tokens)]
         if logits is None and known:
             logits = known[0].logits
         self._use(Prefix(state, logits), known)
 
     def longest(self, prompt: Tensor) -> Prefix | None:
-        """The longest that a prompt may start from, if there is one."""
+        """The longest prefix from which a prompt may start, or None."""
         fits = [prefix for prefix in chain(self._added, self._left) if prefix.serves(prompt)]
         found = max(fits, key=lambda prefix: len(prefix.state.tokens), default=None)
         if found in self._left:
@@ -65,7 +65,7 @@ class Prefixes:
         return found
 
     def clear(self) -> None:
-        """Forget all states, as must be done when the model is another than it was."""
+        """Forget all states, which is necessary after the model has changed."""
         self._added, self._left = [], []
 
     def _use(self, prefix, instead):

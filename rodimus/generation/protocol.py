@@ -1,7 +1,7 @@
 """OpenAI's completion formats: JSON in, checked field by field; JSON out.
 
 Every wrong value is an ``ApiError`` that names its field. Fields that would change the text in a
-way the engine cannot follow are refused, those that cannot change it are ignored.
+way the engine does not support are refused; those that cannot change it are ignored.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from ..limits import Limits
 from .engine import MAX_LOGPROBS, Delta, Generation, Request, TokenLogprobs
 from .sampling import MAX_SEED, SamplingParams, is_integer
 
-# Refused unless they say what happens anyway.
+# Refused unless they ask for what happens anyway.
 _UNSUPPORTED = {
     "echo": (False,),  # of a chat
     "function_call": ("none",),
@@ -32,20 +32,20 @@ _IGNORED = {
     *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key"),
     *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity"),
 }
-# what OpenAI writes for a token of probability zero, whose logarithm is no JSON
+# what OpenAI writes for a token of probability zero, whose logarithm JSON cannot express
 _IMPOSSIBLE = -9999.0
 # a field that OpenAI's chats always have
 _NO_REFUSAL = {"refusal": None}
-# how many tokens a client wants, the one that counts first
+# the fields that say how many tokens a client wants; the first takes precedence
 _LENGTHS = ("max_completion_tokens", "max_tokens")
 _SHARED = {
     *("model", "stream", "stream_options", "n", "stop", "seed", "max_tokens"),
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "logprobs", "stop_token_ids", "ignore_eos", "best_of"),
 }
-# of a message, what a template is given beside role and content
+# fields of a message that a template is given besides role and content
 _NAMES = ("name", "tool_call_id")
-# what an assistant's message from OpenAI holds beside text, and what only tells of that text
+# fields of OpenAI's assistant messages that are not text, and those that only describe the text
 _NOT_TEXT, _ABOUT_TEXT = ("tool_calls", "function_call", "refusal", "audio"), ("annotations",)
 
 
@@ -71,15 +71,15 @@ class Call:
 
     Attributes:
         is_chat: Which of the two formats the answer has.
-        prompts: Strings or lists of token ids; of a chat, the one list of messages.
+        prompts: Strings or lists of token ids; for a chat, the one list of messages.
         choices: Continuations of each prompt.
-        options: Arguments of the engine's ``Request`` but the prompt.
+        options: Arguments of the engine's ``Request`` except the prompt.
         stop_token_ids: Tokens that end the text besides those of the model.
-        ignore_eos: Those of the model do not end it.
+        ignore_eos: The model's end tokens do not end the text.
         echo: The answer's texts, tokens and log-probabilities begin with those of the prompt.
         length_field: The field that says how many tokens the client wants; None if it did not say.
         stream, include_usage: Answer in pieces; with a last piece that counts tokens.
-        id, created: Of the answer.
+        id, created: Identifier and time of the answer.
     """
 
     is_chat: bool
@@ -109,10 +109,10 @@ class Call:
         """The engine's requests, in the order of the answer's choices.
 
         Args:
-            token_ids: Of each prompt.
-            end_tokens: Those of the model that end a text.
-            max_length: Of prompt and continuation: as far as a continuation goes whose length the
-                client did not say.
+            token_ids: Token ids of each prompt.
+            end_tokens: The model's tokens that end a text.
+            max_length: Most tokens of prompt and continuation together, and how far a continuation
+                goes if the client did not say its length.
 
         Raises:
             ApiError: 400, prompt and continuation are longer.
@@ -128,7 +128,7 @@ class Call:
                     options["max_new_tokens"] = self._new_tokens(len(ids), max_length)
                 seed = options["sampling"].seed
                 if seed is not None:
-                    # choices of one request differ, and each can be had again
+                    # choices of one request differ, and each is reproducible
                     fields = {**vars(options["sampling"]), "seed": (seed + choice) % (MAX_SEED + 1)}
                     options["sampling"] = SamplingParams(**fields)
                 requests.append(Request(prompt=ids, **options))
@@ -158,7 +158,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
     Raises:
-        ApiError: 400, it is not one.
+        ApiError: 400, the body is not a JSON object.
     """
 
     def refuse(name):
@@ -166,7 +166,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
     try:
         body = json.loads(data.decode("utf-8"), parse_constant=refuse)
-        # strings with lone surrogates are JSON, but no text that a tokenizer can read
+        # strings with lone surrogates are JSON, but not text that a tokenizer can read
         json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ApiError(
@@ -226,7 +226,7 @@ def _call(fields, limits, prompts, new_tokens, logprobs, *, is_chat, echo=False)
         raise ApiError(400, "stream_options needs stream = true", param="stream_options")
     sampling = SamplingParams(
         temperature=fields.number("temperature", 1.0, 0, 2),
-        # -1 is another name of all
+        # -1 also means all tokens
         top_k=max(fields.integer("top_k", 0, -1, 2**31), 0),
         top_p=fields.number("top_p", 1.0, 0, 1),
         min_p=fields.number("min_p", 0.0, 0, 1),
@@ -298,15 +298,15 @@ def _message(message, name):
         content = ""
     if not isinstance(content, str):
         raise ApiError(400, f"{name}.content must be text, got {_kind(content)}", param=name)
-    # OpenAI's newer name of what chat templates call system
+    # developer is OpenAI's newer name for what chat templates call system
     return {"role": "system" if role == "developer" else role, "content": content, **names}
 
 
 def _names(message, name):
-    """A message's fields beside role and content, for the template; others are refused."""
+    """A message's fields besides role and content, for the template; others are refused."""
     names = {}
     for key, value in message.items():
-        # clients send an assistant's message back with the fields that it left empty
+        # clients send an assistant's message back together with its empty fields
         if not value or key in ("role", "content", *_ABOUT_TEXT):
             continue
         if key in _NOT_TEXT:
@@ -341,7 +341,7 @@ def _stop_token_ids(fields, limits):
 
 
 def _logit_bias(fields):
-    """Numbers by token, whose id is text in JSON."""
+    """Bias by token id; in JSON the ids are text."""
     given = fields.get("logit_bias", {})
     bias = given if isinstance(given, dict) else {"": given}
     if not all(map(_is_token, bias)) or not all(map(_is_bias, bias.values())):
@@ -435,12 +435,12 @@ def _kind(value):
 
 
 class TokenText(NamedTuple):
-    """What a token is called and what it says.
+    """The name and the text of a token.
 
     Attributes:
-        name: Its text; if it is only part of a character, what the tokenizer calls it.
-        data: Its bytes, those of a part as well; None where they cannot be told.
-        is_shown: Whether they are in the text: a special token's are not.
+        name: Its text; if it is only part of a character, the tokenizer's name for it.
+        data: Its bytes, also if it is part of a character; None if they are unknown.
+        is_shown: Whether its bytes are in the answer's text: a special token's are not.
     """
 
     name: str
@@ -449,14 +449,14 @@ class TokenText(NamedTuple):
 
 
 class _Place:
-    """How many characters of a text are complete."""
+    """Counts the complete characters of a text."""
 
     def __init__(self):
         self._characters = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def pass_by(self, token: TokenText) -> int:
-        """Where a token begins, and go behind it."""
+        """Return where a token begins, and move past it."""
         at = self._characters
         if token.is_shown and token.data is not None:
             self._characters += len(self._decoder.decode(token.data))
@@ -472,9 +472,9 @@ class Answer:
 
     Args:
         model: Name of the model.
-        call: What is answered.
-        token_text: Of one token id.
-        echoed: Of each prompt, the text that its choices begin with; empty where none does.
+        call: The call to answer.
+        token_text: Gives the ``TokenText`` of a token id.
+        echoed: For each prompt, the text that its choices begin with; empty without ``echo``.
     """
 
     def __init__(
@@ -507,7 +507,7 @@ class Answer:
         return {**self._envelope(kind, choices), "usage": usage(generations, self.call.choices)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first piece of a choice: a chat's names the role."""
+        """The first piece of a choice in a chat, which names the role; else None."""
         if not self.call.is_chat:
             return None
         choice = self._choice(index, [], None)
@@ -527,7 +527,7 @@ class Answer:
         return self._piece([choice])
 
     def closing(self, generations: list[Generation]) -> dict[str, Any]:
-        """The last piece, which counts tokens, for those who asked for it."""
+        """The last piece, which counts tokens, for clients that asked for it."""
         return {**self._piece([]), "usage": usage(generations, self.call.choices)}
 
     def _echo(self, index, generation):
@@ -571,7 +571,7 @@ class Answer:
         }
 
     def _contents(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        """A chat's log-probabilities: an object a token."""
+        """A chat's log-probabilities: one object per token."""
 
         def written(token, logprob):
             name, data, _ = self.token_text(token)
@@ -585,13 +585,13 @@ class Answer:
         return {"content": contents} | _NO_REFUSAL
 
     def _lists(self, index: int, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        """A completion's log-probabilities: lists as long as the tokens."""
+        """A completion's log-probabilities: lists with one entry per token."""
         texts = [self.token_text(entry.token) for entry in entries]
         place = self._place(index)
         return {
             "tokens": [text.name for text in texts],
             "token_logprobs": [max(entry.logprob, _IMPOSSIBLE) for entry in entries],
-            # the chosen token is always among them, though it be none of the likeliest
+            # the chosen token is always among them, even if it is not one of the likeliest
             "top_logprobs": [
                 {
                     self.token_text(t).name: max(p, _IMPOSSIBLE)

@@ -1,10 +1,10 @@
 """How the next token is chosen: greedy or drawn, each row of a batch by its own parameters.
 
-Scores get their bias first, then penalties: that of repetition is transformers', those of presence
-and frequency are OpenAI's. The filters are those of transformers, in its order: temperature, top-k,
-top-p, min-p. Each is a threshold on a row's scores, so a row's outcome depends on that row alone.
-Random numbers are a function of a request's seed and of how many tokens it has drawn: neighbours,
-batch size and order of arrival change nothing.
+Scores get their bias first, then penalties: for repetition as in transformers, for presence and
+frequency as in OpenAI's API. The filters are those of transformers, in its order: temperature,
+top-k, top-p, min-p. Each is a threshold on a row's scores, so a row's outcome depends on that row
+alone. Random numbers are a function of a request's seed and of how many tokens it has drawn, so
+neighbours, batch size and order of arrival change nothing.
 """
 
 import secrets
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The nucleus of top-p is looked for among this many scores; rows where it is wider are sorted.
+# The nucleus of top-p is searched among this many top scores; rows where it is wider are sorted.
 _HEAD = 1024
 
 MAX_SEED = 2**63 - 1
@@ -35,13 +35,13 @@ class SamplingParams:
         repetition_penalty: Divides positive scores of tokens that the prompt or the continuation
             already has, multiplies negative ones; 1 changes nothing.
         seed: Same seed, same text; None draws one.
-        presence_penalty: Taken from the scores of tokens that the continuation already has; below
-            0 they become likelier.
-        frequency_penalty: The same once for each time that the continuation has them.
-        logit_bias: What is added to the scores of some tokens, by token; kept as pairs.
+        presence_penalty: Subtracted from the scores of tokens that the continuation already has;
+            negative values make them likelier.
+        frequency_penalty: The same, times the number of times that the continuation has a token.
+        logit_bias: Numbers added to the scores of some tokens, by token id; kept as pairs.
 
     Raises:
-        ValueError: a value is of another kind or outside its range.
+        ValueError: a value has another type or is outside its range.
     """
 
     temperature: float = 0.0
@@ -80,7 +80,7 @@ class SamplingParams:
 
 
 def is_integer(value) -> bool:
-    """Whether a value is an integer, of Python or of numpy; truth values are none."""
+    """Whether a value is an integer, of Python or of numpy; booleans are not."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -152,8 +152,8 @@ def penalise_repetition(scores: Tensor, seen: Tensor, penalty: Tensor) -> Tensor
 
 
 def penalise_counts(scores: Tensor, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
-    """Scores less ``presence`` where ``counts`` (int ``[B, V]``) are above 0, and ``frequency``
-    times the count."""
+    """Scores minus ``presence`` where ``counts`` (int ``[B, V]``) are above 0, and minus
+    ``frequency`` times the count."""
     counts = counts.float()
     return scores - presence[:, None] * counts.clamp_max(1) - frequency[:, None] * counts
 
@@ -168,7 +168,7 @@ def keep_top_k(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
 
 def keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
     """Scores outside the smallest set of likeliest tokens that reaches ``top_p`` become -inf. All
-    that tie with the last of the set stay, where transformers keeps some by their order."""
+    tokens that tie with the last of the set stay; transformers keeps some, by their order."""
     total = scores.logsumexp(-1, keepdim=True)
     head = scores.topk(min(_HEAD, scores.shape[-1])).values
     threshold, mass = _nucleus(head, total, top_p)
@@ -181,24 +181,24 @@ def keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _nucleus(ordered, total, top_p):
-    """Lowest score of the nucleus ``[B, 1]`` in descending scores, and their probability
-    ``[B]``."""
+    """Lowest score of the nucleus ``[B, 1]`` in descending scores, and the total probability of
+    these scores ``[B]``."""
     probability = (ordered - total).exp().double()
     reached = probability.cumsum(-1)
-    # at least the first, also when rounding or NaN says none
+    # at least the first, even if rounding or NaN leaves none
     kept = (reached - probability < top_p[:, None]).sum(-1, keepdim=True).clamp_min(1)
     return ordered.gather(-1, kept - 1), reached[:, -1]
 
 
 def keep_min_p(scores: Tensor, min_p: Tensor) -> Tensor:
-    """Scores of tokens less likely than ``min_p`` times the likeliest become -inf."""
+    """Scores of tokens less likely than ``min_p`` times the likeliest one become -inf."""
     threshold = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
     return scores.masked_fill(scores < threshold, float("-inf"))
 
 
 def draw(scores: Tensor, numbers: Tensor) -> Tensor:
-    """Tokens ``[B]`` drawn with the probabilities of ``softmax(scores)`` by inverting their sum at
-    ``numbers`` (float64 ``[B]`` in [0, 1)). A token of probability zero is never drawn."""
+    """Tokens ``[B]`` drawn with the probabilities of ``softmax(scores)``: their cumulative sum is
+    inverted at ``numbers`` (float64 ``[B]`` in [0, 1)). Tokens of probability 0 are never drawn."""
     reached = scores.softmax(-1).double().cumsum(-1)
     at = numbers[:, None] * reached[:, -1:]
     return torch.searchsorted(reached, at, right=True).squeeze(-1).clamp_max(scores.shape[-1] - 1)
@@ -211,7 +211,8 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Te
         logits: ``[B, V]``. tokens: int64 ``[B]``. top: how many of the likeliest to report.
 
     Returns:
-        Those of ``tokens`` ``[B]``, and values and ids of the likeliest ``[B, top]``; float32.
+        Log-probabilities of ``tokens`` ``[B]``, and values and ids of the likeliest ``[B, top]``;
+        float32.
     """
     log_probabilities = logits.float().log_softmax(-1)
     chosen = log_probabilities.gather(-1, tokens[:, None]).squeeze(-1)
@@ -225,7 +226,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Te
 
 
 class _Filters:
-    """What rows asked for, on the device: made when rows change, so that a token copies nothing.
+    """The rows' filters, on the device: made when rows change, so that a token copies nothing.
 
     Args:
         params: One for each row that draws.
@@ -234,7 +235,7 @@ class _Filters:
 
     def __init__(self, params: list[SamplingParams], vocab_size: int, device: torch.device):
         self._params, self._device = params, device
-        # a tiny one cannot overflow, since the largest is subtracted; 0 / 0 must not come up
+        # a tiny one cannot overflow, because the largest score is subtracted; it prevents 0 / 0
         self._temperature = _float32([max(p.temperature, 1e-30) for p in params], device)
         ranks = [int(p.top_k) if p.top_k < vocab_size else 0 for p in params]
         self._most, self._ranks = max(ranks), torch.tensor(ranks, device=device)
@@ -245,7 +246,7 @@ class _Filters:
         ]
 
     def _used(self, name, neutral):
-        """Rows in which a parameter is used, None for all of them, and its values there."""
+        """Rows that use a parameter, None for all of them, and its values there."""
         chosen = [getattr(p, name) for p in self._params]
         rows = [i for i, value in enumerate(chosen) if value != neutral]
         used = [chosen[i] for i in rows]
@@ -254,7 +255,7 @@ class _Filters:
         return None if every else torch.tensor(rows, device=self._device), used
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Scores ``[B, V]`` over the temperature, -inf for tokens that are not to be drawn."""
+        """Scores ``[B, V]`` divided by the temperature, -inf for tokens that must not be drawn."""
         scores = (scores - scores.amax(-1, keepdim=True)) / self._temperature[:, None]
         if self._most:
             scores = keep_top_k(scores, self._ranks, self._most)
@@ -268,23 +269,23 @@ class _Filters:
 
 def not_finite(peak: Tensor) -> Tensor:
     """Where the largest logit of a row is NaN or infinite; others may be -inf."""
-    # taken from itself, it is NaN
+    # such a value minus itself is NaN
     return peak - peak != 0
 
 
 def _float32(numbers, device):
-    # said, since torch's default may be another, and knows no fractions
+    # explicit, because torch's default dtype may be another, and integers would stay integers
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 class _Plan(NamedTuple):
-    """How tokens of some rows are chosen; None for what none of them does.
+    """How tokens of some rows are chosen; None for what none of the rows uses.
 
     Attributes:
-        bias: Row, token and number of each.
-        penalty: Of repetition, by row.
-        counting: Penalties of presence and frequency, by row.
-        drawing: Rows that draw, through their filters.
+        bias: Row, token and number of each bias.
+        penalty: Repetition penalties, by row.
+        counting: Presence and frequency penalties, by row.
+        drawing, filters: Rows that draw, and their filters.
     """
 
     bias: tuple[Tensor, Tensor, Tensor] | None
@@ -297,9 +298,9 @@ class _Plan(NamedTuple):
 class Sampler:
     """Chooses one token for every row; rows have their own parameters, seed and history.
 
-    A row costs little that only others asked for: filters run over the rows that use them, and
-    the tables of seen tokens, ``[rows, V]`` bytes, and of how often a continuation has them, four
-    times that, are made when the first penalty comes.
+    Rows pay little for what only others use: filters run over the rows that use them, and the
+    tables of seen tokens, ``[rows, V]`` bytes, and of how often a continuation has them, four
+    times that, are made when a penalty first needs them.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str = "cpu"):
@@ -328,7 +329,7 @@ class Sampler:
                 self.counts = self._table(torch.int32)
             self.counts[row] = 0
 
-    # written in any mode of torch
+    # the tables are written in any mode of torch
     @torch.inference_mode(False)
     def _table(self, dtype):
         shape = (len(self.params), self.vocab_size)
@@ -355,7 +356,7 @@ class Sampler:
         if plan.bias is not None:
             *places, numbers = plan.bias
             scores = scores.index_put(places, numbers, accumulate=True)
-        # rows without a penalty keep what others left in a table: by 1, or times 0, nothing changes
+        # a row without a penalty may have stale table entries: by 1, or times 0, they do nothing
         if plan.penalty is not None:
             scores = penalise_repetition(scores, self.seen[rows], plan.penalty)
         if plan.counting is not None:

@@ -1,8 +1,8 @@
 """``rodimus serve``: OpenAI's HTTP interface over the engine.
 
 One process, one model: an event loop answers HTTP, a thread runs the engine. A client's mistakes
-are 4xx with a JSON error, a full queue is 429, and a client that goes away takes its requests with
-it.
+are 4xx with a JSON error, a full queue is 429, and the requests of a client that disconnects are
+cancelled.
 """
 
 import argparse
@@ -62,17 +62,17 @@ from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-# longer than clients and proxies keep connections in reserve, commonly a minute: where the server
-# closes first, they send a request into a connection that is going away
+# longer than clients and proxies keep idle connections, commonly a minute: if the server closed
+# first, they might send a request into a closing connection
 _KEEP_ALIVE_SECONDS = 75
-# proxies end a connection on which nothing comes, commonly after a minute
+# proxies close a silent connection, commonly after a minute
 _QUIET_SECONDS = 15
-# in the metrics, of a client that went away; proxies log the same
+# status in the metrics for a client that disconnected; proxies log the same
 _CLIENT_LEFT = 499
-# what a browser sends has no path, not even a slash, and no capitals; * is all of them
+# an origin as browsers send it has no path, not even a slash, and no capitals; * means all
 _ORIGIN = re.compile(r"\*|null|[a-z][^A-Z/\s]*://[^A-Z/\s]+")
 _DEFECT = ApiError(500, "the server has a defect")
-# of an error's answer, by its status
+# headers of an error's answer, by its status
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},
@@ -85,9 +85,9 @@ class Service:
     Args:
         worker: Runs the engine, which has a tokenizer; started and stopped with the application.
         model_name: What clients call the model.
-        limits: What they may ask for.
-        api_key: Asked for as a bearer token under ``/v1``; None asks for none.
-        origins: Of web pages whose scripts may call the server; ``*`` for all.
+        limits: What clients may ask for.
+        api_key: Required as a bearer token under ``/v1``; None requires none.
+        origins: Origins of web pages whose scripts may call the server; ``*`` for all.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Service:
         self.limits, self.api_key, self.origins = limits or Limits(), api_key, origins
         # the engine's thread decodes with its own tokenizer while this one encodes
         self.tokenizer: PreTrainedTokenizerBase = copy.deepcopy(worker.engine.tokenizer)
-        # names tokens in other threads, while that one encodes prompts; and what it named
+        # names tokens in other threads while that one encodes prompts; and the names found so far
         self._namer, self._names = copy.deepcopy(self.tokenizer), {}
         self._known = vocabulary_size(self.tokenizer)
         self.metrics = Metrics(worker)
@@ -116,7 +116,7 @@ class Service:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/v1/models", self.models),
-            # else the name of none
+            # the route below would take it for a model with an empty name
             Route("/v1/models/", self.models),
             Route("/v1/models/{name:path}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
@@ -128,7 +128,7 @@ class Service:
                 ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"),
                 error.headers,
             ),
-            # nobody is left to read it
+            # nobody is left to read the answer
             ClientDisconnect: lambda request, error: Response(status_code=400),
             Exception: lambda request, error: _error(_DEFECT),
         }
@@ -152,13 +152,13 @@ class Service:
             await run_in_threadpool(self.worker.stop)
 
     async def _refuse(self, request: Request, error: ApiError) -> Response:
-        # a lambda would go through another thread, for which a server that ends has no time
+        # starlette would run a lambda in another thread, for which a stopping server has no time
         return _error(error)
 
     # -- small answers -------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken, else 503."""
+        """200 while requests are accepted, else 503."""
         works = self.worker.accepts
         return JSONResponse({"status": "ok" if works else "down"}, 200 if works else 503)
 
@@ -195,7 +195,7 @@ class Service:
         if self.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # a header's bytes come decoded as latin-1
+        # starlette decodes a header's bytes as latin-1
         sent, key = given.encode("latin-1").strip(), os.fsencode(self.api_key)
         is_key = hmac.compare_digest(sent, key)
         if scheme.lower() != "bearer" or not is_key:
@@ -222,10 +222,10 @@ class Service:
             self.metrics.count_request(endpoint, _CLIENT_LEFT)
             raise
         except Exception:
-            # not through starlette, whose answer would go past what tells pages of other origins
+            # not by starlette, whose answer would lack the CORS headers for pages of other origins
             logger.exception("a request met a defect")
             response = _error(_DEFECT)
-        # a stream counts when it ends
+        # a stream is counted when it ends
         if not isinstance(response, _EventStream):
             self.metrics.count_request(endpoint, response.status_code)
         return response
@@ -233,14 +233,14 @@ class Service:
     async def _complete(self, request, endpoint, parse):
         self._authorise(request)
         body = await self._body(request)
-        # what is asked for has arrived
+        # the time is measured from here, when the whole body has arrived
         exchange = _Exchange(self.worker, request, self._mail)
         body = parse_json(body)
         self._check_model(body.get("model"))
         call = parse(body, self.limits)
         self._check_tokens("stop_token_ids", call.stop_token_ids)
         with _refusals():
-            # a full server does not tokenise what it cannot take
+            # a full server does not tokenise prompts that it cannot take
             self.worker.check_room(len(call.prompts) * call.choices)
         token_ids = [await run_in_threadpool(self._encode, call, text) for text in call.prompts]
         echoed = []
@@ -260,7 +260,7 @@ class Service:
         finally:
             self.metrics.observe(exchange.generations, exchange.arrived)
         self._finished(exchange.generations)
-        # with the logprobs of thousands of tokens it takes its time
+        # in a thread, because an answer with logprobs of thousands of tokens takes long to write
         return await run_in_threadpool(lambda: JSONResponse(answer.whole(exchange.generations)))
 
     async def _body(self, request):
@@ -334,7 +334,7 @@ class Service:
         if token >= self._known:
             return TokenText("", b"", False)
         if token not in self._names:
-            # of a first token, decoders leave out the blank that it begins with
+            # decoders drop the space that a text's first token begins with
             before = self._namer("a", add_special_tokens=False).input_ids
             named = functools.partial(decode, self._namer, skip_special_tokens=False)
             text = named([*before, token])[len(named(before)) :]
@@ -358,7 +358,7 @@ class Service:
                 async with aclosing(exchange.news()) as news:
                     async for found in news:
                         if found is None:
-                            # a comment, which clients pass over
+                            # a comment, which clients ignore
                             yield ": waiting\n\n"
                             continue
                         generation, delta = found
@@ -394,13 +394,13 @@ class Service:
         self.metrics.observe(exchange.generations, exchange.arrived)
 
     def _finished(self, generations: list[Generation]) -> None:
-        """Check that generations have come to their ends.
+        """Check that all generations have ended without an error.
 
         Raises:
             ApiError: 503, the server shut down in between, or a step of its engine failed; 422, the
                 model could not continue.
         """
-        # of a stream that ends with an error, other choices are unfinished
+        # if a stream ends with an error, its other choices are unfinished
         for generation in generations:
             if generation.finish_reason == "error" and self.worker.failure is None:
                 if generation.error == STEP_FAILED:
@@ -412,8 +412,8 @@ class Service:
 
 
 class _Mail:
-    """News on their way from the engine's thread to the event loop, which is woken once for all of
-    a step: each time, the two threads change places."""
+    """Carries news from the engine's thread to the event loop, which is woken only once per step,
+    because each time the two threads have to switch."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop = loop
@@ -426,7 +426,7 @@ class _Mail:
     def deliver(self) -> None:
         """Hand over what is collected."""
         collected, self._collected = self._collected, []
-        # a loop that is closed has nobody left to tell
+        # a closed loop has nobody left to tell
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(_hand_over, collected)
 
@@ -437,17 +437,17 @@ def _hand_over(collected):
 
 
 class _Exchange:
-    """The generations of one HTTP request, tied to the connection: it ends, they end.
+    """The generations of one HTTP request, tied to the connection: they end when it ends.
 
-    News that nobody has taken yet, for the loop is busy or the client slow, are joined: the more
-    there is to do, the fewer pieces a token takes.
+    News that has not been taken yet, because the loop is busy or the client slow, is joined: the
+    higher the load, the fewer pieces a text is sent in.
     """
 
     def __init__(self, worker: EngineWorker, request: Request, mail: _Mail):
         self.worker, self.request, self.mail = worker, request, mail
         self.arrived = time.perf_counter()
         self.generations: list[Generation] = []
-        # of a stream: what its end has made of it
+        # the status of a stream, set when it ends
         self.status = _CLIENT_LEFT
         self._news: dict[Generation, Delta] = {}
         self._is_gone = False
@@ -457,7 +457,7 @@ class _Exchange:
     async def submit(self, requests):
         """Give the requests to the worker, all or none."""
         with _refusals():
-            # a long prompt takes some milliseconds
+            # checking a long prompt takes some milliseconds
             generations = await run_in_threadpool(self.worker.prepare, requests)
             self.worker.enqueue(generations, functools.partial(self.mail.post, self))
         self.generations = generations
@@ -469,12 +469,12 @@ class _Exchange:
         self._changed.set()
 
     async def news(self) -> AsyncIterator[tuple[Generation, Delta] | None]:
-        """What comes, until every generation has ended; None where nothing has for a while.
+        """News until every generation has ended; None if there has been none for a while.
 
-        Leaving early, or the client's going away, cancels what has not ended.
+        What has not ended is cancelled if the loop is left early or the client disconnects.
 
         Raises:
-            ClientDisconnect: the client went away.
+            ClientDisconnect: the client disconnected.
         """
         watchers = [asyncio.create_task(self._watch()), asyncio.create_task(self._remind())]
         unfinished = len(self.generations)
@@ -497,7 +497,7 @@ class _Exchange:
             self.cancel()
 
     def cancel(self) -> None:
-        """End what has not ended."""
+        """Cancel what has not ended."""
         if any(generation.finish_reason is None for generation in self.generations):
             self.worker.cancel(self.generations)
 
@@ -508,7 +508,7 @@ class _Exchange:
         self._changed.set()
 
     async def _remind(self):
-        # one clock a request: a timeout for each piece costs as much as writing its JSON
+        # one timer per request: a timeout for each piece costs as much as writing its JSON
         while True:
             left = self._last + _QUIET_SECONDS - time.monotonic()
             if left <= 0:
@@ -529,8 +529,8 @@ class _EventStream(Response):
 
     async def __call__(self, scope, receive, send):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        # a client that goes away is the end of the stream, not an error; so is one that does not
-        # read when the time to shut down is over
+        # a client that disconnects ends the stream without an error; so does one that is not
+        # reading when the time to shut down is over
         ends = (ClientDisconnect, OSError, asyncio.CancelledError)
         with contextlib.suppress(*ends), contextlib.ExitStack() as stack:
             stack.callback(self.on_end)
@@ -544,8 +544,8 @@ class _EventStream(Response):
 
 @contextlib.contextmanager
 def _refusals():
-    """What a worker refuses, as HTTP says it: 400, it cannot be served; 429, there is no room; 503,
-    the server is shutting down."""
+    """Turn a worker's refusals into HTTP errors: 400, the request cannot be served; 429, there is
+    no room; 503, the server is shutting down."""
     try:
         yield
     except ValueError as error:
@@ -558,7 +558,7 @@ def _refusals():
 
 @contextlib.contextmanager
 def _until_cancelled():
-    """Requests that run when the time to shut down is over are cancelled: their answer is 503."""
+    """Answer 503 to requests that are cancelled because the time to shut down is over."""
     try:
         yield
     except asyncio.CancelledError as error:
@@ -571,7 +571,7 @@ def _event(value) -> str:
 
 def _error(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     headers = {**_HEADERS.get(error.status, {}), **(headers or {})}
-    # ASCII: a message may quote what no encoding can express
+    # ASCII, because a message may quote text that no encoding can express
     body = json.dumps(error.body())
     return Response(body, error.status, headers=headers, media_type="application/json")
 
@@ -607,9 +607,9 @@ def _config(app: Starlette, options: argparse.Namespace) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """A second Ctrl-C cuts the time for running requests short; the rest goes as without it.
+    """A second Ctrl-C cuts the time for running requests short; all else shuts down as usual.
 
-    An engine that is broken ends the server, so that a supervisor may start another.
+    A broken engine ends the server, so that a supervisor can start another.
     """
 
     def __init__(self, config: uvicorn.Config, worker: EngineWorker):
@@ -641,7 +641,7 @@ class _Server(uvicorn.Server):
 
 
 def _check_address(host: str, port: int) -> None:
-    """Tells before the model is read what would end the server after it."""
+    """Raise before the model is loaded if the server could not listen afterwards."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
@@ -658,7 +658,7 @@ def _check_origins(origins: Sequence[str]) -> None:
 
 
 def _service(options) -> Service:
-    """Everything loaded: model, tokenizer, engine, prefixes."""
+    """Load everything: model, tokenizer, engine, prefixes."""
     api_key = _api_key()
     try:
         model, tokenizer = load(options)
@@ -694,7 +694,7 @@ def _service(options) -> Service:
 
 
 def _name_of(model):
-    """What clients call a model: its name on the hub, whatever the revision, or its folder's."""
+    """What clients call a model: its name on the hub without the revision, or its folder's."""
     if is_hub_name(model):
         return split_hub_name(model)[0]
     return os.path.basename(os.path.abspath(model))
@@ -705,7 +705,7 @@ def _api_key() -> str | None:
     key = os.environ.get(API_KEY_VARIABLE)
     if key is None:
         return None
-    # no header could carry blanks around it, such as the line break of a file it was read from
+    # no header can carry blanks around the key, such as the line break of the file it came from
     if not key.strip():
         raise InputError(f"{API_KEY_VARIABLE} is empty: unset it to ask clients for no key")
     return key.strip()

@@ -4,7 +4,7 @@ A sequence of any length is a recurrent state and the last inputs of the short c
 block and, in Rodimus+, the keys and values of the window. The engine holds them for all slots in
 three tensors made once; a slot's window is a ring whose row ``p % R`` holds the token at position
 p, so nothing is ever shifted. The values of that ring may be kept in 8 bits, those of a snapshot
-never: caches, files and every engine understand it.
+never, so that caches, files and every engine can use it.
 """
 
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ class StateLayout:
     """Shapes and dtypes of one sequence's state.
 
     Attributes:
-        layers: Blocks.
+        layers: Number of blocks.
         key_dim, value_dim: The recurrent state of a block is ``[1, key_dim, value_dim]``.
-        taps: Inputs of the convolution kept a channel; there are ``value_dim`` channels.
-        window: Keys that a query sees, itself included; 0 without attention.
-        row: Numbers that the window keeps a token: all key heads, then all value heads.
+        taps: Inputs of the convolution kept per channel; there are ``value_dim`` channels.
+        window: Keys that a query sees, its own included; 0 without attention.
+        row: Numbers that the window keeps per token: all key heads, then all value heads.
         key_row: How many of them are keys.
-        head_dim: Numbers of a head.
-        dtype: Of the taps and the window.
-        state_dtype: Of the recurrent state: float32 or wider.
-        window_dtype: Of the values in a slot's window: None for ``dtype``, or int8.
+        head_dim: Channels of a head.
+        dtype: Dtype of the taps and the window.
+        state_dtype: Dtype of the recurrent state: float32 or wider.
+        window_dtype: Dtype of the values in a slot's window: None for ``dtype``, or int8.
     """
 
     layers: int
@@ -68,10 +68,10 @@ class StateLayout:
 
         Args:
             max_length: Most tokens of a sequence; only a Rodimus+ without a window needs it.
-            window_dtype: Of the values in a slot's window: None for ``dtype``, or ``torch.int8``.
+            window_dtype: Dtype of a slot's window values: None for ``dtype``, or ``torch.int8``.
 
         Raises:
-            ValueError: the model attends to everything before and ``max_length`` is None, or
+            ValueError: the model attends to all earlier tokens and ``max_length`` is None, or
                 ``window_dtype`` is another dtype, or given for a model without attention.
         """
         attends = config.block_type == "rodimus_plus"
@@ -110,7 +110,7 @@ class StateLayout:
         return -(-self.window // RING_TILE) * RING_TILE
 
     def kept_rows(self, tokens: int) -> int:
-        """Tokens of the window that the next one still sees, after ``tokens`` of them."""
+        """How many of the ``tokens`` read so far the next token still sees in its window."""
         return min(tokens, max(self.window - 1, 0))
 
     @property
@@ -120,11 +120,11 @@ class StateLayout:
         return keys, self.head_dim, values, self.head_dim
 
     def parts(self, window: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and their scales in a window ``[..., row]`` of either kind, as views."""
+        """Keys, values and their scales in a window ``[..., row]`` of either dtype, as views."""
         return ring_parts(window, *self.heads, self.dtype)
 
     def slot_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a slot, by kind; a window with int8 values is bytes."""
+        """Shape and dtype of each tensor of a slot, by kind; int8 values make a window bytes."""
         shapes = self.shapes(self.ring_rows)
         if self.window_dtype:
             row = int8_row_bytes(*self.heads, self.dtype)
@@ -174,12 +174,12 @@ def state_bytes(
     """Bytes that one sequence takes, by what they hold: recurrent, convolution, window.
 
     Args:
-        config: Of the model.
-        dtype: Of its activations; the recurrent state is float32 whatever it is.
-        tokens: Of a state file, or of a cache of ``model.generate``, after so many tokens; None
-            for a slot of the engine, whose ring is as long as the window from the start.
+        config: The model's configuration.
+        dtype: Dtype of its activations; the recurrent state is float32 or wider in any case.
+        tokens: Count a state file, or a cache of ``model.generate``, after so many tokens; None
+            counts a slot of the engine, whose ring is as long as the window from the start.
         max_length: Most tokens of a sequence, for a model without a window.
-        window_dtype: Of the values in a slot's window, as the engine is given it.
+        window_dtype: Dtype of the values in a slot's window, as for the engine.
     """
     layout = StateLayout.of(config, dtype, max_length=max_length, window_dtype=window_dtype)
     return layout.bytes(tokens)
@@ -192,10 +192,10 @@ def state_bytes(
 
 @dataclass(frozen=True)
 class SequenceState:
-    """Everything that a model knows of the tokens it has read, apart from any engine or cache.
+    """Everything that a model knows of the tokens it has read, independent of engines and caches.
 
     Attributes:
-        tokens: int64 ``[T]`` on the CPU: what was read.
+        tokens: int64 ``[T]`` on the CPU: the tokens read.
         recurrent: ``[layers, 1, key_dim, value_dim]``, float32 or wider.
         convolution: ``[layers, value_dim, taps]``, oldest first.
         window: ``[layers, rows, row]``: keys and values of the last tokens, oldest first.
@@ -213,8 +213,8 @@ class SequenceState:
 
     @classmethod
     def from_cache(cls, cache: Cache, tokens: Tensor, row: int = 0) -> "SequenceState":
-        """A copy of the state in a row of a cache, which has read ``tokens`` there: all that it has
-        read but padding on the left."""
+        """A copy of the state in a row of a cache; ``tokens`` are all that the row has read, except
+        for padding on the left."""
         layers = cache.layers
         recurrent = torch.stack([layer.recurrent_states[0][row] for layer in layers])
         convolution = torch.stack([layer.conv_states[0][row] for layer in layers])
@@ -226,7 +226,7 @@ class SequenceState:
         return cls(tokens, recurrent, convolution, window)
 
     def to_cache(self, config: RodimusConfig, layout: StateLayout) -> DynamicCache:
-        """A cache of transformers that continues after the tokens read; it shares no memory."""
+        """A transformers cache that continues after the tokens read, and shares no memory."""
         cache = adopt_cache(DynamicCache(config=config))
         for i, layer in enumerate(cache.layers):
             taps = self.convolution[i, None].clone()
@@ -252,8 +252,8 @@ class SequenceState:
 class SlotLayer(LinearAttentionLayer):
     """Cache of one block for the first B slots: views of the engine's tensors.
 
-    The state and the taps are where transformers' layers have them. Attention is the layer's own:
-    the rows of a batch have different ages, and each reads its ring as it stands.
+    The state and the taps are where transformers' layers have them. The layer computes attention
+    itself, because the rows of a batch hold different numbers of tokens; each reads its own ring.
     """
 
     def __init__(
@@ -282,8 +282,7 @@ class SlotLayer(LinearAttentionLayer):
         return self.conv_states[0], self.recurrent_states[0], self.ring if self.window else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        """Attention of one token a row, ``[B, 1, heads, dim]`` each, after writing it to the
-        ring."""
+        """Write one token per row to the ring, then attend; q, k, v: ``[B, 1, heads, dim]``."""
         dtype = self.conv_states[0].dtype
         return shared_key_attention_step(
             q,
@@ -297,7 +296,7 @@ class SlotLayer(LinearAttentionLayer):
 
 
 class SlotCache(Cache):
-    """Cache of the first B slots, for one token a row."""
+    """Cache of the first B slots, for one token per row."""
 
     # A broken row ends its own sequence: the model must not give up the whole batch for it.
     isolates_rows = True
@@ -337,7 +336,7 @@ class SlotStates:
         self.recurrent[:, slot] = state.recurrent
         self.convolution[:, slot] = state.convolution
         if self.layout.window:
-            # also rows that are masked: a weight of zero times a stale NaN would be NaN
+            # including masked rows, because a weight of zero times a stale NaN would be NaN
             self.ring[:, slot] = 0
             at = torch.arange(read - rows, read, device=self.ring.device) % self.layout.ring_rows
             keys, values, _ = self.layout.parts(state.window)
@@ -347,8 +346,7 @@ class SlotStates:
     def read(self, slot: int, tokens: Tensor) -> SequenceState:
         """A copy of the sequence in a slot, which has read ``tokens``.
 
-        Of a window with 8-bit values it is what they stand for, and written back gives the same
-        bytes.
+        A window with 8-bit values is dequantised, and writing it back gives the same bytes.
         """
         window = self.ring[:, slot, :0]
         if self.layout.window:

@@ -1,4 +1,4 @@
-"""State files: what a model knows after reading a text, kept to go on from there another day.
+"""State files: what a model knows after reading a text, saved so that it can continue later.
 
 A file is in the safetensors format. Its header says which model it belongs to, how many tokens were
 read, and the SHA-256 of header and tensors; all of it is checked before a state is given out.
@@ -35,9 +35,9 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     """Write a state to a file; an older file of that name is replaced in one step or not at all.
 
     Args:
-        path: Of the file; its folder exists.
-        state: From this model.
-        model: Whose fingerprint the file gets.
+        path: The file to write; its folder must exist.
+        state: A state of this model.
+        model: The model whose fingerprint the file gets.
 
     Raises:
         ValueError: the state has other shapes or another dtype than the model's.
@@ -56,7 +56,7 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     }
     header["sha256"] = _digest(header, tensors)
     path = Path(path)
-    # a name of its own: the path's may be as long as names can be
+    # not the path's name with a suffix, because that may have the maximum length already
     unfinished = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.unfinished")
     try:
         if path.exists() and not path.is_file():
@@ -69,13 +69,13 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        # of a write that failed or was interrupted
+        # left over if the write failed or was interrupted
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
-    """Read the state in a file, on the CPU, after checking that it is whole and of this model.
+    """Read the state in a file, on the CPU, after checking that it is intact and of this model.
 
     Raises:
         InputError: there is no such file, it is damaged or cut short, or another model wrote it.
@@ -102,12 +102,12 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over every weight's name, shape, dtype, sum of bits and a few of its values.
 
-    Reads all weights once, at memory speed. Adapters that are attached are part of it, and which of
-    PEFT's are in use, at what scale; so are quantised weights that are no parameters.
+    Reads all weights once, at memory speed. The digest covers attached adapters, which of PEFT's
+    adapters are in use and at what scale, and quantised weights that are not parameters.
     """
     digest = hashlib.sha256()
     parameters = dict(model.named_parameters())
-    # a tied head is told of once
+    # a tied head is counted once
     known = {id(parameter) for parameter in parameters.values()}
     others = {
         name: value
@@ -119,7 +119,7 @@ def fingerprint(model: PreTrainedModel) -> str:
             if isinstance(part, Tensor):
                 _add_tensor(digest, name, part.detach())
     for name, module in model.named_modules():
-        # of PEFT's layers it is a flag; of transformers' models a method
+        # in PEFT's layers it is a flag, in transformers' models a method
         if isinstance(getattr(module, "disable_adapters", None), bool):
             in_use = () if module.disable_adapters else module.active_adapters
             scales = [(key, getattr(module, "scaling", {}).get(key)) for key in in_use]
@@ -129,7 +129,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def _add_tensor(digest, name, value):
     digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-    # quantised weights are tensors of other kinds that say what they stand for
+    # quantised weights are tensors of other classes, which can be dequantised
     if value.is_quantized or type(value) is not Tensor:
         value = value.dequantize()
     bits = value.contiguous().view(_BITS[value.element_size()]).flatten()
@@ -161,7 +161,7 @@ def _check_header(path, header, model):
         theirs = dict(json.loads(header["config"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its header holds no configuration") from error
-    # through JSON, as theirs went
+    # through JSON, like the configuration in the file
     ours = json.loads(json.dumps(_architecture(model)))
     for name in _ARCHITECTURE:
         if theirs.get(name) != ours[name]:

@@ -1,4 +1,4 @@
-"""``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and what it took."""
+"""``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and statistics."""
 
 import argparse
 import secrets
@@ -35,11 +35,11 @@ def run(
     """Run one request to its end; ``write`` gets the text in pieces, as it comes.
 
     Args:
-        stop: Asked before every step; true cancels the request.
-        opening: Written before the text, once the request is taken.
+        stop: Called before every step; true cancels the request.
+        opening: Written before the text, once the request is accepted.
 
     Raises:
-        InputError: it cannot be served, or the model's numbers are not finite.
+        InputError: the request cannot be served, or the model's numbers are not finite.
     """
     try:
         generation = engine.submit(request)
@@ -78,9 +78,9 @@ class Conversation:
     """Turns of a chat.
 
     Args:
-        engine: With a tokenizer that has a chat template. With two ``recent_states`` it reads no
-            turn twice, but for a reply whose text is read back as other tokens than it was made of.
-        sampling: Of all replies; each has the next seed.
+        engine: Its tokenizer must have a chat template. With two ``recent_states`` it reads no turn
+            twice, except a reply whose text has other tokens than those that were generated.
+        sampling: How all replies are sampled; each has another seed.
         max_new_tokens: Most tokens of a reply.
         system: What the model is told about its role first.
         stop: Strings that end a reply, which does not contain them.
@@ -104,9 +104,9 @@ class Conversation:
         write: Callable[[str], Any] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """Add what the user says and generate the answer to it, until ``stop`` says so.
+        """Add what the user says and generate the answer to it, unless ``stop`` ends it early.
 
-        What was stopped before its first token is forgotten.
+        A turn that is stopped before the answer's first token is forgotten.
 
         Raises:
             InputError: the template refuses the messages, or the model's numbers are not finite.
@@ -153,7 +153,7 @@ def run_chat(options: argparse.Namespace) -> None:
             f"the tokenizer of {options.model} has no chat template, so the model was not made to"
             " chat: let it continue text with `rodimus generate`"
         )
-    # after the prompt and after the reply
+    # two states: after the prompt and after the reply
     engine = _engine(model, tokenizer, model.config.max_position_embeddings, recent_states=2)
 
     def start():
@@ -175,14 +175,14 @@ def run_chat(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and the tokenizer that the options of ``options.add_model`` name, without a bar.
+    """Load the model and tokenizer that the options of ``add_model`` name, with no progress bar.
 
     Raises:
         InputError: one of them cannot be loaded, or it is no Rodimus language model.
     """
     logging.disable_progress_bar()
     device = find_device(options.device)
-    # the tokenizer's loader reads it too, and would blame the tokenizer
+    # the tokenizer's loader reads the config too, and would blame the tokenizer
     load_config(checkpoint_folder(options.model))
     tokenizer = load_tokenizer(options.model)
     model = load_rodimus(
@@ -198,7 +198,7 @@ def _engine(model, tokenizer, longest: int, recent_states: int = 0) -> Engine:
         length = longest if limited else None
         return Engine(model, tokenizer, slots=1, max_length=length, recent_states=recent_states)
     except (ValueError, RuntimeError) as error:
-        # the memory for so many tokens is not there
+        # there is not enough memory for so many tokens
         raise InputError(first_line(error)) from error
 
 
@@ -247,12 +247,12 @@ class _Interrupts:
         self._came = True
 
     def came(self) -> bool:
-        """Whether there was one."""
+        """Whether Ctrl-C was pressed."""
         return self._came
 
 
 def _standard_input() -> str:
-    # closed, as by `<&-`
+    # None if it was closed, as by `<&-`
     if sys.stdin is None:
         raise InputError("there is no standard input")
     try:

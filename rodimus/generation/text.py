@@ -1,5 +1,5 @@
-"""Tokens of a text; and text from tokens as they come: whole characters only, and nothing of a stop
-string."""
+"""Tokens of a text, and text from tokens as they arrive: whole characters only, and no part of a
+stop string."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..errors import InputError
 from ..loading import vocabulary_size
 
-# A character that is not complete yet decodes to this one, or each byte of it does.
+# An incomplete character decodes to this one, or each of its bytes does.
 INCOMPLETE = "\ufffd"
 # Tokens decoded again with each new one, so that joints between tokens come out right.
 _CONTEXT, _MOST, _LONGEST = 6, 18, 256
-# How far back a whole character is looked for, and no further: one has at most four tokens.
+# Distances at which to look back for the start of a character, which has at most four tokens.
 _DISTANCES = (*range(_CONTEXT, _CONTEXT + 4), 27, 81, 243)
 
 
@@ -33,7 +33,7 @@ def encode(
         vocab_size: Tokens that the model knows.
 
     Raises:
-        InputError: there are none, the model does not know one of them, or the text is not Unicode.
+        InputError: the text has no tokens, or one unknown to the model, or it is not Unicode.
     """
     try:
         text.encode("utf-8")
@@ -53,7 +53,7 @@ def encode(
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True
 ) -> str:
-    """The text of tokens with every blank: by default, some tokenizers take blanks away."""
+    """The text of tokens with every space: by default, some tokenizers remove spaces."""
     if _decodes_as_rust(tokenizer):
         return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
     return tokenizer.decode(
@@ -62,7 +62,7 @@ def decode(
 
 
 def _decodes_as_rust(tokenizer):
-    """Whether nothing is added to the tokenizer in Rust, to which the way takes as long again."""
+    """Whether Python adds nothing to the Rust tokenizer: calling it directly halves the time."""
     return all(
         getattr(getattr(tokenizer, name), "__func__", None) is getattr(_Fast, name)
         for name in ("decode", "_decode")
@@ -70,9 +70,9 @@ def _decodes_as_rust(tokenizer):
 
 
 def skipped_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int = 0) -> frozenset[int]:
-    """The tokens that texts leave out, whatever is around them: special ones, and those of a model
-    of ``vocab_size`` that the tokenizer does not know: one in Python would refuse to decode
-    them."""
+    """The tokens that texts always leave out: special ones, and ids below the model's
+    ``vocab_size`` that the tokenizer does not know, which a tokenizer in Python would refuse to
+    decode."""
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
     unknown = range(vocabulary_size(tokenizer), vocab_size)
     return frozenset(x for x in special if not decode(tokenizer, [x])) | frozenset(unknown)
@@ -85,11 +85,11 @@ def bytes_of_part(name: str, text: str) -> bytes | None:
     """The bytes of a token that is only part of a character.
 
     Args:
-        name: What the tokenizer calls it: in the alphabet of byte-level BPE, or ``<0xC3>``.
+        name: The tokenizer's name for it: in the alphabet of byte-level BPE, or ``<0xC3>``.
         text: What it decodes to.
 
     Returns:
-        None where the name does not tell.
+        None if the name does not say.
     """
     if re.fullmatch("<0x[0-9A-Fa-f]{2}>", name):
         return bytes.fromhex(name[3:5])
@@ -100,21 +100,21 @@ def bytes_of_part(name: str, text: str) -> bytes | None:
 
 
 class TextStream:
-    """Text of a growing list of tokens; what is released is never taken back.
+    """Text of a growing list of tokens; released text is never taken back.
 
-    Held back are bytes of an unfinished character, and text that may be the beginning of a stop
-    string. Tokens are decoded when somebody looks at the text, all new ones at once; with stop
-    strings as they come. That takes a few decodings of at most some hundred tokens each.
+    Bytes of an unfinished character, and text that may be the beginning of a stop string, are held
+    back. New tokens are decoded all at once when ``text`` is read, or with stop strings one by one
+    as they arrive. That takes a few decodings of at most a few hundred tokens each.
 
     Args:
         stop: Strings that end the text.
-        prompt: Tokens that the text continues: at the beginning of a text, decoders leave out the
-            blank that a word begins with.
+        prompt: Tokens that the text continues. Without them decoders would drop the space before
+            the first word, as at the beginning of a text.
         skipped: ``skipped_tokens`` of the tokenizer, found once for many streams.
 
     Attributes:
-        stopped: Whether a stop string came; the text ends before it.
-        error: What the tokenizer raised, if it did: the text goes on no further.
+        stopped: Whether a stop string was found; the text ends before it.
+        error: What the tokenizer raised, if anything; the text then grows no further.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class TextStream:
             yield
         except (KeyboardInterrupt, SystemExit):
             raise
-        # panics of tokenizers in Rust are no `Exception`
+        # a panic of a tokenizer in Rust is not an `Exception`
         except BaseException as error:
             self.error = error
 
     def _anchor(self, prompt):
-        """The prompt's last token that is text by itself, and the length of that."""
+        """The prompt's last token that is text by itself, and the length of that text."""
         for token in reversed(prompt[-_LONGEST:]):
             text = "" if token in self._skipped else decode(self._tokenizer, [token])
             if text and INCOMPLETE not in text:
@@ -156,7 +156,7 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """What is released so far."""
+        """The text released so far."""
         if self._new:
             self._decode_new()
         return self._text
@@ -171,7 +171,7 @@ class TextStream:
             self._decode_new()
 
     def finish(self) -> None:
-        """Release what was held back: no token follows."""
+        """Release what was held back, because no token follows."""
         self._new = 0
         if self.stopped or self.error is not None:
             return
@@ -192,11 +192,11 @@ class TextStream:
         self._release(decoded[self._shown :])
         self._shown = max(self._shown, len(decoded))
         if len(self._context) > _MOST:
-            # bytes of a character that has begun can make marks of those before them
+            # bytes of an unfinished character can turn those before them into marks, too
             self._forget(whole, is_settled=self._shown <= len(decoded))
 
     def _forget(self, whole, is_settled):
-        """Keep the last tokens: from before them on, should they begin inside a character."""
+        """Keep only the last tokens, and some before them if they begin inside a character."""
         for distance in _DISTANCES if is_settled else ():
             kept = self._decode(-distance).rstrip(INCOMPLETE)
             if kept and INCOMPLETE not in kept:
@@ -204,7 +204,7 @@ class TextStream:
                 return
             if distance >= len(self._context):
                 break
-        # bytes that are no text: wait for what is held back, but not for ever
+        # bytes that are no text: wait for the rest of what is held back, but not forever
         held = whole[self._shown :]
         is_short = len(held) <= _LONGEST and len(self._context) <= 2 * _LONGEST
         if is_short and (held or not is_settled):

@@ -9,14 +9,14 @@ from .engine import STEP_FAILED, Delta, Engine, Generation, Request
 
 logger = logging.getLogger(__name__)
 
-# steps that may fail one after the other until the engine counts as broken
+# the engine counts as broken when this many steps in a row have failed
 MOST_FAILURES = 3
 
 Listener = Callable[[Generation, Delta], None]
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may; try again later."""
+    """The queue has no room for the requests; try again later."""
 
 
 class WorkerStoppedError(Exception):
@@ -30,12 +30,12 @@ class EngineWorker:
     row everything is given up.
 
     Args:
-        engine: Called by this worker's thread alone, once it is started.
-        max_waiting: Requests that may wait beside those that the slots hold.
+        engine: The engine, which only this worker's thread calls once it is started.
+        max_waiting: Requests that may wait besides those that the slots hold.
 
     Attributes:
-        after_news: Called in the worker's thread when listeners have been told all that there is:
-            after a step once, however many they are.
+        after_news: Called in the worker's thread when listeners have received all news: once per
+            step, however many listeners there are.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64):
@@ -77,7 +77,7 @@ class EngineWorker:
         """Check and queue requests, all or none.
 
         Args:
-            requests, listener: As of ``prepare`` and ``enqueue``.
+            requests, listener: As for ``prepare`` and ``enqueue``.
 
         Raises:
             ValueError, QueueFullError, WorkerStoppedError: as they do.
@@ -100,7 +100,7 @@ class EngineWorker:
         return generations
 
     def check_room(self, count: int) -> None:
-        """Raise unless ``enqueue`` would take so many now.
+        """Raise unless ``enqueue`` would take ``count`` generations now.
 
         Raises:
             ValueError, QueueFullError, WorkerStoppedError: as ``enqueue`` does.
@@ -114,16 +114,16 @@ class EngineWorker:
             raise QueueFullError(f"{self.unfinished} requests are running or waiting")
 
     def enqueue(self, generations: Sequence[Generation], listener: Listener) -> None:
-        """Queue what ``prepare`` made, all or none.
+        """Queue generations that ``prepare`` made, all or none.
 
         Args:
             listener: Called with every generation's news, in the worker's thread: it must be quick.
-                The last news of a generation has a ``finish_reason``. One that raises has its
-                request cancelled.
+                The last news of a generation has a ``finish_reason``. If the listener raises, the
+                generation is cancelled.
 
         Raises:
             ValueError: they are more than there is ever room for.
-            QueueFullError: there is no room for them.
+            QueueFullError: there is no room for them now.
             WorkerStoppedError: the worker takes no requests any more.
         """
         with self._changed:
@@ -148,7 +148,7 @@ class EngineWorker:
                         return
                     news = self.engine.step(partial(self._report, news))
                     failures = 0
-                # panics of tokenizers in Rust are no `Exception`
+                # a panic of a tokenizer in Rust is not an `Exception`
                 except BaseException:
                     failures += 1
                     if failures == MOST_FAILURES:
@@ -183,14 +183,14 @@ class EngineWorker:
             for generation in ended:
                 self.engine.cancel(generation)
         except BaseException:
-            # those that have ended are left as they are
+            # try again later; those that have ended are left as they are
             self.cancel(ended)
             raise
         self._report(ended)
         return not stopping
 
     def _give_up(self, but=None):
-        """End everything with an error; ``but`` what waits in the engine, or on the way there."""
+        """End everything with an error; given ``but``, spare these and new arrivals."""
         with self._changed:
             spared = set() if but is None else {*but, *self._arrived}
             lost = [x for x in self._listeners if x not in spared]
