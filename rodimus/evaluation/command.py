@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
                 task_folder=options.task_folder,
             )
     except ImportError as error:
-        # an optional package; the message says how to get it
+        # an optional package is missing; the message says how to install it
         raise InputError(first_line(error)) from error
     print(json.dumps(result, indent=1, default=str) if options.json else render(result))
 

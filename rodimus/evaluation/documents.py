@@ -19,11 +19,11 @@ class Document(NamedTuple):
     """One document; its first token is given, every other one is predicted."""
 
     ids: np.ndarray
-    """int64 ``[T]``, the document marks of the tokenizer included."""
+    """int64 ``[T]``, the tokenizer's document marks included."""
     n_bytes: float
     """UTF-8 bytes of its text."""
     is_estimate: bool = False
-    """``n_bytes`` is that of its tokens by the mean over its source, as shards have no text."""
+    """``n_bytes`` is estimated from the source's mean bytes per token: shards have no text."""
 
 
 def read(
@@ -38,8 +38,8 @@ def read(
     Args:
         source: Manifest or folder of token shards; or text, as ``rodimus data pack`` takes it:
             a file (txt, md, py, jsonl, parquet), a folder of such files, ``stdlib``, ``hf:NAME``.
-        tokenizer: Gives the model's tokenizer; shards do without where there is none.
-        vocab_size: Of the model: larger ids are refused.
+        tokenizer: Returns the model's tokenizer; shards can do without one.
+        vocab_size: The model's; larger ids are refused.
         field: Name of the text field in jsonl, parquet and datasets.
 
     Raises:
@@ -57,7 +57,7 @@ def read(
 
 
 def _check_tokens(shards: TokenShards, tokenizer: Callable[[], PreTrainedTokenizerBase]) -> None:
-    """Refuses ids that are other tokens to the model; nothing is known where one side names none.
+    """Refuses ids that mean other tokens to the model, if both sides have a tokenizer.
 
     Raises:
         InputError: names the first token that differs.
@@ -88,7 +88,7 @@ def _manifest(source: str) -> Path | None:
         if not any(path.glob("*.idx")):
             return None
     except OSError:
-        # who reads it as text says why it cannot be read
+        # reading it as text will say why it cannot be read
         return None
     if not (path / "val.json").is_file():
         found = ", ".join(sorted(p.name for p in path.glob("*.json")))

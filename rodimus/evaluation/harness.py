@@ -25,9 +25,9 @@ def run_tasks(
 
     Args:
         model: On its device, in evaluation mode.
-        tokenizer: Of the model.
-        tasks: Names that the library knows, of groups too, and patterns of tasks (``mmlu_*``).
-        num_fewshot: Examples in the prompt; default what each task says.
+        tokenizer: The model's tokenizer.
+        tasks: Names of tasks or groups that the library knows, and task patterns (``mmlu_*``).
+        num_fewshot: Examples in the prompt; default as each task defines.
         limit: Questions of each task; default all. For trying things out only.
         batch_size: Questions in one forward pass.
         max_length: Tokens of prompt and answer; the library cuts longer prompts from the left.
@@ -35,8 +35,8 @@ def run_tasks(
         task_folder: Folder of further task definitions (YAML).
 
     Raises:
-        InputError: a task is unknown, its questions cannot be had, or it asks for text and the
-            model writes none, or none as long.
+        InputError: a task is unknown, its questions cannot be downloaded, or it asks for generated
+            text and the model generates none, or none as long.
         ImportError: lm-evaluation-harness is not installed.
     """
     try:
@@ -60,7 +60,7 @@ def run_tasks(
         tokenizer=tokenizer,
         batch_size=batch_size,
         max_length=max_length,
-        # sums of bfloat16 are whole nats, and answers tie
+        # in bfloat16, sums of log-probabilities are whole nats, so that answers tie
         softmax_dtype="float32",
     )
     try:
@@ -82,8 +82,8 @@ def run_tasks(
 
 
 def _marked_once(adapter: type) -> type:
-    """The adapter, but that a text for perplexity has one begin mark: the library puts one before
-    it, and a tokenizer's own would be a second one, which the model had to predict."""
+    """The adapter, except that a text for perplexity gets only one begin mark: the library adds
+    one, and the tokenizer's own would be a second one, which the model would have to predict."""
 
     class Adapter(adapter):
         def loglikelihood_rolling(self, *args, **options):
@@ -97,9 +97,9 @@ def _marked_once(adapter: type) -> type:
 
 
 def _names(wanted: list[str], manager: Any) -> list[str]:
-    """What names and patterns stand for, each once: the library loads names alone."""
+    """The tasks that names and patterns stand for, each once: the library loads only names."""
     known = set(manager.all_tasks)
-    # of a group and its tasks the library takes one
+    # patterns match tasks only, because the library does not take a group together with its tasks
     found = {w: [w] if w in known else fnmatch.filter(manager.all_subtasks, w) for w in wanted}
     unknown = [name for name in wanted if not found[name]]
     if unknown:

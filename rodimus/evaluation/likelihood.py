@@ -16,20 +16,20 @@ from transformers import PreTrainedModel
 from ..modeling_rodimus import CACHE_NAME
 from .documents import Document
 
-# buckets of positions and lengths: below 128, then each twice as long as the one before
+# buckets of positions and lengths: below 128, below 256, and so on, each limit twice the last
 EDGES = 128 << np.arange(40)
 # logits held at once, in elements
 _LOGITS = 1 << 24
 
 
 class Tally:
-    """Sums over the predicted tokens: whole, by position in the document, by its length.
+    """Sums over the predicted tokens: in total, by position in the document, by document length.
 
     Attributes:
         documents, tokens, n_bytes: What was evaluated; ``tokens`` counts predictions.
         nats: Sum of the losses.
         has_estimates: Bytes of single documents are estimates; the sum over a source is exact.
-        is_cut: Documents of the source are left out.
+        is_cut: Some documents of the source were left out.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Tally:
         self._length = np.zeros((len(EDGES) + 1, 4))
 
     def add(self, document: Document, nats: np.ndarray, first: int = 1) -> None:
-        """Counts the losses of a document's tokens ``first`` and on, float64 ``[T]``.
+        """Counts the losses of a document's tokens from ``first`` on, float64 ``[T]``.
 
         A document may come in pieces; its first piece has ``first = 1``.
         """
@@ -57,7 +57,7 @@ class Tally:
         np.add.at(self._position[:, 1], bucket, 1)
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers: nats a token, perplexity, bits a byte; the loss in each bucket."""
+        """Plain numbers: nats per token, perplexity, bits per byte; the loss in each bucket."""
         loss = self.nats / max(1, self.tokens)
         return {
             "documents": self.documents,
@@ -100,14 +100,14 @@ def evaluate(
     max_tokens: int = 0,
     report: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Loss of every token of every document but its first.
+    """Loss of every token of every document, except each document's first token.
 
     Args:
         model: A causal language model, in evaluation mode, on its device.
         documents: Any number, of any length.
         tokens_at_once: Longest forward pass.
         max_tokens: No document is begun after so many tokens; 0 means all are read.
-        report: Called now and then with what there is so far.
+        report: Called now and then with the tally so far.
     """
     tally = Tally()
     row: list[Document] = []
@@ -152,7 +152,7 @@ def _add_row(tally: Tally, model: PreTrainedModel, row: list[Document]) -> None:
 
 @torch.inference_mode()
 def _in_pieces(model: PreTrainedModel, ids: np.ndarray, size: int) -> Iterable:
-    """Yields ``(first, nats)``: the losses of the tokens ``first`` and on, piece by piece."""
+    """Yields ``(first, nats)``: the losses of the tokens from ``first`` on, piece by piece."""
     cache = None
     for start in range(0, len(ids) - 1, size):
         labels = ids[start + 1 : start + 1 + size]
