@@ -92,13 +92,13 @@ def _add_generate(commands) -> None:
 def _add_chat(commands) -> None:
     parser = commands.add_parser(
         "chat",
-        help="talk with a model that was trained to",
+        help="talk with a chat model",
         description="Talk with a model. Its tokenizer must have a chat template. "
         "An empty line, /exit or the end of input leaves; /reset starts a new conversation; "
-        "Ctrl-C ends a reply, or leaves where there is none.",
+        "Ctrl-C ends a reply, or the conversation while there is none.",
     )
     add_model(parser)
-    parser.add_argument("--system", default="", help="what the model is told about its role first")
+    parser.add_argument("--system", default="", help="system message that opens the conversation")
     _add_sampling(parser, temperature=0.7, top_p=0.95, seed=None)
     parser.set_defaults(command=_lazily("rodimus.generation.terminal", "run_chat"))
 
@@ -106,8 +106,8 @@ def _add_chat(commands) -> None:
 def _add_serve(commands) -> None:
     parser = commands.add_parser(
         "serve",
-        help="serve a model over HTTP as OpenAI's API does",
-        description="Serve a model over HTTP as OpenAI's API does: /v1/completions, "
+        help="serve a model over HTTP with OpenAI's API",
+        description="Serve a model over HTTP with OpenAI's API: /v1/completions, "
         f"/v1/chat/completions, /v1/models, /health, /metrics. {API_KEY_VARIABLE} in the "
         "environment, if set, is the key that clients must send.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -120,7 +120,7 @@ def _add_serve(commands) -> None:
     add(
         "--name",
         default=None,
-        help="what clients call the model; else the name of the folder, or on the hub",
+        help="the model's name for clients (default: that of its folder, or on the hub)",
     )
     add("--slots", type=positive, default=8, help="sequences that run at once")
     add("--max-waiting", type=count, default=64, help="requests that may wait; more get 429")
@@ -130,19 +130,21 @@ def _add_serve(commands) -> None:
         "--window-dtype",
         default="model",
         choices=("model", "int8"),
-        help="of the values in the attention window; int8 takes about half the memory",
+        help="dtype of values in the attention window; int8 takes about half the memory",
     )
     add(
         "--recent-states",
         type=count,
         default=8,
-        help="states kept of what was read, so that the next turn of a conversation, or the same "
+        help="recent states to keep, so that the next turn of a conversation, or the same "
         "prompt again, is not read from its start; a turn leaves two",
     )
-    add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="of one prompt")
-    add("--max-new-tokens", type=positive, default=limits.new_tokens, help="of one continuation")
-    add("--max-choices", type=positive, default=limits.choices, help="n times prompts of a request")
-    add("--max-body-bytes", type=positive, default=limits.body_bytes, help="of one request")
+    add("--max-prompt-tokens", type=positive, default=limits.prompt_tokens, help="longest prompt")
+    add("--max-new-tokens", type=positive, default=limits.new_tokens, help="longest continuation")
+    add(
+        "--max-choices", type=positive, default=limits.choices, help="most answers: n times prompts"
+    )
+    add("--max-body-bytes", type=positive, default=limits.body_bytes, help="largest request")
     add(
         "--prefix",
         action="append",
@@ -158,13 +160,13 @@ def _add_serve(commands) -> None:
         help="web page, such as http://localhost:3000, whose scripts may call the server; * for "
         "all. May be repeated",
     )
-    add("--shutdown-seconds", type=count, default=30, help="for running requests, when stopped")
+    add("--shutdown-seconds", type=count, default=30, help="time for running requests at the end")
     parser.set_defaults(command=_lazily("rodimus.generation.server", "run"))
 
 
 def _add_train(commands) -> None:
     """For --help alone: ``parse`` passes the arguments of ``train`` on to it."""
-    commands.add_parser("train", help="pretrain a model as a TOML file says")
+    commands.add_parser("train", help="pretrain a model from a TOML file")
 
 
 def _add_plan(commands) -> None:
@@ -217,7 +219,7 @@ def _add_data(commands) -> None:
     _add_learning(parser)
     parser.add_argument("--shard-tokens", type=int, default=1 << 28, help="tokens in one shard")
     parser.add_argument(
-        "--overwrite", action="store_true", help="write into OUT though it holds something"
+        "--overwrite", action="store_true", help="write into OUT even if it is not empty"
     )
     parser.set_defaults(command=_lazily("rodimus.train.pack", "run"))
 
@@ -299,7 +301,7 @@ def _add_eval(commands) -> None:
         type=at_least_one,
         default=4096,
         metavar="N",
-        help="longest piece of one forward pass; decides memory, not the result "
+        help="longest piece of one forward pass; affects memory, not the result "
         "(default: %(default)s)",
     )
     add("--json", action="store_true", help="print JSON instead of tables")
@@ -376,13 +378,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights; auto: as they were saved",
+        help="dtype of the weights; auto: as they were saved",
     )
     parser.add_argument(
         "--weight-dtype",
         choices=("int8", "int4"),
         help="round the matrices of linear layers to 8 bits, or those in the blocks to 4 (needs "
-        "torchao): half or a third of the bytes that a token reads; faster on a CPU alone",
+        "torchao): half or a third of the bytes that a token reads; faster only on a CPU",
     )
 
 
@@ -423,11 +425,11 @@ def _add_sampling(
     add_number("top-p", float, 0, 1, "0 to 1", top_p, text)
     text = "sample among tokens at least this likely, relative to the likeliest (default: all)"
     add_number("min-p", float, 0, 1, "0 to 1", 0.0, text)
-    text = "make tokens that were there before less likely; 1 changes nothing (default)"
+    text = "above 1, make tokens that have occurred before less likely (default: 1)"
     add_number("repetition-penalty", float, 0.01, 100, "0.01 to 100", 1.0, text)
-    text = "taken from the score of tokens that the answer already has (default: 0)"
+    text = "subtract this from the scores of tokens in the answer so far (default: 0)"
     add_number("presence-penalty", float, -2, 2, "-2 to 2", 0.0, text)
-    text = "the same once for each time that the answer has them (default: 0)"
+    text = "the same for each time that a token occurs in the answer (default: 0)"
     add_number("frequency-penalty", float, -2, 2, "-2 to 2", 0.0, text)
     add(
         "--stop",
