@@ -22,6 +22,7 @@ from rodimus.generation.terminal import Conversation, run
 from rodimus.loading import load_model, load_tokenizer, weight_files
 from rodimus.train import __main__ as train
 from rodimus_kernels import native
+from tests import warm_python
 from tests.checkpoints import (
     save_model,
     save_plain_tokenizer,
@@ -73,11 +74,15 @@ def test_help_of_every_command(name, capsys):
     assert not unexplained
 
 
-def python(*arguments, **options) -> subprocess.CompletedProcess:
+def python(*arguments) -> subprocess.CompletedProcess:
     """A Python of its own that finds what this one finds."""
-    path = {"PYTHONPATH": ":".join(sys.path)}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=path, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=found_here())
+
+
+def found_here():
+    """The environment in which a process finds what this one finds."""
+    return {"PYTHONPATH": ":".join(sys.path)}
 
 
 SCRIPT = "import sys; sys.argv[0] = 'rodimus'; from rodimus.cli import main; sys.exit(main())"
@@ -103,7 +108,7 @@ def test_programs_that_import_the_package_can_load_its_models(tmp_path):
     (package / "__main__.py").write_text(code)
     (package / "rodimus.py").write_text(code)
     for arguments in (["-m", "other", "rodimus"], ["-m", "other.rodimus"]):
-        run = python(*arguments, cwd=tmp_path)
+        run = warm_python.run(*arguments, cwd=tmp_path, env=found_here())
         assert "RodimusConfig" in run.stdout, run.stderr
 
 
@@ -190,7 +195,7 @@ def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={"PYTHONPATH": ":".join(sys.path)},
+        env=found_here(),
     )
     run.stdout.close()
     error = run.stderr.read()
@@ -238,7 +243,7 @@ def test_generate_from_an_export_asks_no_question(checkpoint, tmp_path):
         "import sys; sys.argv = ['rodimus', 'generate', sys.argv[1], '--prompt', 'hello']\n"
         "from rodimus.cli import main; sys.exit(main())"
     )
-    run = python("-c", code, tmp_path / "out", input="")
+    run = warm_python.run("-c", code, tmp_path / "out", env=found_here())
     assert run.returncode == 0 and run.stdout.startswith("hello"), run.stderr
     assert "custom code" not in run.stdout + run.stderr
 

@@ -4,13 +4,12 @@ No assertion here is about a time: a shared machine has none that can be trusted
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from benchmarks import bench_fused, harness, machine, peers, records, report, timing
+from tests import warm_python
 
 FILES = [
     "bench_decode.py",
@@ -26,16 +25,14 @@ OPERATORS = ["bench_ddts.py", "bench_attention.py", "bench_blocks.py", "bench_fu
 
 
 def run(folder, *options, files=FILES):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += [f"benchmarks/{name}" for name in files]
-    command += ["--bench-out", str(folder), "--bench-rounds", "2", "-rs", *options]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    arguments += [f"benchmarks/{name}" for name in files]
+    arguments += ["--bench-out", str(folder), "--bench-rounds", "2", "-rs", *options]
     # whoever commits while this runs must not make the cases look new
     environment = {**os.environ, machine.COMMIT_VARIABLE: "smoke", "OMP_NUM_THREADS": "1"}
     # inside a worker of this suite pytest-benchmark would run every case once, untimed
     environment.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(
-        command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = warm_python.run(*arguments, cwd=machine.ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -77,6 +74,7 @@ def test_operators_are_measured_or_skipped_with_a_reason(tmp_path):
     assert fused <= measured
 
 
+@pytest.mark.slow
 def test_an_empty_cache_is_for_operators_alone(tmp_path):
     said = run(
         tmp_path, "--bench-cold", "-k", "swiglu or memory", files=["bench_fused.py", FILES[2]]
@@ -88,6 +86,7 @@ def test_an_empty_cache_is_for_operators_alone(tmp_path):
     assert {r["settings"]["cache"] for r in found} == {"cold"}
 
 
+@pytest.mark.slow
 def test_8_bit_weights_are_timed_in_the_engines_that_read_them(tmp_path):
     pytest.importorskip("torchao")
     said = run(tmp_path, "--bench-weights", "int8", files=["bench_decode.py", "bench_prefill.py"])
@@ -268,6 +267,7 @@ def test_a_run_without_seconds_left_starts_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_takes_longest_comes_last(tmp_path):
     files = ["bench_serve.py", "bench_decode.py", "bench_fused.py"]
     said = run(tmp_path, "--collect-only", "-k", "loss or serve or decode", files=files)
@@ -281,6 +281,7 @@ def test_an_empty_number_of_seconds_is_no_limit(tmp_path, monkeypatch):
     assert "1 test collected" in run(tmp_path, "--collect-only", "-k", "64", files=FILES[1:2])
 
 
+@pytest.mark.slow
 def test_a_second_sitting_is_added_to_the_first(tmp_path):
     options = ("--bench-sittings", "2", "--bench-models", "rodimus-1.4b,qwen2-1.5b")
     found, decoding = [], ["bench_decode.py"]
@@ -357,6 +358,7 @@ def test_a_record_tells_of_the_busiest_of_its_sittings(tmp_path, monkeypatch):
     assert record["settings"]["sittings"] == [2, 2] and not taken
 
 
+@pytest.mark.slow
 def test_sittings_of_other_threads_or_versions_are_not_joined(tmp_path, monkeypatch):
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "smoke")
     names, about = ("rodimus-1.4b",), machine.describe(torch.device("cpu"))
