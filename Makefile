@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 # the suite runs in two processes; more threads than cores only slow each other down. It is the CPU
 # suite on every machine: a GPU has `make gpu`, and where torch sees a GPU, ranks cannot be forked
-RUN_TESTS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 -q -rs
+RUN_TESTS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist worksteal -q -rs
 
 .PHONY: help install demo test test-all test-transformers lint format native aot bench gpu clean
 .DEFAULT_GOAL := help

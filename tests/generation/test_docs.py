@@ -108,5 +108,6 @@ def test_readme_says_the_same_of_memory():
 def test_documented_options_exist(text, capsys):
     assert cli.main(["serve", "--help"]) == 0
     known = capsys.readouterr().out
-    options = set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", text)) - {"--seconds"}
+    of_other_programs = {"--seconds", "--model"}
+    options = set(re.findall(r"(?<=[ `])--[a-z][a-z-]+", text)) - of_other_programs
     assert options and all(option in known for option in options), options

@@ -1311,7 +1311,11 @@ class TestWorker:
         assert worker.unfinished == 0 and not worker.engine.has_work
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=["term", "int"])
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], pytest.param([signal.SIGINT] * 2, marks=pytest.mark.slow)],
+    ids=["term", "int"],
+)
 def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_path, signals):
     model, tokenizer = text_model(), byte_tokenizer()
     model.save_pretrained(tmp_path / "model")

@@ -36,17 +36,22 @@ def compiled(folder, name, *flags, files=()):
 
 # What may happen early or late, as late as it may, or as early: copies under way, and what a kernel
 # does before its turn, which then sees nothing that the kernel before writes.
-SCHEDULES = {"late": [], "eager": ["-DEMULATOR_EAGER"]}
+SCHEDULES = {"late": {}, "eager": {"EMULATOR_EAGER": "1"}}
+
+
+@pytest.fixture(scope="module")
+def compare(tmp_path_factory):
+    """The program that compares the emulated CUDA kernels with the CPU kernels."""
+    flags = ["-DRODIMUS_ISA=portable", '-DRODIMUS_ISA_NAME="portable"', "-DRODIMUS_HAS_portable"]
+    files = ("cpu/kernels.cpp", "cpu/select.cpp")
+    return compiled(tmp_path_factory.mktemp("emulator"), "compare", *flags, files=files)
 
 
 @pytest.fixture(scope="module", params=SCHEDULES)
-def differences(tmp_path_factory, request):
+def differences(compare, request):
     """Case to the largest difference between the emulated CUDA kernel and the CPU kernel."""
-    flags = ["-DRODIMUS_ISA=portable", '-DRODIMUS_ISA_NAME="portable"', "-DRODIMUS_HAS_portable"]
-    flags += SCHEDULES[request.param]
-    files = ("cpu/kernels.cpp", "cpu/select.cpp")
-    program = compiled(tmp_path_factory.mktemp("emulator"), "compare", *flags, files=files)
-    done = subprocess.run([program], capture_output=True, text=True)
+    environment = SCHEDULES[request.param]
+    done = subprocess.run([compare], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
 
@@ -87,11 +92,17 @@ def test_emulated_linear_steps_equal_the_cpu(differences, kind):
     assert all(x <= limit for x in found.values()), found
 
 
+@pytest.fixture(scope="module")
+def block_program(tmp_path_factory):
+    """The program that runs one block of the model."""
+    return compiled(tmp_path_factory.mktemp("block"), "block", "-O2")
+
+
 @pytest.fixture(scope="module", params=SCHEDULES)
-def emulated_block(tmp_path_factory, request):
+def emulated_block(block_program, request):
     """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
     memory, or by those of its parts where that is 0."""
-    program = compiled(tmp_path_factory.mktemp("block"), "block", "-O2", *SCHEDULES[request.param])
+    environment = SCHEDULES[request.param]
     integers = lambda *x: torch.tensor(x, dtype=torch.int64)
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
 
@@ -115,7 +126,7 @@ def emulated_block(tmp_path_factory, request):
         for x in (position, *rotary) if attends else ():
             written += array(x.contiguous())
         data = b"".join(bytes(x.contiguous().view(torch.uint8).numpy()) for x in written)
-        done = subprocess.run([program], input=data, capture_output=True)
+        done = subprocess.run([block_program], input=data, capture_output=True, env=environment)
         assert done.returncode == 0, done.stderr.decode()
         found = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
         parts = found.split([x.nbytes for x in changed])
@@ -131,8 +142,8 @@ def emulated_block(tmp_path_factory, request):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_emulator_shows_what_is_done_before_the_turn(tmp_path, schedule):
-    program = compiled(tmp_path, "turns", *SCHEDULES[schedule])
-    run = lambda what: subprocess.run([program, what], capture_output=True, text=True)
+    program, options = compiled(tmp_path, "turns"), {"capture_output": True, "text": True}
+    run = lambda what: subprocess.run([program, what], env=SCHEDULES[schedule], **options)
     sum_of = lambda what: float(run(what).stdout)
     early = schedule == "eager"
     # 32 threads of two blocks, of which 32 together read something more
@@ -178,8 +189,16 @@ def check_whole_block(step, batch, sizes, device="cpu"):
     block.assert_equals_reference(step, weights, states, device, **named)
 
 
-@pytest.mark.parametrize("form", ["persistent", "parts"])
-@pytest.mark.parametrize("case", PERSISTENT)
+# the longest
+SLOW = {("plus_six_heads", "persistent"), ("plus_eight_rows", "persistent")}
+FORMS = [
+    pytest.param(case, form, marks=[pytest.mark.slow] if (case, form) in SLOW else [])
+    for case in PERSISTENT
+    for form in ("persistent", "parts")
+]
+
+
+@pytest.mark.parametrize("case, form", FORMS)
 def test_emulated_block_equals_the_reference(emulated_block, case, form):
     batch, processors, shared, sizes = PERSISTENT[case]
     shared = 0 if form == "parts" else shared

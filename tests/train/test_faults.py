@@ -927,7 +927,9 @@ def test_a_rank_that_hangs_ends_though_rank_0_has_ended(monkeypatch, capsys):
     assert "at: loading data of step 3; the beats of the others" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("slow", ["open_inputs", "verify_share"])
+@pytest.mark.parametrize(
+    "slow", ["open_inputs", pytest.param("verify_share", marks=pytest.mark.slow)]
+)
 def test_a_slow_disk_at_the_start_is_no_hang(config_file, monkeypatch, slow):
     """The ranks wait longer than in training, where limits are a twentieth here."""
     work = getattr(loop, slow)

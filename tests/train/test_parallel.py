@@ -187,6 +187,7 @@ def test_compiled_blocks_know_their_checkpoints(config_file):
     check_compiled_checkpointing(config_file, 1)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_know_their_checkpoints_whatever_transformers_does(
     config_file, calls_are_checkpointed
 ):

@@ -22,11 +22,8 @@
 
 namespace emulator {
 
-#if defined(EMULATOR_EAGER)
-constexpr bool kEager = true;
-#else
-constexpr bool kEager = false;
-#endif
+// of the whole run, by the environment, so that a program need not be compiled for each
+inline const bool kEager = getenv("EMULATOR_EAGER") != nullptr;
 
 constexpr size_t kLine = 128;
 
