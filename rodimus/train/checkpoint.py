@@ -264,8 +264,9 @@ class Checkpointer:
         A job that Slurm or torchrun has restarted always resumes from its newest checkpoint.
 
         Raises:
-            InputError: the step asked for is missing or damaged, the run exists although
-                ``resume = never``, or the checkpoint is of another model, tokenizer or optimizer.
+            InputError: the step asked for is missing or damaged, every checkpoint is damaged (they
+                are set aside), the run exists although ``resume = never``, or the checkpoint is of
+                another model, tokenizer or optimizer.
         """
         again: list[Any] = [None] * self.world_size
         mine = any(int(os.environ.get(name) or 0) for name in STARTED_AGAIN)

@@ -112,9 +112,9 @@ class TrainSection:
     micro_batch: int = 8
     """Rows in one forward pass of one rank; gradient accumulation follows from it."""
     dtype: str = "auto"
-    """auto: bfloat16 where the device multiplies it natively, else float32."""
+    """bfloat16, float32, or auto: bfloat16 if the device multiplies it natively, else float32."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """cpu, cuda, or auto: cuda if there is a GPU, else cpu."""
     compile: bool = False
     """torch.compile every block."""
     ac: str = "none"
