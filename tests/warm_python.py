@@ -31,7 +31,6 @@ def run(
     *arguments,
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
-    input: str = "",
     timeout: float = 600,
 ) -> subprocess.CompletedProcess:
     """Run ``python *arguments``, which begin with ``-c CODE`` or ``-m MODULE``; output as text.
@@ -45,10 +44,11 @@ def run(
     if _server is None or _server.poll() is not None:
         _server = _start()
     with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder, name)) for name in ("in", "out", "err")]
-        Path(files[0]).write_text(input)
+        files = [os.devnull, *(str(Path(folder, name)) for name in ("out", "err"))]
         job = {"arguments": arguments, "files": files, "cwd": str(cwd or Path.cwd())}
-        _server.stdin.write(json.dumps(job | {"env": dict(env or os.environ)}) + "\n")
+        _server.stdin.write(
+            json.dumps(job | {"env": dict(os.environ if env is None else env)}) + "\n"
+        )
         _server.stdin.flush()
         if not select.select([_server.stdout], [], [], timeout)[0]:
             os.killpg(_server.pid, signal.SIGKILL)

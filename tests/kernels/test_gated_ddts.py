@@ -176,7 +176,7 @@ def test_half_precision_keys_with_float32_gates(impl, dtype):
 
 def test_opcheck():
     triton_module("rodimus_kernels.ddts.triton_chunk")
-    tensors, starts, _ = make("reset", length=20)
+    tensors, starts, _ = make("reset", batch=2, length=20)
     q, k, v, select, temper, h0 = (x.requires_grad_() for x in tensors.values())
     arguments = (q, k, v, select, temper, EPS, 0.25, h0, starts, None, True)
     torch.library.opcheck(torch.ops.rodimus.ddts_chunk.default, arguments)

@@ -242,7 +242,7 @@ def test_a_step_exchanges_figures_twice(config_file, monkeypatch):
 
 def test_shards_are_updated_as_sharded_parameters_are(figures, monkeypatch):
     """By AdamW: beside Muon all but the matrices inside blocks."""
-    for options in (("--optim.name", "muon"), ("--parallel.replicate", 2)):
+    for options in ((), ("--optim.name", "muon"), ("--parallel.replicate", 2)):
         by_shards = figures(2, *options, "--train.micro-batch", 1)
         with monkeypatch.context() as patches:
             patches.setattr(optim, "ShardAdamW", torch.optim.AdamW)
