@@ -1,36 +1,55 @@
-"""Triton's interpreter, made to find a module's builtins once.
+"""Triton's interpreter, made to prepare a kernel's launch once.
 
-For every call of a ``triton.jit`` function by another it replaces them, and searches the same
-modules for them each time: a third to a half of the time of kernels that consist of such functions.
+A launch replaces the members of ``triton.language`` by those of the interpreter. So does every call
+of a ``triton.jit`` function by another, though all is replaced by then: a third to a half of the
+time of kernels that consist of such functions.
 """
 
 import functools
-import inspect
 
 
-def find_builtins_once() -> None:
-    """Have the interpreter remember which members of a module or class are builtins of Triton.
+def prepare_launches_once() -> None:
+    """Have calls within a launch replace only modules that it has not replaced yet, and have the
+    interpreter build its table of dtypes once.
 
-    What it does with them stays the same. Without Triton, or with one whose interpreter is built
-    otherwise, nothing changes.
+    The results stay the same. Without Triton, or with one whose interpreter is built otherwise,
+    nothing changes.
     """
     try:
-        from triton.language.core import is_builtin
+        from triton import language as tl
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not hasattr(interpreter, "_patch_builtin") or not hasattr(interpreter, "_patch_attr"):
+    names = ("_patch_lang", "_LangPatchScope", "_get_np_dtype")
+    if not all(hasattr(interpreter, name) for name in names):
         return
+    patch_all, replaced = interpreter._patch_lang, set()
 
     @functools.cache
-    def builtins_of(package):
-        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+    def modules_of(fn):
+        return frozenset(x for x in fn.__globals__.values() if x is tl or x is tl.core)
 
-    def patch_builtin(package, *rest):
-        for name in builtins_of(package):
-            member = getattr(package, name)
-            # those that are replaced already are none
-            if is_builtin(member):
-                interpreter._patch_attr(package, name, member, *rest)
+    def patch_lang(fn):
+        modules = modules_of(fn)
+        if modules and modules <= replaced:
+            return interpreter._LangPatchScope()
+        scope, is_launch = patch_all(fn), not replaced
+        replaced.update(modules)
+        if is_launch:
+            restore = scope.restore
 
-    interpreter._patch_builtin = patch_builtin
+            def restore_all():
+                replaced.clear()
+                restore()
+
+            scope.restore = restore_all
+        return scope
+
+    dtype_of = interpreter._get_np_dtype
+    dtype_of_scalar = functools.cache(dtype_of)
+
+    def get_np_dtype(dtype):
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return (dtype_of_scalar if type(element) is tl.dtype else dtype_of)(element)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
