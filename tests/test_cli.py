@@ -137,12 +137,6 @@ def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
-def test_libraries_that_transformers_imports_do_not_warn_of_each_other(checkpoint):
-    pytest.importorskip("torchao")
-    run = python("-m", "rodimus", "generate", checkpoint, "--prompt", "hello", "--max-new-tokens=1")
-    assert (run.returncode, run.stderr) == (0, "")
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
 def test_generate_with_quantized_weights(checkpoint, model, tokenizer, weight_dtype, capsys):
@@ -188,7 +182,8 @@ def test_standard_input_may_be_closed(checkpoint, capsys, monkeypatch):
 
 
 def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
-    """As in ``rodimus generate ... | head``."""
+    """As in ``rodimus generate ... | head``. Nor do libraries that transformers imports, torchao
+    among them, warn of each other."""
     arguments = ("generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "50")
     run = subprocess.Popen(
         [sys.executable, "-m", "rodimus", *arguments],
@@ -199,7 +194,7 @@ def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     )
     run.stdout.close()
     error = run.stderr.read()
-    assert run.wait() == 141 and not re.search("Traceback|BrokenPipe", error), error
+    assert (run.wait(), error) == (141, "")
 
 
 @pytest.mark.parametrize("buffering", [-1, 0])

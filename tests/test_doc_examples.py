@@ -71,7 +71,7 @@ def test_readme(names, capsys):
     assert space["model"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_huggingface(names, dtype):
     for package in ("accelerate", "peft"):
         pytest.importorskip(package, reason=f"{package} is not installed")

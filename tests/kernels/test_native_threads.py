@@ -56,6 +56,7 @@ def test_threads_share_the_steps_of_one_call(compiler, sanitizer, tmp_path, chan
     assert report(compiler, sanitizer, changed(tmp_path, *changes), tmp_path) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line, without",
     [

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -15,6 +16,13 @@ from tests.model.golden_data import golden_config, golden_weights, l2_error
 from tests.model.oracle import Oracle, RoundedOracle
 
 KINDS = ("rodimus", "rodimus_plus", "grouped")
+# for what takes seconds, or compiles for seconds
+ONE_KIND = pytest.mark.parametrize(
+    "kind",
+    ["rodimus_plus", *(pytest.param(x, marks=pytest.mark.slow) for x in ("rodimus", "grouped"))],
+    indirect=True,
+)
+"""Mark of a test whose other models are left to the slow tests."""
 # How transformers says that a static cache is not rolled back: before 5.24 none was.
 NO_ROLLBACK = "Static cache" if CACHE_NAME == "past_key_values" else "can be cropped"
 

@@ -16,7 +16,7 @@ from rodimus import modeling_rodimus
 from rodimus.modeling_rodimus import RodimusFullLayer, RodimusSlidingLayer
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import l2_error, relative_max_error
-from tests.model.helpers import NO_ROLLBACK, cache_bytes, enliven, model_of, random_ids
+from tests.model.helpers import NO_ROLLBACK, ONE_KIND, cache_bytes, enliven, model_of, random_ids
 from tests.model.ways import (
     BOUND,
     SHARE,
@@ -563,6 +563,7 @@ def test_assisted_by_a_draft_that_often_agrees(model, kind, length, measure):
     measure(TABLE, "generate, assisted", kind, relative_max_error(logits, expected), BOUND)
 
 
+@ONE_KIND
 @pytest.mark.parametrize("by", ["lookup", "model"])
 def test_a_draft_longer_than_what_is_recorded_by_itself(model, kind, by, few_recorded):
     """Whoever asks for the logits of a draft may refuse all of it."""

@@ -26,6 +26,9 @@ def tiny(block_type):
 @pytest.mark.parametrize(
     ("tokens", "timed"), [(3_000, False), pytest.param(20_000, True, marks=pytest.mark.timing)]
 )
+@pytest.mark.parametrize(
+    "block_type", [pytest.param("rodimus", marks=pytest.mark.slow), "rodimus_plus"], indirect=True
+)
 @torch.no_grad()
 def test_decoding_is_flat_in_memory_and_time(block_type, tokens, timed, measure):
     model = tiny(block_type)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rodimus.generation import Engine, Request
-from tests.model.helpers import random_ids
+from tests.model.helpers import ONE_KIND, random_ids
 
 
 def test_every_linear_layer_is_called(model):
@@ -80,6 +80,7 @@ def test_prompt_tuning_of_peft_generates(model):
     assert torch.equal(found[:, -8:], logits.argmax(-1))
 
 
+@ONE_KIND
 def test_trainer_accumulates_to_the_same_loss(model, tmp_path):
     """4 steps of 2 rows are one step of 8: the loss is divided by the tokens of all of them."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")

@@ -31,7 +31,7 @@ from rodimus_kernels import (
 )
 from tests.checkpoints import save_model
 from tests.model.golden_data import relative_max_error
-from tests.model.helpers import enliven, random_ids
+from tests.model.helpers import ONE_KIND, enliven, random_ids
 from tests.model.ways import BOUND, full, in_pieces
 
 pytestmark = [
@@ -200,6 +200,7 @@ def test_a_layer_in_4_bits_passes_gradients_on():
         torch.testing.assert_close(layer(x), expected)
 
 
+@ONE_KIND
 def test_a_model_in_4_bits_is_copied_compiled_and_kept(model, tmp_path):
     rounded, ids = quantised_to_4_bits(model), random_ids(1, 20)
     expected = full(rounded, ids)

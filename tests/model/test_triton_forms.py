@@ -77,7 +77,7 @@ def test_loss_and_gradients(kind, inputs, choose_triton):
     assert names <= {name.partition(":")[0].rpartition(".")[2] for name in used}
 
 
-@pytest.mark.parametrize("how", CHECKPOINTING)
+@pytest.mark.parametrize("how", ["selective", pytest.param("transformers", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputation_changes_no_gradient(kind, how, choose_triton):
     choose_triton()

@@ -1,5 +1,6 @@
 """Ranks as forked processes: a group starts in milliseconds, with the imports already done."""
 
+import functools
 import gc
 import json
 import multiprocessing
@@ -8,11 +9,16 @@ import socket
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from rodimus.train.__main__ import main
+from rodimus.train.load import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def free_port():
@@ -26,6 +32,7 @@ def run_ranks(world_size, work, *args, timeout=180):
     """Calls ``work(*args)`` in forked processes that form a group; returns the results by rank."""
     if torch.cuda.is_available():
         pytest.skip("no fork can use autograd where torch sees a GPU: CUDA_VISIBLE_DEVICES=")
+    _prepare_forks()
     context = multiprocessing.get_context("fork")
     port, ranks = free_port(), []
     # a rank that collected a group of this process would wait for threads that no fork has
@@ -51,6 +58,13 @@ def run_ranks(world_size, work, *args, timeout=180):
     for rank, result in enumerate(results):
         assert isinstance(result, tuple), f"rank {rank}: {result}"
     return [value for (value,) in results]
+
+
+@functools.cache
+def _prepare_forks():
+    """What each would import and build at its first use."""
+    load_config(CONFIGS / "train/ci_tiny.toml", ["--no-export"])
+    get_checkpoint_conversion_mapping("rodimus")
 
 
 def _rank(rank, world_size, port, send, work, args):

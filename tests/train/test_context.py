@@ -109,7 +109,7 @@ def error(actual, expected):
     return l2_error(torch.as_tensor(actual), torch.as_tensor(expected))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_pieces_equal_the_whole_row(world_size, whole):
     ranks = run_ranks(world_size, logits_and_gradients, CASES)
     for i, (case, (logits, grads)) in enumerate(zip(CASES, whole, strict=True)):

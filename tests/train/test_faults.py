@@ -155,8 +155,9 @@ def test_resuming_before_the_newest_step_leaves_the_later_ones(copied, trained):
     assert (checkpoints / "latest").read_text() == "step-00000005"
 
 
-@pytest.mark.parametrize("resume", ["3", "never"])
-@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    "variable, resume", [("SLURM_RESTART_COUNT", "3"), ("TORCHELASTIC_RESTART_COUNT", "never")]
+)
 def test_a_job_that_is_started_again_goes_on(copied, variable, resume, monkeypatch):
     config, run = copied
     options = ["--out", run, "--no-export", "--checkpoint.resume", resume, "--train.steps", "7"]
@@ -283,9 +284,16 @@ def test_failed_save_leaves_the_older_checkpoint_and_the_run_alive(config_file, 
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6]
 
 
-@pytest.mark.parametrize("failing", [3, 6])
 @pytest.mark.parametrize(
-    "world_size, option", [(1, "async-save"), (1, "no-async-save"), (2, "async-save")]
+    "world_size, option, failing",
+    [
+        (1, "async-save", 3),
+        (1, "no-async-save", 6),
+        (2, "async-save", 6),
+        pytest.param(1, "async-save", 6, marks=pytest.mark.slow),
+        pytest.param(1, "no-async-save", 3, marks=pytest.mark.slow),
+        pytest.param(2, "async-save", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_weights_that_cannot_be_written(config_file, tmp_path, world_size, option, failing):
     """In torch's own writer, whose error for it is no ``Exception``."""
@@ -409,7 +417,7 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(config_file, opt
 STALE = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("what", ["found", "removed", "discarded"])
 def test_a_stale_folder_is_a_checkpoint_not_written(config_file, tmp_path, what, world_size):
     """Whatever rank 0 asks of the file system beside what it writes."""

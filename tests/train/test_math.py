@@ -61,8 +61,15 @@ def test_accumulation_equals_one_large_batch(config_file, tmp_path):
             assert figures[micro_batch][key] == pytest.approx(expected, rel=2e-6)
 
 
-@pytest.mark.parametrize("limit", [0.1, 100.0])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    "world, limit",
+    [
+        (2, 0.1),
+        (1, 100.0),
+        pytest.param(1, 0.1, marks=pytest.mark.slow),
+        pytest.param(2, 100.0, marks=pytest.mark.slow),
+    ],
+)
 def test_updates_are_made_with_the_rate_of_the_step_and_clipped_gradients(
     config_file, world, limit
 ):
