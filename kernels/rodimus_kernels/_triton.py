@@ -23,17 +23,15 @@ FP_FUSION = {"enable_fp_fusion": True}
 # most programs along the second and third axis (CUDA programming guide, technical specifications)
 _GRID_LIMIT = 65_535
 
-_assumed_capability: int | None = None
+_assumed_capability = 0
 
 
 def capability(x: torch.Tensor) -> int:
-    """Compute capability of the tensor's device, times ten: 80, 86, 90, 100; 0 without a GPU. 86
-    stands for GA10x Ampere, Ada and workstation Blackwell together (8.6, 8.9, 12.x), where a
-    thread block has 99 KiB of shared memory instead of 163."""
-    if _assumed_capability is not None:
-        return _assumed_capability
+    """Compute capability of the tensor's device, times ten: 80, 86, 90, 100; of one that is no GPU,
+    what is assumed, else 0. 86 stands for GA10x Ampere, Ada and workstation Blackwell together
+    (8.6, 8.9, 12.x), where a thread block has 99 KiB of shared memory instead of 163."""
     if not x.is_cuda:
-        return 0
+        return _assumed_capability
     major, minor = torch.cuda.get_device_capability(x.device)
     if major >= 12 or (major == 8 and minor in (6, 9)):
         return 86
@@ -42,7 +40,8 @@ def capability(x: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def assume_capability(value: int):
-    """Launch as if on such a device: for compiling without one, and for the interpreter."""
+    """Launch what is on no GPU as if on such a device: for compiling, and for the interpreter. On a
+    GPU kernels are compiled for it, and the tiles of another may be ones that break on it."""
     global _assumed_capability
     _assumed_capability, before = value, _assumed_capability
     try:
