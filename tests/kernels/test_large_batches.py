@@ -1,8 +1,11 @@
 """Operators over sequences on a GPU: offsets beyond 32 bits, and nothing waits for the device.
 Attention has tests of its own. Small shapes run everywhere, so that it is the GPU which fails."""
 
+import fcntl
 import functools
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +19,15 @@ SMALL, LARGE = (2, 9, 32), (66, 16384, 2048)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_kept():
-    """Of a test's tens of GB, for those that other processes run beside the next."""
-    yield
-    if DEVICE == "cuda":
+def one_at_a_time():
+    """Each takes tens of GB of a GPU, which tests in other processes use too: so they wait for each
+    other, and keep nothing."""
+    if DEVICE == "cpu":
+        yield
+        return
+    with open(Path(tempfile.gettempdir(), "rodimus-large-batches.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
         torch.cuda.empty_cache()
 
 
