@@ -100,9 +100,12 @@ def block_program(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SCHEDULES)
 def emulated_block(block_program, request):
+    return block_step(block_program, SCHEDULES[request.param])
+
+
+def block_step(program, environment):
     """``blocks_step`` by the kernel of a whole block, on so many multiprocessors of so much shared
     memory, or by those of its parts where that is 0."""
-    environment = SCHEDULES[request.param]
     integers = lambda *x: torch.tensor(x, dtype=torch.int64)
     kinds = {torch.float32: 0, torch.bfloat16: 1, torch.int64: 2}
 
@@ -126,7 +129,7 @@ def emulated_block(block_program, request):
         for x in (position, *rotary) if attends else ():
             written += array(x.contiguous())
         data = b"".join(bytes(x.contiguous().view(torch.uint8).numpy()) for x in written)
-        done = subprocess.run([block_program], input=data, capture_output=True, env=environment)
+        done = subprocess.run([program], input=data, capture_output=True, env=environment)
         assert done.returncode == 0, done.stderr.decode()
         found = torch.frombuffer(bytearray(done.stdout), dtype=torch.uint8)
         parts = found.split([x.nbytes for x in changed])
@@ -203,6 +206,39 @@ def test_emulated_block_equals_the_reference(emulated_block, case, form):
     batch, processors, shared, sizes = PERSISTENT[case]
     shared = 0 if form == "parts" else shared
     check_whole_block(partial(emulated_block, processors=processors, shared=shared), batch, sizes)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Compiles a program of the emulator in which two accesses that no barrier orders are an
+    error."""
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "main.cpp").write_text("int main() {}")
+    command = [build._cxx(), "-fsanitize=thread", "main.cpp", "-o", "main"]
+    for needed in (command, [folder / "main"]):
+        if subprocess.run(needed, cwd=folder, capture_output=True).returncode:
+            pytest.skip("needs a compiler and a kernel on which -fsanitize=thread works")
+    return lambda name: compiled(folder, name, "-g", "-fsanitize=thread")
+
+
+@pytest.mark.slow
+def test_emulator_sees_races(watched):
+    """By what is between a write and a read, and whether one warp, block or grid has both."""
+    program, scopes = watched("races"), ("warp", "block", "grid")
+    run = lambda *what: subprocess.run([program, *what], capture_output=True, env={})
+    for place, between in enumerate((*scopes, "shuffle", "nothing")):
+        ordered = scopes[: place + 1] if between in scopes else ()
+        for whose in scopes:
+            found = b"data race" in run(between, whose).stderr
+            assert found == (whose not in ordered), (between, whose)
+
+
+@pytest.mark.slow
+def test_whole_block_has_no_races(watched):
+    step = block_step(watched("block"), {"TSAN_OPTIONS": "halt_on_error=1"})
+    for case, shared in (("plus_one_row", 166_912), ("rodimus_one_row", 0)):
+        batch, *_, sizes = PERSISTENT[case]
+        check_whole_block(partial(step, processors=2, shared=shared), batch, sizes)
 
 
 MOST_INPUTS = {"width": 72, "inner": 6144, "keys": 8, "rank": 8}

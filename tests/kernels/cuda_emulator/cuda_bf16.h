@@ -17,6 +17,7 @@
 #include <deque>
 #include <vector>
 
+#include "races.h"
 #include "turns.h"
 
 #define __global__
@@ -84,11 +85,14 @@ struct Copy {
 };
 
 struct Fiber {
+  Watched watched;
   ucontext_t context;
   std::vector<char> stack;
   bool done;
   // barriers passed: a thread may pass the next one when no thread is behind it
   unsigned grid_barriers, block_barriers, warp_barriers, turns;
+  // of the block or warp whose first thread this is
+  Order block_order, warp_order;
   dim3 thread, block;
   float lane_value;
   // operands of the lane's part of a product
@@ -102,6 +106,8 @@ static std::vector<Fiber> fibers;
 // of the fibers of all blocks that run together; barriers that were passed, or threads that ended
 static unsigned me, running, steps;
 static ucontext_t scheduler;
+static Watched main_thread;
+static Order grid_order, ends;
 // whether kernels start under the end of the one before
 static bool under;
 static void (*body)(void*);
@@ -112,39 +118,58 @@ inline unsigned first_of_block() { return me - threadIdx.x; }
 inline unsigned first_of_warp() { return me - threadIdx.x % kWarp; }
 inline char* shared_of_block() { return dynamic_shared + me / blockDim.x * kShared; }
 
-inline void resume(unsigned fiber) {
+EMULATOR_UNSEEN inline void resume(unsigned fiber) {
   me = fiber, threadIdx = self().thread, blockIdx = self().block;
+  watch(self().watched);
   swapcontext(&scheduler, &self().context);
 }
 
+EMULATOR_UNSEEN inline void pause() {
+  Fiber& fiber = self();
+  watch(main_thread);
+  swapcontext(&fiber.context, &scheduler);
+}
+
 // Wait until every fiber in [first, last) that has not ended has passed so many.
-inline void wait_until(unsigned Fiber::*passed, unsigned mine, unsigned first, unsigned last) {
+EMULATOR_UNSEEN inline void wait_until(unsigned Fiber::*passed, unsigned mine, unsigned first, unsigned last) {
   for (bool behind = true; behind;) {
     behind = false;
     for (unsigned t = first; t < last && !behind; ++t)
       behind = !fibers[t].done && fibers[t].*passed < mine;
-    if (behind) swapcontext(&self().context, &scheduler);
+    if (behind) pause();
   }
   ++steps;
 }
 
-inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
+EMULATOR_UNSEEN inline void wait(unsigned Fiber::*passed, unsigned first, unsigned last) {
   wait_until(passed, ++(self().*passed), first, last);
 }
 
-inline void enter() {
+// A barrier that also orders memory accesses; its order is that of fiber `first`.
+EMULATOR_UNSEEN inline void wait_in_order(Order Fiber::*order, unsigned Fiber::*passed, unsigned first,
+                                          unsigned last) {
+  unsigned number = self().*passed;
+  (fibers[first].*order).arrive(number);
+  wait(passed, first, last);
+  (fibers[first].*order).leave(number);
+}
+
+EMULATOR_UNSEEN inline void enter() {
   body(argument);
   if (under && self().turns == 0) {
     fprintf(stderr, "a thread ends without its turn\n");
     abort();
   }
   self().done = true, ++steps;
+  ends.arrive(0);
+  watch(main_thread);
 }
 
 // Run blocks `first` to first + count of a grid together.
-inline void run_blocks(unsigned first, unsigned count) {
+EMULATOR_UNSEEN inline void run_blocks(unsigned first, unsigned count) {
   running = count * blockDim.x;
   if (fibers.size() < running) fibers.resize(running);
+  main_thread = watched_now();
   for (unsigned t = 0; t < running; ++t) {
     Fiber& fiber = fibers[t];
     unsigned block = first + t / blockDim.x;
@@ -154,6 +179,7 @@ inline void run_blocks(unsigned first, unsigned count) {
     fiber.done = false;
     fiber.grid_barriers = fiber.block_barriers = fiber.warp_barriers = fiber.turns = fiber.groups = 0;
     fiber.copies.clear();
+    fiber.watched = watch_another();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = kStack;
@@ -178,6 +204,8 @@ inline void run_blocks(unsigned first, unsigned count) {
       abort();
     }
   }
+  ends.leave(0);
+  for (unsigned t = 0; t < running; ++t) forget(fibers[t].watched);
 }
 
 // kernel<<<grid, threads>>>(arguments) with a callable in place of the kernel, under the end of the kernel
@@ -199,23 +227,28 @@ void launch(dim3 grid, unsigned threads, const Call& call, bool together = false
 }  // namespace emulator
 
 inline void __syncthreads() {
+  using emulator::Fiber;
   unsigned first = emulator::first_of_block();
-  emulator::wait(&emulator::Fiber::block_barriers, first, first + blockDim.x);
+  emulator::wait_in_order(&Fiber::block_order, &Fiber::block_barriers, first, first + blockDim.x);
 }
 
 inline void __syncwarp() {
+  using emulator::Fiber;
   unsigned first = emulator::first_of_warp();
-  emulator::wait(&emulator::Fiber::warp_barriers, first, first + emulator::kWarp);
+  emulator::wait_in_order(&Fiber::warp_order, &Fiber::warp_barriers, first, first + emulator::kWarp);
 }
 
 // All blocks of a cooperative launch.
 using GridArrival = unsigned;
-inline GridArrival arrive_at_grid() {
+EMULATOR_UNSEEN inline GridArrival arrive_at_grid() {
   __syncthreads();
-  return ++emulator::self().grid_barriers;
+  GridArrival arrival = ++emulator::self().grid_barriers;
+  emulator::grid_order.arrive(arrival);
+  return arrival;
 }
-inline void wait_for_grid(GridArrival arrival) {
+EMULATOR_UNSEEN inline void wait_for_grid(GridArrival arrival) {
   emulator::wait_until(&emulator::Fiber::grid_barriers, arrival, 0, emulator::running);
+  emulator::grid_order.leave(arrival);
 }
 
 inline void see_copies() {}
@@ -223,7 +256,7 @@ inline void see_copies() {}
 namespace emulator {
 
 // What the thread of that number within the warp offers.
-inline float exchange(float x, unsigned lane) {
+EMULATOR_UNSEEN inline float exchange(float x, unsigned lane) {
   unsigned first = first_of_warp();
   self().lane_value = x;
   wait(&Fiber::warp_barriers, first, first + kWarp);
@@ -255,7 +288,7 @@ inline float __shfl_sync(unsigned, float x, int lane, int width = emulator::kWar
 
 // Late, a thread goes on at once: the kernel before has ended. Early, it waits for the rest of its block, so
 // that all of them see memory as it was.
-inline void take_turn() {
+EMULATOR_UNSEEN inline void take_turn() {
   unsigned first = emulator::first_of_block();
   if (!emulator::kEager) return static_cast<void>(++emulator::self().turns);
   emulator::wait(&emulator::Fiber::turns, first, first + blockDim.x);
@@ -263,7 +296,7 @@ inline void take_turn() {
 }
 
 // Reads what it would bring nearer, so that a sanitizer sees where it ends.
-inline void prefetch(const void* from, uint32_t bytes) {
+EMULATOR_UNSEEN inline void prefetch(const void* from, uint32_t bytes) {
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) abort();
   volatile char sum = 0;
   for (uint32_t i = 0; i < bytes; ++i) sum = sum + static_cast<const char*>(from)[i];
@@ -272,7 +305,7 @@ inline void prefetch(const void* from, uint32_t bytes) {
 inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 
 // mma.sync.m16n8k16, as common.cuh describes it.
-inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+EMULATOR_UNSEEN inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                              uint32_t b0, uint32_t b1) {
   unsigned me = emulator::me, first = emulator::first_of_warp(), lane = me - first;
   const uint32_t left[4] = {a0, a1, a2, a3}, right[2] = {b0, b1};
