@@ -43,7 +43,7 @@ void print(const Array& a) { fwrite(a.bytes.data(), 1, a.bytes.size(), stdout); 
 
 template <int STAGES>
 void run(const BlockStep& step, unsigned processors) {
-  spoil_shared();
+  SharedOf shared(persistent_shared(step, STAGES));
   auto kernel = step.mixer.key_dim <= 64 ? persistent_kernel<STAGES, 64> : persistent_kernel<STAGES, 128>;
   emulator::launch(dim3(processors), kPersistentThreads, [&] { kernel(step); }, true);
 }

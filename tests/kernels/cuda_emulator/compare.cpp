@@ -402,7 +402,7 @@ void attention_staged_case(Type type, int64_t heads, int64_t value_heads, int64_
   const char* name = INT8 ? "attention_int8_staged" : "attention_staged";
   attention_case<T, INT8>(name, type, all, steps, window, ring, parts, ages,
                     [&](AttentionStep& a, dim3 grid) {
-                      spoil_shared();
+                      SharedOf shared(attention_bytes<T, INT8, KEYS, STAGES>(value_heads));
                       a.start = steps == 1 ? Start::kAhead : Start::kUnder;
                       if (steps == 1) emulator::settle(a.cache.data), emulator::settle(a.position);
                       emulator::launch(grid, static_cast<unsigned>(heads) * kHeadLanes,

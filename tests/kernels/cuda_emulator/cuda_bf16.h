@@ -116,6 +116,12 @@ static void* argument;
 inline Fiber& self() { return fibers[me]; }
 inline unsigned first_of_block() { return me - threadIdx.x; }
 inline unsigned first_of_warp() { return me - threadIdx.x % kWarp; }
+// A GPU reads and writes sixteen bytes only where they start on a multiple of sixteen.
+inline void check_piece(const void* at) {
+  if (reinterpret_cast<uintptr_t>(at) % 16 == 0) return;
+  fprintf(stderr, "sixteen bytes do not start on a multiple of 16\n");
+  abort();
+}
 inline char* shared_of_block() { return dynamic_shared + me / blockDim.x * kShared; }
 
 EMULATOR_UNSEEN inline void resume(unsigned fiber) {
@@ -302,7 +308,10 @@ EMULATOR_UNSEEN inline void prefetch(const void* from, uint32_t bytes) {
   for (uint32_t i = 0; i < bytes; ++i) sum = sum + static_cast<const char*>(from)[i];
 }
 
-inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 load_once(const void* from) {
+  emulator::check_piece(from);
+  return *static_cast<const uint4*>(from);
+}
 
 // mma.sync.m16n8k16, as common.cuh describes it.
 EMULATOR_UNSEEN inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

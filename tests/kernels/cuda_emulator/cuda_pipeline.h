@@ -7,6 +7,7 @@
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
   emulator::Fiber& fiber = emulator::self();
+  emulator::check_piece(to), emulator::check_piece(from);
   if (emulator::kEager)
     memcpy(to, from, size);
   else

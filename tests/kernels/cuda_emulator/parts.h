@@ -12,14 +12,31 @@ inline unsigned blocks_for(int64_t size, int64_t per_block) {
   return static_cast<unsigned>((size + per_block - 1) / per_block);
 }
 
-// NaN, whatever is read before it is written.
-inline void spoil_shared() { memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared); }
+// The shared memory of launches that ask for so many bytes a block: NaN, whatever is read before it is
+// written, and nothing is written beyond.
+class SharedOf {
+ public:
+  explicit SharedOf(int64_t bytes) : bytes_(bytes) {
+    memset(emulator::dynamic_shared, 0xff, sizeof emulator::dynamic_shared);
+  }
+  ~SharedOf() {
+    for (size_t i = bytes_; i < sizeof emulator::dynamic_shared; ++i) {
+      if (i % emulator::kShared == 0) i += bytes_;
+      if (emulator::dynamic_shared[i] == '\xff') continue;
+      fprintf(stderr, "shared memory is written beyond %zu bytes\n", bytes_);
+      abort();
+    }
+  }
+
+ private:
+  size_t bytes_;
+};
 
 // The kernel that a GPU of so many multiprocessors would launch.
 inline void run_step_linear(StepLinear a, int64_t processors) {
   StepLinearLaunch how = step_linear_launch(a, processors);
   a.together = how.together;
-  spoil_shared();
+  SharedOf shared(how.staged);
   auto run = [&](void (*kernel)(StepLinear)) {
     emulator::launch(dim3(all_tiles(a)), how.warps * kWarp, [&] { kernel(a); });
   };
@@ -40,9 +57,12 @@ inline void run_mixer_state(const MixerStep& a) {
 
 // bfloat16 heads of the staged form.
 inline void run_attention(const AttentionStep& a) {
-  auto* kernel = a.heads > kFewHeads ? attention_staged_kernel<__nv_bfloat16, false, 4, 3, 2, kManyHeads>
-                                     : attention_staged_kernel<__nv_bfloat16, false, 8, 2, 3, kFewHeads>;
-  spoil_shared();
+  using T = __nv_bfloat16;
+  bool many = a.heads > kFewHeads;
+  auto* kernel = many ? attention_staged_kernel<T, false, 4, 3, 2, kManyHeads>
+                      : attention_staged_kernel<T, false, 8, 2, 3, kFewHeads>;
+  SharedOf shared(many ? attention_bytes<T, false, 4, 3>(a.value_heads)
+                       : attention_bytes<T, false, 8, 2>(a.value_heads));
   emulator::launch(dim3(a.parts, a.batch * a.steps), a.heads * kHeadLanes, [&] { kernel(a); });
   if (a.parts > 1)
     emulator::launch(dim3(a.heads, a.batch * a.steps), kJoinThreads, [&] { attention_join_kernel(a); });
