@@ -59,6 +59,15 @@ __device__ inline uint4 load_once(const void* from) {
   return x;
 }
 
+// Store sixteen bytes. Where single stores of the same values are the alternative, the compiler joins an
+// assignment with them, and stores four times.
+__device__ inline void store_together(float* to, float4 x) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
 // Prefetch data into the L2 cache: all multiprocessors share it, so the data cannot be stale there.
 // Whole pieces of 16 bytes.
 __device__ inline void prefetch(const void* from, uint32_t bytes) {

@@ -65,9 +65,8 @@ struct StateTile {
       }
       if (key >= keys) continue;
       if (wide) {
-        float4 four = {updated[0], updated[1 % kColumns], updated[2 % kColumns],
-                       updated[3 % kColumns]};
-        *reinterpret_cast<float4*>(row) = four;
+        store_together(row, {updated[0], updated[1 % kColumns], updated[2 % kColumns],
+                             updated[3 % kColumns]});
         continue;
       }
 #pragma unroll

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import subprocess
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -410,9 +410,13 @@ def test_no_symbol_of_torch_may_be_absent():
     assert not [name for kind, name in symbols if kind in "wv" and not name.startswith("_")]
 
 
+@cache
 def assembled():
     """``(architecture, kernel, instructions by their address)`` of every kernel that the library
     has for GPUs on which kernels take turns."""
+    if max(map(int, re.findall(r"\d+", build.recorded_archs(LIBRARY)))) < 90:
+        pytest.skip("the library has no code for GPUs on which kernels take turns")
+    kernels = []
     triton = pytest.importorskip("triton")
     tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     read = lambda *flags: (
@@ -422,7 +426,10 @@ def assembled():
     for arch in (arch for arch, number in archs if int(number) >= 90):
         for text in read("-sass", "-arch", arch).split("Function : ")[1:]:
             code = re.findall(r"^ +/\*([0-9a-f]{4,})\*/ +(.*?) ;", text, re.MULTILINE)
-            yield arch, text.split()[0], {int(address, 16): line for address, line in code}
+            lines = {int(address, 16): line for address, line in code}
+            kernels.append((arch, text.split()[0], lines))
+    assert kernels
+    return kernels
 
 
 def before_the_turn(code):
@@ -451,12 +458,7 @@ def before_the_turn(code):
 def test_assembler_moves_nothing_before_the_turn():
     """Nor is the next kernel let start before the wait: what that one does before its turn would
     run beside more than the kernel just before."""
-    archs = re.findall(r"\d+", build.recorded_archs(LIBRARY))
-    if max(map(int, archs)) < 90:
-        pytest.skip("the library has no code for GPUs on which kernels take turns")
-    kernels = list(assembled())
-    assert kernels
-    for arch, kernel, code in kernels:
+    for arch, kernel, code in assembled():
         if "persistent_kernel" in kernel:
             continue
         assert any(line == "ACQBULK" for line in code.values()), (arch, kernel)
@@ -468,6 +470,15 @@ def test_assembler_moves_nothing_before_the_turn():
         # weights go past the first cache
         weights = [name for name in found if "step_linear_kernel" in kernel and ".NA." in name]
         assert found == weights, (arch, kernel, found)
+
+
+@built
+def test_states_are_stored_sixteen_bytes_at_a_time():
+    wide = r"(ddts|mixer)_step_kernelILi(\d+)ELi128E"
+    for arch, kernel, code in assembled():
+        if found := re.search(wide, kernel):
+            stores = [line for line in code.values() if re.search(r"\bSTG\.E\.128\b", line)]
+            assert len(stores) >= int(found[2]) // 4, (arch, kernel)
 
 
 @built

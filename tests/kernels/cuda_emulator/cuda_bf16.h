@@ -313,6 +313,11 @@ inline uint4 load_once(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 
+inline void store_together(float* to, float4 x) {
+  emulator::check_piece(to);
+  *reinterpret_cast<float4*>(to) = x;
+}
+
 // mma.sync.m16n8k16, as common.cuh describes it.
 EMULATOR_UNSEEN inline void multiply_16x8x16(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                              uint32_t b0, uint32_t b1) {
