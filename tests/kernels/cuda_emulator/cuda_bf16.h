@@ -12,12 +12,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <ucontext.h>
 
 #include <deque>
 #include <vector>
 
 #include "races.h"
+#include "stacks.h"
 #include "turns.h"
 
 #define __global__
@@ -86,7 +86,7 @@ struct Copy {
 
 struct Fiber {
   Watched watched;
-  ucontext_t context;
+  Place place;
   std::vector<char> stack;
   bool done;
   // barriers passed: a thread may pass the next one when no thread is behind it
@@ -105,7 +105,7 @@ struct Fiber {
 static std::vector<Fiber> fibers;
 // of the fibers of all blocks that run together; barriers that were passed, or threads that ended
 static unsigned me, running, steps;
-static ucontext_t scheduler;
+static Place scheduler;
 static Watched main_thread;
 static Order grid_order, ends;
 // whether kernels start under the end of the one before
@@ -127,13 +127,13 @@ inline char* shared_of_block() { return dynamic_shared + me / blockDim.x * kShar
 EMULATOR_UNSEEN inline void resume(unsigned fiber) {
   me = fiber, threadIdx = self().thread, blockIdx = self().block;
   watch(self().watched);
-  swapcontext(&scheduler, &self().context);
+  go_on(scheduler, self().place);
 }
 
 EMULATOR_UNSEEN inline void pause() {
   Fiber& fiber = self();
   watch(main_thread);
-  swapcontext(&fiber.context, &scheduler);
+  go_on(fiber.place, scheduler);
 }
 
 // Wait until every fiber in [first, last) that has not ended has passed so many.
@@ -168,7 +168,7 @@ EMULATOR_UNSEEN inline void enter() {
   }
   self().done = true, ++steps;
   ends.arrive(0);
-  watch(main_thread);
+  pause();
 }
 
 // Run blocks `first` to first + count of a grid together.
@@ -186,11 +186,7 @@ EMULATOR_UNSEEN inline void run_blocks(unsigned first, unsigned count) {
     fiber.grid_barriers = fiber.block_barriers = fiber.warp_barriers = fiber.turns = fiber.groups = 0;
     fiber.copies.clear();
     fiber.watched = watch_another();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
+    place_at(fiber.place, fiber.stack.data(), kStack, enter);
   }
   // each warp goes on until it has to wait for others, now from the first to the last, now back: who
   // should have waited and did not is far ahead
