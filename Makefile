@@ -44,6 +44,7 @@ test: native
 
 test-all: native
 	$(RUN_TESTS) -m "not timing and not gpu and not released"
+	$(RUN_TESTS) -m "not timing and not gpu and not released" --check-kernel-memory -k triton tests/kernels
 	$(BIN)/python -m pytest -q -m timing
 
 test-transformers: $(STAMP)

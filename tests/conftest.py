@@ -24,6 +24,11 @@ if not torch.cuda.is_available():
     prepare_launches_once()
 
 
+def pytest_addoption(parser):
+    what = "tests of operators: check every load and store of Triton kernels in the interpreter"
+    parser.addoption("--check-kernel-memory", action="store_true", help=what)
+
+
 def pytest_collection_modifyitems(items):
     """Skip what needs a GPU, saying so, where there is none."""
     if torch.cuda.is_available():

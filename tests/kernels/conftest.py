@@ -1,10 +1,20 @@
 """Where operators are tested, and the instruction sets of the native ones, to compare them."""
 
+import contextlib
+
 import pytest
 import torch
 
 from rodimus_kernels import native
+from tests.kernel_memory import checked_memory
 from tests.kernels.device import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _checked_memory(request):
+    is_asked = DEVICE == "cpu" and request.config.getoption("--check-kernel-memory")
+    with checked_memory() if is_asked else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture
