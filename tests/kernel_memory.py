@@ -52,14 +52,14 @@ def checked_memory() -> Iterator[None]:
         launch.barriers += 1
         return barrier(self)
 
-    def checked_load(self, pointers, mask, *rest):
+    def checked_load(self, pointers, mask, *rest, **named):
         launch.load(_chosen(pointers, mask))
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def checked_store(self, pointers, value, mask, *rest):
+    def checked_store(self, pointers, value, mask, *rest, **named):
         before = load(self, pointers, mask, None, None, False)
         launch.store(*(_chosen(x, mask) for x in (pointers, value, before)))
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     changes = {
         (executor, "_init_args_hst"): checked_begin,

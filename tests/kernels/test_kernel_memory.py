@@ -8,7 +8,7 @@ import torch
 from rodimus_kernels import ddts
 from rodimus_kernels.testing import DdtsCase, ddts_inputs, run_ddts
 from tests.kernel_memory import checked_memory
-from tests.kernels.device import DEVICE
+from tests.kernels.device import DEVICE, triton_module
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -89,7 +89,10 @@ def test_faults_are_noticed(kernel, programs, settings, fault):
         kernel[(programs,)](**tensors, **settings)
 
 
-def test_recurrence_has_none():
-    inputs = ddts_inputs(DdtsCase(1, 18, 2, 16, 16, documents=(1, 0, 17)))
-    with checked_memory():
+@pytest.mark.parametrize("documents, engine", [((1, 0, 17), 0), (None, 90)])
+def test_recurrence_has_none(documents, engine):
+    """Where a tile is loaded by pointers, or by the copy engine."""
+    inputs = ddts_inputs(DdtsCase(1, 18, 2, 16, 16, documents=documents))
+    helpers = triton_module("rodimus_kernels._triton")
+    with checked_memory(), helpers.assume_capability(engine):
         run_ddts(ddts, inputs, impl="triton_chunk")
