@@ -156,7 +156,13 @@ def test_resuming_before_the_newest_step_leaves_the_later_ones(copied, trained):
 
 
 @pytest.mark.parametrize(
-    "variable, resume", [("SLURM_RESTART_COUNT", "3"), ("TORCHELASTIC_RESTART_COUNT", "never")]
+    "variable, resume",
+    [
+        ("SLURM_RESTART_COUNT", "3"),
+        ("TORCHELASTIC_RESTART_COUNT", "never"),
+        pytest.param("SLURM_RESTART_COUNT", "never", marks=pytest.mark.slow),
+        pytest.param("TORCHELASTIC_RESTART_COUNT", "3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_job_that_is_started_again_goes_on(copied, variable, resume, monkeypatch):
     config, run = copied
