@@ -1,11 +1,12 @@
 """Where operators are tested, and the instruction sets of the native ones, to compare them."""
 
 import contextlib
+import subprocess
 
 import pytest
 import torch
 
-from rodimus_kernels import native
+from rodimus_kernels import build, native
 from tests.kernel_memory import checked_memory
 from tests.kernels.device import DEVICE
 
@@ -21,6 +22,24 @@ def _checked_memory(request):
 def device() -> torch.device:
     """The GPU where there is one, else the CPU (Triton kernels then run in the interpreter)."""
     return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    try:
+        return build._cxx()
+    except build.Unavailable as reason:
+        pytest.skip(f"nothing can be compiled: {reason}")
+
+
+@pytest.fixture(scope="session")
+def sanitizer(compiler, tmp_path_factory):
+    """The flag that reports data races, or none where it does not work."""
+    empty = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
+    empty.write_text("int main() {}")
+    program, flag = empty.with_suffix(""), "-fsanitize=thread"
+    built = subprocess.run([compiler, flag, empty, "-o", program], capture_output=True)
+    return [flag] if not built.returncode and not subprocess.run([program]).returncode else []
 
 
 @pytest.fixture(params=native.CPU_ISAS)

@@ -13,24 +13,6 @@ COUNTED_IN = "inside_.fetch_add(1);"
 LATE = f"std::this_thread::sleep_for(std::chrono::microseconds(50)); {COUNTED_IN}"
 
 
-@pytest.fixture(scope="module")
-def compiler():
-    try:
-        return build._cxx()
-    except build.Unavailable as reason:
-        pytest.skip(f"nothing can be compiled: {reason}")
-
-
-@pytest.fixture(scope="module")
-def sanitizer(compiler, tmp_path_factory):
-    """The flag that reports data races, or none where it does not work."""
-    empty = tmp_path_factory.mktemp("sanitizer") / "empty.cpp"
-    empty.write_text("int main() {}")
-    program, flag = empty.with_suffix(""), "-fsanitize=thread"
-    built = subprocess.run([compiler, flag, empty, "-o", program], capture_output=True)
-    return [flag] if not built.returncode and not subprocess.run([program]).returncode else []
-
-
 def report(compiler, flags, sources, folder):
     """What the program prints with these sources of csrc."""
     program = folder / "team"

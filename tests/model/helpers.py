@@ -1,7 +1,7 @@
 """Tiny models with the golden weights or lively random ones, on the running test's device."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +16,14 @@ from tests.model.golden_data import golden_config, golden_weights, l2_error
 from tests.model.oracle import Oracle, RoundedOracle
 
 KINDS = ("rodimus", "rodimus_plus", "grouped")
-# for what takes seconds, or compiles for seconds
-ONE_KIND = pytest.mark.parametrize(
-    "kind",
-    ["rodimus_plus", *(pytest.param(x, marks=pytest.mark.slow) for x in ("rodimus", "grouped"))],
-    indirect=True,
-)
+
+
+def others_slow(quick: str, names: Iterable[str]) -> list:
+    """Parameters of a test that takes seconds: all but one are left to the slow tests."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+ONE_KIND = pytest.mark.parametrize("kind", others_slow("rodimus_plus", KINDS), indirect=True)
 """Mark of a test whose other models are left to the slow tests."""
 # How transformers says that a static cache is not rolled back: before 5.24 none was.
 NO_ROLLBACK = "Static cache" if CACHE_NAME == "past_key_values" else "can be cropped"

@@ -10,8 +10,8 @@ from transformers import StaticCache
 
 from rodimus.modeling_rodimus import CACHE_NAME
 from tests.device import ON_BOTH, here
-from tests.model.golden_data import golden_config, relative_max_error
-from tests.model.helpers import build, random_ids
+from tests.model.golden_data import BLOCK_TYPES, golden_config, relative_max_error
+from tests.model.helpers import build, others_slow, random_ids
 from tests.model.test_ways_of_running import take_gradients, worst_gradient
 from tests.model.ways import BOUND, full, in_pieces
 
@@ -20,7 +20,7 @@ pytestmark = ON_BOTH
 TABLE = "compiled, against eager (max |a - b| / max |b|)"
 
 
-@pytest.fixture(params=[pytest.param("rodimus", marks=pytest.mark.slow), "rodimus_plus"])
+@pytest.fixture(params=others_slow("rodimus_plus", BLOCK_TYPES))
 def kind(request) -> str:
     return request.param
 

@@ -6,8 +6,8 @@ from statistics import median
 import pytest
 import torch
 
-from tests.model.golden_data import golden_config, relative_max_error
-from tests.model.helpers import build, cache_bytes, live_tensor_bytes, random_ids
+from tests.model.golden_data import BLOCK_TYPES, golden_config, relative_max_error
+from tests.model.helpers import build, cache_bytes, live_tensor_bytes, others_slow, random_ids
 from tests.model.ways import in_pieces
 
 TABLE = "long generation, against a fresh chunked prefill (max |a - b| / max |b|)"
@@ -26,9 +26,7 @@ def tiny(block_type):
 @pytest.mark.parametrize(
     ("tokens", "timed"), [(3_000, False), pytest.param(20_000, True, marks=pytest.mark.timing)]
 )
-@pytest.mark.parametrize(
-    "block_type", [pytest.param("rodimus", marks=pytest.mark.slow), "rodimus_plus"], indirect=True
-)
+@pytest.mark.parametrize("block_type", others_slow("rodimus_plus", BLOCK_TYPES), indirect=True)
 @torch.no_grad()
 def test_decoding_is_flat_in_memory_and_time(block_type, tokens, timed, measure):
     model = tiny(block_type)

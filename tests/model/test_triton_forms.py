@@ -9,7 +9,7 @@ import torch
 
 from rodimus.train.parallel import checkpoint_activations
 from rodimus_kernels import implementations_used
-from tests.model.helpers import build, config_of, random_ids
+from tests.model.helpers import build, config_of, others_slow, random_ids
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off")
@@ -77,7 +77,7 @@ def test_loss_and_gradients(kind, inputs, choose_triton):
     assert names <= {name.partition(":")[0].rpartition(".")[2] for name in used}
 
 
-@pytest.mark.parametrize("how", ["selective", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", others_slow("selective", CHECKPOINTING))
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputation_changes_no_gradient(kind, how, choose_triton):
     choose_triton()
