@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.device import placed
-from tests.interpreter import prepare_launches_once
+from tests.interpreter import speed_up
 
 pytest_plugins = ["tests.model.error_table"]
 
@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     # Autograd starts its threads at the first backward pass, one for each GPU, and fake tensors
     # pretend that there are some; after that a forked rank could not train.
     torch.ones((), requires_grad=True).backward()
-    prepare_launches_once()
+    speed_up()
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,11 @@ from ._schemas import refuse_forward_mode
 INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
 
+if INTERPRETED:
+    from ._interpreter import compute_bfloat16_as_a_gpu
+
+    compute_bfloat16_as_a_gpu()
+
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -156,15 +161,9 @@ def sequence_tokens(i_n, bounds, T):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a b in fp32, ``a`` rounded to b's dtype.
-
-    UPCAST: for the interpreter, which multiplies bf16 wrongly and truncates instead of rounding.
-    """
-    if UPCAST:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
-    else:
-        return tl.dot(a.to(b.dtype), b, acc=acc, input_precision=PRECISION)
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in fp32, ``a`` rounded to b's dtype."""
+    return tl.dot(a.to(b.dtype), b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit

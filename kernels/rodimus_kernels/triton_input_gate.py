@@ -12,7 +12,6 @@ import triton.language as tl
 from ._schemas import register_gradient
 from ._triton import (
     FP_FUSION,
-    INTERPRETED,
     as_rows,
     check_grid,
     check_runs_here,
@@ -41,11 +40,11 @@ def load_rows(p, o_t, o_c, stride, T, D):
 
 
 @triton.jit
-def gate_of(b_h, b_w, bias, o_d, D, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def gate_of(b_h, b_w, bias, o_d, D, PRECISION: tl.constexpr):
     """``sigmoid(hidden weight^T + bias)``: fp32 ``[tokens, channels]``."""
     b_b = tl.load(bias + o_d, mask=o_d < D, other=0.0).to(tl.float32)
     b_gate = tl.zeros([b_h.shape[0], b_w.shape[0]], tl.float32) + b_b[None, :]
-    return sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION, UPCAST))
+    return sigmoid(product(b_h, tl.trans(b_w), b_gate, PRECISION))
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -64,7 +63,6 @@ def input_gate_fwd_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``y`` contiguous ``[T, D]``; program (channels, tokens)."""
     o_d = tl.program_id(0) * BD + tl.arange(0, BD)
@@ -72,7 +70,7 @@ def input_gate_fwd_kernel(
     o_r = tl.arange(0, BR)
     b_h = load_rows(hidden, o_t, o_r, hidden_t, T, R)
     b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
-    b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+    b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION)
     b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
     mask = (o_t < T)[:, None] & (o_d < D)[None, :]
     p_y = y + o_t[:, None] * D + o_d[None, :]
@@ -101,7 +99,6 @@ def input_gate_bwd_kernel(
     BT: tl.constexpr,
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``dx [T, D]``; program (channel group, tokens), whose sums are ``dhidden [groups, T, R]``,
@@ -119,7 +116,7 @@ def input_gate_bwd_kernel(
         b_x = load_rows(x, o_t, o_d, x_t, T, D).to(tl.float32)
         b_dy = load_rows(dy, o_t, o_d, dy_t, T, D).to(tl.float32)
         b_w = load_rows(weight, o_d, o_r, R, D, R).to(b_h.dtype)
-        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION, UPCAST)
+        b_gate = gate_of(b_h, b_w, bias, o_d, D, PRECISION)
         b_dx = b_dy * b_gate
         mask = (o_t < T)[:, None] & (o_d < D)[None, :]
         p_dx = dx + o_t[:, None] * D + o_d[None, :]
@@ -127,9 +124,9 @@ def input_gate_bwd_kernel(
         b_dgate = b_dx * b_x * (1.0 - b_gate)
         tl.store(dbias + i_p * D + o_d, tl.sum(b_dgate, 0), mask=o_d < D)
         b_dgate = b_dgate.to(b_h.dtype)
-        b_dh = product(b_dgate, b_w, b_dh, PRECISION, UPCAST)
+        b_dh = product(b_dgate, b_w, b_dh, PRECISION)
         b_dw = tl.zeros([BD, BR], tl.float32)
-        b_dw = product(tl.trans(b_dgate), b_h, b_dw, PRECISION, UPCAST)
+        b_dw = product(tl.trans(b_dgate), b_h, b_dw, PRECISION)
         mask = (o_d < D)[:, None] & (o_r < R)[None, :]
         tl.store(dweight + (i_p * D + o_d[:, None]) * R + o_r[None, :], b_dw, mask=mask)
     p_dh = dhidden + (i_g * T + o_t[:, None]) * R + o_r[None, :]
@@ -150,7 +147,6 @@ def _tile(hidden, tokens, channels, warps):
         "BT": tokens,
         "BD": channels,
         "PRECISION": "tf32x3" if hidden.dtype == torch.float32 else "tf32",
-        "UPCAST": INTERPRETED and hidden.dtype == torch.bfloat16,
         "num_warps": warps,
         **FP_FUSION,
     }

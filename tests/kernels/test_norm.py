@@ -13,8 +13,8 @@ from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 LIMIT = 1e-6
 EPS = 1e-5
-# one or two roundings to 8 bits; the interpreter truncates where a GPU rounds to nearest
-HALF_LIMIT = 6e-3
+# one or two roundings to 8 bits, each of 2 ** -8 at most
+HALF_LIMIT = 2**-8
 IMPLS = ["reference", pytest.param("triton", marks=TRITON_MARKS)]
 
 

@@ -270,8 +270,8 @@ def test_half_precision(impl, dtype, int8, device):
     decode(ring, [x[:, :36] for x in tokens], cache, [4] * 9, impl="reference")
     o = decode(ring, [x[:, 36:] for x in tokens], cache, [4], start=36, impl=impl)
     assert o.dtype == dtype
-    # one rounding of the output, which the interpreter truncates
-    assert relative_error(o, recompute(tokens, ring)[:, 36:]) < torch.finfo(dtype).eps
+    # one rounding of the output
+    assert relative_error(o, recompute(tokens, ring)[:, 36:]) < torch.finfo(dtype).eps / 2
 
 
 @needs_triton

@@ -311,9 +311,9 @@ def test_opcheck(packed):
 def test_half_precision(impl):
     x, weight, bias, past = (t.bfloat16() for t in make())
     y, _ = short_conv(x, weight, bias, initial_state=past, impl=impl)
-    # one rounding to 8 bits; the interpreter truncates where a GPU rounds to nearest
+    # one rounding to 8 bits
     assert y.dtype == torch.bfloat16
-    assert relative_error(y, exact_conv(x, weight, bias, past)) < 6e-3
+    assert relative_error(y, exact_conv(x, weight, bias, past)) < 2**-8
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -24,7 +24,6 @@ from .._schemas import (
 )
 from .._triton import (
     FP_FUSION,
-    INTERPRETED,
     capability,
     check_grid,
     check_runs_here,
@@ -233,10 +232,6 @@ def _round(v):
     return v.dtype == torch.float16
 
 
-def _upcast(v):
-    return INTERPRETED and v.dtype == torch.bfloat16
-
-
 class _Keys(NamedTuple):
     """All inputs with K channels, and how they are used. With ``temper``, k is raw, g is the
     pre-activation of the selection gate, and eps the least norm of k; otherwise g is the
@@ -318,7 +313,6 @@ def _prepare(keys, v, columns):
         LEVELS=_LEVELS,
         PRECISION=_precision(v),
         ROUND=_round(v),
-        INTERPRETED=INTERPRETED,
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -437,7 +431,6 @@ def _walk_launcher(x, tiles, columns, tile, sequences, *, tma, reverse):
             STAGES=tile.num_stages,
             PRECISION=_precision(x),
             ROUND=_round(x),
-            UPCAST=_upcast(x),
             num_warps=tile.num_warps,
             **FP_FUSION,
         )
@@ -610,7 +603,6 @@ def _products(v, do, states, dstates, columns, normalised):
         BV=tile.width,
         STAGES=tile.num_stages,
         PRECISION=_precision(v),
-        UPCAST=_upcast(v),
         num_warps=tile.num_warps,
         **FP_FUSION,
     )
@@ -643,7 +635,6 @@ def _gate(keys, v, columns, products):
         LEVELS=_LEVELS,
         PRECISION=_precision(v),
         ROUND=_round(v),
-        INTERPRETED=INTERPRETED,
         num_warps=tile.num_warps,
         **FP_FUSION,
     )

@@ -42,8 +42,9 @@ def operand(x, ROUND: tl.constexpr):
     """fp32 x as an operand of a product. Tensor cores truncate to tf32, which would make every
     product smaller; with ROUND, x is rounded to nearest first."""
     if ROUND:
-        rounded = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
-        # the NaN of all ones would become -0
+        bits = x.to(tl.int32, bitcast=True)
+        # the NaN of all ones overflows, and would become -0
+        rounded = tl.add(bits, 0x1000, sanitize_overflow=False) & -0x2000
         return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
     else:
         return x
@@ -101,17 +102,17 @@ def load_gated(p_k, p_g, p_temper, p_resets, norms, o_i, mask):
 
 
 @triton.jit
-def masked_sum(mask, x, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def masked_sum(mask, x, acc, PRECISION: tl.constexpr):
     """acc + mask x for a bf16 mask of zeros and ones: fp32 x is split into the sum of three bf16
     values, of which two already hold more than products in ``tf32`` do."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
-    acc = product(mask, high, acc, "tf32", UPCAST)
-    acc = product(mask, middle, acc, "tf32", UPCAST)
+    acc = product(mask, high, acc, "tf32")
+    acc = product(mask, middle, acc, "tf32")
     if PRECISION != "tf32":
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = product(mask, low, acc, "tf32", UPCAST)
+        acc = product(mask, low, acc, "tf32")
     return acc
 
 
@@ -130,11 +131,11 @@ def load_summed(summed, level, C: tl.constexpr):
 
 
 @triton.jit
-def decay_over(b_summed, b_g, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def decay_over(b_summed, b_g, PRECISION: tl.constexpr):
     """The decays ``[C, BK]`` over the log-decays in ``b_summed``. Sums are products with ones: with
     numbers <= 0 nothing cancels, and products take fewer instructions than additions."""
     nothing = tl.zeros(b_g.shape, tl.float32)
-    return exp2(masked_sum(b_summed, b_g, nothing, PRECISION, INTERPRETED))
+    return exp2(masked_sum(b_summed, b_g, nothing, PRECISION))
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
@@ -173,7 +174,6 @@ def ddts_chunk_prepare_kernel(
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Scores ``a [slots, C, C]``, ``read`` and ``write [slots, C, K]``, ``keep [slots, K]``.
 
@@ -210,13 +210,13 @@ def ddts_chunk_prepare_kernel(
         b_a += tl.where(o_i[:, None] == o_i[None, :], tl.sum(b_q * b_k, 1)[:, None], 0.0)
         # a loop, not unrolled: unrolled, the scheduler hoists all exponentials and spills
         for level in tl.range(0, LEVELS, num_stages=1):
-            decay = decay_over(load_summed(summed, level, C), b_g, PRECISION, INTERPRETED)
+            decay = decay_over(load_summed(summed, level, C), b_g, PRECISION)
             b_row = operand(tl.where(is_odd(o_i, level)[:, None], b_q, b_k) * decay, ROUND)
             scores = tl.dot(b_row, tl.trans(b_row), input_precision=PRECISION)
             siblings = ((o_i[:, None] ^ o_i[None, :]) >> level) == 1
             b_a += tl.where(siblings, scores, 0.0)
-        prefix = decay_over(load_summed(summed, LEVELS, C), b_g, PRECISION, INTERPRETED)
-        suffix = decay_over(load_summed(summed, LEVELS + 1, C), b_g, PRECISION, INTERPRETED)
+        prefix = decay_over(load_summed(summed, LEVELS, C), b_g, PRECISION)
+        suffix = decay_over(load_summed(summed, LEVELS + 1, C), b_g, PRECISION)
         o_ck = o_i[:, None] * K + o_k
         dtype = read.dtype.element_ty
         tl.store(read + slot * C * K + o_ck, operand(b_q * prefix, ROUND).to(dtype))
@@ -342,14 +342,13 @@ def chunk_output(
     BV: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Output ``[C, BV]`` of a chunk from the state before it ``[BV, K]`` and its ``x [BV, C]``."""
     if not REVERSE:
         b_a = tl.trans(b_a)
     b_y = tl.zeros([BV, C], tl.float32)
-    b_y = product(b_state, tl.trans(b_read), b_y, PRECISION, UPCAST)
-    b_y = product(b_x, b_a, b_y, PRECISION, UPCAST)
+    b_y = product(b_state, tl.trans(b_read), b_y, PRECISION)
+    b_y = product(b_x, b_a, b_y, PRECISION)
     return tl.trans(b_y)
 
 
@@ -388,7 +387,6 @@ def ddts_chunk_walk_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """Walk the chunks of one segment of one sequence with the state in registers.
 
@@ -442,11 +440,11 @@ def ddts_chunk_walk_kernel(
             b_read, b_a = load_read(read, a, row, o_c, K, C, TMA)
             if states is not None:
                 store_state(states, b_state, slot, i_v * BV, V, K, BV, TMA)
-            b_y = chunk_output(b_state, b_read, b_x, b_a, C, BV, REVERSE, PRECISION, UPCAST)
+            b_y = chunk_output(b_state, b_read, b_x, b_a, C, BV, REVERSE, PRECISION)
             store_output(y, b_y, i_b, i_h, start, end, i_v * BV, o_c, y_b, y_t, y_h, C, BV, TMA)
         if segment_keep is not None:
             all_keep *= b_keep
-        state = product(b_x, b_write, state * b_keep[None, :], PRECISION, UPCAST)
+        state = product(b_x, b_write, state * b_keep[None, :], PRECISION)
     if y is None:
         tl.store(ht + segment * K * V + o_state, state)
         tl.store(segment_keep + segment * K + o_k, all_keep)
@@ -507,7 +505,6 @@ def ddts_chunk_products_kernel(
     BV: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """All gradients of a chunk that are sums over V. ``da`` is symmetric, from the lower triangle.
 
@@ -540,9 +537,9 @@ def ddts_chunk_products_kernel(
         b_v = b_v.to(b_state.dtype)
         b_do = b_do.to(b_state.dtype)
         b_dkeep += tl.sum(b_state.to(tl.float32) * b_dstate.to(tl.float32), 0)
-        b_da = product(b_do, tl.trans(b_v), b_da, PRECISION, UPCAST)
-        b_dread = product(b_do, b_state, b_dread, PRECISION, UPCAST)
-        b_dwrite = product(b_v, b_dstate, b_dwrite, PRECISION, UPCAST)
+        b_da = product(b_do, tl.trans(b_v), b_da, PRECISION)
+        b_dread = product(b_do, b_state, b_dread, PRECISION)
+        b_dwrite = product(b_v, b_dstate, b_dwrite, PRECISION)
     if tl.program_id(2) == 0:
         b_symmetric = tl.where(o_c[:, None] >= o_c[None, :], b_da, tl.trans(b_da))
         tl.store(da + slot * C * C + o_c[:, None] * C + o_c[None, :], b_symmetric)
@@ -572,7 +569,6 @@ def gradients_in_chunk(
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Gradients of queries, keys and log-decays through the scores of a chunk, without their
     diagonal.
@@ -587,7 +583,7 @@ def gradients_in_chunk(
     for level in tl.range(0, LEVELS, num_stages=2):
         odd = is_odd(o_i, level)[:, None]
         b_summed = load_summed(summed, level, C)
-        decay = decay_over(b_summed, b_g, PRECISION, INTERPRETED)
+        decay = decay_over(b_summed, b_g, PRECISION)
         b_own = tl.where(odd, b_q, b_k)
         # same as siblings in prepare, but o_i ^ o_j would stay in registers throughout this loop
         block = o_i >> level
@@ -596,7 +592,7 @@ def gradients_in_chunk(
         level_d = tl.dot(b_met, b_faded, input_precision=PRECISION) * decay
         b_dq += tl.where(odd, level_d, 0.0)
         b_dk += tl.where(odd, 0.0, level_d)
-        b_dg = masked_sum(tl.trans(b_summed), b_own * level_d, b_dg, PRECISION, INTERPRETED)
+        b_dg = masked_sum(tl.trans(b_summed), b_own * level_d, b_dg, PRECISION)
     return b_dq, b_dk, b_dg
 
 
@@ -619,19 +615,18 @@ def gradients_beyond_chunk(
     C: tl.constexpr,
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Add the gradients through the state: what queries read before, what keys leave after it."""
     o_ck = o_i[:, None] * K + o_k
     before = load_summed(summed, LEVELS, C)
-    prefix = decay_over(before, b_g, PRECISION, INTERPRETED)
+    prefix = decay_over(before, b_g, PRECISION)
     across_d = tl.load(dread + slot * C * K + o_ck) * prefix
-    b_dg = masked_sum(tl.trans(before), b_q * across_d, b_dg, PRECISION, INTERPRETED)
+    b_dg = masked_sum(tl.trans(before), b_q * across_d, b_dg, PRECISION)
     b_dq += across_d
     after = load_summed(summed, LEVELS + 1, C)
-    suffix = decay_over(after, b_g, PRECISION, INTERPRETED)
+    suffix = decay_over(after, b_g, PRECISION)
     across_d = tl.load(dwrite + slot * C * K + o_ck) * suffix
-    b_dg = masked_sum(tl.trans(after), b_k * across_d, b_dg, PRECISION, INTERPRETED)
+    b_dg = masked_sum(tl.trans(after), b_k * across_d, b_dg, PRECISION)
     b_dk += across_d
     # the decays before and after a position make up that of the whole chunk
     b_dg += prefix * suffix * tl.load(dkeep + slot * K + o_k)
@@ -695,7 +690,6 @@ def ddts_chunk_gate_kernel(
     LEVELS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Gradients of q, k and log_decay, contiguous ``[B, T, H, K]``; with ``temper``, of q, the raw
     key, select and temper. Program (column, head, slice of K)."""
@@ -724,12 +718,12 @@ def ddts_chunk_gate_kernel(
     base = ((i_b * T + start) * H + i_h) * K
     o_out = o_i[:, None] * (H * K) + o_k
     b_dq, b_dk, b_dg = gradients_in_chunk(
-        b_q, b_k, b_g, p_da, summed, o_i, C, LEVELS, PRECISION, ROUND, INTERPRETED
+        b_q, b_k, b_g, p_da, summed, o_i, C, LEVELS, PRECISION, ROUND
     )
     # fmt: off
     b_dq, b_dk, b_dg = gradients_beyond_chunk(
         b_q, b_k, b_dq, b_dk, b_dg, b_g, dread, dwrite, dkeep, summed, slot, o_i, o_k,
-        K, C, LEVELS, PRECISION, INTERPRETED,
+        K, C, LEVELS, PRECISION,
     )
     # fmt: on
     # the diagonal of the scores does not depend on the gates

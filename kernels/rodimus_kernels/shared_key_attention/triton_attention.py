@@ -15,7 +15,6 @@ import triton
 from .._schemas import register_gradient
 from .._triton import (
     FP_FUSION,
-    INTERPRETED,
     block_dim,
     capability,
     check_grid,
@@ -168,7 +167,6 @@ def _launch(q, k, v, window_size, scale, cu_seqlens):
             "BD": block_dim(dim),
             "BDV": block_dim(value_dim),
             "PRECISION": "tf32x3" if v.dtype == torch.float32 else "tf32",
-            "UPCAST": INTERPRETED and v.dtype == torch.bfloat16,
             **FP_FUSION,
         },
     )

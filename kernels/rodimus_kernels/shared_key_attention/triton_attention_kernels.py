@@ -142,13 +142,12 @@ def attend(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One run of key tiles through the online softmax: ``acc`` and ``total`` are relative to
     ``exp2(top)``."""
     for n in tl.range(begin, stop, BN, num_stages=STAGES):
         b_k = load_tile(k, i_b, i_hk, n, S, k_b, k_t, k_h, BN, D, BD, MASK, TMA)
-        b_s = product(b_q, tl.trans(b_k), None, PRECISION, UPCAST)
+        b_s = product(b_q, tl.trans(b_k), None, PRECISION)
         if MASK:
             keys = n + tl.arange(0, BN)
             seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= first[:, None])
@@ -163,7 +162,7 @@ def attend(
         b_p = exp2(b_s - base[:, None])
         fade = exp2(top - base)
         b_v = load_tile(v, i_b, i_hv, n, S, v_b, v_t, v_h, BN, DV, BDV, MASK, TMA)
-        acc = product(b_p, b_v, acc * fade[:, None], PRECISION, UPCAST)
+        acc = product(b_p, b_v, acc * fade[:, None], PRECISION)
         total = total * fade + tl.sum(b_p, 1)
         top = highest
     return acc, top, total
@@ -202,7 +201,6 @@ def shared_key_attention_fwd_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``o [B, T, H, DV]`` and ``lse [B, H, T]``. Grid: query tiles, heads, batch."""
     # the last queries have the fullest windows, so they start first
@@ -224,17 +222,17 @@ def shared_key_attention_fwd_kernel(
     acc, top, total = attend(
         acc, top, total, b_q, k, v, i_b, i_h % HK, i_h % HV, left, tl.minimum(whole, stop),
         positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION,
     )
     acc, top, total = attend(
         acc, top, total, b_q, k, v, i_b, i_h % HK, i_h % HV, whole, diagonal,
         positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, False, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, False, TMA, STAGES, PRECISION,
     )
     acc, top, total = attend(
         acc, top, total, b_q, k, v, i_b, i_h % HK, i_h % HV, diagonal, stop,
         positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION,
     )
     # fmt: on
     # o is dense
@@ -278,20 +276,19 @@ def query_gradient(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One run of key tiles: dq += p * (do v^T - delta) k, with p = exp2(scores - lse)."""
     for n in tl.range(begin, stop, BN, num_stages=STAGES):
         b_k = load_tile(k, i_b, i_hk, n, S, k_b, k_t, k_h, BN, D, BD, MASK, TMA)
-        b_s = product(b_q, tl.trans(b_k), None, PRECISION, UPCAST)
+        b_s = product(b_q, tl.trans(b_k), None, PRECISION)
         b_p = exp2(b_s * scale - b_lse[:, None])
         if MASK:
             keys = n + tl.arange(0, BN)
             seen = (keys[None, :] <= positions[:, None]) & (keys[None, :] >= first[:, None])
             b_p = tl.where(seen, b_p, 0.0)
         b_v = load_tile(v, i_b, i_hv, n, S, v_b, v_t, v_h, BN, DV, BDV, MASK, TMA)
-        b_dp = product(b_do, tl.trans(b_v), None, PRECISION, UPCAST)
-        dq = product(b_p * (b_dp - b_delta[:, None]), b_k, dq, PRECISION, UPCAST)
+        b_dp = product(b_do, tl.trans(b_v), None, PRECISION)
+        dq = product(b_p * (b_dp - b_delta[:, None]), b_k, dq, PRECISION)
     return dq
 
 
@@ -335,7 +332,6 @@ def shared_key_attention_dq_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``dq [B, T, H, D]`` and ``delta [B, H, T]``. Grid: query tiles, heads, batch."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
@@ -363,17 +359,17 @@ def shared_key_attention_dq_kernel(
     acc = query_gradient(
         acc, b_q, b_do, b_lse, b_delta, k, v, i_b, i_h % HK, i_h % HV,
         left, tl.minimum(whole, stop), positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION,
     )
     acc = query_gradient(
         acc, b_q, b_do, b_lse, b_delta, k, v, i_b, i_h % HK, i_h % HV,
         whole, diagonal, positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, False, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, False, TMA, STAGES, PRECISION,
     )
     acc = query_gradient(
         acc, b_q, b_do, b_lse, b_delta, k, v, i_b, i_h % HK, i_h % HV,
         diagonal, stop, positions, first, S, scale, k_b, k_t, k_h, v_b, v_t, v_h,
-        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION, UPCAST,
+        BN, D, DV, BD, BDV, True, TMA, STAGES, PRECISION,
     )
     # fmt: on
     store_tile(dq, acc * softmax_scale, i_b, i_h, row, T, dq_b, H * D, D, BM, D, BD)
@@ -415,7 +411,6 @@ def key_gradients(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The query tiles of one head: dv += p^T do, dk += (p * (do v^T - delta))^T q.
 
@@ -426,7 +421,7 @@ def key_gradients(
     for m in tl.range(begin, stop, BM, num_stages=STAGES, disallow_acc_multi_buffer=True):
         row = m - offset
         b_q = load_tile(q, i_b, i_h, row, T, q_b, q_t, q_h, BM, D, BD, True, TMA)
-        b_s = product(b_k, tl.trans(b_q), None, PRECISION, UPCAST)
+        b_s = product(b_k, tl.trans(b_q), None, PRECISION)
         # a row after the last query repeats it: no key sees its position
         rows = tl.minimum(row + tl.arange(0, BM), T - 1)
         b_lse = tl.load(p_lse + rows)
@@ -437,9 +432,9 @@ def key_gradients(
             b_p = tl.where((queries >= keys[:, None]) & (queries < ends[:, None]), b_p, 0.0)
         b_do = load_tile(do, i_b, i_h, row, T, do_b, do_t, do_h, BM, DV, BDV, True, TMA)
         b_dp = tl.broadcast_to(-b_delta[None, :], [BN, BM])
-        b_dp = product(b_v, tl.trans(b_do), b_dp, PRECISION, UPCAST)
-        dv = product(b_p, b_do, dv, PRECISION, UPCAST)
-        dk = product(b_p * b_dp, b_q, dk, PRECISION, UPCAST)
+        b_dp = product(b_v, tl.trans(b_do), b_dp, PRECISION)
+        dv = product(b_p, b_do, dv, PRECISION)
+        dk = product(b_p * b_dp, b_q, dk, PRECISION)
     return dk, dv
 
 
@@ -485,7 +480,6 @@ def shared_key_attention_dkv_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """``dk [GROUPS, B, S, HK, D]`` and ``dv [B, S, PAIRS, DV]``, to be summed over groups and over
     pairs of one value head. Grid: key tiles, key heads times groups, batch.
@@ -518,7 +512,7 @@ def shared_key_attention_dkv_kernel(
                 acc_k, acc_v, b_k, b_v, q, do, lse + o_rows, delta + o_rows, i_b, i_h,
                 begin, whole, edge, stop, keys, end, offset, T, scale,
                 q_b, q_t, q_h, do_b, do_t, do_h,
-                BM, BN, D, DV, BD, BDV, TMA, STAGES, PRECISION, UPCAST,
+                BM, BN, D, DV, BD, BDV, TMA, STAGES, PRECISION,
             )
             # fmt: on
         dv_b = tl.cast(S, tl.int64) * (PAIRS * DV)

@@ -45,11 +45,8 @@ def quantize_values(b_v):
     largest = tl.max(b_v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale = largest.to(tl.float32, bitcast=True) * (1.0 / 127.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 0.0, scale)
-    # to bfloat16, ties to even, by hand because the interpreter truncates
-    bits = scale.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-    bits = tl.where(largest < 0x7F800000, bits, 0x7FC00000)
-    scale = bits.to(tl.float32, bitcast=True)
+    scale = scale.to(tl.bfloat16).to(tl.float32)
+    scale = tl.where(largest < 0x7F800000, scale, float("nan"))
     usable = scale > 0
     b_steps = tl.div_rn(b_v, tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], b_v.shape))
     # adding 1.5 * 2 ** 23 rounds to an integer, ties to even
