@@ -303,7 +303,7 @@ def test_autocast_changes_nothing(dtype, form):
 
 
 @pytest.mark.parametrize("attends", [False, True], ids=["rodimus", "rodimus_plus"])
-@ROUNDED
+@pytest.mark.parametrize("rounded", [in_8_bits, pytest.param(in_4_bits, marks=pytest.mark.slow)])
 def test_opcheck(attends, rounded):
     named = (NAMED["window_size"], NAMED["head_dim"], 1e-5, 1e-5)
     weights, *lists, rings, position, rotary = blocks_of([torch.float32] * 2, 2, attends)

@@ -24,7 +24,7 @@ def tiny(block_type):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "timed"), [(3_000, False), pytest.param(20_000, True, marks=pytest.mark.timing)]
+    ("tokens", "timed"), [(1_500, False), pytest.param(20_000, True, marks=pytest.mark.timing)]
 )
 @pytest.mark.parametrize("block_type", others_slow("rodimus_plus", BLOCK_TYPES), indirect=True)
 @torch.no_grad()

@@ -24,6 +24,7 @@ from tests.checkpoints import (
     save_released_tokenizer,
     tiny_config,
 )
+from tests.model.helpers import others_slow
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK_TYPES = ("rodimus", "rodimus_plus")
@@ -64,7 +65,7 @@ def run(script: str, tmp_path: Path, folder: Path, blocked: tuple[str, ...]) -> 
     return process.stdout
 
 
-@pytest.fixture(params=BLOCK_TYPES, scope="module")
+@pytest.fixture(params=others_slow("rodimus_plus", BLOCK_TYPES), scope="module")
 def exported(request, tmp_path_factory):
     """``(folder, model)``: an export with the released tokenizer, and the model it came from."""
     root = tmp_path_factory.mktemp(request.param)

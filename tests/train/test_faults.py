@@ -198,7 +198,14 @@ def test_a_checkpoint_cut_short_that_was_not_verified_is_one_line(copied, capfd)
     assert re.search("error: .*step-00000006 cannot be read: rank 0: ", error)
 
 
-@pytest.mark.parametrize("batch, steps, tokens", [(256, 6, 1152), (64, 15, 1152), (512, 5, 1408)])
+@pytest.mark.parametrize(
+    "batch, steps, tokens",
+    [
+        (512, 5, 1408),
+        pytest.param(256, 6, 1152, marks=pytest.mark.slow),
+        pytest.param(64, 15, 1152, marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_are_those_of_batches_of_either_size(copied, batch, steps, tokens):
     """The three steps before had 128 each."""
     config, run = copied

@@ -314,8 +314,15 @@ def two_ways(config_file, overrides, change=nothing):
     return outcomes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("reshard", ["true", "false"])
+@pytest.mark.parametrize(
+    "reshard, dtype",
+    [
+        ("true", "float32"),
+        ("false", "bfloat16"),
+        pytest.param("true", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("false", "float32", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("world_size, replicate", [(1, 1), (2, 1), (2, 2)])
 def test_sharded_blocks_leave_their_sums_to_the_next_norm(
     config_file, world_size, replicate, reshard, dtype
