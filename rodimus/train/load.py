@@ -111,6 +111,22 @@ def build(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     return cls(**arguments)
 
 
+def _usable(cls: type, values: Any, prefix: str = "") -> Any:
+    """As ``build`` for any values: those of a wrong key or type are left out, and none is checked.
+    For help, which also explains files that are no run."""
+    made, types = object.__new__(cls), get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        kind, name, value = types[spec.name], prefix + spec.name, spec.default
+        given = isinstance(values, dict) and spec.name in values
+        if dataclasses.is_dataclass(kind):
+            value = _usable(kind, values[spec.name] if given else {}, name + ".")
+        elif given:
+            with contextlib.suppress(InputError):
+                value = _convert(name, kind, values[spec.name])
+        object.__setattr__(made, spec.name, value)
+    return made
+
+
 def _suggest(key: str, prefix: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, 1)
     if near:
@@ -150,7 +166,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
 
     Raises:
         InputError: the file, an override or a value in it cannot be used.
-        SystemExit: the overrides ask for ``--help``.
+        SystemExit: the overrides ask for ``--help``, which is shown for any TOML file.
     """
     values = read_toml(path)
     try:
@@ -158,7 +174,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
     except InputError as error:
         if not overrides:
             raise
-        raise InputError(f"{error} (in {path} alone: options change a whole run)") from error
+        if not {"-h", "--help"} & {*overrides}:
+            raise InputError(f"{error} (in {path} alone: options change a whole run)") from error
+        print(f"{path} is not a whole run: {error}\n")
+        config = _usable(TrainConfig, values)
     if not overrides:
         return config
     import tyro

@@ -112,6 +112,26 @@ def test_options_change_a_whole_run(write):
         load_config(path)
 
 
+def test_help_explains_files_that_are_no_run_by_themselves(write, capsys):
+    """With what is right in them: a base of other files, a wrong type, an unknown key."""
+    base = MINIMAL.replace("steps = 10", "")
+    typos = MINIMAL.replace("lr = 3e-4", 'lr = "a"\nbetas = [0.5, 0.6]\nbeta = 1')
+    wrong = {
+        base: "exactly one of train.steps",
+        typos: "optim.lr must be float",
+        f"eval = 3{typos}": "eval must be a table, got 3",
+    }
+    for text, problem in wrong.items():
+        path = write(text)
+        with pytest.raises(SystemExit) as stop:
+            load_config(path, ["--train.seed", "1", "--help"])
+        assert not stop.value.code
+        shown = capsys.readouterr().out
+        assert f"run.toml is not a whole run: {problem}" in shown
+        assert "--data.seq-len INT" in shown and "(default: 64)" in shown
+        assert ("(default: 0.5 0.6)" in shown) == ("betas" in text)
+
+
 def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
     with pytest.raises(InputError, match="cannot read config"):
         load_config(tmp_path / "none.toml")
