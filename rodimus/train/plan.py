@@ -242,24 +242,41 @@ def _pieces_traffic(config: TrainConfig, shapes: PreTrainedConfig) -> dict[str, 
 
 
 def render(plan: Plan, mfu: float) -> str:
-    """The plan as text."""
-    parts = plan.flops._asdict() | {"made again": plan.recomputed}
-    flops = "  ".join(f"{k} {v / 1e9:.3f}" for k, v in parts.items() if v)
-    made = plan.flops.total + plan.recomputed
+    """The plan as text; the figures of a table have one unit."""
+    made, flops = plan.flops.total + plan.recomputed, plan.flops._asdict()
+    flops = {k: v for k, v in {**flops, "made again": plan.recomputed}.items() if v}
+    operations, flop = _in_unit("FLOP", 3, made, *flops.values())
+    parts = "  ".join(map(" ".join, zip(flops, operations[1:], strict=True)))
+    (tokens,), token = _in_unit(" tokens", 1, plan.tokens)
+    memory, used = _in_unit("B", 2, sum(plan.memory.values()), *plan.memory.values())
+    checkpoints, kept = _in_unit("B", 1, plan.checkpoint, plan.checkpoint * plan.checkpoints)
+    traffic, sent = _in_unit("B", 2, *plan.traffic.values())
     lines = [
         f"parameters            {plan.parameters:,}",
-        f"operations a token    {made / 1e9:.3f} GFLOP ({flops})",
-        f"run                   {plan.steps:,} steps, {plan.tokens / 1e9:,.1f} G tokens",
-        f"memory of one GPU     {plan.memory_gb:.1f} GB",
-        *(f"  {name:<30}{size / 1e9:>8.2f} GB" for name, size in plan.memory.items()),
-        f"checkpoints           {plan.checkpoint / 1e9:,.1f} GB each, at most {plan.checkpoints} "
-        f"at once: {plan.checkpoint * plan.checkpoints / 1e9:,.1f} GB",
-        f"traffic of one GPU    (ring; {plan.gpus} GPUs)",
-        *(f"  {name:<36}{size / 1e9:>8.2f} GB" for name, size in plan.traffic.items()),
+        f"operations a token    {operations[0]} {flop} ({parts})",
+        f"run                   {plan.steps:,} steps, {tokens} {token}",
+        f"memory of one GPU     {memory[0]} {used}",
+        *(f"  {k:<30}{v:>8} {used}" for k, v in zip(plan.memory, memory[1:], strict=True)),
+        f"checkpoints           {checkpoints[0]} {kept} each, at most {plan.checkpoints} "
+        f"at once: {checkpoints[1]} {kept}",
+        f"traffic of one GPU    (ring; {plan.gpus} GPU{'s' if plan.gpus > 1 else ''})",
+        *(f"  {k:<36}{v:>8} {sent}" for k, v in zip(plan.traffic, traffic, strict=True)),
         f"at {mfu * plan.flops.total / made:.0%} MFU            {plan.tokens_per_s:,.0f} tokens/s, "
-        f"{plan.tokens_per_s / plan.gpus:,.0f} a GPU, {plan.days:.1f} days",
+        f"{plan.tokens_per_s / plan.gpus:,.0f} a GPU, {_duration(plan.days)}",
     ]
     return "\n".join(lines)
+
+
+def _in_unit(unit: str, digits: int, *numbers: float) -> tuple[list[str], str]:
+    """Numbers as text in the largest unit of which one has as much as 1, and that unit."""
+    size, prefix = next((x for x in ((1e9, "G"), (1e6, "M")) if max(numbers) >= x[0]), (1e3, "k"))
+    return [f"{number / size:,.{digits}f}" for number in numbers], prefix + unit
+
+
+def _duration(days: float) -> str:
+    units = ((1.0, "days"), (24.0, "hours"), (1440.0, "minutes"))
+    count, name = next((x for x in units if days * x[0] >= 1), (86400.0, "seconds"))
+    return f"{days * count:.1f} {name}"
 
 
 def run(options: argparse.Namespace) -> None:

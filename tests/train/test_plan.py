@@ -38,6 +38,18 @@ def test_plan_of_the_released_plus_model():
     assert got.traffic["between replicas, per step"] == 0
 
 
+def test_a_plan_of_a_small_model_has_small_units():
+    """By hand: 4 and 12 x 171,520 bytes; 40 x 1,024 tokens; 40,960 / 446.7e6 a second."""
+    text = plan.render(planned("ci_tiny", 1), 0.5)
+    assert "weights, fp32                     0.69 MB" in text
+    assert "2.1 MB each, at most 4 at once: 8.2 MB" in text
+    assert "1.107 MFLOP (dense 1.014  " in text and "40 steps, 41.0 k tokens" in text
+    assert text.endswith("0.0 seconds")
+    large = plan.render(planned("rodimus_plus_1b6", 64), 0.5)
+    assert "memory of one GPU     53.44 GB\n  weights, fp32                     0.10 GB" in large
+    assert "10.621 GFLOP" in large and large.endswith("3.9 days")
+
+
 def test_operations_that_are_made_again_take_their_part_of_the_peak():
     """By hand, in GFLOP: (10.621 + 0.038 in chunks) / 3 without 0.518 of the head and 0.269 of the
     products that end blocks."""
