@@ -44,6 +44,7 @@ from . import parallel, store
 from .config import CheckpointSection, ScheduleSection, steps_of_run
 from .schedule import lr_scale
 from .status import leave_saved
+from .units import in_unit
 
 logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
@@ -153,9 +154,10 @@ class Checkpointer:
         with suppress(OSError):
             free = self._free() + len(complete_steps(self.root)) * self.size
             if free < least * self.size:
+                (one, room), unit = in_unit("B", 1, self.size, free)
                 return (
-                    f"checkpoint.keep = {self.config.keep} takes {least} x {self.size / 1e9:.1f} GB"
-                    f" in {self.root}, which has room for {free / 1e9:.1f} GB"
+                    f"checkpoint.keep = {self.config.keep} takes {least} x {one} {unit} in"
+                    f" {self.root}, which has room for {room} {unit}"
                 )
         return None
 
@@ -168,7 +170,8 @@ class Checkpointer:
         with suppress(OSError):
             free = self._free()
             if free < self.size:
-                return [f"{free / 1e9:.1f} GB are free, it takes {self.size / 1e9:.1f} GB"]
+                (room, one), unit = in_unit("B", 1, free, self.size)
+                return [f"{room} {unit} are free, it takes {one} {unit}"]
         return []
 
     def _replaceable(self) -> list[Path]:

@@ -26,6 +26,7 @@ from .flops import CHUNK, TokenFlops, hardware_flops, train_flops
 from .load import load_config
 from .optim import checkpoint_bytes, parameter_groups
 from .parallel import reshards
+from .units import in_unit
 from .weights import has_begun, read_model_config
 
 
@@ -245,12 +246,12 @@ def render(plan: Plan, mfu: float) -> str:
     """The plan as text; the figures of a table have one unit."""
     made, flops = plan.flops.total + plan.recomputed, plan.flops._asdict()
     flops = {k: v for k, v in {**flops, "made again": plan.recomputed}.items() if v}
-    operations, flop = _in_unit("FLOP", 3, made, *flops.values())
+    operations, flop = in_unit("FLOP", 3, made, *flops.values())
     parts = "  ".join(map(" ".join, zip(flops, operations[1:], strict=True)))
-    (tokens,), token = _in_unit(" tokens", 1, plan.tokens)
-    memory, used = _in_unit("B", 2, sum(plan.memory.values()), *plan.memory.values())
-    checkpoints, kept = _in_unit("B", 1, plan.checkpoint, plan.checkpoint * plan.checkpoints)
-    traffic, sent = _in_unit("B", 2, *plan.traffic.values())
+    (tokens,), token = in_unit(" tokens", 1, plan.tokens)
+    memory, used = in_unit("B", 2, sum(plan.memory.values()), *plan.memory.values())
+    checkpoints, kept = in_unit("B", 1, plan.checkpoint, plan.checkpoint * plan.checkpoints)
+    traffic, sent = in_unit("B", 2, *plan.traffic.values())
     lines = [
         f"parameters            {plan.parameters:,}",
         f"operations a token    {operations[0]} {flop} ({parts})",
@@ -265,12 +266,6 @@ def render(plan: Plan, mfu: float) -> str:
         f"{plan.tokens_per_s / plan.gpus:,.0f} a GPU, {_duration(plan.days)}",
     ]
     return "\n".join(lines)
-
-
-def _in_unit(unit: str, digits: int, *numbers: float) -> tuple[list[str], str]:
-    """Numbers as text in the largest unit of which one has as much as 1, and that unit."""
-    size, prefix = next((x for x in ((1e9, "G"), (1e6, "M")) if max(numbers) >= x[0]), (1e3, "k"))
-    return [f"{number / size:,.{digits}f}" for number in numbers], prefix + unit
 
 
 def _duration(days: float) -> str:
