@@ -36,7 +36,7 @@ from .shards import TokenShards
 from .tokenizer import tokenizer_digest
 
 _FLOATING = {"float64", "float32", "bfloat16", "float16"}
-_MARKS = ("bos_token_id", "eos_token_id")
+_MARKS = {"bos_token_id": "begin", "eos_token_id": "end"}
 REMARKS = {
     *("transformers_version", "architectures", "dtype", "_name_or_path", "auto_map"),
     *_MARKS,
@@ -80,11 +80,14 @@ def take_marks(model: PreTrainedConfig, data: TokenShards) -> list[str]:
         Messages about the tokens that were different.
     """
     told = []
-    for name in _MARKS:
+    for name, happens in _MARKS.items():
         own, mark = getattr(model, name, None), getattr(data.manifest, name)
         if mark is not None and mark not in (own if isinstance(own, list) else [own]):
             setattr(model, name, mark)
-            told.append(f"{name} of the model is {mark}, as in the data, and not {own}")
+            told.append(
+                f"{name}: the model's configuration has {own}, but documents of the data {happens}"
+                f" with {mark}, which is used"
+            )
     return told
 
 

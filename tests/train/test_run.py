@@ -56,7 +56,10 @@ def test_a_trained_model_ends_its_texts_as_its_data_do(config_file, tmp_path, ca
     model = tmp_path / "model.json"
     model.write_text(json.dumps(MODEL | {"bos_token_id": 1, "eos_token_id": 2}))
     assert train(1, config_file, "--train.steps", 3) == [0]
-    assert "eos_token_id of the model is 1, as in the data, and not 2" in capfd.readouterr().out
+    told = (
+        "eos_token_id: the model's configuration has 2, but documents of the data end with 1, which"
+    )
+    assert told in capfd.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     assert (exported.config.bos_token_id, exported.config.eos_token_id) == (0, 1)
     assert exported.generation_config.eos_token_id == 1
