@@ -209,9 +209,10 @@ class Engine:
             model take effect from the next request on.
 
     Raises:
-        ValueError: the model is no language model of this package or on several devices, a number
-            is not an integer of at least 1 (``recent_states``: 0), ``max_length`` is missing, or
-            ``window_dtype`` is neither of the two, or given for a model without attention.
+        ValueError: the model is no language model of this package, on several devices or on the
+            meta device, a number is not an integer of at least 1 (``recent_states``: 0),
+            ``max_length`` is missing, or ``window_dtype`` is neither of the two, or given for a
+            model without attention.
     """
 
     # tensors made here are written in any mode of torch, and in other threads
@@ -759,7 +760,12 @@ def _check_model(model):
 
 def _check_devices(model):
     devices = sorted({str(x.device) for x in model.parameters()})
-    if len(devices) > 1 or devices == ["meta"]:
+    if devices == ["meta"]:
+        raise ValueError(
+            "the model is on the meta device, where weights have no values: load them with"
+            " from_pretrained first"
+        )
+    if len(devices) > 1:
         raise ValueError(f"the weights must be on one device, got {' and '.join(devices)}")
 
 

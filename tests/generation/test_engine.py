@@ -717,7 +717,7 @@ def test_weights_must_be_in_one_place(plus):
     model.model.layers[1].to("meta")
     with pytest.raises(ValueError, match="on one device, got cpu and meta"):
         Engine(model)
-    with pytest.raises(ValueError, match="on one device, got meta"):
+    with pytest.raises(ValueError, match="on the meta device, where weights have no values: load"):
         Engine(model.to("meta"))
 
 
