@@ -5,6 +5,8 @@ import importlib
 import logging
 import types
 from collections.abc import Callable, Mapping
+from numbers import Integral
+from operator import index
 
 import torch
 
@@ -126,6 +128,16 @@ def check_scale(scale: float | None) -> None:
     """Raise ValueError for a tensor, because it would get no gradient."""
     if isinstance(scale, torch.Tensor):
         raise ValueError("scale must be a number, got a tensor: multiply the queries by it")
+
+
+def plain_integer(name: str, value: int | None) -> int | None:
+    """A size as an integer of Python, also if it is one of numpy; None and symbolic sizes as they
+    are. Raises ValueError for anything else, booleans included."""
+    if value is None or type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return index(value)
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:

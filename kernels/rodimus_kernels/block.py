@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 
 from . import native
-from ._dispatch import check_position, check_same_device, check_shape, load, mark_written
+from ._dispatch import (
+    check_position,
+    check_same_device,
+    check_shape,
+    load,
+    mark_written,
+    plain_integer,
+)
 from .linear import multiplies_slowly
 from .quantized_weight import QUANTIZED, Int4Weight, QuantizedWeight
 from .reference import int8_row_bytes
@@ -155,6 +162,8 @@ def blocks_step(
         ImportError: the chosen implementation cannot be loaded.
     """
     rings = [ring for ring in rings if ring is not None]
+    window_size = plain_integer("window_size", window_size)
+    head_dim = plain_integer("head_dim", head_dim)
     _check_blocks(stream, weights, taps, states, rings)
     if rings:
         _check_attention(stream, weights, rings, position, rotary, window_size, head_dim)

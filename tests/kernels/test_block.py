@@ -475,6 +475,8 @@ def test_errors_come_before_any_state_is_touched(impl):
     halves = {"ffn_in": weights[1].ffn_in[:-1], "ffn_out": weights[1].ffn_out[:, :-1]}
     odd = weights[1]._replace(**halves)
     refuses(r"\]\.ffn_in must have an even number of rows, got 51", weights=second(weights, odd))
+    refuses("window_size must be an integer, got True", window_size=True)
+    refuses("head_dim must be an integer, got 6.0", head_dim=6.0)
     refuses("window_size and head_dim must be >= 1, got 0 and 6", window_size=0)
     refuses("window_size and head_dim must be >= 1, got 5 and 0", head_dim=0)
     refuses("position must be int64, got torch.int32", position=position.int())

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -321,6 +322,7 @@ class TestErrors:
             ({"q": (2, 0, 4, 16)}, {}, "S >= T >= 1, got T = 0"),
             ({}, {"window_size": 0}, "counts the query itself and must be >= 1, got 0"),
             ({}, {"window_size": 2.5}, "window_size must be an integer, got 2.5"),
+            ({}, {"window_size": True}, "window_size must be an integer, got True"),
             ({"k": (2, 5, 0, 16)}, {}, r"at least one head and one channel.*\(2, 5, 0, 16\)"),
             ({"q": (2, 5, 4, 0), "k": (2, 5, 2, 0)}, {}, "at least one head and one channel"),
             ({}, {"scale": 0.0}, r"scale must be > 0, got 0.0"),
@@ -332,6 +334,11 @@ class TestErrors:
     def test_message(self, shapes, options, message):
         with pytest.raises(ValueError, match=message):
             shared_key_attention(*self.make(**shapes), **options)
+
+    def test_a_window_may_be_an_integer_of_numpy(self):
+        given = self.make()
+        expected = shared_key_attention(*given, window_size=3)
+        assert torch.equal(shared_key_attention(*given, window_size=np.int64(3)), expected)
 
     @pytest.mark.parametrize(
         ("bounds", "message"),

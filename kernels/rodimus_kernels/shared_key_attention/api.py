@@ -13,6 +13,7 @@ from .._dispatch import (
     choose_compiled,
     load,
     mark_written,
+    plain_integer,
     runs_triton,
 )
 from .._schemas import is_transformed
@@ -112,6 +113,7 @@ def shared_key_attention(
         ValueError: a shape, dtype or device breaks the contract.
         ImportError: the chosen implementation cannot be loaded.
     """
+    window_size = plain_integer("window_size", window_size)
     _check(q, k, v, window_size, scale)
     batch, queries, _, dim = q.shape
     keys = k.shape[1]
@@ -185,6 +187,7 @@ def shared_key_attention_step(
     Raises:
         ValueError: a shape, dtype or device breaks the contract, or the ring is too small.
     """
+    window_size = plain_integer("window_size", window_size)
     _check(q, k, v, window_size, scale)
     if window_size is None:
         raise ValueError("window_size must be an integer: a ring holds no more than a window")
@@ -274,8 +277,6 @@ def _check(q, k, v, window_size, scale):
             "query heads must be a multiple of key and value heads,"
             f" got H = {heads}, Hk = {k.shape[2]}, Hv = {v.shape[2]}"
         )
-    if not isinstance(window_size, int | torch.SymInt | None):
-        raise ValueError(f"window_size must be an integer, got {window_size!r}")
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be >= 1, got {window_size}")
     check_scale(scale)
