@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import operator
+from numbers import Integral
 from types import MappingProxyType
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -125,7 +127,7 @@ class RodimusConfig(PreTrainedConfig):
         self.block_type = block_type
         self.d_model = _one_of("d_model", d_model, 2048, "hidden_size", kwargs)
         self.n_layer = _one_of("n_layer", n_layer, 24, "num_hidden_layers", kwargs)
-        self.vocab_size = vocab_size
+        self.vocab_size = _plain(vocab_size)
         self.norm_epsilon = norm_epsilon
         self.initializer_range = initializer_range
         self.rescale_prenorm_residual = rescale_prenorm_residual
@@ -137,7 +139,7 @@ class RodimusConfig(PreTrainedConfig):
         self.attn_cfg = _complete("attn_cfg", attn_cfg, ATTENTION_DEFAULTS)
         if attn_cfg is None:
             self.attn_cfg["window_size"] = 4096
-        self.max_position_embeddings = max_position_embeddings
+        self.max_position_embeddings = _plain(max_position_embeddings)
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -205,7 +207,7 @@ class RodimusConfig(PreTrainedConfig):
                 raise ValueError(f"num_heads must be divisible by {name}, got {heads} and {count}")
         _require_ratio("attn_cfg['rotary_emb_base']", options["rotary_emb_base"])
         rotary = options["rotary_emb_dim"]
-        if rotary is not None and not isinstance(rotary, int):
+        if rotary is not None and not _is_integer(rotary):
             raise ValueError(f"attn_cfg['rotary_emb_dim'] must be an integer, got {rotary!r}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
@@ -213,7 +215,7 @@ class RodimusConfig(PreTrainedConfig):
                 f" got {self.rotary_dim}"
             )
         window = options["window_size"]
-        if window is not None and (not isinstance(window, int) or window < -1 or window == 1):
+        if window is not None and (not _is_integer(window) or window < -1 or window == 1):
             raise ValueError(
                 f"attn_cfg['window_size'] must be None, -1 or 0 (no window) or an integer >= 2,"
                 f" got {window!r}"
@@ -255,7 +257,7 @@ class RodimusConfig(PreTrainedConfig):
     @num_attention_heads.setter
     def num_attention_heads(self, value):
         if value != self.num_attention_heads:
-            self.attn_cfg["num_heads"] = value
+            self.attn_cfg["num_heads"] = _plain(value)
             self.attn_cfg["num_heads_v"] = None
 
     @property
@@ -296,7 +298,7 @@ class RodimusConfig(PreTrainedConfig):
     def sliding_window(self, value):
         if value is not None and value < 2:
             raise ValueError(f"sliding_window must be None or at least 2, got {value}")
-        self.attn_cfg["window_size"] = None if value is None else 2 * (value - 1)
+        self.attn_cfg["window_size"] = None if value is None else 2 * (_plain(value) - 1)
 
     @property
     def layer_types(self) -> list[str]:
@@ -329,7 +331,13 @@ def _one_of(name, value, default, alias, kwargs):
     if None not in (value, other) and value != other:
         raise ValueError(f"{name} and {alias} are one field, got {value!r} and {other!r}")
     given = other if value is None else value
-    return default if given is None else given
+    return default if given is None else _plain(given)
+
+
+def _plain(value):
+    """An integer of numpy as one of Python, which JSON can express; other values as they are."""
+    is_other = isinstance(value, Integral) and not isinstance(value, int)
+    return operator.index(value) if is_other else value
 
 
 def _require_flag(name, value):
@@ -338,7 +346,7 @@ def _require_flag(name, value):
 
 
 def _require_positive(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_integer(value) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
@@ -351,6 +359,10 @@ def _require_number(name, value, least=0, most=math.inf):
     if not _is_number(value) or not least <= value <= most:
         limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name} must be a number, {limit}, got {value!r}")
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value):
@@ -367,7 +379,7 @@ def _complete(name, given, defaults):
             close = difflib.get_close_matches(key, defaults, n=1)
             hint = f", did you mean {close[0]!r}?" if close else f"; known: {sorted(defaults)}"
             raise ValueError(f"unknown option {key!r} in {name}{hint}")
-    return {**defaults, **(given or {})}
+    return {**defaults, **{key: _plain(value) for key, value in (given or {}).items()}}
 
 
 def _require_complete(name, options, defaults):

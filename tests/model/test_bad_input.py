@@ -49,6 +49,8 @@ from tests.model.ways import full
         ({"attn_cfg": {"window_size": 1}}, "window_size.*1"),
         ({"attn_cfg": {"window_size": -5}}, "window_size.*-5"),
         ({"attn_cfg": {"window_size": "all"}}, "window_size.*'all'"),
+        ({"attn_cfg": {"window_size": False}}, "window_size.*False"),
+        ({"attn_cfg": {"rotary_emb_dim": False}}, "rotary_emb_dim.*integer.*False"),
         ({"attn_cfg": {"ffn_expand_ratio": 0}}, "ffn_expand_ratio.*positive.*0"),
         ({"attn_cfg": {"rotary_emb_interleaved": True}}, "rotary_emb_interleaved.*True"),
         ({"attn_cfg": {"softmax_scale": "norm"}}, "softmax_scale.*'norm'"),

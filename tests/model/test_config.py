@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -153,6 +154,21 @@ def test_usual_names_can_be_assigned():
     config.hidden_size, config.num_hidden_layers, config.sliding_window = 128, 5, 33
     assert (config.d_model, config.n_layer, config.attn_cfg["window_size"]) == (128, 5, 64)
     assert config.layer_types == ["hybrid_sliding"] * 5
+
+
+def test_integers_of_numpy_become_those_of_python(tmp_path):
+    """JSON has no others."""
+    size = np.int64(32)
+    mixer, attn = {"mem_size": size}, {"window_size": size, "num_heads": np.int32(2)}
+    given = {"d_model": size, "num_hidden_layers": np.int8(2), "vocab_size": size}
+    given["max_position_embeddings"] = size
+    config = RodimusConfig("rodimus_plus", mixer_cfg=mixer, attn_cfg=attn, **given)
+    config.sliding_window = config.num_attention_heads = np.int64(4)
+    config.save_pretrained(tmp_path)
+    again = RodimusConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert (again.d_model, again.n_layer, again.mem_size) == (32, 2, 32)
+    assert (again.sliding_window, again.num_attention_heads, again.vocab_size) == (4, 4, 32)
 
 
 def test_heads_follow_from_the_width():
