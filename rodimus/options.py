@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"rodimus {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = _add_commands(parser)
     _add_generate(commands)
     _add_chat(commands)
     _add_serve(commands)
@@ -74,6 +74,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_env(commands)
     return parser
+
+
+def _add_commands(parser: argparse.ArgumentParser):
+    """Commands below a parser, which shows its help if none is given."""
+
+    def show_help(options: argparse.Namespace) -> int:
+        parser.print_help()
+        return 2
+
+    parser.set_defaults(command=show_help)
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
 
 
 def _add_generate(commands) -> None:
@@ -241,9 +252,7 @@ def _add_tokenizer(commands) -> None:
 def _add_member(commands, name, text, description) -> argparse.ArgumentParser:
     """The parser of a command of two words, which is alone in its group."""
     group, member = name.split()
-    members = commands.add_parser(group, help=f"`{name}`: {text}").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    members = _add_commands(commands.add_parser(group, help=f"`{name}`: {text}"))
     return members.add_parser(
         member,
         help=text,

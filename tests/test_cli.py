@@ -74,6 +74,14 @@ def test_help_of_every_command(name, capsys):
     assert not unexplained
 
 
+@pytest.mark.parametrize("name", ["", "data", "tokenizer", "train"])
+def test_without_a_command_help_is_shown(name, capsys):
+    """The status is that of a usage error, for scripts."""
+    assert command(*name.split()) == 2
+    text = capsys.readouterr()
+    assert text.out.startswith(f"usage: rodimus {name}".strip()) and not text.err
+
+
 def python(*arguments) -> subprocess.CompletedProcess:
     """A Python of its own that finds what this one finds."""
     command = [sys.executable, *map(str, arguments)]
