@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,15 +80,7 @@ def hold(config: TrainConfig, held: ExitStack) -> None:
     out = Path(config.out)
     is_new = not out.exists()
     make_folder(out)
-    held.enter_context(alone(out))
-    if is_new:
-        held.callback(remove_empty, out)
-
-
-def remove_empty(folder: Path) -> None:
-    """Deletes a folder if there is nothing in it."""
-    with suppress(OSError):
-        folder.rmdir()
+    held.enter_context(alone(out, is_new=is_new))
 
 
 def run(config: TrainConfig, ranks: Ranks) -> int:

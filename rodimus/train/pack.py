@@ -92,8 +92,9 @@ def pack(
         if any(out.glob(f"{_UNFINISHED}*")):
             what = "holds a pack that was killed or is at work"
         raise InputError(f"{out} {what}: name another folder, or pass --overwrite")
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with alone(out):
+    with alone(out, is_new=is_new):
         for killed in out.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(killed, ignore_errors=True)
         # inside OUT, because its parent may be another file system or not writable
@@ -249,8 +250,10 @@ def run_tokenizer(options: argparse.Namespace) -> None:
         if out.is_dir() and any(out.iterdir()):
             raise InputError(f"{out} is not empty: name another folder")
         tokenizer = learn(**{name: getattr(options, name) for name in names})
+        is_new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=out) as folder:
+        made = tempfile.TemporaryDirectory
+        with alone(out, is_new=is_new), made(prefix=_UNFINISHED, dir=out) as folder:
             _save_tokenizer(tokenizer, Path(folder))
             _replace(Path(folder), out)
     except (ImportError, OSError) as error:

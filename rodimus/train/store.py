@@ -19,13 +19,28 @@ from ..run_folder import MARKER, complete_steps, step_folder, step_number
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, *, is_new: bool = False) -> Iterator[None]:
     """Locks a folder against other packs and runs, if the operating system and the folder's file
     system support it; the lock ends with the process.
+
+    Args:
+        out: The folder.
+        is_new: Delete it in the end if there is nothing in it.
 
     Raises:
         InputError: another process is at work in the folder, or it cannot be read.
     """
+    with _locked(out):
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):
+                    out.rmdir()
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
