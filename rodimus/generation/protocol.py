@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..limits import Limits
 from .engine import MAX_LOGPROBS, Delta, Generation, Request, TokenLogprobs
-from .sampling import MAX_SEED, SamplingParams, is_integer
+from .sampling import MAX_SEED, SamplingParams, is_integer, wrapped_seed
 
 # Refused unless they ask for what happens anyway.
 _UNSUPPORTED = {
@@ -129,7 +129,7 @@ class Call:
                 seed = options["sampling"].seed
                 if seed is not None:
                     # choices of one request differ, and each is reproducible
-                    fields = {**vars(options["sampling"]), "seed": (seed + choice) % (MAX_SEED + 1)}
+                    fields = {**vars(options["sampling"]), "seed": wrapped_seed(seed + choice)}
                     options["sampling"] = SamplingParams(**fields)
                 requests.append(Request(prompt=ids, **options))
         return requests
@@ -361,7 +361,7 @@ def _is_bias(value):
 def _seed(fields):
     """Any 64-bit integer, as OpenAI takes them."""
     seed = fields.integer("seed", None, -MAX_SEED - 1, MAX_SEED)
-    return None if seed is None else seed % (MAX_SEED + 1)
+    return None if seed is None else wrapped_seed(seed)
 
 
 class _Fields:

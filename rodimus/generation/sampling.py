@@ -22,6 +22,16 @@ _HEAD = 1024
 MAX_SEED = 2**63 - 1
 
 
+def wrapped_seed(number: int) -> int:
+    """The seed that any integer stands for: after ``MAX_SEED`` seeds begin again at 0."""
+    return number % (MAX_SEED + 1)
+
+
+def random_seed() -> int:
+    """A seed drawn from the operating system's randomness."""
+    return secrets.randbelow(MAX_SEED + 1)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one sequence chooses its tokens.
@@ -317,7 +327,7 @@ class Sampler:
         """Give a row to a new sequence; ``prompt`` int64 ``[T]`` counts as seen."""
         self.params[row] = params
         self._plans.clear()
-        self.seeds[row] = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        self.seeds[row] = random_seed() if params.seed is None else params.seed
         self.drawn[row] = 0
         if params.repetition_penalty != 1:
             if self.seen is None:

@@ -1,7 +1,6 @@
 """``rodimus generate`` and ``rodimus chat``: text that appears as it is made, and statistics."""
 
 import argparse
-import secrets
 import signal
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from ..loading import (
     load_tokenizer,
 )
 from .engine import Engine, Generation, Request
-from .sampling import MAX_SEED, SamplingParams
+from .sampling import SamplingParams, random_seed, wrapped_seed
 from .text import encode
 
 
@@ -122,7 +121,7 @@ class Conversation:
         size = engine.model.config.vocab_size
         ids = encode(engine.tokenizer, rendered, size, add_special_tokens=False)
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=(sampling.seed + len(messages)) % MAX_SEED)
+            sampling = replace(sampling, seed=wrapped_seed(sampling.seed + len(messages)))
         request = Request(ids, self.max_new_tokens, sampling, self.stop)
         generation = run(engine, request, write, stop)
         if generation.tokens:
@@ -157,7 +156,7 @@ def run_chat(options: argparse.Namespace) -> None:
     engine = _engine(model, tokenizer, model.config.max_position_embeddings, recent_states=2)
 
     def start():
-        seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
+        seed = random_seed() if options.seed is None else options.seed
         sampling = _sampling(options, seed)
         return Conversation(engine, sampling, options.max_new_tokens, options.system, stop)
 
