@@ -19,18 +19,23 @@ from .sampling import MAX_SEED, SamplingParams, is_integer, wrapped_seed
 
 # Refused unless they ask for what happens anyway.
 _UNSUPPORTED = {
+    "audio": (),
     "echo": (False,),  # of a chat
-    "function_call": ("none",),
+    "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 _IGNORED = {
-    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key"),
-    *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity"),
+    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options"),
+    *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"),
 }
 # what OpenAI writes for a token of probability zero, whose logarithm JSON cannot express
 _IMPOSSIBLE = -9999.0
@@ -375,7 +380,10 @@ class _Fields:
             if name not in _UNSUPPORTED:
                 raise _unknown_field(name, known)
             if value not in _UNSUPPORTED[name]:
-                raise ApiError(400, f"{name} is not supported", code="unsupported", param=name)
+                values = " or ".join(map(json.dumps, _UNSUPPORTED[name]))
+                hint = f" or send {values}" if values else ""
+                message = f"{name} is not supported: leave it out{hint}"
+                raise ApiError(400, message, code="unsupported", param=name)
 
     def get(self, name, default=None):
         value = self.body.get(name)

@@ -415,6 +415,10 @@ def test_fields_that_change_nothing_are_taken(client):
     fields = {"n": 2, "best_of": 2, "prediction": {"type": "content"}}
     status, _ = client.complete("x", max_tokens=1, prompt_cache_retention="24h", **fields)
     assert status == 200
+    fields = {"reasoning_effort": "none", "verbosity": "medium", "function_call": "auto"}
+    fields |= {"prompt_cache_options": {"mode": "explicit"}, "audio": None, "moderation": None}
+    fields |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+    assert client.chat("x", max_tokens=1, **fields)[0] == 200
 
 
 def test_a_completion_of_no_stated_length_keeps_to_a_lower_limit():
@@ -556,7 +560,19 @@ BAD_CHATS = {
         "messages[1].tool_calls is not supported",
     ),
     "top_logprobs": ({"messages": MESSAGES, "top_logprobs": 2}, "needs logprobs = true"),
-    "tools": ({"messages": MESSAGES, "tools": [{}]}, "tools is not supported"),
+    "tools": (
+        {"messages": MESSAGES, "tools": [{}]},
+        "tools is not supported: leave it out or send []",
+    ),
+    "tool choice": (
+        {"messages": MESSAGES, "tool_choice": "required"},
+        'tool_choice is not supported: leave it out or send "none" or "auto"',
+    ),
+    "effort": ({"messages": MESSAGES, "reasoning_effort": "low"}, "reasoning_effort is not suppor"),
+    "verbosity": ({"messages": MESSAGES, "verbosity": "low"}, 'leave it out or send "medium"'),
+    "search": ({"messages": MESSAGES, "web_search_options": {}}, "search_options is not supported"),
+    "audio": ({"messages": MESSAGES, "audio": {"voice": "x"}}, "audio is not supported: leave it"),
+    "moderation": ({"messages": MESSAGES, "moderation": {}}, "moderation is not supported: leave"),
     "prompt": ({"messages": MESSAGES, "prompt": "x"}, "unknown field 'prompt'"),
 }
 
