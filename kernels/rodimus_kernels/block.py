@@ -159,6 +159,8 @@ def blocks_step(
 
     Raises:
         ValueError: a shape, dtype or device breaks the contract; nothing has been written then.
+        RuntimeError: ``"native"`` or ``"persistent"`` was chosen and does not take the strides or
+            heads, or needs another GPU; nothing has been written then.
         ImportError: the chosen implementation cannot be loaded.
     """
     rings = [ring for ring in rings if ring is not None]
