@@ -1644,8 +1644,9 @@ class RodimusModel(RodimusPreTrainedModel):
                 name before transformers 5.24, works in every version.
             inputs_embeds: ``[B, T, D]`` in place of input_ids.
             use_cache: Return a cache to continue from.
-            cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row;
-                ``cu_seq_lens_q``, transformers' name for it, works too.
+            cu_seqlens: ``[N + 1]`` boundaries of documents packed into one row, rising from 0 to T,
+                which is checked only on a CPU and outside ``torch.compile``. ``cu_seq_lens_q``,
+                transformers' name for it, works too.
             is_packed: Whether some position does not follow its predecessor, if the caller knows
                 it. With None the positions are checked, and the host waits for the device.
             context: A ``rodimus.train.context.Context`` if the tokens are one piece of rows whose

@@ -45,7 +45,8 @@ def short_conv(
         bias: ``[D]`` or None.
         initial_state: The W inputs before x, oldest first, ``[N, D, W]``. Default zeros.
         output_final_state: Return the last W inputs of each sequence.
-        cu_seqlens: int ``[N + 1]`` boundaries of packed documents; requires B = 1.
+        cu_seqlens: int ``[N + 1]`` boundaries of packed documents, rising from 0 to T; requires B
+            = 1. The values are checked as in :func:`ddts`.
         seq_idx: int ``[B, T]`` document of each token, for packed rows of any batch; without
             states.
         impl: ``"auto"``, ``"triton"``, ``"reference"`` or, on a CPU and without gradient,

@@ -118,8 +118,9 @@ def ddts(
         initial_state: ``[N, H, K, V]``; N = B, or the number of packed documents. Default zeros.
         output_final_state: Return the state after the last token of each sequence.
         cu_seqlens: int ``[N + 1]`` boundaries of packed documents, rising from 0 to T; requires B
-            = 1. The values are checked on a CPU only: on a GPU a check would stall the stream, so
-            the caller must make sure that they are right.
+            = 1. The values are checked only on a CPU and outside ``torch.compile``: on a GPU a
+            check would stall the stream, and a compiler has no values to read. Elsewhere the caller
+            must make sure that they are right: with others, results are wrong or cut short.
         impl: ``"auto"``, ``"triton_chunk"``, ``"triton_recurrent"``, ``"eager"`` or
             ``"reference"``; an explicit choice never falls back.
 

@@ -102,7 +102,8 @@ def shared_key_attention(
         v: Values ``[B, S, Hv, Dv]``, H divisible by Hv; Dv may differ from D.
         window_size: Keys a query sees, its own position included; None for all before it.
         scale: Softmax scale, > 0. Default ``D ** -0.5``.
-        cu_seqlens: int ``[N + 1]`` boundaries of packed documents among the S keys; requires B = 1.
+        cu_seqlens: int ``[N + 1]`` boundaries of packed documents among the S keys, rising from 0
+            to S; requires B = 1. The values are checked as in :func:`ddts`.
         impl: ``"auto"``, ``"triton"``, ``"flash"``, ``"flex"``, ``"sdpa"`` or ``"reference"``; an
             explicit choice never falls back.
 
