@@ -255,8 +255,9 @@ class Engine:
         # a step is only launched, and the host is free until it reads the tokens
         self._computes_apart = self.device.type != "cpu"
         self._reading: _Reading | None = None
-        # the state of the prompt read last, if the first waiting request has the same prompt
-        self._shared: Prefix | None = None
+        # the state of the prompt read last and the generation it was read for, if the first waiting
+        # request has the same prompt
+        self._shared: tuple[Prefix, Generation] | None = None
         self._news: list[Generation] = []
 
     # -- requests ------------------------------------------------------------------------------
@@ -341,7 +342,8 @@ class Engine:
         # after an interrupted step it may be in none of these places
         elif generation in self.waiting:
             self.waiting.remove(generation)
-            self._share(self._shared)
+            if self._shared is not None:
+                self._share(*self._shared)
         self._finish(generation, "cancelled")
 
     def read(self, prompt: str | Sequence[int]) -> SequenceState:
@@ -566,6 +568,9 @@ class Engine:
         generation.prefix_tokens = read
         self.stats.prefix_tokens += read
         if read == len(generation.prompt):
+            if generation.request.prompt_logprobs is not None:
+                # only a shared state has read a prompt that is to be scored
+                generation.prompt_logprobs = list(self._shared[1].prompt_logprobs)
             return _Reading([generation], None, read, prefix)
         return _Reading([generation], prefix.state.to_cache(self.model.config, self.layout), read)
 
@@ -600,17 +605,18 @@ class Engine:
 
     def _known(self, generation):
         """The prefix from which a prompt may start, or None."""
-        prompt = generation.prompt
-        if generation.request.prompt_logprobs is not None:
-            return None
-        if self._shared is not None and self._shared.state.tokens is prompt:
-            return self._shared
-        return self.prefixes.longest(prompt)
+        prompt, scored = generation.prompt, generation.request.prompt_logprobs
+        if self._shared is not None:
+            prefix, reader = self._shared
+            has_scores = scored in (None, reader.request.prompt_logprobs)
+            if prefix.state.tokens is prompt and has_scores:
+                return prefix
+        return self.prefixes.longest(prompt) if scored is None else None
 
-    def _share(self, prefix):
+    def _share(self, prefix, reader):
         """Keep what was read last while the first waiting generation has the same prompt."""
-        same = prefix and self.waiting and self.waiting[0].prompt is prefix.state.tokens
-        self._shared = prefix if same else None
+        same = self.waiting and self.waiting[0].prompt is prefix.state.tokens
+        self._shared = (prefix, reader) if same else None
 
     @torch.no_grad()
     def _read_chunk(self, chunks, cache, every_token=False):
@@ -649,7 +655,7 @@ class Engine:
             if generation.finish_reason == "error":
                 return
         self.prefixes.leave(state, logits)
-        self._share(Prefix(state, logits))
+        self._share(Prefix(state, logits), generation)
         if generation.finish_reason is None:
             self.states.write(row, state)
             self.running.append(generation)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -352,6 +353,25 @@ def test_prompt_logprobs_are_those_of_the_full_forward(plus, chunk, new_tokens):
         assert generation.tokens == (greedy(plus, prompt, new_tokens) if new_tokens else [])
         assert (generation.finish_reason, generation.error) == ("length", None)
     assert engine.stats.prefix_tokens == 0 and not engine.has_work
+
+
+@ON_BOTH
+@pytest.mark.parametrize("new_tokens", [1, 6])
+def test_choices_of_a_scored_prompt_read_it_once(plus, new_tokens):
+    """If they ask for the same scores; one that asks for others reads it again."""
+    (prompt,) = prompts_of(12)
+    engine = Engine(plus, slots=2, recent_states=1)
+    asked = [3, 3, 3, 0, None, 3]
+    found = engine.generate([Request(prompt, new_tokens, prompt_logprobs=n) for n in asked])
+    assert [x.prefix_tokens for x in found] == [0, 12, 12, 0, 12, 0]
+    (expected,) = Engine(plus).generate(Request(prompt, new_tokens, prompt_logprobs=3))
+    for n, choice in zip(asked, found, strict=True):
+        scores = [] if n is None else expected.prompt_logprobs
+        assert choice.prompt_logprobs == [replace(x, top=x.top[:n]) for x in scores]
+        assert choice.tokens == expected.tokens
+    found = engine.generate([Request(prompt, 0, prompt_logprobs=3)] * 2)
+    assert [x.prefix_tokens for x in found] == [0, 12]
+    assert all(x.prompt_logprobs == expected.prompt_logprobs for x in found)
 
 
 @ON_BOTH
