@@ -35,9 +35,12 @@ _HOMES = {
     "RodimusForSequenceClassification": "modeling_rodimus",
     "RodimusTokenizer": "tokenization_rodimus",
 }
+_MODULES = ("convert", "generation", "loading", "quantization")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

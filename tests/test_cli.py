@@ -93,6 +93,15 @@ def found_here():
     return {"PYTHONPATH": ":".join(sys.path)}
 
 
+def test_documented_modules_need_no_import_of_their_own():
+    named = ["convert.config_from_fla", "generation.Engine", "loading.load_model"]
+    named += ["quantization.round_to_int4", "RodimusConfig"]
+    run = python("-c", f"import rodimus; print({', '.join(f'rodimus.{name}' for name in named)})")
+    assert run.returncode == 0, run.stderr
+    run = python("-c", "import rodimus; rodimus.modeling")
+    assert "module 'rodimus' has no attribute 'modeling'" in run.stderr
+
+
 SCRIPT = "import sys; sys.argv[0] = 'rodimus'; from rodimus.cli import main; sys.exit(main())"
 
 
