@@ -8,7 +8,7 @@ modules over the slots.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import compress, islice, pairwise
@@ -210,9 +210,9 @@ class Engine:
 
     Raises:
         ValueError: the model is no language model of this package, on several devices or on the
-            meta device, a number is not an integer of at least 1 (``recent_states``: 0),
-            ``max_length`` is missing, or ``window_dtype`` is neither of the two, or given for a
-            model without attention.
+            meta device, the tokenizer is a name, a number is not an integer of at least 1
+            (``recent_states``: 0), ``max_length`` is missing, or ``window_dtype`` is neither of the
+            two, or given for a model without attention.
     """
 
     # tensors made here are written in any mode of torch, and in other threads
@@ -231,6 +231,11 @@ class Engine:
     ):
         _check_model(model)
         _check_devices(model)
+        if isinstance(tokenizer, str):
+            raise ValueError(
+                f"tokenizer must be one of transformers, got the name {tokenizer!r}:"
+                " rodimus.loading.load_tokenizer loads it"
+            )
         slots = _at_least("slots", 1, slots)
         prefill_chunk = _at_least("prefill_chunk", 1, prefill_chunk)
         if max_length is not None:
@@ -289,7 +294,10 @@ class Engine:
         if isinstance(request, str):
             request = Request(request)
         if not isinstance(request, Request):
-            raise ValueError(f"expected a Request or text, got {type(request).__name__}")
+            raise ValueError(
+                f"expected a Request or text, got {type(request).__name__}: the token ids of one"
+                " prompt are given as Request(ids)"
+            )
         self._check_place()
         prompt = self._check_prompt(request.prompt) if like is None else like.prompt
         for name in ("logprobs", "prompt_logprobs"):
@@ -381,12 +389,15 @@ class Engine:
     def _check_tokens(self, name, tokens) -> list[int]:
         # a tensor or an array is taken as well as a list
         ids = tokens.tolist() if hasattr(tokens, "tolist") else tokens
-        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        if isinstance(ids, str | bytes | Mapping) or not isinstance(ids, Iterable):
             raise ValueError(f"{name} must be a list of token ids, got {type(tokens).__name__}")
         ids = list(ids)
         for kind in set(map(type, ids)):
             if not issubclass(kind, Integral) or kind is bool:
-                raise ValueError(f"{name} must be a list of token ids, got {kind.__name__} in it")
+                hint = ": give one row of a batch, as in input_ids[0]" if kind is list else ""
+                raise ValueError(
+                    f"{name} must be a list of token ids, got {kind.__name__} in it{hint}"
+                )
         size = self.model.config.vocab_size
         for token in (min(ids), max(ids)) if ids else ():
             if not 0 <= token < size:
@@ -472,7 +483,8 @@ class Engine:
         Raises:
             ValueError: one of them cannot be served; none is begun.
         """
-        if isinstance(requests, str | Request):
+        # what a tokenizer returns would be the texts "input_ids" and "attention_mask"
+        if isinstance(requests, str | Request | Mapping):
             requests = [requests]
         generations = [self.prepare(request) for request in requests]
         for generation, after in pairwise(generations):

@@ -554,7 +554,9 @@ def test_the_only_token_comes_before_the_end(plus):
         (Request([1], stop_tokens=(97,)), r"tokens of stop_tokens must be in \[0, 97\), got 97"),
         (Request([1], logprobs=1.5), r"logprobs must be an integer in \[0, 20\], got 1.5"),
         (Request([1], logprobs=True), r"logprobs must be an integer in \[0, 20\], got True"),
-        ([1, 2], "expected a Request or text, got list"),
+        (Request([[1, 2]]), r"got list in it: give one row of a batch, as in input_ids\[0\]"),
+        (Request({"input_ids": [1]}), "the prompt must be a list of token ids, got dict"),
+        ([1, 2], r"expected a Request or text, got list: .* Request\(ids\)"),
         ("def f", "a list of token ids, got str: the engine has no tokenizer"),
         (Request([1], logprobs=21), r"logprobs must be an integer in \[0, 20\], got 21"),
         (Request([1], stop=("x",)), "no tokenizer in the engine"),
@@ -566,6 +568,22 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
     with pytest.raises(ValueError, match=message):
         engine.submit(request_)
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}], ids=["lists", "tensors"])
+def test_what_a_tokenizer_returns_is_no_list_of_texts(options):
+    """Its keys are texts."""
+    tokenizer = byte_tokenizer()
+    engine = Engine(text_model(), tokenizer)
+    with pytest.raises(ValueError, match="expected a Request or text, got BatchEncoding"):
+        engine.generate(tokenizer("x", **options))
+    with pytest.raises(ValueError, match="a list of token ids, got BatchEncoding"):
+        engine.generate(Request(tokenizer("x", **options)))
+
+
+def test_a_tokenizer_is_not_named(plus):
+    with pytest.raises(ValueError, match="must be one of transformers, got the name 'folder'"):
+        Engine(plus, "folder")
 
 
 def test_a_prompt_may_be_text():
