@@ -3,6 +3,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+WITH_TORCH := $(VENV)/.torch
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
 TORCH ?= torch==2.13.0
@@ -27,22 +28,28 @@ help:
 	@echo "make gpu       tests and benchmarks on this machine's GPU, with PYTHON=$(PYTHON) as it stands"
 	@echo "make clean     remove .venv and build leftovers"
 
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(WITH_TORCH): constraints.txt
 	@sh .ci/venv $(VENV) "$(TORCH)"
-	@touch $(STAMP)
+	@touch $@
+
+# Python compiles the modules that are imported; pip would compile the twelve thousand that there are.
+# The native operators are a target of their own: pip would build them where there is no torch
+$(STAMP): $(WITH_TORCH) setup.py pyproject.toml
+	@RODIMUS_BUILD_CPU=0 RODIMUS_BUILD_CUDA=0 $(PIP) install --no-compile -c constraints.txt -e ".[dev]"
+	@touch $@
 
 install: $(STAMP)
 
-demo: native
+demo: install native
 	$(BIN)/python -m rodimus.train.demo
 
-native: $(STAMP)
+native: $(WITH_TORCH)
 	@$(BIN)/python kernels/rodimus_kernels/build.py
 
-test: native
+test: install native
 	$(RUN_TESTS) -m "not slow and not timing and not gpu and not released"
 
-test-all: native
+test-all: install native
 	$(RUN_TESTS) -m "not timing and not gpu and not released"
 	$(RUN_TESTS) -m "not timing and not gpu and not released" --check-kernel-memory -k triton tests/kernels
 	$(BIN)/python -m pytest -q -m timing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / ".ci" / "run"
-STEPS = ["make install", "make test", "ruff check", "ruff format --check"]
+STEPS = ["make -j2 install native", "make test", "ruff check", "ruff format --check"]
 COMMAND = """\
 #!/bin/sh
 asked="$(basename "$0") $*"
@@ -30,6 +30,5 @@ def test_every_step_runs_and_any_that_fails_is_told(tmp_path, fails):
     environment |= {"LOG": str(log), "FAILS": fails, "RODIMUS_BUILD_CPU": "auto"}
     done = subprocess.run([script], env=environment, timeout=60)
     assert done.returncode == (fails != "nothing")
-    # the operators of the CPU must be there for the tests, and cannot be built by the installation
-    asked = [f"{step} {'1' if step == 'make test' else 'auto'}" for step in STEPS]
-    assert log.read_text().splitlines() == asked
+    # the operators of the CPU must be there for the tests
+    assert log.read_text().splitlines() == [f"{step} 1" for step in STEPS]
