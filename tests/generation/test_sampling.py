@@ -137,6 +137,9 @@ def test_draws_follow_the_probabilities_and_never_take_probability_zero():
     assert (frequency - probability).abs().max() < 0.01
     edges = torch.tensor([0.0, 1 - 2.0**-48], dtype=torch.float64)
     assert draw(scores[:2], edges).tolist() == [1, 4]
+    # where the probabilities add up to less than 1, too
+    scores = torch.randn(300, 40).index_fill(1, torch.tensor([39]), float("-inf"))
+    assert draw(scores, edges[1].expand(300)).max() < 39
 
 
 def test_penalties_of_counts_and_bias_follow_openais_formula():
