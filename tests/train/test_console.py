@@ -1,10 +1,12 @@
-"""The console: a line rewritten in place on a terminal, plain lines everywhere else."""
+"""The figures of a step; and the console: a line rewritten in place on a terminal, plain lines
+everywhere else."""
 
 import io
 import sys
 
 import pytest
 
+from rodimus.train import metrics
 from rodimus.train.console import Console, clock, progress_line
 
 VALUES = {"loss": 4.3214, "lr": 4e-3, "grad_norm": 0.851, "tokens_per_s": 9120.4, "left_s": 133}
@@ -32,6 +34,23 @@ def shown(file):
     console.progress(900, 900, VALUES)
     console.close()
     return file.getvalue()
+
+
+def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
+    seconds = iter([10.0, 14.0, 20.0, 20.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(seconds))
+    meter = metrics.Meter(4, useful=6.0, spent=8.0, peak=600.0)
+    meter.add(1000, 3.0)
+    # as after an evaluation
+    meter.reset(10)
+    meter.add(100, 0.5)
+    meter.add(300, 1.0)
+    figures = meter.read(12, 22)
+    assert figures.pop("memory_gb") >= 0
+    # 400 tokens in 6 s, two steps of twelve
+    rates = {"tokens_per_s": 400 / 6, "tokens_per_s_rank": 100 / 6, "data_wait": 0.25}
+    shares = {"mfu": 6 * 400 / 6 / 2400, "hfu": 8 * 400 / 6 / 2400}
+    assert figures == pytest.approx({**rates, **shares, "left_s": 30.0})
 
 
 def test_pipes_get_plain_lines():

@@ -1,6 +1,7 @@
 """The arithmetic of a step: accumulation, packing, schedules, groups, initial weights, FLOPs."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -155,11 +156,20 @@ def test_wsd_warms_up_stays_and_decays_to_zero():
     assert scale[-1] == 0.0
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedules_end_at_the_asked_share(kind):
+def test_wsd_decays_after_a_long_warm_up_only_and_not_at_all_where_asked():
+    config = ScheduleSection(kind="wsd", warmup_steps=60, decay_frac=0.5, decay_shape="linear")
+    scale = [lr_scale(step, 100, config) for step in range(100)]
+    assert scale[59:] == pytest.approx([1 - i / 40 for i in range(41)])
+    config = ScheduleSection(kind="wsd", warmup_steps=60, decay_frac=0.0)
+    assert [lr_scale(step, 100, config) for step in range(59, 100)] == [1.0] * 41
+
+
+@pytest.mark.parametrize("kind, quarter", [("cosine", 0.5 + 0.5**1.5), ("linear", 0.75)])
+def test_schedules_end_at_the_asked_share(kind, quarter):
     config = ScheduleSection(kind=kind, warmup_steps=5, final_lr_frac=0.1)
-    scale = [lr_scale(step, 50, config) for step in range(50)]
+    scale = [lr_scale(step, 45, config) for step in range(45)]
     assert max(scale) == scale[4] == 1.0
+    assert scale[14] == pytest.approx(0.1 + 0.9 * quarter)
     assert scale[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(scale[4:], scale[5:], strict=False))
 
@@ -188,9 +198,14 @@ def test_decay_leaves_out_biases_norms_residuals_and_embedding():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_optimised_once(name):
     model = tiny()
-    optimizers = build_optimizers(model, OptimSection(name=name))
-    ids = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    optimizers = build_optimizers(model, OptimSection(name=name, weight_decay=0.3))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    plain = {id(p) for p in parameter_groups(model)["plain"]}
+    for group in groups:
+        decays = 0.0 if plain & set(map(id, group["params"])) else 0.3
+        assert group["weight_decay"] == decays
 
 
 def test_meta_init_equals_direct_init_on_one_and_two_ranks(config_file):
@@ -333,6 +348,21 @@ def test_guard_tells_a_spike_from_a_falling_loss():
     assert resumed.judge(501, 6.0, 1.0) == "skip"
     with pytest.raises(RunStopped, match="step 502: loss 6.0000 is above"):
         resumed.judge(502, 6.0, 1.0)
+
+
+def test_guard_counts_bad_steps_in_a_row():
+    guard = Guard(GuardSection(max_bad_steps=3))
+    for step in range(9):
+        loss = 2.0 if step % 3 == 2 else math.nan
+        assert guard.judge(step, loss, 1.0) == ("ok" if loss == 2.0 else "skip")
+
+
+@pytest.mark.parametrize("sigma, loss", [(6.0, 2.1), (0.0, 1e3)])
+def test_guard_lets_pass_a_small_rise_and_where_asked_any(sigma, loss):
+    guard = Guard(GuardSection(spike_sigma=sigma))
+    for step in range(100):
+        guard.judge(step, 2.0, 1.0)
+    assert guard.judge(100, loss, 1.0) == "ok"
 
 
 def test_guard_stops_at_once_where_asked():
