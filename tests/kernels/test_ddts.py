@@ -725,6 +725,17 @@ def test_automatic_choice_counts_rows_and_heads(monkeypatch):
         assert api.choose_sequence(*(torch.empty(shape) for _ in "qkv")) == expected
 
 
+@pytest.mark.parametrize("which", range(5))
+def test_automatic_choice_sees_whichever_input_wants_a_gradient(monkeypatch, which):
+    """The recurrent form has none."""
+    monkeypatch.setattr(api, "runs_triton", lambda device: True)
+    given = [torch.zeros(1, 16, 1, 64) for _ in range(4)] + [torch.zeros(1, 1, 64, 64)]
+    given[which].requires_grad_()
+    assert api.choose_sequence(*given) == "triton_chunk"
+    with torch.no_grad():
+        assert api.choose_sequence(*given) == "triton_recurrent"
+
+
 def test_implementations_are_loaded_while_compiling(monkeypatch, tmp_path):
     """Several in one graph, each by its first use in the process."""
     for name in ("first", "second"):
