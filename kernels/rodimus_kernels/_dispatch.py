@@ -179,7 +179,11 @@ def check_same_device(
 def check_floating(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless every tensor is floating point."""
     for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise _no_tensor(name, tensor)
+        if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
 
 

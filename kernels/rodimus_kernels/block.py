@@ -9,6 +9,7 @@ import torch
 
 from . import native
 from ._dispatch import (
+    check_floating,
     check_position,
     check_same_device,
     check_shape,
@@ -176,6 +177,8 @@ def blocks_step(
             fits = can_fuse_block(stream.shape[0], *read)
             fits = fits and uniform and _can_write_natively(weights, taps, states, rings)
             impl = "native" if fits else "reference"
+        if impl == "reference":
+            _check_written(taps, states, rings)
         stream = load("blocks_step", impl, _IMPLS)(
             stream,
             weights,
@@ -204,6 +207,14 @@ def _can_write_natively(weights, taps, states, rings) -> bool:
         if not (tap.is_contiguous() and state.is_contiguous()):
             return False
     return True
+
+
+def _check_written(taps, states, rings):
+    """Raise ValueError for integers, which would lose most of what is written to them; the native
+    form refuses them itself."""
+    rings = [None if ring.dtype == torch.uint8 else ring for ring in rings]
+    for name, tensors in (("taps", taps), ("states", states), ("rings", rings)):
+        check_floating(**{f"{name}[{i}]": x for i, x in enumerate(tensors)})
 
 
 def _check_blocks(stream, weights, taps, states, rings):

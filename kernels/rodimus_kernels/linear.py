@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from . import native, reference
-from ._dispatch import check_same_device, check_shape, choose_compiled, load
+from ._dispatch import check_floating, check_same_device, check_shape, choose_compiled, load
 from .quantized_weight import QUANTIZED, Int4Weight, Int8Weight, QuantizedWeight, int4_units
 
 _IMPLS = {
@@ -55,6 +55,7 @@ def linear(
         raise ValueError(f"weight must be {x.dtype} like x, got {weight.dtype}")
     if bias is not None:
         check_shape("bias", bias, (weight.shape[0],))
+    check_floating(x=x, bias=bias)
     check_same_device("x", x, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":

@@ -127,7 +127,7 @@ def gated_rms_norm(
 
 
 def _check_weight(x, weight):
-    if x.dim() == 0:
+    if len(x.shape) == 0:
         raise ValueError("x must have shape [..., D], got ()")
     check_shape("weight", weight, (x.shape[-1],))
 

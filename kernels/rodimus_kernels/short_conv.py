@@ -64,7 +64,7 @@ def short_conv(
     _check_weight(weight, channels)
     if bias is not None:
         check_shape("bias", bias, (channels,))
-    check_floating(x=x, weight=weight)
+    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
     check_same_device(
         "x",
         x,
@@ -132,7 +132,7 @@ def short_conv_step(
     check_shape("conv_state", conv_state, (*x.shape, weight.shape[1]))
     if bias is not None:
         check_shape("bias", bias, (x.shape[1],))
-    check_floating(x=x, weight=weight)
+    check_floating(x=x, conv_state=conv_state, weight=weight, bias=bias)
     check_same_device("x", x, conv_state=conv_state, weight=weight, bias=bias)
     with torch.no_grad():
         if impl == "auto":

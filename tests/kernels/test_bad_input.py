@@ -50,19 +50,23 @@ CASES = {
 OPTIONS = {rk.shared_key_attention_step: {"window_size": 5}}
 MIXER = "q k select temper x shifted gate gate_bias residual_weight norm_weight"
 FLOATING = {
-    rk.ddts: "q k v log_decay",
-    rk.gated_ddts: "q k v select temper",
-    rk.ddts_mixer_step: f"{MIXER} gate_hidden gate_weight",
+    rk.ddts_gates: "k select temper",
+    rk.ddts: "q k v log_decay initial_state",
+    rk.ddts_step: "q k v log_decay",
+    rk.gated_ddts: "q k v select temper initial_state",
+    rk.ddts_mixer_step: f"{MIXER} gate_hidden gate_weight state",
     rk.ddts_summary: "k v log_decay",
+    rk.ddts_scan: "states log_decays",
     rk.rope: "x cos sin",
     rk.shared_key_attention: "q k v",
     rk.shared_key_attention_step: "q k v cache",
-    rk.short_conv: "x weight",
-    rk.short_conv_step: "x weight",
+    rk.short_conv: "x weight bias initial_state",
+    rk.short_conv_step: "x conv_state weight bias",
     rk.rms_norm: "x weight",
     rk.add_rms_norm: "x residual weight",
     rk.gated_rms_norm: "x gate weight residual residual_weight",
     rk.input_gate: "x hidden weight bias",
+    rk.linear: "bias",
     rk.linear_cross_entropy: "hidden weight",
 }
 
@@ -99,10 +103,19 @@ def test_another_device(operator, name):
         call(operator, **{name: CASES[operator][name].to("meta")})
 
 
-@of_each({operator: names.split() for operator, names in FLOATING.items()})
+OF_FLOATING = of_each({operator: names.split() for operator, names in FLOATING.items()})
+
+
+@OF_FLOATING
 def test_integers(operator, name):
     with pytest.raises(ValueError, match=f"{name} must be floating point, got torch.int64"):
         call(operator, **{name: CASES[operator][name].long()})
+
+
+@OF_FLOATING
+def test_an_array(operator, name):
+    with pytest.raises(ValueError, match="must be a tensor, got ndarray"):
+        call(operator, **{name: CASES[operator][name].numpy()})
 
 
 def test_a_state_of_the_mixer_with_strides():

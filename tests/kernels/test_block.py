@@ -479,6 +479,9 @@ def test_errors_come_before_any_state_is_touched(impl):
     refuses("head_dim must be an integer, got 6.0", head_dim=6.0)
     refuses("window_size and head_dim must be >= 1, got 0 and 6", window_size=0)
     refuses("window_size and head_dim must be >= 1, got 5 and 0", head_dim=0)
+    for name, (first, last) in zip(names, lists, strict=True):
+        message = rf"{name}\[1\] must be floating point|takes float32 and bfloat16, got torch.int64"
+        refuses(message, **{name: [first, last.long()]})
     refuses("position must be int64, got torch.int32", position=position.int())
     refuses("position must be >= 0, got -1", position=torch.tensor([-1, 0]))
     other = weights_of(torch.float32, False)

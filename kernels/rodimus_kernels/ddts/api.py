@@ -77,12 +77,14 @@ def ddts_gates(
         ``(k, log_decay)``: both shaped like ``k``, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or devices differ, or ``impl`` is unknown.
+        ValueError: shapes or devices differ, a tensor is not floating point, or ``impl`` is
+            unknown.
     """
-    if k.dim() == 0:
+    if len(k.shape) == 0:
         raise ValueError("k must have shape [..., K], got ()")
     check_shape("select", select, tuple(k.shape))
     check_shape("temper", temper, tuple(k.shape))
+    check_floating(k=k, select=select, temper=temper)
     check_same_device("k", k, select=select, temper=temper)
     if impl == "auto":
         double = torch.float64 in (k.dtype, select.dtype, temper.dtype)
@@ -137,7 +139,7 @@ def ddts(
     check_shape("k", k, (batch, length, heads, key_dim))
     check_shape("v", v, (batch, length, heads, "V"))
     check_shape("log_decay", log_decay, (batch, length, heads, key_dim))
-    check_floating(q=q, k=k, v=v, log_decay=log_decay)
+    check_floating(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     others = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
     check_same_device("q", q, k=k, v=v, log_decay=log_decay, **others)
     if length == 0:
@@ -230,6 +232,7 @@ def ddts_step(
     check_shape("v", v, (batch, heads, "V"))
     check_shape("log_decay", log_decay, (batch, heads, key_dim))
     check_shape("state", state, (batch, heads, key_dim, v.shape[-1]))
+    check_floating(q=q, k=k, v=v, log_decay=log_decay)
     check_same_device("q", q, k=k, v=v, log_decay=log_decay, state=state)
     expected = accumulation_dtype(q, k, v, log_decay)
     if state.dtype != expected or not state.is_contiguous():

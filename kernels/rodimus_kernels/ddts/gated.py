@@ -66,7 +66,7 @@ def gated_ddts(
     like_q = {"k": k, "select": select, "temper": temper}
     for name, tensor in like_q.items():
         check_shape(name, tensor, tuple(q.shape))
-    check_floating(q=q, v=v, **like_q)
+    check_floating(q=q, v=v, initial_state=initial_state, **like_q)
     check_same_device("q", q, v=v, initial_state=initial_state, starts=starts, **like_q)
     if length == 0:
         raise ValueError("gated_ddts needs at least one token, got T = 0")

@@ -130,7 +130,7 @@ def _check(q, state, gates, branches, vectors, given):
             check_shape(name, tensor, expected)
     check_shape("gate_weight", given["gate_weight"], (x.shape[1], gate_hidden.shape[1]))
     check_shape("state", state, (q.shape[0], 1, q.shape[1], x.shape[1]))
-    check_floating(q=q, **given)
+    check_floating(q=q, state=state, **given)
     check_same_device("q", q, state=state, **given)
     if not state.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {state.stride()}")

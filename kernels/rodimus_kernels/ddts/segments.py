@@ -101,11 +101,12 @@ def ddts_scan(
         ``[S, N, H, K, V]`` in the dtype of ``states``.
 
     Raises:
-        ValueError: a shape or device breaks the contract, or ``impl`` is unknown.
+        ValueError: a shape, dtype or device breaks the contract, or ``impl`` is unknown.
         ImportError: the chosen implementation cannot be loaded.
     """
     check_shape("states", states, ("S", "N", "H", "K", "V"))
     check_shape("log_decays", log_decays, tuple(states.shape[:4]))
+    check_floating(states=states, log_decays=log_decays)
     check_same_device("states", states, log_decays=log_decays)
     if states.numel() == 0:
         return torch.empty_like(states)
