@@ -95,6 +95,8 @@ def test_opcheck():
 
 
 def test_automatic_choice():
+    assert _choose(True, 128, False, True) == "triton"
+    assert _choose(True, 129, False, True) == "eager"
     assert _choose(True, 32, False, True) == "triton"
     assert _choose(True, 32, False, False) == "triton"
     assert _choose(True, 300, False, True) == "eager"

@@ -250,8 +250,8 @@ def test_opcheck(residual):
 
 
 def test_automatic_choice():
-    assert _gpu_form(4096, False) == "triton"
-    assert _gpu_form(20000, False) == "reference"
+    assert _gpu_form(16384, False) == "triton"
+    assert _gpu_form(16385, False) == "reference"
     assert _gpu_form(4096, True) == "reference"
 
 

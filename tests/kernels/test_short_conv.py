@@ -377,6 +377,14 @@ def test_bad_input_says_what_was_expected():
         short_conv_step(x[:, 0], past[..., :3], weight)
 
 
+def test_a_step_takes_a_state_of_another_dtype():
+    x, weight, bias, past = make()
+    x, state, expected = x[:, 0].bfloat16(), past.clone(), past.clone()
+    y = short_conv_step(x, state, weight, bias)
+    assert torch.equal(y, short_conv_step(x, expected, weight, bias, impl="reference"))
+    assert torch.equal(state, expected) and state.dtype == torch.float32
+
+
 @pytest.mark.parametrize("impl", ["auto", "native", "reference"])
 def test_bad_input_of_a_step_says_what_was_expected(impl):
     x, weight, bias, past = make()
