@@ -243,15 +243,15 @@ def test_stream_in_the_dtype_of_the_weights():
     assert out.dtype == torch.bfloat16 and relative_error(out, base) < 2e-2
 
 
-@pytest.mark.parametrize("batch", [5, 12])
+@pytest.mark.parametrize("batch", [5, 9])
 def test_a_row_does_not_depend_on_its_neighbours(isa, batch):
     torch.manual_seed(0)
     weights, states = weights_of(torch.float32, True), states_of(torch.float32, batch, True)
     stream = torch.randn(batch, 18)
     together = native_step(stream, weights, *copied(states), **NAMED)
-    one = [x[3:4].clone() for x in states[:4]] + [tuple(x[3:4] for x in states[4])]
-    alone = native_step(stream[3:4], weights, *one, **NAMED)
-    assert torch.equal(together[3:4], alone)
+    one = [x[-1:].clone() for x in states[:4]] + [tuple(x[-1:] for x in states[4])]
+    alone = native_step(stream[-1:], weights, *one, **NAMED)
+    assert len(together) == batch and torch.equal(together[-1:], alone)
 
 
 def blocks_of(dtypes, batch, attends):
@@ -413,9 +413,8 @@ def test_a_step_after_one_that_fits_is_checked_all_the_same():
     """And after one that does not fit."""
     weights, *lists, position, rotary = blocks_of([torch.float32], 2, True)
     good = {**dict(zip(("taps", "states", "rings"), lists, strict=True)), "rotary": rotary}
-    step = lambda **changed: blocks_step(
-        torch.randn(2, 18), weights, **{**good, "position": position, **NAMED, **changed}
-    )
+    good |= {"weights": weights, "position": position}
+    step = lambda **changed: blocks_step(torch.randn(2, 18), **{**good, **NAMED, **changed})
     wrong = {
         "taps": r"taps\[0\] must have shape",
         "states": r"states\[0\] must have shape",
@@ -426,10 +425,24 @@ def test_a_step_after_one_that_fits_is_checked_all_the_same():
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 step(**{name: [good[name][0][:1]]})
-    step()
-    for _ in range(2):
-        with pytest.raises(ValueError, match="at least window_size = 9 rows"):
-            step(window_size=9)
+    others = {
+        "at least window_size = 9 rows": {"window_size": 9},
+        "heads of 5 do not fit": {"head_dim": 5},
+        r"rings\[0\] must have shape \[2, R, 48\], got": {"rings": [lists[2][0].byte()]},
+    }
+    for name in ("taps", "states", "rings"):
+        others[f"{name[:-1]}s? must be on the device of stream"] = {
+            name: [good[name][0].to("meta")]
+        }
+    others["position must be on the device of"] = {"position": position.to("meta")}
+    moved = weights[0]._replace(act_norm=weights[0].act_norm.to("meta"))
+    others[r"weights\[0\].act_norm must be on the device of"] = {"weights": [moved]}
+    for message, changed in others.items():
+        # as many rows as the ring has
+        step(window_size=8)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                step(**changed)
 
 
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -466,6 +479,10 @@ def test_errors_come_before_any_state_is_touched(impl):
     refuses(r"sin must have shape \[2, 2\]", rotary=(rotary[0], rotary[1][:, :1]))
     refuses("rotary tables must fit heads of 6", rotary=(torch.zeros(2, 4), torch.zeros(2, 4)))
     refuses("heads of 5 do not fit 18 query, 6 key and 18 value", head_dim=5)
+    fewer = weights[1]._replace(value=weights[1].value[:12])
+    ring = rings[1][..., :18].contiguous()
+    refused = {"weights": second(weights, fewer), "rings": second(rings, ring)}
+    refuses("heads of 6 do not fit 18 query, 6 key and 12 value", **refused)
     for name, weight in zip(BlockWeights._fields, weights[1], strict=True):
         if name != "conv":  # taps then are too many
             wrong = weights[1]._replace(**{name: weight[..., :-1]})

@@ -126,6 +126,12 @@ def test_more_rows_take_fused_steps_where_torch_multiplies_no_better(monkeypatch
         assert takes(wide, half) == [False, True, not is_fast, not is_fast, False]
 
 
+def test_any_number_of_rows_takes_fused_steps_on_a_gpu(monkeypatch):
+    """A tensor that is not on the CPU stands for one there."""
+    monkeypatch.setattr(native, "fits", lambda *tensors, is_decoding: True)
+    assert rk.can_fuse_block(600, torch.empty(1, device="meta"))
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_loss_without_gradients_multiplies_alike(monkeypatch, reduction):
     hidden, weight = torch.randn(40, 16).bfloat16(), torch.randn(50, 16).bfloat16()
