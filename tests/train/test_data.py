@@ -64,6 +64,27 @@ def test_one_epoch_visits_every_row_once_then_starts_anew():
         assert (total[s][:n] != total[s][n : 2 * n]).any()
 
 
+@pytest.mark.parametrize(
+    "weights, sources, rows",
+    [
+        (None, [0, 0, 0, 1, 1, 1, 1, 1], [30, 48, 60, 14, 22, 53, 68, 67]),
+        ([1, 3], [0, 1, 0, 1, 1, 0, 1, 1], [16, 2, 34, 65, 6, 42, 28, 58]),
+    ],
+)
+def test_the_order_stays_that_of_earlier_versions(weights, sources, rows):
+    """Otherwise a run that is resumed with a newer one would read some rows again, others never."""
+    source, row = SampleOrder([64, 70], weights, seed=7)(np.arange(5000, 5008))
+    assert source.tolist() == sources and row.tolist() == rows
+
+
+def test_with_weights_the_rows_of_a_source_come_once_over_many_blocks():
+    order = SampleOrder([5000, 9000], [1, 1], seed=0)
+    source, row = order(np.arange(3 * 4096))
+    for s, size in enumerate([5000, 9000]):
+        first = row[source == s][:size]
+        assert len(np.unique(first)) == len(first) >= 5000
+
+
 def test_weights_are_kept_in_every_block():
     order = SampleOrder([10_000, 10, 500], [0.7, 0.2, 0.1], seed=0)
     for block in range(3):
@@ -73,6 +94,8 @@ def test_weights_are_kept_in_every_block():
 
 def test_no_source_is_left_out():
     """However small beside the largest; and no more are taken than each can have a place."""
+    # what rounding leaves goes to the largest remainder
+    assert SampleOrder([1] * 3, [1, 2, 4], seed=0).quota.tolist() == [585, 1170, 2341]
     for weights in ([10**9, 1, 1, 1], [10**9, *[10] * 20], [1] * 4096, [5, 10**7, 5]):
         quota = SampleOrder([1] * len(weights), weights, seed=0).quota
         assert quota.min() == 1 and quota.sum() == 4096
@@ -172,6 +195,8 @@ def test_held_out_rows_of_all_sources_come_in_turn(tmp_path, tokens):
     read = [evaluate._batch(first).input_ids for first in range(0, len(evaluate.rows), 2)]
     assert torch.cat(read).tolist()[: len(expected)] == expected
     assert len(read) == (len(expected) + 1) // 2
+    # what other ranks read meanwhile does not count
+    assert (evaluate._batch(len(expected)).labels < 0).all()
 
 
 def test_held_out_documents_of_one_token_are_an_error(tmp_path):
