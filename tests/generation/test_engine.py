@@ -329,6 +329,15 @@ def test_logprobs_are_those_of_the_full_forward(plus):
     for entry, row in zip(found.logprobs, expected, strict=True):
         assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+    # whatever others ask for
+    asked = [Request(prompt, 4, logprobs=most) for most in (1, 5, None, 0)]
+    many = Engine(plus, slots=4).generate(asked)
+    assert [[len(entry.top) for entry in x.logprobs] for x in many] == [
+        [1] * 4,
+        [5] * 4,
+        [],
+        [0] * 4,
+    ]
 
 
 @ON_BOTH
