@@ -229,8 +229,7 @@ class SequenceState:
         """A transformers cache that continues after the tokens read, and shares no memory."""
         cache = adopt_cache(DynamicCache(config=config))
         for i, layer in enumerate(cache.layers):
-            taps = self.convolution[i, None].clone()
-            layer.update_conv_state(taps, conv_kernel_size=layout.taps)
+            layer.update_conv_state(self.convolution[i, None], conv_kernel_size=layout.taps)
             layer.update_recurrent_state(self.recurrent[i, None])
             if layout.window:
                 parts = (layout.key_row, layout.row - layout.key_row)

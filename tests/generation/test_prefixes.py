@@ -142,6 +142,27 @@ def test_a_state_that_was_added_stays(model):
     assert engine.generate(Request(prompt, 5))[0].prefix_tokens == 6
 
 
+def test_what_is_kept_is_a_copy_without_padding(model):
+    """Of prompts that were read together, and whose slots have others since."""
+    *prompts, later = prompts_of(4, 3, 7)
+    engine = Engine(model, slots=2, recent_states=20)
+    turns = engine.generate([Request(prompt, 9) for prompt in prompts])
+    engine.generate([Request(later, 9), Request(later.flip(0), 9)])
+    for prompt, turn in zip(prompts, turns, strict=True):
+        for told in ([], turn.tokens):
+            conversation = torch.cat((prompt, prompt.new_tensor(told), later))
+            (answer,) = engine.generate(Request(conversation, 15))
+            assert answer.prefix_tokens == len(prompt) + max(len(told) - 1, 0)
+            assert answer.tokens == greedy(model, conversation, 15)
+
+
+def test_of_a_scored_prompt_only_the_last_logits_are_kept(plus):
+    engine = Engine(plus, recent_states=2)
+    engine.generate(Request(prompts_of(30)[0], 2, prompt_logprobs=0))
+    (logits,) = (x.logits for x in engine.prefixes._left if x.logits is not None)
+    assert logits.untyped_storage().nbytes() == logits.nbytes == 4 * plus.config.vocab_size
+
+
 def test_nothing_is_kept_unless_asked_for(model):
     engine = Engine(model)
     (prompt,) = prompts_of(10)

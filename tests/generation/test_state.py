@@ -73,9 +73,11 @@ def test_a_snapshot_continues_in_a_cache_of_transformers(model, length):
         expected = model(prompt[None]).logits[:, length:]
     # fp32 rounding in another order: 1.1e-6 measured at most
     assert relative_error(actual, expected) < 1e-5
-    # the cache is a copy: it can be made again
-    again = state.to_cache(model.config, engine.layout)
+    # the cache is a copy: it can be made again, also after steps that write in place
+    stepped, again = (state.to_cache(model.config, engine.layout) for _ in "ab")
     with torch.no_grad():
+        for token in prompt[length : length + 3]:
+            model(token[None, None], past_key_values=stepped, use_cache=True)
         repeated = model(prompt[None, length:], past_key_values=again, use_cache=True).logits
     assert torch.equal(actual, repeated)
 
