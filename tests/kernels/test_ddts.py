@@ -43,6 +43,7 @@ from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 # on a GPU a float32 product is three tf32 products, each term known to 2^-21
 LIMIT = 2e-6 if DEVICE == "cpu" else 5e-6
 TRITON = pytest.param("triton_chunk", marks=TRITON_MARKS)
+RECURRENT = pytest.param("triton_recurrent", marks=TRITON_MARKS)
 STEP = pytest.param("triton", marks=TRITON_MARKS)
 CHUNKED = ["eager", TRITON]
 ALL = ["reference", *CHUNKED]
@@ -359,17 +360,32 @@ def test_reverse_scan_is_the_gradient_of_the_scan():
     assert_close({"d": ddts_scan(dbefore, decays, reverse=True)}, {"d": expected}, 1e-14)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("impl", ["reference", STEP])
-def test_scan_matches_its_definition(impl, reverse):
+def test_scan_matches_its_definition(impl, reverse, rows):
     torch.manual_seed(0)
-    states = torch.randn(3, 2, 1, 16, 32, device=DEVICE)
-    decays = -torch.rand(3, 2, 1, 16, device=DEVICE)
+    states = torch.randn(3, rows, 1, 16, 32, device=DEVICE)
+    decays = -torch.rand(3, rows, 1, 16, device=DEVICE)
     given = states.clone()
     actual = ddts_scan(states, decays, reverse=reverse, impl=impl)
     exact = reference.ddts_scan(states.double(), decays.double(), reverse=reverse)
     assert_close({"before": actual}, {"before": exact}, LIMIT)
     assert torch.equal(states, given)
+
+
+@pytest.mark.parametrize("impl", [*ALL, RECURRENT])
+def test_a_state_of_any_dtype_and_boundaries_with_strides(impl):
+    inputs = make(DdtsCase(1, 6, 1, 16, 32, documents=(2, 4)))
+    bounds = inputs.cu_seqlens.repeat_interleave(2)[::2]
+    state = inputs.initial_state.bfloat16()
+    apart = state.mT.contiguous().mT
+    options = {"output_final_state": True, "impl": impl}
+    given = {"initial_state": state.float(), "cu_seqlens": inputs.cu_seqlens}
+    expected = ddts(*inputs[:4], **given, **options)
+    found = ddts(*inputs[:4], initial_state=apart, cu_seqlens=bounds, **options)
+    assert not bounds.is_contiguous() and not apart.is_contiguous()
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("decay_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -893,9 +909,6 @@ def test_boundaries_elsewhere_are_refused():
     ):
         with pytest.raises(ValueError, match=r"cu_seqlens must be on the device of . \(cpu\)"):
             call()
-
-
-RECURRENT = pytest.param("triton_recurrent", marks=TRITON_MARKS)
 
 
 @pytest.mark.parametrize("impl", ["auto", *ALL, RECURRENT])
