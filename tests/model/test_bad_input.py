@@ -279,6 +279,13 @@ def test_broken_decode_state_is_reported(model, value):
         model(random_ids(2, 1), past_key_values=cache, use_cache=True)
 
 
+def test_a_state_that_breaks_within_a_prompt_is_reported(model):
+    embeds = model.get_input_embeddings()(random_ids(1, 5)).detach()
+    embeds[:, 2:] = float("nan")
+    with pytest.raises(FloatingPointError, match="state of layer 0 holds NaN"):
+        model(inputs_embeds=embeds, use_cache=True)
+
+
 def test_training_does_not_look_at_the_state(model):
     """A scaler of losses skips such a step, and on a GPU the look would wait for the device."""
     model.train()
