@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, save_state, state_bytes
+from rodimus.generation.state import SequenceState
 from rodimus_kernels.testing import relative_error
 from tests.generation.helpers import RELEASED_PLUS, alone, greedy, prompts_of
 from tests.model.helpers import cache_bytes
@@ -59,6 +60,21 @@ def test_a_slot_gives_back_what_was_written(model, length):
             assert torch.equal(getattr(found, name), getattr(state, name)), (slot, name)
         assert engine.states.positions[slot] == length
         assert engine.states.ring[:, slot].isfinite().all()
+
+
+def test_a_padded_row_leaves_the_state_of_its_prompt_alone(model):
+    prompts = prompts_of(3, 6)
+    ids = torch.stack([torch.nn.functional.pad(prompt, (6 - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(6) >= 6 - len(prompt) for prompt in prompts]).long()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+    for row, prompt in enumerate(prompts):
+        found = SequenceState.from_cache(cache, prompt, row)
+        expected = Engine(model).read(prompt)
+        for name in ("recurrent", "convolution", "window"):
+            assert getattr(found, name).shape == getattr(expected, name).shape
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("length", [1, 3, 9, 40])
