@@ -15,9 +15,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
 
 if INTERPRETED:
-    from ._interpreter import compute_bfloat16_as_a_gpu
+    from ._interpreter import round_as_a_gpu
 
-    compute_bfloat16_as_a_gpu()
+    round_as_a_gpu()
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)

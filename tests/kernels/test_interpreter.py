@@ -1,4 +1,4 @@
-"""What the interpreter of Triton computes is what a GPU computes; with a GPU, the GPU is asked."""
+"""Triton's interpreter rounds as a GPU does; where there is a GPU, the GPU is tested."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.kernels.device import DEVICE, TRITON_MARKS
 
 triton = pytest.importorskip("triton")
 tl = triton.language
-# with it, Triton's interpreter computes with bfloat16 as a GPU does
+# with it, Triton's interpreter rounds as a GPU does
 pytest.importorskip("rodimus_kernels._triton")
 pytestmark = TRITON_MARKS
 
@@ -19,9 +19,9 @@ def cast_kernel(x, y, N: tl.constexpr):
 
 
 @triton.jit
-def dot_kernel(x, y, z, N: tl.constexpr):
+def dot_kernel(x, y, z, N: tl.constexpr, PRECISION: tl.constexpr):
     o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(z + o, tl.dot(tl.load(x + o), tl.load(y + o)))
+    tl.store(z + o, tl.dot(tl.load(x + o), tl.load(y + o), input_precision=PRECISION))
 
 
 @triton.jit
@@ -54,11 +54,35 @@ def test_float32_holds_every_bfloat16():
     torch.testing.assert_close(y, x.float(), rtol=0, atol=0, equal_nan=True)
 
 
-def test_products_of_bfloat16_are_not_rounded():
-    x, y = (torch.randn(16, 16, device=DEVICE).bfloat16() for _ in range(2))
+@pytest.mark.parametrize(
+    "dtype, precision, least, most",
+    [
+        (torch.bfloat16, "tf32", 0, 2**-22),
+        (torch.float16, "tf32", 0, 2**-22),
+        (torch.float32, "ieee", 0, 2**-22),
+        # what is left of a factor is 2 ** -11 of it at most, and is rounded, too; that of both is
+        # not multiplied
+        (torch.float32, "tf32x3", 2**-25, 3 * 2**-22 + 2**-22),
+        # each factor may lose 2 ** -10
+        (torch.float32, "tf32", 2**-13, 2**-9),
+    ],
+)
+def test_products_have_the_digits_that_are_asked(dtype, precision, least, most):
+    x, y = (torch.rand(16, 16, device=DEVICE).add(1).to(dtype) for _ in range(2))
     z = torch.empty(16, 16, device=DEVICE)
-    dot_kernel[(1,)](x, y, z, N=16)
-    torch.testing.assert_close(z.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
+    dot_kernel[(1,)](x, y, z, N=16, PRECISION=precision)
+    exact = x.double() @ y.double()
+    assert least <= ((z - exact).abs() / exact).max() <= most
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_infinity_and_nan_stay_what_they_are(precision):
+    x = torch.eye(16, device=DEVICE)
+    x[0, 0], x[1, 1], x[2, 2] = torch.inf, -torch.inf, torch.nan
+    z = torch.empty(16, 16, device=DEVICE)
+    dot_kernel[(1,)](x, torch.ones_like(x), z, N=16, PRECISION=precision)
+    assert z[:2, 0].tolist() == [torch.inf, -torch.inf] and z[2].isnan().all()
+    assert (z[3:] == 1).all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does not look for it")
