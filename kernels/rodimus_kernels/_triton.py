@@ -15,7 +15,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 """Kernels run in Triton's interpreter, on CPU tensors; fixed when triton is imported."""
 
 if INTERPRETED:
-    from ._interpreter import round_as_a_gpu
+    from ._triton_interpreter import round_as_a_gpu
 
     round_as_a_gpu()
 
