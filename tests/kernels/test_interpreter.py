@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from tests.kernels.device import DEVICE, TRITON_MARKS
+from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 # with it, Triton's interpreter rounds as a GPU does
-pytest.importorskip("rodimus_kernels._triton")
+triton_module("rodimus_kernels._triton")
 pytestmark = TRITON_MARKS
 
 
