@@ -73,6 +73,18 @@ def test_products_have_the_digits_that_are_asked(dtype, precision, least, most):
     dot_kernel[(1,)](x, y, z, N=16, PRECISION=precision)
     exact = x.double() @ y.double()
     assert least <= ((z - exact).abs() / exact).max() <= most
+    if (dtype, precision) == (torch.float32, "tf32"):
+        # what is cut off makes every factor smaller
+        assert (z < exact).all()
+
+
+def test_the_parts_of_a_factor_are_the_nearest():
+    """Cut off, the parts of this one would leave out 2 ** -20 of a product."""
+    x = torch.full((16, 16), 1 + 2**-10 - 2**-23, device=DEVICE)
+    z = torch.empty_like(x)
+    dot_kernel[(1,)](x, x, z, N=16, PRECISION="tf32x3")
+    exact = x.double() @ x.double()
+    assert ((z - exact).abs() / exact).max() <= 2**-22
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])

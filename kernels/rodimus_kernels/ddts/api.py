@@ -172,7 +172,8 @@ def choose_sequence(
     given = [x for x in (q, k, v, *others) if x is not None]
     double = any(x.dtype == torch.float64 for x in given)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    triton = runs_triton(q.device) and not double
+    # descriptors of tensors without elements cannot be made on a GPU
+    triton = runs_triton(q.device) and not double and q.shape[0] > 0
     rows = q.shape[0] * q.shape[2]
     return _choose(triton, needs_grad, rows, q.shape[1], q.shape[-1], v.shape[-1], v.dtype)
 
