@@ -12,6 +12,9 @@ PYTHON ?= python3
 # suite on every machine: a GPU has `make gpu`, and where torch sees a GPU, ranks cannot be forked
 RUN_TESTS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist worksteal -q -rs
 
+# where bytecode may not be written, every process would compile torch and transformers again
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install demo test test-all test-transformers lint format native aot bench gpu clean
 .DEFAULT_GOAL := help
 

@@ -82,12 +82,6 @@ def test_without_a_command_help_is_shown(name, capsys):
     assert text.out.startswith(f"usage: rodimus {name}".strip()) and not text.err
 
 
-def python(*arguments) -> subprocess.CompletedProcess:
-    """A Python of its own that finds what this one finds."""
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=found_here())
-
-
 def found_here():
     """The environment in which a process finds what this one finds."""
     return {"PYTHONPATH": ":".join(sys.path)}
@@ -96,10 +90,10 @@ def found_here():
 def test_documented_modules_need_no_import_of_their_own():
     named = ["convert.config_from_fla", "generation.Engine", "loading.load_model"]
     named += ["quantization.round_to_int4", "RodimusConfig"]
-    run = python("-c", f"import rodimus; print({', '.join(f'rodimus.{name}' for name in named)})")
-    assert run.returncode == 0, run.stderr
-    run = python("-c", "import rodimus; rodimus.modeling")
-    assert "module 'rodimus' has no attribute 'modeling'" in run.stderr
+    found = ", ".join(f"rodimus.{name}" for name in named)
+    code = f"import rodimus; print({found}); rodimus.modeling"
+    run = warm_python.run("-c", code, env=found_here())
+    assert run.stdout and "module 'rodimus' has no attribute 'modeling'" in run.stderr, run.stderr
 
 
 SCRIPT = "import sys; sys.argv[0] = 'rodimus'; from rodimus.cli import main; sys.exit(main())"
@@ -109,7 +103,8 @@ SCRIPT = "import sys; sys.argv[0] = 'rodimus'; from rodimus.cli import main; sys
 @pytest.mark.parametrize("name", ["", "serve", "plan", "data pack", "train"])
 def test_help_comes_without_torch(program, name):
     """Not a time, which depends on the machine: what it must not import."""
-    run = python("-X", "importtime", *program, *name.split(), "--help")
+    command = [sys.executable, "-X", "importtime", *program, *name.split(), "--help"]
+    run = subprocess.run(command, capture_output=True, text=True, env=found_here())
     imported = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
     assert not {"torch", "transformers", "numpy"} & imported and "rodimus.cli" in imported
     assert run.returncode == 0 and run.stdout.startswith(f"usage: rodimus {name}")
@@ -203,7 +198,7 @@ def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     among them, warn of each other."""
     arguments = ("generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "50")
     run = subprocess.Popen(
-        [sys.executable, "-m", "rodimus", *arguments],
+        [warm_python.executable(), "-m", "rodimus", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import sys
 
 import pytest
 import torch
 
 from benchmarks import bench_serve, harness, peers, records
 from benchmarks.bench_serve import Answer
+from tests import warm_python
 from tests.benchmarks.test_suite import run
 
 pytest.importorskip("uvicorn")
@@ -90,7 +92,8 @@ def test_an_answer_that_is_none_is_a_fault(answer, message):
         ask(answer, 2)
 
 
-def test_a_server_that_does_not_start_says_why():
+def test_a_server_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_python.executable())
     bench = harness.Bench("tiny", CPU, torch.float32, (), folder=None, rounds=1, load=0.0)
     model = bench.model("rodimus-1.4b")
     with pytest.raises(peers.Fault, match=r"does not listen: .*--slots.*must be at least 1, got 0"):
@@ -100,6 +103,7 @@ def test_a_server_that_does_not_start_says_why():
 
 def test_the_server_has_the_packages_of_this_process(tmp_path, monkeypatch):
     """They may come by PYTHONPATH alone, as on a machine where nothing can be installed."""
+    monkeypatch.setattr(sys, "executable", warm_python.executable())
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "uvicorn.py").write_text("raise ImportError('this one is found')")
     bench = harness.Bench("tiny", CPU, torch.float32, (), folder=None, rounds=1, load=0.0)

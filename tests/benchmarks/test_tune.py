@@ -1,7 +1,6 @@
 """Candidates are what the launchers read and change what they launch; a failing one is told."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ pytest.importorskip("triton")
 
 from benchmarks import candidates, records, tune
 from rodimus_kernels._triton import INTERPRETED, assume_capability
+from tests import warm_python
 
 CASE = candidates.Case(1, 1024, torch.device("cpu"))
 
@@ -78,7 +78,7 @@ def test_a_candidate_that_fails_is_skipped_with_its_reason(monkeypatch, tmp_path
         pytest.skip("the sizes are those of the interpreter")
     values = [(candidates.triton_swiglu._CHANNELS,), (512,), (3,), (5,)]
     monkeypatch.setattr(tune.KERNELS["swiglu"], "values", values)
-    monkeypatch.setattr(tune, "COMMAND", (sys.executable, "-c", WORKER))
+    monkeypatch.setattr(tune, "COMMAND", (warm_python.executable(), "-c", WORKER))
     size = ["--batch", "1", "--length", "2"]
     assert tune.main(["swiglu", *size, "--jobs", "4", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "tune-swiglu.json").read_text())

@@ -1,9 +1,12 @@
 """Processes that share a kernel's configurations compile all of them, and a failing one is told."""
 
+import sys
+
 import pytest
 import torch
 
 from benchmarks import warm
+from tests import warm_python
 
 autotuner = pytest.importorskip("triton.runtime.autotuner")
 
@@ -69,7 +72,8 @@ def test_every_job_can_be_run():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the job would succeed")
-def test_a_job_that_fails_is_told_and_one_without_time_is_not_started():
+def test_a_job_that_fails_is_told_and_one_without_time_is_not_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", warm_python.executable())
     jobs = [warm.Job("ddts", "0"), warm.Job("ddts", "1")]
     became = warm.run_all(jobs[:1], 1, 100.0)
     assert became[jobs[0]].endswith("failed: error: there is no GPU to compile for")

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -34,6 +33,7 @@ from rodimus.generation.worker import (
 )
 from rodimus.limits import Limits
 from rodimus.options import parse
+from tests import warm_python
 from tests.generation.helpers import (
     END,
     byte_tokenizer,
@@ -1340,7 +1340,7 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     save_state(tmp_path / "prefix", Engine(model).read(prefix), model)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "rodimus", "serve", str(tmp_path / "model")]
+    command = [warm_python.executable(), "-m", "rodimus", "serve", str(tmp_path / "model")]
     options = ["--port", str(port), "--prefix", str(tmp_path / "prefix"), "--slots", "2"]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     process = subprocess.Popen(

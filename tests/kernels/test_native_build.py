@@ -14,6 +14,7 @@ import torch
 
 import rodimus_kernels as rk
 from rodimus_kernels import build, native
+from tests import warm_python
 
 LIBRARY = build.PACKAGE / build.LIBRARIES["cpu"]
 built = pytest.mark.skipif(not LIBRARY.is_file(), reason="the native operators are not built")
@@ -326,8 +327,8 @@ def test_ptx_is_of_no_single_architecture():
 
 def test_what_is_loaded_is_printed():
     """In a process of its own, as a user would ask."""
-    command = [sys.executable, "-m", "rodimus_kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = warm_python.run("-m", "rodimus_kernels")
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     devices = [line.partition(": ")[0] for line in lines]
     assert devices == [f"native operators, {kind}" for kind in build.LIBRARIES]

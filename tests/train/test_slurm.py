@@ -10,10 +10,10 @@ import pytest
 from rodimus.train import __main__ as program
 from rodimus.train import guard, loop
 from rodimus.train.store import complete_steps, step_folder
+from tests import warm_python
 from tests.train.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
-PYTHON = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
 # starts each task of a node
 SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do shift; done
@@ -39,9 +39,9 @@ def slurm(tmp_path):
         path.write_text(text)
         path.chmod(0o755)
 
-    def run(*arguments, srun=SRUN, python=PYTHON, node="node0", **variables):
+    def run(*arguments, srun=SRUN, python=None, node="node0", **variables):
         program("srun", srun)
-        program("python", python)
+        program("python", python or f'#!/bin/bash\nexec {warm_python.executable()} "$@"\n')
         program("scontrol", f'#!/bin/bash\necho "$@" >> {asked}\necho {node}\n')
         path = [str(tmp_path / "bin"), os.environ["PATH"]]
         environment = os.environ | {
