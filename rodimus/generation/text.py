@@ -179,7 +179,6 @@ class TextStream:
             self._release(self._decode()[self._shown :])
         if not self.stopped:
             self._text += self._held
-            self._held = ""
 
     def _decode_new(self):
         self._new = 0

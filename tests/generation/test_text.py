@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from rodimus.errors import InputError
 from rodimus.generation import Engine, Request, SamplingParams
-from rodimus.generation.text import TextStream, decode
+from rodimus.generation.text import TextStream, decode, encode, skipped_tokens
 from tests.generation.helpers import (
     END,
     byte_tokenizer,
@@ -59,6 +60,22 @@ def test_a_tokenizer_that_decodes_otherwise_is_asked_itself():
     patched.decode = lambda *args, **options: "patched"
     ids = byte_tokenizer()("a word").input_ids
     assert [decode(x, ids) for x in (shouting, patched)] == ["A WORD", "patched"]
+    # it may show its special tokens, and does not tidy up
+    assert not skipped_tokens(patched) and skipped_tokens(shouting) == {256}
+    inside = cleaning_tokenizer().backend_tokenizer
+    shouting = Shouting(tokenizer_object=inside, clean_up_tokenization_spaces=True)
+    assert decode(shouting, [0, 1]) == " ONE ."
+
+
+def test_a_prompt_has_the_tokens_that_are_asked_for_and_the_model_knows():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 256)]
+    )
+    assert encode(tokenizer, "!", 257) == [256, 0]
+    assert encode(tokenizer, "!", 256, add_special_tokens=False) == [0]
+    with pytest.raises(InputError, match="gives token 256, and the model knows 256"):
+        encode(tokenizer, "!", 256)
 
 
 @pytest.mark.parametrize("text", SAMPLES)
@@ -130,6 +147,17 @@ def test_text_ends_before_the_first_stop_string(stop, expected):
     assert all(expected.startswith(text) for text in seen)
 
 
+def test_a_stop_string_may_be_complete_only_when_nothing_follows():
+    """A character that has begun could still become another."""
+    tokenizer = byte_tokenizer()
+    stream = TextStream(tokenizer, ["b\ufffd"])
+    for token in tokenizer("ab\u00e9").input_ids[:3]:
+        stream.push(token)
+        assert not stream.stopped
+    stream.finish()
+    assert stream.stopped and stream.text == "a"
+
+
 def test_the_engine_stops_at_a_string_that_spans_tokens():
     model, tokenizer = text_model(), byte_tokenizer()
     (prompt,) = prompts_of(10, vocab=257)
@@ -169,14 +197,14 @@ def test_looking_seldom_gives_the_same_text(every):
 
 
 class Counting:
-    """A tokenizer that counts how often it decodes."""
+    """A tokenizer that counts how often it decodes, and how many tokens at most."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.calls = tokenizer, 0
+        self.tokenizer, self.calls, self.most = tokenizer, 0, 0
 
-    def decode(self, *arguments, **options):
-        self.calls += 1
-        return self.tokenizer.decode(*arguments, **options)
+    def decode(self, ids, **options):
+        self.calls, self.most = self.calls + 1, max(self.most, len(ids))
+        return self.tokenizer.decode(ids, **options)
 
     def __call__(self, *arguments, **options):
         return self.tokenizer(*arguments, **options)
@@ -201,10 +229,10 @@ def test_a_run_of_tokens_without_text_costs_a_few_decodings_each(nothing, stray,
         assert expected == "exactly twenty bytes\U0001f600"
     stream = TextStream(tokenizer, stop)
     for token in tokens:
-        tokenizer.calls = 0
+        tokenizer.calls = tokenizer.most = 0
         stream.push(token)
         text = stream.text
-        assert tokenizer.calls <= 10
+        assert tokenizer.calls <= 10 and tokenizer.most < 600
         assert nothing != 256 or expected.startswith(text)
     stream.finish()
     if nothing == 256 or stray != STRAYS["half a character"]:
@@ -259,6 +287,15 @@ def test_a_prompt_and_its_continuation_make_the_text_of_both(prompt, tokens):
         tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + tokens)
     )
     assert before + stream.text == both
+
+
+def test_bytes_go_on_from_a_prompt_that_ends_within_a_character():
+    tokenizer = byte_tokenizer()
+    first, second = tokenizer("\u00e9").input_ids
+    stream = TextStream(tokenizer, prompt=[0, first])
+    for token in (second, 1):
+        stream.push(token)
+    assert stream.text == '\ufffd"' == tokenizer.decode([second, 1])
 
 
 def test_blanks_before_a_full_stop_stay():
@@ -323,6 +360,14 @@ def test_a_sequence_whose_text_was_asked_for_in_vain_ends_with_its_next_token():
     deltas = list(engine.stream(Request([3, 4], 20)))
     assert deltas[-1].finish_reason == "error" and len(deltas) < 6
     assert "".join(x.text for x in deltas) == byte_tokenizer().decode(tokens[:3])
+
+
+def test_text_grows_no_further_after_an_error():
+    stream = TextStream(Refusing(1, KeyError("no such token")), stop=["##"])
+    for token in (0, 2, 1):
+        stream.push(token)
+    stream.finish()
+    assert stream.text == "!" and isinstance(stream.error, KeyError)
 
 
 def test_a_tokenizer_is_interrupted_as_anything_is():
