@@ -50,7 +50,7 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
         "format": FORMAT,
         "version": VERSION,
         "fingerprint": fingerprint(model),
-        "config": json.dumps(_architecture(model), sort_keys=True),
+        "config": json.dumps(_architecture(model)),
         "dtype": str(state.convolution.dtype).removeprefix("torch."),
         "tokens": str(len(state.tokens)),
     }
@@ -71,7 +71,7 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     finally:
         # left over if the write failed or was interrupted
         with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            unfinished.unlink()
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
@@ -132,7 +132,7 @@ def _add_tensor(digest, name, value):
     # quantised weights are tensors of other classes, which can be dequantised
     if value.is_quantized or type(value) is not Tensor:
         value = value.dequantize()
-    bits = value.contiguous().view(_BITS[value.element_size()]).flatten()
+    bits = value.view(_BITS[value.element_size()]).flatten()
     some = bits[:: max(bits.numel() // 64, 1)][:64]
     digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}\n".encode())
 
