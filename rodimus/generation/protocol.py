@@ -471,8 +471,9 @@ class _Place:
         return at
 
     def move_to(self, characters: int) -> None:
-        """Go on behind so many characters."""
+        """Go on behind so many characters, the last of which may have been cut."""
         self._characters = characters
+        self._decoder.reset()
 
 
 class Answer:

@@ -226,6 +226,14 @@ class TestCompletions:
         assert choice["text"].startswith("Hithere")
         assert choice["logprobs"]["text_offset"][-2] == len("Hithere")
 
+    def test_text_goes_on_behind_an_echo_that_ends_within_a_character(self):
+        half, _ = byte_tokenizer()("\u00e9").input_ids
+        body = {"max_tokens": 2, "temperature": 0, "echo": True, "logprobs": 0}
+        with writing([0, 1]) as client:
+            (choice,) = client.complete([2, half], **body)[1]["choices"]
+        assert choice["text"] == '#\ufffd!"'
+        assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+
     def test_an_echo_is_streamed_before_what_follows(self, client):
         body = {"prompt": ["Hello", "there"], "n": 2, "seed": 1, "max_tokens": 20, "echo": True}
         body["logprobs"] = 1
