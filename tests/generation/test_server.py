@@ -1209,7 +1209,12 @@ class Watched:
 
 class TestWorker:
     def test_requests_are_taken_all_or_none(self):
-        worker = EngineWorker(Engine(text_model(), byte_tokenizer(), slots=2), max_waiting=1)
+        engine = Engine(text_model(), byte_tokenizer(), slots=2)
+        for most, told in ((0, "at least one token"), (-1, "max_waiting must be at least 0")):
+            with pytest.raises(ValueError, match=told):
+                EngineWorker(engine, max_waiting=most).prepare([Request([])])
+        worker = EngineWorker(engine, max_waiting=1)
+        assert not worker.accepts
         worker.start()
         try:
             with pytest.raises(ValueError, match="at most 3 texts can run or wait at once, got 4"):
@@ -1247,17 +1252,41 @@ class TestWorker:
     def test_what_waits_outlives_a_step_that_fails(self, monkeypatch):
         engine = Engine(text_model(), slots=1)
         worker, reasons, forward = EngineWorker(engine), [], engine.decoder._forward
-        broken = iter([fails])
+
+        def breaks(batch):
+            # arrives during the step
+            worker.submit(requests[:1], listener)
+            fails()
+
+        broken = iter([breaks])
+        listener = lambda generation, delta: reasons.append(delta.finish_reason)
         decode = lambda batch: next(broken, forward)(batch)
         monkeypatch.setattr(engine.decoder, "_forward", decode)
         requests = [Request([1], 9, stop_tokens=())] * 3
         worker.start()
         try:
-            worker.submit(requests, lambda generation, delta: reasons.append(delta.finish_reason))
+            worker.submit(requests, listener)
             wait_until(lambda: worker.unfinished == 0)
         finally:
             worker.stop()
-        assert [reason for reason in reasons if reason] == ["error", "length", "length"]
+        assert [reason for reason in reasons if reason] == ["error", *["length"] * 3]
+
+    def test_a_request_that_is_cancelled_as_it_arrives_never_runs(self):
+        engine = Engine(text_model(), slots=2)
+        worker, entered, left = EngineWorker(engine), threading.Event(), threading.Event()
+        worker.start()
+        try:
+            holds = lambda *news: entered.set() or left.wait(20)
+            worker.submit([Request([1], 3, stop_tokens=())], holds)
+            assert entered.wait(20)
+            (late,) = worker.submit([Request([2], 9, stop_tokens=())], lambda *news: None)
+            worker.cancel([late])
+            left.set()
+            wait_until(lambda: worker.unfinished == 0)
+        finally:
+            worker.stop()
+        assert late.finish_reason == "cancelled" and not late.tokens and not engine.has_work
+        assert engine.stats.finished == {"length": 1, "cancelled": 1}
 
     @pytest.mark.parametrize("apart", [True, False])
     def test_news_are_told_while_a_device_computes_the_next(self, monkeypatch, apart):
@@ -1326,12 +1355,14 @@ class TestWorker:
     def test_stopping_tells_every_listener(self):
         worker = EngineWorker(Engine(text_model(), slots=1))
         worker.start()
-        reasons = []
+        told = []
         requests = [Request([1], 10**6, stop_tokens=())] * 3
-        worker.submit(requests, lambda generation, delta: reasons.append(delta.finish_reason))
-        wait_until(lambda: reasons)
+        listener = lambda _, delta: told.append((delta.finish_reason, worker.accepts))
+        worker.submit(requests, listener)
+        wait_until(lambda: told)
         worker.stop()
-        assert [reason for reason in reasons if reason] == ["cancelled"] * 3
+        # what came now would be told nothing any more
+        assert [x for x in told if x[0]] == [("cancelled", False)] * 3
         assert worker.unfinished == 0 and not worker.engine.has_work
 
 
