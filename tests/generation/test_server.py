@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 
 pytest.importorskip("tests.generation.serving")
 
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.engine import Delta, Generation, TokenLogprobs
-from rodimus.generation.protocol import parse_chat
-from rodimus.generation.server import _EventStream, _Exchange, _Mail
+from rodimus.generation.metrics import Metrics
+from rodimus.generation.protocol import ApiError, parse_chat
+from rodimus.generation.server import _error, _EventStream, _Exchange, _Mail
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -348,6 +350,17 @@ class TestChat:
         message = {"role": "assistant", "content": expected, "refusal": None}
         assert answer["choices"][0]["message"] == message
 
+    def test_a_template_writes_all_special_tokens_itself(self):
+        tokenizer = byte_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END} $A", special_tokens=[(END, 256)]
+        )
+        with serving(engine=Engine(text_model(), tokenizer)) as (client, _, _):
+            one = {"max_tokens": 1}
+            counts = (client.chat("Hi", **one), client.complete("<user>Hi<assistant>", **one))
+        length = len("<user>Hi<assistant>")
+        assert [x[1]["usage"]["prompt_tokens"] for x in counts] == [length, 1 + length]
+
     def test_content_may_be_text_parts(self, client, direct):
         parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
         body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
@@ -419,6 +432,13 @@ def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
         assert status == 400 and answer["error"]["param"] == "messages"
 
 
+def test_what_is_as_long_as_it_may_be_is_taken(client):
+    body = {"prompt": "x" * LIMITS.prompt_tokens, "max_tokens": 1, "user": ""}
+    body["user"] = "x" * (LIMITS.body_bytes - len(json.dumps(body)))
+    head = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert client.post("/v1/completions", body, **head)[0] == 200
+
+
 def test_fields_that_change_nothing_are_taken(client):
     fields = {"n": 2, "best_of": 2, "prediction": {"type": "content"}}
     status, _ = client.complete("x", max_tokens=1, prompt_cache_retention="24h", **fields)
@@ -469,6 +489,34 @@ def test_health_and_metrics(client):
     line = 'rodimus_http_requests_total{endpoint="completions",status="200"}'
     assert client.metric(line) >= 1
     assert client.metric("rodimus_time_to_first_token_seconds_count") >= 1
+    line = 'rodimus_http_requests_total{endpoint="chat",status="400"}'
+    assert client.chat()[0] == client.chat("x", temperature=-1)[0] == 400
+    assert client.metric(line) >= 2
+
+
+def test_metrics_are_those_of_the_engine():
+    engine = Engine(text_model(), byte_tokenizer(), slots=2, recent_states=4)
+    engine.add_prefix(engine.read([1, 2, 3]))
+    for request in (Request([1, 2, 3, 4, 5], 4, stop_tokens=()), Request([9] * 7, 2)):
+        engine.generate(request)
+    # by the engine alone: the worker knows nothing of it
+    engine.submit(Request([8], 50, stop_tokens=()))
+    engine.step()
+    told = Metrics(EngineWorker(engine)).text().decode().splitlines()
+    found = dict(line.rsplit(" ", 1) for line in told if not line.startswith("#"))
+    expected = {
+        "slots": 2,
+        "running_sequences": 1,
+        "unfinished_requests": 0,
+        "state_bytes": engine.states.nbytes,
+        "recent_state_bytes": engine.prefixes.recent_bytes,
+        "engine_steps_total": 3 + 1 + 1,
+        "prompt_tokens_total": 2 + 7 + 1,
+        "prefix_tokens_total": 3,
+        "generated_tokens_total": 4 + 2 + 2,
+        'finished_sequences_total{reason="length"}': 2,
+    }
+    assert {name: float(found[f"rodimus_{name}"]) for name in expected} == expected
 
 
 def test_seconds_count_from_arrival_and_include_tokenising(monkeypatch):
@@ -479,6 +527,21 @@ def test_seconds_count_from_arrival_and_include_tokenising(monkeypatch):
         client.complete("Hello", max_tokens=2)
         for name in ("time_to_first_token", "generation"):
             assert client.metric(f"rodimus_{name}_seconds_sum") >= 0.5
+
+
+def test_seconds_count_from_the_end_of_the_body(monkeypatch):
+    with serving() as (client, service, _):
+        body, times = service._body, []
+
+        async def seen(request):
+            found = await body(request)
+            times.append(time.perf_counter())
+            return found
+
+        monkeypatch.setattr(service, "_body", seen)
+        monkeypatch.setattr(service.metrics, "observe", lambda _, arrived: times.append(arrived))
+        client.complete("Hello", max_tokens=2)
+    assert len(times) == 2 and times == sorted(times)
 
 
 LONG = {"prompt": "x" * 401}
@@ -637,7 +700,8 @@ class TestMistakes:
     def test_other_models_paths_methods_and_types_have_their_own_codes(self, client):
         status, answer = client.complete("x", model="gpt")
         assert self.refused(status, answer, 404) == "there is no model 'gpt' here, only 'tiny'"
-        self.refused(*client.complete("x", model=["gpt"]), 404)
+        for name in (["gpt"], ""):
+            self.refused(*client.complete("x", model=name), 404)
         self.refused(*client.get("/v1/nothing"), 404)
         self.refused(*client.get("/v1/completions"), 405)
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", client.port)) as connection:
@@ -649,6 +713,12 @@ class TestMistakes:
     def test_bodies_that_are_too_long_are_413(self, client):
         body = {"prompt": "x", "user": "x" * LIMITS.body_bytes}
         self.refused(*client.post("/v1/completions", body), 413)
+
+    def test_a_body_that_says_it_is_too_long_is_413_before_it_comes(self, client):
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {LIMITS.body_bytes + 1}\r\n\r\n".encode())
+            assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
     def test_a_body_longer_than_it_says_it_is_is_413(self, client):
         with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
@@ -669,6 +739,13 @@ class TestMistakes:
             assert "no chat template" in self.refused(*client.chat("x"), 400)
 
 
+def test_headers_tell_clients_and_proxies_what_to_do():
+    assert _error(ApiError(429, "full")).headers["Retry-After"] == "1"
+    assert _error(ApiError(401, "no key")).headers["WWW-Authenticate"] == "Bearer"
+    stream = _EventStream(None, None).headers
+    assert stream["Cache-Control"] == "no-cache" and stream["X-Accel-Buffering"] == "no"
+
+
 def test_a_key_is_asked_for_where_there_is_one():
     with serving(api_key="secret") as (client, _, _):
         wrong = ("Bearer wrong", "Bearer \xe9", "Bearer", "secret", "Basic secret")
@@ -678,7 +755,7 @@ def test_a_key_is_asked_for_where_there_is_one():
                 client.complete("x") if not given else client.get("/v1/models", **given),
             ):
                 assert answer[0] == 401 and answer[1]["error"]["code"] == "invalid_api_key"
-        for scheme in ("Bearer", "bearer", "BEARER"):
+        for scheme in ("Bearer", "bearer", "BEARER", "Bearer "):
             assert client.get("/v1/models", Authorization=f"{scheme} secret")[0] == 200
         assert client.get("/health")[0] == 200
         assert client.call("GET", "/metrics")[0] == 200
@@ -751,12 +828,14 @@ def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
 def test_a_full_queue_is_429_and_empties_again(narrow, monkeypatch):
     client, service, _ = narrow
     first = endless(client)
-    waiting = endless(client, stream=False, max_tokens=3)
-    wait_until(lambda: service.worker.unfinished == 2)
+    wait_until(lambda: service.worker.unfinished == 1)
     with monkeypatch.context() as patch:
         # what cannot be taken is not tokenised
         patch.setattr(service, "_encode", None)
-        status, answer = client.complete("x")
+        assert client.complete("x", n=2)[0] == 429 and client.complete("x", n=3)[0] == 400
+    waiting = endless(client, stream=False, max_tokens=3)
+    wait_until(lambda: service.worker.unfinished == 2)
+    status, answer = client.complete("x")
     assert status == 429
     assert (answer["error"]["type"], answer["error"]["code"]) == ("rate_limit_error", "queue_full")
     first.close()
@@ -985,6 +1064,7 @@ def test_tokens_beyond_the_tokenizer_end_nobodys_answer():
     """One in Python decodes none of them."""
     model = build(config_of("rodimus_plus") | {"vocab_size": 512})
     with serving(engine=Engine(model, ByT5Tokenizer(), slots=2)) as (client, service, _):
+        assert service._token_text(384) == ("", b"", False) != service._token_text(383)
         for prompt in ([500], [[1, 500], [500, 3]], [511]):
             for _ in range(MOST_FAILURES):
                 asked = {"max_tokens": 3, "logprobs": 2, "ignore_eos": True}
@@ -1449,7 +1529,7 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     # another number each, so that none can be taken for another
     numbers = ["--slots=2", "--max-waiting=3", "--prefill-chunk=5", "--max-prompt-tokens=7"]
     numbers += ["--max-new-tokens=11", "--max-choices=13", "--max-body-bytes=17"]
-    numbers += ["--recent-states=19"]
+    numbers += ["--recent-states=19", "--max-length=23"]
     pages = ["http://localhost:3000", "https://example.org", "http://[::1]:8080", "null", "app://x"]
     origins = [f"--allow-origin={page}" for page in pages]
     _check_origins([*pages, "*"])
@@ -1458,6 +1538,7 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     assert told.model_name == "it" and engine.layout.window_dtype == torch.int8
     assert (engine.slots, told.worker.max_waiting, engine.prefill_chunk) == (2, 3, 5)
     assert engine.prefixes.recent == 19 and told.origins == pages
+    assert engine.max_length == 23 and default.worker.engine.max_length is None
     assert told.limits == Limits(prompt_tokens=7, new_tokens=11, choices=13, body_bytes=17)
 
 
@@ -1465,6 +1546,25 @@ def test_a_model_of_the_hub_is_called_by_its_name_there():
     from rodimus.generation.server import _name_of
 
     assert _name_of("owner/Rodimus") == _name_of("owner/Rodimus@v1.0") == "owner/Rodimus"
+
+
+def test_the_command_warns_where_others_can_reach_it_without_a_key(monkeypatch, caplog):
+    from rodimus.generation import server
+
+    service = server.Service(
+        EngineWorker(Engine(text_model(), byte_tokenizer())), model_name=NAME, api_key="secret"
+    )
+    listening = []
+    monkeypatch.setattr(server, "_service", lambda options: service)
+    monkeypatch.setattr(server._Server, "run", lambda self: None)
+    create = lambda address, family: listening.append((*address, family)) or socket.socket()
+    monkeypatch.setattr(socket, "create_server", create)
+    for key, host, warned in (("x", "::", 0), (None, "::1", 0), (None, "0.0.0.0", 1)):
+        service.api_key = key
+        server.run(parse(["serve", "model", "--host", host]))
+        assert caplog.text.count(f"serving on {host} without an API key") == warned
+    families = [socket.AF_INET6, socket.AF_INET6, socket.AF_INET]
+    assert listening == list(zip(("::", "::1", "0.0.0.0"), [8000] * 3, families, strict=True))
 
 
 def test_the_command_keeps_connections_longer_than_clients_do():
