@@ -174,9 +174,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
         # strings with lone surrogates are JSON, but not text that a tokenizer can read
         json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400, f"the body is not valid JSON: {error}"[:300], code="invalid_json"
-        ) from error
+        message = f"the body is not valid JSON: {error}"
+        raise ApiError(400, message, code="invalid_json") from error
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, got {_kind(body)}")
     return body

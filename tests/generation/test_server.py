@@ -166,6 +166,8 @@ class TestCompletions:
         assert made() == made(stop_token_ids=[]) == tokens.index(later) + 1 > 1
         assert made(stop_token_ids=[first]) == made(stop_token_ids=[first], ignore_eos=True) == 1
         assert made(ignore_eos=True) == 30
+        other = next(token for token in range(257) if token not in tokens)
+        assert made(stop_token_ids=[other]) == made()
 
     def test_logprobs_have_one_entry_a_token(self, client):
         _, answer = client.complete("Hello", max_tokens=5, temperature=0, logprobs=2)
@@ -430,6 +432,13 @@ def test_an_answer_of_no_stated_length_goes_as_far_as_the_engine_does():
             assert answer["error"]["param"] == field
         status, answer = client.chat("x" * 40)
         assert status == 400 and answer["error"]["param"] == "messages"
+        _, answer = client.chat("Hi", max_tokens=30 - prompt)
+        assert answer["usage"]["total_tokens"] == 30
+        # the newer field takes precedence
+        _, answer = client.chat("Hi", max_tokens=1, max_completion_tokens=2)
+        assert answer["usage"]["completion_tokens"] == 2
+        status, answer = client.chat("Hi", max_tokens=1, max_completion_tokens=30)
+        assert status == 400 and answer["error"]["param"] == "max_completion_tokens"
 
 
 def test_what_is_as_long_as_it_may_be_is_taken(client):
@@ -437,6 +446,13 @@ def test_what_is_as_long_as_it_may_be_is_taken(client):
     body["user"] = "x" * (LIMITS.body_bytes - len(json.dumps(body)))
     head = {"Content-Type": "Application/JSON; charset=utf-8"}
     assert client.post("/v1/completions", body, **head)[0] == 200
+
+
+def test_fields_may_be_at_their_bounds(client):
+    fields = {"stop": ["a" * 256] * 16, "stop_token_ids": [0] * 16, "logprobs": 20, "max_tokens": 1}
+    fields |= {"temperature": 2, "presence_penalty": -2, "frequency_penalty": 2, "best_of": 1}
+    assert client.complete(["x"] * 6, **fields)[0] == 200
+    assert client.complete("x", n=6, seed=2**63 - 1, **fields)[0] == 200
 
 
 def test_fields_that_change_nothing_are_taken(client):
@@ -577,6 +593,10 @@ BAD_COMPLETIONS = {
     "stop many": ({"prompt": "x", "stop": ["a"] * 17}, "got a list of 17 (a string)"),
     "stop long": ({"prompt": "x", "stop": "a" * 257}, "stop must be"),
     "stop ids": ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids must be a list of"),
+    "stop ids many": (
+        {"prompt": "x", "stop_token_ids": [0] * 17},
+        "a list of at most 16 token ids",
+    ),
     "stop id high": ({"prompt": "x", "stop_token_ids": [257]}, "must be in [0, 257), got 257"),
     "ignore_eos": ({"prompt": "x", "ignore_eos": 1}, "ignore_eos must be true or false"),
     "stream": ({"prompt": "x", "stream": "yes"}, "stream must be true or false"),
@@ -599,6 +619,8 @@ BAD_COMPLETIONS = {
     "frequency": ({"prompt": "x", "frequency_penalty": "1"}, "frequency_penalty must be a number"),
     "bias": ({"prompt": "x", "logit_bias": 5}, "logit_bias must be an object of token ids and"),
     "bias token": ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias must be an object"),
+    "bias digit": ({"prompt": "x", "logit_bias": {"\u00b2": 1}}, "logit_bias must be an object"),
+    "bias digits": ({"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias must be an object"),
     "bias high": (
         {"prompt": "x", "logit_bias": {"5": 101}},
         "numbers in [-100, 100], got an object",
@@ -626,6 +648,8 @@ BAD_CHATS = {
         "must consist of text parts",
     ),
     "role": ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role wizard"),
+    "long role": ({"messages": [{"role": "w" * 999, "content": "x"}]}, "unknown role www"),
+    "long field": ({"messages": MESSAGES, "x" * 999: 1}, "unknown field 'xxx"),
     "call": (
         {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
         "messages[1].tool_calls is not supported",
@@ -664,6 +688,7 @@ class TestMistakes:
     def refused(self, status, answer, expected):
         assert status == expected
         assert set(answer["error"]) == {"message", "type", "param", "code"}
+        assert len(answer["error"]["message"]) <= 300
         return answer["error"]["message"]
 
     @pytest.mark.parametrize("body, message", BAD_COMPLETIONS.values(), ids=BAD_COMPLETIONS)
@@ -700,7 +725,7 @@ class TestMistakes:
     def test_other_models_paths_methods_and_types_have_their_own_codes(self, client):
         status, answer = client.complete("x", model="gpt")
         assert self.refused(status, answer, 404) == "there is no model 'gpt' here, only 'tiny'"
-        for name in (["gpt"], ""):
+        for name in (["gpt"], "", "x" * 999):
             self.refused(*client.complete("x", model=name), 404)
         self.refused(*client.get("/v1/nothing"), 404)
         self.refused(*client.get("/v1/completions"), 405)
