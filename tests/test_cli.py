@@ -15,11 +15,13 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from rodimus import cli, convert, env
-from rodimus.generation import Engine, Request, SamplingParams
-from rodimus.generation.terminal import Conversation, run
+from rodimus.generation import Engine, Request, SamplingParams, terminal
+from rodimus.generation.terminal import Conversation, run, stats
 from rodimus.loading import load_model, load_tokenizer, weight_files
+from rodimus.options import parse
 from rodimus.train import __main__ as train
 from rodimus_kernels import native
 from tests import warm_python
@@ -322,6 +324,16 @@ def test_stats_name_rates_and_bytes(checkpoint, capsys):
     )
 
 
+def test_rates_are_of_what_was_read_and_made_meanwhile(model, tokenizer):
+    engine = Engine(model, tokenizer)
+    engine.add_prefix(engine.read([1, 2]))
+    (done,) = engine.generate(Request([1, 2, 3, 4, 5], 5, stop_tokens=()))
+    done.submitted, done.started, done.finished = 10.0, 12.0, 20.0
+    assert stats(engine, done).startswith(
+        "prompt 3 tokens in 2.000 s = 1.5 tokens/s; decode 4 tokens in 8.000 s = 0.5 tokens/s; "
+    )
+
+
 def test_stats_give_the_bytes_of_the_engines_state(checkpoint, model, capsys):
     """State 8 x 64 in float32, four inputs of the convolution, and a ring of whole tiles; the same
     after 40 tokens as after 10."""
@@ -452,6 +464,45 @@ def test_a_stop_string_ends_a_reply(engine):
     assert reply.text == text[: text.index(text[5])] and reply.finish_reason == "stop"
     assert chat.messages[-1]["content"] == reply.text
     assert chat.reply("again").prefix_tokens > 0
+
+
+def test_options_of_a_chat_reach_each_conversation(checkpoint, capsys, monkeypatch):
+    begun, said, lines = [], [], iter(["hello", "/reset", " world ", " "])
+
+    class Heard(Conversation):
+        def __init__(self, engine, sampling, *options):
+            begun.append(options)
+            super().__init__(engine, sampling, *options)
+
+        def reply(self, text, write, stop):
+            said.append(text)
+            # Ctrl-C comes before the first token, of which there is nothing to say
+            return super().reply(text, write, lambda: True)
+
+    monkeypatch.setattr(terminal, "Conversation", Heard)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    options = ("--max-new-tokens", 7, "--system", "S", "--stop", "x", "--stop", "yz", "--stats")
+    assert command("chat", checkpoint, *options) == 0
+    assert begun == [(7, "S", ("x", "yz"))] * 2 and said == ["hello", "world"]
+    assert "tokens/s" not in capsys.readouterr().err and next(lines, None) is None
+
+
+def test_generate_takes_the_likeliest_tokens_and_chat_draws():
+    fields = ("temperature", "top_p", "seed", "max_new_tokens")
+    defaults = {"generate": (0, 1, 0, 256), "chat": (0.7, 0.95, None, 256)}
+    for name, expected in defaults.items():
+        options = parse([name, "model", *(["--prompt", "x"] if name == "generate" else [])])
+        assert tuple(getattr(options, field) for field in fields) == expected
+
+
+def test_a_template_writes_all_special_tokens_of_a_reply_itself(checkpoint, model):
+    tokenizer = load_tokenizer(checkpoint)
+    first = tokenizer.backend_tokenizer.id_to_token(0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, 0)]
+    )
+    prompt = Conversation(Engine(model, tokenizer), SamplingParams(), 1).reply("hello").prompt
+    assert tokenizer("hello").input_ids[0] == 0 != prompt[0]
 
 
 def test_chat_until_an_empty_line(checkpoint, capsys, monkeypatch):
@@ -852,6 +903,7 @@ class TestBadInput:
             *(("--temperature", "-1"), ("--temperature", "101"), ("--temperature", "nan")),
             *(("--repetition-penalty", "0"), ("--repetition-penalty", "101")),
             *(("--presence-penalty", "2.1"), ("--frequency-penalty", "-2.1")),
+            *(("--seed", str(2**63)), ("--seed", "-1")),
         ],
     )
     def test_impossible_sampling(self, folder, capsys, option, value):
