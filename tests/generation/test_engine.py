@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rodimus.generation import Engine, Request, SamplingParams
+from rodimus.generation.engine import Delta
 from tests.device import ON_BOTH, here
 from tests.generation.helpers import (
     END,
@@ -142,6 +143,8 @@ class TestReadingTogether:
         engine = Engine(model, slots=6, prefill_chunk=128)
         found = engine.generate([Request(p, 25) for p in prompts])
         assert tokens_of(found) == [greedy(model, p, 25) for p in prompts]
+        # padding is not counted
+        assert engine.stats.prompt_tokens == sum(lengths)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_tokens_do_not_depend_on_who_came_at_the_same_time(self, model, seed):
@@ -234,8 +237,11 @@ class TestReadingTogether:
         expected = [greedy(plus, p, 1) for p in prompts]
         plus.lm_head.register_forward_hook(lambda *x: x[-1] * (1 if len(x[-1]) < 2 else torch.nan))
         sizes = Forwards(plus)
-        assert tokens_of(Engine(plus).generate([Request(p, 1) for p in prompts])) == expected
+        found = Engine(plus).generate([Request(p, 1) for p in prompts])
+        assert tokens_of(found) == expected
         assert sizes == [(3, 4), (1, 4), (1, 4), (1, 4)]
+        # whoever came first still is
+        assert sorted(found, key=lambda generation: generation.started) == found
 
     def test_logits_ruled_out_by_a_hook_break_nothing(self, plus):
         banned = torch.arange(50, 97)
@@ -529,6 +535,7 @@ def test_a_prompt_that_breaks_the_model_fails_alone(plus):
     )
     assert broken.finish_reason == "error" and healthy.finish_reason == "length"
     assert "NaN" in broken.error
+    assert list(engine.stream(Request([7], 5))) == [Delta([], "", [], "error")]
 
 
 def test_the_only_token_comes_before_the_end(plus):

@@ -89,6 +89,16 @@ def test_a_prompt_that_answered_with_one_token_is_not_read_again(model):
     assert torch.equal(again.state.recurrent, first.state.recurrent)
 
 
+def test_what_a_state_stands_for_takes_no_room_in_a_step(plus):
+    first, second = prompts_of(5, 14)
+    engine = Engine(plus, slots=2, prefill_chunk=8)
+    engine.add_prefix(engine.read(second[:12]))
+    for prompt in (first, second):
+        engine.submit(Request(prompt, 9))
+    engine.step()
+    assert len(engine.running) == 2
+
+
 def test_the_least_recently_used_states_go(model):
     prompts = prompts_of(10, 11, 12)
     engine = Engine(model, recent_states=4)
