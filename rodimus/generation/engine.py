@@ -607,7 +607,8 @@ class Engine:
 
     def _may_join(self, generation, others):
         """Whether a prompt need not wait to start from the state of one of the others."""
-        if generation.is_read_alone or others[0].is_read_alone:
+        # those that are read alone wait before all others
+        if others[0].is_read_alone:
             return False
         prompt = generation.prompt
         if self._known(generation) is not None or any(prompt is x.prompt for x in others):

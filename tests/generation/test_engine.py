@@ -242,6 +242,12 @@ class TestReadingTogether:
         assert sizes == [(3, 4), (1, 4), (1, 4), (1, 4)]
         # whoever came first still is
         assert sorted(found, key=lambda generation: generation.started) == found
+        sizes.clear()
+        # and nobody who came later is drawn in
+        assert (
+            tokens_of(Engine(plus, slots=2).generate([Request(p, 1) for p in prompts])) == expected
+        )
+        assert sizes == [(2, 4), (1, 4), (1, 4), (1, 4)]
 
     def test_logits_ruled_out_by_a_hook_break_nothing(self, plus):
         banned = torch.arange(50, 97)

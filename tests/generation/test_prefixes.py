@@ -89,14 +89,14 @@ def test_a_prompt_that_answered_with_one_token_is_not_read_again(model):
     assert torch.equal(again.state.recurrent, first.state.recurrent)
 
 
-def test_what_a_state_stands_for_takes_no_room_in_a_step(plus):
-    first, second = prompts_of(5, 14)
-    engine = Engine(plus, slots=2, prefill_chunk=8)
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_what_a_state_stands_for_is_not_read_and_takes_no_room_in_a_step(plus, chunk):
+    first, second = prompts_of(12, 14)
+    engine = Engine(plus, slots=2, prefill_chunk=chunk)
     engine.add_prefix(engine.read(second[:12]))
-    for prompt in (first, second):
-        engine.submit(Request(prompt, 9))
+    generations = [engine.submit(Request(prompt, 9)) for prompt in (first, second)]
     engine.step()
-    assert len(engine.running) == 2
+    assert len(engine.running) == 2 and [x.prefix_tokens for x in generations] == [0, 12]
 
 
 def test_the_least_recently_used_states_go(model):
