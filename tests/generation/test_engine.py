@@ -299,7 +299,7 @@ class TestEnd:
         engine.step()
         engine.cancel(waiting)
         engine.cancel(running)
-        engine.step()
+        assert engine.step() == [waiting, running]
         engine.cancel(reading)
         engine.cancel(reading)
         assert not engine.running
@@ -512,7 +512,7 @@ def test_a_broken_sequence_ends_alone(model, row):
     expected = greedy(model, second, 20)
     engine = Engine(model, slots=2)
     requests = [Request(second, 20)]
-    requests.insert(row, Request(first, 20))
+    requests.insert(row, Request(first, 20, logprobs=1))
     generations = [engine.submit(request) for request in requests]
     broken, healthy = generations[row], generations[1 - row]
     engine.step()
@@ -526,6 +526,9 @@ def test_a_broken_sequence_ends_alone(model, row):
         "the model's logits hold NaN or infinity",
     )
     assert healthy.tokens == expected
+    # no token is reported for it, and none counted
+    assert len(broken.logprobs) == len(broken.tokens) < 20
+    assert engine.stats.generated_tokens == 20 + len(broken.tokens)
     # and the slot it leaves is as good as new
     assert engine.generate([Request(second, 20)])[0].tokens == expected
 
@@ -785,6 +788,11 @@ def test_a_request_does_not_look_at_every_weight(plus, monkeypatch):
     engine = Engine(plus)
     monkeypatch.setattr(plus, "parameters", lambda: pytest.fail("as a large model has hundreds"))
     assert not engine.prepare(Request([1, 2], 3)).tokens
+
+
+def test_an_engine_takes_its_model_out_of_training(plus):
+    Engine(plus.train())
+    assert not any(module.training for module in plus.modules())
 
 
 def test_an_engine_needs_a_language_model(plus):

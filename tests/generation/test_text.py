@@ -156,6 +156,12 @@ def test_a_stop_string_may_be_complete_only_when_nothing_follows():
         assert not stream.stopped
     stream.finish()
     assert stream.stopped and stream.text == "a"
+    model, tokens = text_model(), iter(tokenizer("ab\u00e9").input_ids)
+    model.lm_head.register_forward_hook(
+        lambda *x: x[-1].index_fill(-1, torch.tensor([next(tokens)]), 1e4)
+    )
+    (found,) = Engine(model, tokenizer).generate(Request([1], 3, stop=("b\ufffd",)))
+    assert (found.text, found.finish_reason) == ("a", "stop")
 
 
 def test_the_engine_stops_at_a_string_that_spans_tokens():
@@ -360,6 +366,17 @@ def test_a_sequence_whose_text_was_asked_for_in_vain_ends_with_its_next_token():
     deltas = list(engine.stream(Request([3, 4], 20)))
     assert deltas[-1].finish_reason == "error" and len(deltas) < 6
     assert "".join(x.text for x in deltas) == byte_tokenizer().decode(tokens[:3])
+
+
+def test_a_cancelled_sequence_whose_tokens_have_no_text_is_cancelled():
+    model = text_model()
+    token = Engine(model).generate(Request([3, 4], 1))[0].tokens[0]
+    engine = Engine(model, Refusing(token, KeyError("no such token")))
+    generation = engine.submit(Request([3, 4], 20))
+    engine.step()
+    engine.cancel(generation)
+    assert (generation.finish_reason, generation.error) == ("cancelled", None)
+    assert engine.stats.finished == {"cancelled": 1}
 
 
 def test_text_grows_no_further_after_an_error():
