@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
 import math
@@ -24,8 +25,8 @@ pytest.importorskip("tests.generation.serving")
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.engine import Delta, Generation, TokenLogprobs
 from rodimus.generation.metrics import Metrics
-from rodimus.generation.protocol import ApiError, parse_chat
-from rodimus.generation.server import _error, _EventStream, _Exchange, _Mail
+from rodimus.generation.protocol import Answer, ApiError, parse_chat
+from rodimus.generation.server import Service, _error, _EventStream, _Exchange, _Mail
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
     MOST_FAILURES,
@@ -335,6 +336,14 @@ class TestPartsOfCharacters:
         parts = [piece["choices"][0]["logprobs"] for piece in pieces]
         assert [at for part in parts if part for at in part["text_offset"]] == offsets
 
+    def test_no_piece_of_a_stream_says_nothing(self):
+        tokens = byte_tokenizer()("\U0001f600" * 3).input_ids
+        body = {"prompt": "x", "max_tokens": len(tokens), "temperature": 0}
+        with writing(tokens) as client:
+            choices = [x["choices"][0] for x in client.stream("/v1/completions", body)]
+        assert "".join(x["text"] for x in choices) == "\U0001f600" * 3
+        assert all(x["text"] or x["finish_reason"] for x in choices)
+
 
 def test_the_bytes_of_a_part_are_those_of_its_name():
     assert bytes_of_part("<0xC3>", "\ufffd") == b"\xc3"
@@ -406,6 +415,14 @@ class TestChat:
         assert text == direct("<user>Hi<assistant>", 30).text
         assert pieces[-1]["choices"][0]["finish_reason"] == "length"
         assert {piece["object"] for piece in pieces} == {"chat.completion.chunk"}
+        pieces = client.stream("/v1/chat/completions", body | {"n": 2})
+        deltas = [(x["index"], x["delta"]) for piece in pieces for x in piece["choices"]]
+        assert [index for index, delta in deltas if "role" in delta] == [0, 1]
+
+    def test_the_end_alone_has_an_empty_delta(self):
+        answer = Answer(NAME, parse_chat({"messages": MESSAGES}, Limits()), None)
+        (choice,) = answer.piece(0, Delta([1], "", [], "stop"))["choices"]
+        assert choice["delta"] == {} and choice["finish_reason"] == "stop"
 
     def test_logprobs_come_with_bytes(self, client):
         _, answer = client.chat("Hi", max_tokens=4, temperature=0, logprobs=True, top_logprobs=2)
@@ -996,6 +1013,37 @@ def test_a_stream_that_nobody_reads_is_cancelled_without_a_traceback():
     assert asyncio.run(cancelled()) == [1]
 
 
+def test_a_stream_whose_client_left_before_it_began_has_ended():
+    async def send(message):
+        raise OSError
+
+    async def left():
+        exchange = _Exchange(worker, None, None)
+        exchange.generations = worker.prepare([Request([1])])
+        ended = functools.partial(service._stream_ended, "chat", exchange)
+        await _EventStream(None, ended)({}, None, send)
+        return exchange.generations
+
+    worker = EngineWorker(Engine(text_model(), byte_tokenizer()))
+    service = Service(worker, model_name=NAME)
+    assert asyncio.run(left()) == worker._cancelled
+    assert (
+        b'rodimus_http_requests_total{endpoint="chat",status="499"} 1.0' in service.metrics.text()
+    )
+
+
+def test_a_stream_that_the_worker_cancels_ends_with_an_error(narrow):
+    client, service, _ = narrow
+    stream = endless(client)
+    wait_until(lambda: service.worker.engine.running)
+    service.worker.cancel(list(service.worker._listeners))
+    answer = b""
+    while piece := stream.recv(10_000):
+        answer += piece
+    assert b"the server is shutting down or has failed" in answer and b"cancelled" not in answer
+    assert client.metric('rodimus_http_requests_total{endpoint="completions",status="503"}') == 1
+
+
 def test_a_second_interrupt_ends_requests_though_closing_waits_for_them(narrow):
     """From Python 3.12.1 on a server's ``wait_closed`` does; here of every Python."""
     client, service, server = narrow
@@ -1044,6 +1092,7 @@ def test_an_engine_that_fails_on_and_on_ends_the_server(monkeypatch):
         for _ in range(MOST_FAILURES):
             status, answer = client.complete("x")
             assert status == 503 and answer["error"]["type"] == "server_error"
+        assert answer["error"]["message"] == "the server is shutting down or has failed"
         assert str(service.worker.failure) == "out of memory"
         assert service.worker.unfinished == 0 and not service.worker.accepts
         # sockets of tests stay open until the end
