@@ -1,5 +1,6 @@
 """Order and rows: bijective, world-size free, boundaries where documents begin."""
 
+import math
 import tracemalloc
 from types import SimpleNamespace
 
@@ -210,6 +211,7 @@ class Summing(torch.nn.Module):
     """Has the sum of its labels, and a third of each, as its loss."""
 
     def forward(self, shift_labels, **_):
+        assert not self.training
         return SimpleNamespace(loss=(shift_labels.clamp_min(0) * (4 / 3)).sum())
 
 
@@ -226,16 +228,20 @@ def test_held_out_sums_are_exchanged_once(tmp_path):
             return exchange(x, **options)
 
         torch.distributed.all_reduce = counted
-        evaluate = evaluator([source], 0, ranks)
-        return evaluate(Summing(), lambda: False), len(exchanges)
+        evaluate, model = evaluator([source], 0, ranks), Summing()
+        found = evaluate(model, lambda: False)
+        assert model.training
+        return found, len(exchanges)
 
     ((alone, once),) = run_ranks(1, evaluated)
     evaluate = evaluator([source], 0)
     batches = [evaluate._batch(first) for first in range(0, len(evaluate.rows), 2)]
     assert len(batches) > 4 and once == 1
-    nats = sum(Summing()(batch.labels).loss.item() for batch in batches)
+    nats = sum(Summing().eval()(batch.labels).loss.item() for batch in batches)
     predicted = sum(len(doc) - 1 for doc in DOCS)
     assert alone == (nats / predicted, alone.bits_per_byte, predicted)
+    # each token was written with one byte
+    assert alone.bits_per_byte == pytest.approx(nats / math.log(2) / sum(map(len, DOCS)), rel=1e-12)
     first, second = run_ranks(2, evaluated)
     assert first == second and second[1] == 1
     assert second[0] == pytest.approx(alone, rel=1e-12)
