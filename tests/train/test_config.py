@@ -51,6 +51,7 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
     [
         ("[optim]\nlrr = 1.0", "unknown key 'optim.lrr', did you mean 'optim.lr'?"),
         ("[train]\nsteps = 'ten'", "train.steps must be int, got str 'ten'"),
+        ("[train]\nsteps = true", "train.steps must be int, got bool True"),
         ("[data]\ntrain = 'a.json'", "data.train must be a list"),
         ("[optim]\nbetas = [0.9]", "optim.betas must have 2 entries, got [0.9]"),
         ("extends = ['a.toml']", "extends must be one path, got ['a.toml']"),

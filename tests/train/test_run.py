@@ -134,6 +134,9 @@ def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     status, error = command("export", run, tmp_path / "none")
     assert status == 2 and f"is damaged: {shard.name}; other steps: 3" in error
+    (run / "checkpoints" / "step-00000003" / MARKER).write_text("{")
+    status, error = command("export", run, tmp_path / "none", "--step", 3)
+    assert status == 2 and f"step-00000003 is damaged: {MARKER}; other steps: 6" in error
     shutil.rmtree(run / "checkpoints")
     assert "has no complete checkpoint yet" in command("export", run, tmp_path / "none")[1]
     assert not (tmp_path / "none").exists()
