@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,15 +24,22 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.utils._pytree import tree_leaves
 
-from rodimus import RodimusForCausalLM, run_folder
+from rodimus import RodimusConfig, RodimusForCausalLM, run_folder
 from rodimus.errors import InputError
 from rodimus.run_folder import sha256_file
 from rodimus.train import checkpoint, guard, loop, parallel, signals, store, watchdog
 from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
-from rodimus.train.checkpoint import Checkpointer, changed_settings
-from rodimus.train.evaluate import Evaluator
+from rodimus.train.checkpoint import Checkpointer, Progress, changed_settings, check_identity
+from rodimus.train.config import (
+    CheckpointSection,
+    EvalSection,
+    GuardSection,
+    LogSection,
+    TrainSection,
+)
+from rodimus.train.evaluate import Evaluation, Evaluator
 from rodimus.train.load import load_config
 from rodimus.train.pack import pack
 from rodimus.train.parallel import start
@@ -130,6 +138,29 @@ def test_ranks_agree_though_one_of_them_cannot_read_the_marker(copied, monkeypat
     monkeypatch.setattr(checkpoint, "recorded_checksums", read)
     assert train(2, config, "--no-export", "--out", run, timeout=30) == [0, 0]
     assert store.complete_steps(run / "checkpoints") == [6, 3]
+
+
+def test_each_rank_hashes_a_share_and_all_learn_of_all_damage(tmp_path):
+    """A step that is asked for by number is checked, too."""
+    folder = store.step_folder(tmp_path, 3)
+    folder.mkdir()
+    names = [f"__{i}_0.distcp" for i in range(6)]
+    for name in names:
+        (folder / name).write_text(name)
+    store.mark_complete(folder, {name: sha256_file(folder / name) for name in names})
+    for name in names[1:5]:
+        flip_a_bit(folder / name)
+
+    def refused():
+        torch.distributed.init_process_group("gloo")
+        config = CheckpointSection(resume="3")
+        with pytest.raises(InputError) as error:
+            Checkpointer(tmp_path, config, None, (), {}, {}, 0).restore()
+        return str(error.value)
+
+    # those of rank 0 first
+    damaged = ", ".join(names[i] for i in (2, 4, 1, 3))
+    assert run_ranks(2, refused) == [f"{folder} is damaged: {damaged}"] * 2
 
 
 def test_truncated_file_and_unreadable_marker_are_damage(copied):
@@ -401,15 +432,44 @@ def test_the_only_checkpoint_is_not_deleted_for_the_next(saves_each_step, tmp_pa
     assert re.fullmatch(f"checkpoint step-00000002 not written: .*No space.*; {figures}", told[1])
 
 
-@pytest.mark.parametrize("keep, is_enough", [(1, True), (2, True), (3, False)])
-def test_a_disk_that_is_too_small_is_told_at_the_start(config_file, keep, is_enough):
+def test_a_disk_that_is_too_small_is_told_at_the_start(config_file):
     def begin():
         Checkpointer._free = lambda self: int(2.5 * self.size)
-        options = ["--train.steps", "1", "--no-export", "--checkpoint.keep", str(keep)]
-        return stdout_of([str(config_file), *options])
+        return stdout_of([str(config_file), "--train.steps", "1", "--no-export"])
 
     (told,) = run_ranks(1, begin)
-    assert ("checkpoint.keep = 3 takes 3 x 0.5 MB in " in told) != is_enough
+    assert "checkpoint.keep = 3 takes 3 x 0.5 MB in " in told
+
+
+@pytest.mark.parametrize(
+    "keep, free, there, is_enough",
+    [
+        (3, 250, 0, False),
+        (3, 300, 0, True),
+        # the only one stays until the next is complete
+        (1, 150, 0, False),
+        (1, 200, 0, True),
+        # those that are there make room for the next
+        (3, 150, 2, True),
+        (3, 150, 1, False),
+    ],
+)
+def test_a_disk_holds_what_is_kept(tmp_path, monkeypatch, keep, free, there, is_enough):
+    """The folder of checkpoints is made with the first."""
+
+    def usage(path):
+        assert path.is_dir()
+        return SimpleNamespace(free=free)
+
+    checkpoints = object.__new__(Checkpointer)
+    checkpoints.root, checkpoints.size = tmp_path / "checkpoints", 100
+    checkpoints.config = CheckpointSection(keep=keep)
+    for step in range(there):
+        folder = store.step_folder(checkpoints.root, step)
+        folder.mkdir(parents=True)
+        store.mark_complete(folder, {})
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+    assert (checkpoints.shortage() is None) == is_enough
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -532,6 +592,18 @@ def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_pa
     assert not (tmp_path / "run" / "export").exists()
 
 
+def test_a_place_that_cannot_be_prepared_is_a_checkpoint_not_written(tmp_path, monkeypatch):
+    """Which matters where it is waited for."""
+    checkpoints = object.__new__(Checkpointer)
+    checkpoints.root, checkpoints.config = tmp_path, CheckpointSection()
+    checkpoints._writer = checkpoints._last = None
+    checkpoints.identity, checkpoints.settings = {}, {}
+    monkeypatch.setattr(checkpoints, "_from_main", lambda compute: compute())
+    monkeypatch.setattr(checkpoints, "_prepare", lambda folder: "Stale file handle")
+    assert checkpoints.save(Progress(3), wait=False)
+    assert not checkpoints.save(Progress(6), wait=True)
+
+
 def test_a_folder_that_nodes_do_not_share_is_no_checkpoint(config_file, tmp_path):
     """Each rank writes on a disk of its own."""
 
@@ -547,6 +619,39 @@ def test_a_folder_that_nodes_do_not_share_is_no_checkpoint(config_file, tmp_path
         for step in (3, 6)
     ]
     assert not list(tmp_path.glob("*/checkpoints/*/COMPLETE"))
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+
+    def replaced(part, path):
+        done.append((part.name, path.name))
+        replace(part, path)
+
+    monkeypatch.setattr(store.os, "fsync", lambda file: done.append(os.fstat(file).st_size))
+    monkeypatch.setattr(store.os, "replace", replaced)
+    store.write_atomic(tmp_path / "latest", "step-3")
+    assert done == [6, ("latest.part", "latest")]
+    assert (tmp_path / "latest").read_text() == "step-3"
+
+
+def test_a_checkpoint_that_is_deleted_in_part_does_not_count(tmp_path, monkeypatch):
+    folder = store.step_folder(tmp_path, 3)
+    folder.mkdir()
+    store.mark_complete(folder, {})
+    monkeypatch.setattr(store.shutil, "rmtree", lambda path, **_: None)
+    store.remove(folder)
+    assert folder.is_dir() and store.complete_steps(tmp_path) == []
+
+
+def test_every_checkpoint_that_is_set_aside_is_kept(tmp_path):
+    for end in ("damaged", "damaged2", "damaged3"):
+        folder = store.step_folder(tmp_path, 3)
+        folder.mkdir()
+        (folder / "progress.json").write_text(end)
+        moved = store.set_aside(folder, "damaged")
+        assert moved.name == f"step-00000003.{end}" and not folder.exists()
+        assert (moved / "progress.json").read_text() == end
 
 
 def test_a_full_disk_costs_the_metrics_and_no_more(config_file, tmp_path):
@@ -947,6 +1052,28 @@ def test_a_rank_that_hangs_ends_though_rank_0_has_ended(monkeypatch, capsys):
     assert "at: loading data of step 3; the beats of the others" in capsys.readouterr().err
 
 
+def test_the_rank_with_the_fewest_beats_is_blamed():
+    """One that has not told of any has none."""
+    watchdog, beats = Watchdog(0, 3, timeout_s=60.0, save_s=60.0), {}
+    watchdog._store = SimpleNamespace(check=lambda keys: keys[0] in beats, get=beats.get)
+    for rank, count in enumerate((12, 9, 9)):
+        beats[f"beat/{rank}"] = f"{count}\nrank {rank} (n, pid 7)\nstep {count}".encode()
+    both = "rank 1 (n, pid 7) at: step 9; rank 2 (n, pid 7) at: step 9"
+    assert watchdog._blame() == f"behind the others: {both}"
+    beats["beat/0"] = beats["beat/1"]
+    assert watchdog._blame().startswith("none is behind: ")
+    del beats["beat/2"]
+    assert watchdog._blame() == "behind the others: rank 2 at: start"
+
+
+def test_a_save_that_fails_ends_its_longer_limit_too():
+    watchdog = Watchdog(0, 1, timeout_s=5.0, save_s=60.0)
+    with pytest.raises(InputError), watchdog.paused("saving step 3"):
+        assert watchdog._limit == 60.0
+        raise InputError("no")
+    assert watchdog._limit == 5.0 and watchdog._where == "after saving step 3"
+
+
 @pytest.mark.parametrize(
     "slow", ["open_inputs", pytest.param("verify_share", marks=pytest.mark.slow)]
 )
@@ -1082,6 +1209,63 @@ def test_spike_rolls_back_and_goes_round_the_data(config_file, tmp_path):
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     bad = [(r["step"], r["bad"]) for r in map(json.loads, rows) if "bad" in r]
     assert bad == [(1, 0), (2, 0), (3, 0), (4, 0), (5, 1), (4, 0), (5, 0), (6, 0)]
+
+
+@pytest.fixture
+def trainer():
+    """One after its fifth step, with all that it calls written down in ``done``."""
+    trainer, done = object.__new__(loop.Trainer), []
+    trainer.done, trainer.model, trainer.returns = done, None, Counter()
+    trainer.config = SimpleNamespace(guard=GuardSection(on_spike="rollback"))
+    trainer.progress = Progress(step=5, next_sample=20, tokens=640)
+    trainer.watchdog = SimpleNamespace(
+        start=lambda: None, paused=lambda where: contextlib.nullcontext()
+    )
+    trainer.meter = SimpleNamespace(reset=lambda step: done.append(("throughput", step)))
+    trainer.log = SimpleNamespace(say=lambda line: None, record=lambda step, **values: None)
+    return trainer
+
+
+def test_a_rollback_waits_for_what_is_written_and_unlearns(trainer):
+    """All but how many steps in a row were bad, which goes on."""
+    learned = {"mean": 2.0, "variance": 0.1, "good": 60, "bad_in_a_row": 0}
+    restored = Progress(step=3, next_sample=12, tokens=384, guard=learned)
+    trainer.checkpoints = SimpleNamespace(
+        wait=lambda: trainer.done.append("written"),
+        restore_newest=lambda: trainer.done.append("read") or restored,
+    )
+    trainer.guard = guard.Guard(trainer.config.guard, learned | {"good": 62, "bad_in_a_row": 2})
+    assert trainer.roll_back()
+    assert trainer.done == ["written", "read", ("throughput", 3)]
+    assert trainer.progress == Progress(step=3, next_sample=20, tokens=384, guard=learned)
+    assert trainer.guard.state() == learned | {"bad_in_a_row": 2}
+
+
+@pytest.mark.parametrize("is_written, status", [(True, 143), (False, loop.NOT_SAVED)])
+def test_a_run_that_is_told_to_end_waits_for_its_checkpoint(trainer, is_written, status):
+    sections = {"log": LogSection(), "checkpoint": CheckpointSection(), "eval": EvalSection()}
+    trainer.config = SimpleNamespace(train=TrainSection(steps=9), **sections)
+    trainer.asked_to_save, trainer.verdict = False, guard.OK
+    trainer.greet = trainer.lacks_evaluation = lambda: False
+
+    def step():
+        trainer.progress.step += 1
+        trainer.asked_to_end = True
+        return {}
+
+    def save(wait):
+        trainer.done.append((trainer.progress.step, wait))
+        return is_written
+
+    trainer.step, trainer.save = step, save
+    assert trainer.run(signals.Signals()) == status
+    assert trainer.done == [("throughput", 5), (6, True)]
+
+
+def test_throughput_leaves_out_the_evaluation(trainer):
+    trainer.evaluate = lambda model, stop: Evaluation(2.0, 1.0, 10)
+    trainer.held_out(signals.Signals())
+    assert trainer.done == [("throughput", 5)]
 
 
 def test_sigusr1_in_a_step_that_is_rolled_back_is_for_the_next(config_file, tmp_path):
@@ -1287,6 +1471,15 @@ def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
 
     (message,) = run_ranks(1, attempt)
     assert "is of another model: mixer_cfg must be" in message
+
+
+def test_checkpoint_of_another_tokenizer_is_refused():
+    ours, theirs = (
+        loop.identity_of(RodimusConfig(**MODEL), SimpleNamespace(manifest=manifest))
+        for manifest in (SimpleNamespace(tokenizer_sha256=digest) for digest in "ab")
+    )
+    with pytest.raises(InputError, match="another model: tokenizer_sha256 must be 'a', got 'b'"):
+        check_identity(theirs, ours, Path("step"))
 
 
 def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
