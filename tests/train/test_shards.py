@@ -25,7 +25,8 @@ def write(folder, docs, vocab_size=1000, **kwargs):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "<u2"), (126_464, "<u4")])
 def test_documents_come_back(tmp_path, vocab_size, dtype):
-    docs = [[1, 2, 3], [vocab_size - 1], list(range(50))]
+    # text of which a tokenizer makes nothing is no document
+    docs = [[1, 2, 3], [vocab_size - 1], [], list(range(50))]
     shards = TokenShards(write(tmp_path, docs, vocab_size))
     assert shards.manifest.dtype == dtype
     assert (shards.manifest.n_tokens, shards.manifest.n_docs, shards.manifest.n_bytes) == (
@@ -49,21 +50,22 @@ def test_id_outside_the_vocabulary_is_refused(tmp_path):
         write(tmp_path, [[3, 1000]])
 
 
-def test_flipped_byte_is_found(tmp_path):
-    shards = TokenShards(write(tmp_path, [[5] * 100]))
-    data = bytearray((tmp_path / "train-00000.bin").read_bytes())
+@pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx"])
+def test_flipped_byte_is_found(tmp_path, name):
+    shards = TokenShards(write(tmp_path, [[5] * 20] * 5))
+    data = bytearray((tmp_path / name).read_bytes())
     data[33] ^= 1
-    (tmp_path / "train-00000.bin").write_bytes(data)
-    with pytest.raises(InputError, match="train-00000.bin is damaged"):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=f"{name} is damaged"):
         verify(shards.files())
 
 
 def test_bad_id_on_disk_names_file_and_offset(tmp_path):
     path = write(tmp_path, [[5] * 100])
     data = np.fromfile(tmp_path / "train-00000.bin", "<u2")
-    data[40] = 2000
+    data[40] = 1000
     data.tofile(tmp_path / "train-00000.bin")
-    with pytest.raises(ValueError, match="train-00000.bin: id 2000 at byte 80"):
+    with pytest.raises(ValueError, match="train-00000.bin: id 1000 at byte 80"):
         TokenShards(path).read(0, 30, 20)
 
 
