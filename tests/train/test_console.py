@@ -37,7 +37,7 @@ def shown(file):
 
 
 def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
-    seconds = iter([10.0, 14.0, 20.0, 20.0])
+    seconds = iter([10.0, 14.0, 20.0, 20.0, 25.0, 25.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(seconds))
     meter = metrics.Meter(4, useful=6.0, spent=8.0, peak=600.0)
     meter.add(1000, 3.0)
@@ -51,6 +51,9 @@ def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
     rates = {"tokens_per_s": 400 / 6, "tokens_per_s_rank": 100 / 6, "data_wait": 0.25}
     shares = {"mfu": 6 * 400 / 6 / 2400, "hfu": 8 * 400 / 6 / 2400}
     assert figures == pytest.approx({**rates, **shares, "left_s": 30.0})
+    meter.add(100, 0.0)
+    again = meter.read(13, 22)
+    assert (again["tokens_per_s"], again["data_wait"], again["left_s"]) == (20.0, 0.0, 45.0)
 
 
 def test_pipes_get_plain_lines():

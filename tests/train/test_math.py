@@ -162,6 +162,9 @@ def test_wsd_decays_after_a_long_warm_up_only_and_not_at_all_where_asked():
     assert scale[59:] == pytest.approx([1 - i / 40 for i in range(41)])
     config = ScheduleSection(kind="wsd", warmup_steps=60, decay_frac=0.0)
     assert [lr_scale(step, 100, config) for step in range(59, 100)] == [1.0] * 41
+    # 28.999999999999996 of 100 steps
+    config = ScheduleSection(kind="wsd", decay_frac=0.29)
+    assert lr_scale(70, 100, config) == 1.0 > lr_scale(71, 100, config)
 
 
 @pytest.mark.parametrize("kind, quarter", [("cosine", 0.5 + 0.5**1.5), ("linear", 0.75)])
@@ -198,7 +201,9 @@ def test_decay_leaves_out_biases_norms_residuals_and_embedding():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_optimised_once(name):
     model = tiny()
-    optimizers = build_optimizers(model, OptimSection(name=name, weight_decay=0.3))
+    settings = {"lr": 0.5, "betas": (0.8, 0.7), "eps": 1e-3}
+    config = OptimSection(name=name, weight_decay=0.3, muon_momentum=0.6, **settings)
+    optimizers = build_optimizers(model, config)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
@@ -206,6 +211,12 @@ def test_every_parameter_is_optimised_once(name):
     for group in groups:
         decays = 0.0 if plain & set(map(id, group["params"])) else 0.3
         assert group["weight_decay"] == decays
+    *muons, adamw = optimizers
+    assert len(muons) == (name == "muon")
+    own = {"lr": 0.5, "momentum": 0.6, "adjust_lr_fn": "match_rms_adamw"}
+    for optimizer, given in [(adamw, settings), *((muon, own) for muon in muons)]:
+        for group in optimizer.param_groups:
+            assert group | given == group
 
 
 def test_meta_init_equals_direct_init_on_one_and_two_ranks(config_file):
@@ -325,7 +336,14 @@ def test_flops_of_the_released_models():
     assert part.dense / 1e9 == pytest.approx(9.637, abs=1e-3)
     assert part.recurrence == 12 * 24 * 64 * 4096
     assert part.attention / 1e9 == pytest.approx(0.906, abs=1e-3)
+    assert part.convolution == 24 * 24 * 4096
     assert part.total / 1e9 == pytest.approx(10.62, abs=5e-3)
+
+
+def test_a_gla_has_a_state_for_each_head():
+    """By hand: 12 L H (d / 2 H) (d / H), in two layers with two heads and 64 channels."""
+    model = peer("gla")
+    assert flops.train_flops(model, model.config, 64).recurrence == 12 * 2 * 2 * 16 * 32
 
 
 def _released(name):
@@ -350,11 +368,24 @@ def test_guard_tells_a_spike_from_a_falling_loss():
         resumed.judge(502, 6.0, 1.0)
 
 
-def test_guard_counts_bad_steps_in_a_row():
-    guard = Guard(GuardSection(max_bad_steps=3))
+@pytest.mark.parametrize("on_spike", ["skip", "rollback", "stop"])
+@pytest.mark.parametrize("figures", [(math.nan, 1.0), (2.0, math.inf)], ids=["loss", "gradient"])
+def test_guard_skips_what_is_no_number_and_counts_bad_steps_in_a_row(on_spike, figures):
+    """Whatever a spike would lead to."""
+    guard = Guard(GuardSection(max_bad_steps=3, on_spike=on_spike))
     for step in range(9):
-        loss = 2.0 if step % 3 == 2 else math.nan
-        assert guard.judge(step, loss, 1.0) == ("ok" if loss == 2.0 else "skip")
+        is_good = step % 3 == 2
+        verdict = guard.judge(step, *((2.0, 1.0) if is_good else figures))
+        assert verdict == ("ok" if is_good else "skip")
+
+
+@pytest.mark.parametrize("good, verdict", [(49, "ok"), (50, "skip")])
+def test_guard_knows_what_is_usual_from_the_first_fifty_losses(good, verdict):
+    """All alike, so that a rise of 10% is ten deviations."""
+    guard = Guard(GuardSection())
+    for step in range(good):
+        guard.judge(step, 2.0, 1.0)
+    assert guard.judge(good, 2.2, 1.0) == verdict
 
 
 @pytest.mark.parametrize("sigma, loss", [(6.0, 2.1), (0.0, 1e3)])
