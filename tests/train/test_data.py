@@ -247,6 +247,12 @@ def test_held_out_sums_are_exchanged_once(tmp_path):
     assert second[0] == pytest.approx(alone, rel=1e-12)
 
 
+def test_an_evaluation_that_is_told_to_stop_ends_after_its_batch(tmp_path):
+    evaluate, model, asked = evaluator([TokenShards(write(tmp_path))], 0), Summing(), []
+    assert evaluate(model, lambda: asked.append(len(asked)) or True) is None
+    assert asked == [0] and model.training
+
+
 def test_held_out_rows_are_not_listed(tmp_path, monkeypatch):
     source = TokenShards(write(tmp_path))
     monkeypatch.setattr(ConcatRows, "__len__", lambda self: 1_000_000)
@@ -272,6 +278,9 @@ def test_sources_must_share_a_tokenizer(tmp_path):
     write(tmp_path, "b", tokenizer="other")
     with pytest.raises(InputError, match="b.json must have tokenizer_sha256 t as"):
         open_sources((str(tmp_path / "*.json"),))
+    larger = write(tmp_path / "larger", vocab_size=2000)
+    with pytest.raises(InputError, match="train.json must have vocab_size 1000 as"):
+        open_sources((str(tmp_path / "a.json"), larger))
     with pytest.raises(InputError, match="one manifest an entry, got 2"):
         open_sources((str(tmp_path / "*.json"),), weighted=True)
     with pytest.raises(InputError, match="no token shards at"):
@@ -298,7 +307,7 @@ def test_prefetcher_follows_jumps_and_raises_at_the_step():
         return first
 
     data = Prefetcher(load, stride=10)
-    asked = [0, 10, 20, 10, 20, 30, 40]
+    asked = [0, 10, 30, 10, 20, 30, 40]
     assert [data.get(first) for first in asked] == asked
     with pytest.raises(ValueError, match="sample 50"):
         data.get(50)
@@ -334,6 +343,10 @@ def test_best_fit_rows_predict_inside_their_documents_only(tmp_path):
         predicted += due.sum()
         assert (labels[due] == ids[due] + 1).all()
         assert positions[0] == 0
+        # padding is one document, not as many as it has tokens
+        used = sum(window.length for window in reader.rows.windows(row))
+        assert positions[used:].tolist() == list(range(16 - used))
+    assert used < 16
     assert predicted == sum(len(d) - 1 for d in DOCS)
 
 

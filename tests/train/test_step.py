@@ -34,7 +34,7 @@ PACKED, WHOLE = rows(5, 20, 7), rows(32)
 # -- who waits for the device --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("positions", [PACKED, WHOLE, torch.cat((WHOLE, PACKED))])
+@pytest.mark.parametrize("positions", [PACKED, WHOLE, torch.cat((WHOLE, PACKED)), rows(1, 31)])
 def test_rows_known_to_be_packed_or_not_give_the_same_to_the_bit(positions):
     batch = Batch(torch.arange(32).expand_as(positions), positions, positions)
     assert batch.is_packed() == (positions is not WHOLE)
