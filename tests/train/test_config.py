@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rodimus.errors import InputError
-from rodimus.train.config import TrainConfig
+from rodimus.train.config import TrainConfig, steps_of_run
 from rodimus.train.load import build, load_config, to_toml
 from rodimus.train.store import write_atomic
 from rodimus.train.weights import read_model_config
@@ -51,6 +51,16 @@ def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
     [
         ("[optim]\nlrr = 1.0", "unknown key 'optim.lrr', did you mean 'optim.lr'?"),
         ("[train]\nsteps = 'ten'", "train.steps must be int, got str 'ten'"),
+        ("[data]\ntrain = ['a']\nweights = [0.0]", "data.weights needs 1 positive numbers"),
+        (
+            "[data]\ntrain = ['a']\npacking = 'bestfit'\nmask_doc_start = false",
+            "data.packing = bestfit needs data.mask_doc_start",
+        ),
+        (
+            "[train]\nsteps = 5\nglobal_batch_tokens = 0\n"
+            "[model]\nconfig = 'm'\n[data]\ntrain = ['a']",
+            "train.global_batch_tokens must be a multiple of data.seq_len = 2048, got 0",
+        ),
         ("[train]\nsteps = true", "train.steps must be int, got bool True"),
         ("[data]\ntrain = 'a.json'", "data.train must be a list"),
         ("[optim]\nbetas = [0.9]", "optim.betas must have 2 entries, got [0.9]"),
@@ -77,7 +87,7 @@ def test_bad_value_is_one_line(text, message, write):
         ("--optim.lrr 1", "Unrecognized options: --optim.lrr, 1, did you mean --optim.lr?"),
         ("--optim.lr abc", "Error parsing --optim.lr: could not convert string to float: 'abc'"),
         ("--optim.betas 0.9", "Missing value for argument '--optim.betas'. Expected 2 values."),
-        ("--optim.betas 0.9 1.5", "optim.betas and optim.muon_momentum must lie in [0, 1)"),
+        ("--optim.betas 0.9 1", "optim.betas and optim.muon_momentum must lie in [0, 1)"),
         ("--train.micro-batch 0", "train.micro_batch must be at least 1, got 0"),
         ("--train.z-loss -1", "train.z_loss must be at least 0, got -1.0"),
         ("--optim.eps 0", "optim.eps must be at least 1e-37, got 0.0"),
@@ -199,6 +209,9 @@ def test_tokens_round_up_to_steps():
         },
     )
     assert config.steps == 3
+    # after five others, or none where these have seen as much or more
+    assert steps_of_run(0, 65, 32, done=5, seen=0) == 8
+    assert steps_of_run(0, 65, 32, done=5, seen=65) == steps_of_run(0, 65, 32, 5, 160) == 5
 
 
 MODELS = {
