@@ -31,12 +31,19 @@ from rodimus.train import checkpoint, guard, loop, parallel, signals, store, wat
 from rodimus.train import metrics as run_metrics
 from rodimus.train.__main__ import main
 from rodimus.train.batches import TrainData
-from rodimus.train.checkpoint import Checkpointer, Progress, changed_settings, check_identity
+from rodimus.train.checkpoint import (
+    Checkpointer,
+    Progress,
+    changed_settings,
+    check_identity,
+    risen_rate,
+)
 from rodimus.train.config import (
     CheckpointSection,
     EvalSection,
     GuardSection,
     LogSection,
+    ScheduleSection,
     TrainSection,
 )
 from rodimus.train.evaluate import Evaluation, Evaluator
@@ -555,16 +562,16 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_left(config_file, tmp_path)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [6, 3]
 
 
-def test_a_checkpoint_of_another_run_that_is_linked_stays_whole(copied, tmp_path):
+def test_a_checkpoint_of_another_run_that_is_linked_stays_whole(tmp_path):
     """Where its turn to be deleted comes, the link goes alone."""
-    config, run = copied
-    theirs = tmp_path / "theirs"
-    (run / "checkpoints" / "step-00000003").rename(theirs)
-    (run / "checkpoints" / "step-00000003").symlink_to(theirs)
-    again = ("--out", run, "--no-export", "--train.steps", 7, "--checkpoint.keep", 2)
-    assert train(1, config, *again) == [0]
-    assert store.complete_steps(run / "checkpoints") == [7, 6]
-    assert not (run / "checkpoints" / "step-00000003").is_symlink()
+    theirs, link = tmp_path / "theirs", store.step_folder(tmp_path / "checkpoints", 3)
+    theirs.mkdir()
+    store.mark_complete(theirs, {})
+    link.parent.mkdir()
+    link.symlink_to(theirs)
+    assert store.complete_steps(link.parent) == [3]
+    store.remove(link)
+    assert not link.is_symlink()
     assert (theirs / "COMPLETE").is_file()
 
 
@@ -1473,13 +1480,24 @@ def test_checkpoint_of_another_model_is_refused(copied, tmp_path):
     assert "is of another model: mixer_cfg must be" in message
 
 
+def identity(tokenizer, **changes):
+    source = SimpleNamespace(manifest=SimpleNamespace(tokenizer_sha256=tokenizer))
+    return loop.identity_of(RodimusConfig(**MODEL | changes), source)
+
+
 def test_checkpoint_of_another_tokenizer_is_refused():
-    ours, theirs = (
-        loop.identity_of(RodimusConfig(**MODEL), SimpleNamespace(manifest=manifest))
-        for manifest in (SimpleNamespace(tokenizer_sha256=digest) for digest in "ab")
-    )
     with pytest.raises(InputError, match="another model: tokenizer_sha256 must be 'a', got 'b'"):
-        check_identity(theirs, ours, Path("step"))
+        check_identity(identity("b"), identity("a"), Path("step"))
+
+
+def test_fields_of_another_transformers_do_not_make_another_model():
+    """One that it has more, and one that it has no longer."""
+    for width in (32, 64):
+        saved = identity("a", d_model=width) | {"field_of_old_times": True}
+        del saved["chunk_size_feed_forward"]
+        with pytest.raises(InputError) if width == 64 else contextlib.nullcontext() as error:
+            check_identity(saved, identity("a"), Path("step"))
+    assert "d_model must be 32, got 64" in str(error.value)
 
 
 def test_another_optimizer_is_refused_and_other_settings_are_told(copied):
@@ -1523,30 +1541,15 @@ def test_a_checkpoint_that_tells_no_settings_is_resumed():
     assert changed_settings({}, {"optim.name": "muon", "optim.lr": 1.0}, Path("step")) == []
 
 
-@pytest.mark.parametrize("resume, steps, told", [("auto", 6, 0), ("3", 12, 0), ("auto", 12, 1)])
-def test_a_rate_that_rises_after_its_decay_is_told(copied, resume, steps, told):
-    config, run = copied
-    options = ["--checkpoint.resume", resume, "--train.steps", str(steps)]
-    again = [str(config), "--out", str(run), "--no-export", *options]
-    (messages,) = run_ranks(1, warnings_of, again)
+@pytest.mark.parametrize("step, steps, told", [(6, 6, 0), (3, 12, 0), (6, 12, 1)])
+def test_a_rate_that_rises_after_its_decay_is_told(step, steps, told):
+    """Not where the checkpoint does not tell what the rate was."""
+    saved = {f"schedule.{k}": v for k, v in vars(ScheduleSection(warmup_steps=2)).items()}
+    saved |= {"train.steps": 6, "train.tokens": 0, "train.global_batch_tokens": 128}
+    current, progress = saved | {"train.steps": steps}, Progress(step, tokens=128 * step)
+    messages = risen_rate(saved, current, progress)
     assert sum("of its peak again" in message for message in messages) == told
-
-
-def test_fields_of_another_transformers_do_not_make_another_model(copied):
-    """One that it has more, and one that it has no longer."""
-    config, run = copied
-    folder = run / "checkpoints" / "step-00000006"
-    about = json.loads((folder / "progress.json").read_text())
-    del about["identity"]["chunk_size_feed_forward"]
-    about["identity"]["field_of_old_times"] = True
-    (folder / "progress.json").write_text(json.dumps(about))
-    again = [str(config), "--out", str(run), "--no-export", "--checkpoint.no-verify"]
-    ((status, told),) = run_ranks(1, stderr_of, again)
-    assert status == 0, told
-    about["identity"]["d_model"] = 64
-    (folder / "progress.json").write_text(json.dumps(about))
-    ((status, told),) = run_ranks(1, stderr_of, again)
-    assert status == 2 and "d_model must be 32, got 64" in told
+    assert risen_rate({}, current, progress) == []
 
 
 def test_a_finished_run_says_that_nothing_is_left(copied):
