@@ -68,8 +68,9 @@ def test_names_and_shapes_are_those_of_fla():
 
 
 def test_round_trip_returns_every_tensor(block_type):
+    """Also by way of a file, which has its tensors in the order of their names."""
     weights = golden_weights(block_type)
-    back = convert.weights_from_fla(convert.weights_to_fla(weights))
+    back = convert.weights_from_fla(dict(sorted(convert.weights_to_fla(weights).items())))
     assert back.keys() == weights.keys()
     for name, tensor in weights.items():
         assert torch.equal(back[name], tensor), name
@@ -124,7 +125,11 @@ def test_window_counts_visible_keys_in_fla():
 
 
 def test_config_round_trip_keeps_the_model(block_type):
-    config = RodimusConfig(**golden_config(block_type))
+    fields = golden_config(block_type)
+    fields["mixer_cfg"]["d_conv"] = 3
+    if block_type == "rodimus_plus":
+        fields["attn_cfg"]["rotary_emb_base"] = 5e4
+    config = RodimusConfig(**fields)
     there = convert.config_to_fla(config.to_dict())
     assert convert.is_fla_config(there) and not convert.is_fla_config(config.to_dict())
     back = RodimusConfig(**convert.config_from_fla(there))
@@ -133,6 +138,8 @@ def test_config_round_trip_keeps_the_model(block_type):
     for field in ("mem_size", "expand_ratio", "d_conv", "normalize_epsilon"):
         assert back.mixer_cfg[field] == config.mixer_cfg[field]
     assert back.sliding_window == config.sliding_window
+    if block_type == "rodimus_plus":
+        assert back.attn_cfg["rotary_emb_base"] == 5e4
     one, two = (RodimusForCausalLM(c).state_dict() for c in (config, back))
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in two.items()}
 
@@ -145,6 +152,9 @@ def test_absent_fields_have_the_defaults_of_fla():
     assert (config.n_layer, config.vocab_size) == (24, 126464)
     assert (config.bos_token_id, config.eos_token_id) == (126080, 126081)
     assert (config.mem_size, config.sliding_window) == (64, 1024)
+    for epsilon in ({}, {"k_norm_eps": None}):
+        mixer = convert.config_from_fla(least | epsilon)["mixer_cfg"]
+        assert (mixer["d_conv"], mixer["normalize_epsilon"]) == (4, 1e-12)
     given = {"hidden_size": 64, "block_type": "rodimus", "tie_word_embeddings": False}
     config = RodimusConfig(**convert.config_from_fla(given))
     assert (config.block_type, config.tie_word_embeddings) == ("rodimus", False)
@@ -154,6 +164,9 @@ def test_absent_fields_have_our_defaults_in_fla():
     fla = convert.config_to_fla({"block_type": "rodimus_plus", "d_model": 64})
     assert (fla["tie_word_embeddings"], fla["vocab_size"], fla["eos_token_id"]) == (False, 50277, 0)
     assert (fla["ska_attn"]["num_heads"], fla["ska_attn"]["window_size"]) == (1, 2049)
+    for kept in (True, False):
+        fla = convert.config_to_fla({"block_type": "rodimus", "residual_in_fp32": kept})
+        assert fla["residual_in_fp32"] is fla["block_residual_in_fp32"] is kept
 
 
 def test_feed_forward_width_given_directly():
