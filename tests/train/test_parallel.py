@@ -300,6 +300,25 @@ def test_embedding_and_head_are_gathered_once(config_file, reshard, gathers):
     assert run_ranks(2, gathered) == [gathers] * 2
 
 
+def test_gradients_and_the_stream_stay_in_float32_where_products_do_not(config_file):
+    def policies():
+        shard, seen = parallel.fully_shard, set()
+
+        def look(module, **options):
+            policy = options["mp_policy"]
+            seen.add((policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs))
+            return shard(module, **options)
+
+        parallel.fully_shard = look
+        config = load_config(config_file, ["--train.dtype", "bfloat16"])
+        with torch.device("meta"):
+            model = RodimusForCausalLM(RodimusConfig(**MODEL))
+        parallel.build_model(model, config, parallel.start(config.parallel, "cpu"))
+        return seen
+
+    assert run_ranks(1, policies) == [{(torch.bfloat16, torch.float32, False)}]
+
+
 def test_every_group_waits_as_long_as_all_ranks_do():
     """Those of torch's own meshes end a collective before the watchdog can say who hangs."""
 
