@@ -582,25 +582,30 @@ def test_the_newest_checkpoints_are_kept_and_those_at_multiples(config_file, tmp
 
 
 @pytest.mark.parametrize("file", ["progress.json", "COMPLETE"])
-def test_a_last_checkpoint_that_is_not_written_is_no_success(config_file, tmp_path, file):
-    def disk_full_at_step_6():
-        write = store.write_atomic
+def test_a_last_checkpoint_that_is_not_written_is_no_success(copied, file):
+    """It is tried again where the oldest can make room, and only then."""
+    config, run = copied
+
+    def disk_full_at_step_7():
+        write, refused = store.write_atomic, []
 
         def refuse(path, text):
-            if path.name == file and "step-00000006" in f"{path} {text}":
+            if path.name == file and "step-00000007" in f"{path} {text}":
+                refused.append(path)
                 raise OSError(28, "No space left on device")
             write(path, text)
 
         store.write_atomic = refuse
-        return main([str(config_file)])
+        options = ["--out", str(run), "--train.steps", "7", "--checkpoint.keep", "2"]
+        return main([str(config), *options]), len(refused)
 
-    assert run_ranks(2, disk_full_at_step_6) == [1, 1]
-    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3]
-    assert not (tmp_path / "run" / "export").exists()
+    assert run_ranks(2, disk_full_at_step_7) == [(1, 2), (1, 0)]
+    assert store.complete_steps(run / "checkpoints") == [6]
+    assert not (run / "export").exists()
 
 
 def test_a_place_that_cannot_be_prepared_is_a_checkpoint_not_written(tmp_path, monkeypatch):
-    """Which matters where it is waited for."""
+    """Which matters where it is waited for, also after it was begun in the background."""
     checkpoints = object.__new__(Checkpointer)
     checkpoints.root, checkpoints.config = tmp_path, CheckpointSection()
     checkpoints._writer = checkpoints._last = None
@@ -608,6 +613,7 @@ def test_a_place_that_cannot_be_prepared_is_a_checkpoint_not_written(tmp_path, m
     monkeypatch.setattr(checkpoints, "_from_main", lambda compute: compute())
     monkeypatch.setattr(checkpoints, "_prepare", lambda folder: "Stale file handle")
     assert checkpoints.save(Progress(3), wait=False)
+    assert not checkpoints.save(Progress(3), wait=True)
     assert not checkpoints.save(Progress(6), wait=True)
 
 
@@ -915,6 +921,18 @@ def test_second_sigterm_ends_at_once(config_file, tmp_path, monkeypatch):
         run_ranks(1, signal_in_step_2, signal.SIGTERM, 2, config_file)
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == []
     assert sorted(metrics(tmp_path / "run", "loss")) == [1]
+
+
+def test_signals_mean_after_a_run_what_they_meant_before_it():
+    """Otherwise none would end the export that follows."""
+
+    def meanings():
+        return [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)]
+
+    before, woken = meanings(), signal.set_wakeup_fd(-1)
+    with signals.Signals():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert meanings() == before and signal.set_wakeup_fd(woken) == -1
 
 
 def test_second_sigterm_ends_a_rank_that_waits_for_another():

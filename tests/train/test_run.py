@@ -126,8 +126,9 @@ def test_run_folder_is_exported_like_a_model(config_file, tmp_path, capsys):
     assert not torch.equal(*logits)
     assert command("generate", run, "--prompt", "w1 w2", "--max-new-tokens", 4)[0] == 0
 
-    status, error = command("export", run, tmp_path / "none", "--step", 5)
-    assert status == 2 and "no complete checkpoint of step 5; it has 6, 3" in error
+    for step in (5, 0):
+        status, error = command("export", run, tmp_path / "none", "--step", step)
+        assert status == 2 and f"no complete checkpoint of step {step}; it has 6, 3" in error
     status, error = command("export", tmp_path / "newest", tmp_path / "none", "--step", 3)
     assert status == 2 and "is one model, not a training run" in error
     shard = next((run / "checkpoints" / "step-00000006").glob("*.distcp"))

@@ -14,7 +14,7 @@ from rodimus.modeling_rodimus import RodimusBlock
 from rodimus.train import optim, parallel
 from rodimus.train.load import load_config
 from rodimus.train.loop import Trainer
-from rodimus.train.rows import Batch
+from rodimus.train.rows import IGNORE, Batch
 from rodimus.train.signals import Signals
 from tests.train.conftest import MODEL
 from tests.train.ranks import run_ranks
@@ -72,7 +72,12 @@ def test_losses_are_those_of_packed_documents(config_file):
         rows = [evaluate._batch(first) for first in range(0, len(evaluate.rows), size)]
         expected = mean([trainer.batches.get(0)]), mean(rows)
         held_out = trainer.evaluate(trainer.model, lambda: False).loss
-        return expected, (held_out, trainer.step()["loss"])
+        found, batch = (held_out, trainer.step()["loss"]), trainer.batches.get(0)
+        # nor is a batch without a label divided by none
+        blank = batch._replace(labels=torch.full_like(batch.labels, IGNORE))
+        trainer.batches.get = lambda first: blank
+        assert trainer.step()["loss"] == 0.0
+        return expected, found
 
     ((training, evaluation), found) = run_ranks(1, losses)[0]
     assert found == pytest.approx((evaluation, training), rel=1e-6)
