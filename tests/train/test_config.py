@@ -40,8 +40,9 @@ def write(tmp_path):
 
 
 def test_reads_numbers_and_resolves_the_model_file(write, tmp_path):
-    config = load_config(write(MINIMAL))
+    config = load_config(write(MINIMAL + "[checkpoint]\nresume = 3"))
     assert config.optim.lr == 3e-4
+    assert config.checkpoint.resume == "3"
     assert config.model.config == str(tmp_path / "model.json")
     assert config.rows == 16
 
@@ -158,16 +159,18 @@ def test_a_path_in_a_file_may_begin_at_home(write, tmp_path, monkeypatch):
     """Where no shell has seen it: a run into a folder named ~ is nobody's wish."""
     monkeypatch.setenv("HOME", str(tmp_path))
     text = MINIMAL.replace('"runs/x"', '"~/x"').replace('train = ["', 'train = ["~/d/*.json", "')
-    config = load_config(write(text))
+    config = load_config(write(text.replace('"model.json"', '"~/m.json"')))
     assert config.out == str(tmp_path / "x")
+    assert config.model.config == str(tmp_path / "m.json")
     assert config.data.train[0] == str(tmp_path / "d" / "*.json")
     assert not config.data.train[1].startswith(str(tmp_path))
 
 
 def test_child_replaces_keys_of_its_parent(write):
     write(MINIMAL, "base.toml")
-    config = load_config(write('extends = "base.toml"\n[optim]\nlr = 1.0', "child.toml"))
-    assert (config.optim.lr, config.train.steps) == (1.0, 10)
+    child = 'extends = "base.toml"\n[optim]\nlr = 1.0\n[train]\nseed = 3'
+    config = load_config(write(child, "child.toml"))
+    assert (config.optim.lr, config.train.steps, config.train.seed) == (1.0, 10, 3)
 
 
 def test_file_that_extends_itself_is_an_error(write):
