@@ -335,6 +335,13 @@ def test_every_chat_template_is_kept_readable_and_replaced(tmp_path):
         export(tmp_path / "checkpoint", folder, overwrite=True)
 
 
+def test_a_pad_token_of_the_model_is_kept(tmp_path):
+    save_model(tmp_path / "checkpoint", pad_token_id=5)
+    save_plain_tokenizer(tmp_path / "checkpoint")
+    folder = export(tmp_path / "checkpoint", tmp_path / "export")
+    assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 5
+
+
 def test_dtypes_and_untied_heads_are_kept(tmp_path):
     model = save_model(tmp_path / "fp32", tie_word_embeddings=False)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "checkpoint")

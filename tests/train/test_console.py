@@ -2,11 +2,14 @@
 everywhere else."""
 
 import io
+import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from rodimus.train import metrics
+from rodimus.train.config import LogSection
 from rodimus.train.console import Console, clock, progress_line
 
 VALUES = {"loss": 4.3214, "lr": 4e-3, "grad_norm": 0.851, "tokens_per_s": 9120.4, "left_s": 133}
@@ -54,6 +57,18 @@ def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
     meter.add(100, 0.0)
     again = meter.read(13, 22)
     assert (again["tokens_per_s"], again["data_wait"], again["left_s"]) == (20.0, 0.0, 45.0)
+
+
+def test_a_record_that_was_cut_does_not_spoil_the_next(tmp_path):
+    log = metrics.RunLog(tmp_path, LogSection(), 0, enabled=True)
+    file, sizes = log._file, [5, None, None]
+    write = lambda line: file.write(line[: sizes.pop(0)])
+    log._file = SimpleNamespace(write=write, close=file.close)
+    for step in (1, 2, 3):
+        log.record(step, loss=1.0)
+    log.close()
+    cut, *whole = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert cut == '{"ste' and [json.loads(line)["step"] for line in whole] == [2, 3]
 
 
 def test_pipes_get_plain_lines():
