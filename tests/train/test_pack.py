@@ -47,7 +47,9 @@ def decode(folder, part):
     ]
 
 
-def test_every_text_lands_once_in_one_part(corpus, tmp_path):
+def test_every_text_lands_once_in_one_part(corpus, tmp_path, monkeypatch):
+    # which some texts fill
+    monkeypatch.setattr(pack_module, "_BATCH_BYTES", 100)
     manifests = pack(str(corpus), tmp_path / "out", vocab_size=300, val_fraction=0.2)
     train, val = decode(tmp_path / "out", "train"), decode(tmp_path / "out", "val")
     assert sorted(train + val) == sorted(TEXTS)
@@ -91,6 +93,11 @@ def test_tokenizer_never_sees_held_out_text(corpus, tmp_path, monkeypatch):
     val = {t for p, t, _ in split_documents(str(corpus), 0.2) if p == "val"}
     assert val
     assert set(seen) == set(TEXTS) - val
+    # half of what is trained on, whichever half of all that is
+    seen.clear()
+    pack_module.learn(str(corpus), 300, 0.5, 0.5, "text")
+    train = {t for p, t, _ in split_documents(str(corpus), 0.5) if p == "train"}
+    assert set(seen) < train and 0.25 < len(seen) / len(train) < 0.75
 
 
 def test_documents_carry_marks_and_spelled_marks_stay_text(corpus, tmp_path):
