@@ -15,7 +15,6 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
 
 from rodimus import cli, convert, env
 from rodimus.generation import Engine, Request, SamplingParams, terminal
@@ -31,6 +30,7 @@ from tests.checkpoints import (
     save_released_tokenizer,
     tiny_config,
 )
+from tests.generation.helpers import begin_with
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +197,10 @@ def test_standard_input_may_be_closed(checkpoint, capsys, monkeypatch):
 
 def test_generate_into_a_pipe_that_nobody_reads(checkpoint):
     """As in ``rodimus generate ... | head``. Nor do libraries that transformers imports, torchao
-    among them, warn of each other."""
+    among them, warn of each other: this process imports them itself."""
     arguments = ("generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "50")
     run = subprocess.Popen(
-        [warm_python.executable(), "-m", "rodimus", *arguments],
+        [sys.executable, "-m", "rodimus", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -497,10 +497,7 @@ def test_generate_takes_the_likeliest_tokens_and_chat_draws():
 
 def test_a_template_writes_all_special_tokens_of_a_reply_itself(checkpoint, model):
     tokenizer = load_tokenizer(checkpoint)
-    first = tokenizer.backend_tokenizer.id_to_token(0)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A", special_tokens=[(first, 0)]
-    )
+    begin_with(tokenizer, 0)
     prompt = Conversation(Engine(model, tokenizer), SamplingParams(), 1).reply("hello").prompt
     assert tokenizer("hello").input_ids[0] == 0 != prompt[0]
 

@@ -118,8 +118,8 @@ def _serve(folder):
                 pid, connection = running.pop(ended)
                 os.close(ended)
                 _, status = os.waitpid(pid, 0)
-                with connection, contextlib.suppress(BrokenPipeError):
-                    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                with connection:
+                    _tell(connection, os.waitstatus_to_exitcode(status))
             if listener in ready:
                 connection, _ = listener.accept()
                 _, files, _, _ = socket.recv_fds(connection, 1, 3)
@@ -133,13 +133,19 @@ def _serve(folder):
                     return job | {"files": files}
                 for file in files:
                     os.close(file)
-                connection.sendall(b"%d\n" % pid)
+                _tell(connection, pid)
                 running[os.pidfd_open(pid)] = (pid, connection)
+
+
+def _tell(connection, number):
+    # the program that asked may have been killed
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(b"%d\n" % number)
 
 
 def _become(job):
     """Run a job as a new interpreter would; its status. Only the objects of this process are not
-    taken apart one by one at its end, which takes a second."""
+    taken apart one by one at its end, which is slow."""
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])

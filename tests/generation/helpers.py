@@ -1,7 +1,7 @@
 """Tiny models and a tokenizer of bytes, for tests that generate text."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -54,6 +54,15 @@ def cleaning_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({" one": 0, " .": 1, " two": 2, "?": 3}, unk_token="?"))
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=True)
+
+
+def begin_with(tokenizer: PreTrainedTokenizerFast, token: int) -> PreTrainedTokenizerFast:
+    """Let a tokenizer put a token before every text, as many do; the tokenizer."""
+    name = tokenizer.backend_tokenizer.id_to_token(token)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{name} $A", special_tokens=[(name, token)]
+    )
+    return tokenizer
 
 
 def text_model(kind: str = "rodimus_plus") -> RodimusForCausalLM:

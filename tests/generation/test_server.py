@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import processors
 from transformers import ByT5Tokenizer, Qwen2Config, Qwen2ForCausalLM
 
 pytest.importorskip("tests.generation.serving")
@@ -39,6 +38,7 @@ from rodimus.options import parse
 from tests import warm_python
 from tests.generation.helpers import (
     END,
+    begin_with,
     byte_tokenizer,
     cleaning_tokenizer,
     text_model,
@@ -362,10 +362,7 @@ class TestChat:
         assert answer["choices"][0]["message"] == message
 
     def test_a_template_writes_all_special_tokens_itself(self):
-        tokenizer = byte_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{END} $A", special_tokens=[(END, 256)]
-        )
+        tokenizer = begin_with(byte_tokenizer(), 256)
         with serving(engine=Engine(text_model(), tokenizer)) as (client, _, _):
             one = {"max_tokens": 1}
             counts = (client.chat("Hi", **one), client.complete("<user>Hi<assistant>", **one))

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from rodimus.errors import InputError
@@ -12,6 +12,7 @@ from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.text import TextStream, decode, encode, skipped_tokens
 from tests.generation.helpers import (
     END,
+    begin_with,
     byte_tokenizer,
     cleaning_tokenizer,
     greedy,
@@ -68,10 +69,7 @@ def test_a_tokenizer_that_decodes_otherwise_is_asked_itself():
 
 
 def test_a_prompt_has_the_tokens_that_are_asked_for_and_the_model_knows():
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, 256)]
-    )
+    tokenizer = begin_with(byte_tokenizer(), 256)
     assert encode(tokenizer, "!", 257) == [256, 0]
     assert encode(tokenizer, "!", 256, add_special_tokens=False) == [0]
     with pytest.raises(InputError, match="gives token 256, and the model knows 256"):
