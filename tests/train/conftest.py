@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -91,6 +92,13 @@ def figures(config_file, tmp_path):
         return [value for name in names for _, value in sorted(metrics(run, name).items())]
 
     return figures
+
+
+@pytest.fixture
+def graphs_only(monkeypatch):
+    """Blocks are compiled to graphs, not to code, which takes minutes when nothing is cached."""
+    graphs = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", graphs)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import platform
 import resource
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
-from functools import partial, partialmethod
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -144,8 +144,6 @@ def calls_are_checkpointed(monkeypatch):
 
 def second_of_two_steps(config_file, variants):
     """``(loss, gradients, launches by operator, frames compiled)`` of each variant."""
-    # what is kept is decided as with the default backend, without its minute of compilation
-    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     ranks = parallel.start(ParallelSection(), "cpu")
     torch.manual_seed(ranks.rank)
     ids, positions = torch.randint(3, 300, (2, 32)), torch.arange(32).expand(2, -1) % 20
@@ -183,13 +181,13 @@ def check_compiled_checkpointing(config_file, world_size):
             assert launches["aten::rsqrt"] > plain[2]["aten::rsqrt"]
 
 
-def test_compiled_blocks_know_their_checkpoints(config_file):
+def test_compiled_blocks_know_their_checkpoints(config_file, graphs_only):
     check_compiled_checkpointing(config_file, 1)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_know_their_checkpoints_whatever_transformers_does(
-    config_file, calls_are_checkpointed
+    config_file, graphs_only, calls_are_checkpointed
 ):
     check_compiled_checkpointing(config_file, 2)
 

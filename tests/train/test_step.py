@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-from functools import partialmethod
 
 import pytest
 import torch
@@ -125,11 +124,8 @@ def test_values_are_read_where_packing_is_not_known(block_type, without_values):
         without_values(block_type)
 
 
-def test_packing_of_one_micro_batch_makes_no_graph_of_its_own(config_file, monkeypatch):
+def test_packing_of_one_micro_batch_makes_no_graph_of_its_own(config_file, graphs_only):
     """Every rank would compile it at its own step, while the others wait."""
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    )
     shapes = MODEL | {"block_type": "rodimus"}
     (config_file.parent / "model.json").write_text(json.dumps(shapes))
 
