@@ -10,12 +10,13 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 # the suite runs in two processes; more threads than cores only slow each other down. It is the CPU
 # suite on every machine: a GPU has `make gpu`, and where torch sees a GPU, ranks cannot be forked
+FAST := not slow and not timing and not gpu and not released
 RUN_TESTS := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --dist worksteal -q -rs
 
 # where bytecode may not be written, every process would compile torch and transformers again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test test-all test-transformers lint format native aot bench gpu clean
+.PHONY: help install demo test test-all test-transformers exactness lint format native aot bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "make test      the test suite (CPU)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-transformers SOURCE=...  transformers' own model tests, from a checkout of it"
+	@echo "make exactness errors that the tests of the model measure, as a record and in README"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff rewrite what lint complains about"
 	@echo "make native    build the native operators of csrc/ with the compilers that are here"
@@ -50,7 +52,7 @@ native: $(WITH_TORCH)
 	@$(BIN)/python kernels/rodimus_kernels/build.py
 
 test: install native
-	$(RUN_TESTS) -m "not slow and not timing and not gpu and not released"
+	$(RUN_TESTS) -m "$(FAST)"
 
 test-all: install native
 	$(RUN_TESTS) -m "not timing and not gpu and not released"
@@ -59,6 +61,11 @@ test-all: install native
 
 test-transformers: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_suite.run --source "$(SOURCE)"
+
+exactness: install native
+	@folder=$$(mktemp -d); $(RUN_TESTS) -m "$(FAST)" tests/model --junitxml="$$folder/model.xml"; \
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.tested --case exactness "$$folder/model.xml" && \
+	$(BIN)/python -m benchmarks.report --docs && rm -r "$$folder"
 
 lint: $(STAMP)
 	$(BIN)/ruff check

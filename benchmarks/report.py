@@ -253,7 +253,8 @@ def _tests(found: list[Record]) -> Iterator[str]:
         about, versions = record["machine"], record["machine"].get("versions", {})
         names = ("torch", "triton", "transformers")
         used = ", ".join(f"{name} {versions.get(name)}" for name in names)
-        tests_of = f"{about['name']}: the gpu-marked tests of commit {_commit(about)}"
+        what = f"{tested.CASES[record['case']]} of commit {_commit(about)}"
+        tests_of = f"{machine.told(about)}: {what}"
         yield f"- {tests_of}, {record['date']}, with {used}: {tested.told(record)}"
 
 

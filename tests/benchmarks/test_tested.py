@@ -1,5 +1,6 @@
 """A run of tests becomes a record, and the report says what it found and of which commit."""
 
+import math
 import subprocess
 import sys
 
@@ -14,12 +15,19 @@ MACHINE = {
     "dirty": False,
 }
 SUITE = """
+import json
+
 import pytest
 
 @pytest.mark.parametrize("number", range(3))
-def test_passes(number): pass
+def test_passes(number, record_property):
+    for kind, error in {"all": 1e-7, "worst": abs(number - 1) * 1e-6}.items():
+        record_property("measured_error", json.dumps(["logits", "cached", kind, error, 1e-5]))
+    record_property("measured_error", json.dumps(["loss", "free", "all", 8.0, float("inf")]))
 
-def test_fails(): assert False
+def test_fails(record_property):
+    record_property("measured_error", json.dumps(["logits", "cached", "all", float("nan"), 1e-5]))
+    assert False
 
 @pytest.mark.skip
 def test_is_skipped(): pass
@@ -50,6 +58,8 @@ def test_what_passed_failed_and_was_skipped_is_counted(junit, tmp_path, monkeypa
     (row,) = record["rows"]
     assert (row["target"], row["passed"], row["failed"], row["skipped"]) == ("tests", 3, 2, 1)
     assert row["failures"] == ["test_suite::test_fails", "test_suite::test_passes_and_breaks"]
+    # of the tests that passed, and of errors that have a bound
+    assert row["errors"] == {"logits": {"cached": {"all": [1e-7, 1e-5], "worst": [1e-6, 1e-5]}}}
     assert record["machine"] == MACHINE
     assert capsys.readouterr().out.startswith("wrote tests-gpu.json: 3 passed, 2 failed, 1 skipped")
 
@@ -64,16 +74,23 @@ def test_a_run_without_a_report_did_not_pass(tmp_path, monkeypatch):
         assert tested.told(record) == told
 
 
-def record(*rows, **about):
+def record(*rows, case="gpu", **about):
     filled = [
         {"target": f"run{i}", "family": "tests", "engine": "pytest", "status": "measured", **row}
         for i, row in enumerate(rows)
     ]
     about = {**MACHINE, **about}
-    return records.make("tests", "gpu", settings={}, machine=about, rows=filled)
+    return records.make("tests", case, settings={}, machine=about, rows=filled)
 
 
 PASSED = {"passed": 900, "failed": 0, "skipped": 3, "seconds": 100.0, "failures": []}
+
+
+def test_the_worst_of_several_errors_may_be_no_number():
+    of = lambda *errors: tested.worst([("t", "r", "c", error, 1.0) for error in errors])
+    assert of(0.25, 0.5, 0.125) == {"t": {"r": {"c": (0.5, 1.0)}}}
+    for errors in ((math.nan, 0.5), (0.5, math.nan), (0.5, math.nan, 0.25)):
+        assert math.isnan(of(*errors)["t"]["r"]["c"][0])
 
 
 def test_the_report_tells_the_commit_whose_tests_ran():
@@ -85,6 +102,11 @@ def test_the_report_tells_the_commit_whose_tests_ran():
     )
     # and nothing else of the report is about them
     assert text.count("NVIDIA H200") == 1 and "## tests" not in text
+
+
+def test_the_report_tells_which_tests_ran():
+    found = record(PASSED, case="exactness", name="AMD EPYC", cpu="AMD EPYC", instructions="avx2")
+    assert "- AMD EPYC (avx2): the tests of the model of commit aaaa" in report.render([found])
 
 
 def test_the_report_tells_failures_and_changed_files():

@@ -1,16 +1,18 @@
 """A plugin that prints, after the run, the measured error of every comparison with a bound.
 
 A test reports through the ``measure`` fixture; the numbers travel with the test report, so the
-table is whole when the suite runs in several processes.
+table is whole when the suite runs in several processes, and a JUnit report holds them, from which
+``benchmarks.tested`` makes a record.
 """
 
-import math
-from collections import defaultdict
+import json
 from collections.abc import Callable
 
 import pytest
 
-_measured: dict[str, dict[str, dict[str, tuple[float, float]]]] = defaultdict(dict)
+from benchmarks.tested import ERROR, worst
+
+_measured = []
 
 
 @pytest.fixture
@@ -18,27 +20,19 @@ def measure(record_property) -> Callable[..., None]:
     """``measure(table, row, column, error, bound)``: assert the bound, print the error later."""
 
     def measure(table: str, row: str, column: str, error: float, bound: float) -> None:
-        record_property("measured_error", [table, row, column, float(error), float(bound)])
+        record_property(ERROR, json.dumps([table, row, column, float(error), float(bound)]))
         assert error <= bound, f"{row} ({column}): error {error:.3g} exceeds {bound:.3g}"
 
     return measure
 
 
 def pytest_runtest_logreport(report):
-    if report.when != "call":
-        return
-    for name, value in report.user_properties:
-        if name != "measured_error":
-            continue
-        table, row, column, error, bound = value
-        cells = _measured[table].setdefault(row, {})
-        before = cells.get(column, (0.0, bound))[0]
-        worst = error if math.isnan(error) else max(before, error)
-        cells[column] = (worst, bound)
+    if report.when == "call":
+        _measured.extend(json.loads(told) for name, told in report.user_properties if name == ERROR)
 
 
 def pytest_terminal_summary(terminalreporter):
-    for table, rows in sorted(_measured.items()):
+    for table, rows in sorted(worst(_measured).items()):
         terminalreporter.section(table)
         columns = sorted({column for cells in rows.values() for column in cells})
         width = max(len(row) for row in rows)
