@@ -43,18 +43,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if argv[:1] == ["train"]:
         # its own parser answers --help, too, with the file's values
         return argparse.Namespace(command=_train, words=argv[1:])
-    parser = build_parser()
-    options, rest = parser.parse_known_args(argv)
-    if "settings" in options:
+    options, rest = build_parser().parse_known_args(argv)
+    if rest:
         options.settings = rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments that it does not know, unless they are settings of a training file.
+
+    argparse leaves them to the parser of all commands, whose usage is of no help with them."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        options, rest = super().parse_known_args(args, namespace)
+        if rest and "settings" not in options:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return options, rest
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands but `train`, which it only lists."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rodimus",
         description="Rodimus and Rodimus+ language models: train, generate, export.",
         epilog=EPILOG,

@@ -135,12 +135,15 @@ def test_training_gets_the_rest_of_the_line(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [("serve", "model"), ("generate", "model", "--prompt", "x"), ("data", "pack", "a", "b")],
+    "name, words",
+    [("serve", ["model"]), ("generate", ["model", "--prompt", "x"]), ("data pack", ["a", "b"])],
 )
-def test_options_that_a_command_does_not_have_are_refused(words, capsys):
-    assert command(*words, "--optim.lr", "1") == 2
-    assert "unrecognized arguments: --optim.lr 1" in capsys.readouterr().err
+def test_options_that_a_command_does_not_have_are_refused(name, words, capsys):
+    """With the usage of that command, not of all."""
+    assert command(*name.split(), *words, "--optim.lr", "1") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"usage: rodimus {name} [-h]")
+    assert told.endswith(f"rodimus {name}: error: unrecognized arguments: --optim.lr 1\n")
 
 
 def test_generate_continues_the_prompt(checkpoint, model, tokenizer, capsys):
