@@ -24,7 +24,7 @@ help:
 	@echo "make test      the test suite (CPU)"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-transformers SOURCE=...  transformers' own model tests, from a checkout of it"
-	@echo "make exactness errors that the tests of the model measure, as a record and in README"
+	@echo "make exactness the errors that tests measure, as a record and in the documentation"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make format    let ruff rewrite what lint complains about"
 	@echo "make native    build the native operators of csrc/ with the compilers that are here"
@@ -63,8 +63,8 @@ test-transformers: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.transformers_suite.run --source "$(SOURCE)"
 
 exactness: install native
-	@folder=$$(mktemp -d); $(RUN_TESTS) -m "$(FAST)" tests/model --junitxml="$$folder/model.xml"; \
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.tested --case exactness "$$folder/model.xml" && \
+	@folder=$$(mktemp -d); $(RUN_TESTS) -m "$(FAST)" --measuring --junitxml="$$folder/tests.xml"; \
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m benchmarks.tested --case exactness "$$folder/tests.xml" && \
 	$(BIN)/python -m benchmarks.report --docs && rm -r "$$folder"
 
 lint: $(STAMP)

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from . import machine, records
 
 GROUP = "tests"
-CASES = {"gpu": "the gpu-marked tests", "exactness": "the tests of the model"}
+CASES = {"gpu": "the gpu-marked tests", "exactness": "the tests that measure errors"}
 OUTCOMES = ("passed", "failed", "skipped")
 ERROR = "measured_error"
 """Property of a test: JSON of the table, row and column of an error, the error and its bound."""

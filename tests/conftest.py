@@ -11,7 +11,7 @@ import torch
 from tests.device import placed
 from tests.interpreter import speed_up
 
-pytest_plugins = ["tests.model.error_table"]
+pytest_plugins = ["tests.error_table"]
 
 # both are read when the libraries are first imported, so they are set before any test module is
 if "RODIMUS_CHECKPOINT" not in os.environ:

@@ -161,8 +161,11 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 def assert_close(
     actual: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], limit: float
-) -> None:
+) -> float:
     """Assert a relative error within ``limit`` for each of ``exact``; the message lists all errors.
+
+    Returns:
+        The largest error.
 
     Raises:
         AssertionError: an error is larger.
@@ -171,6 +174,7 @@ def assert_close(
     errors = {name: relative_error(actual[name], exact[name]) for name in exact}
     table = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     assert all(error <= limit for error in errors.values()), f"limit {limit:.1e}, got {table}"
+    return max(errors.values())
 
 
 def assert_within_budget(

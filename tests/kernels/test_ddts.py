@@ -42,6 +42,7 @@ from tests.kernels.device import DEVICE, TRITON_MARKS, triton_module
 # float32 against float64 over 150 tokens: measured at most 7e-7 (log_decay at -20 a token), with a
 # product made of three in tf32, each term known to 2^-21; a GPU approximates exponentials, too
 LIMIT = 2e-6 if DEVICE == "cpu" else 5e-6
+TABLE = "DDTS: values and gradients against float64 (relative error in the Frobenius norm)"
 TRITON = pytest.param("triton_chunk", marks=TRITON_MARKS)
 RECURRENT = pytest.param("triton_recurrent", marks=TRITON_MARKS)
 STEP = pytest.param("triton", marks=TRITON_MARKS)
@@ -65,13 +66,14 @@ def truth(inputs):
 
 def check(case, impl, limit=LIMIT, **options):
     inputs = make(case)
-    assert_close(run_ddts(ddts, inputs, impl=impl, **options), truth(inputs), limit)
+    return assert_close(run_ddts(ddts, inputs, impl=impl, **options), truth(inputs), limit)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("impl", ALL)
-def test_matches_the_float64_recurrence(impl, regime):
-    check(DdtsCase(1, 150, 1, 16, 32, regime), impl)
+def test_matches_the_float64_recurrence(impl, regime, measure):
+    error = check(DdtsCase(1, 150, 1, 16, 32, regime), impl)
+    measure(TABLE, f"float32, gates {regime}", impl, error, LIMIT)
 
 
 @pytest.mark.parametrize("impl", CHUNKED)
@@ -216,13 +218,15 @@ def test_strided_inputs(impl):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("impl", CHUNKED)
-def test_half_precision_inputs(impl, dtype):
+def test_half_precision_inputs(impl, dtype, measure):
     inputs = make(DdtsCase(2, 100, 1, 16, 32, "mixed", dtype=dtype))
     actual = run_ddts(ddts, inputs, impl=impl)
     assert actual["o"].dtype == actual["dq"].dtype == dtype
     assert actual["final_state"].dtype == actual["dlog_decay"].dtype == torch.float32
     # one or two roundings to 8 or 11 bits, each of half a unit at most
-    assert_close(actual, truth(inputs), torch.finfo(dtype).eps / 2)
+    limit = torch.finfo(dtype).eps / 2
+    error = assert_close(actual, truth(inputs), limit)
+    measure(TABLE, f"{str(dtype).removeprefix('torch.')}, gates mixed", impl, error, limit)
 
 
 @pytest.mark.parametrize("function", [partial(ddts, impl="eager"), reference.ddts_chunk])

@@ -20,6 +20,7 @@ from rodimus_kernels.testing import assert_close, assert_within_budget, relative
 
 # float32 against float64: measured at most 4e-7
 LIMIT = 1e-6
+TABLE = "attention: values and gradients in float32 against float64 (relative, Frobenius norm)"
 # the Triton implementation has its own file: in the interpreter a case takes a second
 DIFFERENTIABLE = ["sdpa"]
 
@@ -46,6 +47,17 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"B{self.batch}T{self.queries}S{self.keys}{heads}D{self.dim}-{self.value_dim}"
         return f"{sizes}W{self.window}{packed}-{dtype}"
+
+    @property
+    def has_lone_keys(self):
+        """Whether queries see one key: its weight is 1, so errors of dq and dk are absolute."""
+        return self.window == 1 or self.keys == 1
+
+    def compare(self, actual, exact, impl, measure):
+        """Asserts values and gradients in float32, and reports their largest error."""
+        limit = 2e-5 if self.has_lone_keys else LIMIT
+        seen = "one key seen, some errors absolute" if self.has_lone_keys else "many keys seen"
+        measure(TABLE, seen, impl, assert_close(actual, exact, limit), limit)
 
     def inputs(self, device="cpu"):
         """``(q, k, v, do)``, and the boundaries of the documents or None."""
@@ -156,14 +168,12 @@ def test_definition_has_the_gradient_of_its_values():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("impl", DIFFERENTIABLE)
-def test_matches_the_definition(impl, case, device):
+def test_matches_the_definition(impl, case, device, measure):
     tensors, cu_seqlens = case.inputs(device)
     options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
     actual = run(shared_key_attention, *tensors, impl=impl, **options)
     assert actual["o"].shape == tensors[3].shape
-    # the weight of a lone key is 1: dq and dk are 0, and their error is absolute
-    lone = case.window == 1 or case.keys == 1
-    assert_close(actual, truth(tensors, **options), 2e-5 if lone else LIMIT)
+    case.compare(actual, truth(tensors, **options), impl, measure)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -281,15 +291,14 @@ def peak_bytes(function):
 
 
 @pytest.mark.parametrize("bands", [(1, 1), (4, 4), (8, 16)], ids=str)
-def test_sdpa_in_many_bands(bands, monkeypatch):
+def test_sdpa_in_many_bands(bands, monkeypatch, measure):
     monkeypatch.setattr(sdpa, "_MIN_BAND", bands[0])
     monkeypatch.setattr(sdpa, "_MAX_BAND", bands[1])
     for case in CASES:
         tensors, cu_seqlens = case.inputs()
         options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
         actual = run(shared_key_attention, *tensors, impl="sdpa", **options)
-        lone = case.window == 1 or case.keys == 1
-        assert_close(actual, truth(tensors, **options), 2e-5 if lone else LIMIT)
+        case.compare(actual, truth(tensors, **options), "sdpa", measure)
 
 
 def test_sdpa_memory_grows_with_the_window_and_not_with_the_square_of_the_length():

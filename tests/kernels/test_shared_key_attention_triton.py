@@ -55,30 +55,34 @@ def tiling(triton_attention, monkeypatch):
     return use
 
 
-def check(case, dtype=None):
-    tensors, cu_seqlens = dataclasses.replace(case, dtype=dtype or case.dtype).inputs(DEVICE)
-    options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
-    actual = run(shared_key_attention, *tensors, impl="triton", **options)
-    exact = truth(tensors, **options)
-    if dtype is None:
-        # the weight of a lone key is 1: dq and dk are 0, and their error is absolute
-        lone = case.window == 1 or case.keys == 1
-        assert_close(actual, exact, 2e-5 if lone else LIMIT)
-        return
-    baseline = run(rounded_attention, *tensors, **options)
-    for name in actual:
-        assert actual[name].dtype == dtype
-        assert_within_budget(name, actual[name], exact[name], baseline[name])
+@pytest.fixture
+def check(measure):
+    """``check(case, dtype)``: values and gradients are as good as the definition's."""
+
+    def check(case, dtype=None):
+        tensors, cu_seqlens = dataclasses.replace(case, dtype=dtype or case.dtype).inputs(DEVICE)
+        options = {"window_size": case.window, "cu_seqlens": cu_seqlens}
+        actual = run(shared_key_attention, *tensors, impl="triton", **options)
+        exact = truth(tensors, **options)
+        if dtype is None:
+            case.compare(actual, exact, "triton", measure)
+            return
+        baseline = run(rounded_attention, *tensors, **options)
+        for name in actual:
+            assert actual[name].dtype == dtype
+            assert_within_budget(name, actual[name], exact[name], baseline[name])
+
+    return check
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-def test_matches_the_definition(case, tiling):
+def test_matches_the_definition(case, tiling, check):
     check(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: str(CASES[n]))
-def test_matches_the_definition_in_other_tilings(number, tiling):
+def test_matches_the_definition_in_other_tilings(number, tiling, check):
     """Every case, the tilings in turn: in the interpreter a case takes seconds."""
     tiling(*((32, 16), (16, 32), (16, 16))[number % 3])
     check(CASES[number])
@@ -86,7 +90,7 @@ def test_matches_the_definition_in_other_tilings(number, tiling):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_the_definition_in_its_own_tiles(case):
+def test_matches_the_definition_in_its_own_tiles(case, check):
     check(case)
 
 
@@ -94,7 +98,7 @@ def test_matches_the_definition_in_its_own_tiles(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [129, 700, None])
-def test_many_tiles(window, dim, dtype):
+def test_many_tiles(window, dim, dtype, check):
     case = Case(2, 1000, 1100, 4, 1, 4, dim, dim, window)
     # in float32 three tf32 products stand for one: 1e-6 a score
     if dtype == torch.float32:
@@ -106,11 +110,11 @@ def test_many_tiles(window, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_as_good_as_the_definition_in_it(dtype, tiling):
+def test_half_precision_is_as_good_as_the_definition_in_it(dtype, tiling, check):
     check(SMALL[0], dtype)
 
 
-def test_tiles_by_the_copy_engine(tiling, triton_attention, monkeypatch):
+def test_tiles_by_the_copy_engine(check, tiling, triton_attention, monkeypatch):
     """The interpreter runs descriptors too: they clip at the end of the row."""
     monkeypatch.setattr(triton_attention, "use_tma", lambda *tensors: True)
     check(Case(2, 37, 37, 2, 1, 2, window=17))
@@ -154,7 +158,7 @@ def test_a_head_of_an_expanded_key_is_copied_by_the_engine(triton_attention, mon
     assert_close(actual, truth((q, k, v, do)), 2e-6)
 
 
-def test_heads_split_over_programs(tiling, triton_attention, monkeypatch):
+def test_heads_split_over_programs(check, tiling, triton_attention, monkeypatch):
     """dk is then a sum of partial sums."""
     monkeypatch.setattr(triton_attention, "head_groups", lambda *sizes: 2)
     check(Case(1, 20, 20, 4, 1, 4, window=8))

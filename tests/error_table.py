@@ -15,6 +15,17 @@ from benchmarks.tested import ERROR, worst
 _measured = []
 
 
+def pytest_addoption(parser):
+    parser.addoption("--measuring", action="store_true", help="only tests that measure an error")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("measuring"):
+        others = [item for item in items if "measure" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if "measure" in item.fixturenames]
+
+
 @pytest.fixture
 def measure(record_property) -> Callable[..., None]:
     """``measure(table, row, column, error, bound)``: assert the bound, print the error later."""
