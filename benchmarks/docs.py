@@ -95,7 +95,8 @@ def tables() -> dict[str, str]:
 
 def figures() -> dict[str, str]:
     """Every figure in a sentence by its name."""
-    return runs() | goals() | decoding() | decoding_on_cpu() | training() | operators()
+    speeds = decoding() | decoding_on_cpu() | training() | operators()
+    return runs() | goals() | speeds | exactness()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -142,6 +143,7 @@ RUNS = {
     "run_cpu_int8": (CPU, ("decode-int8",), ("torch", "llama-cpp-python")),
     "run_cpu_int4": (CPU, ("decode-int4",), ("torch", "llama-cpp-python")),
     "run_cpu_quality": (CPU, ("quality",), _CPU_PACKAGES[:1]),
+    "run_exactness": (CPU, ("tests-exactness",), _CPU_PACKAGES[:2]),
 }
 """Folder, beginnings of the names of its records, and packages whose versions are listed."""
 
@@ -767,6 +769,87 @@ def quality() -> Cells:
         yield title, *cells
 
 
+# ----------------------------------------------------------------------------------------------
+# Errors that tests measure
+# ----------------------------------------------------------------------------------------------
+
+GOLDENS = "largest error per golden group"
+WAYS = "ways of running, against one full forward (max |a - b| / max |b|)"
+ERRORS = {
+    "logits vs. the original implementation, max absolute error": (
+        GOLDENS,
+        "greedy13.logits full forward",
+    ),
+    "the same, token by token": (GOLDENS, "greedy13.logits cached"),
+    "gradients vs. the original implementation, max relative L2 error of a parameter": (
+        GOLDENS,
+        "T40.grad (relative L2)",
+    ),
+    "token-by-token decoding vs. one full forward, max relative error": (
+        WAYS,
+        "cached, by 1 token",
+    ),
+    "padding between turns, then decoding, vs. the unpadded rows, max relative error": (
+        WAYS,
+        "interior padding, continued by 1",
+    ),
+    "assisted generation (the state rolls back) vs. one full forward, max relative error": (
+        WAYS,
+        "generate, assisted",
+    ),
+}
+
+
+DDTS_ERRORS = "DDTS: values and gradients against float64 (relative error in the Frobenius norm)"
+ATTENTION_ERRORS = (
+    "attention: values and gradients in float32 against float64 (relative, Frobenius norm)"
+)
+
+
+def measured_errors(table: str) -> dict[str, dict[str, list[float]]]:
+    """``[error, bound]`` by row and column."""
+    (run,) = records.measured(record("tests-exactness", CPU))
+    return run["errors"][table]
+
+
+def scientific(value: float) -> str:
+    """``9.9e-6``."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def with_bounds(rows: Mapping[str, Mapping[str, list[float]]], titles: Mapping[str, str]) -> Cells:
+    """Errors by row, in columns with titles, and the bound of each row."""
+    yield "", *titles.values(), "tolerance"
+    for name, cells in rows.items():
+        errors = (scientific(cells[title][0]) if title in cells else "-" for title in titles)
+        bound = scientific(max(bound for _, bound in cells.values()))
+        yield name, *errors, bound.replace(".0e", "e")
+
+
+def readme_exactness() -> Cells:
+    found = {
+        f"{title} (`{row}`)": measured_errors(table)[row] for title, (table, row) in ERRORS.items()
+    }
+    return with_bounds(found, {"rodimus": "Rodimus", "rodimus_plus": "Rodimus+"})
+
+
+def ddts_errors() -> Cells:
+    every = ("reference", "eager", "triton_chunk")
+    return with_bounds(measured_errors(DDTS_ERRORS), {impl: f"`{impl}`" for impl in every})
+
+
+def attention_errors() -> Cells:
+    every = ("sdpa", "triton")
+    return with_bounds(measured_errors(ATTENTION_ERRORS), {impl: f"`{impl}`" for impl in every})
+
+
+def exactness() -> dict[str, str]:
+    strained = measured_errors(GOLDENS)["strong.logits"]
+    both = (scientific(strained[name][0]) for name in ("rodimus", "rodimus_plus"))
+    return {"strained_logits": " and ".join(both)}
+
+
 TABLES = {
     rows.__name__: rows
     for rows in (
@@ -774,5 +857,6 @@ TABLES = {
         *(tokens_of_cpu, int8_tokens_of_cpu, int4_tokens_of_cpu),
         *(readme_train, train, train_kernels, ddts, surroundings, steps),
         *(attention, attention_bytes, attention_bounds, quality),
+        *(readme_exactness, ddts_errors, attention_errors),
     )
 }
