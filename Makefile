@@ -33,14 +33,14 @@ help:
 	@echo "make gpu       tests and benchmarks on this machine's GPU, with PYTHON=$(PYTHON) as it stands"
 	@echo "make clean     remove .venv and build leftovers"
 
-$(WITH_TORCH): constraints.txt
+$(WITH_TORCH): constraints.txt .ci/venv
 	@sh .ci/venv $(VENV) "$(TORCH)"
 	@touch $@
 
 # Python compiles the modules that are imported; pip would compile the twelve thousand that there are.
 # The native operators are a target of their own: pip would build them where there is no torch
 $(STAMP): $(WITH_TORCH) setup.py pyproject.toml
-	@RODIMUS_BUILD_CPU=0 RODIMUS_BUILD_CUDA=0 $(PIP) install --no-compile -c constraints.txt -e ".[dev]"
+	@RODIMUS_BUILD_CPU=0 RODIMUS_BUILD_CUDA=0 $(PIP) install --no-compile -c $(VENV)/constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(STAMP)
@@ -82,8 +82,8 @@ aot: $(STAMP)
 MODELS ?= rodimus-plus-1.6b,rwkv6-1.6b,qwen2-1.5b,rodimus-1.4b
 
 $(VENV)/.bench: $(STAMP)
-	$(PIP) install -c constraints.txt -e ".[bench]"
-	$(PIP) install -c constraints.txt llama-cpp-python || \
+	$(PIP) install -c $(VENV)/constraints.txt -e ".[bench]"
+	$(PIP) install -c $(VENV)/constraints.txt llama-cpp-python || \
 		echo "llama.cpp could not be compiled: the peers run without it"
 	@touch $@
 

@@ -32,3 +32,31 @@ def test_every_step_runs_and_any_that_fails_is_told(tmp_path, fails):
     assert done.returncode == (fails != "nothing")
     # the operators of the CPU must be there for the tests
     assert log.read_text().splitlines() == [f"{step} 1" for step in STEPS]
+
+
+PYTHON = """\
+#!/bin/sh
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip "*) shift $(($# - 3)) && [ "$1" = -c ] && cp "$2" "$LOG" && echo "$3" >>"$LOG" ;;
+    *'m.requires("torch")'*) exit "$REQUIRES_NONE" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("requires_none", [0, 1])
+def test_the_triton_that_a_torch_requires_is_not_constrained(tmp_path, requires_none):
+    """A build for GPUs requires one version, for a CPU none."""
+    shutil.copytree(SCRIPT.parent, tmp_path / ".ci")
+    pins = "torch==2.13.0\ntriton==3.9.0\ntriton-extras==1.0\n"
+    (tmp_path / "constraints.txt").write_text(pins)
+    python, log, folder = (tmp_path / name for name in ("python", "log", "made"))
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "LOG": str(log)}
+    environment["REQUIRES_NONE"] = str(requires_none)
+    command = [tmp_path / ".ci" / "venv", folder, "torch==2.13.0"]
+    subprocess.run(command, env=environment, timeout=60, check=True)
+    free = pins.replace("triton==3.9.0\n", "")
+    assert log.read_text() == free + "torch==2.13.0\n"
+    assert (folder / "constraints.txt").read_text() == (pins if requires_none else free)
