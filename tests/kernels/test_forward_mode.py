@@ -27,6 +27,16 @@ OPERATORS = {
         (KEYS, KEYS, KEYS, KEYS, KEYS),
         ("separate", "triton_chunk"),
     ),
+    # what a segment leaves when it starts from zero is the last state of the recurrence
+    "ddts_summary": (
+        lambda k, v, g, impl="auto": (
+            rk.ddts(k, k, v, -g.abs(), output_final_state=True, impl=impl)[1]
+            if impl == "reference"
+            else rk.ddts_summary(k, v, -g.abs())[0]
+        ),
+        (KEYS, KEYS, KEYS),
+        (),
+    ),
     "shared_key_attention": (
         lambda *x, **impl: rk.shared_key_attention(*x, window_size=5, **impl),
         (KEYS, KEYS, KEYS),

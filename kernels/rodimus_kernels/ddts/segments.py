@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
-from .._schemas import TRITON_KEY_DIMS
+from .._schemas import TRITON_KEY_DIMS, is_transformed
 from ..reference import accumulation_dtype, no_autocast
 
 _SCAN = {
@@ -47,7 +47,16 @@ def ddts_summary(
     check_same_device("k", k, v=v, log_decay=log_decay)
     if k.shape[1] == 0:
         raise ValueError("ddts_summary needs at least one token, got T = 0")
-    return _Summary.apply(k, v, log_decay)
+    # torch.func refuses _Summary, and differentiates the operations themselves
+    return (_summarise if is_transformed() else _Summary.apply)(k, v, log_decay)
+
+
+def _summarise(k, v, log_decay):
+    dtype = accumulation_dtype(k, v, log_decay)
+    fade, total = _fade(log_decay.to(dtype))
+    with no_autocast(k.device):
+        state = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * fade, v.to(dtype))
+    return state, total
 
 
 class _Summary(torch.autograd.Function):
@@ -56,11 +65,7 @@ class _Summary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, log_decay):
         ctx.save_for_backward(k, v, log_decay)
-        dtype = accumulation_dtype(k, v, log_decay)
-        fade, total = _fade(log_decay.to(dtype))
-        with no_autocast(k.device):
-            state = torch.einsum("bthk,bthv->bhkv", k.to(dtype) * fade, v.to(dtype))
-        return state, total
+        return _summarise(k, v, log_decay)
 
     @staticmethod
     def backward(ctx, dstate, dtotal):
