@@ -124,6 +124,19 @@ def test_a_state_of_the_mixer_with_strides():
         call(rk.ddts_mixer_step, state=state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_a_ring_that_is_expanded(dtype):
+    """Its sequences would overwrite each other's tokens; torch itself only warns."""
+    k, v = (CASES[rk.shared_key_attention_step][name] for name in "kv")
+    (heads, dim), (value_heads, value_dim) = k.shape[2:], v.shape[2:]
+    width = heads * dim + value_heads * value_dim
+    if dtype == torch.uint8:
+        width = rk.int8_row_bytes(heads, dim, value_heads, value_dim, k.dtype)
+    ring = torch.zeros(1, 16, width, dtype=dtype).expand(B, -1, -1)
+    with pytest.raises(ValueError, match=r"cache must not be expanded: .* got strides \(0, "):
+        call(rk.shared_key_attention_step, cache=ring)
+
+
 def test_quantised_weights_elsewhere_are_no_less_a_weight():
     """They are no tensor, and have a device."""
     weight = rk.quantize_int4(torch.ones(V, K))

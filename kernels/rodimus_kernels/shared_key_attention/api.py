@@ -186,7 +186,8 @@ def shared_key_attention_step(
         ``[B, T, H, Dv]`` in ``v.dtype``.
 
     Raises:
-        ValueError: a shape, dtype or device breaks the contract, or the ring is too small.
+        ValueError: a shape, dtype or device breaks the contract, or the ring is too small or
+            expanded.
     """
     window_size = plain_integer("window_size", window_size)
     _check(q, k, v, window_size, scale)
@@ -229,11 +230,17 @@ def shared_key_attention_step(
 
 def _check_ring(cache, k, v):
     heads = (*k.shape[2:], *v.shape[2:])
-    if cache.dtype != torch.uint8:
-        check_shape("cache", cache, (k.shape[0], "R", heads[0] * heads[1] + heads[2] * heads[3]))
+    if cache.dtype == torch.uint8:
+        width = reference.int8_row_bytes(*heads, k.dtype)
+    else:
+        width = heads[0] * heads[1] + heads[2] * heads[3]
         check_floating(cache=cache)
+    check_shape("cache", cache, (k.shape[0], "R", width))
+    # torch only warns when a row that stands for several is written
+    if any(step == 0 and size > 1 for step, size in zip(cache.stride(), cache.shape, strict=True)):
+        raise ValueError(f"cache must not be expanded: it is written, got strides {cache.stride()}")
+    if cache.dtype != torch.uint8:
         return
-    check_shape("cache", cache, (k.shape[0], "R", reference.int8_row_bytes(*heads, k.dtype)))
     # torch.compile cannot trace storage_offset
     offset = 0 if torch.compiler.is_compiling() else cache.storage_offset()
     if cache.stride(2) != 1 or any(place % 16 for place in (*cache.stride()[:2], offset)):
