@@ -346,11 +346,13 @@ def _stop_token_ids(fields, limits):
 
 def _logit_bias(fields):
     """Bias by token id; in JSON the ids are text."""
-    given = fields.get("logit_bias", {})
-    bias = given if isinstance(given, dict) else {"": given}
-    if not all(map(_is_token, bias)) or not all(map(_is_bias, bias.values())):
-        what = "an object of token ids and numbers in [-100, 100]"
-        raise fields.wrong("logit_bias", what, given)
+    bias, what = fields.get("logit_bias", {}), "an object of token ids and numbers in [-100, 100]"
+    if not isinstance(bias, dict):
+        raise fields.wrong("logit_bias", what, bias)
+    for token, value in bias.items():
+        if not _is_token(token) or not _is_bias(value):
+            got = f"{token[:20]!r}: {str(value)[:40] if _is_number(value) else _kind(value)}"
+            raise ApiError(400, f"logit_bias must be {what}, got {got}", param="logit_bias")
     return {int(token): value for token, value in bias.items()}
 
 

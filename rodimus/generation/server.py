@@ -239,6 +239,8 @@ class Service:
         self._check_model(body.get("model"))
         call = parse(body, self.limits)
         self._check_tokens("stop_token_ids", call.stop_token_ids)
+        biased = [token for token, _ in call.options["sampling"].logit_bias]
+        self._check_tokens("logit_bias", biased)
         with _refusals():
             # a full server does not tokenise prompts that it cannot take
             self.worker.check_room(len(call.prompts) * call.choices)

@@ -632,13 +632,14 @@ BAD_COMPLETIONS = {
     "presence": ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty must be a number in"),
     "frequency": ({"prompt": "x", "frequency_penalty": "1"}, "frequency_penalty must be a number"),
     "bias": ({"prompt": "x", "logit_bias": 5}, "logit_bias must be an object of token ids and"),
-    "bias token": ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias must be an object"),
-    "bias digit": ({"prompt": "x", "logit_bias": {"\u00b2": 1}}, "logit_bias must be an object"),
-    "bias digits": ({"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias must be an object"),
+    "bias token": ({"prompt": "x", "logit_bias": {"5": 1, "a": 1}}, "got 'a': 1"),
+    "bias digit": ({"prompt": "x", "logit_bias": {"\u00b2": 1}}, "in [-100, 100], got '\u00b2': 1"),
+    "bias digits": ({"prompt": "x", "logit_bias": {"9" * 5000: 1}}, f"got '{'9' * 20}': 1"),
     "bias high": (
         {"prompt": "x", "logit_bias": {"5": 101}},
-        "numbers in [-100, 100], got an object",
+        "numbers in [-100, 100], got '5': 101",
     ),
+    "bias text": ({"prompt": "x", "logit_bias": {"5": "1"}}, "got '5': a string"),
     "bias of none": ({"prompt": "x", "logit_bias": {"257": 1}}, "must be in [0, 257), got 257"),
 }
 BAD_CHATS = {
@@ -714,6 +715,7 @@ class TestMistakes:
         [
             *(({"prompt": prompt}, "prompt") for prompt in ("", [257], [[1], [-1]])),
             ({"prompt": "x", "stop_token_ids": [257]}, "stop_token_ids"),
+            ({"prompt": "x", "logit_bias": {"5": 1, "257": 1}}, "logit_bias"),
         ],
     )
     def test_of_tokens_name_their_field(self, client, body, field):
