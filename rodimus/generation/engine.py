@@ -191,7 +191,8 @@ class Engine:
     the batch size. Not thread-safe: one thread calls it.
 
     Args:
-        model: A Rodimus or Rodimus+ language model; may have adapters, hooks, quantised weights.
+        model: A Rodimus or Rodimus+ language model; may have adapters, hooks, quantised weights. It
+            is put into evaluation mode and stays there: before training goes on, call ``train()``.
         tokenizer: For prompts, answers and stop strings as text; without one the engine knows
             tokens only.
         slots: Sequences that run at once; their memory is ``slots * state_bytes(...)``, made here.
