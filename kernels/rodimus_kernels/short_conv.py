@@ -81,6 +81,8 @@ def short_conv(
         check_shape("initial_state", initial_state, (sequences, channels, weight.shape[1]))
     if seq_idx is not None:
         check_shape("seq_idx", seq_idx, (batch, length))
+        if seq_idx.is_floating_point() or seq_idx.dtype == torch.bool:
+            raise ValueError(f"seq_idx must be integers, got {seq_idx.dtype}")
         if cu_seqlens is not None or initial_state is not None or output_final_state:
             raise ValueError(
                 "seq_idx excludes cu_seqlens and states: packed rows start and end inside the row"

@@ -75,7 +75,7 @@ def _check_tokens(shards: TokenShards, tokenizer: Callable[[], PreTrainedTokeniz
         token, number = differing[0]
         raise InputError(
             f"{shards.path} has other tokens than the model ({len(differing):,} differ): "
-            f"{token!r} must be {own.get(token)}, got {number}"
+            f"{token!r} must be {own.get(token, 'no token')}, got {number}"
         )
 
 

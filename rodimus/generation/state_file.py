@@ -81,6 +81,8 @@ def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:
         InputError: there is no such file, it is damaged or cut short, or another model wrote it.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"expected a state file, got the folder {path}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

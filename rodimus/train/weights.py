@@ -218,9 +218,10 @@ def check_tokens(folder: Path, data: TokenShards) -> list[str]:
     if not differing:
         return []
     token = differing[0][0]
+    expected, got = (vocabulary.get(token, "no token") for vocabulary in (own, other))
     raise InputError(
         f"{folder} has other tokens than {data.path} ({len(differing):,} differ): "
-        f"{token!r} must be {own.get(token)}, got {other.get(token)}"
+        f"{token!r} must be {expected}, got {got}"
     )
 
 

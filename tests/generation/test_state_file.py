@@ -176,7 +176,7 @@ def test_a_file_of_another_setting_is_refused_by_field(saved, field):
 def test_other_files_are_refused(tmp_path, plus):
     with pytest.raises(InputError, match="cannot be read: No such file"):
         load_state(tmp_path / "nothing", plus)
-    with pytest.raises(InputError, match="cannot be read: (?!None)"):
+    with pytest.raises(InputError, match="expected a state file, got the folder "):
         load_state(tmp_path, plus)
     save_file({"x": torch.zeros(3)}, tmp_path / "weights")
     with pytest.raises(InputError, match="not a state file: its format is None"):

@@ -368,6 +368,8 @@ def test_bad_input_says_what_was_expected():
         (r"initial_state must have shape \[2, 24, 4\]", (x, weight), {"initial_state": past[:1]}),
         ("expected B = 1", (x, weight), {"cu_seqlens": bounds}),
         (r"seq_idx must have shape \[2, 11\]", (x, weight), {"seq_idx": seq_idx[:1]}),
+        ("seq_idx must be integers, got torch.f", (x, weight), {"seq_idx": seq_idx.float()}),
+        ("seq_idx must be integers, got torch.b", (x, weight), {"seq_idx": seq_idx.bool()}),
         ("seq_idx excludes", (x, weight), {"seq_idx": seq_idx, "initial_state": past}),
         ("unknown impl 'fast'", (x, weight), {"impl": "fast"}),
     ]:
