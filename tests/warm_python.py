@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -66,7 +67,8 @@ def executable() -> str:
     assert server.stdout.readline() == b"ready\n"
     program = folder / "python"
     # nothing that it does not need is imported
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} ask {folder} "$@"\n')
+    ask = shlex.join([sys.executable, "-IS", __file__, "ask", str(folder)])
+    program.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
     program.chmod(0o755)
     return str(program)
 
