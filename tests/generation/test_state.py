@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from rodimus import RodimusConfig
 from rodimus.generation import Engine, Request, SamplingParams, StateLayout, save_state, state_bytes
 from rodimus.generation.state import SequenceState
 from rodimus_kernels.testing import relative_error
@@ -43,7 +44,11 @@ def test_the_formula_gives_the_released_models_sizes_by_hand():
         "window": 24 * 2048 * (128 + 2048) * 2,
     }
     assert state_bytes(RELEASED_PLUS)["window"] == 24 * 2112 * (128 + 2048) * 2
+    assert state_bytes(RELEASED_PLUS, tokens=0)["window"] == 0
+    assert state_bytes(RELEASED_PLUS, torch.float64)["recurrent"] == 24 * 64 * 4096 * 8
     assert StateLayout.of(RELEASED_PLUS, torch.bfloat16).window == 2049
+    endless = RodimusConfig.from_dict(RELEASED_PLUS.to_dict() | {"attn_cfg": {"window_size": None}})
+    assert state_bytes(endless, max_length=4096)["window"] == 24 * 4096 * (128 + 2048) * 2
 
 
 @pytest.mark.parametrize("length", [1, 8, 9, 10, 64, 70, 200])
@@ -77,6 +82,12 @@ def test_a_padded_row_leaves_the_state_of_its_prompt_alone(model):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name))
 
 
+def test_a_state_goes_to_a_device_without_its_tokens(plus):
+    moved = Engine(plus).read([1, 2, 3]).to("meta")
+    assert moved.recurrent.is_meta and moved.convolution.is_meta and moved.window.is_meta
+    assert moved.tokens.tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("length", [1, 3, 9, 40])
 def test_a_snapshot_continues_in_a_cache_of_transformers(model, length):
     (prompt,) = prompts_of(length + 12)
@@ -91,6 +102,8 @@ def test_a_snapshot_continues_in_a_cache_of_transformers(model, length):
     assert relative_error(actual, expected) < 1e-5
     # the cache is a copy: it can be made again, also after steps that write in place
     stepped, again = (state.to_cache(model.config, engine.layout) for _ in "ab")
+    for tensor in (state.recurrent, state.convolution, state.window):
+        tensor.zero_()
     with torch.no_grad():
         for token in prompt[length : length + 3]:
             model(token[None, None], past_key_values=stepped, use_cache=True)
