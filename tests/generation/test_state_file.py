@@ -158,6 +158,13 @@ def test_a_file_of_other_adapters_in_use_is_refused(plus, tmp_path, change):
         load_state(path, model)
 
 
+def test_adapters_without_a_scale_count(plus):
+    peft = pytest.importorskip("peft")
+    before = fingerprint(plus)
+    peft.get_peft_model(plus, peft.IA3Config(target_modules=["fc"], feedforward_modules=[]))
+    assert fingerprint(plus) != before
+
+
 @pytest.mark.parametrize("kind, field", [("rodimus", "block_type"), ("grouped", "mixer_cfg")])
 def test_a_file_of_another_architecture_is_refused_by_field(saved, kind, field):
     path, _, _ = saved
@@ -165,12 +172,20 @@ def test_a_file_of_another_architecture_is_refused_by_field(saved, kind, field):
         load_state(path, model_of(kind))
 
 
-@pytest.mark.parametrize("field", ["use_scale_embedding", "use_norm_embedding"])
-def test_a_file_of_another_setting_is_refused_by_field(saved, field):
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("d_model", 65), ("vocab_size", 98), ("norm_epsilon", 0.5), ("attn_cfg", {})),
+        *(("use_scale_embedding", True), ("use_norm_embedding", True), ("residual_in_fp32", False)),
+    ],
+)
+def test_a_file_of_another_setting_is_refused_by_field(saved, field, value):
     path, model, _ = saved
-    setattr(model.config, field, True)
-    with pytest.raises(InputError, match=f"{field} is False, this model's is True"):
+    theirs = getattr(model.config, field)
+    setattr(model.config, field, value)
+    with pytest.raises(InputError) as refused:
         load_state(path, model)
+    assert f"{field} is {theirs}, this model's is {value}" in str(refused.value)
 
 
 def test_other_files_are_refused(tmp_path, plus):
@@ -272,6 +287,12 @@ def test_every_weight_is_read_once(plus, monkeypatch):
     assert len({value.data_ptr() for value in read}) == len(read) == len(list(plus.parameters()))
 
 
+def test_the_order_of_parts_does_not_count(plus):
+    before, block = fingerprint(plus), plus.model.layers[0]
+    block._modules = dict(reversed(block._modules.items()))
+    assert fingerprint(plus) == before
+
+
 def test_buffers_count(plus):
     plus.register_buffer("packed", torch.tensor([1, 2], dtype=torch.uint8))
     before = fingerprint(plus)
@@ -311,6 +332,19 @@ def test_a_file_is_replaced_and_never_written_into(saved, tmp_path, monkeypatch)
     assert path.read_bytes() == b"new" and synced == [3]
     assert (tmp_path / "open elsewhere").read_bytes() == before != path.read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["open elsewhere", path.name]
+
+
+def test_two_files_may_be_written_at_once(saved, monkeypatch):
+    path, model, prompt = saved
+    other, sync = path.with_name("other"), os.fsync
+
+    def and_another(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        save_state(other, Engine(model).read([1, 2]), model)
+
+    monkeypatch.setattr(os, "fsync", and_another)
+    save_state(path, Engine(model).read(prompt[:5]), model)
+    assert [len(load_state(x, model).tokens) for x in (path, other)] == [5, 2]
 
 
 def test_a_model_without_a_window_keeps_everything(tmp_path):
