@@ -45,7 +45,9 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     """
     dtype, read = model.get_input_embeddings().weight.dtype, len(state.tokens)
     StateLayout.of(model.config, dtype, max_length=read + 1).check(state)
-    tensors = {kind: getattr(state, kind).cpu().contiguous() for kind in _KINDS}
+    # contiguous() would leave a single token its stride, with which it has no view as bytes
+    form = {"memory_format": torch.contiguous_format}
+    tensors = {kind: getattr(state, kind).cpu().clone(**form) for kind in _KINDS}
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -136,7 +138,7 @@ def _add_tensor(digest, name, value):
         value = value.dequantize()
     bits = value.view(_BITS[value.element_size()]).flatten()
     some = bits[:: max(bits.numel() // 64, 1)][:64]
-    digest.update(f"{int(bits.sum(dtype=torch.int64))} {some.tolist()}\n".encode())
+    digest.update(f"{int(bits.sum())} {some.tolist()}\n".encode())
 
 
 def _architecture(model) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def _digest(header, tensors):
     digest.update(json.dumps(told, sort_keys=True).encode())
     for kind in _KINDS:
         digest.update(f"{kind} {tuple(tensors[kind].shape)} {tensors[kind].dtype}".encode())
-        digest.update(tensors[kind].flatten().view(torch.uint8).numpy())
+        digest.update(tensors[kind].view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

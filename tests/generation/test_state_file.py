@@ -51,6 +51,13 @@ def test_a_state_comes_back_bit_for_bit(model, tmp_path, dtype):
         assert getattr(found, kind).dtype == getattr(state, kind).dtype
 
 
+def test_a_single_token_may_be_one_of_a_column(plus, tmp_path):
+    state = replace(Engine(plus).read([0]), tokens=torch.tensor([[0, 6]])[:, 0])
+    assert state.tokens.stride() == (2,)
+    save_state(tmp_path / "x", state, plus)
+    assert load_state(tmp_path / "x", plus).tokens.tolist() == [0]
+
+
 def test_a_state_of_another_model_is_not_written(plus, tmp_path):
     state = Engine(plus).read(prompts_of(20)[0])
     deeper = build(config_of("rodimus_plus") | {"n_layer": 3})
@@ -208,6 +215,12 @@ def test_tensors_that_do_not_fit_the_header_are_refused(saved):
     save_file(tensors | {"tokens": tensors["tokens"][1:].contiguous()}, path, metadata=header)
     with pytest.raises(InputError, match=r"the 30 tokens it read, got \(29,\)"):
         load_state(path, model)
+    save_file(tensors | {"tokens": tensors["tokens"][None]}, path, metadata=header)
+    with pytest.raises(InputError, match=r"the 30 tokens it read, got \(1, 30\)"):
+        load_state(path, model)
+    save_file(tensors | {"more": torch.zeros(1)}, path, metadata=header)
+    with pytest.raises(InputError, match="must hold tokens, .*; got .*more"):
+        load_state(path, model)
     nothing = {"tokens": tensors["tokens"][:0], "window": tensors["window"][:, :0]}
     save_file(tensors | nothing, path, metadata=header | {"tokens": "0"})
     with pytest.raises(InputError, match=r"the 0 tokens it read, got \(0,\)"):
@@ -234,6 +247,10 @@ def test_a_header_with_something_else_for_a_configuration_is_refused(saved, conf
         header, tensors = file.metadata(), {kind: file.get_tensor(kind) for kind in file.keys()}
     forge(path, header | {"config": config}, tensors)
     with pytest.raises(InputError, match="no configuration|another model"):
+        load_state(path, model)
+    header.pop("config")
+    forge(path, header, tensors)
+    with pytest.raises(InputError, match="its header holds no configuration"):
         load_state(path, model)
 
 
@@ -295,8 +312,16 @@ def test_the_order_of_parts_does_not_count(plus):
 
 def test_buffers_count(plus):
     plus.register_buffer("packed", torch.tensor([1, 2], dtype=torch.uint8))
-    before = fingerprint(plus)
+    before, packed = fingerprint(plus), plus.packed.clone()
     plus.packed[1] = 3
+    assert fingerprint(plus) != before
+    # so do its dtype, its shape and its name
+    plus.packed = packed.view(torch.int8)
+    assert fingerprint(plus) != before
+    plus.packed = packed[None]
+    assert fingerprint(plus) != before
+    del plus.packed
+    plus.register_buffer("other", packed)
     assert fingerprint(plus) != before
 
 

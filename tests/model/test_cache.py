@@ -311,15 +311,15 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
 def test_a_long_prompt_that_is_recorded_is_let_go(model, read):
     """Speculative decoding after a prompt of any length needs its last tokens alone."""
     held, later = [], random_ids(1, 6, seed=9)
-    for length in (300, 900):
+    for length, removed in ((300, 128), (900, 5)):
         cache = DynamicCache(config=model.config)
         cache.activate_past_recording()
         ids = random_ids(1, sum(read) + length)
         for piece in ids.split([*read, length], dim=1):
             prefill(model, piece, cache)
         held.append(cache_bytes(cache))
-        cache.crop(-5)
-        expected = full(model, torch.cat((ids[:, :-5], later), 1))[:, -6:]
+        cache.crop(-removed)
+        expected = full(model, torch.cat((ids[:, :-removed], later), 1))[:, -6:]
         assert relative_max_error(in_pieces(model, later, [6], cache=cache), expected) < BOUND
     assert held[0] == held[1]
 
@@ -331,11 +331,12 @@ def few_recorded(monkeypatch):
     return 12
 
 
-@pytest.mark.parametrize("first", [1, 40])
-def test_what_is_recorded_token_by_token_is_let_go(model, first, few_recorded):
+# with the last token, the oldest are let go once more
+@pytest.mark.parametrize("first, more", [(1, 63), (40, 65)])
+def test_what_is_recorded_token_by_token_is_let_go(model, first, more, few_recorded):
     """A cache that speculative decoding leaves behind goes on recording in later calls."""
     most, later, held = few_recorded, random_ids(1, 6, seed=9), []
-    ids = random_ids(1, first + 6 * most)
+    ids = random_ids(1, first + more)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     cache = prefill(model, ids[:, :first], cache)
@@ -343,6 +344,7 @@ def test_what_is_recorded_token_by_token_is_let_go(model, first, few_recorded):
         prefill(model, token, cache)
         held.append(sum(cache_bytes(cache).values()))
     assert max(held[4 * most :]) <= max(held[: 4 * most])
+    assert held[-1] == min(held[4 * most :])
     for removed in (most, 5):
         fork = copy.deepcopy(cache)
         fork.crop(-removed)
@@ -439,9 +441,41 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
     assert error < BOUND
 
 
+def test_rows_of_a_recorded_cache_are_reordered_and_rolled_back(model):
+    ids, order = random_ids(3, 24), here(torch.tensor([2, 0, 0]))
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for piece in (ids[:, :12], ids[:, 12:15], ids[:, 15:18]):
+        prefill(model, piece, cache)
+    cache.reorder_cache(order)
+    cache.crop(-4)
+    # and steps are fused again
+    for layer in cache.layers:
+        layer.record_past = False
+    rest = in_pieces(model, ids[order, 14:], [1, 1, 8], cache=cache)
+    assert relative_max_error(rest, full(model, ids[order])[:, 14:]) < BOUND
+
+
+def test_a_long_draft_is_recorded_until_the_next_crop():
+    model = model_of("rodimus")
+    cache = modeling_rodimus.adopt_cache(DynamicCache(config=model.config))
+    most = lambda: {layer.max_rollback for layer in cache.layers}
+    modeling_rodimus._record_at_least(cache, 300)
+    assert most() == {128}
+    cache.activate_past_recording()
+    for tokens, expected in ((5, 128), (300, 300), (200, 300)):
+        modeling_rodimus._record_at_least(cache, tokens)
+        assert most() == {expected}
+    # though it has read nothing
+    cache.crop(0)
+    assert most() == {128}
+
+
 def test_a_refused_rollback_changes_nothing(model):
     ids = random_ids(1, 20)
     cache = prefill(model, ids[:, :12])
+    with pytest.raises(ValueError, match="crop takes minus the tokens to remove, got 3"):
+        cache.layers[0].crop(3)
     with pytest.raises(RuntimeError, match="recorded for the last 0 only"):
         cache.crop(-3)
     error = relative_max_error(
@@ -469,6 +503,8 @@ def test_a_static_cache_is_rolled_back_or_refuses_and_stays(model):
     refused = pytest.raises(RuntimeError, match="static window cannot be rolled back")
     with refused if has_window else contextlib.nullcontext():
         cache.crop(-2)
+    for layer in cache.layers:
+        layer.crop(0)
     assert cache.get_seq_length() == read
     rest = in_pieces(model, ids[:, read:], [20 - read], cache=cache)
     assert relative_max_error(rest, full(model, ids)[:, read:]) < BOUND
