@@ -353,7 +353,7 @@ class SlotStates:
             at = torch.arange(len(tokens) - rows, len(tokens), device=self.ring.device)
             parts = self.layout.parts(self.ring[:, slot, at % self.layout.ring_rows])
             window = torch.cat([x.flatten(-2) for x in read_ring(parts, self.layout.dtype)], -1)
-        kept = (self.recurrent[:, slot].clone(), self.convolution[:, slot].clone(), window.clone())
+        kept = (self.recurrent[:, slot].clone(), self.convolution[:, slot].clone(), window)
         return SequenceState(tokens, *kept)
 
     def move(self, source: int, target: int) -> None:
