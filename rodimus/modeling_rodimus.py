@@ -293,8 +293,7 @@ class _RecurrentCacheLayer:
             self.recorded = tuple(map(select, self.recorded))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        if self.is_conv_states_initialized[0]:
-            self.batch_select(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.batch_select(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
 
 class RodimusStateLayer(_RecurrentCacheLayer, LinearAttentionLayer, CacheLayerMixin):

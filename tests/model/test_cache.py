@@ -379,6 +379,28 @@ def test_static_cache_after_left_padding(model, kind, sizes, measure, monkeypatc
     measure(TABLE, "static cache, left padding", kind, error, BOUND)
 
 
+def test_rows_of_a_static_cache_are_reordered_with_their_ages(model):
+    """And a reset leaves nothing behind, not even NaN."""
+    ids, mask = padded_batch("left", tail=8)
+    order = here(torch.arange(len(ids)).roll(1))
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    prefill(model, ids, cache)
+    for layer in cache.layers:
+        if layer.ring is not None:
+            layer.ring.fill_(float("nan"))
+    cache.reset()
+    with torch.no_grad():
+        model(ids[:, :24], attention_mask=mask[:, :24], past_key_values=cache)
+        cache.reorder_cache(order)
+        ids, mask, logits = ids[order], mask[order], []
+        for end in range(25, 33):
+            out = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            logits.append(out.logits)
+    for row, real in enumerate(mask.bool()):
+        expected = full(model, ids[row : row + 1, real])[0, -8:]
+        assert relative_max_error(torch.cat(logits, 1)[row], expected) < BOUND
+
+
 @pytest.mark.parametrize(
     "sizes", [[24] + [1] * 8, [24, 3, 3, 2], [5, 7, 12, 8], [2] * 16, [1] * 32], ids=str
 )
@@ -443,9 +465,9 @@ def test_a_static_step_can_be_recorded(model, monkeypatch, native):
 
 def test_rows_of_a_recorded_cache_are_reordered_and_rolled_back(model):
     ids, order = random_ids(3, 24), here(torch.tensor([2, 0, 0]))
-    cache = DynamicCache(config=model.config)
+    cache = prefill(model, ids[:, :12])
     cache.activate_past_recording()
-    for piece in (ids[:, :12], ids[:, 12:15], ids[:, 15:18]):
+    for piece in (ids[:, 12:15], ids[:, 15:18]):
         prefill(model, piece, cache)
     cache.reorder_cache(order)
     cache.crop(-4)
