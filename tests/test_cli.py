@@ -16,7 +16,8 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from rodimus import cli, convert, env
+from rodimus import RodimusForCausalLM, cli, convert, env
+from rodimus.errors import InputError
 from rodimus.generation import Engine, Request, SamplingParams, terminal
 from rodimus.generation.terminal import Conversation, run, stats
 from rodimus.loading import load_model, load_tokenizer, weight_files
@@ -317,6 +318,17 @@ def test_text_that_the_terminal_cannot_show_ends_nothing(checkpoint, monkeypatch
     assert written.getvalue().startswith(b"hello ?")
 
 
+def test_text_is_shown_at_once(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    terminal._write("é")
+    assert written.getvalue() == "é".encode()
+    # in a notebook's, for instance, text stays text
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    terminal._write("é")
+    assert sys.stdout.getvalue() == "é"
+
+
 def test_stats_name_rates_and_bytes(checkpoint, capsys):
     command("generate", checkpoint, "--prompt", "hello", "--max-new-tokens", 8, "--stats")
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -335,6 +347,40 @@ def test_rates_are_of_what_was_read_and_made_meanwhile(model, tokenizer):
     assert stats(engine, done).startswith(
         "prompt 3 tokens in 2.000 s = 1.5 tokens/s; decode 4 tokens in 8.000 s = 0.5 tokens/s; "
     )
+    # a clock may stand still, and a single token comes with the prompt
+    (done,) = engine.generate(Request([1, 2, 3, 4, 5], 1))
+    done.submitted = done.started
+    assert stats(engine, done).startswith("prompt 3 tokens in 0.000 s = 3000000000.0 tokens/s; st")
+
+
+def test_a_model_without_attention_has_no_bytes_of_a_window():
+    engine = Engine(RodimusForCausalLM(tiny_config("rodimus")))
+    (done,) = engine.generate(Request([1], 1))
+    assert re.search(r"\(recurrent [\d,]+, convolution [\d,]+\)$", stats(engine, done))
+
+
+def test_a_model_whose_numbers_are_not_finite_is_an_error():
+    model = RodimusForCausalLM(tiny_config())
+    model.lm_head.register_forward_hook(lambda *x: x[-1] * float("nan"))
+    with pytest.raises(InputError, match="the model's logits hold NaN"):
+        run(Engine(model), Request([1], 2), lambda text: None)
+
+
+def test_only_attention_without_a_window_limits_the_length(checkpoint, model, tokenizer):
+    no_window = {"num_heads": 4, "window_size": None}
+    others = [tiny_config("rodimus"), tiny_config(attn_cfg=no_window)]
+    models = [model, *map(RodimusForCausalLM, others)]
+    engines = [terminal._engine(model, tokenizer, 7) for model in models]
+    assert [engine.max_length for engine in engines] == [None, None, 7]
+    assert {engine.slots for engine in engines} == {1}
+    options = ["generate", str(checkpoint), "--prompt", "x", "--dtype", "bfloat16"]
+    assert terminal.load(parse(options))[0].dtype == torch.bfloat16
+
+
+def test_a_prompt_and_its_continuation_fill_a_model_without_a_window(tmp_path, capsys):
+    save_model(tmp_path, attn_cfg={"num_heads": 4, "window_size": None})
+    save_released_tokenizer(tmp_path)
+    assert command("generate", tmp_path, "--prompt", "hello", "--max-new-tokens", 3) == 0
 
 
 def test_stats_give_the_bytes_of_the_engines_state(checkpoint, model, capsys):
@@ -381,6 +427,7 @@ def test_conversation_reads_nothing_twice(engine, model, tokenizer):
 
 def test_conversation_reads_a_reply_again_whose_tokens_differ(engine, model):
     chat = Conversation(engine, SamplingParams(), 4)
+    assert chat.messages == []
     first = chat.reply("hello")
     chat.messages[-1]["content"] = " something else"
     second = chat.reply("x")
@@ -437,6 +484,14 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(checkpoint, capsys, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_second_ctrl_c_interrupts():
+    with terminal._Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupts.came()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_replies_of_a_conversation_have_seeds_of_their_own(engine):
     chat = Conversation(engine, SamplingParams(temperature=1.0, seed=2**63 - 2), 12)
     seeds = [chat.reply("hello").request.sampling.seed for _ in range(2)]
@@ -474,7 +529,7 @@ def test_options_of_a_chat_reach_each_conversation(checkpoint, capsys, monkeypat
 
     class Heard(Conversation):
         def __init__(self, engine, sampling, *options):
-            begun.append(options)
+            begun.append((*options, sampling.seed, engine.prefixes.recent))
             super().__init__(engine, sampling, *options)
 
         def reply(self, text, write, stop):
@@ -485,8 +540,10 @@ def test_options_of_a_chat_reach_each_conversation(checkpoint, capsys, monkeypat
     monkeypatch.setattr(terminal, "Conversation", Heard)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     options = ("--max-new-tokens", 7, "--system", "S", "--stop", "x", "--stop", "yz", "--stats")
+    options = (*options, "--seed", 0)
     assert command("chat", checkpoint, *options) == 0
-    assert begun == [(7, "S", ("x", "yz"))] * 2 and said == ["hello", "world"]
+    # after the prompt and after the reply
+    assert begun == [(7, "S", ("x", "yz"), 0, 2)] * 2 and said == ["hello", "world"]
     assert "tokens/s" not in capsys.readouterr().err and next(lines, None) is None
 
 
@@ -516,6 +573,11 @@ def test_chat_wants_text(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\n"), "utf-8"))
     assert command("chat", checkpoint) == 2
     assert "the line is no UTF-8 text at byte 2" in capsys.readouterr().err
+
+
+def test_standard_input_that_has_ended_is_an_empty_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert terminal._read_line() == ""
 
 
 def test_chat_needs_a_template(tmp_path, capsys):
@@ -903,12 +965,27 @@ class TestBadInput:
             *(("--temperature", "-1"), ("--temperature", "101"), ("--temperature", "nan")),
             *(("--repetition-penalty", "0"), ("--repetition-penalty", "101")),
             *(("--presence-penalty", "2.1"), ("--frequency-penalty", "-2.1")),
-            *(("--seed", str(2**63)), ("--seed", "-1")),
+            *(("--seed", str(2**63)), ("--seed", "-1"), ("--temperature", "inf")),
+            *(("--top-p", "-0.1"), ("--top-k", "-1"), ("--min-p", "-0.1"), ("--min-p", "nan")),
+            *(("--presence-penalty", "-2.1"), ("--frequency-penalty", "2.1")),
         ],
     )
     def test_impossible_sampling(self, folder, capsys, option, value):
         assert command("generate", folder, "--prompt", "x", option, value) == 2
         assert option in capsys.readouterr().err.splitlines()[-1]
+
+    def test_sampling_at_its_bounds(self):
+        bounds = {"temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, 2**63)}
+        bounds |= {"repetition_penalty": (0.01, 100), "presence_penalty": (-2, 2)}
+        bounds |= {"frequency_penalty": (-2, 2), "seed": (0, 2**63 - 1), "max_new_tokens": (1, 9)}
+        for values in zip(*bounds.values(), strict=True):
+            told = dict(zip(bounds, values, strict=True))
+            words = [f"--{name.replace('_', '-')}={value}" for name, value in told.items()]
+            options = vars(parse(["generate", "model", "--prompt=x", *words]))
+            assert {name: options[name] for name in bounds} == told
+        stop = ["x" * 256] * 16
+        words = [f"--stop={text}" for text in stop]
+        assert terminal._stop(parse(["generate", "model", "--prompt=x", *words])) == tuple(stop)
 
     def test_a_request_that_is_refused_shows_no_prompt(self, folder, capsys):
         options = ("--prompt", "x", "--max-new-tokens", 2**63)
