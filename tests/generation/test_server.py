@@ -24,7 +24,14 @@ pytest.importorskip("tests.generation.serving")
 from rodimus.generation import Engine, Request, SamplingParams, save_state
 from rodimus.generation.engine import Delta, Generation, TokenLogprobs
 from rodimus.generation.metrics import Metrics
-from rodimus.generation.protocol import Answer, ApiError, parse_chat
+from rodimus.generation.protocol import (
+    Answer,
+    ApiError,
+    TokenText,
+    parse_chat,
+    parse_completion,
+    parse_json,
+)
 from rodimus.generation.server import Service, _error, _EventStream, _Exchange, _Mail
 from rodimus.generation.text import bytes_of_part
 from rodimus.generation.worker import (
@@ -118,7 +125,7 @@ class TestCompletions:
         assert [c["index"] for c in answer["choices"]] == list(range(len(texts)))
 
     def test_choices_of_a_seed_differ_and_are_reproducible(self, client):
-        answers = [client.complete(["a", "b"], n=3, seed=1, max_tokens=30)[1] for _ in range(2)]
+        answers = [client.complete(["a", "b"], n=3, seed=0, max_tokens=30)[1] for _ in range(2)]
         texts = [[choice["text"] for choice in answer["choices"]] for answer in answers]
         assert texts[0] == texts[1] and len(set(texts[0])) == 6
         # any integer of 64 bits, modulo 2^63
@@ -380,7 +387,7 @@ class TestChat:
     @pytest.mark.parametrize("content", ["Ho", None])
     def test_an_assistants_message_goes_back_as_clients_read_it(self, client, direct, content):
         empty = dict.fromkeys(("refusal", "audio", "function_call", "tool_calls", "extra"))
-        read = {"role": "assistant", "content": content, "annotations": [], **empty}
+        read = {"role": "assistant", "content": content, "annotations": [{}], **empty}
         body = {"messages": [MESSAGES[0], read], "temperature": 0, "max_tokens": 20}
         status, answer = client.post("/v1/chat/completions", body)
         assert status == 200
@@ -506,6 +513,7 @@ def test_models_are_listed_and_found(client):
     assert client.get(f"/v1/models/{NAME}") == (200, answer["data"][0])
     status, answer = client.get("/v1/models/other/one")
     assert status == 404 and answer["error"]["code"] == "model_not_found"
+    assert answer["error"]["type"] == "invalid_request_error"
 
 
 def test_health_and_metrics(client):
@@ -580,6 +588,7 @@ BAD_COMPLETIONS = {
     "no prompt": ({}, "prompt must be"),
     "empty prompt": ({"prompt": ""}, "at least one token"),
     "empty list": ({"prompt": []}, "got an empty list"),
+    "list in a list": ({"prompt": [["a"]]}, "prompt must be"),
     "mixed list": ({"prompt": ["a", 1]}, "got a list of 2 (a number, a string)"),
     "booleans": ({"prompt": [True, False]}, "prompt must be"),
     "empty tokens": ({"prompt": [[]]}, "at least one token"),
@@ -603,9 +612,11 @@ BAD_COMPLETIONS = {
     "n": ({"prompt": ["x", "y"], "n": 4}, "n must be at most 6 together"),
     "logprobs": ({"prompt": "x", "logprobs": 21}, "logprobs must be an integer in [0, 20]"),
     "stop number": ({"prompt": "x", "stop": 5}, "stop must be"),
+    "stop list": ({"prompt": "x", "stop": [5]}, "stop must be"),
     "stop empty": ({"prompt": "x", "stop": [""]}, "got a list of 1 (an empty string)"),
     "stop many": ({"prompt": "x", "stop": ["a"] * 17}, "got a list of 17 (a string)"),
     "stop long": ({"prompt": "x", "stop": "a" * 257}, "stop must be"),
+    "stop ids number": ({"prompt": "x", "stop_token_ids": 5}, "stop_token_ids must be a list of"),
     "stop ids": ({"prompt": "x", "stop_token_ids": ["a"]}, "stop_token_ids must be a list of"),
     "stop ids many": (
         {"prompt": "x", "stop_token_ids": [0] * 17},
@@ -640,6 +651,7 @@ BAD_COMPLETIONS = {
         "numbers in [-100, 100], got '5': 101",
     ),
     "bias text": ({"prompt": "x", "logit_bias": {"5": "1"}}, "got '5': a string"),
+    "bias low": ({"prompt": "x", "logit_bias": {"5": -101}}, "numbers in [-100, 100]"),
     "bias of none": ({"prompt": "x", "logit_bias": {"257": 1}}, "must be in [0, 257), got 257"),
 }
 BAD_CHATS = {
@@ -660,6 +672,14 @@ BAD_CHATS = {
     ),
     "image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "must consist of text parts",
+    ),
+    "text of an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        "must consist of text parts",
+    ),
+    "part without text": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "must consist of text parts",
     ),
     "role": ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role wizard"),
@@ -685,6 +705,82 @@ BAD_CHATS = {
     "moderation": ({"messages": MESSAGES, "moderation": {}}, "moderation is not supported: leave"),
     "prompt": ({"messages": MESSAGES, "prompt": "x"}, "unknown field 'prompt'"),
 }
+
+
+class TestParsing:
+    """What needs no server."""
+
+    def test_what_is_left_out_or_null_is_the_default(self):
+        nothing = dict.fromkeys(("temperature", "stop", "logit_bias", "max_tokens", "stream"))
+        for fields in ({}, nothing):
+            call = parse_completion({"prompt": "x", **fields}, LIMITS)
+            assert call.options["sampling"] == SamplingParams(temperature=1.0)
+            assert call.options["stop"] == () and call.length_field is None and not call.stream
+            (request,) = call.requests([[1]], (), 4000)
+            assert request.max_new_tokens == 16
+
+    @pytest.mark.parametrize(
+        "name, low, high",
+        [
+            *(("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 2**31)),
+            *(("repetition_penalty", 0.01, 100), ("presence_penalty", -2, 2)),
+            *(("frequency_penalty", -2, 2), ("seed", -(2**63), 2**63 - 1), ("n", 1, 6)),
+            *(("max_tokens", 1, 300), ("max_completion_tokens", 1, 300)),
+        ],
+    )
+    def test_numbers_may_be_as_low_and_as_high_as_refusals_say(self, name, low, high):
+        is_chat = name.startswith("max")
+        parse = parse_chat if is_chat else parse_completion
+        body = {"messages": MESSAGES} if is_chat else {"prompt": "x"}
+        for value in (low, high):
+            parse(body | {name: value}, LIMITS)
+        for value in (low - 1, high + 1):
+            with pytest.raises(ApiError, match=rf"^{name} must be an? \w+ in \[{low}, {high}\],"):
+                parse(body | {name: value}, LIMITS)
+
+    def test_no_token_is_wanted_where_a_prompt_is_scored(self):
+        body = {"prompt": "x", "echo": True, "logprobs": 0, "max_tokens": 0}
+        assert parse_completion(body, LIMITS).options["max_new_tokens"] == 0
+
+    def test_what_hides_the_length_of_pieces_is_ignored(self):
+        options = {"include_usage": True, "include_obfuscation": False}
+        call = parse_completion({"prompt": "x", "stream": True, "stream_options": options}, LIMITS)
+        assert call.include_usage
+
+    def test_refusals_name_code_and_field(self):
+        with pytest.raises(ApiError) as refused:
+            parse_json(b"{")
+        assert refused.value.code == "invalid_json"
+        with pytest.raises(ApiError, match="audio is not supported: leave it out$"):
+            parse_chat({"messages": MESSAGES, "audio": {}}, LIMITS)
+        with pytest.raises(ApiError) as refused:
+            parse_chat({"messages": [MESSAGES[0] | {"nmae": "y"}]}, LIMITS)
+        assert refused.value.param == "messages[0].nmae"
+
+    def test_a_token_may_be_impossible_and_of_unknown_bytes(self):
+        """Two tokens may have one name, which then is the chosen one's."""
+        delta = Delta([5], "x", [TokenLogprobs(5, -math.inf, ((6, -0.5),))], None)
+        token_text = lambda token: TokenText("x", None, True)
+        call = parse_completion({"prompt": "x", "logprobs": 1}, LIMITS)
+        answer = Answer(NAME, call, token_text)
+        for _ in range(2):
+            (choice,) = answer.piece(0, delta)["choices"]
+            assert choice["logprobs"] == {
+                "tokens": ["x"],
+                "token_logprobs": [-9999.0],
+                "top_logprobs": [{"x": -9999.0}],
+                "text_offset": [0],
+            }
+        call = parse_chat({"messages": MESSAGES, "logprobs": True}, LIMITS)
+        piece = Answer(NAME, call, token_text).piece(0, delta)
+        (entry,) = piece["choices"][0]["logprobs"]["content"]
+        assert (entry["logprob"], entry["bytes"]) == (-9999.0, None)
+        assert piece["id"].startswith("chatcmpl-") and "usage" not in piece
+
+    def test_a_stream_counts_the_prompt_of_its_choices_once(self):
+        call = parse_chat({"messages": MESSAGES, "n": 2}, LIMITS)
+        generations = [Generation(Request([1]), torch.tensor([1]), frozenset()) for _ in range(2)]
+        assert Answer(NAME, call, None).closing(generations)["usage"]["prompt_tokens"] == 1
 
 
 @pytest.fixture(scope="class")
@@ -729,7 +825,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "body",
         [
-            *(b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"prompt": "x", "seed": NaN}'),
+            *(b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"prompt": "x", "user": NaN}'),
             *(b'{"prompt": "x", "top_p": 1e999}', b'{"prompt":' + b"[" * 9_000 + b"]" * 9_000),
             b'{"prompt": "x", "seed": ' + b"9" * 9_000 + b"}",
         ],
