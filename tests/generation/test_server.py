@@ -1442,6 +1442,28 @@ def test_news_that_wait_for_the_loop_are_joined():
     assert asyncio.run(taken(parts)) == [(generations[0], whole), (generations[1], parts[-1])]
 
 
+def test_signs_of_life_are_few_and_nothing_goes_on_behind_an_answer(monkeypatch):
+    monkeypatch.setattr("rodimus.generation.server._QUIET_SECONDS", 0.1)
+    generation = Generation(Request([1]), torch.tensor([1]), frozenset())
+    generation.finish_reason = "length"
+
+    class Connection:
+        async def receive(self):
+            await asyncio.sleep(60)
+
+    async def taken():
+        exchange = _Exchange(None, Connection(), None)
+        exchange.generations = [generation]
+        last = (generation, Delta([1], "a", [], "length"))
+        asyncio.get_running_loop().call_later(0.55, exchange.receive, *last)
+        signs = [news async for news in exchange.news()].count(None)
+        await asyncio.sleep(0.01)
+        return signs, len(asyncio.all_tasks())
+
+    signs, tasks = asyncio.run(taken())
+    assert 1 <= signs <= 5 and tasks == 1
+
+
 class Watched:
     """Something that is called, which is written down before."""
 
