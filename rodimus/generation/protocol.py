@@ -351,7 +351,7 @@ def _logit_bias(fields):
         raise fields.wrong("logit_bias", what, bias)
     for token, value in bias.items():
         if not _is_token(token) or not _is_bias(value):
-            got = f"{token[:20]!r}: {str(value)[:40] if _is_number(value) else _kind(value)}"
+            got = f"{token[:20]!r}: {_shown(value)}"
             raise ApiError(400, f"logit_bias must be {what}, got {got}", param="logit_bias")
     return {int(token): value for token, value in bias.items()}
 
@@ -391,12 +391,7 @@ class _Fields:
         return default if value is None else value
 
     def wrong(self, name, what, got):
-        if isinstance(got, list):
-            kinds = ", ".join(sorted(set(map(_kind, got))))
-            shown = f"a list of {len(got)} ({kinds})" if got else "an empty list"
-        else:
-            shown = str(got)[:40] if isinstance(got, int | float) else _kind(got)
-        return ApiError(400, f"{name} must be {what}, got {shown}", param=name)
+        return ApiError(400, f"{name} must be {what}, got {_shown(got)}", param=name)
 
     def boolean(self, name, default):
         value = self.get(name, default)
@@ -429,6 +424,14 @@ def _unknown_field(name, known, where=""):
 
 def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value):
+    """A number as it is, of anything else its kind and no text of the client's."""
+    if isinstance(value, list):
+        kinds = ", ".join(sorted(set(map(_kind, value))))
+        return f"a list of {len(value)} ({kinds})" if value else "an empty list"
+    return str(value)[:40] if isinstance(value, int | float) else _kind(value)
 
 
 def _kind(value):

@@ -106,9 +106,8 @@ def test_the_report_tells_the_commit_whose_tests_ran():
 
 def test_the_report_tells_which_tests_ran():
     found = record(PASSED, case="exactness", name="AMD EPYC", cpu="AMD EPYC", instructions="avx2")
-    assert "- AMD EPYC (avx2): the tests that measure errors of commit aaaa" in report.render(
-        [found]
-    )
+    text = report.render([found])
+    assert "- AMD EPYC (avx2): the tests that measure errors of commit aaaa" in text
 
 
 def test_the_report_tells_failures_and_changed_files():
