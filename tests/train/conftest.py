@@ -84,9 +84,9 @@ def config_file(tmp_path, packed):
 def figures(config_file, tmp_path):
     """Losses, gradient norms and held-out loss of a short run with some settings changed."""
 
-    def figures(world_size, *overrides):
+    def figures(world_size, *overrides, timeout=200):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=200)
+        statuses = train(world_size, config_file, *SHORT, "--out", run, *overrides, timeout=timeout)
         assert set(statuses) == {0}
         names = ("loss", "grad_norm", "val_loss", "val_bits_per_byte")
         return [value for name in names for _, value in sorted(metrics(run, name).items())]
