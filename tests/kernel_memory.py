@@ -57,7 +57,7 @@ def checked_memory() -> Iterator[None]:
         return load(self, pointers, mask, *rest, **named)
 
     def checked_store(self, pointers, value, mask, *rest, **named):
-        before = load(self, pointers, mask, None, None, False)
+        before = load(self, pointers, mask, None, *rest, is_volatile=False, **named)
         launch.store(*(_chosen(x, mask) for x in (pointers, value, before)))
         return store(self, pointers, value, mask, *rest, **named)
 
@@ -143,5 +143,6 @@ class _Launch:
 
 def _chosen(handle, mask):
     """The entries of a block under its mask."""
-    mask = mask.data.astype(bool)
+    # in Triton 3.6 the mask of a descriptor is an array, whose data is a view of memory
+    mask = np.asarray(mask.data).astype(bool)
     return np.broadcast_to(handle.data, mask.shape)[mask]

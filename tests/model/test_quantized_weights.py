@@ -207,7 +207,9 @@ def test_a_model_in_4_bits_is_copied_compiled_and_kept(model, tmp_path):
     assert torch.equal(full(copy.deepcopy(rounded), ids), expected)
     with torch.no_grad():
         compiled = torch.compile(rounded, backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        # torch 2.11 cannot record how a cache is made
+        found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.save(rounded.state_dict(), tmp_path / "weights.pt")
     enliven(model, seed=1)
     other = quantised_to_4_bits(model)

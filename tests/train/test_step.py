@@ -130,6 +130,9 @@ def test_packing_of_one_micro_batch_makes_no_graph_of_its_own(config_file, graph
     (config_file.parent / "model.json").write_text(json.dumps(shapes))
 
     def steps(*overrides):
+        # what a process has compiled before changes how many graphs it makes
+        torch._dynamo.reset()
+        counters.clear()
         config = load_config(config_file, list(overrides))
         trainer = Trainer(config, parallel.start(config.parallel, "cpu"))
         get, made, kinds, losses = trainer.batches.get, [], [], []
@@ -156,9 +159,8 @@ def test_packing_of_one_micro_batch_makes_no_graph_of_its_own(config_file, graph
 
     ((kinds, made, losses),) = run_ranks(1, steps, "--train.compile")
     assert kinds[:5] == [*[True] * 4, False] and kinds[-2:] == [True, False]
-    assert made[0] > 0 and made[1:4] == made[:1] * 3
-    # without gradients
-    assert made[4] == made[0] + 1
+    # the last is without gradients
+    assert made == [1, 1, 1, 1, 2]
     assert losses == pytest.approx(run_ranks(1, steps)[0][2], rel=1e-6)
 
 
