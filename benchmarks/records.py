@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rodimus.files import write_atomic
 
 SCHEMA = "rodimus-bench/1"
 
@@ -153,15 +153,7 @@ def write(record: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = path_of(record, folder)
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomic(path, text)
     return path
 
 

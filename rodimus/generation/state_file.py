@@ -4,11 +4,8 @@ A file is in the safetensors format. Its header says which model it belongs to, 
 read, and the SHA-256 of header and tensors; all of it is checked before a state is given out.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import InputError
+from ..files import write_atomic
 from .state import SequenceState, StateLayout
 
 FORMAT, VERSION = "rodimus-state", "1"
@@ -58,22 +56,12 @@ def save_state(path: str | Path, state: SequenceState, model: PreTrainedModel) -
     }
     header["sha256"] = _digest(header, tensors)
     path = Path(path)
-    # not the path's name with a suffix, because that may have the maximum length already
-    unfinished = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.unfinished")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} cannot be written: it is no regular file")
-        with open(unfinished, "wb") as file:
-            file.write(save(tensors, metadata=header))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_atomic(path, save(tensors, metadata=header))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        # left over if the write failed or was interrupted
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> SequenceState:

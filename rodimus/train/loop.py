@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
+from ..files import write_atomic
 from ..loading import model_class
 from . import guard, parallel
 from .batches import Prefetcher, TrainData, check_held_out, open_sources, verify_share
@@ -33,7 +34,6 @@ from .plot import read_metrics
 from .schedule import lr_scale
 from .shards import TokenShards
 from .signals import TERMINATED, Signals
-from .store import write_atomic
 from .watchdog import Watchdog
 from .weights import (
     REMARKS,

@@ -16,9 +16,9 @@ import torch
 
 from ..devices import DEVICES
 from ..errors import InputError
+from ..files import write_atomic
 from .config import LogSection
 from .console import Console
-from .store import write_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import write_atomic
 from ..run_folder import MARKER, complete_steps, step_folder, step_number
 
 
@@ -61,17 +62,6 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces ``path``, in UTF-8; a reader sees the old or the new contents, also after a power
-    cut."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 def mark_complete(folder: Path, checksums: Mapping[str, str]) -> None:

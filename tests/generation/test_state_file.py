@@ -345,33 +345,6 @@ def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch, problem, tol
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-def test_a_file_is_replaced_and_never_written_into(saved, tmp_path, monkeypatch):
-    path, model, _ = saved
-    before, synced = path.read_bytes(), []
-    os.link(path, tmp_path / "open elsewhere")
-    size = lambda descriptor: synced.append(os.fstat(descriptor).st_size)
-    monkeypatch.setattr(os, "fsync", size)
-    # all of it is on the disk before it takes the name, though it fits into a buffer
-    monkeypatch.setattr(state_file, "save", lambda tensors, metadata: b"new")
-    save_state(path, Engine(model).read([1, 2]), model)
-    assert path.read_bytes() == b"new" and synced == [3]
-    assert (tmp_path / "open elsewhere").read_bytes() == before != path.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["open elsewhere", path.name]
-
-
-def test_two_files_may_be_written_at_once(saved, monkeypatch):
-    path, model, prompt = saved
-    other, sync = path.with_name("other"), os.fsync
-
-    def and_another(descriptor):
-        monkeypatch.setattr(os, "fsync", sync)
-        save_state(other, Engine(model).read([1, 2]), model)
-
-    monkeypatch.setattr(os, "fsync", and_another)
-    save_state(path, Engine(model).read(prompt[:5]), model)
-    assert [len(load_state(x, model).tokens) for x in (path, other)] == [5, 2]
-
-
 def test_a_model_without_a_window_keeps_everything(tmp_path):
     config = config_of("rodimus_plus")
     config["attn_cfg"] |= {"window_size": None}

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from rodimus.errors import InputError
+from rodimus.files import write_atomic
 from rodimus.train.config import TrainConfig, steps_of_run
 from rodimus.train.load import build, load_config, to_toml
-from rodimus.train.store import write_atomic
 from rodimus.train.weights import read_model_config
 from tests.model.golden_data import golden_config
 from tests.train.conftest import MODEL

@@ -634,20 +634,6 @@ def test_a_folder_that_nodes_do_not_share_is_no_checkpoint(config_file, tmp_path
     assert not list(tmp_path.glob("*/checkpoints/*/COMPLETE"))
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    done, replace = [], os.replace
-
-    def replaced(part, path):
-        done.append((part.name, path.name))
-        replace(part, path)
-
-    monkeypatch.setattr(store.os, "fsync", lambda file: done.append(os.fstat(file).st_size))
-    monkeypatch.setattr(store.os, "replace", replaced)
-    store.write_atomic(tmp_path / "latest", "step-3")
-    assert done == [6, ("latest.part", "latest")]
-    assert (tmp_path / "latest").read_text() == "step-3"
-
-
 def test_a_checkpoint_that_is_deleted_in_part_does_not_count(tmp_path, monkeypatch):
     folder = store.step_folder(tmp_path, 3)
     folder.mkdir()
