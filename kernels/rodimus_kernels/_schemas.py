@@ -90,6 +90,8 @@ def refuse_forward_mode(operator: str) -> None:
 EAGER_CHUNK = 64
 TRITON_CHUNK = 64
 TRITON_KEY_DIMS = (16, 32, 64, 128, 256)
+# a row of a norm is one block of registers
+TRITON_NORM_WIDTH = 16384
 
 
 @torch.library.register_fake("rodimus::ddts_eager")

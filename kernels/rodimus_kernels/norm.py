@@ -4,6 +4,7 @@ import torch
 
 from . import native
 from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
+from ._schemas import TRITON_NORM_WIDTH
 
 _RMS = {
     "reference": "rodimus_kernels.reference:rms_norm",
@@ -145,4 +146,4 @@ def _choose(impl, *tensors):
 
 def _gpu_form(width: int, double: bool) -> str:
     """Triton if it takes the dtype and a row fits in its registers, else the reference."""
-    return "triton" if width <= 16384 and not double else "reference"
+    return "triton" if width <= TRITON_NORM_WIDTH and not double else "reference"

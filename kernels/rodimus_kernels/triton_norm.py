@@ -10,11 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._schemas import register_gradient
+from ._schemas import TRITON_NORM_WIDTH, register_gradient
 from ._triton import FP_FUSION, as_rows, capability, check_runs_here, implement, row_block, sigmoid
-
-# a row is one block of registers
-MAX_WIDTH = 16384
 
 # programs of a backward pass, and rows of each in flight or in registers: nearly the best of one to
 # three rows, four to sixteen elements and 132 to 1056 programs on an H200, for 32768 rows of 4096
@@ -245,19 +242,19 @@ def gated_rms_norm_bwd_kernel(
 
 
 def rms_norm(x, weight, *, eps):
-    """The contract is that of :func:`rodimus_kernels.rms_norm`; D up to ``MAX_WIDTH``."""
+    """The contract is that of :func:`rodimus_kernels.rms_norm`; D up to 16384."""
     _check("rms_norm", x, weight)
     return torch.ops.rodimus.rms_norm_rows(x, weight.contiguous(), eps)
 
 
 def add_rms_norm(x, residual, weight, *, eps):
-    """The contract is that of :func:`rodimus_kernels.add_rms_norm`; D up to ``MAX_WIDTH``."""
+    """The contract is that of :func:`rodimus_kernels.add_rms_norm`; D up to 16384."""
     _check("add_rms_norm", x, residual, weight)
     return torch.ops.rodimus.add_rms_norm_rows(x, residual, weight.contiguous(), eps)
 
 
 def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None):
-    """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to ``MAX_WIDTH``."""
+    """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to 16384."""
     given = [t for t in (residual, residual_weight) if t is not None]
     _check("gated_rms_norm", x, gate, weight, *given)
     # the kernels index vectors with stride 1
@@ -268,9 +265,9 @@ def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None)
 
 def _check(operator, *tensors):
     check_runs_here(operator, *tensors)
-    if tensors[0].shape[-1] > MAX_WIDTH:
+    if tensors[0].shape[-1] > TRITON_NORM_WIDTH:
         raise ValueError(
-            f"{operator}: Triton takes up to D = {MAX_WIDTH}, got {tensors[0].shape[-1]}"
+            f"{operator}: Triton takes up to D = {TRITON_NORM_WIDTH}, got {tensors[0].shape[-1]}"
         )
 
 
