@@ -1691,7 +1691,9 @@ def test_the_command_serves_a_folder_with_a_prefix_until_it_is_told_to_stop(tmp_
     assert "Traceback" not in errors and "Application shutdown complete" in errors
 
 
-@pytest.mark.parametrize("page", ["http://a.org/", "http://A.org", "a.org", "http://a.org/x", ""])
+@pytest.mark.parametrize(
+    "page", ["http://a.org/", "http://A.org", "a.org", "http://a.org/x", "http://a.org ", ""]
+)
 def test_an_origin_that_no_browser_sends_is_refused(page, tmp_path):
     """Said before the model is loaded: there is none."""
     from rodimus.errors import InputError
@@ -1704,8 +1706,8 @@ def test_an_origin_that_no_browser_sends_is_refused(page, tmp_path):
         server.run(options)
 
 
-def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
-    from rodimus.generation.server import _check_origins, _service
+def test_the_options_of_the_command_reach_what_they_are_about(tmp_path, monkeypatch):
+    from rodimus.generation.server import API_KEY_VARIABLE, _check_origins, _service
 
     text_model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
@@ -1713,8 +1715,9 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     def service(*options):
         return _service(parse(["serve", str(tmp_path), *options]))
 
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     default = service()
-    assert default.limits == Limits()
+    assert default.limits == Limits() and default.api_key is None
     assert default.worker.engine.layout.window_dtype is None
     assert default.worker.engine.prefixes.recent == 8 and not default.origins
     # another number each, so that none can be taken for another
@@ -1724,9 +1727,11 @@ def test_the_options_of_the_command_reach_what_they_are_about(tmp_path):
     pages = ["http://localhost:3000", "https://example.org", "http://[::1]:8080", "null", "app://x"]
     origins = [f"--allow-origin={page}" for page in pages]
     _check_origins([*pages, "*"])
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
     told = service("--name=it", "--window-dtype=int8", *numbers, *origins)
     engine = told.worker.engine
-    assert told.model_name == "it" and engine.layout.window_dtype == torch.int8
+    assert told.model_name == "it" and told.api_key == "secret"
+    assert engine.layout.window_dtype == torch.int8
     assert (engine.slots, told.worker.max_waiting, engine.prefill_chunk) == (2, 3, 5)
     assert engine.prefixes.recent == 19 and told.origins == pages
     assert engine.max_length == 23 and default.worker.engine.max_length is None
@@ -1750,14 +1755,20 @@ def test_the_command_warns_where_others_can_reach_it_without_a_key(monkeypatch, 
     monkeypatch.setattr(server._Server, "run", lambda self: None)
     create = lambda address, family: listening.append((*address, family)) or socket.socket()
     monkeypatch.setattr(socket, "create_server", create)
-    for key, host, warned in (("x", "::", 0), (None, "::1", 0), (None, "0.0.0.0", 1)):
+    for key, host, warned in (
+        ("x", "::", 0),
+        (None, "::1", 0),
+        (None, "localhost", 0),
+        (None, "0.0.0.0", 1),
+    ):
         service.api_key = key
         server.run(parse(["serve", "model", "--host", host]))
         assert caplog.text.count(f"serving on {host} without an API key") == warned
     server.run(parse(["serve", "model"]))
     assert caplog.text.count("without an API key") == 1
     four, six = socket.AF_INET, socket.AF_INET6
-    hosts = (("::", six), ("::1", six), ("0.0.0.0", four), ("127.0.0.1", four))
+    hosts = [("::", six), ("::1", six), ("localhost", four), ("0.0.0.0", four)]
+    hosts.append(("127.0.0.1", four))
     assert listening == [(host, 8000, family) for host, family in hosts]
 
 
