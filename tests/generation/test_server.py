@@ -878,9 +878,12 @@ class TestMistakes:
 
 def test_headers_tell_clients_and_proxies_what_to_do():
     assert _error(ApiError(429, "full")).headers["Retry-After"] == "1"
-    assert _error(ApiError(401, "no key")).headers["WWW-Authenticate"] == "Bearer"
+    refusal = _error(ApiError(401, "no key")).headers
+    assert refusal["WWW-Authenticate"] == "Bearer"
+    assert refusal["Content-Type"] == "application/json"
     stream = _EventStream(None, None).headers
     assert stream["Cache-Control"] == "no-cache" and stream["X-Accel-Buffering"] == "no"
+    assert stream["Content-Type"].startswith("text/event-stream")
 
 
 def test_a_key_is_asked_for_where_there_is_one():
@@ -1162,7 +1165,7 @@ def fails(*args):
     raise RuntimeError("out of memory")
 
 
-def test_a_step_that_fails_is_503_and_the_server_goes_on(monkeypatch):
+def test_a_step_that_fails_is_503_and_the_server_goes_on(monkeypatch, caplog):
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
     with serving(engine=engine) as (client, service, server):
         status, expected = client.complete("x", temperature=0)
@@ -1178,9 +1181,18 @@ def test_a_step_that_fails_is_503_and_the_server_goes_on(monkeypatch):
             assert status == 200 and answer["choices"] == expected["choices"]
         assert client.get("/health")[0] == 200 and service.worker.unfinished == 0
         assert service.worker.failure is None and not server.should_exit
+    assert "a step of the engine failed; what was under way has ended\nTraceback" in caplog.text
 
 
-def test_an_engine_that_fails_on_and_on_ends_the_server(monkeypatch):
+def test_a_server_whose_engine_has_stopped_is_503():
+    with serving() as (client, service, _):
+        service.worker.stop()
+        status, answer = client.complete("x")
+        assert status == 503 and answer["error"]["message"] == "the engine is not running"
+        assert client.get("/health")[0] == 503
+
+
+def test_an_engine_that_fails_on_and_on_ends_the_server(monkeypatch, caplog):
     engine = Engine(text_model(), byte_tokenizer(), slots=2)
     with serving(engine=engine) as (client, service, server):
         monkeypatch.setattr(engine.decoder, "_forward", fails)
@@ -1192,6 +1204,7 @@ def test_an_engine_that_fails_on_and_on_ends_the_server(monkeypatch):
         assert service.worker.unfinished == 0 and not service.worker.accepts
         # sockets of tests stay open until the end
         wait_until(lambda: not server.servers[0].is_serving())
+    assert "the engine failed; all its requests are given up\nTraceback" in caplog.text
 
 
 @pytest.mark.parametrize("failure, status", [(None, 0), (RuntimeError(), 1)])
@@ -1220,13 +1233,17 @@ def test_an_engine_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
         server.run(parse(["serve", str(tmp_path), "--port", "0"]))
 
 
-def test_a_defect_is_500_and_counted():
+def test_a_defect_is_500_and_counted(monkeypatch, caplog):
     with serving() as (client, service, _):
         service.worker.enqueue = None
         status, answer = client.complete("x")
         assert status == 500 and answer["error"]["type"] == "server_error"
         line = 'rodimus_http_requests_total{endpoint="completions",status="500"}'
         assert client.metric(line) == 1
+        assert "a request met a defect\nTraceback" in caplog.text
+        monkeypatch.setattr(service.metrics, "text", fails)
+        status, answer = client.get("/metrics")
+        assert status == 500 and answer["error"]["type"] == "server_error"
 
 
 def test_tokens_beyond_the_tokenizer_end_nobodys_answer():
