@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.client
 import json
+import logging
 import math
 import os
 import re
@@ -946,9 +947,11 @@ def narrow():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
+def test_a_client_that_goes_away_frees_its_slot(narrow, monkeypatch, stream):
     client, service, _ = narrow
-    engine = service.worker.engine
+    engine, logged = service.worker.engine, []
+    log = lambda *message, **options: logged.append(message)
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", log)
     connections = [endless(client, stream)]
     wait_until(lambda: engine.running)
     connections.append(endless(client, stream=False))
@@ -963,6 +966,7 @@ def test_a_client_that_goes_away_frees_its_slot(narrow, stream):
     assert client.metric("rodimus_time_to_first_token_seconds_count") == 1
     assert client.metric("rodimus_generation_seconds_count") == 0
     assert client.complete("x", max_tokens=1)[0] == 200
+    assert not logged
 
 
 def test_a_full_queue_is_429_and_empties_again(narrow, monkeypatch):
@@ -1095,20 +1099,24 @@ def test_what_still_runs_when_the_time_to_shut_down_is_over_is_503(narrow):
 def test_a_stream_that_nobody_reads_is_cancelled_without_a_traceback():
     async def cancelled():
         async def events():
-            yield "data: x"
+            try:
+                yield "data: x"
+            finally:
+                ends.append("events")
 
         async def send(message):
             if "body" in message:
                 await asyncio.Event().wait()
 
         ends = []
-        task = asyncio.create_task(_EventStream(events(), lambda: ends.append(1))({}, None, send))
+        stream = _EventStream(events(), lambda: ends.append("stream"))
+        task = asyncio.create_task(stream({}, None, send))
         await asyncio.sleep(0.01)
         task.cancel()
         await task
         return ends
 
-    assert asyncio.run(cancelled()) == [1]
+    assert asyncio.run(cancelled()) == ["events", "stream"]
 
 
 def test_a_stream_whose_client_left_before_it_began_has_ended():
@@ -1432,6 +1440,19 @@ def test_a_step_wakes_the_event_loop_once_for_all_its_streams():
     assert sum(together) == 8 * 49
 
 
+def test_news_for_a_loop_that_is_closed_go_nowhere():
+    loop = asyncio.new_event_loop()
+    loop.close()
+    _Mail(loop).deliver()
+
+
+class Connection:
+    """One on which nothing comes."""
+
+    async def receive(self):
+        await asyncio.sleep(60)
+
+
 def test_news_that_wait_for_the_loop_are_joined():
     entry = TokenLogprobs(5, -0.5, ())
     generations = [Generation(Request([1]), torch.tensor([1]), frozenset()) for _ in range(2)]
@@ -1451,10 +1472,6 @@ def test_news_that_wait_for_the_loop_are_joined():
         exchange.receive(generations[1], parts[-1])
         return [news async for news in exchange.news()]
 
-    class Connection:
-        async def receive(self):
-            await asyncio.sleep(60)
-
     whole = Delta([1, 2, 3, 4], "abc", [entry, entry], "length")
     assert asyncio.run(taken(parts)) == [(generations[0], whole), (generations[1], parts[-1])]
 
@@ -1463,10 +1480,6 @@ def test_signs_of_life_are_few_and_nothing_goes_on_behind_an_answer(monkeypatch)
     monkeypatch.setattr("rodimus.generation.server._QUIET_SECONDS", 0.1)
     generation = Generation(Request([1]), torch.tensor([1]), frozenset())
     generation.finish_reason = "length"
-
-    class Connection:
-        async def receive(self):
-            await asyncio.sleep(60)
 
     async def taken():
         exchange = _Exchange(None, Connection(), None)
@@ -1479,6 +1492,40 @@ def test_signs_of_life_are_few_and_nothing_goes_on_behind_an_answer(monkeypatch)
 
     signs, tasks = asyncio.run(taken())
     assert 1 <= signs <= 5 and tasks == 1
+
+
+def test_news_put_off_the_next_sign_of_life():
+    generation = Generation(Request([1]), torch.tensor([1]), frozenset())
+    generation.finish_reason = "length"
+    first, last = (Delta([1], "a", [], reason) for reason in (None, "length"))
+
+    async def taken():
+        exchange = _Exchange(None, Connection(), None)
+        exchange.generations = [generation]
+        exchange._last -= 1000
+        exchange.receive(generation, first)
+        asyncio.get_running_loop().call_later(0.05, exchange.receive, generation, last)
+        return [news async for news in exchange.news()]
+
+    assert asyncio.run(taken()) == [(generation, first), (generation, last)]
+
+
+def test_a_client_that_reads_nothing_keeps_no_timer_busy(monkeypatch):
+    monkeypatch.setattr("rodimus.generation.server._QUIET_SECONDS", 0.1)
+    generation = Generation(Request([1]), torch.tensor([1]), frozenset())
+    generation.finish_reason = "length"
+
+    async def reminded():
+        exchange, calls = _Exchange(None, Connection(), None), []
+        exchange.generations = [generation]
+        remind = exchange._changed.set
+        monkeypatch.setattr(exchange._changed, "set", lambda: calls.append(remind()))
+        async with contextlib.aclosing(exchange.news()) as news:
+            assert await anext(news) is None
+            await asyncio.sleep(0.35)
+        return len(calls)
+
+    assert 1 <= asyncio.run(reminded()) <= 5
 
 
 class Watched:
