@@ -676,8 +676,6 @@ def _service(options) -> Service:
         for path in options.prefix:
             engine.add_prefix(load_state(path, model))
         worker = EngineWorker(engine, max_waiting=options.max_waiting)
-    except InputError:
-        raise
     except (ValueError, RuntimeError) as error:
         raise InputError(first_line(error)) from error
     limits = Limits(
