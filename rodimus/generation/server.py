@@ -402,14 +402,13 @@ class Service:
             ApiError: 503, the server shut down in between, or a step of its engine failed; 422, the
                 model could not continue.
         """
-        # if a stream ends with an error, its other choices are unfinished
         for generation in generations:
             if generation.finish_reason == "error" and self.worker.failure is None:
                 if generation.error == STEP_FAILED:
                     raise ApiError(503, f"{STEP_FAILED}: try again")
                 message = f"the model could not continue this prompt: {generation.error}"
                 raise ApiError(422, message, code="generation_failed")
-        if any(x.finish_reason in (None, "cancelled", "error") for x in generations):
+        if any(x.finish_reason in ("cancelled", "error") for x in generations):
             raise ApiError(503, "the server is shutting down or has failed")
 
 
