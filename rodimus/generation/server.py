@@ -648,6 +648,9 @@ def _check_address(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         raise InputError(f"cannot listen: {error.strerror}") from error
+    except TypeError as error:
+        # of a name that cannot be looked up, such as one with an empty part between its dots
+        raise InputError(f"cannot listen: {error} ({host!r})") from error
 
 
 def _check_origins(origins: Sequence[str]) -> None:

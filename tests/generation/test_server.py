@@ -1891,3 +1891,7 @@ def test_the_command_refuses_what_is_wrong_in_one_line(tmp_path, capsys):
         for host, reason in (("127.0.0.1", "Address already in use"), ("no host", "")):
             with pytest.raises(InputError, match=f"^cannot listen: {reason}.*'{host}', {port}"):
                 main([str(tmp_path / "nothing"), "--host", host, "--port", port])
+    for host in ("\u00e4..", "\udcff"):
+        message = f"cannot listen: encoding of hostname failed ({host!r})"
+        with pytest.raises(InputError, match=re.escape(message)):
+            main([str(tmp_path / "nothing"), "--host", host])
