@@ -122,6 +122,36 @@ def test_running_sequences_wait_for_one_chunk_at_most(plus):
         assert len(first.tokens) == 3 + step
 
 
+def test_news_are_told_before_prompts_are_read_and_while_tokens_alone_are_computed(
+    plus, monkeypatch
+):
+    """On a device that computes while the host goes on."""
+    engine, events = Engine(plus, slots=2, prefill_chunk=4), []
+    engine._computes_apart = True
+    for owner, name in ((engine, "_read_chunk"), (engine.decoder, "_forward")):
+        call = getattr(owner, name)
+        watched = lambda *x, name=name, call=call, **y: events.append(name) or call(*x, **y)
+        monkeypatch.setattr(owner, name, watched)
+
+    def step():
+        events.clear()
+        engine.step(lambda: events.append("told"))
+        return list(events)
+
+    first, second, third = (engine.prepare(Request(p, 9)) for p in prompts_of(3, 6, 3))
+    engine.enqueue(first)
+    assert step() == ["told", "_read_chunk", "_forward"]
+    engine.enqueue(second)
+    for _ in range(2):
+        assert step() == ["told", "_read_chunk", "_forward"]
+    # which finds no slot
+    engine.enqueue(third)
+    assert step() == ["_forward", "told"]
+    for generation in (first, second, third):
+        engine.cancel(generation)
+    assert step() == ["told"]
+
+
 class Forwards(list):
     """The sizes ``(B, T)`` of what a model reads, single tokens aside."""
 
