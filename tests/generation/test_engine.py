@@ -107,7 +107,9 @@ def test_memory_is_made_once(model):
 def test_no_forward_reads_more_than_a_chunk(plus):
     lengths = []
     plus.model.embeddings.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
-    Engine(plus, prefill_chunk=16).generate([Request(p, 5) for p in prompts_of(100, 7, 8, 33)])
+    engine = Engine(plus, prefill_chunk=16)
+    engine.generate([Request(p, 5) for p in prompts_of(100, 7, 8, 33)])
+    engine.read(prompts_of(40)[0])
     assert max(lengths) == 16
 
 
@@ -314,6 +316,8 @@ class TestEnd:
         plus.generation_config.eos_token_id = [tokens[5], 96]
         assert alone(plus, Request(prompt, 20)).tokens == greedy(plus, prompt, 20)
         assert len(alone(plus, Request(prompt, 20, stop_tokens=())).tokens) == 20
+        plus.generation_config.eos_token_id = [0, 96, 97, -1]
+        assert Engine(plus).end_tokens == [0, 96]
 
     def test_one_token_may_be_all(self, plus):
         (prompt,) = prompts_of(6)
@@ -338,6 +342,8 @@ class TestEnd:
         assert [g.finish_reason for g in (running, reading, waiting)] == ["cancelled"] * 3
         assert kept.tokens == greedy(plus, kept.prompt, 5)
         assert engine.stats.finished == {"cancelled": 3, "length": 1}
+        # of the one that was being read no more than a chunk
+        assert engine.stats.prompt_tokens == 3 + 4 + 3 and not reading.tokens
 
     def test_leaving_a_stream_cancels_it(self, plus):
         engine = Engine(plus)
@@ -372,11 +378,11 @@ def test_logprobs_are_those_of_the_full_forward(plus):
         assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
     # whatever others ask for
-    asked = [Request(prompt, 4, logprobs=most) for most in (1, 5, None, 0)]
+    asked = [Request(prompt, 4, logprobs=most) for most in (1, 20, None, 0)]
     many = Engine(plus, slots=4).generate(asked)
     assert [[len(entry.top) for entry in x.logprobs] for x in many] == [
         [1] * 4,
-        [5] * 4,
+        [20] * 4,
         [],
         [0] * 4,
     ]
@@ -623,6 +629,12 @@ def test_requests_that_cannot_be_served_are_refused(plus, request_, message):
     with pytest.raises(ValueError, match=message):
         engine.submit(request_)
     assert not engine.has_work
+
+
+def test_an_empty_stop_string_is_refused():
+    engine = Engine(text_model(), byte_tokenizer())
+    with pytest.raises(ValueError, match="strings that are not empty, got an empty string"):
+        engine.prepare(Request([1], stop=("a", "")))
 
 
 @pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}], ids=["lists", "tensors"])
