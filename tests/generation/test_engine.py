@@ -356,9 +356,11 @@ class TestEnd:
 @ON_BOTH
 def test_a_stream_yields_each_token_once_while_others_run(plus):
     first, second = prompts_of(5, 9)
-    engine = Engine(plus, slots=2)
+    engine = Engine(plus, slots=2, prefill_chunk=4)
     other = engine.submit(Request(second, 15))
     deltas = list(engine.stream(Request(first, 10)))
+    # none while prompts are read
+    assert all(delta.tokens for delta in deltas)
     assert [t for delta in deltas for t in delta.tokens] == greedy(plus, first, 10)
     assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
     while engine.has_work:
