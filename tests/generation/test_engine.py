@@ -323,6 +323,7 @@ class TestEnd:
         (prompt,) = prompts_of(6)
         found = alone(plus, Request(prompt, 1))
         assert found.tokens == greedy(plus, prompt, 1) and found.finish_reason == "length"
+        assert found.state is None
 
     def test_cancelling_ends_a_request_wherever_it_is(self, plus):
         engine = Engine(plus, slots=1, prefill_chunk=4)
