@@ -533,8 +533,7 @@ class RodimusSlidingLayer(
             seen = key_states, value_states
             self.lazy_initialization(*seen)
             self.cumulative_length += key_states.shape[-2]
-            newest = slice(-self.sliding_window + 1, None)
-            self.keys, self.values = key_states[:, :, newest], value_states[:, :, newest]
+            self.keys, self.values = seen
         most = self.sliding_window - 1 + (2 * self.max_rollback if self.record_past else 0)
         held = max(x.shape[-2] for x in (seen[0], self._keys))
         # a single token may leave a surplus row for the next to free; while recording, many rows
