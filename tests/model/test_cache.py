@@ -352,6 +352,20 @@ def test_what_is_recorded_token_by_token_is_let_go(model, first, more, few_recor
         assert relative_max_error(in_pieces(model, later, [6], cache=fork), expected) < BOUND
 
 
+def test_all_that_is_recorded_can_be_taken_back(model, few_recorded):
+    """The keys of a window are let go at another token than the states, and never before them."""
+    ids, later = random_ids(1, 33), random_ids(1, 6, seed=9)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    for token in ids.split(1, dim=1):
+        prefill(model, token, cache)
+    held = cache.layers[0].recorded[0].shape[1]
+    assert held > few_recorded
+    cache.crop(-held)
+    expected = full(model, torch.cat((ids[:, :-held], later), 1))[:, -6:]
+    assert relative_max_error(in_pieces(model, later, [6], cache=cache), expected) < BOUND
+
+
 @pytest.mark.parametrize(
     "sizes", [[1] * 40, [30] + [1] * 10, [7] + [1] * 33, [5, 20, 1, 1, 13]], ids=str
 )
