@@ -579,7 +579,7 @@ class RodimusSlidingLayer(
             rows = self.ring.gather(1, self._places(start, self._end))[:, None]
             sizes = (self._key_row, rows.shape[-1] - self._key_row)
             self.ring = None
-            self._keys, self._values = (x.contiguous() for x in rows.split(sizes, dim=-1))
+            self._keys, self._values = rows.split(sizes, dim=-1)
         self.padding = 0
 
     def batch_select(self, select):
