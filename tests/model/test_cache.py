@@ -229,8 +229,10 @@ def test_repeated_and_selected_cache(model, kind, length, measure):
 def test_reset_and_reused_cache(model, kind, static, measure):
     cache = StaticCache(config=model.config, max_cache_len=64) if static else None
     cache = prefill(model, random_ids(2, 30, seed=2), cache)
+    prefill(model, random_ids(2, 1, seed=3), cache)
     cache.reset()
     assert cache.get_seq_length() == 0
+    assert static or "window" not in cache_bytes(cache)
     ids = random_ids(2, 30)
     logits = in_pieces(model, ids, [2, 17, 1, 1, 9], cache=cache)
     name = f"reset and reused {'static' if static else 'dynamic'} cache"
