@@ -16,7 +16,15 @@ from rodimus_kernels import native
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import l2_error, relative_max_error
 from tests.model.helpers import exact_and_rounded, random_ids
-from tests.model.ways import BOUND, SHARE, full, in_pieces
+from tests.model.ways import (
+    BOUND,
+    SHARE,
+    full,
+    in_pieces,
+    padded_batch,
+    positions_of,
+    rows_alone,
+)
 
 pytestmark = ON_BOTH
 
@@ -214,6 +222,34 @@ def test_padding_is_in_no_ring(model, static, fused):
         expected = full(model, ids[row : row + 1, real])[0]
         assert relative_max_error(logits[row, real], expected) < BOUND
     assert len(fused) == 33
+
+
+def test_padding_is_hidden_as_long_as_a_window_reaches_it(model, fused):
+    """A step after 12 places sees those from the fifth on."""
+    ids = random_ids(1, 13)
+    mask = torch.ones_like(ids)
+    mask[:, :5] = 0
+    logits = in_pieces(model, ids, [12, 1], mask=mask)
+    assert relative_max_error(logits[:, 5:], full(model, ids[:, 5:])) < BOUND
+    assert len(fused) == 1
+
+
+@torch.no_grad()
+def test_a_layout_tells_which_new_tokens_are_padding(model, fused):
+    """As the mask does that ``generate`` makes it of, for steps of a static cache."""
+    ids, mask = padded_batch("left")
+    cache, positions = StaticCache(config=model.config, max_cache_len=64), positions_of(mask)
+    logits = [in_pieces(model, ids[:, :12], [12], cache=cache, mask=mask[:, :12])]
+    for at in range(12, ids.shape[1]):
+        new = slice(at, at + 1)
+        embeds = model.get_input_embeddings()(ids[:, new])
+        layout = model.create_masks_for_generate(model.config, embeds, mask[:, : at + 1], cache)
+        given = {"attention_mask": layout, "position_ids": positions[:, new]}
+        logits.append(model(ids[:, new], past_key_values=cache, **given).logits)
+    logits = torch.cat(logits, dim=1)[mask.bool()]
+    assert relative_max_error(logits, rows_alone(model, ids, mask)) < BOUND
+    # the last two tokens, which alone are real in every row
+    assert len(fused) == 2
 
 
 @torch.no_grad()
