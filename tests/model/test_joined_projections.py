@@ -151,6 +151,15 @@ def test_a_hook_on_a_summed_projection_is_called(plus, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", SUMMED)
+def test_a_bias_of_a_summed_projection_is_added(plus, monkeypatch, name):
+    layer = plus.model.layers[0].get_submodule(name)
+    layer.bias = nn.Parameter(torch.randn(layer.out_features))
+    biased, _ = loss_and_gradients(plus)
+    sum_in_products(monkeypatch)
+    assert loss_and_gradients(plus)[0] == biased
+
+
+@pytest.mark.parametrize("name", SUMMED)
 def test_a_replaced_summed_projection_is_called(plus, monkeypatch, name):
     sum_in_products(monkeypatch)
     plain, _ = loss_and_gradients(plus)
