@@ -8,7 +8,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from rodimus import RodimusConfig, RodimusForCausalLM, attention
 from tests.device import ON_BOTH, here
 from tests.model.helpers import build, config_of, random_ids
-from tests.model.ways import packed_positions
+from tests.model.ways import documents_alone, packed_positions
 
 KINDS = ("rodimus_plus", "grouped")
 
@@ -78,6 +78,19 @@ def test_same_packed_documents_by_boundaries(no_square_mask):
     cu_seqlens = here(torch.tensor([0, 20, 20, 45], dtype=torch.int32))
     run = lambda model: model(ids, cu_seq_lens_q=cu_seqlens, use_cache=False).logits.detach()
     assert_same("rodimus_plus", run)
+
+
+@ON_BOTH
+@pytest.mark.parametrize("name", [attention.NAME, "sdpa", "eager"])
+def test_packed_rows_without_a_window(name):
+    config, lengths = config_of("rodimus_plus"), (20, 25)
+    config["attn_cfg"] |= {"window_size": None}
+    model, ids = build(config), random_ids(1, 45)
+    model.set_attn_implementation(name)
+    with torch.no_grad():
+        logits = model(ids, position_ids=packed_positions(lengths), use_cache=False).logits
+    expected = documents_alone(model, ids, lengths)
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @ON_BOTH

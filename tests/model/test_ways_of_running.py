@@ -250,6 +250,14 @@ def test_packed_batch(model, kind, measure):
     )
 
 
+def test_rows_packed_alike(model):
+    """One row of positions may serve them all."""
+    ids = random_ids(3, sum(LENGTHS))
+    with torch.no_grad():
+        logits = model(ids, position_ids=packed_positions(LENGTHS), use_cache=False).logits
+    assert relative_max_error(logits, documents_alone(model, ids, LENGTHS)) < BOUND
+
+
 # ---------------------------------------------------------------------------- arguments of forward
 
 
