@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from rodimus import RodimusModel
 from rodimus.modeling_rodimus import RodimusBlock
@@ -95,6 +96,10 @@ def attach_hook(model):
     model.model.layers[1].mixer_norm.register_forward_hook(lambda module, args, y: 2 * y)
 
 
+def attach_final_hook(model):
+    model.model.norm_f.register_forward_hook(lambda module, args, y: 2 * y)
+
+
 def attach_backward_hook(model):
     model.model.layers[1].register_full_backward_hook(lambda module, dx, dy: None)
 
@@ -113,7 +118,14 @@ def compile_block(model):
 
 @pytest.mark.parametrize(
     "change",
-    [attach_hook, attach_backward_hook, replace_final_norm, checkpoint, compile_block],
+    [
+        attach_hook,
+        attach_final_hook,
+        attach_backward_hook,
+        replace_final_norm,
+        checkpoint,
+        compile_block,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_whatever_is_attached_keeps_its_say(model, left, monkeypatch, change):
@@ -122,6 +134,16 @@ def test_whatever_is_attached_keeps_its_say(model, left, monkeypatch, change):
     ids = random_ids(2, 20)
     model(ids, labels=ids).loss.backward()
     assert len(called) >= len(model.model.layers)
+
+
+def test_a_global_hook_sees_every_block(model, left):
+    seen, ids = [], random_ids(2, 20)
+    handle = register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        model(ids)
+    finally:
+        handle.remove()
+    assert set(model.model.layers) <= set(seen)
 
 
 def test_a_called_block_does_not_call_what_wraps_its_other_method(model):
