@@ -12,11 +12,19 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from rodimus import modeling_rodimus
+from rodimus import RodimusConfig, modeling_rodimus
 from rodimus.modeling_rodimus import RodimusFullLayer, RodimusSlidingLayer
 from tests.device import ON_BOTH, here
 from tests.model.golden_data import l2_error, relative_max_error
-from tests.model.helpers import NO_ROLLBACK, ONE_KIND, cache_bytes, enliven, model_of, random_ids
+from tests.model.helpers import (
+    NO_ROLLBACK,
+    ONE_KIND,
+    cache_bytes,
+    config_of,
+    enliven,
+    model_of,
+    random_ids,
+)
 from tests.model.ways import (
     BOUND,
     SHARE,
@@ -724,6 +732,15 @@ def test_a_state_is_never_offloaded(monkeypatch):
     for name in ("offload", "prefetch"):
         monkeypatch.setattr(LinearAttentionLayer, name, None)
         getattr(layer, name)()
+
+
+@pytest.mark.parametrize("window", [None, 17])
+def test_only_a_cache_that_grows_is_offloaded(window):
+    config = config_of("rodimus_plus")
+    config["attn_cfg"] |= {"window_size": window}
+    cache = DynamicCache(config=RodimusConfig.from_dict(config))
+    cache.offloading = True
+    assert modeling_rodimus.adopt_cache(cache).offloading == (window is None)
 
 
 def has_streams():
