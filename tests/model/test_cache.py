@@ -19,6 +19,7 @@ from tests.model.golden_data import l2_error, relative_max_error
 from tests.model.helpers import (
     NO_ROLLBACK,
     ONE_KIND,
+    build,
     cache_bytes,
     config_of,
     enliven,
@@ -315,6 +316,19 @@ def test_rolled_back_cache(model, kind, length, drop, measure):
         expected = full(model, ids[:, : at + 3])[:, at:]
         worst = max(worst, relative_max_error(logits, expected))
     measure(TABLE, "rolled back cache", kind, worst, BOUND)
+
+
+def test_a_cache_without_a_window_is_rolled_back():
+    config = config_of("rodimus_plus")
+    config["attn_cfg"] |= {"window_size": None}
+    model, ids = build(config), random_ids(2, 24)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    prefill(model, ids[:, :20], cache)
+    cache.crop(-5)
+    assert cache.get_seq_length() == 15
+    rest = in_pieces(model, ids[:, 15:], [1, 8], cache=cache)
+    assert relative_max_error(rest, full(model, ids)[:, 15:]) < BOUND
 
 
 # ------------------------------------------------------------------------------------- static cache
