@@ -245,6 +245,7 @@ def test_a_cache_is_refused_where_blocks_run_twice(model):
     with pytest.raises(ValueError, match="expected no cache with gradient checkpointing"):
         model(ids, cache=cache)
     assert torch.equal(model.generate(ids, **options), expected)
+    assert model.eval()(ids, cache=cache).logits.requires_grad
 
 
 def test_blocks_of_other_classes_take_a_cache_in_training(model):
