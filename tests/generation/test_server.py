@@ -930,8 +930,9 @@ def endless(client, stream=True, **fields):
     connection = socket.create_connection(("127.0.0.1", client.port), timeout=20)
     body = {"prompt": "Hello", "max_tokens": 4000, "temperature": 0, "stream": stream, **fields}
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
     if stream:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     return connection
