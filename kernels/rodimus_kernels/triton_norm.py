@@ -1,9 +1,9 @@
 """The norms in Triton, forward and backward: one pass over the rows each way.
 
-A program keeps a row in registers. In the backward it walks over rows ``id, id + programs, ...``
-while the next ones are loading; the gradients of weights are summed per program and then over
-programs in a fixed order, without atomics. No statistics are saved: the backward computes the row's
-mean square again.
+A program keeps a row, of up to ``TRITON_NORM_WIDTH`` elements, in registers. In the backward it
+walks over rows ``id, id + programs, ...`` while the next ones are loading; the gradients of weights
+are summed per program and then over programs in a fixed order, without atomics. No statistics are
+saved: the backward computes the row's mean square again.
 """
 
 import torch
@@ -242,19 +242,19 @@ def gated_rms_norm_bwd_kernel(
 
 
 def rms_norm(x, weight, *, eps):
-    """The contract is that of :func:`rodimus_kernels.rms_norm`; D up to 16384."""
+    """The contract is that of :func:`rodimus_kernels.rms_norm`."""
     _check("rms_norm", x, weight)
     return torch.ops.rodimus.rms_norm_rows(x, weight.contiguous(), eps)
 
 
 def add_rms_norm(x, residual, weight, *, eps):
-    """The contract is that of :func:`rodimus_kernels.add_rms_norm`; D up to 16384."""
+    """The contract is that of :func:`rodimus_kernels.add_rms_norm`."""
     _check("add_rms_norm", x, residual, weight)
     return torch.ops.rodimus.add_rms_norm_rows(x, residual, weight.contiguous(), eps)
 
 
 def gated_rms_norm(x, gate, weight, *, eps, residual=None, residual_weight=None):
-    """The contract is that of :func:`rodimus_kernels.gated_rms_norm`; D up to 16384."""
+    """The contract is that of :func:`rodimus_kernels.gated_rms_norm`."""
     given = [t for t in (residual, residual_weight) if t is not None]
     _check("gated_rms_norm", x, gate, weight, *given)
     # the kernels index vectors with stride 1

@@ -325,22 +325,15 @@ def test_buffers_count(plus):
     assert fingerprint(plus) != before
 
 
-@pytest.mark.parametrize(
-    "problem, told",
-    [
-        (OSError(28, "No space left on device"), InputError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ],
-)
-def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch, problem, told):
+def test_a_write_that_fails_leaves_the_old_file(saved, monkeypatch):
     path, model, _ = saved
     before = path.read_bytes()
 
     def fails(descriptor):
-        raise problem
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(told, match=getattr(problem, "strerror", None)):
+    with pytest.raises(InputError, match="No space left on device"):
         save_state(path, Engine(model).read([1, 2]), model)
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 

@@ -208,7 +208,7 @@ def test_a_model_in_4_bits_is_copied_compiled_and_kept(model, tmp_path):
     with torch.no_grad():
         compiled = torch.compile(rounded, backend="eager", fullgraph=True)
         # torch 2.11 cannot record how a cache is made
-        found = compiled(ids, use_cache=False).logits
+        found = compiled(ids, use_cache=torch.__version__ >= "2.12").logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.save(rounded.state_dict(), tmp_path / "weights.pt")
     enliven(model, seed=1)
