@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..files import write_atomic
 from .config import LogSection
 from .console import Console
+from .signals import spared
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,11 @@ def _wandb(out: Path) -> Any:
     # a restarted run continues the same run of W&B
     known = out / "wandb_id"
     identity = known.read_text() if known.is_file() else None
-    run = wandb.init(project="rodimus", name=out.name, dir=str(out), id=identity, resume="allow")
+    # it sends records from a process of its own
+    with spared():
+        run = wandb.init(
+            project="rodimus", name=out.name, dir=str(out), id=identity, resume="allow"
+        )
     write_atomic(known, run.id)
     # with its own step count, W&B would drop steps that are repeated after a rollback
     run.define_metric("*", step_metric="step")

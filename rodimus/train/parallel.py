@@ -36,6 +36,7 @@ from ..errors import InputError
 from .config import ParallelSection, TrainConfig
 from .initialize import initialize, template
 from .shards import allow_open_files
+from .signals import spared
 
 T = TypeVar("T")
 # parameters of glibc's mallopt; a block may be at most 32 MiB to stay on the heap
@@ -250,8 +251,7 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
     blocks = _blocks(model)
     checkpoint_activations(model, config.train.ac)
     if config.train.compile:
-        for block in blocks:
-            block.compile()
+        compile_blocks(blocks, ranks.device)
     options = {
         "mesh": ranks.mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -284,6 +284,21 @@ def build_model(model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Pr
     model.tie_weights()
     initialize(model, units, config.train.seed)
     return model.train()
+
+
+def compile_blocks(blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Has blocks compiled when they are first called.
+
+    For a GPU, torch compiles in processes of their own, and the run would wait forever for one that
+    SIGUSR1 has ended. They are started here, where they can be spared.
+    """
+    if device.type == "cuda":
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        with spared():
+            maybe_warm_pool()
+    for block in blocks:
+        block.compile()
 
 
 def reshards(config: ParallelSection, parameters: int, memory: float) -> bool:

@@ -13,6 +13,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 # what a shell reports for a process that SIGTERM ended; schedulers requeue on it
@@ -67,3 +69,14 @@ class Signals:
             elif time.monotonic() - since > TOGETHER_S:
                 os._exit(TERMINATED)
         self._heard.close()
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """Processes that this thread starts within it live through SIGUSR1, which would end them by
+    default: Slurm sends a signal to every process of a job, not only to the ranks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

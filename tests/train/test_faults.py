@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor import async_compile
 from torch.distributed.checkpoint import FileSystemWriter, filesystem
 from torch.utils._pytree import tree_leaves
 
@@ -919,6 +921,28 @@ def test_signals_mean_after_a_run_what_they_meant_before_it():
     with signals.Signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert meanings() == before and signal.set_wakeup_fd(woken) == -1
+
+
+def test_sigusr1_ends_no_process_that_a_run_has_started(tmp_path, monkeypatch):
+    """Slurm sends it to all of a job: also to those that compile for a GPU, for whose answer a run
+    would wait forever, and to that of a tracker."""
+    children = []
+
+    def begin(**named):
+        children.append(subprocess.Popen(["sleep", "60"]))
+        return SimpleNamespace(id="first", define_metric=lambda *names, **options: None)
+
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", begin)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=begin))
+    with signals.Signals():
+        parallel.compile_blocks([], torch.device("cuda"))
+        run_metrics._wandb(tmp_path)
+        begin()
+    for child in children:
+        child.send_signal(signal.SIGUSR1)
+        child.terminate()
+    ended = [-signal.SIGTERM, -signal.SIGTERM, -signal.SIGUSR1]
+    assert [child.wait(30) for child in children] == ended
 
 
 def test_second_sigterm_ends_a_rank_that_waits_for_another():
