@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -29,7 +30,14 @@ from .evaluate import Evaluation, Evaluator
 from .flops import hardware_flops, train_flops
 from .load import to_toml
 from .metrics import Meter, RunLog, peak_flops, require_trackers
-from .optim import build_optimizers, checkpoint_bytes, set_lr
+from .optim import (
+    build_optimizers,
+    checkpoint_bytes,
+    clip,
+    gradient_shards,
+    set_lr,
+    squared_norm,
+)
 from .plot import read_metrics
 from .schedule import lr_scale
 from .shards import TokenShards
@@ -176,12 +184,15 @@ class Trainer:
             )
             out.loss.backward()
             total += out.cross_entropy.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.train.max_grad_norm)
-        norm = norm.full_tensor()
+        shards = gradient_shards(self.model)
+        # each replica has the whole gradient
+        squares = squared_norm(shards) / config.parallel.replicate
         asked = take_requests(self.signals)
-        sums = parallel.sum_over_ranks([total, *asked], self.ranks.device)
+        sums = parallel.sum_over_ranks([total, squares, *asked], self.ranks.device)
+        clip(shards, sums[1].sqrt(), config.train.max_grad_norm)
         # the only place where a step waits for the device: the guard decides whether to update
-        mean_loss, terminate, save, grad_norm = torch.cat((sums, norm.double()[None])).tolist()
+        mean_loss, square, terminate, save = sums.tolist()
+        grad_norm = math.sqrt(square)
         self.asked_to_end = terminate > 0
         self.asked_to_save |= save > 0
 

@@ -153,6 +153,36 @@ def _on_whole(
     return [part.view_as(x) for part, x in zip(parts.split(of_matrices), shards, strict=False)]
 
 
+@torch.no_grad()
+def gradient_shards(model: nn.Module) -> list[torch.Tensor]:
+    """This rank's shards of all gradients, as plain tensors that share their memory.
+
+    Of plain tensors, torch computes the norms of all at once. Of DTensors it computes each alone,
+    and scales each alone, by a dispatch that takes the host long.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in grads]
+
+
+def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all entries, in float32 up to the last square; float64 ``[]``."""
+    return torch.nn.utils.get_total_norm(tensors).double().square()
+
+
+@torch.no_grad()
+def clip(shards: Sequence[torch.Tensor], norm: torch.Tensor, limit: float) -> None:
+    """Scales gradients down to a global norm.
+
+    Args:
+        shards: What ``gradient_shards`` returned; changed in place.
+        norm: Their norm over all ranks, float64 ``[]``, the same on every rank to the last bit:
+            replicas that clip differently would never agree again.
+        limit: The largest norm.
+    """
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(shards, scale.float())
+
+
 def checkpoint_bytes(model: nn.Module, config: OptimSection) -> int:
     """Bytes of weights and moments in float32: AdamW keeps two moments, Muon one per matrix."""
     sizes = {name: sum(p.numel() for p in part) for name, part in parameter_groups(model).items()}
