@@ -276,7 +276,10 @@ def _lacks_code(device):
 
 
 def _cuda_problem() -> str | None:
-    """Why the CUDA runtime inside the library cannot run, or None; torch's own may still run."""
+    """Why the CUDA runtime inside the library cannot run, or None; torch's own may still run. None,
+    too, where the library is not loaded, for which :func:`problem` has the reason."""
+    if not is_available("cuda"):
+        return None
     function = ctypes.CDLL(build.PACKAGE / build.LIBRARIES["cuda"]).rodimus_cuda_problem
     function.restype = ctypes.c_char_p
     problem = function()

@@ -603,16 +603,18 @@ def gpu_of(monkeypatch, tmp_path):
     monkeypatch.setattr(native.build, "PACKAGE", tmp_path)
     library = tmp_path / native.build.LIBRARIES["cuda"]
 
+    def forget():
+        for found in (native._lacks_code, native._warn_once, native.problem):
+            found.cache_clear()
+
     def pretend(capability, archs, problem=None):
         library.write_bytes(b"\x7fELF\0RODIMUS-ARCHS:" + archs.encode() + b"\0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(native, "_cuda_problem", lambda: problem)
-        native._lacks_code.cache_clear()
-        native._warn_once.cache_clear()
+        forget()
 
     yield pretend
-    native._lacks_code.cache_clear()
-    native._warn_once.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -644,6 +646,22 @@ def test_how_to_build_for_this_gpu_is_said_once(gpu_of, caplog):
     (record,) = caplog.records
     assert "was built for 90a, this GPU has compute capability 8.9" in record.message
     assert "RODIMUS_CUDA_ARCHS=89" in record.message
+
+
+@pytest.mark.parametrize("is_stale, reason", [(True, "from other sources"), (False, "_cuda.so")])
+def test_a_library_that_is_not_loaded_is_not_asked(
+    gpu_of, monkeypatch, tmp_path, caplog, is_stale, reason
+):
+    ask = native._cuda_problem
+    gpu_of((9, 0), "90a")
+    monkeypatch.setattr(native, "_cuda_problem", ask)
+    if is_stale:
+        (tmp_path / "csrc").mkdir()
+        (tmp_path / "csrc" / "arguments.h").touch()
+    assert native._runs_here(torch.device("cuda", 0))
+    assert not native.is_available("cuda")
+    (record,) = caplog.records
+    assert reason in record.message
 
 
 def test_a_library_newer_than_the_driver_is_not_asked(gpu_of, caplog):
