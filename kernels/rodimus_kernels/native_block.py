@@ -124,7 +124,9 @@ def compose(stream, weights, taps, states, rings, position, rotary, **named):
 def _compose_block(
     stream, w, taps, state, ring, position, rotary, *, window_size, head_dim, key_eps, norm_eps
 ):
-    expanded = F.linear(rms_norm(stream, w.mixer_norm, eps=norm_eps), w.fc)
+    # a norm returns the dtype of its own weight
+    dtype = w.fc.dtype
+    expanded = F.linear(rms_norm(stream, w.mixer_norm, eps=norm_eps).to(dtype), w.fc)
     x, gate = expanded.chunk(2, -1)
     shifted = short_conv_step(x, taps, w.conv, w.conv_bias)
     q, k = F.linear(shifted, w.query_key).chunk(2, -1)
@@ -149,6 +151,7 @@ def _compose_block(
     branch = F.linear(y, w.mixer_out)
     if w.query is not None:
         x, stream = add_rms_norm(branch, stream, w.attn_norm, eps=norm_eps)
+        x = x.to(dtype)
         q, k, v = (
             F.linear(x, p).unflatten(-1, (1, -1, head_dim)) for p in (w.query, w.key, w.value)
         )
@@ -157,7 +160,7 @@ def _compose_block(
             q, k = rope(q, *tables), rope(k, *tables)
         o = shared_key_attention_step(q, k, v, ring, position, window_size=window_size)
         x, _ = add_rms_norm(F.linear(o.flatten(1), w.attn_out), stream, w.ffn_norm, eps=norm_eps)
-        branch = F.linear(swiglu(F.linear(x, w.ffn_in)), w.ffn_out)
+        branch = F.linear(swiglu(F.linear(x.to(dtype), w.ffn_in)), w.ffn_out)
     return stream + branch
 
 

@@ -222,6 +222,18 @@ def test_composed_equals_reference(dtype, batch, attends):
         assert_equals_reference(composed_step, weights, states, int8=True)
 
 
+@pytest.mark.parametrize("dtype, other", [DTYPES, DTYPES[::-1]], ids=str)
+def test_composed_norms_may_have_another_dtype(dtype, other):
+    torch.manual_seed(0)
+    weights, states = weights_of(dtype, True), states_of(dtype, 2, True)
+    norms = ("mixer_norm", "act_norm", "attn_norm", "ffn_norm")
+    weights = weights._replace(**{name: getattr(weights, name).to(other) for name in norms})
+    stream = torch.randn(2, 18)
+    forms = (composed_step, reference_step)
+    found, expected = (form(stream, weights, *copied(states), **NAMED) for form in forms)
+    assert relative_error(found, expected) < 2e-2
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_matrices_may_be_apart(isa, dtype):
     torch.manual_seed(0)
