@@ -617,14 +617,15 @@ def test_blocks_on_cuda_repeat_to_the_bit(impl):
     sizes = {name: RELEASED[name] for name in ("width", "inner", "keys", "dim")}
     weights = [block.weights_of(torch.bfloat16, True, **RELEASED) for _ in range(3)]
     weights = [type(w)(*(x.cuda() for x in w)) for w in weights]
-    states = [
-        block.states_of(torch.bfloat16, 2, True, **sizes, rows=2112, age=2100) for _ in weights
-    ]
+    more = {"turned": 64, "rows": 2112, "age": 2100}
+    states = [block.states_of(torch.bfloat16, 2, True, **sizes, **more) for _ in weights]
     kept = [[x.cuda() for x in found] for found in zip(*(s[:3] for s in states), strict=True)]
     position, rotary = states[0][3].cuda(), tuple(x.cuda() for x in states[0][4])
     used, stream = [[x.clone() for x in found] for found in kept], torch.randn(2, 2048).cuda()
     named = block.NAMED | {"window_size": 2049, "head_dim": 128, "impl": impl}
     step = lambda: blocks_step(stream, weights, *used, position, rotary, **named)
+    is_whole = lambda w: native_block._is_one_call(2, w, rotary[0], 128, impl == "persistent")
+    assert all(map(is_whole, weights))
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
