@@ -1826,6 +1826,9 @@ class RodimusModel(RodimusPreTrainedModel):
     def _blocks_are_plain(self, stream) -> bool:
         if self._checkpoints() or _is_compiled(stream) or _has_global_hooks():
             return False
+        # weights of a transform of torch.func have no address by which to inspect them
+        if torch._C._are_functorch_transforms_active():
+            return False
         norms = (*(block.mixer_norm for block in self.layers), self.norm_f)
         same = all(type(norm) is RodimusRMSNorm for norm in norms)
         if not (same and _is_untouched(self.norm_f)):

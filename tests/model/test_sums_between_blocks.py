@@ -63,6 +63,15 @@ def test_sums_left_to_the_next_norm_are_the_same(model, left, monkeypatch):
     torch.testing.assert_close(grads, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_transforms_of_torch_func_find_the_same_gradients(model, left):
+    ids, weights = random_ids(2, 20), dict(model.named_parameters())
+    options = {"labels": ids, "use_cache": False}
+    loss = lambda weights: torch.func.functional_call(model, weights, (ids,), options).loss
+    found = torch.func.grad(loss)(weights)
+    _, expected = outcome(model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_continued_from_a_cache(model, left, monkeypatch):
     ids, logits = random_ids(2, 20), []
     for _ in range(2):
