@@ -787,7 +787,7 @@ def _documents(position_ids, cu_seqlens, length, is_packed):
     if position_ids is None or length == 1 or is_packed is False:
         return None
     jumps = position_ids[:, 1:] - position_ids[:, :-1] != 1
-    if is_packed is None and not is_tracing(jumps) and not jumps.any():
+    if is_packed is None and not (is_tracing(jumps) or jumps.is_meta) and not jumps.any():
         return None
     return F.pad(jumps.long(), (1, 0)).cumsum(1)
 
@@ -1928,7 +1928,7 @@ class RodimusModel(RodimusPreTrainedModel):
         if cache is None or getattr(cache, "isolates_rows", False):
             return
         # in training the loss scaler handles it; on a GPU the check would wait for the device
-        if self.training or is_tracing(hidden_states):
+        if self.training or is_tracing(hidden_states) or hidden_states.is_meta:
             return
         if hidden_states.device.type != "cpu" and hidden_states.shape[1] == 1:
             return

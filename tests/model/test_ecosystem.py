@@ -237,6 +237,17 @@ def test_blocks_on_disk(model, tmp_path):
         assert torch.equal(offloaded.generate(ids, **options), model.generate(ids, **options))
 
 
+def test_tensors_without_values_have_shapes(model):
+    """Tools that estimate memory and FLOPs run a model on the meta device."""
+    model.to("meta")
+    ids, places = torch.zeros(2, 9, dtype=torch.long, device="meta"), torch.arange(9, device="meta")
+    outputs = model(ids, labels=ids, use_cache=True)
+    assert outputs.logits.shape == (2, 9, model.config.vocab_size)
+    assert model(ids, position_ids=places.expand(2, -1)).logits.shape == outputs.logits.shape
+    step = model(ids[:, :1], past_key_values=outputs.past_key_values)
+    assert step.logits.shape == (2, 1, model.config.vocab_size)
+
+
 def test_deep_copy_and_pickle(model, tmp_path):
     ids = random_ids(1, 9)
     torch.save(model, tmp_path / "model.pt")
