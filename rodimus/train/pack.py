@@ -119,7 +119,7 @@ def learn(
     """The tokenizer that ``pack`` trains with these arguments.
 
     Raises:
-        InputError: the source or an argument is wrong.
+        InputError: the source or an argument is wrong, or the source holds no text to train on.
     """
     _check_shares(val_fraction, tokenizer_sample)
 
@@ -129,8 +129,14 @@ def learn(
                 yield text
 
     # a share of few documents may select none of them
-    share = 1.0 if next(sample(tokenizer_sample), None) is None else tokenizer_sample
+    share = tokenizer_sample if any(sample(tokenizer_sample)) else 1.0
+    if not any(sample(share)):
+        raise _no_text(source)
     return train_tokenizer(sample(share), vocab_size)
+
+
+def _no_text(source: str) -> InputError:
+    return InputError(f"the train part of {source} is empty: no text was found for it")
 
 
 def _check_shares(val_fraction: float, tokenizer_sample: float) -> None:
@@ -162,7 +168,7 @@ def _write_parts(
         for (part, text), ids in zip(batch, encode(texts), strict=True):
             writers[part].add(ids, len(text.encode("utf-8")))
     if writers["train"].n_bytes == 0:
-        raise InputError(f"the train part of {source} is empty: no text was found for it")
+        raise _no_text(source)
     if "val" in writers and writers["val"].n_bytes == 0:
         raise InputError(
             f"the val part of {source} is empty: a document is held out whole, and of"

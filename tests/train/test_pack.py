@@ -146,6 +146,14 @@ def test_a_tokenizer_alone_is_that_of_a_pack(corpus, tmp_path, capsys):
     assert len(errors) == 3 and "alone is not empty" in errors[0]
 
 
+def test_a_tokenizer_of_no_text_is_not_written(tmp_path, capsys):
+    """It would be one of bytes alone, in place of the one that was meant."""
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert cli.main(["tokenizer", "train", str(tmp_path / "blank.txt"), str(tmp_path / "new")]) == 2
+    assert "blank.txt is empty: no text was found for it" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_tokenizer_is_written_whole_or_not_at_all(corpus, tmp_path, monkeypatch, capsys):
     save = PreTrainedTokenizerFast.save_pretrained
 
