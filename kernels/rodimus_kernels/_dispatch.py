@@ -156,6 +156,15 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int | str, ...]
         raise ValueError(f"{name} must have shape [{wanted}], got {tuple(shape)}")
 
 
+def check_vectors(name: str, tensor: torch.Tensor, width: str) -> None:
+    """Raise ValueError unless the argument is a tensor ``[..., width]``, of any width."""
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        raise _no_tensor(name, tensor)
+    if len(shape) == 0:
+        raise ValueError(f"{name} must have shape [..., {width}], got ()")
+
+
 def _no_tensor(name, value):
     return ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 

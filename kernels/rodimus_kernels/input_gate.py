@@ -3,7 +3,14 @@
 import torch
 import torch.nn.functional as F
 
-from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
+from ._dispatch import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    check_vectors,
+    load,
+    runs_triton,
+)
 from .linear import multiplies_slowly
 
 _IMPLS = {
@@ -46,6 +53,7 @@ def input_gate(
     Raises:
         ValueError: a shape, dtype or device breaks the contract.
     """
+    check_vectors("x", x, "D")
     check_shape("hidden", hidden, (*x.shape[:-1], "R"))
     check_shape("weight", weight, (x.shape[-1], hidden.shape[-1]))
     check_shape("bias", bias, (x.shape[-1],))

@@ -3,7 +3,14 @@
 import torch
 
 from . import native
-from ._dispatch import check_floating, check_same_device, check_shape, load, runs_triton
+from ._dispatch import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    check_vectors,
+    load,
+    runs_triton,
+)
 from ._schemas import TRITON_NORM_WIDTH
 
 _RMS = {
@@ -42,7 +49,8 @@ def rms_norm(
     Raises:
         ValueError: weight does not fit x, or one of them is not floating point.
     """
-    _check_weight(x, weight)
+    check_vectors("x", x, "D")
+    check_shape("weight", weight, (x.shape[-1],))
     check_floating(x=x, weight=weight)
     check_same_device("x", x, weight=weight)
     return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
@@ -73,8 +81,9 @@ def add_rms_norm(
     Raises:
         ValueError: shapes or devices differ, or a tensor is not floating point.
     """
+    check_vectors("x", x, "D")
     check_shape("residual", residual, tuple(x.shape))
-    _check_weight(x, weight)
+    check_shape("weight", weight, (x.shape[-1],))
     check_floating(x=x, residual=residual, weight=weight)
     check_same_device("x", x, residual=residual, weight=weight)
     impl = _choose(impl, x, residual, weight)
@@ -110,8 +119,9 @@ def gated_rms_norm(
         ValueError: shapes or devices differ, a tensor is not floating point, or only one of
             residual and residual_weight is given.
     """
+    check_vectors("x", x, "D")
     check_shape("gate", gate, tuple(x.shape))
-    _check_weight(x, weight)
+    check_shape("weight", weight, (x.shape[-1],))
     if (residual is None) != (residual_weight is None):
         raise ValueError("residual and residual_weight come together, got only one of them")
     if residual is not None:
@@ -125,12 +135,6 @@ def gated_rms_norm(
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight
     )
-
-
-def _check_weight(x, weight):
-    if len(x.shape) == 0:
-        raise ValueError("x must have shape [..., D], got ()")
-    check_shape("weight", weight, (x.shape[-1],))
 
 
 def _choose(impl, *tensors):

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ._dispatch import check_floating, load, runs_triton
+from ._dispatch import check_floating, check_vectors, load, runs_triton
 
 _IMPLS = {
     "reference": "rodimus_kernels.reference:swiglu",
@@ -31,7 +31,8 @@ def swiglu(projection: torch.Tensor, *, impl: str = "auto") -> torch.Tensor:
     Raises:
         ValueError: the width is odd, or the dtype or device breaks the contract.
     """
-    if projection.dim() == 0 or projection.shape[-1] % 2:
+    check_vectors("projection", projection, "2 D")
+    if projection.shape[-1] % 2:
         raise ValueError(f"projection must have shape [..., 2 D], got {tuple(projection.shape)}")
     check_floating(projection=projection)
     if impl == "auto":

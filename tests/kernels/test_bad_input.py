@@ -118,6 +118,13 @@ def test_an_array(operator, name):
         call(operator, **{name: CASES[operator][name].numpy()})
 
 
+@of_each({operator: [next(iter(tensors))] for operator, tensors in CASES.items()})
+def test_no_tensor_in_the_first_place(operator, name):
+    """The shapes of the others are derived from its."""
+    with pytest.raises(ValueError, match=f"^{name} must be a tensor, got NoneType"):
+        call(operator, **{name: None})
+
+
 def test_a_state_of_the_mixer_with_strides():
     state = torch.zeros(B, 1, V, K).transpose(2, 3)
     with pytest.raises(ValueError, match=r"state must be contiguous, got strides \(24, 24, 1, 4\)"):

@@ -8,6 +8,7 @@ from .._dispatch import (
     check_floating,
     check_same_device,
     check_shape,
+    check_vectors,
     choose_compiled,
     load,
     mark_written,
@@ -80,8 +81,7 @@ def ddts_gates(
         ValueError: shapes or devices differ, a tensor is not floating point, or ``impl`` is
             unknown.
     """
-    if len(k.shape) == 0:
-        raise ValueError("k must have shape [..., K], got ()")
+    check_vectors("k", k, "K")
     check_shape("select", select, tuple(k.shape))
     check_shape("temper", temper, tuple(k.shape))
     check_floating(k=k, select=select, temper=temper)
