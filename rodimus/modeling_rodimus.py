@@ -236,8 +236,9 @@ class _RecurrentCacheLayer:
         if self.is_recurrent_states_initialized[0]:
             if removed:
                 self._rewind(removed)
-            taps = self.conv_states[0]
             width = self.conv_kernel_size[0]
+            # a text shorter than the convolution begins with zeros, as where nothing is recorded
+            taps = F.pad(self.conv_states[0], (width, 0))
             kept = taps[..., : taps.shape[-1] - removed][..., -width:]
             self.conv_states[0] = kept.contiguous()
         self.forget_record()

@@ -520,6 +520,20 @@ def test_rows_of_a_recorded_cache_are_reordered_and_rolled_back(model):
     assert relative_max_error(rest, full(model, ids[order])[:, 14:]) < BOUND
 
 
+@pytest.mark.parametrize("removed", [0, 2, 3])
+def test_a_text_shorter_than_the_convolution_goes_on_where_nothing_is_recorded(model, removed):
+    """As in a cache that assisted generation leaves after a few tokens."""
+    ids, read = random_ids(2, 9), 3 - removed
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    prefill(model, ids[:, :3], cache)
+    cache.crop(-removed)
+    for layer in cache.layers:
+        layer.record_past = False
+    rest = in_pieces(model, ids[:, read:], [1, 8 - read], cache=cache)
+    assert relative_max_error(rest, full(model, ids)[:, read:]) < BOUND
+
+
 def test_a_long_draft_is_recorded_until_the_next_crop():
     model = model_of("rodimus")
     cache = modeling_rodimus.adopt_cache(DynamicCache(config=model.config))
