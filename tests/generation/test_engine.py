@@ -381,14 +381,18 @@ def test_logprobs_are_those_of_the_full_forward(plus):
         assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
         assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
     # whatever others ask for
-    asked = [Request(prompt, 4, logprobs=most) for most in (1, 20, None, 0)]
-    many = Engine(plus, slots=4).generate(asked)
-    assert [[len(entry.top) for entry in x.logprobs] for x in many] == [
-        [1] * 4,
-        [20] * 4,
-        [],
-        [0] * 4,
+    asked = [
+        Request(p, 4, SamplingParams(logit_bias={token: 100}), logprobs=most)
+        for p, token, most in zip(prompts_of(4, 4, 4, 4), range(4), (1, None, 20, 0), strict=True)
     ]
+    many = Engine(plus, slots=4).generate(asked)
+    for request, x in zip(asked, many, strict=True):
+        most, expected = request.logprobs, alone(plus, request).logprobs
+        assert [entry.token for entry in x.logprobs] == ([] if most is None else x.tokens)
+        for entry, other in zip(x.logprobs, expected, strict=True):
+            assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert len(entry.top) == most
+            assert [token for token, _ in entry.top] == [token for token, _ in other.top]
 
 
 @ON_BOTH
