@@ -154,12 +154,18 @@ def test_a_stop_string_may_be_complete_only_when_nothing_follows():
         assert not stream.stopped
     stream.finish()
     assert stream.stopped and stream.text == "a"
-    model, tokens = text_model(), iter(tokenizer("ab\u00e9").input_ids)
+    model, tokens = text_model(), itertools.cycle(tokenizer("ab\u00e9").input_ids[:3])
     model.lm_head.register_forward_hook(
         lambda *x: x[-1].index_fill(-1, torch.tensor([next(tokens)]), 1e4)
     )
-    (found,) = Engine(model, tokenizer).generate(Request([1], 3, stop=("b\ufffd",)))
+    engine = Engine(model, tokenizer)
+    (found,) = engine.generate(Request([1], 3, stop=("b\ufffd",)))
     assert (found.text, found.finish_reason) == ("a", "stop")
+    found = engine.submit(Request([1], 4, stop=("b\ufffd",)))
+    while len(found.tokens) < 3:
+        engine.step()
+    engine.cancel(found)
+    assert (found.text, found.finish_reason) == ("a", "cancelled")
 
 
 def test_the_engine_stops_at_a_string_that_spans_tokens():
