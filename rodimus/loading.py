@@ -488,7 +488,8 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    # torch keeps eight bits of a number: cuda:256 would be cuda:0
+    if device.type not in ("cpu", "cuda") or str(device) != name:
         raise InputError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
