@@ -208,6 +208,14 @@ def test_broken_sequences_leave_nothing(plus):
     assert again.prefix_tokens == 10 and again.tokens == greedy(plus, prompt, 9)
 
 
+def test_a_prompt_without_a_first_token_leaves_nothing(plus):
+    engine = Engine(plus, recent_states=4)
+    plus.lm_head.register_forward_hook(lambda module, args, logits: logits * torch.nan)
+    (broken,) = engine.generate(Request(prompts_of(10)[0], 9, keep_state=True))
+    assert broken.finish_reason == "error" and broken.state is broken.started is None
+    assert not list(engine.prefixes)
+
+
 def test_a_step_that_fails_over_a_prompt_read_before_ends_it_once(plus, monkeypatch):
     (prompt,) = prompts_of(10)
     engine = Engine(plus, recent_states=2)
