@@ -105,12 +105,14 @@ def test_memory_is_made_once(model):
 
 
 def test_no_forward_reads_more_than_a_chunk(plus):
-    lengths = []
+    """Nor makes more logits than the next token needs."""
+    lengths, scored = [], []
     plus.model.embeddings.register_forward_hook(lambda m, args, out: lengths.append(out.shape[1]))
+    plus.lm_head.register_forward_hook(lambda m, args, out: scored.append(out.shape[1]))
     engine = Engine(plus, prefill_chunk=16)
     engine.generate([Request(p, 5) for p in prompts_of(100, 7, 8, 33)])
     engine.read(prompts_of(40)[0])
-    assert max(lengths) == 16
+    assert max(lengths) == 16 and max(scored) == 1
 
 
 @ON_BOTH

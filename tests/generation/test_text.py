@@ -20,6 +20,7 @@ from tests.generation.helpers import (
     text_model,
     word_tokenizer,
 )
+from tests.model.helpers import build, config_of
 
 SAMPLES = [
     "plain text",
@@ -361,6 +362,14 @@ def test_a_sequence_whose_tokens_have_no_text_ends_alone(place, stop, error):
     assert broken.tokens == tokens[:end]
     # nobody looks at a text without stop strings before its end
     assert broken.text == (byte_tokenizer().decode(tokens[: end - 1]) if stop else "")
+
+
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text():
+    model = build(config_of("rodimus_plus") | {"vocab_size": 260})
+    engine = Engine(model, Refusing(258, KeyError("no such token")))
+    (found,) = engine.generate(Request([258], 3, SamplingParams(logit_bias={258: 100})))
+    assert found.tokens == [258] * 3
+    assert (found.text, found.finish_reason) == ("", "length")
 
 
 def test_a_sequence_whose_text_was_asked_for_in_vain_ends_with_its_next_token():
