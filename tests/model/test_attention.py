@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -188,10 +190,21 @@ def test_shared_heads_are_read_once(monkeypatch):
     assert set(heads) == {(count, 1, count)}
 
 
-def test_dropout_is_refused():
+def test_the_scale_is_the_callers():
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(q, k, v, causal, scale=2.0).transpose(1, 2)
+    for mask in (None, causal):
+        found, _ = attention.attention_forward(nn.Module(), q, k, v, mask, scaling=2.0)
+        torch.testing.assert_close(found, expected)
+
+
+def test_dropout_is_refused_without_a_mask_of_all_pairs():
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match="'rodimus_ska' has no attention dropout, got 0.1"):
         attention.attention_forward(None, q, q, q, None, dropout=0.1)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    assert not attention.attention_forward(nn.Module(), q, q, q, mask, dropout=1.0)[0].any()
 
 
 def test_weights_that_are_not_returned_are_said_to_be(monkeypatch):
