@@ -816,13 +816,19 @@ class TestBadInput:
         line = self.refused(capsys, name, tmp_path, *arguments)
         assert f"{tmp_path} is an adapter: merge it into its model" in line
 
-    def test_checkpoint_of_a_run(self, tmp_path, capsys):
-        (tmp_path / "model.json").write_text("{}")
+    def test_checkpoint_of_a_run(self, tmp_path, capsys, monkeypatch):
         folder = tmp_path / "checkpoints" / "step-00000020"
         folder.mkdir(parents=True)
-        line = self.refused(capsys, "generate", folder, "--prompt", "x")
-        assert f"is a checkpoint of a run: name {tmp_path}, or" in line
-        assert f"`rodimus export {tmp_path} OUT --step 20`" in line
+        monkeypatch.chdir(folder.parent)
+        refused = lambda name: self.refused(capsys, "generate", name, "--prompt", "x")
+        assert "holds no config.json" in refused(folder)
+        (tmp_path / "model.json").write_text("{}")
+        for name in (folder, folder.name):
+            line = refused(name)
+            assert f"is a checkpoint of a run: name {tmp_path}, or" in line
+            assert f"`rodimus export {tmp_path} OUT --step 20`" in line
+        (folder.parent / "other").mkdir()
+        assert "holds no config.json" in refused("other")
 
     @pytest.mark.parametrize("name", ["export", "generate", "chat"])
     def test_config_that_is_no_json(self, name, folder, capsys):
