@@ -838,6 +838,18 @@ class TestBadInput:
         assert "config.json is not valid JSON" in line
 
     @pytest.mark.parametrize(
+        "content, message",
+        [
+            (b'{"d_model": "\xff"}', "config.json is not valid JSON"),
+            (b"[]", "config.json must hold a JSON object, got list"),
+            (b"{}", "config.json is not the configuration of a model: it has no d_model"),
+        ],
+    )
+    def test_config_that_is_none(self, folder, capsys, content, message):
+        (folder / "config.json").write_bytes(content)
+        assert message in self.refused(capsys, "generate", folder, "--prompt", "x")
+
+    @pytest.mark.parametrize(
         "fields, message",
         [
             ({"model_type": "llama"}, "model_type must be one of rodimus, gla, qwen2, got 'llama'"),
