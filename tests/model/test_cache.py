@@ -379,13 +379,14 @@ def test_what_is_recorded_token_by_token_is_let_go(model, first, more, few_recor
         assert relative_max_error(in_pieces(model, later, [6], cache=fork), expected) < BOUND
 
 
-def test_all_that_is_recorded_can_be_taken_back(model, few_recorded):
+@pytest.mark.parametrize("sizes", [[1] * 33, [9, 12]], ids=["tokens", "pieces"])
+def test_all_that_is_recorded_can_be_taken_back(model, sizes, few_recorded):
     """The keys of a window are let go at another token than the states, and never before them."""
-    ids, later = random_ids(1, 33), random_ids(1, 6, seed=9)
+    ids, later = random_ids(1, sum(sizes)), random_ids(1, 6, seed=9)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
-    for token in ids.split(1, dim=1):
-        prefill(model, token, cache)
+    for piece in ids.split(sizes, dim=1):
+        prefill(model, piece, cache)
     held = cache.layers[0].recorded[0].shape[1]
     assert held > few_recorded
     cache.crop(-held)
