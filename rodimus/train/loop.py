@@ -379,6 +379,8 @@ def open_inputs(
     train = open_sources(config.data.train, weighted=bool(config.data.weights))
     val = open_sources(config.data.val) if config.data.val else []
     for source in train + val:
+        if source.path.parent.samefile(config.out):
+            raise InputError(f"out is the folder of {source.path}: a run needs one of its own")
         source.check_vocabulary(model.vocab_size)
     check_held_out(train, val)
     check_splits(config, model)

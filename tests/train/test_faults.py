@@ -1365,6 +1365,17 @@ def test_wrong_input_is_one_line_and_status_2(copied, overrides, message, monkey
     assert error.count("\n") == 1
 
 
+def test_a_run_is_not_written_among_its_data(config_file, packed, tmp_path):
+    """Both have a tokenizer, and what is found in the folder would be taken for a run."""
+    out = shutil.copytree(packed, tmp_path / "data")
+    before = sorted(out.rglob("*"))
+    arguments = [str(config_file), "--data.train", str(out / "train.json"), "--out", str(out)]
+    ((status, error),) = run_ranks(1, stderr_of, arguments)
+    assert status == 2
+    assert f"out is the folder of {out / 'train.json'}: a run needs one of its own" in error
+    assert sorted(out.rglob("*")) == before
+
+
 @pytest.mark.parametrize("wrong", [["--log.wandb"], ["--data.train", "none.json"]], ids=" ".join)
 def test_a_run_that_does_not_start_leaves_no_folder(config_file, tmp_path, monkeypatch, wrong):
     """But one that was there is left."""
