@@ -36,7 +36,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path in children:
         raise InputError(f"{path} extends itself")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         inner = path / "config.toml"
         hint = f"; did you mean {inner}?" if inner.is_file() else ""

@@ -155,6 +155,11 @@ def test_missing_file_and_bad_syntax_are_named(write, tmp_path):
         load_config(write("[optim\nlr=1"))
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(write):
+    """Some editors of Windows write one."""
+    assert load_config(write("\ufeff" + MINIMAL)) == load_config(write(MINIMAL))
+
+
 def test_a_path_in_a_file_may_begin_at_home(write, tmp_path, monkeypatch):
     """Where no shell has seen it: a run into a folder named ~ is nobody's wish."""
     monkeypatch.setenv("HOME", str(tmp_path))
