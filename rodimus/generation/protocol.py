@@ -177,7 +177,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         message = f"the body is not valid JSON: {error}"
         raise ApiError(400, message, code="invalid_json") from error
     if not isinstance(body, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {_kind(body)}")
+        raise ApiError(400, f"the body must be a JSON object, got {kind_of(body)}")
     return body
 
 
@@ -287,11 +287,11 @@ def _messages(fields):
 
 def _message(message, name):
     if not isinstance(message, dict):
-        raise ApiError(400, f"{name} must be an object, got {_kind(message)}", param=name)
+        raise ApiError(400, f"{name} must be an object, got {kind_of(message)}", param=name)
     names = _names(message, name)
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise ApiError(400, f"{name}.role must be a string, got {_kind(role)}", param=name)
+        raise ApiError(400, f"{name}.role must be a string, got {kind_of(role)}", param=name)
     if isinstance(content, list):
         for part in content:
             is_text = isinstance(part, dict) and part.get("type") == "text"
@@ -301,7 +301,7 @@ def _message(message, name):
     if content is None and role == "assistant":
         content = ""
     if not isinstance(content, str):
-        raise ApiError(400, f"{name}.content must be text, got {_kind(content)}", param=name)
+        raise ApiError(400, f"{name}.content must be text, got {kind_of(content)}", param=name)
     # developer is OpenAI's newer name for what chat templates call system
     return {"role": "system" if role == "developer" else role, "content": content, **names}
 
@@ -318,7 +318,7 @@ def _names(message, name):
         if key not in _NAMES:
             raise _unknown_field(key, ("role", "content", *_NAMES), f"{name}.")
         if not isinstance(value, str):
-            raise ApiError(400, f"{name}.{key} must be a string, got {_kind(value)}", param=name)
+            raise ApiError(400, f"{name}.{key} must be a string, got {kind_of(value)}", param=name)
         names[key] = value
     return names
 
@@ -429,12 +429,13 @@ def _is_number(value):
 def _shown(value):
     """A number as it is, of anything else its kind and no text of the client's."""
     if isinstance(value, list):
-        kinds = ", ".join(sorted(set(map(_kind, value))))
+        kinds = ", ".join(sorted(set(map(kind_of, value))))
         return f"a list of {len(value)} ({kinds})" if value else "an empty list"
-    return str(value)[:40] if isinstance(value, int | float) else _kind(value)
+    return str(value)[:40] if isinstance(value, int | float) else kind_of(value)
 
 
-def _kind(value):
+def kind_of(value: object) -> str:
+    """What a value of JSON is called in errors."""
     if value == "":
         return "an empty string"
     names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}

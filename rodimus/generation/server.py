@@ -34,6 +34,7 @@ from .protocol import (
     ApiError,
     Call,
     TokenText,
+    kind_of,
     parse_chat,
     parse_completion,
     parse_json,
@@ -187,8 +188,10 @@ class Service:
 
     def _check_model(self, name):
         if name is not None and name != self.model_name:
-            shown = name[:100] if isinstance(name, str) else type(name).__name__
-            message = f"there is no model {shown!r} here, only {self.model_name!r}"
+            if isinstance(name, str):
+                message = f"there is no model {name[:100]!r} here, only {self.model_name!r}"
+            else:
+                message = f"model must be a string, got {kind_of(name)}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
     def _authorise(self, request):

@@ -838,7 +838,9 @@ class TestMistakes:
     def test_other_models_paths_methods_and_types_have_their_own_codes(self, client):
         status, answer = client.complete("x", model="gpt")
         assert self.refused(status, answer, 404) == "there is no model 'gpt' here, only 'tiny'"
-        for name in (["gpt"], "", "x" * 999):
+        status, answer = client.complete("x", model=["gpt"])
+        assert self.refused(status, answer, 404) == "model must be a string, got a list"
+        for name in ("", "x" * 999):
             self.refused(*client.complete("x", model=name), 404)
         self.refused(*client.get("/v1/nothing"), 404)
         self.refused(*client.get("/v1/completions"), 405)

@@ -65,7 +65,7 @@ def rope(
         ImportError: the chosen implementation cannot be loaded.
     """
     check_shape("x", x, ("B", "T", "H", "D"))
-    check_shape("cos", cos, (cos.shape[0], x.shape[1], "dim / 2"))
+    check_shape("cos", cos, ("1 or B", x.shape[1], "dim / 2"))
     check_shape("sin", sin, tuple(cos.shape))
     if cos.shape[0] not in (1, x.shape[0]) or not 0 < 2 * cos.shape[-1] <= x.shape[-1]:
         raise ValueError(
@@ -230,7 +230,7 @@ def shared_key_attention_step(
 
 def _check_ring(cache, k, v):
     heads = (*k.shape[2:], *v.shape[2:])
-    if cache.dtype == torch.uint8:
+    if getattr(cache, "dtype", None) == torch.uint8:
         width = reference.int8_row_bytes(*heads, k.dtype)
     else:
         width = heads[0] * heads[1] + heads[2] * heads[3]
