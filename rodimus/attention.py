@@ -111,6 +111,9 @@ def attention_mask_of(
         the rows laid end to end, where rows are packed or padded; else a bool mask ``[B, 1, T,
         S]``.
     """
+    if attention_mask is not None and attention_mask.dim() == 1:
+        # boundaries that `generate` made for a static cache
+        return attention_mask
     is_whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
     is_newest = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     padding = None

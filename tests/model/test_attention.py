@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from rodimus import RodimusConfig, RodimusForCausalLM, attention
@@ -162,6 +162,37 @@ def test_chunks_of_a_prompt(no_square_mask):
         return torch.cat(logits, 1)
 
     assert_same("rodimus_plus", run)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("heads", [4, 1])
+def test_another_model_of_transformers(heads, window):
+    """In each kind of cache."""
+    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = MistralConfig(
+        **size,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        sliding_window=window,
+        initializer_range=0.2,
+    )
+    model, ids = MistralForCausalLM(config).eval(), random_ids(2, 13).cpu()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    logits, tokens = [], []
+    for name in ("sdpa", attention.NAME):
+        model.set_attn_implementation(name)
+        padded = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        logits.append(torch.cat((padded, *model(ids, use_cache=False).logits)))
+        for prompt, given in ((ids, mask), (ids[:, :3], mask[:, 4:7])):
+            for cache in (None, "static"):
+                options["cache_implementation"] = cache
+                tokens.append(model.generate(prompt, attention_mask=given, **options))
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    for theirs, ours in zip(tokens[:4], tokens[4:], strict=True):
+        assert ours.equal(theirs)
 
 
 def test_boundaries_without_waiting_for_the_device_are_the_same(monkeypatch):
