@@ -48,8 +48,9 @@ def attention_forward(
     Args:
         module: the calling layer.
         query: ``[B, H, T, D]``.
-        key: ``[B, H, S, D]``; a head that was expanded with stride 0 is read as one head.
-        value: ``[B, H, S, Dv]``, as ``key``.
+        key: ``[B, Hk, S, D]``; query head i reads head ``i // (H // Hk)``. A head that was expanded
+            with stride 0 is read as one head.
+        value: ``[B, Hk, S, Dv]``, as ``key``.
         attention_mask: None, the boundaries ``[N + 1]`` of :func:`attention_mask_of`, or a mask
             ``[B, 1, T, S]``.
         scaling: softmax scale; default ``D ** -0.5``.
@@ -74,7 +75,8 @@ def attention_forward(
         )
     if dropout:
         raise ValueError(f"attn_implementation={NAME!r} has no attention dropout, got {dropout}")
-    q, k, v = (x.transpose(1, 2) for x in (query, _shared_head(key), _shared_head(value)))
+    key, value = (_heads_read(x, query.shape[1]) for x in (key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     batch, length = q.shape[:2]
     if attention_mask is not None:
         # all rows are laid end to end in one, and each begins a document
@@ -85,9 +87,13 @@ def attention_forward(
     return o.view(batch, length, *o.shape[2:]), None
 
 
-def _shared_head(x):
-    """``x [B, H, S, D]``, or only its first head if all heads share the same memory."""
-    return x[:, :1] if x.stride(1) == 0 else x
+def _heads_read(x, heads):
+    """``x [B, Hk, S, D]`` with one head for each query head, or only its first head if all heads
+    share the same memory."""
+    if x.shape[1] == 1 or x.stride(1) == 0:
+        return x[:, :1]
+    # where Hk < H neighbours share a head; the operator would deal them out in turn
+    return x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] < heads else x
 
 
 def attention_mask_of(

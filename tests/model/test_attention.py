@@ -166,9 +166,9 @@ def test_chunks_of_a_prompt(no_square_mask):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("heads", [4, 1])
+@pytest.mark.parametrize("heads", [4, 2, 1])
 def test_another_model_of_transformers(heads, window):
-    """In each kind of cache."""
+    """Where neighbours share a key head, as transformers groups them, and in each kind of cache."""
     size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     config = MistralConfig(
         **size,
