@@ -87,10 +87,11 @@ def test_a_finished_sequence_frees_its_slot_at_once(plus):
     short, *rest = (
         engine.submit(Request(p, n)) for p, n in zip(prompts_of(4, 4, 4), (2, 9, 9), strict=True)
     )
-    engine.step()
     # two were read, one got its second token, which is its last
+    assert engine.step() == [short, rest[0]]
     assert short.finish_reason == "length" and engine.running == rest[:1]
-    engine.step()
+    # news are told of all that got a token, and of nobody else
+    assert set(engine.step()) == set(rest)
     assert engine.running == rest
 
 
