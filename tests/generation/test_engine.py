@@ -211,9 +211,9 @@ class TestReadingTogether:
 
     def test_the_chunk_and_the_slots_bound_a_forward(self, plus):
         sizes = Forwards(plus)
-        engine = Engine(plus, slots=30, prefill_chunk=64)
+        engine = Engine(plus, slots=30, prefill_chunk=60)
         engine.generate([Request(p, 1) for p in prompts_of(*[10] * 8, *[2] * 20)])
-        # 60 of 64 places, what is left takes two short ones, and never more than 16
+        # all 60 places, then the same in the next step, and never more than 16
         assert sizes == [(6, 10), (2, 10), (16, 2), (4, 2)]
         sizes.clear()
         Engine(plus, slots=3).generate([Request(p, 2) for p in prompts_of(*[10] * 5)])
