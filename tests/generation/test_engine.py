@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rodimus.generation import Engine, Request, SamplingParams
 from rodimus.generation.engine import Delta
@@ -853,7 +854,10 @@ def test_an_engine_takes_its_model_out_of_training(plus):
 
 
 def test_an_engine_needs_a_language_model(plus):
-    for wrong in (plus.model, nn.Linear(2, 2), byte_tokenizer()):
+    size = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    other = LlamaForCausalLM(LlamaConfig(**size, **heads))
+    for wrong in (plus.model, other, nn.Linear(2, 2), byte_tokenizer()):
         with pytest.raises(ValueError, match=f"language model, got {type(wrong).__name__}"):
             Engine(wrong)
 
