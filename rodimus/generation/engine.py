@@ -351,8 +351,7 @@ class Engine:
         # after an interrupted step it may be in none of these places
         elif generation in self.waiting:
             self.waiting.remove(generation)
-            if self._shared is not None:
-                self._share(*self._shared)
+            self._let_go()
         self._finish(generation, "cancelled")
 
     def read(self, prompt: str | Sequence[int]) -> SequenceState:
@@ -522,6 +521,7 @@ class Engine:
                     return
                 for _ in self._reading.generations:
                     self.waiting.popleft()
+                self._let_go()
             reading = self._reading
             if reading.whole is not None:
                 self._enter(*reading.generations, reading.whole.state, reading.whole.logits)
@@ -631,6 +631,11 @@ class Engine:
         """Keep what was read last while the first waiting generation has the same prompt."""
         same = self.waiting and self.waiting[0].prompt is prefix.state.tokens
         self._shared = (prefix, reader) if same else None
+
+    def _let_go(self):
+        """Drop what was read last unless the first waiting generation has the same prompt."""
+        if self._shared is not None:
+            self._share(*self._shared)
 
     @torch.no_grad()
     def _read_chunk(self, chunks, cache, every_token=False):

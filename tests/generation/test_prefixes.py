@@ -1,5 +1,7 @@
 """What sequences leave behind: later prompts start from it, and say what they would say anyway."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +72,16 @@ def test_the_state_of_choices_goes_with_the_last_that_waits(plus):
     for generation in waiting:
         engine.cancel(generation)
     assert engine._shared is None
+
+
+def test_the_state_of_choices_goes_though_the_last_has_no_first_token(plus):
+    engine = Engine(plus)
+    requests = choices_of(prompts_of(9)[0], 2)
+    overflows = SamplingParams(repetition_penalty=1e-39, logit_bias={int(requests[1].prompt[0]): 9})
+    requests[1] = replace(requests[1], sampling=overflows)
+    first, last = engine.generate(requests)
+    assert (first.finish_reason, last.finish_reason) == ("length", "error")
+    assert last.prefix_tokens == 9 and engine._shared is None
 
 
 def test_equal_prompts_of_others_are_read_again(plus):
