@@ -227,8 +227,19 @@ def test_a_broken_row_is_reported_and_harms_no_other(broken):
 def test_temperatures_near_zero_do_not_overflow():
     sampler = Sampler(1, VOCAB)
     sampler.place(0, SamplingParams(temperature=1e-60, seed=3), torch.tensor([1]))
-    logits = 1e4 * torch.randn(1, VOCAB)
+    logits = 1e10 * torch.randn(1, VOCAB)
     assert sampler(logits).item() == logits.argmax().item()
+
+
+def test_tokens_are_chosen_in_float32_whatever_the_dtype_of_logits():
+    params, logits = SamplingParams(0.7, top_p=0.9), torch.randn(50, VOCAB).bfloat16()
+    found = []
+    for given in (logits, logits.float()):
+        sampler = Sampler(50, VOCAB)
+        for row in range(50):
+            sampler.place(row, replace(params, seed=row), torch.tensor([1]))
+        found.append(sampler(given).tolist())
+    assert found[0] == found[1]
 
 
 def test_numbers_of_any_kind_mean_the_same_whatever_the_default_dtype():
@@ -257,12 +268,15 @@ def test_logprobs_are_those_of_the_model():
     torch.testing.assert_close(chosen, torch.stack((expected[0, 3], expected[1, 4])))
     torch.testing.assert_close(values, expected.gather(1, ids))
     assert ids[0].tolist() == logits[0].topk(5).indices.tolist()
+    # of a vocabulary of fewer tokens than are asked for, all
+    assert token_logprobs(logits[:, :4], torch.tensor([3, 0]), top=5)[2].shape == (2, 4)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"temperature": -0.1},
+        {"temperature": 100.1},
         {"temperature": float("nan")},
         {"temperature": "1"},
         {"top_k": -1},
@@ -272,11 +286,14 @@ def test_logprobs_are_those_of_the_model():
         {"top_p": None},
         {"top_p": 1.5},
         {"min_p": -1.0},
+        {"min_p": 1.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 100.1},
         {"seed": -1},
         {"seed": 2**63},
         {"seed": 1.5},
         {"presence_penalty": 2.1},
+        {"presence_penalty": -2.1},
         {"frequency_penalty": "1"},
     ],
     ids=str,
