@@ -29,8 +29,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # an RTX A1000 is not an A100
-    known = (gpu.flops for word, gpu in DEVICES.items() if re.search(rf"{word}(?!\d)", name))
+    # an RTX A1000 is not an A100, and MIG gives a run a part of one
+    known = (
+        gpu.flops for word, gpu in DEVICES.items() if re.search(rf"{word}(?!\d)(?!.* MIG )", name)
+    )
     return next(known, None)
 
 

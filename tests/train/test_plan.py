@@ -202,6 +202,9 @@ def test_mfu_counts_with_the_peak_of_that_device(monkeypatch):
         "NVIDIA H200": 989e12,
         "NVIDIA H200 NVL": 835e12,
         "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GB200": 2500e12,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
         "NVIDIA L40S": None,
         "NVIDIA RTX A1000 Laptop GPU": None,
     }
