@@ -14,9 +14,10 @@ import pytest
 from rodimus import cli
 from rodimus.evaluation.documents import Document
 from rodimus.evaluation.likelihood import evaluate
-from rodimus.loading import load_model, load_tokenizer
+from rodimus.loading import load_model, load_tokenizer, vocabulary_size
 from rodimus.peers import GLAConfig, GLAForCausalLM
 from rodimus.train.pack import pack
+from rodimus.train.shards import ShardWriter
 from rodimus.train.tokenizer import train_tokenizer
 from tests.checkpoints import TEXT, save_model, save_plain_tokenizer
 from tests.device import ON_BOTH
@@ -116,11 +117,15 @@ def test_bfloat16_is_close_and_says_so(folder, evaluated):
     assert rounded["data"][0]["loss"] == pytest.approx(exact["data"][0]["loss"], rel=0.02)
 
 
-def test_table_names_every_figure(folder, capsys):
+def test_table_names_every_figure(folder, evaluated, capsys):
+    (data,) = evaluated(folder / "model", folder / "texts")["data"]
     assert cli.main(["eval", str(folder / "model"), str(folder / "texts")]) == 0
     out = capsys.readouterr().out
     assert "texts: 6 documents" in out
-    assert re.search(r"loss \d\.\d{4} nats/token, perplexity [\d.]+, [\d.]+ bits/byte", out)
+    assert (
+        f"loss {data['loss']:.4f} nats/token, perplexity {data['perplexity']:.2f}, "
+        f"{data['bits_per_byte']:.4f} bits/byte\n"
+    ) in out
     assert out.count("  0 - 127   ") == 2
 
 
@@ -134,8 +139,23 @@ def test_what_cannot_be_evaluated_is_one_line(folder, refused, tmp_path):
     assert "cannot read token shards" in refused(model, tmp_path / "none.json")
     (tmp_path / "empty.txt").write_text("")
     assert "holds no token to predict" in refused(model, tmp_path / "empty.txt")
-    save_model(tmp_path / "small", vocab_size=100)
+    writer = ShardWriter(tmp_path / "marks", "val", 300)
+    writer.add([7], 1)
+    writer.close(bos_token_id=None, eos_token_id=None, tokenizer_sha256="", source="test")
+    assert "holds no token to predict" in refused(model, tmp_path / "marks")
+    n_ids = vocabulary_size(load_tokenizer(model))
+    save_model(tmp_path / "narrow", vocab_size=n_ids - 1)
+    save_plain_tokenizer(tmp_path / "narrow")
+    line = refused(tmp_path / "narrow", folder / "texts")
+    assert f"the tokenizer has {n_ids} tokens, the model {n_ids - 1}" in line
+    broken = save_model(tmp_path / "broken")
+    broken.lm_head.weight.data.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "broken")
     shards = folder / "shards" / "train.json"
+    assert f"the loss of {tmp_path / 'broken'} on {shards} is nan" in refused(
+        tmp_path / "broken", shards
+    )
+    save_model(tmp_path / "small", vocab_size=100)
     assert "the model one of 100" in refused(tmp_path / "small", shards)
     shutil.copytree(folder / "shards", tmp_path / "damaged")
     binary = tmp_path / "damaged" / "train-00000.bin"

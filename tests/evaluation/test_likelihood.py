@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rodimus import RodimusForCausalLM
+from rodimus.evaluation import likelihood
 from rodimus.evaluation.documents import Document
 from rodimus.evaluation.likelihood import evaluate
 from tests.checkpoints import tiny_config
@@ -62,15 +63,15 @@ def test_packed_rows_equal_each_document_alone(model):
 
 
 def test_buckets_are_means_over_their_tokens(model):
-    several = [document(100, 1), document(300, 2), document(600, 3)]
+    several = [document(100, 1), document(256, 2), document(600, 3)]
     alone = [losses(model, one.ids) for one in several]
     summary = evaluate(model, several, tokens_at_once=256).summary()
     rows = [(row["from"], row["below"], row["tokens"]) for row in summary["by_position"]]
-    assert rows == [(0, 128, 99 + 2 * 127), (128, 256, 256), (256, 512, 44 + 256), (512, 1024, 88)]
+    assert rows == [(0, 128, 99 + 2 * 127), (128, 256, 256), (256, 512, 256), (512, 1024, 88)]
     second = np.concatenate([nats[127:255] for nats in alone[1:]])
     assert summary["by_position"][1]["loss"] == pytest.approx(second.mean(), rel=1e-5)
     rows = [(row["from"], row["documents"], row["tokens"]) for row in summary["by_length"]]
-    assert rows == [(0, 1, 99), (256, 1, 299), (512, 1, 599)]
+    assert rows == [(0, 1, 99), (256, 1, 255), (512, 1, 599)]
     for row, nats in zip(summary["by_length"], alone, strict=True):
         assert row["loss"] == pytest.approx(nats.mean(), rel=1e-5)
         # three bytes a token
@@ -92,6 +93,30 @@ def test_memory_does_not_grow_with_the_document(model, monkeypatch):
     assert len({tuple(sizes.items()) for _, sizes in seen}) == 1
 
 
+def test_logits_are_made_a_few_rows_at_a_time_and_their_losses_not_rounded(model, monkeypatch):
+    one, seen, head = document(20), [], model.bfloat16().get_output_embeddings()
+    monkeypatch.setattr(likelihood, "_LOGITS", 3 * head.weight.shape[0] + 1)
+    head.register_forward_hook(lambda module, args, logits: seen.append(logits.float().cpu()))
+    tally = evaluate(model, [one])
+    assert list(map(len, seen)) == [3] * 6 + [1]
+    labels = torch.from_numpy(one.ids[1:])
+    nats = torch.nn.functional.cross_entropy(torch.cat(seen), labels, reduction="sum").item()
+    assert tally.nats == pytest.approx(nats, rel=1e-6)
+
+
+def test_a_row_is_filled_and_no_longer_than_asked(model, monkeypatch):
+    seen, forward = [], model.base_model.forward
+
+    def watched(input_ids, **options):
+        seen.append(input_ids.shape[1])
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model.base_model, "forward", watched)
+    evaluate(model, [document(length) for length in (30, 30, 20, 41, 60)], tokens_at_once=60)
+    assert seen == [60, 20, 41, 60]
+
+
 def test_no_document_is_begun_past_the_limit(model):
-    tally = evaluate(model, [document(50, s) for s in range(9)], tokens_at_once=60, max_tokens=120)
+    """Two in rows, 98 predicted tokens, and 50 that wait for theirs."""
+    tally = evaluate(model, [document(50, s) for s in range(9)], tokens_at_once=60, max_tokens=148)
     assert (tally.documents, tally.tokens) == (3, 147)
