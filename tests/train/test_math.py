@@ -174,6 +174,8 @@ def test_schedules_end_at_the_asked_share(kind, quarter):
     assert max(scale) == scale[4] == 1.0
     assert scale[14] == pytest.approx(0.1 + 0.9 * quarter)
     assert scale[-1] == pytest.approx(0.1)
+    # nor does it rise beyond the end, where a run that is shortened asks for it
+    assert lr_scale(64, 45, config) == scale[-1]
     assert all(a >= b for a, b in zip(scale[4:], scale[5:], strict=False))
 
 
@@ -193,9 +195,15 @@ def test_decay_leaves_out_biases_norms_residuals_and_embedding():
         or name == "model.embeddings.weight"
         for name in plain
     )
-    assert not any("norm" in name or name.endswith("bias") for name in decayed)
+    kept = ("bias", "residual_weight")
+    assert not any("norm" in name or name.endswith(kept) for name in decayed)
     groups = parameter_groups(model)
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    # a head of its own is decayed, and no matrix of a block
+    untied = tiny(tie_word_embeddings=False)
+    assert [id(p) for p in parameter_groups(untied)["decay"] if p.ndim == 2] == [
+        id(untied.lm_head.weight)
+    ]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -341,9 +349,13 @@ def test_flops_of_the_released_models():
 
 
 def test_a_gla_has_a_state_for_each_head():
-    """By hand: 12 L H (d / 2 H) (d / H), in two layers with two heads and 64 channels."""
+    """By hand: 12 L H (d / 2 H) (d / H), in two layers with two heads and 64 channels; in chunks
+    3 L (2 C d / 2 + 2 C d) more."""
     model = peer("gla")
-    assert flops.train_flops(model, model.config, 64).recurrence == 12 * 2 * 2 * 16 * 32
+    useful = flops.train_flops(model, model.config, 64)
+    assert useful.recurrence == 12 * 2 * 2 * 16 * 32
+    spent = flops.hardware_flops(model, model.config, 64, recompute=False)
+    assert spent - useful.total == 3 * 2 * (2 * 64 * 32 + 2 * 64 * 64)
 
 
 def _released(name):
