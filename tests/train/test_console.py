@@ -42,6 +42,7 @@ def shown(file):
 def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
     seconds = iter([10.0, 14.0, 20.0, 20.0, 25.0, 25.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(seconds))
+    monkeypatch.setattr(metrics.torch.cuda, "max_memory_allocated", lambda: 61_260_000_000)
     meter = metrics.Meter(4, useful=6.0, spent=8.0, peak=600.0)
     meter.add(1000, 3.0)
     # as after an evaluation
@@ -49,7 +50,7 @@ def test_rates_are_those_of_the_interval_and_of_all_devices(monkeypatch):
     meter.add(100, 0.5)
     meter.add(300, 1.0)
     figures = meter.read(12, 22)
-    assert figures.pop("memory_gb") >= 0
+    assert figures.pop("memory_gb") == pytest.approx(61.26)
     # 400 tokens in 6 s, two steps of twelve
     rates = {"tokens_per_s": 400 / 6, "tokens_per_s_rank": 100 / 6, "data_wait": 0.25}
     shares = {"mfu": 6 * 400 / 6 / 2400, "hfu": 8 * 400 / 6 / 2400}
