@@ -37,6 +37,8 @@ def test_documents_come_back(tmp_path, vocab_size, dtype):
     assert shards.starts[0].tolist() == [0, 3, 4]
     assert shards.read(0, 0, 54).tolist() == sum(docs, [])
     verify(shards.files())
+    # a model may have more rows than a tokenizer has tokens
+    shards.check_vocabulary(vocab_size + 64)
 
 
 def test_shards_are_cut_at_documents(tmp_path):
@@ -48,6 +50,13 @@ def test_shards_are_cut_at_documents(tmp_path):
 def test_id_outside_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got 3 to 1000"):
         write(tmp_path, [[3, 1000]])
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1000\), got -1 to 3"):
+        write(tmp_path, [[3, -1]])
+
+
+def test_shards_without_a_token_are_an_error(tmp_path):
+    with pytest.raises(InputError, match="train.json holds no tokens"):
+        TokenShards(write(tmp_path, []))
 
 
 @pytest.mark.parametrize("name", ["train-00000.bin", "train-00000.idx"])
@@ -112,6 +121,13 @@ def test_other_format_version_is_an_error(tmp_path):
     path = write(tmp_path, [[5] * 10])
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
     with pytest.raises(InputError, match="must be shard format 1, got 2"):
+        TokenShards(path)
+    for text, told in (("[1]", "must be shard format 1, got None"), ("{", "is not a shard mani")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=told):
+            TokenShards(path)
+    path.write_text('{"version": 1, "shards": 3}')
+    with pytest.raises(InputError, match="is not a whole shard manifest: 'int' object"):
         TokenShards(path)
     path.write_text('{"version": 1}')
     with pytest.raises(InputError, match="is not a whole shard manifest: 'shards'"):
