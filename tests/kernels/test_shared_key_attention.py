@@ -743,7 +743,7 @@ class TestRope:
         cos, sin = rope_tables(torch.arange(5)[None], 16)
         with pytest.raises(ValueError, match=r"x must have shape \[B, T, H, D\]"):
             rope(x[0], cos, sin)
-        with pytest.raises(ValueError, match=r"cos must have shape \[1, 5, dim / 2\]"):
+        with pytest.raises(ValueError, match=r"cos must have shape \[1 or B, 5, dim / 2\]"):
             rope(x, cos[:, :4], sin)
         with pytest.raises(ValueError, match=r"sin must have shape \[1, 5, 8\], got \(1, 5, 4\)"):
             rope(x, cos, sin[..., :4])
