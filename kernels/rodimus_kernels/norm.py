@@ -49,8 +49,7 @@ def rms_norm(
     Raises:
         ValueError: weight does not fit x, or one of them is not floating point.
     """
-    check_vectors("x", x, "D")
-    check_shape("weight", weight, (x.shape[-1],))
+    _check_weight(x, weight)
     check_floating(x=x, weight=weight)
     check_same_device("x", x, weight=weight)
     return load("rms_norm", _choose(impl, x, weight), _RMS)(x, weight, eps=eps)
@@ -81,9 +80,8 @@ def add_rms_norm(
     Raises:
         ValueError: shapes or devices differ, or a tensor is not floating point.
     """
-    check_vectors("x", x, "D")
+    _check_weight(x, weight)
     check_shape("residual", residual, tuple(x.shape))
-    check_shape("weight", weight, (x.shape[-1],))
     check_floating(x=x, residual=residual, weight=weight)
     check_same_device("x", x, residual=residual, weight=weight)
     impl = _choose(impl, x, residual, weight)
@@ -119,9 +117,8 @@ def gated_rms_norm(
         ValueError: shapes or devices differ, a tensor is not floating point, or only one of
             residual and residual_weight is given.
     """
-    check_vectors("x", x, "D")
+    _check_weight(x, weight)
     check_shape("gate", gate, tuple(x.shape))
-    check_shape("weight", weight, (x.shape[-1],))
     if (residual is None) != (residual_weight is None):
         raise ValueError("residual and residual_weight come together, got only one of them")
     if residual is not None:
@@ -135,6 +132,11 @@ def gated_rms_norm(
     return load("gated_rms_norm", impl, _GATED)(
         x, gate, weight, eps=eps, residual=residual, residual_weight=residual_weight
     )
+
+
+def _check_weight(x, weight):
+    check_vectors("x", x, "D")
+    check_shape("weight", weight, (x.shape[-1],))
 
 
 def _choose(impl, *tensors):
